@@ -1,0 +1,73 @@
+package encap
+
+import (
+	"encoding/binary"
+	"math/bits"
+)
+
+// The Internet checksum (RFC 1071) is a sum in ones' complement arithmetic,
+// which does not care about byte order or word size: sums here are kept in
+// the byte order of the packet as loaded natively, 64 bits wide, and folded
+// and swapped at the end.
+
+// sum adds b to the running sum. Between calls the data must be an even
+// number of bytes long, except for the last.
+func sum(b []byte, acc uint64) uint64 {
+	var carry uint64
+	for len(b) >= 64 {
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b), 0)
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b[8:]), carry)
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b[16:]), carry)
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b[24:]), carry)
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b[32:]), carry)
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b[40:]), carry)
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b[48:]), carry)
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b[56:]), carry)
+		acc += carry
+		b = b[64:]
+	}
+	for len(b) >= 8 {
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b), 0)
+		acc += carry
+		b = b[8:]
+	}
+	if len(b) > 0 {
+		var tail [8]byte
+		copy(tail[:], b)
+		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(tail[:]), 0)
+		acc += carry
+	}
+	return acc
+}
+
+// fold reduces a running sum to the 16 bits that stand in a packet, in the
+// order of the host; it is not complemented.
+func fold(acc uint64) uint16 {
+	acc = acc>>32 + acc&0xffffffff
+	acc = acc>>16 + acc&0xffff
+	acc = acc>>16 + acc&0xffff
+	acc = acc>>16 + acc&0xffff
+	return uint16(acc)
+}
+
+// add16 adds a 16-bit word given as a number, not as loaded from a packet.
+func add16(acc uint64, v uint16) uint64 {
+	var b [2]byte
+	binary.BigEndian.PutUint16(b[:], v)
+	s, carry := bits.Add64(acc, uint64(binary.NativeEndian.Uint16(b[:])), 0)
+	return s + carry
+}
+
+// putChecksum stores a folded sum at b, as it is.
+func putChecksum(b []byte, v uint16) { binary.NativeEndian.PutUint16(b, v) }
+
+func loadChecksum(b []byte) uint16 { return binary.NativeEndian.Uint16(b) }
+
+// pseudo returns the sum of the pseudo-header that TCP and UDP checksums
+// cover, without the length: the addresses and the protocol.
+func (p *packet) pseudo(ip []byte) uint64 {
+	if p.is4 {
+		return add16(sum(ip[12:20], 0), uint16(p.proto))
+	}
+	return add16(sum(ip[8:40], 0), uint16(p.proto))
+}

@@ -1,0 +1,24 @@
+// Package encap carries packets between a TUN device and the underlay: the
+// wire formats, and the batched loop that is culvert's userspace datapath.
+//
+// A packet from a pod to a pod on another node takes this way:
+//
+//	pod ── veth ── cni0 ── route ── TUN            egress.go, on the sending node
+//	 1. read one frame: up to 64 KB of one flow, with a virtio header   (vnet.go)
+//	 2. look up the peer that leases the inner destination             (peers.go)
+//	 3. cut the frame into segments, each with its own headers       (segment.go)
+//	 4. stamp the peer's VXLAN header on each                          (vxlan.go)
+//	 5. send them all in one call, which the kernel cuts up again      (batch.go)
+//
+//	UDP socket ── TUN ── route ── cni0 ── veth ── pod     ingress.go, on the other
+//	 6. receive a batch of datagrams                                   (batch.go)
+//	 7. take each apart into segments and check them: peer, VNI, MAC,
+//	    inner source and destination                                (ingress.go)
+//	 8. join the segments of a flow again                           (coalesce.go)
+//	 9. write each run to the TUN in one call, with a virtio header
+//
+// No payload byte is copied in userspace: segments and runs are lists of
+// slices into the buffer that the kernel filled. Nothing is allocated per
+// packet, no channel or lock stands on the path, and no timer waits for a
+// batch to fill: a batch is what the kernel had when it was asked.
+package encap

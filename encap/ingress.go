@@ -1,0 +1,308 @@
+package encap
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// ingress is the receiving direction: one underlay socket to the device. One
+// goroutine runs it.
+type ingress struct {
+	table    *atomic.Pointer[Table]
+	device   uintptr // descriptor of the TUN device
+	vni      uint32
+	mac      [6]byte // of this node's VTEP
+	mtu      int     // of the device
+	offload  *Offload
+	counters *Counters
+
+	batch *recvBatch
+	join  *coalescer
+	cut   *segmenter
+	// pieces is a write of an empty virtio header, headers, and payload.
+	pieces [3]unix.Iovec
+	route  route
+	tally  tally
+}
+
+func newIngress(table *atomic.Pointer[Table], device uintptr, u Underlay, mtu int, offload *Offload, counters *Counters) *ingress {
+	g := &ingress{
+		table:    table,
+		device:   device,
+		vni:      u.VNI,
+		mac:      u.MAC,
+		mtu:      mtu,
+		offload:  offload,
+		counters: counters,
+		batch:    newRecvBatch(ingressMessages),
+		join:     newCoalescer(offload, 2*ingressMessages),
+		cut:      newSegmenter(),
+	}
+	g.pieces[0] = iovecOf(make([]byte, vnetHeaderLen))
+	return g
+}
+
+// ingressMessages is how many messages one receive may fill: 64 datagrams where
+// the network joins none, or up to 4 MB where it does.
+const ingressMessages = 64
+
+// run carries packets until the socket fails or its read deadline passes.
+func (g *ingress) run(socket syscall.RawConn) error {
+	var failure error
+	err := socket.Read(func(fd uintptr) bool {
+		failure = g.drain(fd)
+		g.counters.Waits.Add(1)
+		return failure != nil
+	})
+	if failure != nil {
+		return failure
+	}
+	return err
+}
+
+// drain delivers what the socket holds, and returns when it is empty.
+func (g *ingress) drain(socket uintptr) error {
+	for {
+		n, errno := g.batch.receive(socket, len(g.batch.msgs))
+		g.tally.syscalls++
+		switch errno {
+		case 0:
+		case unix.EAGAIN:
+			g.tally.publish(g.counters)
+			return nil
+		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH:
+			continue // an ICMP error about something sent earlier
+		default:
+			return fmt.Errorf("receiving from the underlay: %w", errno)
+		}
+		table := g.table.Load()
+		for i := range n {
+			g.message(table, g.batch.message(i))
+		}
+		g.flush()
+		g.tally.publish(g.counters)
+		if n < len(g.batch.msgs) {
+			return nil // the socket is empty; what comes later wakes us
+		}
+	}
+}
+
+// message takes one received message apart into datagrams.
+func (g *ingress) message(table *Table, m datagrams) {
+	if m.cut {
+		g.tally.drop(IngressTruncated)
+		return
+	}
+	outer, ok := address(m.source)
+	if !ok {
+		g.tally.drop(IngressStranger)
+		return
+	}
+	// A kernel VXLAN peer's own large frame arrives as one datagram, and the
+	// segment size given with it, if any, is the inner one: it must not be cut
+	// there. The inner length tells.
+	segment := m.segment
+	if segment == 0 || segment >= len(m.data) || innerLength(m.data) == len(m.data)-VXLANHeaderLen {
+		g.datagram(table, m.data, outer, m.ecn, checksumUnknown, segment)
+		return
+	}
+	for data := m.data; len(data) > 0; {
+		n := min(segment, len(data))
+		// The kernel joins only datagrams whose checksums it has verified.
+		g.datagram(table, data[:n], outer, m.ecn, checksumVerified, 0)
+		data = data[n:]
+	}
+}
+
+// address returns the address of a sockaddr.
+func address(name []byte) (netip.Addr, bool) {
+	if len(name) < 2 {
+		return netip.Addr{}, false
+	}
+	switch binary.NativeEndian.Uint16(name) {
+	case unix.AF_INET:
+		if len(name) >= 8 {
+			return netip.AddrFrom4([4]byte(name[4:8])), true
+		}
+	case unix.AF_INET6:
+		if len(name) >= 24 {
+			return netip.AddrFrom16([16]byte(name[8:24])).Unmap(), true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// innerLength returns the length of the inner packet by its own header, or -1.
+func innerLength(datagram []byte) int {
+	if len(datagram) < VXLANHeaderLen+20 {
+		return -1
+	}
+	b := datagram[VXLANHeaderLen:]
+	if b[0]>>4 == 4 {
+		return int(binary.BigEndian.Uint16(b[2:]))
+	}
+	return 40 + int(binary.BigEndian.Uint16(b[4:]))
+}
+
+// datagram checks one VXLAN datagram and hands its packet on. gsoSize is the
+// kernel's word on how a super-frame is cut, if it had any.
+func (g *ingress) datagram(table *Table, d []byte, outer netip.Addr, ecn uint8, state checksum, gsoSize int) {
+	var p packet
+	if r := g.check(table, d, &p, outer); r != Accepted {
+		if !table.isPeer(outer) {
+			r = IngressStranger // whatever else is wrong with it
+		}
+		g.tally.drop(r)
+		return
+	}
+	lead := d[:VXLANHeaderLen+p.length] // Ethernet padding is trimmed
+	b := lead[VXLANHeaderLen:]
+	if !decapECN(b, &p, ecn) {
+		g.tally.drop(IngressECN)
+		return
+	}
+	if g.join.full() {
+		g.flush()
+	}
+	payload := p.length - p.headLen
+	switch {
+	case p.transport && p.proto == protoTCP && p.length > g.mtu:
+		// The kernel does not say how it was to be cut: as large as fits.
+		g.superFrame(lead, &p, g.mtu-p.headLen)
+	case p.transport && p.proto == protoUDP && gsoSize > 0 && payload > gsoSize:
+		g.superFrame(lead, &p, gsoSize)
+	default:
+		g.tally.packets++
+		g.tally.bytes += uint64(p.length)
+		g.join.add(lead, &p, state)
+	}
+}
+
+// check overwrites p with the parse of the datagram's inner packet, and says
+// whether it is for this node and comes from whom it claims.
+func (g *ingress) check(table *Table, d []byte, p *packet, outer netip.Addr) Reason {
+	var h VXLAN
+	if r := h.Parse(d); r != Accepted {
+		return r
+	}
+	b := d[VXLANHeaderLen:]
+	switch {
+	case h.VNI != g.vni:
+		return IngressVNI
+	case h.Destination != g.mac:
+		return IngressMAC
+	case h.EtherType != etherTypeIPv4 && h.EtherType != etherTypeIPv6:
+		return IngressProtocol
+	case !p.parse(b) || p.is4 != (h.EtherType == etherTypeIPv4):
+		return IngressMalformed
+	}
+	peer := g.route.lookup(table, p.source(b))
+	if peer == nil || peer.Underlay.Addr() != outer {
+		return IngressSource
+	}
+	if !table.isLocal(p.destination(b)) {
+		return IngressNotOurs
+	}
+	return Accepted
+}
+
+// decapECN gives the packet the mark that RFC 6040, figure 4, asks for. It
+// returns false if the packet must be dropped.
+func decapECN(b []byte, p *packet, outer uint8) bool {
+	const notECT, ect1, ect0, ce = 0, 1, 2, 3
+	switch {
+	case outer == ce && p.ecn == notECT:
+		return false
+	case outer == ce && p.ecn != ce:
+		p.setECN(b, ce)
+	case outer == ect1 && p.ecn == ect0:
+		p.setECN(b, ect1)
+	}
+	return true
+}
+
+// superFrame hands on a packet that a kernel peer sent uncut, its checksum
+// unfinished; size is the payload of each packet it stands for. Where the
+// device cannot take it whole, it is cut here.
+func (g *ingress) superFrame(lead []byte, p *packet, size int) {
+	b := lead[len(lead)-p.length:]
+	if size <= 0 || !isPartial(b, p) && !verify(b, p) {
+		g.tally.drop(IngressMalformed)
+		return
+	}
+	payload := p.length - p.headLen
+	n := (payload + size - 1) / size
+	g.tally.packets += uint64(n)
+	g.tally.bytes += uint64(payload + n*p.headLen)
+	if g.offload.GRO.Load() && (p.proto == protoTCP || g.offload.USO.Load()) {
+		g.join.super(lead, p, size)
+		return
+	}
+	g.flush() // what came before of this flow goes before
+	g.writeCut(b, p, size)
+}
+
+// flush writes every frame to the device.
+func (g *ingress) flush() {
+	for i := range g.join.count {
+		f := &g.join.frames[i]
+		f.finish()
+		switch errno := g.write(g.join.iovec(f)); {
+		case errno == 0:
+		case errno == unix.EINVAL && f.gso != gsoNone:
+			// Some kernels refuse large frames (Linux 6.6.44, 6.10.3).
+			if f.gso == gsoUDP {
+				g.offload.USO.Store(false)
+			} else {
+				g.offload.GRO.Store(false)
+			}
+			g.replay(f)
+		default:
+			g.tally.dropN(IngressWrite, f.segments)
+		}
+	}
+	g.join.count = 0
+}
+
+// replay writes a frame that the device refused as the packets it was made of.
+func (g *ingress) replay(f *frame) {
+	b := append([]byte(nil), f.head[vnetHeaderLen:]...)
+	for _, d := range f.data {
+		b = append(b, d...)
+	}
+	var p packet
+	if !p.parse(b) {
+		g.tally.dropN(IngressWrite, f.segments)
+		return
+	}
+	g.writeCut(b, &p, f.size)
+}
+
+// writeCut writes a packet to the device in pieces of size bytes of payload.
+func (g *ingress) writeCut(b []byte, p *packet, size int) {
+	for _, s := range g.cut.cut(nil, b, p, size) {
+		g.pieces[1] = iovecOf(s.head)
+		g.pieces[2] = iovecOf(s.data)
+		if errno := g.write(g.pieces[:]); errno != 0 {
+			g.tally.drop(IngressWrite)
+		}
+	}
+}
+
+// write writes one frame, a virtio header and a packet, to the device.
+func (g *ingress) write(iovs []unix.Iovec) unix.Errno {
+	for {
+		errno := writev(g.device, iovs)
+		g.tally.syscalls++
+		if errno == unix.EINTR {
+			continue
+		}
+		g.tally.frames++
+		return errno
+	}
+}

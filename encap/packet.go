@@ -1,0 +1,126 @@
+package encap
+
+import (
+	"encoding/binary"
+	"net/netip"
+)
+
+const (
+	protoTCP = 6
+	protoUDP = 17
+
+	udpHeaderLen = 8
+)
+
+// packet is where the parts of an inner IP packet are. It holds offsets, not
+// slices, so that it can be reused for every packet without allocation.
+type packet struct {
+	is4      bool
+	proto    uint8 // of the transport header, if transport is set
+	ecn      uint8 // the low two bits of the traffic class
+	length   int   // of the whole packet by its own header; never more than was given
+	ipLen    int   // of the IP header
+	headLen  int   // of the IP and transport headers together, if transport is set
+	fragment bool
+	// transport says that a whole TCP or UDP header follows the IP header
+	// directly, and that the packet is no fragment.
+	transport bool
+}
+
+// parse overwrites p with the packet at the start of b, which may be longer
+// than the packet (Ethernet padding). It returns false if the IP header is not
+// whole or contradicts itself.
+func (p *packet) parse(b []byte) bool {
+	*p = packet{}
+	if len(b) < 20 {
+		return false
+	}
+	switch b[0] >> 4 {
+	case 4:
+		p.is4 = true
+		p.ipLen = int(b[0]&0x0f) * 4
+		p.length = int(binary.BigEndian.Uint16(b[2:]))
+		if p.ipLen < 20 || p.length < p.ipLen || p.length > len(b) {
+			return false
+		}
+		p.ecn = b[1] & 3
+		p.proto = b[9]
+		p.fragment = binary.BigEndian.Uint16(b[6:])&0x3fff != 0 // MF or an offset
+	case 6:
+		if len(b) < 40 {
+			return false
+		}
+		p.ipLen = 40
+		p.length = 40 + int(binary.BigEndian.Uint16(b[4:]))
+		if p.length > len(b) {
+			return false
+		}
+		p.ecn = b[1] >> 4 & 3
+		p.proto = b[6] // an extension header's number is neither TCP nor UDP
+	default:
+		return false
+	}
+	if p.fragment {
+		return true
+	}
+	switch p.proto {
+	case protoTCP:
+		if p.length < p.ipLen+20 {
+			return true
+		}
+		p.headLen = p.ipLen + int(b[p.ipLen+12]>>4)*4
+		p.transport = p.headLen >= p.ipLen+20 && p.headLen <= p.length
+	case protoUDP:
+		p.headLen = p.ipLen + udpHeaderLen
+		p.transport = p.headLen <= p.length
+	}
+	return true
+}
+
+// checkOffset is where the transport checksum stands, from the packet's start.
+func (p *packet) checkOffset() int {
+	if p.proto == protoTCP {
+		return p.ipLen + 16
+	}
+	return p.ipLen + 6
+}
+
+// source and destination return the packet's addresses.
+func (p *packet) source(b []byte) netip.Addr {
+	if p.is4 {
+		return netip.AddrFrom4([4]byte(b[12:16]))
+	}
+	return netip.AddrFrom16([16]byte(b[8:24]))
+}
+
+func (p *packet) destination(b []byte) netip.Addr {
+	if p.is4 {
+		return netip.AddrFrom4([4]byte(b[16:20]))
+	}
+	return netip.AddrFrom16([16]byte(b[24:40]))
+}
+
+// setLength writes the packet's length into its IP header, and renews the
+// header checksum of IPv4.
+func (p *packet) setLength(b []byte, n int) {
+	if !p.is4 {
+		binary.BigEndian.PutUint16(b[4:], uint16(n-40))
+		return
+	}
+	binary.BigEndian.PutUint16(b[2:], uint16(n))
+	b[10], b[11] = 0, 0
+	putChecksum(b[10:], ^fold(sum(b[:p.ipLen], 0)))
+}
+
+// setECN replaces the low two bits of the traffic class (RFC 3168), and renews
+// the header checksum of IPv4.
+func (p *packet) setECN(b []byte, ecn uint8) {
+	p.ecn = ecn
+	if !p.is4 {
+		b[1] = b[1]&^(3<<4) | ecn<<4
+		return
+	}
+	b[1] = b[1]&^3 | ecn
+	b[10], b[11] = 0, 0
+	putChecksum(b[10:], ^fold(sum(b[:p.ipLen], 0)))
+}

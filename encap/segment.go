@@ -1,0 +1,116 @@
+package encap
+
+import "encoding/binary"
+
+// segment is one packet cut from a frame: new headers, and a slice of the
+// frame's own payload.
+type segment struct {
+	head []byte // whatever was asked to stand before the packet, then its headers
+	data []byte
+}
+
+// segmenter cuts frames of up to 64 KB into packets. It owns the headers that
+// it writes; they are valid until its next cut.
+type segmenter struct {
+	arena    []byte
+	segments []segment
+}
+
+const (
+	// A segment carries at least one byte, but a frame of such segments would
+	// be absurd: the device is told never to build one (gso_max_segs). A frame
+	// that asks for more is refused.
+	maxFrameSegments = 1024
+	// The longest headers: VXLAN, IPv4 with options, TCP with options.
+	headSpace = (VXLANHeaderLen + 60 + 60 + 15) &^ 15
+)
+
+func newSegmenter() *segmenter {
+	return &segmenter{
+		arena:    make([]byte, maxFrameSegments*headSpace),
+		segments: make([]segment, 0, maxFrameSegments),
+	}
+}
+
+// cut cuts the TCP or UDP packet b, of which p is the parse, into packets with
+// size bytes of payload each but the last, and puts lead before each. Lengths,
+// IPv4 identification, TCP sequence numbers and flags, and all checksums are
+// those that the kernel's own segmentation would give (tcp_gso_segment,
+// __udp_gso_segment). It returns nil if the frame cannot be cut so.
+//
+// The payload is borrowed from b, and the headers from s.
+func (s *segmenter) cut(lead, b []byte, p *packet, size int) []segment {
+	s.segments = s.segments[:0]
+	payload := b[p.headLen:p.length]
+	if size <= 0 || len(payload) > size*maxFrameSegments {
+		return nil
+	}
+	base := p.pseudo(b)
+	for first, i := 0, 0; first < len(payload) || i == 0; first, i = first+size, i+1 {
+		data := payload[first:min(first+size, len(payload))]
+		head := s.arena[i*headSpace:][:len(lead)+p.headLen]
+		copy(head, lead)
+		ip := head[len(lead):]
+		copy(ip, b[:p.headLen])
+		if p.is4 {
+			binary.BigEndian.PutUint16(ip[4:], binary.BigEndian.Uint16(b[4:])+uint16(i))
+		}
+		p.setLength(ip, p.headLen+len(data))
+
+		transport := ip[p.ipLen:]
+		if p.proto == protoTCP {
+			binary.BigEndian.PutUint32(transport[4:], binary.BigEndian.Uint32(b[p.ipLen+4:])+uint32(first))
+			if first > 0 {
+				transport[13] &^= tcpCWR
+			}
+			if first+size < len(payload) {
+				transport[13] &^= tcpFIN | tcpPSH
+			}
+		} else {
+			binary.BigEndian.PutUint16(transport[4:], uint16(udpHeaderLen+len(data)))
+		}
+		at := p.checkOffset()
+		ip[at], ip[at+1] = 0, 0
+		acc := sum(data, sum(transport, add16(base, uint16(len(transport)+len(data)))))
+		putChecksum(ip[at:], p.complement(acc))
+		s.segments = append(s.segments, segment{head, data})
+	}
+	return s.segments
+}
+
+// complement turns a sum over pseudo-header, transport header and payload into
+// the checksum to store. For UDP, zero would say that there is none (RFC 768).
+func (p *packet) complement(acc uint64) uint16 {
+	c := ^fold(acc)
+	if c == 0 && p.proto == protoUDP {
+		return 0xffff
+	}
+	return c
+}
+
+const (
+	tcpFIN = 1 << 0
+	tcpSYN = 1 << 1
+	tcpRST = 1 << 2
+	tcpPSH = 1 << 3
+	tcpACK = 1 << 4
+	tcpURG = 1 << 5
+	tcpCWR = 1 << 7
+)
+
+// completeChecksum finishes the checksum that a virtio header says is
+// unfinished: the field at start+offset holds the pseudo-header's sum, and the
+// rest of the packet from start on is still to be added. It returns false if
+// the header points outside the packet.
+func completeChecksum(b []byte, start, offset int, udp bool) bool {
+	at := start + offset
+	if start < 0 || offset < 0 || at+2 > len(b) {
+		return false
+	}
+	c := ^fold(sum(b[start:], 0))
+	if c == 0 && udp {
+		c = 0xffff
+	}
+	putChecksum(b[at:], c)
+	return true
+}

@@ -1,0 +1,31 @@
+package encap
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The loop's system calls never block, so they are made without telling the
+// scheduler: its bookkeeping would cost more than a small packet does. Waiting
+// is left to the runtime's poller.
+
+func read(fd uintptr, b []byte) (int, unix.Errno) {
+	n, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), 0
+}
+
+func writev(fd uintptr, iovs []unix.Iovec) unix.Errno {
+	_, _, errno := unix.RawSyscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(iovs))), uintptr(len(iovs)))
+	return errno
+}
+
+func iovecOf(b []byte) unix.Iovec {
+	return unix.Iovec{Base: unsafe.SliceData(b), Len: uint64(len(b))}
+}
+
+// iovecs returns the slices of a message.
+func iovecs(h *unix.Msghdr) []unix.Iovec { return unsafe.Slice(h.Iov, h.Iovlen) }

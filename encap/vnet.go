@@ -1,0 +1,52 @@
+package encap
+
+import (
+	"encoding/binary"
+
+	"golang.org/x/sys/unix"
+)
+
+// vnetHeaderLen is the length of the virtio header that stands before every
+// frame of a TUN device with IFF_VNET_HDR.
+const vnetHeaderLen = 10
+
+// vnetHeader says what is unfinished about a frame: whether a checksum is
+// still to be completed, and into what segments it is to be cut. It is
+// struct virtio_net_hdr (linux/virtio_net.h), in the host's byte order.
+type vnetHeader struct {
+	flags      uint8
+	gsoType    uint8
+	hdrLen     uint16 // of the headers that every segment repeats
+	gsoSize    uint16 // payload bytes per segment
+	csumStart  uint16 // where the checksum's coverage begins
+	csumOffset uint16 // where, from csumStart, the checksum is stored
+}
+
+const (
+	vnetNeedsCsum = unix.VIRTIO_NET_HDR_F_NEEDS_CSUM
+	gsoNone       = unix.VIRTIO_NET_HDR_GSO_NONE
+	gsoTCP4       = unix.VIRTIO_NET_HDR_GSO_TCPV4
+	gsoTCP6       = unix.VIRTIO_NET_HDR_GSO_TCPV6
+	gsoUDP        = unix.VIRTIO_NET_HDR_GSO_UDP_L4
+	gsoECN        = unix.VIRTIO_NET_HDR_GSO_ECN // a bit on top of the type
+)
+
+func (h *vnetHeader) put(b []byte) {
+	_ = b[vnetHeaderLen-1]
+	b[0] = h.flags
+	b[1] = h.gsoType
+	binary.NativeEndian.PutUint16(b[2:], h.hdrLen)
+	binary.NativeEndian.PutUint16(b[4:], h.gsoSize)
+	binary.NativeEndian.PutUint16(b[6:], h.csumStart)
+	binary.NativeEndian.PutUint16(b[8:], h.csumOffset)
+}
+
+func (h *vnetHeader) parse(b []byte) {
+	_ = b[vnetHeaderLen-1]
+	h.flags = b[0]
+	h.gsoType = b[1]
+	h.hdrLen = binary.NativeEndian.Uint16(b[2:])
+	h.gsoSize = binary.NativeEndian.Uint16(b[4:])
+	h.csumStart = binary.NativeEndian.Uint16(b[6:])
+	h.csumOffset = binary.NativeEndian.Uint16(b[8:])
+}
