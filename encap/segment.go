@@ -17,18 +17,17 @@ type segmenter struct {
 }
 
 const (
-	// A segment carries at least one byte, but a frame of such segments would
-	// be absurd: the device is told never to build one (gso_max_segs). A frame
-	// that asks for more is refused.
-	maxFrameSegments = 1024
+	// MaxFrameSegments is the most segments that a frame may ask for; one that
+	// asks for more is dropped. The device should be told (gso_max_segs).
+	MaxFrameSegments = 1024
 	// The longest headers: VXLAN, IPv4 with options, TCP with options.
 	headSpace = (VXLANHeaderLen + 60 + 60 + 15) &^ 15
 )
 
 func newSegmenter() *segmenter {
 	return &segmenter{
-		arena:    make([]byte, maxFrameSegments*headSpace),
-		segments: make([]segment, 0, maxFrameSegments),
+		arena:    make([]byte, MaxFrameSegments*headSpace),
+		segments: make([]segment, 0, MaxFrameSegments),
 	}
 }
 
@@ -42,7 +41,7 @@ func newSegmenter() *segmenter {
 func (s *segmenter) cut(lead, b []byte, p *packet, size int) []segment {
 	s.segments = s.segments[:0]
 	payload := b[p.headLen:p.length]
-	if size <= 0 || len(payload) > size*maxFrameSegments {
+	if size <= 0 || len(payload) > size*MaxFrameSegments {
 		return nil
 	}
 	base := p.pseudo(b)

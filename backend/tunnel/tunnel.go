@@ -1,0 +1,266 @@
+// Package tunnel is the userspace datapath: a TUN device on the side of the
+// pods, UDP sockets on the side of the underlay, and encap's loop between.
+//
+// The host gets one route, the cluster network into the device; which peer a
+// packet goes to is looked up in the loop's own table. So a lease event is one
+// pointer swap, and no kernel state can be stale.
+package tunnel
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/backend"
+	"culvert/encap"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// DeviceName is the TUN device's name.
+const DeviceName = "culvert0"
+
+// Options is what a Tunnel is made of.
+type Options struct {
+	Node   backend.Node
+	Config subnet.Config
+	Lease  subnet.Lease // this node's own
+	Why    string       // the choice of this datapath, for the status
+	// The kill switches: each turns one mechanism off that would be used
+	// wherever the kernel has it.
+	NoGSO, NoGRO, NoUSO bool
+	Log                 *slog.Logger
+}
+
+// Tunnel is the userspace datapath.
+type Tunnel struct {
+	options Options
+	mtu     int
+	device  *device
+	sockets []*net.UDPConn
+	loop    *encap.Loop
+	offload encap.Offload
+	egress  encap.Counters
+	ingress encap.Counters
+
+	mu      sync.Mutex
+	applied host.State // what Apply last asked of the kernel
+}
+
+// Open makes the device and the sockets. The error names the step, and what to
+// do where that is known. Nothing is left open after an error.
+func Open(o Options) (*Tunnel, error) {
+	if o.Config.Backend.Type != "vxlan" {
+		return nil, fmt.Errorf("the userspace datapath carries vxlan, not %s", o.Config.Backend.Type)
+	}
+	t := &Tunnel{options: o}
+	var err error
+	if t.mtu, err = t.podMTU(); err != nil {
+		return nil, err
+	}
+	t.device, err = openDevice(DeviceName, t.mtu, o.Log)
+	if err != nil {
+		return nil, err
+	}
+	loop := encap.Options{
+		Device: t.device.file, MTU: t.mtu,
+		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
+	}
+	for _, e := range o.Lease.Endpoints {
+		socket, err := listen(netip.AddrPortFrom(o.Node.Underlay.Addr(e.Public.Is4()), o.Config.Backend.Port))
+		if err != nil {
+			return nil, errors.Join(err, t.Close(backend.Keep))
+		}
+		t.sockets = append(t.sockets, socket)
+		side := encap.Underlay{Socket: socket, VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
+		if e.Public.Is4() {
+			loop.IPv4 = side
+		} else {
+			loop.IPv6 = side
+		}
+	}
+	t.offload.GSO.Store(!o.NoGSO)
+	t.offload.GRO.Store(!o.NoGRO)
+	t.offload.USO.Store(!o.NoGRO && !o.NoUSO && t.device.uso)
+	t.loop = encap.NewLoop(loop)
+	return t, nil
+}
+
+// podMTU is what remains of the underlay's MTU, or what the configuration says.
+func (t *Tunnel) podMTU() (int, error) {
+	o := t.options
+	if o.Config.Backend.MTU != 0 {
+		return o.Config.Backend.MTU, nil
+	}
+	mtu := o.Node.Underlay.MTU
+	for _, e := range o.Lease.Endpoints {
+		mtu = min(mtu, o.Node.Underlay.MTU-encap.VXLANCost(e.Public.Is4()))
+	}
+	const least = 576 // RFC 791
+	if mtu < least {
+		return 0, fmt.Errorf("the MTU of %s is %d, which leaves %d bytes for pods, less than %d",
+			o.Node.Underlay.Name, o.Node.Underlay.MTU, mtu, least)
+	}
+	return mtu, nil
+}
+
+// Apply swaps the peer table, and makes the host's addresses, routes and
+// masquerading right.
+func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
+	t.loop.SetTable(t.table(s))
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.applied = t.state(s)
+	changes, err := host.Apply(t.applied)
+	for _, c := range changes {
+		t.options.Log.Info("host changed", "command", c)
+	}
+	return err
+}
+
+// table is the loop's view of a snapshot.
+func (t *Tunnel) table(s subnet.Snapshot) *encap.Table {
+	var local []netip.Prefix
+	for _, e := range t.options.Lease.Endpoints {
+		local = append(local, e.Subnet)
+	}
+	var peers []*encap.Peer
+	for _, l := range s.Peers {
+		for _, e := range l.Endpoints {
+			self, ok := t.options.Lease.Endpoint(e.Subnet.Addr().Is4())
+			if !ok || l.Reserved {
+				continue
+			}
+			to := netip.AddrPortFrom(e.Public, t.options.Config.Backend.Port)
+			peers = append(peers, encap.PeerTo(e.Subnet, to, self.VTEP.VNI, e.VTEP.MAC, self.VTEP.MAC))
+		}
+	}
+	return encap.NewTable(local, peers)
+}
+
+// state is what the host must be like, given a snapshot: the device bears the
+// subnet's first address, so that the node's own packets to pods have a source
+// within its subnet; the cluster network is reached through it, and is
+// unreachable, rather than sent to the default route, while it is gone.
+func (t *Tunnel) state(s subnet.Snapshot) host.State {
+	link := host.Link{Name: DeviceName, MTU: t.mtu, GSOMaxSegs: gsoMaxSegments}
+	var state host.State
+	for _, e := range t.options.Lease.Endpoints {
+		addr := e.Subnet.Addr()
+		link.Addrs = append(link.Addrs, netip.PrefixFrom(addr, addr.BitLen()))
+		for _, n := range s.Config.Networks {
+			if n.Prefix.Addr().Is4() != addr.Is4() {
+				continue
+			}
+			state.Routes = append(state.Routes,
+				host.Route{To: n.Prefix, Link: DeviceName, Source: addr, Metric: deviceMetric(addr)},
+				host.Route{To: n.Prefix, Metric: host.UnreachableMetric})
+			if t.options.Node.IPMasq {
+				state.Masquerade = append(state.Masquerade, host.Masquerade{Network: n.Prefix, Subnet: e.Subnet})
+			}
+		}
+	}
+	state.Links = []host.Link{link}
+	return state
+}
+
+// deviceMetric is the metric of the route into the device. IPv6 has no metric
+// 0: the kernel would make it 1024.
+func deviceMetric(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1024
+}
+
+// Run carries packets until ctx ends.
+func (t *Tunnel) Run(ctx context.Context) error { return t.loop.Run(ctx) }
+
+// Status says what the datapath does.
+func (t *Tunnel) Status() api.Datapath {
+	s := api.Datapath{
+		WireFormat: t.options.Config.Backend.Type,
+		Kind:       "userspace",
+		Why:        t.options.Why,
+		Device:     DeviceName,
+		MTU:        t.mtu,
+		Peers:      t.loop.Table().Peers(),
+		Egress:     traffic(&t.egress),
+		Ingress:    traffic(&t.ingress),
+		Mechanisms: []api.Mechanism{
+			mechanism("gso", t.offload.GSO.Load(), t.options.NoGSO, true),
+			mechanism("gro", t.offload.GRO.Load(), t.options.NoGRO, true),
+			mechanism("uso", t.offload.USO.Load(), t.options.NoUSO || t.options.NoGRO, t.device.uso),
+		},
+	}
+	for _, r := range encap.Reasons() {
+		if n := t.egress.Drops[r].Load() + t.ingress.Drops[r].Load(); n != 0 {
+			s.Drops = append(s.Drops, api.Drop{Reason: r.String(), Packets: n})
+		}
+	}
+	slices.SortStableFunc(s.Drops, func(a, b api.Drop) int { return cmp.Compare(b.Packets, a.Packets) })
+	return s
+}
+
+// mechanism says why one is off: by order, for want of it, or refused in use.
+func mechanism(name string, on, ordered, offered bool) api.Mechanism {
+	m := api.Mechanism{Name: name, On: on}
+	switch {
+	case on:
+	case ordered:
+		m.Why = "turned off by flag"
+	case !offered:
+		m.Why = "the kernel does not offer it"
+	default:
+		m.Why = "the kernel refused it in use"
+	}
+	return m
+}
+
+func traffic(c *encap.Counters) api.Traffic {
+	return api.Traffic{
+		Packets: c.Packets.Load(), Bytes: c.Bytes.Load(), Frames: c.Frames.Load(),
+		Syscalls: c.Syscalls.Load(), Waits: c.Waits.Load(),
+	}
+}
+
+// Close closes the device, which takes its addresses and routes with it, and
+// the sockets. The masquerading and the unreachable route stay with Keep.
+func (t *Tunnel) Close(how backend.How) error {
+	var errs []error
+	for _, s := range t.sockets {
+		errs = append(errs, s.Close())
+	}
+	errs = append(errs, t.device.close())
+	if how == backend.Remove {
+		_, err := host.Apply(host.State{})
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// listen opens a UDP socket bound to the node's underlay address.
+func listen(at netip.AddrPort) (*net.UDPConn, error) {
+	network := "udp4"
+	if at.Addr().Is6() {
+		network = "udp6"
+	}
+	lc := net.ListenConfig{Control: setSocketOptions}
+	c, err := lc.ListenPacket(context.Background(), network, at.String())
+	if errors.Is(err, unix.EADDRINUSE) {
+		return nil, fmt.Errorf("UDP port %d is taken: is a kernel vxlan device up (`ip -d link show type vxlan`), or flanneld running?: %w", at.Port(), err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("opening the tunnel's socket: %w", err)
+	}
+	return c.(*net.UDPConn), nil
+}

@@ -1,0 +1,103 @@
+// Package api is how a node daemon is asked about itself: what it says, the
+// server on its unix socket, and the small client that the commands and the
+// CNI plugin use.
+package api
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Status is everything that a daemon says of itself.
+type Status struct {
+	Version string    `json:"version"`
+	Node    string    `json:"node"`
+	Started time.Time `json:"started"`
+	// Ready says that pods can be added; otherwise NotReady says why not.
+	Ready    bool   `json:"ready"`
+	NotReady string `json:"not_ready,omitempty"`
+
+	Networks   []netip.Prefix `json:"networks"`
+	Lease      *Lease         `json:"lease,omitempty"`
+	SubnetFile string         `json:"subnet_file"`
+	Store      Store          `json:"store"`
+	Underlay   Underlay       `json:"underlay"`
+	Datapath   Datapath       `json:"datapath"`
+	Peers      []Peer         `json:"peers"`
+	Rejected   []Rejection    `json:"rejected,omitempty"`
+}
+
+// Lease is this node's own lease.
+type Lease struct {
+	Subnets   []netip.Prefix `json:"subnets"`
+	PublicIPs []netip.Addr   `json:"public_ips"`
+	Expires   time.Time      `json:"expires,omitzero"`
+}
+
+// Store is the state of the contact with etcd.
+type Store struct {
+	Endpoints []string  `json:"endpoints"`
+	Prefix    string    `json:"prefix"`
+	Connected bool      `json:"connected"`
+	Since     time.Time `json:"since,omitzero"` // of the last change of Connected
+	Error     string    `json:"error,omitempty"`
+	Revision  int64     `json:"revision"`
+}
+
+// Underlay is what tunnel packets leave by.
+type Underlay struct {
+	Interface string       `json:"interface"`
+	MTU       int          `json:"mtu"`
+	Addrs     []netip.Addr `json:"addrs"`
+	Why       string       `json:"why"`
+}
+
+// Datapath is how packets are carried.
+type Datapath struct {
+	WireFormat string      `json:"wire_format"` // vxlan, ipip, host-gw
+	Kind       string      `json:"kind"`        // userspace, kernel
+	Why        string      `json:"why"`
+	Device     string      `json:"device"`
+	MTU        int         `json:"mtu"` // of pods
+	Peers      int         `json:"peers"`
+	Mechanisms []Mechanism `json:"mechanisms,omitempty"`
+	Egress     Traffic     `json:"egress"`
+	Ingress    Traffic     `json:"ingress"`
+	Drops      []Drop      `json:"drops"`
+}
+
+// Mechanism is one of the kernel's offers that make the datapath fast.
+type Mechanism struct {
+	Name string `json:"name"`
+	On   bool   `json:"on"`
+	Why  string `json:"why,omitempty"` // it is off
+}
+
+// Traffic is what one direction has carried since the start.
+type Traffic struct {
+	Packets  uint64 `json:"packets"` // as on the wire
+	Bytes    uint64 `json:"bytes"`   // of inner packets
+	Frames   uint64 `json:"frames"`  // device reads or writes
+	Syscalls uint64 `json:"syscalls"`
+	Waits    uint64 `json:"waits"`
+}
+
+// Drop is how many packets were dropped for one reason.
+type Drop struct {
+	Reason  string `json:"reason"`
+	Packets uint64 `json:"packets"`
+}
+
+// Peer is another node.
+type Peer struct {
+	Node      string         `json:"node,omitempty"`
+	Backend   string         `json:"backend"`
+	Subnets   []netip.Prefix `json:"subnets"`
+	PublicIPs []netip.Addr   `json:"public_ips"`
+}
+
+// Rejection is a lease that was set aside, and why.
+type Rejection struct {
+	Key    string `json:"key"`
+	Reason string `json:"reason"`
+}
