@@ -52,6 +52,10 @@ type Snapshot struct {
 	Self     Lease   // this node's own lease, as the store has it or as last held
 	Peers    []Lease // every other lease in force, sorted by subnet
 	Rejected []Rejection
+	// ConfigRefused says why the configuration in the store is not Config: it
+	// is missing, invalid, or one that a running node cannot change to. Config
+	// is then the last good one. Empty otherwise.
+	ConfigRefused string
 }
 
 // Rejection is a key of the store that was set aside, and why.
@@ -60,9 +64,37 @@ type Rejection struct {
 	Reason string
 }
 
+// Admin is what an administrator does, beside the nodes. Unlike a Registry's,
+// its calls do not wait for the store: they fail, with what was attempted.
+type Admin interface {
+	// Entries returns every key under subnets/, malformed ones too, sorted by
+	// key, and the store's revision. Expires is filled in where asked for, which
+	// costs one request per entry.
+	Entries(ctx context.Context, withExpiry bool) ([]Entry, int64, error)
+	// ConfigText returns the network configuration as it stands in the store
+	// and its ModRevision; nil and 0 if there is none.
+	ConfigText(ctx context.Context) ([]byte, int64, error)
+	// SetConfig stores a configuration that ParseConfig accepts and returns its
+	// ModRevision. Replaces is that of the one it takes the place of: 0 for none yet,
+	// AnyRevision for whatever is there. ErrChanged if another one is.
+	SetConfig(ctx context.Context, text []byte, replaces int64) (int64, error)
+	// Reserve keeps the subnets, one of each family at most, from every node
+	// until they are released; owner says for whom. ErrTaken.
+	Reserve(ctx context.Context, owner string, subnets []netip.Prefix) (Lease, error)
+	// ReleaseKey deletes the entry, whoever holds it, if it is still at this
+	// ModRevision (AnyRevision: at any). ErrChanged, ErrAbsent.
+	ReleaseKey(ctx context.Context, key string, at int64) error
+}
+
+// AnyRevision is given in place of a ModRevision to write without comparing.
+const AnyRevision = -1
+
 // Errors that a caller branches on.
 var (
 	ErrExhausted = errors.New("no free subnet is left in the network")
 	ErrConflict  = errors.New("another node holds this identity or address")
 	ErrLost      = errors.New("the lease is lost")
+	ErrChanged   = errors.New("somebody else has changed it meanwhile")
+	ErrTaken     = errors.New("the subnet is leased or reserved")
+	ErrAbsent    = errors.New("there is no such entry")
 )

@@ -1,0 +1,297 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"culvert/subnet"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// DefaultTTL is the lifetime of a lease without renewal, flannel's.
+const DefaultTTL = 24 * time.Hour
+
+// errRace says that what was read is no longer so.
+var errRace = errors.New("another write came first")
+
+// grant is an etcd lease that waits for its key.
+type grant struct {
+	id int64 // zero: none yet
+	// doubtful says that a transaction with this id was sent and not answered:
+	// it may have been committed, or may still be.
+	doubtful bool
+}
+
+// Acquire implements subnet.Registry. It waits for etcd while it is away.
+func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
+	if err := c.Check(); err != nil {
+		return subnet.Lease{}, fmt.Errorf("claim of node %q: %w", c.Node, err)
+	}
+	if c.TTL <= 0 {
+		c.TTL = DefaultTTL
+	}
+	done, err := r.takeTurn(ctx)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	defer done()
+	r.mu.Lock()
+	r.ttl = c.TTL
+	r.mu.Unlock()
+
+	var g grant
+	var pause backoff
+	for {
+		l, err := r.tryAcquire(ctx, c, &g)
+		if err == nil {
+			if g.id != l.ID {
+				r.revoke(g.id)
+			}
+			r.setHeld(l)
+			return l, nil
+		}
+		again := !permanent(err)
+		if again && !errors.Is(err, errRace) {
+			r.log.Warn("no lease yet; trying again", "node", c.Node, "error", err)
+		}
+		if again && pause.wait(ctx) == nil {
+			continue
+		}
+		if !g.doubtful { // else it may be our lease's by now, to be found at the next start
+			r.revoke(g.id)
+		}
+		return subnet.Lease{}, fmt.Errorf("acquire a lease: %w", err)
+	}
+}
+
+// tryAcquire is one round: list, choose, write.
+func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (subnet.Lease, error) {
+	entries, revision, err := r.entries(ctx)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	saved := r.savedID()
+	occupancy := subnet.Occupied(entries)
+	occupancy.Mine = func(l subnet.Lease) bool { return l.ID != 0 && (l.ID == saved || l.ID == g.id) }
+	choice, err := subnet.Choose(c, occupancy)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	if choice.Keep == nil {
+		// The commit in doubt has not happened. Without its lease it cannot
+		// happen any more, and another subnet may be tried.
+		if g.doubtful {
+			if err := r.revokeNow(ctx, g.id); err != nil {
+				return subnet.Lease{}, err
+			}
+			*g = grant{}
+		}
+		if err := r.granted(ctx, c.Node, c.TTL, g); err != nil {
+			return subnet.Lease{}, err
+		}
+		choice.Lease.ID = g.id
+		return r.write(ctx, choice, revision, c.TTL, g)
+	}
+
+	keep := *choice.Keep
+	if keep.ID != 0 { // else it was written to last for ever, and does
+		left, whole, err := r.timeToLive(ctx, keep.ID)
+		if err != nil {
+			return subnet.Lease{}, err
+		}
+		if left <= 0 || whole != time.Duration(seconds(c.TTL))*time.Second || keep.Node != c.Node {
+			if err := r.granted(ctx, c.Node, c.TTL, g); err != nil {
+				return subnet.Lease{}, err
+			}
+			choice.Lease.ID = g.id
+		} else if err := r.saveID(c.Node, keep.ID); err != nil {
+			return subnet.Lease{}, err
+		}
+	}
+	before, err := keep.Value()
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	after, err := choice.Lease.Value()
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	if slices.Equal(before, after) && choice.Lease.ID == keep.ID && len(choice.Drop) == 0 {
+		choice.Lease.Expires = expiry(choice.Lease.ID, c.TTL)
+		return choice.Lease, nil
+	}
+	l, err := r.write(ctx, choice, revision, c.TTL, g)
+	if err == nil && keep.ID != l.ID && keep.Node == c.Node {
+		r.revoke(keep.ID) // flannel's own is left alone, to expire
+	}
+	return l, err
+}
+
+// write commits the choice, which was made from the list at a revision, and
+// then looks at what was written between that revision and ours.
+func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64, ttl time.Duration, g *grant) (subnet.Lease, error) {
+	l := choice.Lease
+	value, err := l.Value()
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	key := r.subnetsDir() + l.Key()
+	var ifs []clientv3.Cmp
+	if choice.Keep != nil {
+		ifs = append(ifs, clientv3.Compare(clientv3.ModRevision(key), "=", choice.Keep.ModRevision))
+	} else {
+		ifs = r.stillFree(l, listed, len(choice.Drop) > 0)
+	}
+	var then []clientv3.Op
+	for _, drop := range choice.Drop {
+		old := r.subnetsDir() + drop.Key()
+		ifs = append(ifs, clientv3.Compare(clientv3.ModRevision(old), "=", drop.ModRevision))
+		then = append(then, clientv3.OpDelete(old))
+	}
+	put := clientv3.OpPut(key, string(value), clientv3.WithLease(clientv3.LeaseID(l.ID)))
+	since := clientv3.OpGet(r.subnetsDir(), clientv3.WithPrefix(), clientv3.WithMinModRev(listed+1))
+	then = append(then, put, since)
+
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	resp, err := r.client.Txn(rctx).If(ifs...).Then(then...).Commit()
+	if err != nil {
+		if l.ID == g.id {
+			g.doubtful = true
+		}
+		if expired(err) {
+			*g = grant{}
+		}
+		return subnet.Lease{}, fmt.Errorf("write lease %s: %w", l, err)
+	}
+	if !resp.Succeeded {
+		return subnet.Lease{}, fmt.Errorf("lease %s: %w", l, errRace)
+	}
+	l.ModRevision = resp.Header.Revision
+	if choice.Keep == nil {
+		l.CreateRevision = resp.Header.Revision
+	}
+	l.Expires = expiry(l.ID, ttl)
+	for _, kv := range resp.Responses[len(resp.Responses)-1].GetResponseRange().Kvs {
+		if err := r.secondTo(l, r.entry(kv)); err != nil {
+			r.undo(ctx, choice, l)
+			return subnet.Lease{}, err
+		}
+	}
+	return l, nil
+}
+
+// stillFree compares that nobody has the lease's subnets. All keys that lease
+// one IPv4 subnet begin alike, dual stack or not, so one comparison over that
+// range does. An IPv6 half stands at the end of the key, where no range catches
+// it: then nothing at all may have been written since the list. The same holds
+// where our own old key begins alike.
+func (r *Registry) stillFree(l subnet.Lease, listed int64, replacing bool) []clientv3.Cmp {
+	if len(l.Endpoints) == 1 && l.Endpoints[0].Subnet.Addr().Is4() && !replacing {
+		key := clientv3.CreateRevision(r.subnetsDir() + l.Key())
+		return []clientv3.Cmp{clientv3.Compare(key, "=", 0).WithPrefix()}
+	}
+	all := clientv3.ModRevision(r.subnetsDir())
+	return []clientv3.Cmp{
+		clientv3.Compare(all, "<", listed+1).WithPrefix(),
+		clientv3.Compare(clientv3.CreateRevision(r.subnetsDir()+l.Key()), "=", 0),
+	}
+}
+
+// secondTo returns an error if the other entry was there before our lease and
+// excludes it: the older stands.
+func (r *Registry) secondTo(l subnet.Lease, e subnet.Entry) error {
+	if e.CreateRevision >= l.CreateRevision || e.Key == l.Key() {
+		return nil
+	}
+	other, err := e.Lease()
+	if err != nil {
+		return nil // malformed: it is nobody's address
+	}
+	if l.Overlaps(other) {
+		return fmt.Errorf("%s overlaps %s: %w", l, other, errRace)
+	}
+	return l.Rival(other)
+}
+
+// undo takes back a write that came second, unless somebody wrote since. What
+// fails here expires with its lease.
+func (r *Registry) undo(ctx context.Context, choice subnet.Choice, l subnet.Lease) {
+	if choice.Keep != nil {
+		return // ours before already; the next round decides
+	}
+	rctx, cancel := r.request(context.WithoutCancel(ctx))
+	defer cancel()
+	key := r.subnetsDir() + l.Key()
+	_, err := r.client.Txn(rctx).
+		If(clientv3.Compare(clientv3.ModRevision(key), "=", l.ModRevision)).
+		Then(clientv3.OpDelete(key)).Commit()
+	if err != nil {
+		r.log.Warn("a lease that came second could not be taken back", "subnet", l.Key(), "error", err)
+	}
+}
+
+// granted makes sure that g holds a fresh etcd lease and that it is kept.
+func (r *Registry) granted(ctx context.Context, node string, ttl time.Duration, g *grant) error {
+	if g.id != 0 {
+		return nil
+	}
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	resp, err := r.client.Grant(rctx, seconds(ttl))
+	if err != nil {
+		return fmt.Errorf("grant an etcd lease: %w", err)
+	}
+	*g = grant{id: int64(resp.ID)}
+	return r.saveID(node, g.id)
+}
+
+// timeToLive returns what is left of an etcd lease, and its whole; nothing is
+// left of one that etcd does not have.
+func (r *Registry) timeToLive(ctx context.Context, id int64) (left, whole time.Duration, err error) {
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	resp, err := r.client.TimeToLive(rctx, clientv3.LeaseID(id))
+	if expired(err) {
+		return 0, 0, nil
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("ask for the etcd lease's time to live: %w", err)
+	}
+	return time.Duration(resp.TTL) * time.Second, time.Duration(resp.GrantedTTL) * time.Second, nil
+}
+
+// revokeNow returns nil once etcd has no such lease.
+func (r *Registry) revokeNow(ctx context.Context, id int64) error {
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	if _, err := r.client.Revoke(rctx, clientv3.LeaseID(id)); err != nil && !expired(err) {
+		return fmt.Errorf("revoke the etcd lease of an unanswered write: %w", err)
+	}
+	return nil
+}
+
+// revoke is for tidiness: what it fails to end expires.
+func (r *Registry) revoke(id int64) {
+	if id == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_, _ = r.client.Revoke(ctx, clientv3.LeaseID(id))
+}
+
+func seconds(ttl time.Duration) int64 {
+	return int64((ttl + time.Second - 1) / time.Second)
+}
+
+func expiry(id int64, ttl time.Duration) time.Time {
+	if id == 0 {
+		return time.Time{}
+	}
+	return time.Now().Add(ttl)
+}

@@ -1,0 +1,346 @@
+package etcd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"time"
+
+	"culvert/subnet"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// lookEvery is how often Hold compares our key even if nothing points at a
+// change; Watch points at one at once.
+const lookEvery = time.Minute
+
+// Hold implements subnet.Registry. While etcd is away it waits: only an answer
+// of etcd that another node has the subnet is a loss.
+func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
+	if held, ok := r.Held(); !ok || held.Key() != l.Key() {
+		r.setHeld(l)
+	}
+	var g grant
+	var pause backoff
+	for {
+		err := r.verify(ctx, &g)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, subnet.ErrLost):
+			return err
+		case err != nil:
+			if !errors.Is(err, errRace) {
+				r.log.Warn("the lease cannot be renewed for now; holding on to it", "subnet", l.Key(), "error", err)
+			}
+			if pause.wait(ctx) != nil {
+				return nil
+			}
+			continue
+		}
+		pause.reset()
+		if err := r.renew(ctx); err != nil {
+			r.log.Debug("looking at our lease", "subnet", l.Key(), "reason", err)
+			// A stream that ends as soon as it is opened must not spin.
+			if sleep(ctx, 50*time.Millisecond+rand.N(50*time.Millisecond)) != nil {
+				return nil
+			}
+		}
+	}
+}
+
+// renew keeps the etcd lease alive until there is a reason, which it returns,
+// to look at the key.
+func (r *Registry) renew(ctx context.Context) error {
+	held, ok := r.Held()
+	if !ok {
+		return errors.New("released")
+	}
+	kctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	defer cancel()
+	var renewals <-chan *clientv3.LeaseKeepAliveResponse
+	if held.ID != 0 {
+		var err error
+		if renewals, err = r.client.KeepAlive(kctx, clientv3.LeaseID(held.ID)); err != nil {
+			return fmt.Errorf("keep the lease alive: %w", err)
+		}
+	}
+	look := time.NewTimer(lookEvery/2 + rand.N(lookEvery))
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-r.poke:
+			return errors.New("our key was written or is missing")
+		case <-look.C:
+			return errors.New("it is time to")
+		case resp, ok := <-renewals:
+			if !ok {
+				// Not an expiry yet: the connection, the leader or a slow answer
+				// closes the channel too.
+				return errors.New("the renewals ended")
+			}
+			r.renewed(int64(resp.ID), time.Duration(resp.TTL)*time.Second)
+		}
+	}
+}
+
+func (r *Registry) renewed(id int64, left time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.held.ID == id {
+		r.held.Expires = time.Now().Add(left)
+	}
+}
+
+// verify makes our key what we hold: it adopts, rewrites or creates it again.
+// ErrLost says that another node has the subnet.
+func (r *Registry) verify(ctx context.Context, g *grant) error {
+	done, err := r.takeTurn(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	held, ok := r.Held()
+	if !ok {
+		return fmt.Errorf("%w: it was released", subnet.ErrLost)
+	}
+	return r.repair(ctx, held, g)
+}
+
+// repair is verify for the lease as it should be. The caller has the turn.
+func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) error {
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	resp, err := r.client.Get(rctx, r.subnetsDir()+want.Key())
+	if err != nil {
+		return fmt.Errorf("read our lease: %w", err)
+	}
+	if len(resp.Kvs) == 0 {
+		return r.recreate(ctx, want, g)
+	}
+	e := r.entry(resp.Kvs[0])
+	is, err := r.ours(want, g, e)
+	if err != nil {
+		return err
+	}
+	want.CreateRevision, want.ModRevision = e.CreateRevision, e.ModRevision
+	ttl := DefaultTTL
+	if e.ID != 0 {
+		left, whole, err := r.timeToLive(ctx, e.ID)
+		if err != nil {
+			return err
+		}
+		if left <= 0 {
+			return fmt.Errorf("lease %s expired between two requests: %w", want, errRace)
+		}
+		ttl = whole
+		want.ID, want.Expires = e.ID, time.Now().Add(left)
+		if err := r.saveID(want.Node, e.ID); err != nil {
+			return err
+		}
+	} else {
+		want.ID, want.Expires = 0, time.Time{}
+	}
+	value, err := want.Value()
+	if err != nil {
+		return err
+	}
+	if !slices.Equal(value, e.Value) {
+		if is.Node != "" {
+			r.log.Info("writing our lease anew", "subnet", want.Key(), "node", want.Node, "public", want.Publics())
+		} else {
+			r.log.Warn("our lease was overwritten without a node identity, as flannel does; writing it anew", "subnet", want.Key())
+		}
+		keep := is
+		written, err := r.write(ctx, subnet.Choice{Lease: want, Keep: &keep}, resp.Header.Revision, ttl, g)
+		if err != nil {
+			return err
+		}
+		written.Expires = want.Expires
+		want = written
+	}
+	r.setHeld(want)
+	return nil
+}
+
+// ours returns the entry at our key as a lease if it is ours, else ErrLost.
+// The handle decides; without it identity and address do.
+func (r *Registry) ours(want subnet.Lease, g *grant, e subnet.Entry) (subnet.Lease, error) {
+	is, err := e.Lease()
+	known := e.ID != 0 && (e.ID == want.ID || e.ID == g.id)
+	if err != nil {
+		if known {
+			// Somebody spoilt the value and kept our handle.
+			return subnet.Lease{Node: want.Node, CreateRevision: e.CreateRevision, ModRevision: e.ModRevision, ID: e.ID}, nil
+		}
+		return subnet.Lease{}, fmt.Errorf("%w: the value at %s is malformed and not ours: %w", subnet.ErrLost, e.Key, err)
+	}
+	sameAddress := slices.ContainsFunc(want.Publics(), func(a netip.Addr) bool { return slices.Contains(is.Publics(), a) })
+	switch {
+	case is.Reserved:
+		return is, fmt.Errorf("%w: an administrator reserved %s", subnet.ErrLost, is)
+	case known && (is.Node == want.Node || is.Node == ""):
+	case is.Node == want.Node && (sameAddress || e.ModRevision == want.ModRevision):
+	case is.Node == "" && sameAddress:
+	default:
+		return is, fmt.Errorf("%w: %s has the subnet of %s now", subnet.ErrLost, is, want)
+	}
+	return is, nil
+}
+
+// recreate writes our vanished key again, if the subnet is still free: the
+// lease expired, was deleted, or the store went back in time.
+func (r *Registry) recreate(ctx context.Context, want subnet.Lease, g *grant) error {
+	entries, revision, err := r.entries(ctx)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Key == want.Key() {
+			return fmt.Errorf("lease %s: %w", want, errRace)
+		}
+		other, err := e.Lease()
+		if err != nil {
+			if subnets, err := subnet.ParseKey(e.Key); err == nil {
+				for _, s := range subnets {
+					other.Endpoints = append(other.Endpoints, subnet.Endpoint{Subnet: s})
+				}
+			}
+		}
+		if want.Overlaps(other) {
+			return fmt.Errorf("%w: it expired, and %s has its subnet now", subnet.ErrLost, other)
+		}
+		if err := want.Rival(other); err != nil {
+			return fmt.Errorf("%w: it expired, and another node took its identity or address: %w", subnet.ErrLost, err)
+		}
+	}
+	ttl := r.lifetime()
+	if g.doubtful { // it expired too, or belongs to nothing
+		*g = grant{}
+	}
+	if err := r.granted(ctx, want.Node, ttl, g); err != nil {
+		return err
+	}
+	want.ID = g.id
+	written, err := r.write(ctx, subnet.Choice{Lease: want}, revision, ttl, g)
+	if err != nil {
+		return err
+	}
+	r.log.Info("our lease was gone from etcd and is written again", "subnet", want.Key(), "node", want.Node)
+	r.setHeld(written)
+	*g = grant{}
+	return nil
+}
+
+// Update implements subnet.Registry. The subnets stay as they are. It waits for
+// etcd while it is away, and fails with ErrConflict if another node has the new
+// address, with ErrLost if it has the subnet.
+func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, error) {
+	done, err := r.takeTurn(ctx)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	defer done()
+	before, ok := r.Held()
+	if !ok || before.Key() != l.Key() {
+		return subnet.Lease{}, fmt.Errorf("update lease %s: %w: this registry does not hold it", l, subnet.ErrLost)
+	}
+	want := before
+	want.Backend, want.Endpoints = l.Backend, slices.Clone(l.Endpoints)
+	if _, err := want.Value(); err != nil {
+		return subnet.Lease{}, fmt.Errorf("update: %w", err)
+	}
+	var g grant
+	var pause backoff
+	for {
+		err := r.checkRivals(ctx, want)
+		if err == nil {
+			err = r.repair(ctx, want, &g)
+		}
+		if err == nil {
+			after, _ := r.Held()
+			return after, nil
+		}
+		if permanent(err) || pause.wait(ctx) != nil {
+			return subnet.Lease{}, fmt.Errorf("update lease %s: %w", l, err)
+		}
+	}
+}
+
+func (r *Registry) checkRivals(ctx context.Context, l subnet.Lease) error {
+	entries, _, err := r.entries(ctx)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if other, err := e.Lease(); err == nil {
+			if err := l.Rival(other); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Release implements subnet.Registry. Releasing what is gone already, or
+// another node's by now, is no error: it is not ours. Hold, if it still runs,
+// returns ErrLost.
+func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
+	done, err := r.takeTurn(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	held, ok := r.Held()
+	if !ok || held.Key() != l.Key() {
+		held = l
+	}
+	var g grant
+	var pause backoff
+	for {
+		err := r.release(ctx, held, &g)
+		if err == nil {
+			break
+		}
+		if permanent(err) || pause.wait(ctx) != nil {
+			return fmt.Errorf("release lease %s: %w", l, err)
+		}
+	}
+	r.setHeld(subnet.Lease{})
+	r.look()
+	return r.dropID()
+}
+
+func (r *Registry) release(ctx context.Context, l subnet.Lease, g *grant) error {
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	key := r.subnetsDir() + l.Key()
+	resp, err := r.client.Get(rctx, key)
+	if err != nil {
+		return err
+	}
+	if len(resp.Kvs) == 0 {
+		return nil
+	}
+	e := r.entry(resp.Kvs[0])
+	if _, err := r.ours(l, g, e); err != nil {
+		return nil
+	}
+	done, err := r.client.Txn(rctx).
+		If(clientv3.Compare(clientv3.ModRevision(key), "=", e.ModRevision)).
+		Then(clientv3.OpDelete(key)).Commit()
+	switch {
+	case err != nil:
+		return err
+	case !done.Succeeded:
+		return errRace
+	}
+	r.revoke(e.ID)
+	return nil
+}

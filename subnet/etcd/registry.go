@@ -1,0 +1,240 @@
+// Package etcd is the lease registry on etcd v3, in flannel's layout:
+// <prefix>/config is the network configuration, <prefix>/subnets/<key> a lease.
+//
+// Every write is a transaction that compares what the writer believes, so that
+// nobody's lease is ever overwritten. etcd being away is never a loss: each
+// call waits for it, with a pause that grows to a ceiling, and what was last
+// read stands meanwhile.
+package etcd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+
+	"culvert/subnet"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	grpcbackoff "google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Registry is one node's way to the leases: it holds one lease at most. It is
+// also the administrator's (subnet.Admin). Its methods may be called at one
+// time.
+type Registry struct {
+	client *clientv3.Client
+	opts   Options
+	log    *slog.Logger
+
+	// turn is taken by whoever writes our own key, over all of its requests.
+	turn chan struct{}
+	// poke tells Hold to look at our own key.
+	poke chan struct{}
+
+	mu     sync.Mutex
+	held   subnet.Lease  // as last written or read; without Endpoints: none
+	ttl    time.Duration // as claimed
+	config subnet.Config // the last valid one; without Networks: none
+	text   string        // that config was read from
+}
+
+var (
+	_ subnet.Registry = (*Registry)(nil)
+	_ subnet.Admin    = (*Registry)(nil)
+)
+
+// New makes a registry. With a user it authenticates first, and waits for etcd
+// until ctx ends; otherwise nothing is sent yet. An error says what in the
+// options cannot work. The caller ends it with Close.
+func New(ctx context.Context, o Options) (*Registry, error) {
+	o, err := o.complete()
+	if err != nil {
+		return nil, err
+	}
+	tlsConfig, err := o.tls()
+	if err != nil {
+		return nil, err
+	}
+	if o.User != "" && tlsConfig == nil {
+		o.Logger.Warn("the etcd password travels unencrypted; use https endpoints", "endpoints", o.Endpoints)
+	}
+	cfg := clientv3.Config{
+		Endpoints:   o.Endpoints,
+		DialTimeout: o.DialTimeout,
+		TLS:         tlsConfig,
+		Username:    o.User,
+		Password:    o.Password,
+		Logger:      zap.NewNop(),
+		// A silent peer is given up after 15 s. Servers refuse pings that come
+		// faster than 5 s.
+		DialKeepAliveTime:    10 * time.Second,
+		DialKeepAliveTimeout: 5 * time.Second,
+		PermitWithoutStream:  true,
+		// The callers here have their own pauses.
+		MaxUnaryRetries:    2,
+		BackoffWaitBetween: 100 * time.Millisecond,
+		// gRPC's pause between attempts to connect grows to 2 minutes by default.
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           grpcbackoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: 5 * time.Second},
+			MinConnectTimeout: o.DialTimeout,
+		})},
+	}
+	r := &Registry{opts: o, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
+	var pause backoff
+	for {
+		if r.client, err = clientv3.New(cfg); err == nil {
+			return r, nil
+		}
+		if permanent(err) {
+			return nil, fmt.Errorf("etcd: connect to %s: %w", strings.Join(o.Endpoints, ", "), err)
+		}
+		r.log.Warn("etcd cannot be reached; trying again", "endpoints", o.Endpoints, "error", err)
+		if err := pause.wait(ctx); err != nil {
+			return nil, fmt.Errorf("etcd: connect to %s: %w", strings.Join(o.Endpoints, ", "), err)
+		}
+	}
+}
+
+// Close ends the connection. It does not give the lease back (Release).
+func (r *Registry) Close() error { return r.client.Close() }
+
+// Held returns the lease that this registry holds, as last written or read,
+// and whether there is one. Expires moves with each renewal.
+func (r *Registry) Held() (subnet.Lease, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.held, len(r.held.Endpoints) > 0
+}
+
+func (r *Registry) setHeld(l subnet.Lease) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.held = l
+}
+
+// lifetime is what was claimed, for a lease that must be granted again.
+func (r *Registry) lifetime() time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return cmp.Or(r.ttl, DefaultTTL)
+}
+
+func (r *Registry) directory() string  { return r.opts.Prefix + "/" }
+func (r *Registry) configKey() string  { return r.opts.Prefix + "/config" }
+func (r *Registry) subnetsDir() string { return r.opts.Prefix + "/subnets/" }
+
+// request gives one request its time, and asks for a member that has a leader.
+func (r *Registry) request(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(clientv3.WithRequireLeader(ctx), r.opts.RequestTimeout)
+}
+
+// entries reads all keys under subnets/ at one revision.
+func (r *Registry) entries(ctx context.Context) ([]subnet.Entry, int64, error) {
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	resp, err := r.client.Get(rctx, r.subnetsDir(), clientv3.WithPrefix())
+	if err != nil {
+		return nil, 0, fmt.Errorf("list the leases: %w", err)
+	}
+	entries := make([]subnet.Entry, 0, len(resp.Kvs))
+	for _, kv := range resp.Kvs {
+		entries = append(entries, r.entry(kv))
+	}
+	return entries, resp.Header.Revision, nil
+}
+
+func (r *Registry) entry(kv *mvccpb.KeyValue) subnet.Entry {
+	return subnet.NewEntry(subnet.Entry{
+		Key: strings.TrimPrefix(string(kv.Key), r.subnetsDir()), Value: kv.Value,
+		CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision, ID: kv.Lease,
+	})
+}
+
+// takeTurn returns the function that ends the turn.
+func (r *Registry) takeTurn(ctx context.Context) (func(), error) {
+	select {
+	case r.turn <- struct{}{}:
+		return func() { <-r.turn }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// look asks Hold to compare our key with what it should be.
+func (r *Registry) look() {
+	select {
+	case r.poke <- struct{}{}:
+	default:
+	}
+}
+
+// permanent reports whether trying again cannot help: what etcd answers to
+// wrong credentials or rights, and what this package decides itself.
+func permanent(err error) bool {
+	for _, e := range []error{subnet.ErrConflict, subnet.ErrExhausted, subnet.ErrLost, rpctypes.ErrAuthFailed, rpctypes.ErrPermissionDenied} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	var code codes.Code
+	if e, ok := errors.AsType[rpctypes.EtcdError](err); ok {
+		code = e.Code()
+	} else {
+		code = status.Code(unwrapAll(err))
+	}
+	return code == codes.PermissionDenied || code == codes.InvalidArgument && !errors.Is(err, rpctypes.ErrAuthOldRevision)
+}
+
+// unwrapAll returns the innermost error, where gRPC's status is.
+func unwrapAll(err error) error {
+	for {
+		inner := errors.Unwrap(err)
+		if inner == nil {
+			return err
+		}
+		err = inner
+	}
+}
+
+// expired reports whether etcd says that it has no such lease.
+func expired(err error) bool { return errors.Is(err, rpctypes.ErrLeaseNotFound) }
+
+// backoff is a pause that doubles from 50 ms to 10 s, each cut by up to a half
+// so that nodes that failed together do not return together.
+type backoff struct{ next time.Duration }
+
+const (
+	pauseFirst   = 50 * time.Millisecond
+	pauseCeiling = 10 * time.Second
+)
+
+// wait returns ctx's error if it ends first.
+func (b *backoff) wait(ctx context.Context) error {
+	b.next = min(max(b.next*2, pauseFirst), pauseCeiling)
+	return sleep(ctx, b.next/2+rand.N(b.next/2+1))
+}
+
+func (b *backoff) reset() { b.next = 0 }
+
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}

@@ -1,0 +1,94 @@
+package etcd
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+)
+
+// state is what is kept beside etcd: by the handle a daemon knows its lease
+// even where the value does not show it.
+type state struct {
+	Node    string `json:"node"`
+	LeaseID string `json:"lease_id"` // hexadecimal, as etcdctl shows it
+}
+
+// savedID returns zero where nothing is kept or it cannot be read: the lease is
+// then known by identity and address alone.
+func (r *Registry) savedID() int64 {
+	if r.opts.StateFile == "" {
+		return 0
+	}
+	text, err := os.ReadFile(r.opts.StateFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0
+	}
+	var s state
+	if err == nil {
+		err = json.Unmarshal(text, &s)
+	}
+	var id int64
+	if err == nil {
+		id, err = strconv.ParseInt(s.LeaseID, 16, 64)
+	}
+	if err != nil {
+		r.log.Warn("the kept lease handle cannot be read; going by identity and address", "file", r.opts.StateFile, "error", err)
+		return 0
+	}
+	return id
+}
+
+// saveID keeps the handle before it is used, so that a crash in between loses
+// nothing.
+func (r *Registry) saveID(node string, id int64) error {
+	if r.opts.StateFile == "" {
+		return nil
+	}
+	text, err := json.Marshal(state{Node: node, LeaseID: strconv.FormatInt(id, 16)})
+	if err != nil {
+		return err
+	}
+	if err := replaceFile(r.opts.StateFile, append(text, '\n')); err != nil {
+		return fmt.Errorf("keep the lease handle: %w", err)
+	}
+	return nil
+}
+
+func (r *Registry) dropID() error {
+	if r.opts.StateFile == "" {
+		return nil
+	}
+	if err := os.Remove(r.opts.StateFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("forget the lease handle: %w", err)
+	}
+	return nil
+}
+
+// replaceFile writes beside the file and renames, so that a reader sees the old
+// or the new content whole.
+func replaceFile(name string, content []byte) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Sync()
+	}
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), name)
+}

@@ -1,0 +1,225 @@
+package subnet
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Entry is one key under <prefix>/subnets/ as the store has it.
+type Entry struct {
+	Key   string // without the store's prefix, such as 10.5.52.0-24
+	Value []byte
+	// CreateRevision and ModRevision are the store's.
+	CreateRevision, ModRevision int64
+	ID                          int64     // the store's handle for its lifetime, zero for ever
+	Expires                     time.Time // zero if unknown
+
+	lease Lease
+	err   error
+	read  bool
+}
+
+// NewEntry reads the value once, so that an entry that stays in many
+// snapshots is not parsed for each of them. The value is not copied.
+func NewEntry(e Entry) Entry {
+	e.lease, e.err = e.parse()
+	e.read = true
+	return e
+}
+
+// Lease returns the entry as a lease, or why it is none. A malformed value
+// still has its subnets where the key can be read (ParseKey).
+func (e Entry) Lease() (Lease, error) {
+	if e.read {
+		return e.lease, e.err
+	}
+	return e.parse()
+}
+
+func (e Entry) parse() (Lease, error) {
+	l, err := ParseLease(e.Key, e.Value)
+	if err != nil {
+		return Lease{}, err
+	}
+	l.CreateRevision, l.ModRevision = e.CreateRevision, e.ModRevision
+	l.ID, l.Expires = e.ID, e.Expires
+	return l, nil
+}
+
+// Occupied sorts entries into what Choose needs.
+func Occupied(entries []Entry) Occupancy {
+	var o Occupancy
+	for _, e := range entries {
+		if l, err := e.Lease(); err == nil {
+			o.Leases = append(o.Leases, l)
+		} else if subnets, err := ParseKey(e.Key); err == nil {
+			o.Unreadable = append(o.Unreadable, subnets...)
+		}
+	}
+	return o
+}
+
+// BuildSnapshot makes, purely, the snapshot of the store's entries at one
+// revision as the node that holds self should see it. An entry that cannot
+// stand is set aside alone, with its reason; of two that exclude each other the
+// earlier CreateRevision stands, so that a newcomer evicts nobody. Our own
+// lease stands before all others.
+func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snapshot {
+	s := Snapshot{Revision: revision, Config: cfg, Self: self}
+	ordered := make([]*Entry, len(entries))
+	for i := range entries {
+		ordered[i] = &entries[i]
+	}
+	slices.SortFunc(ordered, func(a, b *Entry) int {
+		return cmp.Or(cmp.Compare(a.CreateRevision, b.CreateRevision), cmp.Compare(a.Key, b.Key))
+	})
+
+	seen := newRegister()
+	selfKey := self.Key()
+	isSelf := func(e *Entry) bool {
+		l, err := e.Lease()
+		return err == nil && selfKey != "" && e.Key == selfKey && l.Node == self.Node
+	}
+	if i := slices.IndexFunc(ordered, isSelf); i >= 0 {
+		s.Self, _ = ordered[i].Lease()
+		ordered = slices.Delete(ordered, i, i+1)
+	}
+	seen.enter(s.Self)
+	for _, e := range ordered {
+		l, err := e.Lease()
+		reason := ""
+		switch {
+		case err != nil:
+			reason = "malformed: " + err.Error()
+		case l.Reserved:
+			if seen.overlaps(l) == "" {
+				seen.enter(l)
+			}
+			continue
+		default:
+			l, reason = fitPeer(cfg, l)
+			if reason == "" {
+				reason = seen.refuses(l)
+			}
+		}
+		if reason != "" {
+			s.Rejected = append(s.Rejected, Rejection{Key: e.Key, Reason: reason})
+			continue
+		}
+		seen.enter(l)
+		s.Peers = append(s.Peers, l)
+	}
+	slices.SortFunc(s.Peers, func(a, b Lease) int { return a.Endpoints[0].Subnet.Compare(b.Endpoints[0].Subnet) })
+	slices.SortFunc(s.Rejected, func(a, b Rejection) int { return cmp.Compare(a.Key, b.Key) })
+	return s
+}
+
+// fitPeer checks a lease against the configuration alone, and leaves out the
+// half of a family that the network does not have.
+func fitPeer(cfg Config, l Lease) (Lease, string) {
+	if l.Backend != cfg.Backend.Type {
+		return l, fmt.Sprintf("backend %q, where the network uses %q", clip(l.Backend), cfg.Backend.Type)
+	}
+	ends := make([]Endpoint, 0, len(l.Endpoints))
+	for _, e := range l.Endpoints {
+		n, ok := cfg.Network(e.Subnet.Addr().Is4())
+		if !ok {
+			continue
+		}
+		if !n.holds(e.Subnet) {
+			return l, fmt.Sprintf("subnet %s is outside %s", e.Subnet, n.Prefix)
+		}
+		if err := checkPublic(e.Public, cfg); err != nil {
+			return l, err.Error()
+		}
+		if l.Backend == "vxlan" && e.VTEP.VNI != cfg.Backend.VNI {
+			return l, fmt.Sprintf("VNI %d, where the network uses %d", e.VTEP.VNI, cfg.Backend.VNI)
+		}
+		ends = append(ends, e)
+	}
+	if len(ends) == 0 {
+		return l, "its address family is not enabled"
+	}
+	l.Endpoints = ends
+	return l, ""
+}
+
+// register is what the leases that stand have taken, each with the key that
+// has it.
+type register struct {
+	subnets map[netip.Prefix]string
+	lengths map[int]bool // BitLen<<8 | Bits of every subnet
+	publics map[netip.Addr]string
+	macs    map[MAC]string
+}
+
+func newRegister() *register {
+	return &register{
+		subnets: map[netip.Prefix]string{}, lengths: map[int]bool{},
+		publics: map[netip.Addr]string{}, macs: map[MAC]string{},
+	}
+}
+
+func (r *register) enter(l Lease) {
+	key := l.Key()
+	for _, e := range l.Endpoints {
+		r.subnets[e.Subnet] = key
+		r.lengths[e.Subnet.Addr().BitLen()<<8|e.Subnet.Bits()] = true
+		if l.Reserved {
+			continue
+		}
+		if e.Public.IsValid() {
+			r.publics[e.Public] = key
+		}
+		if l.Backend == "vxlan" {
+			r.macs[e.VTEP.MAC] = key
+		}
+	}
+}
+
+// refuses returns why the lease cannot stand beside those entered, or "".
+func (r *register) refuses(l Lease) string {
+	if key := r.overlaps(l); key != "" {
+		return "overlaps " + key + ", which is older or ours"
+	}
+	for _, e := range l.Endpoints {
+		if key, ok := r.publics[e.Public]; ok {
+			return fmt.Sprintf("public address %s is that of %s, which is older or ours", e.Public, key)
+		}
+		if l.Backend != "vxlan" {
+			continue
+		}
+		if key, ok := r.macs[e.VTEP.MAC]; ok {
+			return fmt.Sprintf("VtepMAC %s is that of %s, which is older or ours", e.VTEP.MAC, key)
+		}
+	}
+	return ""
+}
+
+// overlaps returns the key of an entered lease that shares an address with l.
+// Subnets are nearly always of one length, so that one look-up answers.
+func (r *register) overlaps(l Lease) string {
+	for _, e := range l.Endpoints {
+		addr, bits := e.Subnet.Addr(), e.Subnet.Bits()
+		for packed := range r.lengths {
+			if packed>>8 != addr.BitLen() {
+				continue
+			}
+			if length := packed & 0xff; length <= bits {
+				if key, ok := r.subnets[netip.PrefixFrom(addr, length).Masked()]; ok {
+					return key
+				}
+				continue
+			}
+			for p, key := range r.subnets { // a shorter prefix than another: rare
+				if e.Subnet.Overlaps(p) {
+					return key
+				}
+			}
+		}
+	}
+	return ""
+}
