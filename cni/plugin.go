@@ -1,0 +1,283 @@
+package cni
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"slices"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+)
+
+// statusUnavailable is the CNI specification's code for a STATUS that says
+// that an ADD would fail (SPEC.md 1.1.0, Error codes).
+const statusUnavailable = 50
+
+// Plugin answers the verbs of the CNI specification. It reads its arguments
+// from the environment and standard input, as the runtime gives them, and its
+// result goes to standard output.
+type Plugin struct {
+	defaults Defaults
+}
+
+// NewPlugin returns the plugin as it behaves under the name argv0
+// (DefaultsFor).
+func NewPlugin(argv0 string) Plugin {
+	return Plugin{defaults: DefaultsFor(argv0)}
+}
+
+// Funcs returns the verbs for skel.PluginMainFuncs.
+func (p Plugin) Funcs() skel.CNIFuncs {
+	return skel.CNIFuncs{Add: p.Add, Del: p.Del, Check: p.Check, GC: p.GC, Status: p.Status}
+}
+
+// Add attaches a container: it saves what it is going to do, then has the
+// delegate do it. A delegate that fails is told to undo, and the record goes
+// only when it has.
+func (p Plugin) Add(args *skel.CmdArgs) error {
+	n, a, err := p.parse(args)
+	if err != nil {
+		return err
+	}
+	env, err := ReadSubnetEnv(n.SubnetFile)
+	if err != nil {
+		return noSubnet(err)
+	}
+	conf, err := n.Delegate(env)
+	if err != nil {
+		return err
+	}
+
+	s := state{n.DataDir}
+	r := record{
+		Attachment: a, Network: n.Name,
+		Netns: netnsIdentity(args.Netns), Boot: bootID(),
+		Delegate: conf,
+	}
+	if err := s.clear(r); err != nil {
+		return err
+	}
+	if err := s.save(r); err != nil {
+		return err
+	}
+
+	kind, err := n.delegateType()
+	if err != nil {
+		return err
+	}
+	ctx := context.Background()
+	result, err := invoke.DelegateAdd(ctx, kind, conf, nil)
+	if err != nil {
+		if undo := delegate(ctx, "DEL", conf, args.Netns); undo != nil {
+			// The record stays, for the runtime's own DEL to finish.
+			fmt.Fprintf(os.Stderr, "culvert-cni: undoing the failed ADD of %s: %v\n", a.ContainerID, undo)
+		} else if ferr := s.forget(a); ferr != nil {
+			fmt.Fprintf(os.Stderr, "culvert-cni: forgetting the failed ADD of %s: %v\n", a.ContainerID, ferr)
+		}
+		return wrapped(fmt.Sprintf("delegate %s: ADD", kind), err)
+	}
+	return types.PrintResult(result, n.CNIVersion)
+}
+
+// clear makes way for an ADD of r. The same container, interface and namespace
+// again is refused, as the specification has it: undoing a second ADD that
+// fails would take down the first. A record of a namespace that is gone (the
+// machine was rebooted, the runtime never said DEL) is deleted first.
+func (s state) clear(r record) error {
+	old, err := s.load(r.Attachment)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case old.Netns == r.Netns && old.Boot == r.Boot:
+		return types.NewError(types.ErrInternal,
+			fmt.Sprintf("container %s has had an ADD of %s already", r.ContainerID, r.IfName), "DEL it before another ADD")
+	}
+	if err := delegate(context.Background(), "DEL", old.Delegate, ""); err != nil {
+		return wrapped("deleting what an earlier ADD of this container left", err)
+	}
+	return s.forget(r.Attachment)
+}
+
+// Del detaches a container. Whatever is gone already is a success: the record,
+// the namespace, everything. A delegate that fails keeps the record, so that
+// the next DEL tries again.
+func (p Plugin) Del(args *skel.CmdArgs) error {
+	n, a, err := p.parse(args)
+	if err != nil {
+		return err
+	}
+	s := state{n.DataDir}
+	r, err := s.load(a)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return s.forget(a) // what a crash in the middle of saving may have left
+	case errors.Is(err, errDamaged):
+		// What ADD would delegate now is the best guess at what it delegated.
+		env, enverr := ReadSubnetEnv(n.SubnetFile)
+		if enverr != nil {
+			return wrapped("deleting without state", errors.Join(err, enverr))
+		}
+		if r.Delegate, err = n.Delegate(env); err != nil {
+			return err
+		}
+	case err != nil:
+		return err
+	}
+	conf, err := with(r.Delegate, map[string]json.RawMessage{"prevResult": n.PrevResult})
+	if err != nil {
+		return err
+	}
+	if err := delegate(context.Background(), "DEL", conf, args.Netns); err != nil {
+		return err
+	}
+	return s.forget(a)
+}
+
+// Check asks the delegate whether the attachment is as its ADD left it, and
+// subnet.env whether the addresses are still this node's.
+func (p Plugin) Check(args *skel.CmdArgs) error {
+	n, a, err := p.parse(args)
+	if err != nil {
+		return err
+	}
+	r, err := state{n.DataDir}.load(a)
+	if errors.Is(err, fs.ErrNotExist) {
+		return types.NewError(types.ErrUnknownContainer,
+			fmt.Sprintf("container %s has no ADD of %s in %s", a.ContainerID, a.IfName, n.DataDir), "")
+	}
+	if err != nil {
+		return err
+	}
+	env, err := ReadSubnetEnv(n.SubnetFile)
+	if err != nil {
+		return noSubnet(err)
+	}
+	if err := n.checkAddresses(env); err != nil {
+		return err
+	}
+	conf, err := with(r.Delegate, map[string]json.RawMessage{"prevResult": n.PrevResult})
+	if err != nil {
+		return err
+	}
+	return delegate(context.Background(), "CHECK", conf, args.Netns)
+}
+
+// checkAddresses says which address of prevResult is not of this node's
+// subnets. Only host-local takes its addresses from them.
+func (n NetConf) checkAddresses(env SubnetEnv) error {
+	if kind, err := n.ipamType(); err != nil || kind != "host-local" {
+		return err
+	}
+	if len(n.PrevResult) == 0 {
+		return invalid("prevResult is missing")
+	}
+	// 0.3.0 to 1.1.0 all have ips with address; older ones cannot CHECK.
+	var prev struct {
+		IPs []struct {
+			Address netip.Prefix `json:"address"`
+		} `json:"ips"`
+	}
+	if err := json.Unmarshal(n.PrevResult, &prev); err != nil {
+		return types.NewError(types.ErrDecodingFailure, "reading prevResult", err.Error())
+	}
+	for _, ip := range prev.IPs {
+		if !slices.ContainsFunc(env.Subnets(), func(s netip.Prefix) bool { return s.Contains(ip.Address.Addr()) }) {
+			return types.NewError(types.ErrInternal,
+				fmt.Sprintf("the pod's address %s is not in this node's subnet %v any more", ip.Address.Addr(), env.Subnets()),
+				"delete the pod, so that it is made anew in the present subnet")
+		}
+	}
+	return nil
+}
+
+// GC hands the list of valid attachments to the delegate.
+func (p Plugin) GC(args *skel.CmdArgs) error {
+	return p.passOn("GC", args)
+}
+
+// Status says whether an ADD could succeed: whether subnet.env can be read,
+// and what the delegate says of itself.
+func (p Plugin) Status(args *skel.CmdArgs) error {
+	return p.passOn("STATUS", args)
+}
+
+// passOn hands a verb that concerns the whole network to the delegate.
+func (p Plugin) passOn(verb string, args *skel.CmdArgs) error {
+	n, err := ParseNetConf(args.StdinData, p.defaults)
+	if err != nil {
+		return err
+	}
+	env, err := ReadSubnetEnv(n.SubnetFile)
+	if err != nil {
+		return types.NewError(statusUnavailable, err.Error(), "")
+	}
+	conf, err := n.Delegate(env)
+	if err != nil {
+		return err
+	}
+	conf, err = with(conf, map[string]json.RawMessage{"cni.dev/valid-attachments": n.ValidAttachments})
+	if err != nil {
+		return err
+	}
+	return delegate(context.Background(), verb, conf, args.Netns)
+}
+
+// parse reads what the verbs that concern one container have in common.
+func (p Plugin) parse(args *skel.CmdArgs) (NetConf, Attachment, error) {
+	a := Attachment{ContainerID: args.ContainerID, IfName: args.IfName}
+	if err := a.validate(); err != nil {
+		return NetConf{}, a, err
+	}
+	n, err := ParseNetConf(args.StdinData, p.defaults)
+	return n, a, err
+}
+
+// delegate runs the plugin that conf names, without a result. A namespace that
+// is not there is not named to it: bridge's DEL fails on a file that lost its
+// mount, and frees the address when it is told of none.
+func delegate(ctx context.Context, verb string, conf []byte, netns string) error {
+	var c struct {
+		Type string `json:"type"`
+	}
+	if err := json.Unmarshal(conf, &c); err != nil {
+		return types.NewError(types.ErrDecodingFailure, "reading the delegate's configuration", err.Error())
+	}
+	path, err := invoke.FindInPath(c.Type, pluginDirs())
+	if err != nil {
+		return types.NewError(types.ErrInternal, fmt.Sprintf("delegate %q: %v", c.Type, err), "")
+	}
+	if verb == "DEL" && !isNamespace(netns) {
+		netns = ""
+	}
+	err = invoke.ExecPluginWithoutResult(ctx, path, conf, delegateEnv{verb: verb, netns: netns}, nil)
+	if err != nil {
+		return wrapped(fmt.Sprintf("delegate %s: %s", c.Type, verb), err)
+	}
+	return nil
+}
+
+// wrapped puts what was attempted before an error's message and keeps its code.
+func wrapped(doing string, err error) error {
+	var e *types.Error
+	if errors.As(err, &e) {
+		return types.NewError(e.Code, doing+": "+e.Msg, e.Details)
+	}
+	return types.NewError(types.ErrInternal, doing+": "+err.Error(), "")
+}
+
+// noSubnet is the refusal to add or check a pod while it is not known which
+// subnet is this node's. The runtime tries again.
+func noSubnet(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return types.NewError(types.ErrTryAgainLater, err.Error(), "")
+	}
+	return types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "the node daemon writes this file; `culvert status` says how it is")
+}

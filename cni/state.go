@@ -1,0 +1,175 @@
+package cni
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/utils"
+	"golang.org/x/sys/unix"
+)
+
+// Attachment is one interface of one container: what the state is keyed by.
+type Attachment struct {
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifname"`
+}
+
+// maxContainerID leaves room for the interface's name and the suffix of a
+// temporary file within the 255 bytes that a file name may have.
+const maxContainerID = 220
+
+// validate refuses names that cannot be part of a file's name. Neither name
+// can hold a slash or a colon, nor a container id begin with a dot.
+func (a Attachment) validate() error {
+	if err := utils.ValidateContainerID(a.ContainerID); err != nil {
+		return err
+	}
+	if len(a.ContainerID) > maxContainerID {
+		return types.NewError(types.ErrInvalidEnvironmentVariables,
+			fmt.Sprintf("CNI_CONTAINERID has %d characters, more than %d", len(a.ContainerID), maxContainerID), "")
+	}
+	if err := utils.ValidateInterfaceName(a.IfName); err != nil {
+		return err
+	}
+	return nil
+}
+
+// record is what the plugin remembers of an ADD until its DEL succeeded.
+type record struct {
+	Attachment
+	Network string `json:"network"`
+	// Netns and Boot identify the network namespace that the ADD was for:
+	// device and inode, which the kernel gives again after a reboot.
+	Netns string `json:"netns"`
+	Boot  string `json:"boot"`
+	// Delegate is the configuration that the delegate's ADD got.
+	Delegate json.RawMessage `json:"delegate"`
+}
+
+// errDamaged says that a record is there and cannot be read as one.
+var errDamaged = errors.New("the plugin's state is damaged")
+
+// state is the directory of records, one file per attachment.
+//
+//	<container>:<interface>   ours
+//	<container>               flannel's plugin: the delegate's bare configuration
+type state struct{ dir string }
+
+func (s state) path(a Attachment) string {
+	return filepath.Join(s.dir, a.ContainerID+":"+a.IfName)
+}
+
+func (s state) flannelPath(a Attachment) string { return filepath.Join(s.dir, a.ContainerID) }
+
+// save makes r durable before the delegate acts.
+func (s state) save(r record) error {
+	text, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return ioFailure("creating the state directory", err)
+	}
+	if err := writeFileAtomic(s.path(r.Attachment), text, 0o600); err != nil {
+		return ioFailure("saving state", err)
+	}
+	return nil
+}
+
+// load returns the record of a, or an error that satisfies
+// errors.Is(err, fs.ErrNotExist) if there is none, and errDamaged if it cannot
+// be understood. A pod that flannel's plugin added has a record too, so that
+// it can be deleted after the node moved to culvert.
+func (s state) load(a Attachment) (record, error) {
+	text, err := os.ReadFile(s.path(a))
+	if err == nil {
+		var r record
+		if err := json.Unmarshal(text, &r); err != nil {
+			return record{}, fmt.Errorf("%w: %s: %w", errDamaged, s.path(a), err)
+		}
+		if r.Attachment != a || !isObject(r.Delegate) {
+			return record{}, fmt.Errorf("%w: %s is not of container %s, interface %s", errDamaged, s.path(a), a.ContainerID, a.IfName)
+		}
+		return r, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return record{}, ioFailure("reading state", err)
+	}
+
+	text, err = os.ReadFile(s.flannelPath(a))
+	if errors.Is(err, fs.ErrNotExist) {
+		return record{}, fs.ErrNotExist
+	}
+	if err != nil {
+		return record{}, ioFailure("reading state", err)
+	}
+	if !isObject(text) {
+		return record{}, fmt.Errorf("%w: %s", errDamaged, s.flannelPath(a))
+	}
+	return record{Attachment: a, Delegate: text}, nil
+}
+
+func isObject(text []byte) bool {
+	var o map[string]json.RawMessage
+	return json.Unmarshal(text, &o) == nil && o != nil
+}
+
+// forget removes every trace of a. It succeeds when there is none.
+func (s state) forget(a Attachment) error {
+	removed := false
+	for _, p := range []string{s.path(a), temporary(s.path(a)), s.flannelPath(a)} {
+		switch err := os.Remove(p); {
+		case err == nil:
+			removed = true
+		case !errors.Is(err, fs.ErrNotExist):
+			return ioFailure("removing state", err)
+		}
+	}
+	if !removed {
+		return nil
+	}
+	if err := syncDir(s.dir); err != nil {
+		return ioFailure("removing state", err)
+	}
+	return nil
+}
+
+func ioFailure(doing string, err error) error {
+	return types.NewError(types.ErrIOFailure, doing, err.Error())
+}
+
+// netnsIdentity names the namespace behind path for as long as the machine is
+// up; "" if there is no namespace.
+func netnsIdentity(path string) string {
+	var st unix.Stat_t
+	if path == "" || !isNamespace(path) || unix.Stat(path, &st) != nil {
+		return ""
+	}
+	return fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+}
+
+// isNamespace says whether path is a namespace's file, rather than missing or
+// an ordinary file that lost its mount.
+func isNamespace(path string) bool {
+	var fsstat unix.Statfs_t
+	if unix.Statfs(path, &fsstat) != nil {
+		return false
+	}
+	return fsstat.Type == unix.NSFS_MAGIC || fsstat.Type == unix.PROC_SUPER_MAGIC
+}
+
+// bootID is the kernel's identity of this boot; "" where /proc lacks it.
+func bootID() string {
+	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(bytes.TrimSpace(text)))
+}

@@ -1,0 +1,225 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Underlay is the way in which the nodes of a lab are joined.
+type Underlay string
+
+const (
+	// Bridged joins any number of nodes by a bridge in the fabric namespace.
+	Bridged Underlay = "bridge"
+	// Direct joins two nodes by one veth pair, without a bridge between them,
+	// for measurements. A second, bridged link, ctl0, leads to the fabric.
+	Direct Underlay = "direct"
+)
+
+// Options say what a lab is made of. The zero value is one node on a bridge.
+type Options struct {
+	Nodes    int      // 1 if zero
+	Underlay Underlay // Bridged if empty; Direct wants exactly two nodes
+	// Prefixes are the underlay's networks, at most one of each family. Node k
+	// has the k-th address and the fabric the last but one. If empty:
+	// 198.18.0.0/24 (RFC 2544, for benchmarks between networks).
+	Prefixes []netip.Prefix
+	MTU      int    // of the underlay's links in bytes; 1500 if zero
+	Link     string // name of a node's underlay link; "eth0" if empty
+	// Bin is the directory of culvert's programs, with the CNI plugins in its
+	// subdirectory cni. If empty, FindBin looks for it when it is needed.
+	Bin string
+	// Conflist makes the CNI network configuration list of a node. If nil:
+	// DefaultConflist.
+	Conflist func(*Node) ([]byte, error)
+	// Keep lets the lab and its processes outlive this process, until Remove.
+	Keep bool
+}
+
+var defaultPrefix = netip.MustParsePrefix("198.18.0.0/24")
+
+// controlPrefix is the network of the links ctl0 in a direct underlay.
+var controlPrefix = netip.MustParsePrefix("198.19.0.0/24")
+
+// Lab is a set of nodes and what joins them.
+type Lab struct {
+	ID     string // also how `culvert demo --remove` names it
+	Dir    string // Root/<ID>: logs, records, the nodes' directories
+	Fabric *Namespace
+	// FabricAddrs are the fabric's addresses, reachable from every node: on
+	// the underlay if it is bridged, else on the control links.
+	FabricAddrs []netip.Addr
+	Nodes       []*Node
+
+	options   Options
+	mu        sync.Mutex
+	processes []*Process
+	pods      []*Pod
+	closed    bool
+}
+
+// Node is a machine of the lab: a network namespace and directories.
+type Node struct {
+	*Namespace
+	ID    string       // "n1", "n2", ...
+	Link  string       // the underlay link's name
+	Addrs []netip.Addr // on the underlay, in the order of Options.Prefixes
+
+	// RunDir is for a daemon's --run-dir; its subnet.env is what the pods are
+	// made by. StateDir is for the CNI plugins' state.
+	RunDir, StateDir string
+}
+
+// SubnetFile is the node's subnet.env.
+func (n *Node) SubnetFile() string { return filepath.Join(n.RunDir, "subnet.env") }
+
+// New makes a lab: namespaces, links, addresses, a default route by the
+// fabric. The process needs root, or EnterUserNamespace. On error nothing is
+// left.
+func New(o Options) (*Lab, error) {
+	if o.Nodes == 0 {
+		o.Nodes = 1
+	}
+	if o.Underlay == "" {
+		o.Underlay = Bridged
+	}
+	if len(o.Prefixes) == 0 {
+		o.Prefixes = []netip.Prefix{defaultPrefix}
+	}
+	if o.MTU == 0 {
+		o.MTU = 1500
+	}
+	if o.Link == "" {
+		o.Link = "eth0"
+	}
+	if o.Conflist == nil {
+		o.Conflist = DefaultConflist
+	}
+	if err := o.validate(); err != nil {
+		return nil, fmt.Errorf("making a lab: %w", err)
+	}
+	id, err := register(o.Keep)
+	if err != nil {
+		return nil, fmt.Errorf("making a lab: %w", err)
+	}
+	l := &Lab{ID: id, Dir: filepath.Join(Root, id), options: o}
+	if err := l.build(); err != nil {
+		return nil, errors.Join(fmt.Errorf("making lab %s: %w", id, err), l.Close())
+	}
+	return l, nil
+}
+
+func (o Options) validate() error {
+	switch {
+	case o.Nodes < 1:
+		return fmt.Errorf("%d nodes", o.Nodes)
+	case o.Underlay != Bridged && o.Underlay != Direct:
+		return fmt.Errorf("underlay %q is neither %q nor %q", o.Underlay, Bridged, Direct)
+	case o.Underlay == Direct && o.Nodes != 2:
+		return fmt.Errorf("a direct underlay joins two nodes, not %d", o.Nodes)
+	case len(o.Prefixes) > 2 || len(o.Prefixes) == 2 && o.Prefixes[0].Addr().Is4() == o.Prefixes[1].Addr().Is4():
+		return fmt.Errorf("underlay networks %v: at most one of each address family", o.Prefixes)
+	case len(o.Link) > 15:
+		return fmt.Errorf("%q is too long for a link's name", o.Link)
+	}
+	for _, p := range o.Prefixes {
+		// The network, the broadcast and the fabric's own address.
+		if host := p.Addr().BitLen() - p.Bits(); host < 31 && o.Nodes > 1<<host-3 {
+			return fmt.Errorf("%d nodes do not fit in %s", o.Nodes, p)
+		}
+	}
+	return nil
+}
+
+func (l *Lab) build() error {
+	for _, d := range []string{"logs", "processes"} {
+		if err := os.MkdirAll(filepath.Join(l.Dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	var err error
+	if l.Fabric, err = newNamespace(l, l.ID+"-fabric"); err != nil {
+		return err
+	}
+	for k := 1; k <= l.options.Nodes; k++ {
+		id := fmt.Sprintf("n%d", k)
+		n := &Node{
+			ID: id, Link: l.options.Link,
+			RunDir: filepath.Join(l.Dir, id, "run"), StateDir: filepath.Join(l.Dir, id, "cni"),
+		}
+		for _, d := range []string{n.RunDir, n.StateDir} {
+			if err := os.MkdirAll(d, 0o755); err != nil {
+				return err
+			}
+		}
+		if n.Namespace, err = newNamespace(l, l.ID+"-"+id); err != nil {
+			return err
+		}
+		l.Nodes = append(l.Nodes, n)
+	}
+	return l.join()
+}
+
+// Close removes the lab: the nodes' processes are stopped, then the fabric's,
+// then namespaces and files go. Closing twice is no error. A lab that was made
+// to be kept is removed too; to keep it, do not close it.
+func (l *Lab) Close() error {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return nil
+	}
+	l.closed = true
+	processes := l.processes
+	l.mu.Unlock()
+
+	err := remove(l.ID)
+	for _, p := range processes {
+		<-p.exited
+	}
+	for _, n := range l.namespaces() {
+		n.endKeeper()
+	}
+	return err
+}
+
+func (l *Lab) namespaces() []*Namespace {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var all []*Namespace
+	for _, p := range l.pods {
+		all = append(all, p.Namespace)
+	}
+	for _, n := range l.Nodes {
+		all = append(all, n.Namespace)
+	}
+	if l.Fabric != nil {
+		all = append(all, l.Fabric)
+	}
+	return all
+}
+
+// Processes returns what was started, oldest first, ended or not.
+func (l *Lab) Processes() []*Process {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return append([]*Process(nil), l.processes...)
+}
+
+// Privileged says whether this process may make namespaces and network
+// devices in them: CAP_SYS_ADMIN and CAP_NET_ADMIN.
+func Privileged() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if unix.Capget(&header, &data[0]) != nil {
+		return false
+	}
+	const want = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_NET_ADMIN
+	return data[0].Effective&want == want
+}

@@ -1,0 +1,176 @@
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+)
+
+// Pod is a container's network namespace, attached to its node by the CNI
+// plugins.
+type Pod struct {
+	*Namespace
+	ID     string // "n1-p1"
+	Node   *Node
+	IfName string // the pod's interface
+	// Addrs are the addresses that the plugins gave, IPv4 first.
+	Addrs []netip.Addr
+}
+
+// DefaultConflist returns the network configuration list that flannel's users
+// have (kube-flannel.yml), less portmap, with the files of the node.
+func DefaultConflist(n *Node) ([]byte, error) {
+	return json.MarshalIndent(map[string]any{
+		"name":       "culvert",
+		"cniVersion": "1.1.0",
+		"plugins": []any{map[string]any{
+			"type":       "culvert-cni",
+			"subnetFile": n.SubnetFile(),
+			"dataDir":    filepath.Join(n.StateDir, "culvert"),
+			"ipam":       map[string]any{"dataDir": filepath.Join(n.StateDir, "networks")},
+			"delegate":   map[string]any{"hairpinMode": true, "isDefaultGateway": true},
+		}},
+	}, "", "  ")
+}
+
+// cniRuntime is what executes the node's plugins, as a container runtime does.
+type cniRuntime struct {
+	cni  *libcni.CNIConfig
+	list *libcni.NetworkConfigList
+	log  *os.File
+}
+
+func (n *Node) runtime() (cniRuntime, error) {
+	bin := n.lab.options.Bin
+	if bin == "" {
+		var err error
+		if bin, err = FindBin(); err != nil {
+			return cniRuntime{}, err
+		}
+	}
+	text, err := n.lab.options.Conflist(n)
+	if err != nil {
+		return cniRuntime{}, err
+	}
+	list, err := libcni.NetworkConfFromBytes(text)
+	if err != nil {
+		return cniRuntime{}, err
+	}
+	log, err := os.OpenFile(filepath.Join(n.lab.Dir, "logs", n.ID+"-cni.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
+		return cniRuntime{}, err
+	}
+	exec := &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: log}}
+	dirs := []string{bin, filepath.Join(bin, "cni")}
+	return cniRuntime{
+		cni:  libcni.NewCNIConfigWithCacheDir(dirs, filepath.Join(n.StateDir, "cache"), exec),
+		list: list,
+		log:  log,
+	}, nil
+}
+
+// CNI calls fn with libcni inside the node's namespace, for the verbs that
+// concern no pod or more than one.
+func (n *Node) CNI(fn func(*libcni.CNIConfig, *libcni.NetworkConfigList) error) error {
+	r, err := n.runtime()
+	if err != nil {
+		return fmt.Errorf("running CNI plugins on %s: %w", n.ID, err)
+	}
+	defer r.log.Close()
+	return n.Do(func() error { return fn(r.cni, r.list) })
+}
+
+// AddPod makes a pod: a namespace, attached by executing the node's CNI
+// plugins. The name is unique among the node's pods.
+func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
+	id := n.ID + "-" + name
+	ns, err := newNamespace(n.lab, n.lab.ID+"-"+id)
+	if err != nil {
+		return nil, fmt.Errorf("adding pod %s: %w", id, err)
+	}
+	p := &Pod{Namespace: ns, ID: id, Node: n, IfName: "eth0"}
+	n.lab.mu.Lock()
+	n.lab.pods = append(n.lab.pods, p)
+	n.lab.mu.Unlock()
+	err = n.CNI(func(cni *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
+		result, err := cni.AddNetworkList(ctx, list, p.runtimeConf())
+		if err != nil {
+			return err
+		}
+		r, err := types100.GetResult(result)
+		if err != nil {
+			return err
+		}
+		for _, ip := range r.IPs {
+			a, ok := netip.AddrFromSlice(ip.Address.IP)
+			if !ok {
+				return fmt.Errorf("the plugins gave the address %v", ip.Address)
+			}
+			p.Addrs = append(p.Addrs, a.Unmap())
+		}
+		return nil
+	})
+	if err != nil {
+		// As a runtime does after a failed ADD.
+		return nil, fmt.Errorf("adding pod %s: %w", id, errors.Join(err, p.Delete(ctx)))
+	}
+	slices.SortStableFunc(p.Addrs, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
+	return p, nil
+}
+
+// Addr returns the pod's address of the given family; the zero Addr if it has
+// none.
+func (p *Pod) Addr(is4 bool) netip.Addr {
+	for _, a := range p.Addrs {
+		if a.Is4() == is4 {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+// Check asks the plugins whether the pod is attached as it should be.
+func (p *Pod) Check(ctx context.Context) error {
+	return p.Node.CNI(func(cni *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
+		return cni.CheckNetworkList(ctx, list, p.runtimeConf())
+	})
+}
+
+// Detach executes the plugins' DEL and leaves the namespace. Doing it twice is
+// no error.
+func (p *Pod) Detach(ctx context.Context) error {
+	return p.Node.CNI(func(cni *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
+		return cni.DelNetworkList(ctx, list, p.runtimeConf())
+	})
+}
+
+// Delete detaches the pod and removes its namespace.
+func (p *Pod) Delete(ctx context.Context) error {
+	if err := p.Detach(ctx); err != nil {
+		return fmt.Errorf("deleting pod %s: %w", p.ID, err)
+	}
+	if err := stopAll(processesIn([]string{p.Name})); err != nil {
+		return fmt.Errorf("deleting pod %s: %w", p.ID, err)
+	}
+	p.endKeeper()
+	if err := deleteNamespace(p.Name); err != nil {
+		return fmt.Errorf("deleting pod %s: %w", p.ID, err)
+	}
+	p.lab.mu.Lock()
+	defer p.lab.mu.Unlock()
+	p.lab.pods = slices.DeleteFunc(p.lab.pods, func(q *Pod) bool { return q == p })
+	return nil
+}
+
+func (p *Pod) runtimeConf() *libcni.RuntimeConf {
+	return &libcni.RuntimeConf{ContainerID: p.Name, NetNS: p.Path, IfName: p.IfName}
+}

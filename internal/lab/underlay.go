@@ -1,0 +1,170 @@
+package lab
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// join makes the links between the nodes, their addresses and routes.
+func (l *Lab) join() error {
+	o := l.options
+	for i, n := range l.Nodes {
+		for _, p := range o.Prefixes {
+			n.Addrs = append(n.Addrs, nth(p, i+1))
+		}
+	}
+	if o.Underlay == Bridged {
+		return l.bridge("underlay", o.Link, o.Prefixes, o.MTU)
+	}
+
+	a, b := l.Nodes[0], l.Nodes[1]
+	if err := veth(a.Namespace, o.Link, b.Namespace, o.Link, o.MTU); err != nil {
+		return err
+	}
+	for _, n := range l.Nodes {
+		if err := n.configure(o.Link, n.Addrs, o.Prefixes); err != nil {
+			return err
+		}
+	}
+	return l.bridge("control", "ctl0", []netip.Prefix{controlPrefix}, 1500)
+}
+
+// bridge makes a bridge in the fabric with a link to each node, and the
+// node's default route by the fabric's address on it.
+func (l *Lab) bridge(name, link string, prefixes []netip.Prefix, mtu int) error {
+	for _, p := range prefixes {
+		l.FabricAddrs = append(l.FabricAddrs, gateway(p))
+	}
+	err := l.Fabric.Do(func() error {
+		snooping := false
+		br := &netlink.Bridge{
+			LinkAttrs:         netlink.LinkAttrs{Name: name, MTU: mtu, TxQLen: 1000},
+			MulticastSnooping: &snooping,
+		}
+		return netlink.LinkAdd(br)
+	})
+	if err != nil {
+		return fmt.Errorf("making bridge %s: %w", name, err)
+	}
+	if err := l.Fabric.configure(name, l.FabricAddrs, prefixes); err != nil {
+		return err
+	}
+	for i, n := range l.Nodes {
+		if err := veth(l.Fabric, n.ID, n.Namespace, link, mtu); err != nil {
+			return err
+		}
+		if err := l.Fabric.Do(func() error { return enslave(n.ID, name) }); err != nil {
+			return fmt.Errorf("joining %s to %s: %w", n.ID, name, err)
+		}
+		var addrs []netip.Addr
+		for _, p := range prefixes {
+			addrs = append(addrs, nth(p, i+1))
+		}
+		if err := n.configure(link, addrs, prefixes); err != nil {
+			return err
+		}
+		for _, gw := range l.FabricAddrs {
+			if err := n.Do(func() error { return netlink.RouteAdd(&netlink.Route{Dst: everything(gw), Gw: gw.AsSlice()}) }); err != nil {
+				return fmt.Errorf("default route of %s by %s: %w", n.Name, gw, err)
+			}
+		}
+	}
+	return nil
+}
+
+// veth makes a pair of links, one end in each namespace.
+func veth(a *Namespace, aName string, b *Namespace, bName string, mtu int) error {
+	peer, err := netns.GetFromPath(b.Path)
+	if err != nil {
+		return err
+	}
+	defer peer.Close()
+	err = a.Do(func() error {
+		return netlink.LinkAdd(&netlink.Veth{
+			LinkAttrs: netlink.LinkAttrs{Name: aName, MTU: mtu, TxQLen: 1000},
+			PeerName:  bName, PeerNamespace: netlink.NsFd(peer), PeerMTU: uint32(mtu),
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("making the link %s in %s to %s in %s: %w", aName, a.Name, bName, b.Name, err)
+	}
+	return nil
+}
+
+func enslave(link, bridge string) error {
+	port, err := netlink.LinkByName(link)
+	if err != nil {
+		return err
+	}
+	br, err := netlink.LinkByName(bridge)
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetMaster(port, br); err != nil {
+		return err
+	}
+	return netlink.LinkSetUp(port)
+}
+
+// configure gives a link its addresses and sets it up.
+func (n *Namespace) configure(link string, addrs []netip.Addr, prefixes []netip.Prefix) error {
+	err := n.Do(func() error {
+		l, err := netlink.LinkByName(link)
+		if err != nil {
+			return err
+		}
+		for i, a := range addrs {
+			addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, prefixes[i].Bits()))}
+			if a.Is6() {
+				addr.Flags = unix.IFA_F_NODAD
+			}
+			if err := netlink.AddrAdd(l, addr); err != nil {
+				return fmt.Errorf("address %s: %w", a, err)
+			}
+		}
+		return netlink.LinkSetUp(l)
+	})
+	if err != nil {
+		return fmt.Errorf("configuring %s in %s: %w", link, n.Name, err)
+	}
+	return nil
+}
+
+// nth returns the k-th address of a network, k counting from its base address.
+func nth(p netip.Prefix, k int) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for i := len(b) - 1; i >= 0 && k > 0; i-- {
+		k += int(b[i])
+		b[i] = byte(k)
+		k >>= 8
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// gateway returns the last but one address of a network.
+func gateway(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for bit := p.Bits(); bit < len(b)*8; bit++ {
+		b[bit/8] |= 0x80 >> (bit % 8)
+	}
+	b[len(b)-1]--
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+func everything(like netip.Addr) *net.IPNet {
+	if like.Is4() {
+		return ipNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0))
+	}
+	return ipNet(netip.PrefixFrom(netip.IPv6Unspecified(), 0))
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
