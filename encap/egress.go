@@ -21,6 +21,9 @@ type egress struct {
 	cut   *segmenter
 	route route
 	tally tally
+
+	from, to int                // the messages that are being sent
+	sendRest func(uintptr) bool // trySend, bound once: a method value allocates
 }
 
 const (
@@ -34,7 +37,7 @@ const (
 )
 
 func newEgress(table *atomic.Pointer[Table], sockets [2]syscall.RawConn, offload *Offload, counters *Counters) *egress {
-	return &egress{
+	e := &egress{
 		table:    table,
 		sockets:  sockets,
 		offload:  offload,
@@ -43,6 +46,8 @@ func newEgress(table *atomic.Pointer[Table], sockets [2]syscall.RawConn, offload
 		batch:    newSendBatch(),
 		cut:      newSegmenter(),
 	}
+	e.sendRest = e.trySend
+	return e
 }
 
 // run carries packets until the device fails or its read deadline passes.
@@ -199,38 +204,43 @@ func (p *Peer) family() int {
 	return 1
 }
 
-// send sends the messages [i, end) through one socket. A full socket is waited
+// send sends the messages [from, to) through one socket. A full socket is waited
 // for, which lets the device's own queue fill and drop, as a full link would.
-func (e *egress) send(socket syscall.RawConn, i, end int) error {
+func (e *egress) send(socket syscall.RawConn, from, to int) error {
 	if socket == nil {
-		for ; i < end; i++ {
-			e.tally.dropN(EgressSend, e.batch.runs[i].segments)
+		for _, r := range e.batch.runs[from:to] {
+			e.tally.dropN(EgressSend, r.segments)
 		}
 		return nil
 	}
-	return socket.Write(func(fd uintptr) bool {
-		for i < end {
-			n, errno := sendmmsg(fd, e.batch.msgs[i:end])
-			e.tally.syscalls++
-			if errno == unix.EAGAIN {
-				return false
-			}
-			if errno == unix.EINTR {
-				continue
-			}
-			if errno != 0 {
-				e.refused(fd, i, errno)
-				i++
-				continue
-			}
-			for _, r := range e.batch.runs[i : i+n] {
-				e.tally.packets += uint64(r.segments)
-				e.tally.bytes += uint64(r.payload)
-			}
-			i += n
+	e.from, e.to = from, to
+	return socket.Write(e.sendRest)
+}
+
+// trySend sends what is left of [from, to). It returns false if the socket is
+// full: it is to be called again when there is room.
+func (e *egress) trySend(fd uintptr) bool {
+	for e.from < e.to {
+		n, errno := sendmmsg(fd, e.batch.msgs[e.from:e.to])
+		e.tally.syscalls++
+		switch errno {
+		case 0:
+		case unix.EAGAIN:
+			return false
+		case unix.EINTR:
+			continue
+		default:
+			e.refused(fd, e.from, errno)
+			e.from++
+			continue
 		}
-		return true
-	})
+		for _, r := range e.batch.runs[e.from : e.from+n] {
+			e.tally.packets += uint64(r.segments)
+			e.tally.bytes += uint64(r.payload)
+		}
+		e.from += n
+	}
+	return true
 }
 
 // refused deals with a message that the kernel would not send. A run that it

@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"slices"
@@ -142,6 +143,10 @@ func applyLink(want Link) ([]string, error) {
 		changes = append(changes, fmt.Sprintf(format, args...))
 	}
 	have := link.Attrs()
+	// Nobody on a tunnel device is found by link-local address, and nobody asks.
+	if changed, err := setSysctl("net/ipv6/conf/"+want.Name+"/addr_gen_mode", "1"); changed || err != nil && !errors.Is(err, fs.ErrNotExist) {
+		do(err, "ip link set %s addrgenmode none", want.Name)
+	}
 	if want.MTU != 0 && have.MTU != want.MTU {
 		do(netlink.LinkSetMTU(link, want.MTU), "ip link set %s mtu %d", want.Name, want.MTU)
 	}

@@ -1,0 +1,130 @@
+package encap
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A node of the tests is a real loop on real descriptors, of which only the
+// TUN device is a stand-in: a pair of datagram sockets, of which the loop
+// holds one end and the test, as the kernel, the other.
+//
+//	test ── socketpair ── loop ── UDP on 127.0.0.x ── loop ── socketpair ── test
+
+type testNode struct {
+	options Options
+	loop    *Loop
+	kernel  *os.File // the kernel's end of the device
+	subnet  netip.Prefix
+	at      netip.AddrPort
+	mac     [6]byte
+}
+
+const testVNI = 1
+
+func newTestNode(t testing.TB, addr, subnet string, last byte) *testNode {
+	t.Helper()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range pair {
+		for _, option := range []int{unix.SO_SNDBUF, unix.SO_RCVBUF} {
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, 4<<20); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	n := &testNode{kernel: os.NewFile(uintptr(pair[1]), "kernel"), subnet: netip.MustParsePrefix(subnet), mac: [6]byte{2, 0, 0, 0, 0, last}}
+	device := os.NewFile(uintptr(pair[0]), "device")
+	socket, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(addr), 0)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.at = socket.LocalAddr().(*net.UDPAddr).AddrPort()
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_GRO, 1)
+		if err == nil {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_RECVTOS, 1)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.options = Options{
+		Device: device, MTU: 1450,
+		IPv4:    Underlay{Socket: socket, VNI: testVNI, MAC: n.mac},
+		Offload: allOn(), Egress: &Counters{}, Ingress: &Counters{},
+	}
+	n.loop = NewLoop(n.options)
+	t.Cleanup(func() {
+		device.Close()
+		n.kernel.Close()
+		socket.Close()
+	})
+	return n
+}
+
+func allOn() *Offload {
+	o := &Offload{}
+	for _, b := range []*atomic.Bool{&o.GSO, &o.GRO, &o.USO} {
+		b.Store(true)
+	}
+	return o
+}
+
+// meet makes two nodes peers of each other.
+func meet(a, b *testNode) {
+	for _, n := range []struct{ self, other *testNode }{{a, b}, {b, a}} {
+		peer := PeerTo(n.other.subnet, n.other.at, testVNI, n.other.mac, n.self.mac)
+		n.self.loop.SetTable(NewTable([]netip.Prefix{n.self.subnet}, []*Peer{peer}))
+	}
+}
+
+// send gives the loop a frame, as the kernel does.
+func (n *testNode) send(t testing.TB, v vnetHeader, packet []byte) {
+	t.Helper()
+	frame := make([]byte, vnetHeaderLen, vnetHeaderLen+len(packet))
+	v.put(frame)
+	if _, err := n.kernel.Write(append(frame, packet...)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// receive returns the next frame that the loop wrote to the device.
+func (n *testNode) receive(t testing.TB) (vnetHeader, []byte) {
+	t.Helper()
+	if err := n.kernel.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, maxFrame)
+	k, err := n.kernel.Read(b)
+	if err != nil {
+		t.Fatalf("no frame came: %v; drops out %v in %v", err, dropsOf(n.options.Egress), dropsOf(n.options.Ingress))
+	}
+	var v vnetHeader
+	v.parse(b[:k])
+	return v, b[vnetHeaderLen:k]
+}
+
+func dropsOf(c *Counters) map[string]uint64 {
+	m := make(map[string]uint64)
+	for _, r := range Reasons() {
+		if n := c.Drops[r].Load(); n != 0 {
+			m[r.String()] = n
+		}
+	}
+	return m
+}

@@ -1,0 +1,143 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"culvert/subnet"
+	"culvert/subnet/etcd"
+)
+
+// storeTimeout bounds what an administrator waits for etcd.
+const storeTimeout = 15 * time.Second
+
+// withStore calls do with the administrator's side of the registry.
+func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admin subnet.Admin) error) error {
+	o, err := f.options(slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(c.Context(), storeTimeout)
+	defer cancel()
+	r, err := etcd.New(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = r.Close() }()
+	err = do(ctx, r)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("etcd does not answer (%s): is it running there, and is the address right?: %w", o, err)
+	}
+	return err
+}
+
+func newConfigCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "config",
+		Short: "Show, check and set the network configuration in etcd",
+		Args:  cobra.NoArgs,
+		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	c.AddCommand(newConfigShowCommand(), newConfigSetCommand(), newConfigCheckCommand())
+	return c
+}
+
+func newConfigShowCommand() *cobra.Command {
+	var f etcdFlags
+	c := &cobra.Command{
+		Use:   "show",
+		Short: "Show the network configuration as it stands in etcd",
+		Args:  cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return withStore(c, &f, func(ctx context.Context, admin subnet.Admin) error {
+				text, _, err := admin.ConfigText(ctx)
+				if err != nil {
+					return err
+				}
+				if text == nil {
+					return errors.New("there is no network configuration yet: set one with `culvert config set`")
+				}
+				fmt.Fprintf(c.OutOrStdout(), "%s\n", text)
+				return warn(c, text)
+			})
+		},
+	}
+	f.addTo(c.Flags())
+	return c
+}
+
+func newConfigSetCommand() *cobra.Command {
+	var f etcdFlags
+	c := &cobra.Command{
+		Use:   "set JSON|FILE|-",
+		Short: "Set the network configuration",
+		Long: `Set the network configuration, given as JSON, as the name of a file that holds
+it, or as - for standard input. The keys and their defaults are flannel's.`,
+		Example: `  culvert config set '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			text, err := readConfig(c, args[0])
+			if err != nil {
+				return err
+			}
+			if err := warn(c, text); err != nil {
+				return err
+			}
+			return withStore(c, &f, func(ctx context.Context, admin subnet.Admin) error {
+				_, err := admin.SetConfig(ctx, text, subnet.AnyRevision)
+				return err
+			})
+		},
+	}
+	f.addTo(c.Flags())
+	return c
+}
+
+func newConfigCheckCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check JSON|FILE|-",
+		Short: "Check a network configuration without setting it",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			text, err := readConfig(c, args[0])
+			if err != nil {
+				return err
+			}
+			if err := warn(c, text); err != nil {
+				return err
+			}
+			config, _, err := subnet.ParseConfig(text)
+			if err != nil {
+				return err
+			}
+			return writeJSON(c.OutOrStdout(), config)
+		},
+	}
+}
+
+// readConfig returns the text that an argument stands for.
+func readConfig(c *cobra.Command, arg string) ([]byte, error) {
+	switch {
+	case arg == "-":
+		return io.ReadAll(c.InOrStdin())
+	case len(arg) > 0 && arg[0] == '{':
+		return []byte(arg), nil
+	}
+	return os.ReadFile(arg)
+}
+
+// warn shows what is odd about a configuration, or returns why it is refused.
+func warn(c *cobra.Command, text []byte) error {
+	_, warnings, err := subnet.ParseConfig(text)
+	for _, w := range warnings {
+		fmt.Fprintf(c.ErrOrStderr(), "warning: %s\n", w)
+	}
+	return err
+}

@@ -1,0 +1,245 @@
+package cli
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"culvert/internal/api"
+	"culvert/internal/daemon"
+	"culvert/subnet"
+	"culvert/subnet/etcd"
+)
+
+// etcdFlags are the flags of every command that talks to etcd.
+type etcdFlags struct {
+	endpoints    []string
+	prefix       string
+	ca           string
+	cert         string
+	key          string
+	user         string
+	password     string
+	passwordFile string
+}
+
+func (f *etcdFlags) addTo(flags *pflag.FlagSet) {
+	flags.StringSliceVar(&f.endpoints, "etcd-endpoints", []string{"http://127.0.0.1:2379"}, "etcd servers, separated by commas")
+	flags.StringVar(&f.prefix, "etcd-prefix", etcd.DefaultPrefix, "where the network lives in etcd")
+	flags.StringVar(&f.ca, "etcd-cafile", "", "CA that signed the servers' certificates (PEM)")
+	flags.StringVar(&f.cert, "etcd-certfile", "", "client certificate (PEM)")
+	flags.StringVar(&f.key, "etcd-keyfile", "", "its key (PEM)")
+	flags.StringVar(&f.user, "etcd-username", "", "user, where etcd asks for one")
+	flags.StringVar(&f.password, "etcd-password", "", "its password; better by file or CULVERT_ETCD_PASSWORD, since others see a command line")
+	flags.StringVar(&f.passwordFile, "etcd-password-file", "", "file that holds the password")
+}
+
+func (f *etcdFlags) options(log *slog.Logger) (etcd.Options, error) {
+	o := etcd.Options{
+		Endpoints: f.endpoints, Prefix: f.prefix,
+		CAFile: f.ca, CertFile: f.cert, KeyFile: f.key,
+		User: f.user, Password: f.password, Logger: log,
+	}
+	if f.passwordFile != "" {
+		b, err := os.ReadFile(f.passwordFile)
+		if err != nil {
+			return o, fmt.Errorf("--etcd-password-file: %w", err)
+		}
+		o.Password = strings.TrimRight(string(b), "\r\n")
+	}
+	return o, nil
+}
+
+// runFlags are the flags of culvert run.
+type runFlags struct {
+	etcd        etcdFlags
+	node        string
+	runDir      string
+	subnetFile  string
+	iface       []string
+	ifaceRegex  []string
+	canReach    string
+	publicIP    string
+	publicIPv6  string
+	ipMasq      bool
+	leaseTTL    time.Duration
+	datapath    string
+	metrics     string
+	logLevel    string
+	logFormat   string
+	noGSO       bool
+	noGRO       bool
+	noUSO       bool
+	embedded    bool
+	etcdDataDir string
+	etcdListen  string
+	etcdPeer    string
+}
+
+func newRunCommand() *cobra.Command {
+	var f runFlags
+	c := &cobra.Command{
+		Use:   "run",
+		Short: "Run the node daemon",
+		Long: `Run the node daemon: lease a subnet from etcd, tell the CNI plugin about it in
+subnet.env, and carry pods' packets to the other nodes.
+
+Every flag can be given as an environment variable: --etcd-endpoints is
+CULVERT_ETCD_ENDPOINTS.`,
+		Example: `  # on a node of a cluster that has etcd
+  culvert run --etcd-endpoints https://10.0.0.1:2379 --etcd-cafile /etc/culvert/ca.pem
+
+  # a small site without etcd: the first VM carries it, the others point at it
+  culvert run --embedded-etcd --etcd-listen http://10.0.0.1:2379
+  culvert run --etcd-endpoints http://10.0.0.1:2379`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			o, err := f.options(c)
+			if err != nil {
+				return err
+			}
+			return daemon.Run(c.Context(), o)
+		},
+	}
+	flags := c.Flags()
+	flags.SortFlags = false
+	f.etcd.addTo(flags)
+	flags.StringVar(&f.node, "node-id", "", "stable identity of this node (default: the machine id)")
+	flags.StringSliceVar(&f.iface, "iface", nil, "underlay interface, by name or address; the first that exists is used")
+	flags.StringSliceVar(&f.ifaceRegex, "iface-regex", nil, "underlay interface, by a regular expression on its name or address")
+	flags.StringVar(&f.canReach, "iface-can-reach", "", "underlay interface: the one that reaches this address")
+	flags.StringVar(&f.publicIP, "public-ip", "", "IPv4 address that other nodes send to, if it is not the interface's")
+	flags.StringVar(&f.publicIPv6, "public-ipv6", "", "the same for IPv6")
+	flags.StringVar(&f.runDir, "run-dir", api.DefaultRunDir, "where the socket, the state and subnet.env live")
+	flags.StringVar(&f.subnetFile, "subnet-file", "", "where to write subnet.env (default: in --run-dir)")
+	flags.BoolVar(&f.ipMasq, "ip-masq", true, "give traffic that leaves the cluster network the node's address")
+	flags.DurationVar(&f.leaseTTL, "lease-ttl", 24*time.Hour, "how long the lease outlives the last contact with etcd")
+	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "who carries the packets: auto, userspace or kernel")
+	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")
+	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
+	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
+	flags.BoolVar(&f.noGSO, "no-gso", false, "do not send many datagrams in one call (UDP_SEGMENT)")
+	flags.BoolVar(&f.noGRO, "no-gro", false, "do not join packets of a flow on their way in")
+	flags.BoolVar(&f.noUSO, "no-uso", false, "do not join UDP packets on their way in")
+	flags.BoolVar(&f.embedded, "embedded-etcd", false, "carry an etcd server along, for a site that has none")
+	flags.StringVar(&f.etcdDataDir, "etcd-data-dir", "/var/lib/culvert/etcd", "where the embedded etcd keeps its data")
+	flags.StringVar(&f.etcdListen, "etcd-listen", "http://127.0.0.1:2379", "where the embedded etcd serves")
+	for name, values := range map[string][]string{
+		"datapath": {"auto", "userspace", "kernel"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
+	} {
+		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+	}
+	return c
+}
+
+// options checks the flags and returns what the daemon is told.
+func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
+	log, err := newLogger(c, f.logLevel, f.logFormat)
+	if err != nil {
+		return daemon.Options{}, err
+	}
+	o := daemon.Options{
+		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
+		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, Datapath: daemon.Datapath(f.datapath), Metrics: f.metrics,
+		NoGSO: f.noGSO, NoGRO: f.noGRO, NoUSO: f.noUSO, Log: log,
+	}
+	if o.SubnetFile == "" {
+		o.SubnetFile = filepath.Join(f.runDir, "subnet.env")
+	}
+	if f.leaseTTL < 5*time.Second {
+		return o, usagef("--lease-ttl %s: at least 5s", f.leaseTTL)
+	}
+	switch o.Datapath {
+	case daemon.Auto, daemon.Userspace, daemon.Kernel:
+	default:
+		return o, usagef("--datapath %s: auto, userspace or kernel", f.datapath)
+	}
+	if o.Node == "" {
+		if o.Node, err = machineID(); err != nil {
+			return o, err
+		}
+	}
+	if err := subnet.CheckNode(o.Node); err != nil {
+		return o, usagef("--node-id: %w", err)
+	}
+	if err := f.underlay(&o); err != nil {
+		return o, err
+	}
+	if o.Etcd, err = f.etcd.options(log); err != nil {
+		return o, err
+	}
+	o.Etcd.StateFile = filepath.Join(f.runDir, "lease.json")
+	if f.embedded {
+		if !c.Flags().Changed("etcd-endpoints") {
+			o.Etcd.Endpoints = []string{f.etcdListen}
+		}
+		program, err := daemon.FindEtcd()
+		if err != nil {
+			return o, err
+		}
+		o.Embedded = &daemon.EmbeddedEtcd{
+			Program: program,
+			Args:    []string{"--data-dir", f.etcdDataDir, "--listen-client", f.etcdListen},
+		}
+	}
+	return o, nil
+}
+
+func (f *runFlags) underlay(o *daemon.Options) error {
+	o.Underlay.Interfaces, o.Underlay.Regexes = f.iface, f.ifaceRegex
+	var err error
+	if f.canReach != "" {
+		if o.Underlay.CanReach, err = netip.ParseAddr(f.canReach); err != nil {
+			return usagef("--iface-can-reach: %w", err)
+		}
+	}
+	for _, p := range []struct {
+		flag, text string
+		is4        bool
+	}{{"public-ip", f.publicIP, true}, {"public-ipv6", f.publicIPv6, false}} {
+		if p.text == "" {
+			continue
+		}
+		a, err := netip.ParseAddr(p.text)
+		if err != nil || a.Is4() != p.is4 || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
+			return usagef("--%s %s: not an address of the right family", p.flag, p.text)
+		}
+		o.PublicIPs = append(o.PublicIPs, a)
+	}
+	o.Underlay.PublicIPs = o.PublicIPs
+	return nil
+}
+
+// machineID is the default identity (machine-id(5)).
+func machineID() (string, error) {
+	for _, path := range []string{"/etc/machine-id", "/var/lib/dbus/machine-id"} {
+		b, err := os.ReadFile(path)
+		if id := strings.TrimSpace(string(b)); err == nil && id != "" {
+			return id, nil
+		}
+	}
+	return "", fmt.Errorf("this machine has no machine id (`systemd-machine-id-setup` makes one): name the node with --node-id")
+}
+
+func newLogger(c *cobra.Command, level, format string) (*slog.Logger, error) {
+	var o slog.HandlerOptions
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return nil, usagef("--log-level %s: debug, info, warn or error", level)
+	}
+	o.Level = l
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(c.ErrOrStderr(), &o)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(c.ErrOrStderr(), &o)), nil
+	}
+	return nil, usagef("--log-format %s: text or json", format)
+}

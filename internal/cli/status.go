@@ -1,0 +1,150 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"culvert/internal/api"
+)
+
+func newStatusCommand() *cobra.Command {
+	var runDir string
+	var out output
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "Show what this node is doing, and why",
+		Long: `Show what the node daemon on this machine is doing: its lease, how packets are
+carried and why, the contact with etcd, the other nodes, and what was dropped.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(c.Context(), 5*time.Second)
+			defer cancel()
+			s, err := api.GetStatus(ctx, runDir)
+			if err != nil {
+				return err
+			}
+			return out.write(c.OutOrStdout(), s, func(w io.Writer) error { return writeStatus(w, s, time.Now()) })
+		},
+	}
+	c.Flags().StringVar(&runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
+	out.addTo(c.Flags())
+	return c
+}
+
+// writeStatus shows the status as a table. now is what ages are measured from.
+func writeStatus(w io.Writer, s api.Status, now time.Time) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...))
+	}
+	state := "ready"
+	if !s.Ready {
+		state = "NOT READY: " + s.NotReady
+	}
+	line("node", "%s, culvert %s, up %s", s.Node, s.Version, age(now.Sub(s.Started)))
+	line("state", "%s", state)
+	line("network", "%s", join(s.Networks))
+	if s.Lease != nil {
+		expires := ""
+		if !s.Lease.Expires.IsZero() {
+			expires = ", for " + age(s.Lease.Expires.Sub(now)) + " without renewal"
+		}
+		line("lease", "%s at %s%s", join(s.Lease.Subnets), join(s.Lease.PublicIPs), expires)
+	} else {
+		line("lease", "none yet")
+	}
+	line("subnet file", "%s", s.SubnetFile)
+	line("underlay", "%s (%s), MTU %d: %s", s.Underlay.Interface, join(s.Underlay.Addrs), s.Underlay.MTU, s.Underlay.Why)
+	writeStore(line, s.Store, now)
+	if d := s.Datapath; d.Kind != "" {
+		line("datapath", "%s/%s on %s, pods' MTU %d: %s", d.WireFormat, d.Kind, d.Device, d.MTU, d.Why)
+		for _, m := range d.Mechanisms {
+			if m.On {
+				line("  "+m.Name, "on")
+			} else {
+				line("  "+m.Name, "off: %s", m.Why)
+			}
+		}
+		line("sent", "%s", traffic(d.Egress))
+		line("received", "%s", traffic(d.Ingress))
+		line("dropped", "%s", drops(d.Drops))
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	return writePeers(w, s)
+}
+
+func writeStore(line func(name, format string, args ...any), s api.Store, now time.Time) {
+	where := strings.Join(s.Endpoints, ", ") + s.Prefix
+	switch {
+	case s.Connected:
+		line("etcd", "%s, connected for %s, revision %d", where, age(now.Sub(s.Since)), s.Revision)
+	case s.Since.IsZero():
+		line("etcd", "%s, not reached yet", where)
+	default:
+		line("etcd", "%s, OUT OF REACH for %s: %s", where, age(now.Sub(s.Since)), s.Error)
+	}
+}
+
+func writePeers(w io.Writer, s api.Status) error {
+	fmt.Fprintf(w, "\n%d peers\n", len(s.Peers))
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	if len(s.Peers) > 0 {
+		fmt.Fprintln(t, "SUBNET\tADDRESS\tFORMAT\tNODE")
+	}
+	for _, p := range s.Peers {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", join(p.Subnets), join(p.PublicIPs), p.Backend, p.Node)
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, r := range s.Rejected {
+		fmt.Fprintf(w, "set aside: %s: %s\n", r.Key, r.Reason)
+	}
+	return nil
+}
+
+func traffic(t api.Traffic) string {
+	s := fmt.Sprintf("%d packets, %s", t.Packets, size(t.Bytes))
+	if t.Packets > 0 && t.Syscalls > 0 {
+		s += fmt.Sprintf(", %.2f system calls per packet", float64(t.Syscalls)/float64(t.Packets))
+	}
+	return s
+}
+
+func drops(all []api.Drop) string {
+	if len(all) == 0 {
+		return "nothing"
+	}
+	var words []string
+	for _, d := range all {
+		words = append(words, fmt.Sprintf("%s %d", d.Reason, d.Packets))
+	}
+	return strings.Join(words, ", ")
+}
+
+// join lists addresses or prefixes, or says that there are none.
+func join[T interface {
+	netip.Addr | netip.Prefix
+	String() string
+}](all []T) string {
+	if len(all) == 0 {
+		return "-"
+	}
+	words := make([]string, len(all))
+	for i, a := range all {
+		words[i] = a.String()
+	}
+	return strings.Join(slices.Clip(words), ", ")
+}
+
+func age(d time.Duration) string { return max(0, d).Round(time.Second).String() }

@@ -1,0 +1,298 @@
+// Package daemon is the node daemon: it joins the registry, the datapath and
+// subnet.env, and decides the order in which they start and stop.
+//
+// A lease event takes one way through it:
+//
+//	etcd ── Registry.Watch ── Snapshot ── Backend.Apply ── kernel or peer table
+//
+// and the same way serves the start, every change, and the return of etcd
+// after an absence, since a snapshot is always whole.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+
+	"culvert/backend"
+	"culvert/backend/tunnel"
+	"culvert/cni"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet"
+	"culvert/subnet/etcd"
+)
+
+// Options is everything that a daemon is told. Every field is required unless
+// it says otherwise.
+type Options struct {
+	Version    string
+	Node       string // stable identity
+	RunDir     string // of the socket and the state
+	SubnetFile string // where the CNI plugin looks for subnet.env
+	Etcd       etcd.Options
+	Underlay   host.UnderlaySelector
+	// PublicIPs are what other nodes send to, where that is not the underlay's
+	// own address; empty, or at most one per family.
+	PublicIPs []netip.Addr
+	IPMasq    bool
+	LeaseTTL  time.Duration
+	Datapath  Datapath
+	// Metrics is where metrics and probes are served, "" for nowhere.
+	Metrics string
+	// Embedded is the etcd server to carry along, or nil.
+	Embedded *EmbeddedEtcd
+	// The kill switches of the userspace datapath.
+	NoGSO, NoGRO, NoUSO bool
+	Log                 *slog.Logger
+}
+
+// Datapath is who carries the packets.
+type Datapath string
+
+// The datapaths that can be asked for.
+const (
+	Auto      Datapath = "auto"
+	Userspace Datapath = "userspace"
+	Kernel    Datapath = "kernel"
+)
+
+// Run is the daemon. It returns nil after ctx ended and everything has
+// stopped, in order, or the error that made it stop.
+func Run(ctx context.Context, o Options) error {
+	d := &node{options: o, log: o.Log, health: newHealth(o)}
+	socket, err := api.Listen(o.RunDir)
+	if err != nil {
+		return err
+	}
+	// What is asked about is served from the first moment to the last, in a
+	// context of its own: while waiting for etcd is when people ask.
+	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var servers errgroup.Group
+	servers.Go(func() error { return serve(serving, socket, api.Handler(d.health.status)) })
+	defer func() { _ = servers.Wait() }()
+	defer stop()
+	if o.Metrics != "" {
+		l, err := net.Listen("tcp", o.Metrics)
+		if err != nil {
+			return fmt.Errorf("serving metrics: %w (another address with --metrics, or \"\" for none)", err)
+		}
+		servers.Go(func() error { return serve(serving, l, probes(d.health)) })
+	}
+	return d.run(ctx)
+}
+
+// node is one run of the daemon.
+type node struct {
+	options Options
+	log     *slog.Logger
+	health  *health
+}
+
+// run goes through the start in the order in which things need each other, and
+// stops what it started in the opposite order.
+func (d *node) run(ctx context.Context) error {
+	underlay, publics, err := d.findUnderlay()
+	if err != nil {
+		return err
+	}
+	if d.options.Embedded != nil {
+		embedded, err := d.options.Embedded.start(ctx, d.log)
+		if err != nil {
+			return err
+		}
+		defer embedded.stop()
+	}
+	registry, err := etcd.New(ctx, d.options.Etcd)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = registry.Close() }()
+
+	config, lease, err := d.join(ctx, registry, underlay, publics)
+	if err != nil {
+		return stopped(ctx, err)
+	}
+	kind, why, err := choose(d.options.Datapath, config)
+	if err != nil {
+		return err
+	}
+	path, err := d.open(kind, why, config, lease, backend.Node{Underlay: underlay, PublicIPs: publics, IPMasq: d.options.IPMasq})
+	if err != nil {
+		return err
+	}
+	err = d.serve(ctx, registry, path, lease)
+	return errors.Join(stopped(ctx, err), path.Close(backend.Keep))
+}
+
+// stopped returns nil where an error only says that the daemon was told to
+// stop.
+func stopped(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// findUnderlay finds the interface, and the addresses that others send to.
+func (d *node) findUnderlay() (host.Underlay, []netip.Addr, error) {
+	u, err := host.FindUnderlay(d.options.Underlay)
+	if err != nil {
+		return host.Underlay{}, nil, fmt.Errorf("finding the underlay interface: %w", err)
+	}
+	publics := d.options.PublicIPs
+	for _, a := range u.Addrs {
+		told := false
+		for _, p := range d.options.PublicIPs {
+			told = told || p.Is4() == a.Is4()
+		}
+		if !told {
+			publics = append(publics, a)
+		}
+	}
+	d.log.Info("underlay found", "interface", u.Name, "addrs", u.Addrs, "public", publics, "mtu", u.MTU, "why", u.Why)
+	d.health.setUnderlay(u)
+	return u, publics, nil
+}
+
+// join waits for a network configuration and leases a subnet under it.
+func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, publics []netip.Addr) (subnet.Config, subnet.Lease, error) {
+	d.health.notReady("waiting for the network configuration in etcd: set one with `culvert config set`")
+	config, err := r.Config(ctx)
+	if err != nil {
+		return subnet.Config{}, subnet.Lease{}, err
+	}
+	if err := config.CheckUnderlay(u.Networks); err != nil {
+		return subnet.Config{}, subnet.Lease{}, err
+	}
+	d.health.setConfig(config)
+	claim := subnet.Claim{Node: d.options.Node, Config: config, TTL: d.options.LeaseTTL, Previous: d.previous()}
+	for _, n := range config.Networks {
+		is4 := n.Prefix.Addr().Is4()
+		e := subnet.Endpoint{}
+		for _, a := range publics {
+			if a.Is4() == is4 {
+				e.Public = a
+			}
+		}
+		if !e.Public.IsValid() {
+			return subnet.Config{}, subnet.Lease{}, fmt.Errorf("the network %s needs an underlay address of its family, and %s has none", n.Prefix, u.Name)
+		}
+		if config.Backend.Type == "vxlan" {
+			e.VTEP = subnet.VTEP{VNI: config.Backend.VNI, MAC: subnet.DeriveMAC(d.options.Node, config.Backend.VNI, !is4)}
+		}
+		claim.Ends = append(claim.Ends, e)
+	}
+	d.health.notReady("leasing a subnet")
+	lease, err := r.Acquire(ctx, claim)
+	if err != nil {
+		return subnet.Config{}, subnet.Lease{}, fmt.Errorf("leasing a subnet: %w", err)
+	}
+	d.log.Info("subnet leased", "subnet", lease.Subnets(), "node", d.options.Node)
+	d.health.setLease(lease)
+	return config, lease, nil
+}
+
+// previous returns the subnets that subnet.env names. A file that is missing
+// or unreadable only means that nothing is known.
+func (d *node) previous() []netip.Prefix {
+	env, err := cni.ReadSubnetEnv(d.options.SubnetFile)
+	if err != nil {
+		d.log.Debug("no earlier subnet", "reason", err)
+		return nil
+	}
+	var subnets []netip.Prefix
+	for _, g := range env.Gateways {
+		subnets = append(subnets, g.Masked())
+	}
+	return subnets
+}
+
+// choose decides who carries the packets, and says why.
+func choose(asked Datapath, c subnet.Config) (kind Datapath, why string, err error) {
+	switch asked {
+	case Userspace:
+		return Userspace, "--datapath=userspace", nil
+	case Auto:
+		return Userspace, "auto: this version carries " + c.Backend.Type + " in userspace", nil
+	case Kernel:
+		return "", "", errors.New("--datapath=kernel: this version has the userspace datapath only")
+	}
+	return "", "", fmt.Errorf("--datapath=%s: auto, userspace or kernel", asked)
+}
+
+func (d *node) open(_ Datapath, why string, c subnet.Config, l subnet.Lease, n backend.Node) (backend.Backend, error) {
+	d.health.notReady("opening the datapath")
+	return tunnel.Open(tunnel.Options{
+		Node: n, Config: c, Lease: l, Why: why,
+		NoGSO: d.options.NoGSO, NoGRO: d.options.NoGRO, NoUSO: d.options.NoUSO,
+		Log: d.log,
+	})
+}
+
+// serve runs the parts of a node that has its lease and its datapath, until
+// ctx ends or one of them fails.
+func (d *node) serve(ctx context.Context, r subnet.Registry, path backend.Backend, lease subnet.Lease) error {
+	d.health.setDatapath(path)
+	parts, ctx := errgroup.WithContext(ctx)
+	parts.Go(func() error { return path.Run(ctx) })
+	parts.Go(func() error { return r.Hold(ctx, lease) })
+	parts.Go(func() error { return d.follow(ctx, r, path, lease) })
+	err := parts.Wait()
+	if _, e := daemon.SdNotify(false, daemon.SdNotifyStopping); e != nil {
+		d.log.Debug("systemd was not told", "error", e)
+	}
+	d.health.notReady("stopping")
+	return err
+}
+
+// follow makes the datapath equal to each snapshot. With the first one the node
+// is ready, and says so to the CNI plugin by writing subnet.env.
+func (d *node) follow(ctx context.Context, r subnet.Registry, path backend.Backend, lease subnet.Lease) error {
+	written := false
+	for snapshot, err := range r.Watch(ctx, lease) {
+		if err != nil {
+			d.health.storeLost(err)
+			continue
+		}
+		d.health.setSnapshot(snapshot)
+		if err := path.Apply(ctx, snapshot); err != nil {
+			d.log.Error("the datapath does not follow the leases", "revision", snapshot.Revision, "error", err)
+			d.health.notReady("the datapath does not follow the leases: " + err.Error())
+			continue
+		}
+		if !written {
+			if err := d.writeSubnetEnv(snapshot.Config, lease, path.Status().MTU); err != nil {
+				return err
+			}
+			written = true
+			if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+				d.log.Debug("systemd was not told", "error", err)
+			}
+			d.log.Info("node ready", "subnet", lease.Subnets(), "peers", len(snapshot.Peers))
+		}
+		d.health.ready()
+	}
+	return nil
+}
+
+func (d *node) writeSubnetEnv(c subnet.Config, l subnet.Lease, mtu int) error {
+	env := cni.SubnetEnv{MTU: mtu, IPMasq: true}
+	for _, n := range c.Networks {
+		env.Networks = append(env.Networks, n.Prefix)
+	}
+	for _, e := range l.Endpoints {
+		env.Gateways = append(env.Gateways, netip.PrefixFrom(e.Subnet.Addr().Next(), e.Subnet.Bits()))
+	}
+	if err := cni.WriteSubnetEnv(d.options.SubnetFile, env); err != nil {
+		return fmt.Errorf("writing %s: %w", d.options.SubnetFile, err)
+	}
+	return nil
+}

@@ -1,0 +1,162 @@
+package daemon
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// EmbeddedEtcd is an etcd server that the daemon carries along, as a process
+// of its own: for a small site that has no etcd. Other nodes point at it.
+type EmbeddedEtcd struct {
+	Program string   // the culvert-etcd binary
+	Args    []string // its flags
+}
+
+// FindEtcd returns the culvert-etcd binary beside the running one, or in PATH.
+func FindEtcd() (string, error) {
+	const name = "culvert-etcd"
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), name)
+		if _, err := os.Stat(beside); err == nil {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("%s is neither beside culvert nor in PATH: install it from the same release: %w", name, err)
+	}
+	return path, nil
+}
+
+const (
+	etcdStart = 60 * time.Second // until the server answers: a large log takes its time
+	etcdStop  = 15 * time.Second
+)
+
+// supervised is a running server and its successors.
+type supervised struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// start starts the server, waits until it serves, and keeps it running: it is
+// started anew when it ends.
+func (e EmbeddedEtcd) start(ctx context.Context, log *slog.Logger) (*supervised, error) {
+	// The server outlives ctx: the daemon gives its last word to etcd while
+	// stopping, and stops it last.
+	running, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	s := &supervised{cancel: cancel, done: make(chan struct{})}
+	ready := make(chan error, 1)
+	go func() {
+		defer close(s.done)
+		e.supervise(running, log, ready)
+	}()
+	var err error
+	select {
+	case err = <-ready:
+	case <-time.After(etcdStart):
+		err = fmt.Errorf("it does not serve after %s", etcdStart)
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		s.stop()
+		return nil, fmt.Errorf("starting the embedded etcd: %w", err)
+	}
+	return s, nil
+}
+
+// supervise runs the server again and again until ctx ends. It tells ready once
+// when the server serves; a server that ends before it ever served is told
+// there too, and given up.
+func (e EmbeddedEtcd) supervise(ctx context.Context, log *slog.Logger, ready chan<- error) {
+	served := false
+	pause := time.Second
+	for {
+		began := time.Now()
+		err := e.runOnce(ctx, log, func() {
+			if !served {
+				ready <- nil
+			}
+			served = true
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		if !served {
+			ready <- err
+			return
+		}
+		if time.Since(began) > time.Minute {
+			pause = time.Second
+		}
+		log.Error("the embedded etcd ended; starting it again", "error", err, "pause", pause)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, 30*time.Second)
+	}
+}
+
+// runOnce runs the server until it ends or ctx does, and calls serving when it
+// has said that it is ready.
+func (e EmbeddedEtcd) runOnce(ctx context.Context, log *slog.Logger, serving func()) error {
+	cmd := exec.CommandContext(ctx, e.Program, e.Args...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = etcdStop
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the daemon, which stops it in order
+	var complaint lastLines
+	cmd.Stderr = &complaint
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if url, ok := strings.CutPrefix(lines.Text(), "ready "); ok {
+			log.Info("embedded etcd serves", "url", url, "pid", cmd.Process.Pid)
+			serving()
+		}
+	}
+	err = cmd.Wait()
+	if text := complaint.String(); text != "" && err != nil {
+		return fmt.Errorf("%w: %s", err, text)
+	}
+	if err == nil {
+		return errors.New("it ended by itself")
+	}
+	return err
+}
+
+// stop ends the server and returns when it has ended.
+func (s *supervised) stop() {
+	s.cancel()
+	<-s.done
+}
+
+// lastLines keeps the end of what is written to it.
+type lastLines struct{ b []byte }
+
+func (l *lastLines) Write(p []byte) (int, error) {
+	const keep = 2048
+	l.b = append(l.b, p...)
+	if len(l.b) > keep {
+		l.b = append(l.b[:0], l.b[len(l.b)-keep:]...)
+	}
+	return len(p), nil
+}
+
+func (l *lastLines) String() string { return strings.TrimSpace(string(l.b)) }

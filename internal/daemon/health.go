@@ -1,0 +1,213 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"culvert/backend"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// health is what the daemon knows of itself: the one place that status,
+// metrics and probes read, and that the parts of the daemon report to.
+type health struct {
+	mu   sync.Mutex
+	said api.Status
+	path backend.Backend
+}
+
+func newHealth(o Options) *health {
+	return &health{said: api.Status{
+		Version: o.Version, Node: o.Node, Started: time.Now(), SubnetFile: o.SubnetFile,
+		NotReady: "starting",
+		Store:    api.Store{Endpoints: o.Etcd.Endpoints, Prefix: o.Etcd.Prefix},
+		Peers:    []api.Peer{},
+		Networks: []netip.Prefix{},
+	}}
+}
+
+func (h *health) change(f func(*api.Status)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	f(&h.said)
+}
+
+func (h *health) notReady(why string) {
+	h.change(func(s *api.Status) { s.Ready, s.NotReady = false, why })
+}
+
+func (h *health) ready() {
+	h.change(func(s *api.Status) { s.Ready, s.NotReady = true, "" })
+}
+
+func (h *health) setUnderlay(u host.Underlay) {
+	h.change(func(s *api.Status) {
+		s.Underlay = api.Underlay{Interface: u.Name, MTU: u.MTU, Addrs: u.Addrs, Why: u.Why}
+	})
+}
+
+func (h *health) setConfig(c subnet.Config) {
+	h.change(func(s *api.Status) {
+		s.Networks = s.Networks[:0:0]
+		for _, n := range c.Networks {
+			s.Networks = append(s.Networks, n.Prefix)
+		}
+	})
+}
+
+func (h *health) setLease(l subnet.Lease) {
+	h.change(func(s *api.Status) {
+		s.Lease = &api.Lease{Subnets: l.Subnets(), PublicIPs: l.Publics(), Expires: l.Expires}
+	})
+}
+
+func (h *health) setDatapath(b backend.Backend) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.path = b
+}
+
+// setSnapshot notes that the store is in reach, and what it holds.
+func (h *health) setSnapshot(snapshot subnet.Snapshot) {
+	h.setConfig(snapshot.Config)
+	if len(snapshot.Self.Endpoints) > 0 {
+		h.setLease(snapshot.Self)
+	}
+	h.change(func(s *api.Status) {
+		if !s.Store.Connected {
+			s.Store.Connected, s.Store.Since = true, time.Now()
+		}
+		s.Store.Error, s.Store.Revision = "", snapshot.Revision
+		s.Peers = make([]api.Peer, 0, len(snapshot.Peers))
+		for _, l := range snapshot.Peers {
+			s.Peers = append(s.Peers, api.Peer{Node: l.Node, Backend: l.Backend, Subnets: l.Subnets(), PublicIPs: l.Publics()})
+		}
+		s.Rejected = nil
+		for _, r := range snapshot.Rejected {
+			s.Rejected = append(s.Rejected, api.Rejection{Key: r.Key, Reason: r.Reason})
+		}
+	})
+}
+
+// storeLost notes that the store is out of reach. The node goes on with what
+// it knows, and stays ready: its lease and its peers stand.
+func (h *health) storeLost(err error) {
+	h.change(func(s *api.Status) {
+		if s.Store.Connected || s.Store.Since.IsZero() {
+			s.Store.Connected, s.Store.Since = false, time.Now()
+		}
+		s.Store.Error = err.Error()
+	})
+}
+
+// status returns a copy that nobody changes any more.
+func (h *health) status() api.Status {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s := h.said
+	if h.path != nil {
+		s.Datapath = h.path.Status()
+	}
+	return s
+}
+
+// serve serves until ctx ends.
+func serve(ctx context.Context, l net.Listener, h http.Handler) error {
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+	stop := context.AfterFunc(ctx, func() { _ = s.Close() })
+	defer stop()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// probes serves /metrics, /livez and /readyz.
+func probes(h *health) http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), metrics{h})
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	// Alive is a daemon that can answer: etcd's absence is no reason to restart
+	// it, and a restart would not bring etcd back.
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if s := h.status(); !s.Ready {
+			http.Error(w, s.NotReady, http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	return mux
+}
+
+// metrics turns the status into metrics at each scrape, so that there is one
+// truth and nothing to keep in step.
+type metrics struct{ health *health }
+
+var (
+	metricReady     = prometheus.NewDesc("culvert_ready", "Whether pods can be added on this node.", nil, nil)
+	metricConnected = prometheus.NewDesc("culvert_store_connected", "Whether etcd is in reach.", nil, nil)
+	metricRevision  = prometheus.NewDesc("culvert_store_revision", "Revision of etcd that this node follows.", nil, nil)
+	metricPeers     = prometheus.NewDesc("culvert_peers", "Leases of other nodes in force.", nil, nil)
+	metricRejected  = prometheus.NewDesc("culvert_rejected_leases", "Keys in etcd that were set aside.", nil, nil)
+	metricPackets   = prometheus.NewDesc("culvert_packets_total", "Inner packets carried, as on the wire.", []string{"direction"}, nil)
+	metricBytes     = prometheus.NewDesc("culvert_bytes_total", "Bytes of inner packets carried.", []string{"direction"}, nil)
+	metricSyscalls  = prometheus.NewDesc("culvert_syscalls_total", "System calls of the packet loop, waits apart.", []string{"direction"}, nil)
+	metricDrops     = prometheus.NewDesc("culvert_drops_total", "Packets dropped, by reason.", []string{"reason"}, nil)
+	metricInfo      = prometheus.NewDesc("culvert_info", "What runs here.", []string{"version", "wire_format", "datapath"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (metrics) Describe(c chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{
+		metricReady, metricConnected, metricRevision, metricPeers, metricRejected,
+		metricPackets, metricBytes, metricSyscalls, metricDrops, metricInfo,
+	} {
+		c <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m metrics) Collect(c chan<- prometheus.Metric) {
+	s := m.health.status()
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
+		c <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
+	}
+	gauge(metricInfo, 1, s.Version, s.Datapath.WireFormat, s.Datapath.Kind)
+	gauge(metricReady, truth(s.Ready))
+	gauge(metricConnected, truth(s.Store.Connected))
+	gauge(metricRevision, float64(s.Store.Revision))
+	gauge(metricPeers, float64(len(s.Peers)))
+	gauge(metricRejected, float64(len(s.Rejected)))
+	for direction, t := range map[string]api.Traffic{"egress": s.Datapath.Egress, "ingress": s.Datapath.Ingress} {
+		counter(metricPackets, t.Packets, direction)
+		counter(metricBytes, t.Bytes, direction)
+		counter(metricSyscalls, t.Syscalls, direction)
+	}
+	for _, d := range s.Datapath.Drops {
+		counter(metricDrops, d.Packets, d.Reason)
+	}
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
