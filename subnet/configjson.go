@@ -194,7 +194,13 @@ func parseBackend(text json.RawMessage) (BackendConfig, []Warning, error) {
 		}
 		return BackendConfig{}, nil, fmt.Errorf("Backend.Type is %q; culvert knows %s%s", clip(v.Type), strings.Join(Backends, ", "), hint)
 	}
-	warnings = append(warnings, unknownKeys("Backend.", text, known)...)
+	for _, w := range unknownKeys("Backend.", text, known) {
+		key := strings.TrimPrefix(w.Key, "Backend.")
+		if slices.ContainsFunc(backendKeys["vxlan"], func(k string) bool { return strings.EqualFold(k, key) }) {
+			w.Message = "has no effect with " + v.Type
+		}
+		warnings = append(warnings, w)
+	}
 	b := BackendConfig{Type: v.Type, MTU: v.MTU}
 	if b.MTU != 0 && (b.MTU < 576 || b.MTU > 65535) {
 		return BackendConfig{}, nil, fmt.Errorf("Backend.MTU is %d; it is 0 (derived) or 576 to 65535", b.MTU)

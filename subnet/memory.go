@@ -1,0 +1,273 @@
+package subnet
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"sync"
+	"time"
+)
+
+// Memory is a Registry within one process, for simulations and tests. All
+// nodes share the one value; a node is told apart by the Node of its claims
+// and leases. The rules are those of package subnet/etcd: the same Choose, the
+// same BuildSnapshot, lifetimes that end without Hold.
+type Memory struct {
+	mu       sync.Mutex
+	revision int64
+	lastID   int64
+	config   *Config
+	entries  map[string]Entry
+	lives    map[int64]*life
+	changed  chan struct{} // closed, and replaced, at every change
+}
+
+// life is what an etcd lease is to the store.
+type life struct {
+	ttl   time.Duration
+	timer *time.Timer
+}
+
+var _ Registry = (*Memory)(nil)
+
+// NewMemory returns an empty registry without a configuration.
+func NewMemory() *Memory {
+	return &Memory{entries: map[string]Entry{}, lives: map[int64]*life{}, changed: make(chan struct{})}
+}
+
+// SetConfig sets the network configuration.
+func (m *Memory) SetConfig(cfg Config) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.config = &cfg
+	m.bump()
+}
+
+// Put writes an entry as another program might, without any comparison. Its
+// revisions are the store's.
+func (m *Memory) Put(key string, value []byte) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.put(key, value, 0)
+}
+
+// Delete removes an entry, whoever holds it.
+func (m *Memory) Delete(key string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.remove(key)
+}
+
+// Config implements Registry.
+func (m *Memory) Config(ctx context.Context) (Config, error) {
+	for {
+		m.mu.Lock()
+		cfg, changed := m.config, m.changed
+		m.mu.Unlock()
+		if cfg != nil {
+			return *cfg, nil
+		}
+		select {
+		case <-ctx.Done():
+			return Config{}, fmt.Errorf("wait for the network configuration: %w", ctx.Err())
+		case <-changed:
+		}
+	}
+}
+
+// Acquire implements Registry.
+func (m *Memory) Acquire(_ context.Context, c Claim) (Lease, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	choice, err := Choose(c, Occupied(m.all()))
+	if err != nil {
+		return Lease{}, fmt.Errorf("acquire a lease: %w", err)
+	}
+	value, err := choice.Lease.Value()
+	if err != nil {
+		return Lease{}, fmt.Errorf("acquire a lease: %w", err)
+	}
+	for _, drop := range choice.Drop {
+		m.remove(drop.Key())
+	}
+	ttl := c.TTL
+	if ttl <= 0 {
+		ttl = 24 * time.Hour
+	}
+	return m.lease(choice.Lease, value, ttl)
+}
+
+// Hold implements Registry.
+func (m *Memory) Hold(ctx context.Context, l Lease) error {
+	for {
+		wait, changed, err := m.renew(&l)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-changed:
+			timer.Stop()
+		case <-timer.C:
+		}
+	}
+}
+
+// renew starts the lifetime anew, and creates a vanished lease again if its
+// subnet is free. It returns when it should be called again.
+func (m *Memory) renew(l *Lease) (time.Duration, <-chan struct{}, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e, ok := m.entries[l.Key()]
+	if !ok {
+		for _, e := range m.entries {
+			if other, err := e.Lease(); err == nil && (l.Overlaps(other) || l.Rival(other) != nil) {
+				return 0, nil, fmt.Errorf("%w: it was gone, and %s is in its place", ErrLost, other)
+			}
+		}
+		value, err := l.Value()
+		if err != nil {
+			return 0, nil, err
+		}
+		again, err := m.lease(*l, value, 24*time.Hour)
+		if err != nil {
+			return 0, nil, err
+		}
+		*l, e = again, m.entries[l.Key()]
+	} else if is, err := e.Lease(); err != nil || is.Node != l.Node {
+		return 0, nil, fmt.Errorf("%w: %s has its key", ErrLost, is)
+	}
+	life, ok := m.lives[e.ID]
+	if !ok {
+		return time.Hour, m.changed, nil // written without a lifetime
+	}
+	life.timer.Reset(life.ttl)
+	return life.ttl / 3, m.changed, nil
+}
+
+// Update implements Registry.
+func (m *Memory) Update(_ context.Context, l Lease) (Lease, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e := m.entries[l.Key()]
+	is, err := e.Lease()
+	if err != nil || is.Node != l.Node {
+		return Lease{}, fmt.Errorf("update lease %s: %w", l, ErrLost)
+	}
+	for _, other := range Occupied(m.all()).Leases {
+		if err := l.Rival(other); err != nil {
+			return Lease{}, fmt.Errorf("update lease %s: %w", l, err)
+		}
+	}
+	value, err := l.Value()
+	if err != nil {
+		return Lease{}, fmt.Errorf("update: %w", err)
+	}
+	m.put(e.Key, value, e.ID)
+	return m.entries[e.Key].Lease()
+}
+
+// Release implements Registry.
+func (m *Memory) Release(_ context.Context, l Lease) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if is, err := m.entries[l.Key()].Lease(); err == nil && is.Node == l.Node {
+		m.remove(l.Key())
+	}
+	return nil
+}
+
+// Watch implements Registry. It never yields an error: memory is not away.
+func (m *Memory) Watch(ctx context.Context, self Lease) iter.Seq2[Snapshot, error] {
+	return func(yield func(Snapshot, error) bool) {
+		var cfg Config
+		for {
+			m.mu.Lock()
+			revision, entries, changed := m.revision, m.all(), m.changed
+			refused := ""
+			if m.config == nil {
+				refused = "it is missing"
+			} else if err := m.config.Admits(self); len(cfg.Networks) > 0 && err != nil {
+				refused = err.Error()
+			} else {
+				cfg = *m.config
+			}
+			m.mu.Unlock()
+			if len(cfg.Networks) > 0 {
+				s := BuildSnapshot(cfg, self, entries, revision)
+				s.ConfigRefused = refused
+				if ctx.Err() != nil || !yield(s, nil) {
+					return
+				}
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-changed:
+			}
+		}
+	}
+}
+
+// lease writes a value with a lifetime of its own.
+func (m *Memory) lease(l Lease, value []byte, ttl time.Duration) (Lease, error) {
+	key := l.Key()
+	m.lastID++
+	id := m.lastID
+	m.lives[id] = &life{ttl: ttl, timer: time.AfterFunc(ttl, func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.entries[key].ID == id {
+			m.remove(key)
+		}
+	})}
+	m.put(key, value, id)
+	return m.entries[key].Lease()
+}
+
+func (m *Memory) put(key string, value []byte, id int64) {
+	m.bump()
+	old, ok := m.entries[key]
+	if !ok {
+		old.CreateRevision = m.revision
+	}
+	if old.ID != id {
+		m.end(old.ID)
+	}
+	m.entries[key] = NewEntry(Entry{Key: key, Value: value, CreateRevision: old.CreateRevision, ModRevision: m.revision, ID: id})
+}
+
+func (m *Memory) remove(key string) {
+	if e, ok := m.entries[key]; ok {
+		m.end(e.ID)
+		delete(m.entries, key)
+		m.bump()
+	}
+}
+
+func (m *Memory) end(id int64) {
+	if life, ok := m.lives[id]; ok {
+		life.timer.Stop()
+		delete(m.lives, id)
+	}
+}
+
+func (m *Memory) bump() {
+	m.revision++
+	close(m.changed)
+	m.changed = make(chan struct{})
+}
+
+func (m *Memory) all() []Entry {
+	all := make([]Entry, 0, len(m.entries))
+	for _, e := range m.entries {
+		all = append(all, e)
+	}
+	return all
+}

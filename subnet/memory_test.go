@@ -1,0 +1,131 @@
+package subnet_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"culvert/subnet"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestMemoryLifetimes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := subnet.NewMemory()
+		a, b := claimOf(t, "a", "192.0.2.1"), claimOf(t, "b", "192.0.2.2")
+		m.SetConfig(a.Config)
+		a.TTL, b.TTL = time.Hour, time.Hour
+		la, err := m.Acquire(t.Context(), a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lb, err := m.Acquire(t.Context(), b)
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() {
+			if err := m.Hold(ctx, la); err != nil {
+				t.Errorf("hold: %v", err)
+			}
+		})
+		var last subnet.Snapshot
+		running.Go(func() {
+			for s := range m.Watch(ctx, la) {
+				last = s
+			}
+		})
+		synctest.Wait()
+		if len(last.Peers) != 1 || last.Self.Key() != la.Key() {
+			t.Errorf("%+v", last)
+		}
+		// Nobody renews b's; ours is renewed for a week.
+		time.Sleep(59 * time.Minute)
+		synctest.Wait()
+		if len(last.Peers) != 1 {
+			t.Error("b's lease ended early")
+		}
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		if len(last.Peers) != 0 {
+			t.Error("b's lease outlived its hour")
+		}
+		time.Sleep(7 * 24 * time.Hour)
+		synctest.Wait()
+		if last.Self.Key() != la.Key() || last.Self.CreateRevision != la.CreateRevision {
+			t.Errorf("ours became %+v", last.Self)
+		}
+		// It vanishes, and is written again.
+		m.Delete(la.Key())
+		synctest.Wait()
+		if last.Self.CreateRevision <= la.CreateRevision {
+			t.Errorf("ours was not written again: %+v", last.Self)
+		}
+		_ = m.Release(ctx, lb) // gone already
+		cancel()
+		running.Wait()
+		time.Sleep(25 * time.Hour)
+	})
+}
+
+func TestMemoryLoss(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := subnet.NewMemory()
+		a := claimOf(t, "a", "192.0.2.1")
+		m.SetConfig(a.Config)
+		l, err := m.Acquire(t.Context(), a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var running sync.WaitGroup
+		running.Go(func() {
+			if err := m.Hold(t.Context(), l); !errors.Is(err, subnet.ErrLost) {
+				t.Errorf("hold: %v", err)
+			}
+		})
+		synctest.Wait()
+		m.Put(l.Key(), []byte(`{"PublicIP":"192.0.2.9","BackendType":"ipip","NodeID":"thief"}`))
+		running.Wait()
+		if _, err := m.Update(t.Context(), l); !errors.Is(err, subnet.ErrLost) {
+			t.Errorf("update: %v", err)
+		}
+		if err := m.Release(t.Context(), l); err != nil {
+			t.Errorf("release: %v", err)
+		}
+	})
+}
+
+func TestMemoryRace(t *testing.T) {
+	m := subnet.NewMemory()
+	leases := make([]subnet.Lease, 100)
+	var racing sync.WaitGroup
+	for i := range leases {
+		c := claimOf(t, fmt.Sprint("node-", i), fmt.Sprintf("192.0.2.%d", i+1))
+		m.SetConfig(c.Config)
+		c.TTL = time.Hour
+		racing.Go(func() {
+			var err error
+			if leases[i], err = m.Acquire(t.Context(), c); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	racing.Wait()
+	for i, a := range leases {
+		for _, b := range leases[:i] {
+			if a.Overlaps(b) {
+				t.Errorf("%s and %s", a, b)
+			}
+		}
+		_ = m.Release(t.Context(), a)
+	}
+}
