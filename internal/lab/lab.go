@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -60,7 +61,7 @@ type Lab struct {
 	options   Options
 	mu        sync.Mutex
 	processes []*Process
-	pods      []*Pod
+	extra     []*Namespace // pods and others, beside the fabric and the nodes
 	closed    bool
 }
 
@@ -192,10 +193,7 @@ func (l *Lab) Close() error {
 func (l *Lab) namespaces() []*Namespace {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	var all []*Namespace
-	for _, p := range l.pods {
-		all = append(all, p.Namespace)
-	}
+	all := slices.Clone(l.extra)
 	for _, n := range l.Nodes {
 		all = append(all, n.Namespace)
 	}

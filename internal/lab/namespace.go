@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 
@@ -87,6 +88,32 @@ func newNamespace(l *Lab, name string) (*Namespace, error) {
 		return nil, errors.Join(fmt.Errorf("setting up network namespace %s: %w", name, err), deleteNamespace(name))
 	}
 	return ns, nil
+}
+
+// AddNamespace makes a namespace of the lab that is joined to nothing; its name
+// is the lab's and the given one. Close removes it, or Delete.
+func (l *Lab) AddNamespace(name string) (*Namespace, error) {
+	ns, err := newNamespace(l, l.ID+"-"+name)
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.extra = append(l.extra, ns)
+	return ns, nil
+}
+
+// Delete stops the namespace's processes and removes it.
+func (n *Namespace) Delete() error {
+	err := stopAll(processesIn([]string{n.Name}))
+	n.endKeeper()
+	if err := errors.Join(err, deleteNamespace(n.Name)); err != nil {
+		return fmt.Errorf("deleting network namespace %s: %w", n.Name, err)
+	}
+	n.lab.mu.Lock()
+	defer n.lab.mu.Unlock()
+	n.lab.extra = slices.DeleteFunc(n.lab.extra, func(o *Namespace) bool { return o == n })
+	return nil
 }
 
 // deleteNamespace removes the name. The kernel ends the namespace when the

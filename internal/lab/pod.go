@@ -93,14 +93,11 @@ func (n *Node) CNI(fn func(*libcni.CNIConfig, *libcni.NetworkConfigList) error) 
 // plugins. The name is unique among the node's pods.
 func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
 	id := n.ID + "-" + name
-	ns, err := newNamespace(n.lab, n.lab.ID+"-"+id)
+	ns, err := n.lab.AddNamespace(id)
 	if err != nil {
 		return nil, fmt.Errorf("adding pod %s: %w", id, err)
 	}
 	p := &Pod{Namespace: ns, ID: id, Node: n, IfName: "eth0"}
-	n.lab.mu.Lock()
-	n.lab.pods = append(n.lab.pods, p)
-	n.lab.mu.Unlock()
 	err = n.CNI(func(cni *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
 		result, err := cni.AddNetworkList(ctx, list, p.runtimeConf())
 		if err != nil {
@@ -158,17 +155,7 @@ func (p *Pod) Delete(ctx context.Context) error {
 	if err := p.Detach(ctx); err != nil {
 		return fmt.Errorf("deleting pod %s: %w", p.ID, err)
 	}
-	if err := stopAll(processesIn([]string{p.Name})); err != nil {
-		return fmt.Errorf("deleting pod %s: %w", p.ID, err)
-	}
-	p.endKeeper()
-	if err := deleteNamespace(p.Name); err != nil {
-		return fmt.Errorf("deleting pod %s: %w", p.ID, err)
-	}
-	p.lab.mu.Lock()
-	defer p.lab.mu.Unlock()
-	p.lab.pods = slices.DeleteFunc(p.lab.pods, func(q *Pod) bool { return q == p })
-	return nil
+	return p.Namespace.Delete()
 }
 
 func (p *Pod) runtimeConf() *libcni.RuntimeConf {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -58,9 +59,6 @@ func (l *Lab) bridge(name, link string, prefixes []netip.Prefix, mtu int) error 
 		if err := veth(l.Fabric, n.ID, n.Namespace, link, mtu); err != nil {
 			return err
 		}
-		if err := l.Fabric.Do(func() error { return enslave(n.ID, name) }); err != nil {
-			return fmt.Errorf("joining %s to %s: %w", n.ID, name, err)
-		}
 		var addrs []netip.Addr
 		for _, p := range prefixes {
 			addrs = append(addrs, nth(p, i+1))
@@ -73,9 +71,18 @@ func (l *Lab) bridge(name, link string, prefixes []netip.Prefix, mtu int) error 
 				return fmt.Errorf("default route of %s by %s: %w", n.Name, gw, err)
 			}
 		}
+		if err := l.Fabric.Do(func() error { return enslave(n.ID, name) }); err != nil {
+			return fmt.Errorf("joining %s to %s: %w", n.ID, name, err)
+		}
 	}
 	return nil
 }
+
+// vethIndex is the interface index of every pair's first end. The kernel
+// handles the carrier of a link at once only if its index differs from its
+// peer's (net/core/link_watch.c, linkwatch_urgent_event), and in two new
+// namespaces both would be 2; else the link is deaf for up to a second.
+var vethIndex atomic.Int32
 
 // veth makes a pair of links, one end in each namespace.
 func veth(a *Namespace, aName string, b *Namespace, bName string, mtu int) error {
@@ -86,7 +93,7 @@ func veth(a *Namespace, aName string, b *Namespace, bName string, mtu int) error
 	defer peer.Close()
 	err = a.Do(func() error {
 		return netlink.LinkAdd(&netlink.Veth{
-			LinkAttrs: netlink.LinkAttrs{Name: aName, MTU: mtu, TxQLen: 1000},
+			LinkAttrs: netlink.LinkAttrs{Name: aName, MTU: mtu, TxQLen: 1000, Index: int(1000 + vethIndex.Add(1))},
 			PeerName:  bName, PeerNamespace: netlink.NsFd(peer), PeerMTU: uint32(mtu),
 		})
 	})
@@ -105,10 +112,10 @@ func enslave(link, bridge string) error {
 	if err != nil {
 		return err
 	}
-	if err := netlink.LinkSetMaster(port, br); err != nil {
+	if err := netlink.LinkSetUp(port); err != nil {
 		return err
 	}
-	return netlink.LinkSetUp(port)
+	return netlink.LinkSetMaster(port, br)
 }
 
 // configure gives a link its addresses and sets it up.

@@ -1,0 +1,201 @@
+package cni
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/rogpeppe/go-internal/txtar"
+)
+
+func TestDelegateConfiguration(t *testing.T) {
+	files, err := filepath.Glob("testdata/delegate/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no cases: %v", err)
+	}
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			a, err := txtar.ParseFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			part := map[string][]byte{}
+			for _, f := range a.Files {
+				part[f.Name] = f.Data
+			}
+			n, err := ParseNetConf(part["netconf"], DefaultsFor("culvert-cni"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			env, err := ParseSubnetEnv(part["subnet.env"])
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := n.Delegate(env)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Sorted at every depth, so that the text can be compared.
+			var sorted any
+			d := json.NewDecoder(bytes.NewReader(got))
+			d.UseNumber()
+			if err := d.Decode(&sorted); err != nil {
+				t.Fatal(err)
+			}
+			text, err := json.MarshalIndent(sorted, "", "  ")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(text)+"\n" != string(part["delegate"]) {
+				t.Errorf("the delegate gets\n%s\nnot\n%s", text, part["delegate"])
+			}
+			again, err := n.Delegate(env)
+			if err != nil || !bytes.Equal(again, got) {
+				t.Errorf("computed twice it differs: %s, %v", again, err)
+			}
+		})
+	}
+}
+
+func TestNetConfDefaults(t *testing.T) {
+	for argv0, want := range map[string]Defaults{
+		"/opt/cni/bin/culvert-cni": {SubnetFile: "/run/culvert/subnet.env", DataDir: "/var/lib/cni/culvert"},
+		"/opt/cni/bin/flannel":     {SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel"},
+		"flannel":                  {SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel"},
+	} {
+		n, err := ParseNetConf([]byte(`{"name":"n"}`), DefaultsFor(argv0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := (Defaults{n.SubnetFile, n.DataDir}); got != want {
+			t.Errorf("%s reads %+v, not %+v", argv0, got, want)
+		}
+	}
+	n, err := ParseNetConf([]byte(`{"name":"n","subnetFile":"/a/b","dataDir":"/c"}`), DefaultsFor("x"))
+	if err != nil || n.SubnetFile != "/a/b" || n.DataDir != "/c" {
+		t.Errorf("given paths are read as %q, %q: %v", n.SubnetFile, n.DataDir, err)
+	}
+}
+
+func TestNetConfRefuses(t *testing.T) {
+	for text, says := range map[string]string{
+		`{`:                                    "reading the network configuration",
+		`[]`:                                   "reading the network configuration",
+		`{"delegate":{"name":"x"}}`:            `must not have the key "name"`,
+		`{"delegate":{"ipam":{}}}`:             `must not have the key "ipam"`,
+		`{"delegate":{"type":7}}`:              "not the name of a plugin: 7",
+		`{"delegate":{"type":""}}`:             "not the name of a plugin",
+		`{"delegate":{"type":".."}}`:           "a plugin's name",
+		`{"delegate":{"type":"../../bin/sh"}}`: "no slashes",
+		`{"ipam":{"type":"a/b"}}`:              "no slashes",
+		`{"subnetFile":"subnet.env"}`:          "not an absolute path",
+		`{"dataDir":""}`:                       "not an absolute path",
+	} {
+		_, err := ParseNetConf([]byte(text), DefaultsFor("culvert-cni"))
+		var e *types.Error
+		if !errors.As(err, &e) || !strings.Contains(err.Error(), says) ||
+			e.Code != types.ErrInvalidNetworkConfig && e.Code != types.ErrDecodingFailure {
+			t.Errorf("%s: %v, which does not say %q", text, err, says)
+		}
+	}
+	for _, routes := range []string{`{}`, `[7]`, `[{"dst":"10.0.0.0"}]`} {
+		n, err := ParseNetConf([]byte(`{"ipam":{"routes":`+routes+`}}`), DefaultsFor("x"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := n.Delegate(dualStack); err == nil || !strings.Contains(err.Error(), "routes") {
+			t.Errorf("routes %s: %v", routes, err)
+		}
+	}
+}
+
+func TestState(t *testing.T) {
+	s := state{filepath.Join(t.TempDir(), "a", "b")}
+	eth0, eth1 := Attachment{"c1", "eth0"}, Attachment{"c1", "eth1"}
+	if _, err := s.load(eth0); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("loading none: %v", err)
+	}
+	if err := s.forget(eth0); err != nil {
+		t.Errorf("forgetting none: %v", err)
+	}
+	saved := record{Attachment: eth0, Network: "n", Netns: "4:5", Boot: "b", Delegate: json.RawMessage(`{"type":"bridge"}`)}
+	other := saved
+	other.Attachment, other.Delegate = eth1, json.RawMessage(`{"type":"ptp"}`)
+	for _, r := range []record{saved, other} {
+		if err := s.save(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, want := range []record{saved, other} {
+		if got, err := s.load(want.Attachment); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("loaded %+v, not %+v: %v", got, want, err)
+		}
+	}
+	if err := s.forget(eth0); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.load(eth0); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("after forgetting: %v", err)
+	}
+	if _, err := s.load(eth1); err != nil {
+		t.Errorf("forgetting one interface took the other's: %v", err)
+	}
+
+	for _, text := range []string{"", "{", "null", "[]", `{"containerID":"c2","ifname":"eth1","delegate":{}}`, `{"containerID":"c1","ifname":"eth1"}`} {
+		if err := os.WriteFile(s.path(eth1), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.load(eth1); !errors.Is(err, errDamaged) {
+			t.Errorf("%q loads with %v", text, err)
+		}
+	}
+
+	// flannel's plugin: the bare configuration under the container's name.
+	if err := os.WriteFile(s.flannelPath(eth0), []byte(`{"type":"bridge","name":"cbr0"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.load(eth0); err != nil || string(got.Delegate) != `{"type":"bridge","name":"cbr0"}` {
+		t.Errorf("flannel's record loads as %+v: %v", got, err)
+	}
+	if err := s.forget(eth0); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(s.flannelPath(eth0)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("flannel's record is left: %v", err)
+	}
+}
+
+func TestAttachmentNames(t *testing.T) {
+	for _, a := range []Attachment{
+		{"", "eth0"},
+		{"../c", "eth0"},
+		{".hidden", "eth0"},
+		{"a/b", "eth0"},
+		{"a:b", "eth0"},
+		{"a\x00b", "eth0"},
+		{strings.Repeat("x", maxContainerID+1), "eth0"},
+		{"c", ""},
+		{"c", ".."},
+		{"c", "a/b"},
+		{"c", "a:b"},
+		{"c", "sixteen-letters!"},
+	} {
+		if a.validate() == nil {
+			t.Errorf("%+v was let through", a)
+		}
+	}
+	long := Attachment{strings.Repeat("x", maxContainerID), "fifteen-letters"}
+	if err := long.validate(); err != nil {
+		t.Fatal(err)
+	}
+	s := state{t.TempDir()}
+	if err := s.save(record{Attachment: long, Delegate: json.RawMessage(`{}`)}); err != nil {
+		t.Errorf("the longest names: %v", err)
+	}
+}

@@ -1,0 +1,168 @@
+package cni
+
+import (
+	"errors"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+func prefixes(s ...string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range s {
+		out = append(out, netip.MustParsePrefix(p))
+	}
+	return out
+}
+
+const dualStackText = `FLANNEL_NETWORK=10.5.0.0/16
+FLANNEL_SUBNET=10.5.72.1/24
+FLANNEL_IPV6_NETWORK=fd00:12::/48
+FLANNEL_IPV6_SUBNET=fd00:12:0:13::1/64
+FLANNEL_MTU=1430
+FLANNEL_IPMASQ=true
+`
+
+var dualStack = SubnetEnv{
+	Networks: prefixes("10.5.0.0/16", "fd00:12::/48"),
+	Gateways: prefixes("10.5.72.1/24", "fd00:12:0:13::1/64"),
+	MTU:      1430,
+	IPMasq:   true,
+}
+
+func TestSubnetEnvIsFlannels(t *testing.T) {
+	for text, want := range map[string]SubnetEnv{
+		dualStackText: dualStack,
+		"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.72.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n": {
+			Networks: prefixes("10.5.0.0/16"), Gateways: prefixes("10.5.72.1/24"), MTU: 1450,
+		},
+		"FLANNEL_IPV6_NETWORK=fd00:12::/48\nFLANNEL_IPV6_SUBNET=fd00:12:0:13::1/64\nFLANNEL_MTU=1280\nFLANNEL_IPMASQ=true\n": {
+			Networks: prefixes("fd00:12::/48"), Gateways: prefixes("fd00:12:0:13::1/64"), MTU: 1280, IPMasq: true,
+		},
+		// flannel joins several networks by commas.
+		"FLANNEL_NETWORK=10.5.0.0/16,10.7.0.0/16\nFLANNEL_SUBNET=10.7.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n": {
+			Networks: prefixes("10.5.0.0/16", "10.7.0.0/16"), Gateways: prefixes("10.7.1.1/24"), MTU: 1450, IPMasq: true,
+		},
+	} {
+		got, err := ParseSubnetEnv([]byte(text))
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%q\nreads as %+v (%v)\nnot       %+v", text, got, err, want)
+		}
+		if back := string(want.Marshal()); back != text {
+			t.Errorf("%+v\nis written %q\nnot        %q", want, back, text)
+		}
+	}
+}
+
+func TestSubnetEnvTolerates(t *testing.T) {
+	for _, text := range []string{
+		"# flannel wrote this\n\n" + dualStackText,
+		dualStackText + "FLANNEL_SOMETHING_NEW=x=y\n",
+		strings.ReplaceAll(dualStackText, "\n", "\r\n"),
+		strings.TrimSuffix(dualStackText, "\n"),
+		strings.Replace(dualStackText, "10.5.0.0/16", "10.5.3.3/16", 1),
+	} {
+		if got, err := ParseSubnetEnv([]byte(text)); err != nil || !reflect.DeepEqual(got, dualStack) {
+			t.Errorf("%q reads as %+v: %v", text, got, err)
+		}
+	}
+}
+
+func TestSubnetEnvRefuses(t *testing.T) {
+	for _, c := range []struct{ replace, by, says string }{
+		{dualStackText, "", "FLANNEL_MTU is missing"},
+		{"FLANNEL_MTU=1430\n", "", "FLANNEL_MTU is missing"},
+		{"FLANNEL_IPMASQ=true\n", "", "FLANNEL_IPMASQ is missing"},
+		{"FLANNEL_IPMASQ=true\n", "FLANNEL_IPMASQ=yes\n", `FLANNEL_IPMASQ="yes": neither true nor false`},
+		{"=1430", "=1430 bytes", "not a number"},
+		{"=1430", "=-1", "not between 68 and 65535"},
+		{"=1430", "=99999999999999999999", "not a number"},
+		{"=1430", "=1279", "FLANNEL_MTU=1279 is below 1280, the least that IPv6 allows"},
+		{"FLANNEL_NETWORK=10.5.0.0/16\n", "", "FLANNEL_NETWORK is missing"},
+		{"FLANNEL_IPV6_SUBNET=fd00:12:0:13::1/64\n", "", "FLANNEL_IPV6_SUBNET is missing"},
+		{"FLANNEL_SUBNET=10.5.72.1/24", "FLANNEL_SUBNET=10.6.72.1/24", "FLANNEL_SUBNET=10.6.72.1/24 is not inside FLANNEL_NETWORK"},
+		{"FLANNEL_SUBNET=10.5.72.1/24", "FLANNEL_SUBNET=10.5.72.1/8", "is not inside FLANNEL_NETWORK"},
+		{"FLANNEL_SUBNET=10.5.72.1/24", "FLANNEL_SUBNET=10.5.72.1", "not an address with a prefix length"},
+		{"FLANNEL_SUBNET=10.5.72.1/24", "FLANNEL_SUBNET=10.5.72.1/24,10.5.73.1/24", "more than one subnet"},
+		{"FLANNEL_SUBNET=10.5.72.1/24", "FLANNEL_SUBNET=fd00:12:0:13::1/64", "wrong address family"},
+		{"FLANNEL_SUBNET=10.5.72.1/24", "FLANNEL_SUBNET=::ffff:10.5.72.1/120", "wrong address family"},
+		{"FLANNEL_MTU", "FLANNEL_MTU=1430\nFLANNEL_MTU", "FLANNEL_MTU is given twice"},
+		{"FLANNEL_MTU", "half a li\nFLANNEL_MTU", `line 5: "half a li" is not KEY=VALUE`},
+		{"FLANNEL_MTU", "#" + strings.Repeat("x", maxSubnetEnv) + "\nFLANNEL_MTU", "too long"},
+	} {
+		text := strings.Replace(dualStackText, c.replace, c.by, 1)
+		got, err := ParseSubnetEnv([]byte(text))
+		if err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%.60q for %.60q: %v, which does not say %q", c.by, c.replace, err, c.says)
+		}
+		if !reflect.DeepEqual(got, SubnetEnv{}) {
+			t.Errorf("%.60q for %.60q: an error and a value: %+v", c.by, c.replace, got)
+		}
+	}
+}
+
+func TestWriteSubnetEnv(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run", "culvert")
+	path := filepath.Join(dir, "subnet.env")
+	if _, err := ReadSubnetEnv(path); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "culvert status") {
+		t.Errorf("reading none: %v", err)
+	}
+	for range 2 {
+		if err := WriteSubnetEnv(path, dualStack); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := ReadSubnetEnv(path); err != nil || !reflect.DeepEqual(got, dualStack) {
+		t.Errorf("read back %+v: %v", got, err)
+	}
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o644 {
+		t.Errorf("its mode: %v, %v", st.Mode(), err)
+	}
+	wrong := dualStack
+	wrong.MTU = 0
+	if err := WriteSubnetEnv(path, wrong); err == nil {
+		t.Error("an MTU of zero was written")
+	}
+	// What a crash left in the middle of a write is in nobody's way.
+	if err := os.WriteFile(temporary(path), []byte("FLANNEL_NETW"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := WriteSubnetEnv(path, dualStack); err != nil {
+		t.Error(err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("the directory has %v: %v", entries, err)
+	}
+}
+
+// The oracle: what was understood is written and understood the same, and
+// obeys the rules that an ADD relies on.
+func FuzzParseSubnetEnv(f *testing.F) {
+	f.Add([]byte(dualStackText))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		e, err := ParseSubnetEnv(text)
+		if err != nil {
+			return
+		}
+		again, err := ParseSubnetEnv(e.Marshal())
+		if err != nil || !reflect.DeepEqual(again, e) {
+			t.Fatalf("%q reads as %+v, which is written\n%s\nand reads as %+v: %v", text, e, e.Marshal(), again, err)
+		}
+		if len(e.Gateways) == 0 || len(e.Gateways) > 2 || e.MTU < minMTU {
+			t.Fatalf("%q was let through as %+v", text, e)
+		}
+		for _, s := range e.Subnets() {
+			inside := false
+			for _, n := range e.Networks {
+				inside = inside || n.Overlaps(s) && n.Bits() <= s.Bits()
+			}
+			if !inside {
+				t.Fatalf("%q: subnet %s outside %v", text, s, e.Networks)
+			}
+		}
+	})
+}
