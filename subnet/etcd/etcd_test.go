@@ -1,18 +1,18 @@
 package etcd
 
 import (
-	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	"culvert/subnet"
 	"culvert/subnet/etcd/etcdtest"
-	"culvert/subnet/etcd/member"
 
 	"go.uber.org/goleak"
 )
@@ -116,83 +116,85 @@ func TestRacingNodesNeverShareASubnet(t *testing.T) {
 	}
 }
 
-func TestLifeOfALease(t *testing.T) {
-	server := etcdtest.StartServer(t, member.Options{})
-	stateFile := filepath.Join(t.TempDir(), "lease.json")
-	r := open(t, server.URL(), withState(stateFile))
-	if _, err := r.SetConfig(t.Context(), []byte(vxlanConfig), 0); err != nil {
+func acquire(t *testing.T, r *Registry, c subnet.Claim) subnet.Lease {
+	t.Helper()
+	l, err := r.Acquire(t.Context(), c)
+	if err != nil {
 		t.Fatal(err)
 	}
-	cfg, err := r.Config(t.Context())
-	if err != nil || cfg.Backend.Type != "vxlan" {
+	return l
+}
+
+// put writes a key as another program would, without an etcd lease.
+func put(t *testing.T, r *Registry, key, value string) {
+	t.Helper()
+	if _, err := r.client.Put(t.Context(), r.opts.Prefix+"/"+key, value); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func setConfig(t *testing.T, r *Registry, text string) {
+	t.Helper()
+	if _, err := r.SetConfig(t.Context(), []byte(text), subnet.AnyRevision); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// movedTo returns the lease with another public IPv4 address.
+func movedTo(l subnet.Lease, public string) subnet.Lease {
+	l.Endpoints = slices.Clone(l.Endpoints)
+	l.Endpoints[0].Public = netip.MustParseAddr(public)
+	return l
+}
+
+func TestLifeOfALease(t *testing.T) {
+	endpoint := etcdtest.Start(t)
+	stateFile := filepath.Join(t.TempDir(), "lease.json")
+	r := open(t, endpoint, withState(stateFile))
+	setConfig(t, r, vxlanConfig)
+	if cfg, err := r.Config(t.Context()); err != nil || cfg.Backend.Type != "vxlan" {
 		t.Fatal(cfg, err)
 	}
-	l, err := r.Acquire(t.Context(), claim(t, vxlanConfig, 1))
-	if err != nil {
-		t.Fatal(err)
-	}
+	l := acquire(t, r, claim(t, vxlanConfig, 1))
+	lost := hold(t, r, l)
+	w := watch(t, r, l)
+	eventually(t, "ourselves", func() bool { return w.last().Self.Key() == l.Key() && len(w.last().Peers) == 0 })
 
-	// A second node comes, changes, goes.
-	ctx, cancel := context.WithCancel(t.Context())
-	var running sync.WaitGroup
-	running.Go(func() {
-		if err := r.Hold(ctx, l); err != nil {
-			t.Errorf("hold: %v", err)
-		}
-	})
-	snapshots := make(chan subnet.Snapshot, 100)
-	running.Go(func() {
-		for s, err := range r.Watch(ctx, l) {
-			if err == nil {
-				snapshots <- s
-			}
-		}
-	})
-	defer running.Wait()
-	defer cancel()
-	expect := func(what string, ok func(subnet.Snapshot) bool) {
-		t.Helper()
-		for {
-			select {
-			case s := <-snapshots:
-				if ok(s) {
-					return
-				}
-			case <-time.After(10 * time.Second):
-				t.Fatalf("no snapshot with %s", what)
-			}
-		}
-	}
-	expect("ourselves alone", func(s subnet.Snapshot) bool { return len(s.Peers) == 0 && s.Self.Key() == l.Key() })
-
-	other := open(t, server.URL())
-	l2, err := other.Acquire(t.Context(), claim(t, vxlanConfig, 2))
-	if err != nil {
+	// A second node comes, moves, goes.
+	other := open(t, endpoint)
+	l2 := acquire(t, other, claim(t, vxlanConfig, 2))
+	eventually(t, "the peer", func() bool { p := w.last().Peers; return len(p) == 1 && p[0].Node == "node-2" })
+	if _, err := other.Update(t.Context(), movedTo(l2, "192.0.2.222")); err != nil {
 		t.Fatal(err)
 	}
-	expect("the peer", func(s subnet.Snapshot) bool { return len(s.Peers) == 1 && s.Peers[0].Node == "node-2" })
-	moved := l2
-	moved.Endpoints = []subnet.Endpoint{l2.Endpoints[0]}
-	moved.Endpoints[0].Public = netip.MustParseAddr("192.0.2.222")
-	if _, err := other.Update(t.Context(), moved); err != nil {
-		t.Fatal(err)
-	}
-	expect("its new address", func(s subnet.Snapshot) bool {
-		return len(s.Peers) == 1 && s.Peers[0].Endpoints[0].Public == moved.Endpoints[0].Public
+	eventually(t, "its new address", func() bool {
+		p := w.last().Peers
+		return len(p) == 1 && p[0].Endpoints[0].Public.String() == "192.0.2.222" && p[0].CreateRevision == l2.CreateRevision
 	})
+	if _, err := other.Update(t.Context(), movedTo(l2, "192.0.2.1")); !errors.Is(err, subnet.ErrConflict) {
+		t.Errorf("took our address: %v", err)
+	}
 	if err := other.Release(t.Context(), l2); err != nil {
 		t.Fatal(err)
 	}
-	expect("no peer", func(s subnet.Snapshot) bool { return len(s.Peers) == 0 })
+	eventually(t, "no peer", func() bool { return len(w.last().Peers) == 0 })
 
-	// The node is killed and comes back, under another address, too.
-	for _, n := range []byte{1, 77} {
-		again := open(t, server.URL(), withState(stateFile))
+	// The node is killed and comes back, the second time under another address.
+	for _, public := range []string{"192.0.2.1", "192.0.2.77"} {
+		again := open(t, endpoint, withState(stateFile))
 		c := claim(t, vxlanConfig, 1)
-		c.Ends[0].Public = netip.AddrFrom4([4]byte{192, 0, 2, n})
+		c.Ends[0].Public = netip.MustParseAddr(public)
 		back, err := again.Acquire(t.Context(), c)
 		if err != nil || back.Key() != l.Key() || back.ID != l.ID {
 			t.Fatalf("came back to %v, %v; held %v", back, err, l)
 		}
+	}
+	select {
+	case err := <-lost:
+		t.Errorf("Hold returned %v", err)
+	default:
+	}
+	if _, errs := w.count(); errs != 0 {
+		t.Errorf("%d errors while etcd was there", errs)
 	}
 }

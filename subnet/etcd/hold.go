@@ -130,39 +130,47 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 		return err
 	}
 	want.CreateRevision, want.ModRevision = e.CreateRevision, e.ModRevision
-	ttl := DefaultTTL
-	if e.ID != 0 {
-		left, whole, err := r.timeToLive(ctx, e.ID)
+	ttl, id := r.lifetime(), e.ID
+	if id == 0 {
+		id = want.ID // zero too where the lease was meant to last for ever
+	}
+	want.ID, want.Expires = id, time.Time{}
+	if id != 0 {
+		left, whole, err := r.timeToLive(ctx, id)
+		switch {
+		case err != nil:
+			return err
+		case left > 0:
+			ttl, want.Expires = whole, time.Now().Add(left)
+			err = r.saveID(want.Node, id)
+		case e.ID != 0:
+			err = fmt.Errorf("lease %s expired between two requests: %w", want, errRace)
+		default:
+			err = r.granted(ctx, want.Node, ttl, g)
+			want.ID = g.id
+		}
 		if err != nil {
 			return err
 		}
-		if left <= 0 {
-			return fmt.Errorf("lease %s expired between two requests: %w", want, errRace)
-		}
-		ttl = whole
-		want.ID, want.Expires = e.ID, time.Now().Add(left)
-		if err := r.saveID(want.Node, e.ID); err != nil {
-			return err
-		}
-	} else {
-		want.ID, want.Expires = 0, time.Time{}
 	}
 	value, err := want.Value()
 	if err != nil {
 		return err
 	}
-	if !slices.Equal(value, e.Value) {
+	if !slices.Equal(value, e.Value) || want.ID != e.ID {
 		if is.Node != "" {
 			r.log.Info("writing our lease anew", "subnet", want.Key(), "node", want.Node, "public", want.Publics())
 		} else {
-			r.log.Warn("our lease was overwritten without a node identity, as flannel does; writing it anew", "subnet", want.Key())
+			r.log.Warn("another program, such as flannel, wrote our lease; writing it anew", "subnet", want.Key(), "node", want.Node)
 		}
 		keep := is
 		written, err := r.write(ctx, subnet.Choice{Lease: want, Keep: &keep}, resp.Header.Revision, ttl, g)
 		if err != nil {
 			return err
 		}
-		written.Expires = want.Expires
+		if !want.Expires.IsZero() {
+			written.Expires = want.Expires // writing does not renew
+		}
 		want = written
 	}
 	r.setHeld(want)
