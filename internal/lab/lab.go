@@ -39,7 +39,7 @@ type Options struct {
 	// Conflist makes the CNI network configuration list of a node. If nil:
 	// DefaultConflist.
 	Conflist func(*Node) ([]byte, error)
-	// Keep lets the lab and its processes outlive this process, until Remove.
+	// Keep lets the processes outlive this one; Lab.Keep then keeps the lab.
 	Keep bool
 }
 
@@ -105,7 +105,7 @@ func New(o Options) (*Lab, error) {
 	if err := o.validate(); err != nil {
 		return nil, fmt.Errorf("making a lab: %w", err)
 	}
-	id, err := register(o.Keep)
+	id, err := register()
 	if err != nil {
 		return nil, fmt.Errorf("making a lab: %w", err)
 	}
@@ -168,8 +168,8 @@ func (l *Lab) build() error {
 }
 
 // Close removes the lab: the nodes' processes are stopped, then the fabric's,
-// then namespaces and files go. Closing twice is no error. A lab that was made
-// to be kept is removed too; to keep it, do not close it.
+// then namespaces and files go. Closing twice is no error. A lab that is to
+// be kept is not closed.
 func (l *Lab) Close() error {
 	l.mu.Lock()
 	if l.closed {

@@ -48,6 +48,9 @@ func victim() {
 	}
 	fmt.Println("lab", l.ID, l.Processes()[0].PID)
 	if os.Getenv(victimEnv) == "keep" {
+		if err := l.Keep(); err != nil {
+			fmt.Println(err)
+		}
 		os.Exit(0)
 	}
 	time.Sleep(10 * time.Minute)
@@ -444,6 +447,52 @@ func TestKeptLabOutlivesItsOwner(t *testing.T) {
 	eventually(t, "its process is gone", func() bool { return dead(pid) })
 	if err := lab.Remove(id); !errors.Is(err, lab.ErrNoLab) {
 		t.Errorf("removing it again: %v", err)
+	}
+}
+
+func TestProbes(t *testing.T) {
+	l := labtest.New(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("2001:db8::/64")}})
+	from, to := l.Nodes[0].Namespace, l.Nodes[1].Namespace
+	payload := make([]byte, 10<<20)
+	_, _ = rand.Read(payload)
+	for _, a := range l.Nodes[1].Addrs {
+		if rtt, err := from.Ping(t.Context(), netip.Addr{}, a); err != nil || rtt <= 0 || rtt > time.Second {
+			t.Errorf("pinging %s: %v, %v", a, rtt, err)
+		}
+		c, err := to.ServeReflector(t.Context(), netip.AddrPortFrom(a, 7000))
+		if err != nil {
+			t.Fatal(err)
+		}
+		own, seen, err := from.AskReflector(t.Context(), netip.AddrPortFrom(a, 7000))
+		if err != nil || own != seen {
+			t.Errorf("the reflector at %s sees %s as %s: %v", a, own, seen, err)
+		}
+		_ = c.Close()
+		if _, err := lab.Transfer(t.Context(), from, to, a, payload, make([]byte, len(payload))); err != nil {
+			t.Error(err)
+		}
+	}
+
+	// Nobody there: within the time, and saying so.
+	nobody := netip.MustParseAddr("198.18.0.77")
+	if _, _, err := from.AskReflector(t.Context(), netip.AddrPortFrom(l.Nodes[1].Addrs[0], 7001)); err == nil {
+		t.Error("nobody reflected")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	if _, err := from.Ping(ctx, netip.Addr{}, nobody); err == nil || time.Since(start) > 2*time.Second {
+		t.Errorf("a cancelled ping took %s: %v", time.Since(start), err)
+	}
+}
+
+func TestRun(t *testing.T) {
+	l := labtest.New(t, lab.Options{})
+	if out, err := l.Fabric.Run(t.Context(), "/bin/sh", "-c", "echo yes"); err != nil || string(out) != "yes\n" {
+		t.Errorf("it printed %q: %v", out, err)
+	}
+	if _, err := l.Fabric.Run(t.Context(), "/bin/sh", "-c", "echo no >&2; exit 4"); err == nil || !strings.Contains(err.Error(), "exit status 4: no") {
+		t.Errorf("it failed with %v", err)
 	}
 }
 

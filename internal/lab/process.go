@@ -89,6 +89,18 @@ func (n *Namespace) Start(c Command) (*Process, error) {
 	return p, nil
 }
 
+// Run runs a program inside the namespace to its end. An error has what it
+// printed on standard error.
+func (n *Namespace) Run(ctx context.Context, path string, args ...string) (stdout []byte, err error) {
+	cmd := exec.CommandContext(ctx, path, args...)
+	var out, errout bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errout
+	if err := n.Do(cmd.Run); err != nil {
+		return out.Bytes(), fmt.Errorf("%s %s in %s: %w: %s", filepath.Base(path), strings.Join(args, " "), n.Name, err, bytes.TrimSpace(errout.Bytes()))
+	}
+	return out.Bytes(), nil
+}
+
 // Exited is closed when the process has ended.
 func (p *Process) Exited() <-chan struct{} { return p.exited }
 

@@ -90,16 +90,35 @@ func flock(f *os.File) error {
 	}
 }
 
-// register makes a lab's directory, owned by this process.
-func register(keep bool) (id string, err error) {
+// Keep marks the lab as one that outlives this process, so that no Sweep
+// removes it: Remove does. Without it a lab whose Options say Keep is swept all
+// the same, since its owner was killed before it had come this far.
+func (l *Lab) Keep() error {
+	if !l.options.Keep {
+		return fmt.Errorf("keeping lab %s: its processes end with this one", l.ID)
+	}
+	return locked(func() error { return writeOwner(l.ID, true) })
+}
+
+// writeOwner makes this process the owner.
+func writeOwner(id string, keep bool) error {
 	self, err := identify(os.Getpid())
 	if err != nil {
-		return "", err
+		return err
 	}
 	text, err := json.Marshal(owner{Process: self, Keep: keep})
 	if err != nil {
-		return "", err
+		return err
 	}
+	path := filepath.Join(Root, id, ownerFile)
+	if err := os.WriteFile(path+".new", text, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
+// register makes a lab's directory, owned by this process.
+func register() (id string, err error) {
 	err = locked(func() error {
 		if err := prepareNetnsDir(); err != nil {
 			return fmt.Errorf("preparing %s: %w", netnsDir, err)
@@ -115,7 +134,7 @@ func register(keep bool) (id string, err error) {
 			if err != nil {
 				return err
 			}
-			return os.WriteFile(filepath.Join(Root, id, ownerFile), text, 0o644)
+			return writeOwner(id, false)
 		}
 	})
 	return id, err
