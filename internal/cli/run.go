@@ -80,7 +80,7 @@ type runFlags struct {
 	embedded    bool
 	etcdDataDir string
 	etcdListen  string
-	etcdPeer    string
+	etcdServer  struct{ cert, key, clientCA string }
 }
 
 func newRunCommand() *cobra.Command {
@@ -97,7 +97,7 @@ CULVERT_ETCD_ENDPOINTS.`,
   culvert run --etcd-endpoints https://10.0.0.1:2379 --etcd-cafile /etc/culvert/ca.pem
 
   # a small site without etcd: the first VM carries it, the others point at it
-  culvert run --embedded-etcd --etcd-listen http://10.0.0.1:2379
+  culvert run --embedded-etcd --etcd-listen 10.0.0.1:2379
   culvert run --etcd-endpoints http://10.0.0.1:2379`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -130,7 +130,10 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.noUSO, "no-uso", false, "do not join UDP packets on their way in")
 	flags.BoolVar(&f.embedded, "embedded-etcd", false, "carry an etcd server along, for a site that has none")
 	flags.StringVar(&f.etcdDataDir, "etcd-data-dir", "/var/lib/culvert/etcd", "where the embedded etcd keeps its data")
-	flags.StringVar(&f.etcdListen, "etcd-listen", "http://127.0.0.1:2379", "where the embedded etcd serves")
+	flags.StringVar(&f.etcdListen, "etcd-listen", "127.0.0.1:2379", "where the embedded etcd serves")
+	flags.StringVar(&f.etcdServer.cert, "etcd-server-certfile", "", "certificate that the embedded etcd serves with (PEM); makes it https")
+	flags.StringVar(&f.etcdServer.key, "etcd-server-keyfile", "", "its key (PEM)")
+	flags.StringVar(&f.etcdServer.clientCA, "etcd-server-client-cafile", "", "CA that the embedded etcd demands client certificates of (PEM)")
 	for name, values := range map[string][]string{
 		"datapath": {"auto", "userspace", "kernel"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
@@ -177,19 +180,44 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	}
 	o.Etcd.StateFile = filepath.Join(f.runDir, "lease.json")
 	if f.embedded {
-		if !c.Flags().Changed("etcd-endpoints") {
-			o.Etcd.Endpoints = []string{f.etcdListen}
-		}
-		program, err := daemon.FindEtcd()
-		if err != nil {
+		if err := f.embed(&o, c.Flags().Changed("etcd-endpoints")); err != nil {
 			return o, err
-		}
-		o.Embedded = &daemon.EmbeddedEtcd{
-			Program: program,
-			Args:    []string{"--data-dir", f.etcdDataDir, "--listen-client", f.etcdListen},
 		}
 	}
 	return o, nil
+}
+
+// embed adds the embedded etcd, which the daemon itself uses unless it is told
+// other endpoints.
+func (f *runFlags) embed(o *daemon.Options, endpointsGiven bool) error {
+	listen, err := netip.ParseAddrPort(f.etcdListen)
+	if err != nil {
+		return usagef("--etcd-listen %s: an address and a port, such as 10.0.0.1:2379", f.etcdListen)
+	}
+	scheme := "http://"
+	args := []string{"--data-dir", f.etcdDataDir, "--listen-client", f.etcdListen}
+	if f.etcdServer.cert != "" {
+		scheme = "https://"
+		args = append(args, "--cert-file", f.etcdServer.cert, "--key-file", f.etcdServer.key)
+		if f.etcdServer.clientCA != "" {
+			args = append(args, "--client-ca-file", f.etcdServer.clientCA)
+		}
+	} else if !listen.Addr().IsLoopback() {
+		o.Log.Warn("the embedded etcd serves whoever reaches it, in clear text: use it on a trusted network, or with --etcd-server-certfile", "listen", listen)
+	}
+	if !endpointsGiven {
+		at := listen
+		if at.Addr().IsUnspecified() {
+			at = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), at.Port())
+		}
+		o.Etcd.Endpoints = []string{scheme + at.String()}
+	}
+	program, err := daemon.FindEtcd()
+	if err != nil {
+		return err
+	}
+	o.Embedded = &daemon.EmbeddedEtcd{Program: program, Args: args}
+	return nil
 }
 
 func (f *runFlags) underlay(o *daemon.Options) error {

@@ -1,0 +1,88 @@
+# make            build everything into bin/
+# make demo       a cluster on this machine: pods on three nodes talk
+# make test       the tests; needs Go, git and make
+# make help       the rest
+
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS  := -s -w -X culvert/internal/cli.version=$(VERSION)
+BUILD    := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
+TOOL     := $(GO) tool -modfile=internal/tools/go.mod
+PLUGINS  := github.com/containernetworking/plugins/plugins
+DELEGATES := $(addprefix $(PLUGINS)/main/,bridge loopback) \
+             $(addprefix $(PLUGINS)/ipam/,host-local dhcp static) \
+             $(addprefix $(PLUGINS)/meta/,portmap bandwidth tuning)
+FUZZTIME ?= 3s
+
+# What test-system needs beyond Go: a container engine, and other people's
+# network tools to check ours against.
+SYSTEM_PACKAGES := docker.io iproute2 iputils-ping nftables iperf3 ethtool tcpdump
+
+.PHONY: all build
+all: build
+
+## build: culvert, culvert-cni, culvert-etcd, and the CNI plugins they delegate to
+build:
+	@mkdir -p bin/cni
+	$(BUILD) -o bin/culvert .
+	$(BUILD) -o bin/culvert-cni ./cni/culvert-cni
+	$(BUILD) -o bin/culvert-etcd ./subnet/etcd/culvert-etcd
+	$(BUILD) -o bin/cni/ $(DELEGATES)
+
+.PHONY: demo
+## demo: pods on three nodes reach each other, on this machine, and leave nothing behind
+demo: build
+	bin/culvert demo
+
+.PHONY: check
+## check: the quick gate: format, vet, staticcheck, tidiness, race detector (needs a C compiler)
+check: build
+	@test -z "$$($(TOOL) gofumpt -l . | tee /dev/stderr)" || { echo 'run: make format' >&2; exit 1; }
+	$(GO) vet ./...
+	$(TOOL) staticcheck ./...
+	$(GO) mod tidy -diff
+	CULVERT_BIN=$(CURDIR)/bin $(GO) test -race -short ./...
+
+.PHONY: test
+## test: all tests that need only Go, git and make, and a moment of fuzzing
+test: build
+	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test ./...
+	@$(MAKE) --no-print-directory fuzz
+
+.PHONY: fuzz
+## fuzz: every fuzz target for FUZZTIME each (3s)
+fuzz:
+	@set -e; for p in $$(git grep -l '^func Fuzz' -- '*_test.go' | xargs -n1 dirname | sort -u); do \
+		for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$p/*_test.go | cut -d' ' -f2); do \
+			echo "fuzzing $$p $$f"; \
+			CGO_ENABLED=0 $(GO) test ./$$p -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x >fuzz.log 2>&1 || { cat fuzz.log; rm -f fuzz.log; exit 1; }; \
+			tail -n 1 fuzz.log; rm -f fuzz.log; \
+		done; \
+	done
+
+.PHONY: test-system
+## test-system: the tests that need packages: installs them (as root), then runs with -tags system
+test-system: build
+	@echo 'needs: $(SYSTEM_PACKAGES)'
+	internal/tools/install-packages $(SYSTEM_PACKAGES)
+	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
+
+.PHONY: image
+## image: the container image, from the binaries in bin/
+image: build
+	docker build -t culvert:$(VERSION) .
+
+.PHONY: format
+## format: gofumpt on every file
+format:
+	$(TOOL) gofumpt -w .
+
+.PHONY: clean
+## clean: remove what make made
+clean:
+	rm -rf bin
+
+.PHONY: help
+## help: this list
+help:
+	@sed -n 's/^## //p' Makefile

@@ -1,0 +1,131 @@
+// Package test holds the scenarios that cross packages, and the tests that
+// keep the house in order.
+package test
+
+import (
+	"encoding/json"
+	"errors"
+	"go/parser"
+	"go/token"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// allowed says what each package of culvert may import of culvert. A package
+// that is not named here must be added, with thought: imports run downward
+// only.
+var allowed = map[string][]string{
+	"culvert":                          {"internal/cli"},
+	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd"},
+	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "backend", "backend/tunnel", "cni", "internal/api", "internal/host"},
+	"culvert/internal/lab":             {"internal/host", "cni", "subnet"},
+	"culvert/internal/lab/labtest":     {"internal/lab"},
+	"culvert/internal/host":            {},
+	"culvert/internal/api":             {},
+	"culvert/backend":                  {"subnet", "internal/api", "internal/host"},
+	"culvert/backend/tunnel":           {"backend", "subnet", "encap", "internal/api", "internal/host"},
+	"culvert/encap":                    {},
+	"culvert/subnet":                   {},
+	"culvert/subnet/etcd":              {"subnet"},
+	"culvert/subnet/etcd/etcdtest":     {},
+	"culvert/subnet/etcd/culvert-etcd": {},
+	"culvert/cni":                      {"subnet", "internal/api"},
+	"culvert/cni/culvert-cni":          {"cni"},
+}
+
+// outside says which packages may import a heavy or far-reaching module.
+var outside = map[string][]string{
+	"go.etcd.io/etcd/client":         {"culvert/subnet/etcd"},
+	"go.etcd.io/etcd/server":         {"culvert/subnet/etcd/culvert-etcd", "culvert/subnet/etcd/etcdtest"},
+	"github.com/google/nftables":     {"culvert/internal/host"},
+	"golang.zx2c4.com/wireguard":     {"culvert/backend/tunnel"},
+	"github.com/prometheus":          {"culvert/internal/daemon"},
+	"github.com/spf13":               {"culvert/internal/cli"},
+	"github.com/containernetworking": {"culvert/cni", "culvert/cni/culvert-cni", "culvert/internal/lab"},
+}
+
+type listed struct {
+	ImportPath string
+	Dir        string
+	Doc        string
+	Imports    []string
+	GoFiles    []string
+}
+
+func packages(t *testing.T) []listed {
+	t.Helper()
+	cmd := exec.Command("go", "list", "-json=ImportPath,Dir,Doc,Imports,GoFiles", "culvert/...")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []listed
+	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p listed
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			return all
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+}
+
+func TestImportsRunDownward(t *testing.T) {
+	for _, p := range packages(t) {
+		if len(p.GoFiles) == 0 {
+			continue // tests only
+		}
+		may, known := allowed[p.ImportPath]
+		if !known {
+			t.Errorf("%s is not in the table of import rules", p.ImportPath)
+			continue
+		}
+		for _, i := range p.Imports {
+			if ours, ok := strings.CutPrefix(i, "culvert/"); ok && !contains(may, ours) {
+				t.Errorf("%s imports %s", p.ImportPath, i)
+			}
+			if p.ImportPath == "culvert/encap" && strings.Contains(i, ".") && !strings.HasPrefix(i, "golang.org/x/sys/") && !strings.HasPrefix(i, "golang.org/x/net/") {
+				t.Errorf("encap imports %s: only the standard library, x/sys and x/net", i)
+			}
+			for module, by := range outside {
+				if strings.HasPrefix(i, module) && !contains(by, p.ImportPath) {
+					t.Errorf("%s imports %s, which is for %v", p.ImportPath, i, by)
+				}
+			}
+		}
+	}
+}
+
+// TestPackagesSayWhatTheyAre asks for one package comment each.
+func TestPackagesSayWhatTheyAre(t *testing.T) {
+	for _, p := range packages(t) {
+		comments := 0
+		for _, name := range p.GoFiles {
+			f, err := parser.ParseFile(token.NewFileSet(), filepath.Join(p.Dir, name), nil, parser.PackageClauseOnly|parser.ParseComments)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if f.Doc != nil && strings.TrimSpace(f.Doc.Text()) != "" {
+				comments++
+			}
+		}
+		if len(p.GoFiles) > 0 && comments != 1 {
+			t.Errorf("%s has %d package comments", p.ImportPath, comments)
+		}
+	}
+}
+
+func contains(all []string, s string) bool {
+	for _, a := range all {
+		if a == s {
+			return true
+		}
+	}
+	return false
+}

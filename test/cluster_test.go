@@ -1,0 +1,267 @@
+package test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+	"culvert/internal/lab/labtest"
+)
+
+func TestMain(m *testing.M) { labtest.Main(m) }
+
+// cluster is a lab with an etcd in its fabric, which the tests start daemons
+// against: the binaries, as they are shipped.
+type cluster struct {
+	*lab.Lab
+	t        testing.TB
+	bin      string
+	endpoint string
+	starts   int
+}
+
+const config = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
+
+func newCluster(t testing.TB, nodes int) *cluster {
+	t.Helper()
+	labtest.NeedTUN(t)
+	bin, err := lab.FindBin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cluster{Lab: labtest.New(t, lab.Options{Nodes: nodes}), t: t, bin: bin}
+	listen := netip.AddrPortFrom(c.FabricAddrs[0], 2379).String()
+	c.endpoint = "http://" + listen
+	p, err := c.Fabric.Start(lab.Command{
+		Name: "etcd", Path: filepath.Join(bin, "culvert-etcd"),
+		Args: []string{"--data-dir", filepath.Join(c.Dir, "etcd"), "--listen-client", listen, "--unsafe-no-fsync"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if _, err := p.WaitLine(ctx, "ready "); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// culvert runs a culvert command in the fabric and expects it to succeed.
+func (c *cluster) culvert(args ...string) {
+	c.t.Helper()
+	c.starts++
+	p, err := c.Fabric.Start(lab.Command{Name: "command-" + strconv.Itoa(c.starts), Path: filepath.Join(c.bin, "culvert"), Args: args})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	<-p.Exited()
+	if err := p.Err(); err != nil {
+		c.t.Fatalf("culvert %v: %v\n%s", args, err, p.Tail(5))
+	}
+}
+
+func (c *cluster) setConfig(text string) { c.culvert("config", "set", text, "--etcd-endpoints", c.endpoint) }
+
+// start starts a node's daemon.
+func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
+	c.t.Helper()
+	c.starts++
+	p, err := n.Start(lab.Command{
+		Name: n.ID + "-" + strconv.Itoa(c.starts), Path: filepath.Join(c.bin, "culvert"),
+		Args: append([]string{
+			"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--iface", n.Link, "--etcd-endpoints", c.endpoint,
+		}, flags...),
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return p
+}
+
+// status asks a node's daemon.
+func (c *cluster) status(n *lab.Node) (api.Status, error) {
+	ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)
+	defer cancel()
+	return api.GetStatus(ctx, n.RunDir)
+}
+
+// wait waits until a node's daemon says what the condition asks for.
+func (c *cluster) wait(n *lab.Node, what string, is func(api.Status) bool) api.Status {
+	c.t.Helper()
+	var s api.Status
+	eventually(c.t, n.ID+": "+what, func() error {
+		var err error
+		if s, err = c.status(n); err != nil {
+			return err
+		}
+		if !is(s) {
+			return fmt.Errorf("ready %t (%s), %d peers, store %+v", s.Ready, s.NotReady, len(s.Peers), s.Store)
+		}
+		return nil
+	})
+	return s
+}
+
+func (c *cluster) waitReady(n *lab.Node, peers int) api.Status {
+	c.t.Helper()
+	return c.wait(n, "ready", func(s api.Status) bool { return s.Ready && len(s.Peers) == peers })
+}
+
+// eventually repeats try until it succeeds, for a time that is generous: the
+// machine may be slow, and the test is not about speed.
+func eventually(t testing.TB, what string, try func() error) {
+	t.Helper()
+	var err error
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if err = try(); err == nil {
+			return
+		}
+	}
+	t.Fatalf("%s: %v", what, err)
+}
+
+// put writes a key as it is, as another program would.
+func (c *cluster) put(key, value string) {
+	c.t.Helper()
+	// The connection is made inside the fabric, which alone reaches etcd.
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{c.endpoint},
+		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			return c.Fabric.Dial(ctx, "tcp", address)
+		})},
+		Logger: zap.NewNop(),
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(c.t.Context(), 10*time.Second)
+	defer cancel()
+	if _, err := client.Put(ctx, key, value); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// transfer sends n random bytes over TCP, and checks that they arrive and that
+// the receiver saw the sender's own address.
+func transfer(t testing.TB, from, to *lab.Namespace, source, destination netip.Addr, n int64) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	l, err := to.Listen(ctx, "tcp", netip.AddrPortFrom(destination, 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	got := make(chan error, 1)
+	want := sha256.New()
+	received := sha256.New()
+	go func() {
+		got <- func() error {
+			c, err := l.Accept()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if a := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); a != source {
+				return fmt.Errorf("the connection came from %s, not from %s: translated", a, source)
+			}
+			k, err := io.Copy(received, c)
+			if err == nil && k != n {
+				err = fmt.Errorf("%d of %d bytes arrived", k, n)
+			}
+			return err
+		}()
+	}()
+	c, err := from.DialWith(ctx, net.Dialer{LocalAddr: &net.TCPAddr{IP: source.AsSlice()}}, "tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.NewChaCha8([32]byte{1})
+	if _, err := io.Copy(io.MultiWriter(c, want), io.LimitReader(random, n)); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if err := <-got; err != nil {
+		t.Fatal(err)
+	}
+	if string(want.Sum(nil)) != string(received.Sum(nil)) {
+		t.Fatal("what arrived is not what was sent")
+	}
+}
+
+// datagrams sends one UDP datagram of every size from 1 to 1400 bytes, a few
+// at a time, has each echoed, and checks every byte.
+func datagrams(t testing.TB, from, to *lab.Namespace, source, destination netip.Addr) {
+	t.Helper()
+	server, err := to.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(destination, 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	go func() {
+		b := make([]byte, 2048)
+		for {
+			n, a, err := server.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			if _, err := server.WriteTo(b[:n], a); err != nil && !errors.Is(err, net.ErrClosed) {
+				return
+			}
+		}
+	}()
+	client, err := from.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(source, 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	const window = 8
+	missing := make(map[int]bool)
+	answer := make([]byte, 2048)
+	for next, size := 1, 1; size <= 1400 || len(missing) > 0; {
+		for ; size <= 1400 && len(missing) < window; size++ {
+			if _, err := client.WriteTo(pattern(size), server.LocalAddr()); err != nil {
+				t.Fatal(err)
+			}
+			missing[size] = true
+		}
+		if err := client.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		n, _, err := client.ReadFrom(answer)
+		if err != nil {
+			t.Fatalf("no answer to %v: %v", missing, err)
+		}
+		if n != next || string(answer[:n]) != string(pattern(n)) {
+			t.Fatalf("a datagram of %d bytes came, %d was due, or its bytes differ", n, next)
+		}
+		delete(missing, n)
+		next++
+	}
+}
+
+func pattern(n int) []byte {
+	b := make([]byte, n+4)
+	for i := 0; i < n; i += 4 {
+		binary.BigEndian.PutUint32(b[i:], uint32(n*7919+i))
+	}
+	return b[:n]
+}

@@ -1,0 +1,184 @@
+package test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/safchain/ethtool"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+	"culvert/subnet"
+)
+
+// TestKernelNode joins a culvert node and a node that is nothing but kernel
+// devices, set up as flannel does, its lease written into etcd by hand:
+//
+//	pod 10.5.x.2 ── cni0 ── culvert0 ── culvert run ── eth0
+//	                                                    │ underlay
+//	       10.5.200.0 on flannel.1 (kernel vxlan) ──── eth0
+//
+// Its own packets to the culvert node's pod use every offload that the kernel
+// has, and arrive in the shapes that they give.
+func TestKernelNode(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	c.start(c.Nodes[0])
+	ours := c.waitReady(c.Nodes[0], 0)
+
+	kernel, err := c.Nodes[1].AddHandmadeVXLAN(lab.VXLANOptions{Subnet: netip.MustParsePrefix("10.5.200.0/24")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer := subnet.Lease{Backend: "vxlan", Endpoints: []subnet.Endpoint{kernel.Self}}
+	value, err := peer.Value()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.put("/coreos.com/network/subnets/"+peer.Key(), string(value))
+	c.waitReady(c.Nodes[0], 1)
+	if err := kernel.AddPeer(subnet.Endpoint{
+		Subnet: ours.Lease.Subnets[0], Public: c.Nodes[0].Addrs[0],
+		VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(c.Nodes[0].ID, 1, false)},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	pod, err := c.Nodes[0].AddPod(t.Context(), "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	here, there := pod.Addr(true), netip.MustParseAddr("10.5.200.0")
+
+	for _, offloads := range []bool{true, false} {
+		t.Run(fmt.Sprintf("underlay offloads %t", offloads), func(t *testing.T) {
+			for _, n := range c.Nodes {
+				setOffloads(t, n, offloads)
+			}
+			for _, direction := range []struct {
+				name         string
+				from, to     *lab.Namespace
+				source, dest netip.Addr
+			}{
+				{"pod to kernel", pod.Namespace, c.Nodes[1].Namespace, here, there},
+				{"kernel to pod", c.Nodes[1].Namespace, pod.Namespace, there, here},
+			} {
+				t.Run(direction.name, func(t *testing.T) {
+					d := direction
+					if _, err := d.from.Ping(t.Context(), d.source, d.dest); err != nil {
+						t.Error(err)
+					}
+					transfer(t, d.from, d.to, d.source, d.dest, 100<<20)
+					datagrams(t, d.from, d.to, d.source, d.dest)
+				})
+			}
+		})
+	}
+	s := c.wait(c.Nodes[0], "answers", func(api.Status) bool { return true })
+	if len(s.Datapath.Drops) != 0 {
+		t.Errorf("dropped: %v", s.Datapath.Drops)
+	}
+}
+
+// setOffloads turns what the underlay link can do for segmentation, joining
+// and checksums on or off.
+func setOffloads(t *testing.T, n *lab.Node, on bool) {
+	t.Helper()
+	features := make(map[string]bool)
+	for _, name := range []string{
+		"tx-tcp-segmentation", "tx-tcp6-segmentation", "tx-generic-segmentation", "tx-udp-segmentation",
+		"tx-udp_tnl-segmentation", "tx-udp_tnl-csum-segmentation", "rx-gro", "tx-checksum-ip-generic",
+	} {
+		features[name] = on
+	}
+	err := n.Do(func() error {
+		e, err := ethtool.NewEthtool()
+		if err != nil {
+			return err
+		}
+		defer e.Close()
+		return e.Change(n.Link, features)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestKilledDaemonComesBack kills a daemon without warning and starts another:
+// it has the same subnet, and the pods' traffic goes on.
+func TestKilledDaemonComesBack(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	p := c.start(c.Nodes[0])
+	c.start(c.Nodes[1])
+	before := c.waitReady(c.Nodes[0], 1)
+	c.waitReady(c.Nodes[1], 1)
+	var pods []*lab.Pod
+	for _, n := range c.Nodes {
+		pod, err := n.AddPod(t.Context(), "p1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, pod)
+	}
+	transfer(t, pods[0].Namespace, pods[1].Namespace, pods[0].Addr(true), pods[1].Addr(true), 1<<20)
+	if err := p.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-p.Exited()
+	c.start(c.Nodes[0])
+	after := c.waitReady(c.Nodes[0], 1)
+	if after.Lease.Subnets[0] != before.Lease.Subnets[0] {
+		t.Fatalf("the subnet was %s and is %s", before.Lease.Subnets[0], after.Lease.Subnets[0])
+	}
+	eventually(t, "traffic resumes", func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := pods[0].Ping(ctx, pods[0].Addr(true), pods[1].Addr(true))
+		return err
+	})
+	transfer(t, pods[1].Namespace, pods[0].Namespace, pods[1].Addr(true), pods[0].Addr(true), 1<<20)
+}
+
+// TestDaemonWaitsForConfiguration starts a daemon on an empty etcd: it waits,
+// says how to go on, and goes on by itself.
+func TestDaemonWaitsForConfiguration(t *testing.T) {
+	c := newCluster(t, 1)
+	p := c.start(c.Nodes[0])
+	c.wait(c.Nodes[0], "waits", func(s api.Status) bool {
+		return !s.Ready && s.NotReady == "waiting for the network configuration in etcd: set one with `culvert config set`"
+	})
+	select {
+	case <-p.Exited():
+		t.Fatalf("it ended: %v", p.Err())
+	default:
+	}
+	c.setConfig(config)
+	c.waitReady(c.Nodes[0], 0)
+	if err := p.Stop(); err != nil {
+		t.Errorf("SIGTERM: %v", err)
+	}
+	if err := p.Err(); err != nil {
+		t.Errorf("after SIGTERM: %v", err)
+	}
+}
+
+// TestMalformedLeaseIsSetAside writes garbage beside good leases: the garbage
+// is named in the status, and nobody else is harmed.
+func TestMalformedLeaseIsSetAside(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		c.start(n)
+	}
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	c.put("/coreos.com/network/subnets/10.5.99.0-24", "{")
+	s := c.wait(c.Nodes[0], "sets it aside", func(s api.Status) bool { return len(s.Rejected) == 1 })
+	if len(s.Peers) != 1 || !s.Ready {
+		t.Errorf("peers %v, ready %t", s.Peers, s.Ready)
+	}
+}
