@@ -172,7 +172,7 @@ func applyLink(want Link) ([]string, error) {
 	}
 	for _, p := range want.Addrs {
 		if !borne[p] {
-			do(netlink.AddrAdd(link, &netlink.Addr{IPNet: ipNet(p), Flags: addrFlags(p)}), "ip address add %s dev %s", p, want.Name)
+			do(netlink.AddrAdd(link, &netlink.Addr{IPNet: IPNet(p), Flags: addrFlags(p)}), "ip address add %s dev %s", p, want.Name)
 		}
 	}
 	if have.RawFlags&unix.IFF_UP == 0 {
@@ -227,7 +227,7 @@ func applyRoutes(s State) ([]string, error) {
 		if present[want] {
 			continue
 		}
-		r := &netlink.Route{Dst: ipNet(want.To), Protocol: RouteProtocol, Priority: want.Metric}
+		r := &netlink.Route{Dst: IPNet(want.To), Protocol: RouteProtocol, Priority: want.Metric}
 		if want.Link == "" {
 			r.Type = unix.RTN_UNREACHABLE
 		} else {

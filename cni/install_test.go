@@ -1,0 +1,77 @@
+package cni
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestInstall(t *testing.T) {
+	from, root := t.TempDir(), t.TempDir()
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(path string) string {
+		t.Helper()
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	write(filepath.Join(from, PluginName), "new plugin")
+	write(filepath.Join(from, "cni", "bridge"), "our bridge")
+	write(filepath.Join(from, "cni", "host-local"), "our host-local")
+	i := Install{From: from, BinDir: filepath.Join(root, "bin"), ConfDir: filepath.Join(root, "net.d"), ConfName: "10-culvert.conflist"}
+	write(filepath.Join(i.BinDir, PluginName), "old plugin")
+	write(filepath.Join(i.BinDir, "bridge"), "the distribution's bridge")
+	write(filepath.Join(i.ConfDir, "05-other.conf"), "{}")
+
+	_, warnings, err := i.Run()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{
+		filepath.Join(i.BinDir, PluginName):   "new plugin",
+		filepath.Join(i.BinDir, "bridge"):     "the distribution's bridge",
+		filepath.Join(i.BinDir, "host-local"): "our host-local",
+	} {
+		if got := read(path); got != want {
+			t.Errorf("%s holds %q, want %q", path, got, want)
+		}
+	}
+	if info, err := os.Stat(filepath.Join(i.BinDir, PluginName)); err != nil || info.Mode().Perm() != 0o755 {
+		t.Errorf("the plugin's mode is %v (%v)", info.Mode(), err)
+	}
+	conf := read(filepath.Join(i.ConfDir, i.ConfName))
+	if !strings.Contains(conf, `"type": "culvert-cni"`) || strings.Contains(conf, "subnetFile") {
+		t.Errorf("the configuration is\n%s", conf)
+	}
+	if len(warnings) != 1 || !strings.Contains(warnings[0], "05-other.conf") {
+		t.Errorf("warnings: %v", warnings)
+	}
+	done, err := i.Remove()
+	if err != nil || len(done) != 2 {
+		t.Errorf("removed %v (%v)", done, err)
+	}
+	if done, err := i.Remove(); err != nil || len(done) != 0 {
+		t.Errorf("a second time removed %v (%v)", done, err)
+	}
+}
+
+func TestInstallWithoutThePlugin(t *testing.T) {
+	i := Install{From: t.TempDir(), BinDir: t.TempDir(), ConfDir: t.TempDir(), ConfName: "10-culvert.conflist"}
+	if _, _, err := i.Run(); err == nil || !strings.Contains(err.Error(), PluginName) {
+		t.Errorf("error: %v", err)
+	}
+	if entries, err := os.ReadDir(i.ConfDir); err != nil || len(entries) != 0 {
+		t.Errorf("the configuration directory holds %v (%v)", entries, err)
+	}
+}
