@@ -1,0 +1,802 @@
+package cli
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	mathrand "math/rand/v2"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"culvert/cni"
+	"culvert/internal/lab"
+)
+
+const (
+	demoConfig   = `{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}`
+	demoTransfer = 100_000_000 // bytes
+	// reflectorPort answers with the address that it saw (lab.ServeReflector).
+	reflectorPort = 7000
+
+	maxDemoNodes = 50
+	maxDemoPods  = 100
+)
+
+// How long the demo waits for its parts.
+const (
+	storeStart   = 30 * time.Second
+	daemonStart  = 60 * time.Second
+	firstContact = 20 * time.Second // until a pod is reached for the first time
+	pingAgain    = 2 * time.Second
+	transferTime = 2 * time.Minute
+	podRemoval   = 30 * time.Second
+)
+
+// demoFlags are the flags of culvert demo.
+type demoFlags struct {
+	nodes, pods int
+	keep        bool
+	remove      string
+	output      string
+}
+
+func newDemoCommand() *cobra.Command {
+	var f demoFlags
+	c := &cobra.Command{
+		Use:   "demo",
+		Short: "Show pods on several nodes reaching each other, on this machine",
+		Long: `Show pods on several nodes reaching each other, on this machine.
+
+Each node is a network namespace with its own culvert daemon; an etcd server and
+a bridge join them. Pods are added by the real CNI plugins. Then every pod pings
+every other, each node the pods of the others and back, the far end says which
+address it saw, and 100 MB go from node to node each way. Afterwards nothing is
+left, unless --keep is given.
+
+It needs root, or user namespaces and /dev/net/tun.
+
+Exit code 0: everything was reached, untranslated and intact; 1: not.`,
+		Example: `  culvert demo
+  culvert demo --nodes 5 --pods 1 -o json
+  culvert demo --keep`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return f.run(c) },
+	}
+	flags := c.Flags()
+	flags.SortFlags = false
+	flags.IntVar(&f.nodes, "nodes", 3, "how many nodes")
+	flags.IntVar(&f.pods, "pods", 2, "how many pods on each node")
+	flags.BoolVar(&f.keep, "keep", false, "leave it up, and say how to look around and how to remove it")
+	flags.StringVar(&f.remove, "remove", "", "remove a demo that was kept, by its name")
+	flags.StringVarP(&f.output, "output", "o", "table", "how to show the result: table or json")
+	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = c.RegisterFlagCompletionFunc("remove", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		ids, _ := lab.List()
+		return ids, cobra.ShellCompDirectiveNoFileComp
+	})
+	return c
+}
+
+func (f *demoFlags) run(c *cobra.Command) error {
+	switch {
+	case f.nodes < 1 || f.nodes > maxDemoNodes:
+		return usagef("--nodes %d: 1 to %d", f.nodes, maxDemoNodes)
+	case f.pods < 1 || f.pods > maxDemoPods:
+		return usagef("--pods %d: 1 to %d", f.pods, maxDemoPods)
+	case f.output != "table" && f.output != "json":
+		return usagef("--output %s: table or json", f.output)
+	}
+	if f.remove != "" {
+		return f.removeKept(c)
+	}
+
+	code, again, err := lab.EnterUserNamespace()
+	if err != nil {
+		return fmt.Errorf("demo: %w", err)
+	}
+	if again {
+		if code != exitOK {
+			return errReported
+		}
+		return nil
+	}
+	if err := lab.CheckTUN(); err != nil {
+		return fmt.Errorf("demo: %w", err)
+	}
+	bin, err := demoPrograms()
+	if err != nil {
+		return fmt.Errorf("demo: %w", err)
+	}
+
+	// The daemons are told everything by flags; what is set for daemons of this
+	// machine is not for them.
+	for _, kv := range os.Environ() {
+		if name, _, _ := strings.Cut(kv, "="); strings.HasPrefix(name, "CULVERT_") {
+			if err := os.Unsetenv(name); err != nil {
+				return fmt.Errorf("demo: %w", err)
+			}
+		}
+	}
+
+	// A closed terminal or pipe ends the demo in order, as Ctrl-C does; a second
+	// Ctrl-C ends it at once, and the next demo cleans up.
+	ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGHUP, syscall.SIGPIPE)
+	defer stop()
+	defer context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt, syscall.SIGTERM) })()
+
+	d := &demo{
+		nodes: f.nodes, pods: f.pods, bin: bin, keep: f.keep,
+		out: c.OutOrStdout(), progress: progress{w: c.ErrOrStderr(), start: time.Now()},
+		json: f.output == "json",
+		Result: demoResult{
+			Nodes: []demoNode{}, Pods: []demoPod{}, Pings: []demoPing{}, Transfers: []demoFlow{},
+		},
+	}
+	return d.run(ctx)
+}
+
+func (f *demoFlags) removeKept(c *cobra.Command) error {
+	err := lab.Remove(f.remove)
+	if errors.Is(err, lab.ErrNoLab) {
+		ids, _ := lab.List()
+		if len(ids) == 0 {
+			return fmt.Errorf("demo: %s: there is no demo on this machine (one made without root lives and ends with its own process)", f.remove)
+		}
+		return fmt.Errorf("demo: %s: there is no such demo; there are: %s", f.remove, strings.Join(ids, ", "))
+	}
+	if err != nil {
+		return fmt.Errorf("demo: %w", err)
+	}
+	fmt.Fprintf(c.ErrOrStderr(), "Demo %s is removed.\n", f.remove)
+	return nil
+}
+
+// demoPrograms returns the directory of the programs that a demo runs.
+func demoPrograms() (string, error) {
+	bin, err := lab.FindBin()
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Stat(filepath.Join(bin, "culvert-etcd")); err != nil {
+		return "", fmt.Errorf("%s is not there: run make first", filepath.Join(bin, "culvert-etcd"))
+	}
+	return bin, nil
+}
+
+// demoResult is what `culvert demo -o json` prints.
+type demoResult struct {
+	OK        bool       `json:"ok"`
+	Nodes     []demoNode `json:"nodes"`
+	Pods      []demoPod  `json:"pods"`
+	Pings     []demoPing `json:"pings"`
+	Transfers []demoFlow `json:"transfers"`
+}
+
+type demoNode struct {
+	Name     string       `json:"name"`
+	Underlay netip.Addr   `json:"underlay"`
+	Subnet   netip.Prefix `json:"subnet"`
+	MTU      int          `json:"mtu"` // of its pods
+}
+
+type demoPod struct {
+	Name    string     `json:"name"`
+	Node    string     `json:"node"`
+	Address netip.Addr `json:"address"`
+}
+
+// demoPing is one direction between two pods, or a pod and a remote node.
+type demoPing struct {
+	From  string  `json:"from"`
+	To    string  `json:"to"`
+	OK    bool    `json:"ok"`
+	RTTms float64 `json:"rtt_ms"`
+	// NAT says that the far end saw another address than the one sent from.
+	NAT bool `json:"nat"`
+
+	why error
+}
+
+// demoFlow is one TCP transfer between pods of two nodes.
+type demoFlow struct {
+	From string  `json:"from"`
+	To   string  `json:"to"`
+	OK   bool    `json:"ok"`
+	Gbps float64 `json:"gbps"`
+
+	why error
+}
+
+// good says whether everything was reached, untranslated and intact.
+func (r demoResult) good() bool {
+	return !slices.ContainsFunc(r.Pings, func(p demoPing) bool { return !p.OK || p.NAT }) &&
+		!slices.ContainsFunc(r.Transfers, func(t demoFlow) bool { return !t.OK })
+}
+
+// demo is one run of it.
+type demo struct {
+	nodes, pods int
+	bin         string
+	keep, json  bool
+	out         io.Writer
+	progress    progress
+
+	lab     *lab.Lab
+	daemons map[string]*lab.Process // by node
+	ends    []*demoEnd
+	Result  demoResult
+}
+
+// demoEnd is what takes part in pings: a pod, or a node by the address that its
+// subnet gives it.
+type demoEnd struct {
+	*lab.Namespace
+	name string
+	node *lab.Node
+	pod  *lab.Pod // nil for a node
+	addr netip.Addr
+}
+
+// run builds the cluster, measures, reports, and tears down.
+func (d *demo) run(ctx context.Context) (err error) {
+	swept, err := lab.Sweep()
+	if err != nil {
+		fmt.Fprintf(d.progress.w, "culvert: %s\n", oneLine(err))
+	}
+	for _, id := range swept {
+		d.progress.say("removed what the demo %s left when it was killed", id)
+	}
+	if d.lab, err = lab.New(lab.Options{
+		Nodes: d.nodes, Bin: d.bin,
+		// Without root everything ends with this process anyway.
+		Keep: d.keep && !lab.Rootless(),
+	}); err != nil {
+		return fmt.Errorf("demo: %w", err)
+	}
+	kept := false
+	defer func() {
+		if !kept {
+			err = errors.Join(err, d.tearDown())
+		}
+	}()
+
+	err = d.show(ctx)
+	d.Result.OK = err == nil && d.Result.good()
+	interrupted := ctx.Err() != nil
+	if interrupted {
+		d.progress.say("interrupted")
+		err = errReported
+	} else if err != nil {
+		err = fmt.Errorf("demo: %w", err)
+	}
+	if werr := d.report(); werr != nil {
+		err = errors.Join(err, fmt.Errorf("demo: %w", werr))
+	}
+	if !d.Result.OK && !interrupted {
+		d.showLogs()
+	}
+	if d.keep && !interrupted {
+		var kerr error
+		if kept, kerr = d.leaveUp(ctx); kerr != nil {
+			err = errors.Join(err, fmt.Errorf("demo: %w", kerr))
+		}
+	}
+	if err == nil && !d.Result.OK {
+		err = errReported
+	}
+	return err
+}
+
+// show makes the cluster and its traffic. An error means that it could not go
+// on; what was not reached stands in d.Result.
+func (d *demo) show(ctx context.Context) error {
+	d.progress.say("%s: %s and the network between them, all in network namespaces", d.lab.ID, count(d.nodes, "node"))
+	store, err := d.startStore(ctx)
+	if err != nil {
+		return err
+	}
+	if err := d.startDaemons(ctx, store); err != nil {
+		return err
+	}
+	if err := d.addPods(ctx); err != nil {
+		return err
+	}
+	if err := d.pingAll(ctx); err != nil {
+		return err
+	}
+	if err := d.transferAll(ctx); err != nil {
+		return err
+	}
+	return ctx.Err()
+}
+
+// startStore runs etcd in the fabric, and writes the network configuration
+// there as an administrator would.
+func (d *demo) startStore(ctx context.Context) (url string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, storeStart)
+	defer cancel()
+	listen := netip.AddrPortFrom(d.lab.FabricAddrs[0], 2379).String()
+	store, err := d.lab.Fabric.Start(lab.Command{
+		Name: "etcd", Path: filepath.Join(d.bin, "culvert-etcd"),
+		Args: []string{"--data-dir", filepath.Join(d.lab.Dir, "etcd"), "--listen-client", listen, "--unsafe-no-fsync"},
+	})
+	if err != nil {
+		return "", err
+	}
+	if _, err := store.WaitLine(ctx, "ready "); err != nil {
+		return "", err
+	}
+	url = "http://" + listen
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	if _, err := d.lab.Fabric.Run(ctx, self, "config", "set", "--etcd-endpoints", url, demoConfig); err != nil {
+		return "", fmt.Errorf("setting the network configuration: %w", err)
+	}
+	d.progress.say("etcd serves at %s; the network is %s", url, demoConfig)
+	return url, nil
+}
+
+// startDaemons runs culvert on every node at once, and waits for their leases.
+func (d *demo) startDaemons(ctx context.Context, store string) error {
+	ctx, cancel := context.WithTimeout(ctx, daemonStart)
+	defer cancel()
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	d.daemons = map[string]*lab.Process{}
+	for _, n := range d.lab.Nodes {
+		p, err := n.Start(lab.Command{
+			Name: n.ID, Path: self,
+			Args: []string{
+				"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--subnet-file", n.SubnetFile(),
+				"--etcd-endpoints", store, "--iface", n.Link,
+			},
+		})
+		if err != nil {
+			return err
+		}
+		d.daemons[n.ID] = p
+	}
+	for _, n := range d.lab.Nodes {
+		env, err := awaitSubnetEnv(ctx, n, d.daemons[n.ID])
+		if err != nil {
+			return err
+		}
+		d.Result.Nodes = append(d.Result.Nodes, demoNode{Name: n.ID, Underlay: n.Addrs[0], Subnet: env.Subnets()[0], MTU: env.MTU})
+		d.ends = append(d.ends, &demoEnd{Namespace: n.Namespace, name: n.ID, node: n, addr: env.Gateways[0].Addr()})
+		d.progress.say("%s (%s) leased %s", n.ID, n.Addrs[0], env.Subnets()[0])
+	}
+	return nil
+}
+
+// awaitSubnetEnv waits until the daemon has written what it leased.
+func awaitSubnetEnv(ctx context.Context, n *lab.Node, daemon *lab.Process) (cni.SubnetEnv, error) {
+	for {
+		env, err := cni.ReadSubnetEnv(n.SubnetFile())
+		if err == nil {
+			return env, nil
+		}
+		select {
+		case <-daemon.Exited():
+			return env, fmt.Errorf("the daemon of %s ended (%w) before it had a lease:\n%s", n.ID, daemon.Err(), daemon.Tail(20))
+		case <-ctx.Done():
+			return env, fmt.Errorf("the daemon of %s got no lease: %w:\n%s", n.ID, ctx.Err(), daemon.Tail(20))
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// addPods adds every node's pods, the nodes side by side.
+func (d *demo) addPods(ctx context.Context) error {
+	pods := make([][]*lab.Pod, len(d.lab.Nodes))
+	errs := make([]error, len(d.lab.Nodes))
+	var wg sync.WaitGroup
+	for i, n := range d.lab.Nodes {
+		wg.Go(func() {
+			for k := 1; k <= d.pods && errs[i] == nil && ctx.Err() == nil; k++ {
+				var p *lab.Pod
+				if p, errs[i] = n.AddPod(ctx, fmt.Sprintf("p%d", k)); errs[i] == nil {
+					pods[i] = append(pods[i], p)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	for i, n := range d.lab.Nodes {
+		for _, p := range pods[i] {
+			d.Result.Pods = append(d.Result.Pods, demoPod{Name: p.ID, Node: n.ID, Address: p.Addr(true)})
+			d.ends = append(d.ends, &demoEnd{Namespace: p.Namespace, name: p.ID, node: n, pod: p, addr: p.Addr(true)})
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	d.progress.say("added %s through culvert-cni, bridge and host-local", count(len(d.Result.Pods), "pod"))
+	return ctx.Err()
+}
+
+// pairs are the directions that have to work: every pod to every other, each
+// node to the pods of other nodes, and those to it.
+func (d *demo) pairs() [][2]*demoEnd {
+	var all [][2]*demoEnd
+	for _, from := range d.ends {
+		for _, to := range d.ends {
+			if from == to || from.pod == nil && to.pod == nil ||
+				(from.pod == nil || to.pod == nil) && from.node == to.node {
+				continue
+			}
+			all = append(all, [2]*demoEnd{from, to})
+		}
+	}
+	return all
+}
+
+// pingAll reaches every end from every other. All contacts are made first,
+// side by side, so that what is measured afterwards, one by one, is neither
+// the learning of addresses nor the load of other pings.
+func (d *demo) pingAll(ctx context.Context) error {
+	for _, e := range d.ends {
+		c, err := e.ServeReflector(ctx, netip.AddrPortFrom(e.addr, reflectorPort))
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+	}
+	pairs := d.pairs()
+	d.Result.Pings = make([]demoPing, len(pairs))
+	contacts := make([]error, len(pairs))
+
+	deadline := time.Now().Add(firstContact)
+	bySource := map[*demoEnd][]int{}
+	for i, p := range pairs {
+		bySource[p[0]] = append(bySource[p[0]], i)
+	}
+	var wg sync.WaitGroup
+	for _, mine := range bySource {
+		wg.Go(func() {
+			for _, i := range mine {
+				atMost := max(time.Until(deadline), pingAgain)
+				_, contacts[i] = ping(ctx, pairs[i][0], pairs[i][1], atMost)
+			}
+		})
+	}
+	wg.Wait()
+
+	reached := 0
+	for i, p := range pairs {
+		result := &d.Result.Pings[i]
+		*result = demoPing{From: p[0].name, To: p[1].name, why: contacts[i]}
+		if contacts[i] != nil || ctx.Err() != nil {
+			continue
+		}
+		rtt, err := ping(ctx, p[0], p[1], pingAgain)
+		if err != nil {
+			result.why = err
+			continue
+		}
+		own, seen, err := p[0].AskReflector(ctx, netip.AddrPortFrom(p[1].addr, reflectorPort))
+		if err != nil {
+			result.why = err
+			continue
+		}
+		result.OK, result.NAT = true, own.Addr() != seen.Addr()
+		result.RTTms = math.Round(rtt.Seconds()*1e6) / 1e3
+		if result.NAT {
+			result.why = fmt.Errorf("%s sent from %s, and %s saw %s", p[0].name, own.Addr(), p[1].name, seen.Addr())
+		}
+		reached++
+	}
+	d.progress.say("%d of %d pairs reached each other", reached, len(pairs))
+	return ctx.Err()
+}
+
+func ping(ctx context.Context, from, to *demoEnd, atMost time.Duration) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, atMost)
+	defer cancel()
+	return from.Ping(ctx, netip.Addr{}, to.addr)
+}
+
+// transferAll sends data between the first pods of every two nodes, each way,
+// one after the other.
+func (d *demo) transferAll(ctx context.Context) error {
+	if len(d.lab.Nodes) < 2 {
+		return nil
+	}
+	first := map[string]*demoEnd{}
+	for _, e := range d.ends {
+		if e.pod != nil && first[e.node.ID] == nil {
+			first[e.node.ID] = e
+		}
+	}
+	payload, into := make([]byte, demoTransfer), make([]byte, demoTransfer)
+	var seed [32]byte
+	_, _ = rand.Read(seed[:])                      // never fails
+	_, _ = mathrand.NewChaCha8(seed).Read(payload) // nor does this
+	for _, from := range d.lab.Nodes {
+		for _, to := range d.lab.Nodes {
+			if from == to || ctx.Err() != nil {
+				continue
+			}
+			a, b := first[from.ID], first[to.ID]
+			clear(into)
+			tctx, cancel := context.WithTimeout(ctx, transferTime)
+			took, err := lab.Transfer(tctx, a.Namespace, b.Namespace, b.addr, payload, into)
+			cancel()
+			flow := demoFlow{From: from.ID, To: to.ID, OK: err == nil, why: err}
+			if err == nil {
+				flow.Gbps = math.Round(demoTransfer*8/took.Seconds()/1e6) / 1e3
+			}
+			d.Result.Transfers = append(d.Result.Transfers, flow)
+			d.progress.say("%s to %s: %s", from.ID, to.ID, flow.cell())
+		}
+	}
+	return ctx.Err()
+}
+
+func (t demoFlow) cell() string {
+	if !t.OK {
+		return fmt.Sprintf("FAILED: %v", t.why)
+	}
+	return fmt.Sprintf("%d MB, SHA-256 matches, %.2f Gbit/s", demoTransfer/1_000_000, t.Gbps)
+}
+
+// report prints the result: one JSON object, or tables of what there is.
+func (d *demo) report() error {
+	if d.json {
+		return writeJSON(d.out, d.Result)
+	}
+	var b strings.Builder
+	d.Result.table(&b)
+	_, err := io.WriteString(d.out, b.String())
+	return err
+}
+
+// wideDemo is how many columns of pings are still readable; beyond, the table
+// has nodes instead of pods.
+const wideDemo = 13
+
+func (r demoResult) table(w io.Writer) {
+	if len(r.Pods) == 0 {
+		return
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "\nNODE\tUNDERLAY\tSUBNET\tMTU\tPODS\n")
+	for _, n := range r.Nodes {
+		var pods []string
+		for _, p := range r.Pods {
+			if p.Node == n.Name {
+				pods = append(pods, fmt.Sprintf("%s %s", p.Name, p.Address))
+			}
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%s\n", n.Name, n.Underlay, n.Subnet, n.MTU, strings.Join(pods, ", "))
+	}
+	_ = t.Flush()
+
+	if len(r.Pings) > 0 {
+		r.pingTable(w)
+	}
+	if len(r.Transfers) > 0 {
+		fmt.Fprintf(t, "\nTRANSFER\tBYTES\tSHA-256\tGBIT/S\n")
+		for _, f := range r.Transfers {
+			sum, rate := "matches", fmt.Sprintf("%.2f", f.Gbps)
+			if !f.OK {
+				sum, rate = "FAILED", "-"
+			}
+			fmt.Fprintf(t, "%s to %s\t%d\t%s\t%s\n", f.From, f.To, demoTransfer, sum, rate)
+		}
+		_ = t.Flush()
+	}
+
+	reached, natted, intact := 0, 0, 0
+	for _, p := range r.Pings {
+		if p.OK {
+			reached++
+		}
+		if p.NAT {
+			natted++
+		}
+	}
+	for _, f := range r.Transfers {
+		if f.OK {
+			intact++
+		}
+	}
+	fmt.Fprintf(w, "\n%d of %d pairs reached, %d of them translated (NAT), %d of %d transfers intact.\n",
+		reached, len(r.Pings), natted, intact, len(r.Transfers))
+}
+
+// pingTable shows the round-trip times from each row to each column: between
+// pods and nodes, or between nodes alone where those would be too many.
+func (r demoResult) pingTable(w io.Writer) {
+	group := func(name string) string { return name }
+	var names []string
+	for _, n := range r.Nodes {
+		names = append(names, n.Name)
+	}
+	what := "pod or node"
+	if len(r.Nodes)+len(r.Pods) > wideDemo {
+		what = "node, the slowest of its pods"
+		of := map[string]string{}
+		for _, p := range r.Pods {
+			of[p.Name] = p.Node
+		}
+		group = func(name string) string {
+			if n, ok := of[name]; ok {
+				return n
+			}
+			return name
+		}
+	} else {
+		for _, p := range r.Pods {
+			names = append(names, p.Name)
+		}
+	}
+
+	cells := map[[2]string][]demoPing{}
+	for _, p := range r.Pings {
+		k := [2]string{group(p.From), group(p.To)}
+		cells[k] = append(cells[k], p)
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintf(w, "\nRound-trip times in ms, from each row to each column (%s):\n", what)
+	fmt.Fprintf(t, "\t%s\t\n", strings.Join(names, "\t"))
+	for _, from := range names {
+		fmt.Fprintf(t, "%s\t", from)
+		for _, to := range names {
+			fmt.Fprintf(t, "%s\t", pingCell(cells[[2]string{from, to}]))
+		}
+		fmt.Fprintln(t)
+	}
+	_ = t.Flush()
+}
+
+// pingCell shows the worst of some pings.
+func pingCell(pings []demoPing) string {
+	if len(pings) == 0 {
+		return "."
+	}
+	slowest := 0.0
+	for _, p := range pings {
+		switch {
+		case !p.OK:
+			return "FAILED"
+		case p.NAT:
+			return "NAT"
+		}
+		slowest = max(slowest, p.RTTms)
+	}
+	return fmt.Sprintf("%.2f", slowest)
+}
+
+// showLogs says why things failed, and what the daemons concerned said last.
+func (d *demo) showLogs() {
+	const most = 5 // of each
+	var reasons, nodes []string
+	fail := func(why error, ends ...string) {
+		reasons = append(reasons, fmt.Sprint(why))
+		for _, e := range ends {
+			node, _, _ := strings.Cut(e, "-")
+			if !slices.Contains(nodes, node) {
+				nodes = append(nodes, node)
+			}
+		}
+	}
+	for _, p := range d.Result.Pings {
+		if !p.OK || p.NAT {
+			fail(p.why, p.From, p.To)
+		}
+	}
+	for _, f := range d.Result.Transfers {
+		if !f.OK {
+			fail(f.why, f.From, f.To)
+		}
+	}
+	for i, r := range reasons {
+		if i == most {
+			fmt.Fprintf(d.progress.w, "... and %d more\n", len(reasons)-most)
+			break
+		}
+		fmt.Fprintln(d.progress.w, r)
+	}
+	for i, n := range nodes {
+		if p := d.daemons[n]; p != nil && i < most {
+			fmt.Fprintf(d.progress.w, "\nThe daemon of %s said at the end:\n%s\n", n, p.Tail(15))
+		}
+	}
+}
+
+// leaveUp prints how to look around. As root the demo then outlives this
+// process; else it lasts until this process is told to end.
+func (d *demo) leaveUp(ctx context.Context) (kept bool, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return false, err
+	}
+	enter := "ip netns exec "
+	if lab.Rootless() {
+		enter = fmt.Sprintf("nsenter --preserve-credentials -U -n -m -t %d ip netns exec ", os.Getpid())
+	}
+	w := d.progress.w
+	fmt.Fprintf(w, "\nThe demo %s stays up. To look around:\n", d.lab.ID)
+	n1 := d.lab.Nodes[0]
+	fmt.Fprintf(w, "  %s%s %s status --run-dir %s\n", enter, n1.Name, self, n1.RunDir)
+	fmt.Fprintf(w, "  %s%s ip route\n", enter, n1.Name)
+	var a, b *demoEnd
+	for _, e := range d.ends {
+		switch {
+		case e.pod != nil && a == nil:
+			a = e
+		case e.pod != nil && (b == nil || b.node == a.node):
+			b = e
+		}
+	}
+	if a != nil && b != nil {
+		fmt.Fprintf(w, "  %s%s ping %s\n", enter, a.Name, b.addr)
+	}
+	fmt.Fprintf(w, "  %s%s tcpdump -ni underlay udp port 8472\n", enter, d.lab.Fabric.Name)
+	fmt.Fprintf(w, "  tail -f %s\n", filepath.Join(d.lab.Dir, "logs", n1.ID+".log"))
+	if lab.Rootless() {
+		fmt.Fprintf(w, "It is removed when you press Ctrl-C.\n")
+		<-ctx.Done()
+		return false, nil
+	}
+	if err := d.lab.Keep(); err != nil {
+		return false, err
+	}
+	fmt.Fprintf(w, "To remove it:\n  %s demo --remove %s\n", self, d.lab.ID)
+	return true, nil
+}
+
+// tearDown deletes the pods through the plugins, as a container runtime would,
+// and removes everything. It is not cut short by a signal.
+func (d *demo) tearDown() error {
+	ctx, cancel := context.WithTimeout(context.Background(), podRemoval)
+	defer cancel()
+	errs := make([]error, len(d.ends))
+	var wg sync.WaitGroup
+	for i, e := range d.ends {
+		if e.pod != nil {
+			wg.Go(func() { errs[i] = e.pod.Delete(ctx) })
+		}
+	}
+	wg.Wait()
+	if err := errors.Join(append(errs, d.lab.Close())...); err != nil {
+		return fmt.Errorf("removing the demo: %w", err)
+	}
+	d.progress.say("removed %s: nothing of it is left", d.lab.ID)
+	return nil
+}
+
+// progress tells what was done, with the time since the start.
+type progress struct {
+	w     io.Writer
+	start time.Time
+}
+
+func (p progress) say(format string, args ...any) {
+	fmt.Fprintf(p.w, "%5.1f s  %s\n", time.Since(p.start).Seconds(), fmt.Sprintf(format, args...))
+}
+
+// count names a number of things.
+func count(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
+}
