@@ -77,7 +77,9 @@ func (c *cluster) culvert(args ...string) {
 	}
 }
 
-func (c *cluster) setConfig(text string) { c.culvert("config", "set", text, "--etcd-endpoints", c.endpoint) }
+func (c *cluster) setConfig(text string) {
+	c.culvert("config", "set", text, "--etcd-endpoints", c.endpoint)
+}
 
 // start starts a node's daemon.
 func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
