@@ -39,7 +39,7 @@ const (
 const (
 	storeStart   = 30 * time.Second
 	daemonStart  = 60 * time.Second
-	firstContact = 20 * time.Second // until a pod is reached for the first time
+	firstContact = 10 * time.Second // until a pod is reached for the first time
 	pingAgain    = 2 * time.Second
 	transferTime = 2 * time.Minute
 	podRemoval   = 30 * time.Second
@@ -526,27 +526,38 @@ func (d *demo) transferAll(ctx context.Context) error {
 	}
 	payload, into := make([]byte, demoTransfer), make([]byte, demoTransfer)
 	var seed [32]byte
-	_, _ = rand.Read(seed[:])                      // never fails
-	_, _ = mathrand.NewChaCha8(seed).Read(payload) // nor does this
+	_, _ = rand.Read(seed[:]) // never fails, nor does the next
+	_, _ = mathrand.NewChaCha8(seed).Read(payload)
 	for _, from := range d.lab.Nodes {
 		for _, to := range d.lab.Nodes {
 			if from == to || ctx.Err() != nil {
 				continue
 			}
-			a, b := first[from.ID], first[to.ID]
-			clear(into)
-			tctx, cancel := context.WithTimeout(ctx, transferTime)
-			took, err := lab.Transfer(tctx, a.Namespace, b.Namespace, b.addr, payload, into)
-			cancel()
-			flow := demoFlow{From: from.ID, To: to.ID, OK: err == nil, why: err}
-			if err == nil {
-				flow.Gbps = math.Round(demoTransfer*8/took.Seconds()/1e6) / 1e3
-			}
+			flow := d.transfer(ctx, first[from.ID], first[to.ID], payload, into)
 			d.Result.Transfers = append(d.Result.Transfers, flow)
 			d.progress.say("%s to %s: %s", from.ID, to.ID, flow.cell())
 		}
 	}
 	return ctx.Err()
+}
+
+func (d *demo) transfer(ctx context.Context, from, to *demoEnd, payload, into []byte) demoFlow {
+	flow := demoFlow{From: from.node.ID, To: to.node.ID}
+	if slices.ContainsFunc(d.Result.Pings, func(p demoPing) bool { return p.From == from.name && p.To == to.name && !p.OK }) {
+		flow.why = fmt.Errorf("%s does not reach %s", from.name, to.name)
+		return flow
+	}
+	clear(into)
+	ctx, cancel := context.WithTimeout(ctx, transferTime)
+	defer cancel()
+	took, err := lab.Transfer(ctx, from.Namespace, to.Namespace, to.addr, payload, into)
+	if err != nil {
+		flow.why = err
+		return flow
+	}
+	flow.OK = true
+	flow.Gbps = math.Round(demoTransfer*8/took.Seconds()/1e6) / 1e3
+	return flow
 }
 
 func (t demoFlow) cell() string {
@@ -715,9 +726,17 @@ func (d *demo) showLogs() {
 		fmt.Fprintln(d.progress.w, r)
 	}
 	for i, n := range nodes {
-		if p := d.daemons[n]; p != nil && i < most {
-			fmt.Fprintf(d.progress.w, "\nThe daemon of %s said at the end:\n%s\n", n, p.Tail(15))
+		p := d.daemons[n]
+		if p == nil || i >= most {
+			continue
 		}
+		state := "runs"
+		select {
+		case <-p.Exited():
+			state = fmt.Sprintf("has ended (%v)", p.Err())
+		default:
+		}
+		fmt.Fprintf(d.progress.w, "\nThe daemon of %s %s. It said last:\n%s\n", n, state, p.Tail(15))
 	}
 }
 
@@ -728,10 +747,11 @@ func (d *demo) leaveUp(ctx context.Context) (kept bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	enter := "ip netns exec "
+	inside := ""
 	if lab.Rootless() {
-		enter = fmt.Sprintf("nsenter --preserve-credentials -U -n -m -t %d ip netns exec ", os.Getpid())
+		inside = fmt.Sprintf("nsenter --preserve-credentials -U -n -m -t %d ", os.Getpid())
 	}
+	enter := inside + "ip netns exec "
 	w := d.progress.w
 	fmt.Fprintf(w, "\nThe demo %s stays up. To look around:\n", d.lab.ID)
 	n1 := d.lab.Nodes[0]
@@ -750,7 +770,7 @@ func (d *demo) leaveUp(ctx context.Context) (kept bool, err error) {
 		fmt.Fprintf(w, "  %s%s ping %s\n", enter, a.Name, b.addr)
 	}
 	fmt.Fprintf(w, "  %s%s tcpdump -ni underlay udp port 8472\n", enter, d.lab.Fabric.Name)
-	fmt.Fprintf(w, "  tail -f %s\n", filepath.Join(d.lab.Dir, "logs", n1.ID+".log"))
+	fmt.Fprintf(w, "  %stail -f %s\n", inside, filepath.Join(d.lab.Dir, "logs", n1.ID+".log"))
 	if lab.Rootless() {
 		fmt.Fprintf(w, "It is removed when you press Ctrl-C.\n")
 		<-ctx.Done()
