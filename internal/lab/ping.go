@@ -82,7 +82,7 @@ func awaitEcho(c net.PacketConn, protocol int, reply icmp.Type, id int, data []b
 			return err
 		}
 		m, err := icmp.ParseMessage(protocol, b[:k])
-		if err != nil || m.Type != reply || !bytes.Equal(a.(*net.IPAddr).IP.To16(), net.IP(from.AsSlice()).To16()) {
+		if err != nil || m.Type != reply || !a.(*net.IPAddr).IP.Equal(from.AsSlice()) {
 			continue
 		}
 		if echo, ok := m.Body.(*icmp.Echo); ok && echo.ID == id && bytes.Equal(echo.Data, data) {
