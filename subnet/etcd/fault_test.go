@@ -188,3 +188,9 @@ func hold(t *testing.T, r *Registry, l subnet.Lease) <-chan error {
 func contains(err error, text string) bool { return err != nil && strings.Contains(err.Error(), text) }
 
 func mustPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+
+func canceled() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}
