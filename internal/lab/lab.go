@@ -210,8 +210,9 @@ func (l *Lab) Processes() []*Process {
 	return append([]*Process(nil), l.processes...)
 }
 
-// Privileged says whether this process may make namespaces and network
-// devices in them: CAP_SYS_ADMIN and CAP_NET_ADMIN.
+// Privileged says whether this process may make namespaces, network devices in
+// them, and their names: CAP_SYS_ADMIN and CAP_NET_ADMIN, and a /run that it may
+// write to (in somebody's user namespace it may not).
 func Privileged() bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -219,5 +220,5 @@ func Privileged() bool {
 		return false
 	}
 	const want = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_NET_ADMIN
-	return data[0].Effective&want == want
+	return data[0].Effective&want == want && unix.Access("/run", unix.W_OK) == nil
 }
