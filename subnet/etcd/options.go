@@ -113,7 +113,7 @@ func completeEndpoint(e string, secured bool) (string, error) {
 		}
 	}
 	u, err := url.Parse(full)
-	if err != nil || u.Host == "" || (u.Path != "" && u.Path != "/") {
+	if err != nil || u.Hostname() == "" || (u.Path != "" && u.Path != "/") {
 		// The text is not repeated: it may hold user and password.
 		return "", errors.New("etcd: an endpoint is not a URL such as http://10.0.0.1:2379")
 	}

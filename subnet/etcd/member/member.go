@@ -5,6 +5,7 @@ package member
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -147,6 +148,15 @@ func (o Options) config(log io.Writer) (*embed.Config, error) {
 
 	client := url.URL{Scheme: "http", Host: orString(o.ListenClient, "127.0.0.1:2379")}
 	if o.CertFile != "" {
+		// etcd would open them only after it is ready.
+		if _, err := tls.LoadX509KeyPair(o.CertFile, o.KeyFile); err != nil {
+			return nil, fmt.Errorf("etcd: certificate: %w", err)
+		}
+		if o.CAFile != "" {
+			if _, err := os.ReadFile(o.CAFile); err != nil {
+				return nil, fmt.Errorf("etcd: CA for clients: %w", err)
+			}
+		}
 		client.Scheme = "https"
 		cfg.ClientTLSInfo = transport.TLSInfo{
 			CertFile: o.CertFile, KeyFile: o.KeyFile, TrustedCAFile: o.CAFile, ClientCertAuth: o.CAFile != "",

@@ -1,0 +1,319 @@
+package etcd
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"culvert/subnet/etcd/etcdtest"
+	"culvert/subnet/etcd/member"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// authority signs certificates for a test, in files.
+type authority struct {
+	dir  string
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t *testing.T) *authority {
+	t.Helper()
+	a := &authority{dir: t.TempDir()}
+	a.cert, a.key = a.issue(t, "ca", nil)
+	return a
+}
+
+func (a *authority) path(name string) string { return filepath.Join(a.dir, name) }
+
+// issue writes name.pem and name-key.pem, self-signed if there is no signer.
+func (a *authority) issue(t *testing.T, name string, signer *authority) (*x509.Certificate, *ecdsa.PrivateKey) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: serial, Subject: pkix.Name{CommonName: name},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	parent, parentKey := template, key
+	if signer != nil {
+		parent, parentKey = signer.cert, signer.key
+	} else {
+		template.IsCA, template.BasicConstraintsValid = true, true
+		template.KeyUsage |= x509.KeyUsageCertSign
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, parentKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for file, block := range map[string]*pem.Block{
+		name + ".pem": {Type: "CERTIFICATE", Bytes: der}, name + "-key.pem": {Type: "EC PRIVATE KEY", Bytes: keyDER},
+	} {
+		if err := os.WriteFile(a.path(file), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert, key
+}
+
+// reads says whether one request gets an answer.
+func reads(t *testing.T, endpoint string, change func(*Options)) error {
+	t.Helper()
+	r := open(t, endpoint, func(o *Options) { o.RequestTimeout = 700 * time.Millisecond }, change)
+	_, _, err := r.ConfigText(t.Context())
+	return err
+}
+
+func TestTLS(t *testing.T) {
+	a, stranger := newAuthority(t), newAuthority(t)
+	a.issue(t, "server", a)
+	a.issue(t, "client", a)
+	stranger.issue(t, "client", stranger)
+	withCA := func(o *Options) { o.CAFile = a.path("ca.pem") }
+	withClient := func(o *Options) {
+		withCA(o)
+		o.CertFile, o.KeyFile = a.path("client.pem"), a.path("client-key.pem")
+	}
+
+	t.Run("CA alone", func(t *testing.T) {
+		t.Parallel()
+		url := etcdtest.StartServer(t, member.Options{CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem")}).URL()
+		if err := reads(t, url, withCA); err != nil {
+			t.Errorf("with the CA: %v", err)
+		}
+		if err := reads(t, strings.TrimPrefix(url, "https://"), withCA); err != nil {
+			t.Errorf("without a scheme: %v", err)
+		}
+		if err := reads(t, url, func(o *Options) { o.CAFile = stranger.path("ca.pem") }); err == nil {
+			t.Error("trusted a server of another CA")
+		}
+	})
+	t.Run("client certificate", func(t *testing.T) {
+		t.Parallel()
+		url := etcdtest.StartServer(t, member.Options{
+			CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem"),
+		}).URL()
+		if err := reads(t, url, withClient); err != nil {
+			t.Errorf("with a certificate: %v", err)
+		}
+		if err := reads(t, url, withCA); err == nil {
+			t.Error("answered without a certificate")
+		}
+	})
+	t.Run("renewed on disk", func(t *testing.T) {
+		t.Parallel()
+		server := etcdtest.StartServer(t, member.Options{
+			CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem"),
+		})
+		// The pair on disk is another CA's at first, as one that ran out would be.
+		r := open(t, server.URL(), func(o *Options) {
+			withCA(o)
+			o.RequestTimeout = 700 * time.Millisecond
+			o.CertFile, o.KeyFile = stranger.path("client.pem"), stranger.path("client-key.pem")
+		})
+		if _, _, err := r.ConfigText(t.Context()); err == nil {
+			t.Fatal("answered a stranger")
+		}
+		for _, file := range []string{"client.pem", "client-key.pem"} {
+			content, err := os.ReadFile(a.path(file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(stranger.path(file), content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		eventually(t, "the renewed certificate", func() bool { _, _, err := r.ConfigText(t.Context()); return err == nil })
+	})
+}
+
+const password = "correct-horse-battery"
+
+// secure turns authentication on, with a role that reaches one prefix alone.
+func secure(t *testing.T, endpoint string) {
+	t.Helper()
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx := t.Context()
+	const prefix = "/coreos.com/network/"
+	for _, step := range []func() error{
+		func() error { _, err := c.RoleAdd(ctx, "culvert"); return err },
+		func() error {
+			_, err := c.RoleGrantPermission(ctx, "culvert", prefix, clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(clientv3.PermReadWrite))
+			return err
+		},
+		func() error { _, err := c.UserAdd(ctx, "culvert", password); return err },
+		func() error { _, err := c.UserGrantRole(ctx, "culvert", "culvert"); return err },
+		func() error { _, err := c.UserAdd(ctx, "root", "root"); return err },
+		func() error { _, err := c.UserGrantRole(ctx, "root", "root"); return err },
+		func() error { _, err := c.AuthEnable(ctx); return err },
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestUserAndPassword(t *testing.T) {
+	server := etcdtest.StartServer(t, member.Options{})
+	secure(t, server.URL())
+	log := &lines{}
+	asUser := func(o *Options) { o.User, o.Password = "culvert", password }
+	// The whole life of a lease needs no more than the one prefix.
+	r, l, w := ready(t, server.URL(), log.options, asUser)
+	lost := hold(t, r, l)
+	other := open(t, server.URL(), asUser)
+	l2 := acquire(t, other, claim(t, vxlanConfig, 2))
+	eventually(t, "the peer", func() bool { return len(w.last().Peers) == 1 })
+	if err := other.Release(t.Context(), l2); err != nil {
+		t.Error(err)
+	}
+	if _, err := r.Update(t.Context(), movedTo(l, "192.0.2.9")); err != nil {
+		t.Error(err)
+	}
+	stands(t, r, l, lost)
+
+	// The token that etcd gave is void after a restart.
+	server.Stop()
+	server.Start()
+	put(t, r, "subnets/10.5.1.0-24", peerValue(1))
+	eventually(t, "a peer after the restart", func() bool { return len(w.last().Peers) == 1 })
+
+	for name, o := range map[string]Options{
+		"wrong password": {User: "culvert", Password: "x"},
+		"unknown user":   {User: "nobody", Password: "x"},
+	} {
+		o.Endpoints, o.Logger = []string{server.URL()}, slog.New(slog.DiscardHandler)
+		if r, err := New(t.Context(), o); err == nil {
+			t.Errorf("%s: %v", name, r.Close())
+		}
+	}
+	if _, err := open(t, server.URL()).Config(t.Context()); err == nil {
+		t.Error("read without a user")
+	}
+	if _, err := open(t, server.URL(), asUser, at("/elsewhere")).Acquire(t.Context(), claim(t, vxlanConfig, 3)); err == nil {
+		t.Error("wrote outside the role's prefix")
+	}
+	if strings.Contains(log.String(), password) {
+		t.Error("the password is in the log")
+	}
+	if log.count("travels unencrypted") != 1 {
+		t.Error("a password over http was not warned of")
+	}
+}
+
+func TestPasswordIsNotShown(t *testing.T) {
+	o := Options{Endpoints: []string{"a"}, User: "culvert", Password: password}
+	var log bytes.Buffer
+	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "options", o, "pointer", &o)
+	encoded, err := json.Marshal(o)
+	shown := fmt.Sprintf("%v %+v %#v %s %v", o, o, o, o, &o) + log.String() + string(encoded)
+	if err == nil && strings.Contains(shown, password) || !strings.Contains(shown, "(hidden)") {
+		t.Error(shown)
+	}
+}
+
+func TestOptions(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*Options)
+		fault  string
+	}{
+		"no endpoint":         {func(o *Options) { o.Endpoints = nil }, "no endpoint"},
+		"no logger":           {func(o *Options) { o.Logger = nil }, "no logger"},
+		"key without cert":    {func(o *Options) { o.KeyFile = "x" }, "its certificate"},
+		"user alone":          {func(o *Options) { o.User = "x" }, "password"},
+		"password alone":      {func(o *Options) { o.Password = "x" }, "its user"},
+		"a path":              {func(o *Options) { o.Endpoints = []string{"http://a:2379/x"} }, "not a URL"},
+		"a user in the URL":   {func(o *Options) { o.Endpoints = []string{"http://u:" + password + "@a:2379"} }, "holds a user"},
+		"another scheme":      {func(o *Options) { o.Endpoints = []string{"ftp://a"} }, "http or https"},
+		"http with a CA":      {func(o *Options) { o.Endpoints, o.CAFile = []string{"http://a"}, "x" }, "write https"},
+		"both schemes":        {func(o *Options) { o.Endpoints = []string{"http://a", "https://b"} }, "all are https"},
+		"a missing CA":        {func(o *Options) { o.CAFile = "/nonexistent" }, "read the CA"},
+		"a CA that is none":   {func(o *Options) { o.CAFile = "/dev/null" }, "no certificate"},
+		"a missing key pair":  {func(o *Options) { o.CertFile, o.KeyFile = "/nonexistent", "/nonexistent" }, "client certificate"},
+		"nothing but a colon": {func(o *Options) { o.Endpoints = []string{":"} }, "not a URL"},
+	} {
+		o := Options{Endpoints: []string{"a"}, Logger: slog.New(slog.DiscardHandler)}
+		c.change(&o)
+		_, err := New(canceled(), o)
+		if err == nil || !strings.Contains(err.Error(), c.fault) || strings.Contains(err.Error(), password) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for in, want := range map[string]string{
+		"10.0.0.1": "http://10.0.0.1:2379", "10.0.0.1:4001": "http://10.0.0.1:4001", "https://etcd.example": "https://etcd.example:2379",
+		"[fd00::1]:2379": "http://[fd00::1]:2379", "http://a:1/": "http://a:1",
+	} {
+		if got, err := completeEndpoint(in, false); err != nil || got != want {
+			t.Errorf("%s became %s, %v", in, got, err)
+		}
+	}
+}
+
+// etcd that is away when the daemon starts is waited for, with and without a
+// user.
+func TestEtcdAwayAtStart(t *testing.T) {
+	server := etcdtest.StartServer(t, member.Options{})
+	setConfig(t, open(t, server.URL()), vxlanConfig)
+	secure(t, server.URL())
+	server.Stop()
+	got := make(chan error, 1)
+	go func() {
+		o := Options{Endpoints: []string{server.URL()}, User: "culvert", Password: password, Logger: slog.New(slog.DiscardHandler), DialTimeout: time.Second}
+		r, err := New(t.Context(), o)
+		if err == nil {
+			_, err = r.Config(t.Context())
+			_ = r.Close()
+		}
+		got <- err
+	}()
+	time.Sleep(300 * time.Millisecond)
+	server.Start()
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	server.Stop()
+	if _, err := open(t, "127.0.0.1:1").Config(ctx); err == nil {
+		t.Error("configured by nobody")
+	}
+	if _, err := open(t, "127.0.0.1:1").Acquire(ctx, claim(t, vxlanConfig, 1)); err == nil {
+		t.Error("leased by nobody")
+	}
+}
