@@ -31,16 +31,17 @@ var allowed = map[string][]string{
 	"culvert/encap":                    {},
 	"culvert/subnet":                   {},
 	"culvert/subnet/etcd":              {"subnet"},
-	"culvert/subnet/etcd/etcdtest":     {},
-	"culvert/subnet/etcd/culvert-etcd": {},
+	"culvert/subnet/etcd/member":       {},
+	"culvert/subnet/etcd/etcdtest":     {"subnet/etcd/member"},
+	"culvert/subnet/etcd/culvert-etcd": {"subnet/etcd/member"},
 	"culvert/cni":                      {"subnet", "internal/api"},
 	"culvert/cni/culvert-cni":          {"cni"},
 }
 
 // outside says which packages may import a heavy or far-reaching module.
 var outside = map[string][]string{
-	"go.etcd.io/etcd/client":         {"culvert/subnet/etcd"},
-	"go.etcd.io/etcd/server":         {"culvert/subnet/etcd/culvert-etcd", "culvert/subnet/etcd/etcdtest"},
+	"go.etcd.io/etcd/client/v3":      {"culvert/subnet/etcd"},
+	"go.etcd.io/etcd/server":         {"culvert/subnet/etcd/member"},
 	"github.com/google/nftables":     {"culvert/internal/host"},
 	"golang.zx2c4.com/wireguard":     {"culvert/backend/tunnel"},
 	"github.com/prometheus":          {"culvert/internal/daemon"},
