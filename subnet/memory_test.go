@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -38,37 +39,38 @@ func TestMemoryLifetimes(t *testing.T) {
 				t.Errorf("hold: %v", err)
 			}
 		})
-		var last subnet.Snapshot
+		var latest atomic.Pointer[subnet.Snapshot]
+		last := func() subnet.Snapshot { return *latest.Load() }
 		running.Go(func() {
 			for s := range m.Watch(ctx, la) {
-				last = s
+				latest.Store(&s)
 			}
 		})
 		synctest.Wait()
-		if len(last.Peers) != 1 || last.Self.Key() != la.Key() {
-			t.Errorf("%+v", last)
+		if len(last().Peers) != 1 || last().Self.Key() != la.Key() {
+			t.Errorf("%+v", last())
 		}
 		// Nobody renews b's; ours is renewed for a week.
 		time.Sleep(59 * time.Minute)
 		synctest.Wait()
-		if len(last.Peers) != 1 {
+		if len(last().Peers) != 1 {
 			t.Error("b's lease ended early")
 		}
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
-		if len(last.Peers) != 0 {
+		if len(last().Peers) != 0 {
 			t.Error("b's lease outlived its hour")
 		}
 		time.Sleep(7 * 24 * time.Hour)
 		synctest.Wait()
-		if last.Self.Key() != la.Key() || last.Self.CreateRevision != la.CreateRevision {
-			t.Errorf("ours became %+v", last.Self)
+		if last().Self.Key() != la.Key() || last().Self.CreateRevision != la.CreateRevision {
+			t.Errorf("ours became %+v", last().Self)
 		}
 		// It vanishes, and is written again.
 		m.Delete(la.Key())
 		synctest.Wait()
-		if last.Self.CreateRevision <= la.CreateRevision {
-			t.Errorf("ours was not written again: %+v", last.Self)
+		if last().Self.CreateRevision <= la.CreateRevision {
+			t.Errorf("ours was not written again: %+v", last().Self)
 		}
 		_ = m.Release(ctx, lb) // gone already
 		cancel()

@@ -45,9 +45,11 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 
 	var g grant
 	var pause backoff
+	away := outage{log: r.log.With("node", c.Node)}
 	for {
 		l, err := r.tryAcquire(ctx, c, &g)
 		if err == nil {
+			away.over()
 			if g.id != l.ID {
 				r.revoke(g.id)
 			}
@@ -56,7 +58,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 		}
 		again := !permanent(err)
 		if again && !errors.Is(err, errRace) {
-			r.log.Warn("no lease yet; trying again", "node", c.Node, "error", err)
+			away.failed("no lease yet; trying again", r.explain(ctx, err))
 		}
 		if again && pause.wait(ctx) == nil {
 			continue
@@ -98,9 +100,10 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 	}
 
 	keep := *choice.Keep
+	var left time.Duration
 	if keep.ID != 0 { // else it was written to last for ever, and does
-		left, whole, err := r.timeToLive(ctx, keep.ID)
-		if err != nil {
+		var whole time.Duration
+		if left, whole, err = r.timeToLive(ctx, keep.ID); err != nil {
 			return subnet.Lease{}, err
 		}
 		if left <= 0 || whole != time.Duration(seconds(c.TTL))*time.Second || keep.Node != c.Node {
@@ -108,8 +111,8 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 				return subnet.Lease{}, err
 			}
 			choice.Lease.ID = g.id
-		} else if err := r.saveID(c.Node, keep.ID); err != nil {
-			return subnet.Lease{}, err
+		} else {
+			r.saveID(c.Node, keep.ID)
 		}
 	}
 	before, err := keep.Value()
@@ -121,7 +124,7 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 		return subnet.Lease{}, err
 	}
 	if slices.Equal(before, after) && choice.Lease.ID == keep.ID && len(choice.Drop) == 0 {
-		choice.Lease.Expires = expiry(choice.Lease.ID, c.TTL)
+		choice.Lease.Expires = expiry(choice.Lease.ID, left)
 		return choice.Lease, nil
 	}
 	l, err := r.write(ctx, choice, revision, c.TTL, g)
@@ -247,7 +250,8 @@ func (r *Registry) granted(ctx context.Context, node string, ttl time.Duration, 
 		return fmt.Errorf("grant an etcd lease: %w", err)
 	}
 	*g = grant{id: int64(resp.ID)}
-	return r.saveID(node, g.id)
+	r.saveID(node, g.id)
+	return nil
 }
 
 // timeToLive returns what is left of an etcd lease, and its whole; nothing is

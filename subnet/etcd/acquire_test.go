@@ -21,6 +21,7 @@ import (
 func at(prefix string) func(*Options) { return func(o *Options) { o.Prefix = prefix } }
 
 func TestUnansweredCommits(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	for name, delayed := range map[string]bool{"committed": false, "late": true} {
 		t.Run(name, func(t *testing.T) {
@@ -43,6 +44,7 @@ func TestUnansweredCommits(t *testing.T) {
 }
 
 func TestLostRaceTakesAnother(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	r, thief := open(t, endpoint), open(t, endpoint)
 	first, err := subnet.Choose(claim(t, vxlanConfig, 1), subnet.Occupancy{})
@@ -75,6 +77,7 @@ func (kv *racingKV) Txn(ctx context.Context) clientv3.Txn {
 }
 
 func TestConflicts(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	r := open(t, endpoint)
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
@@ -135,6 +138,7 @@ func expectConflict(t *testing.T, err error, names ...string) {
 }
 
 func TestExhaustion(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	const config = `{"Network":"10.5.0.0/26","SubnetLen":28,"SubnetMin":"10.5.0.0"}`
 	r := open(t, endpoint)
@@ -155,6 +159,7 @@ func TestExhaustion(t *testing.T) {
 // A host moves from flannel: its lease is known by the address, keeps its
 // subnet, gains an identity, and what flannel meant to last for ever does.
 func TestTakingOverFromFlannel(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	const value = `{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}`
 	for name, forever := range map[string]bool{"leased": false, "for ever": true} {
@@ -190,6 +195,7 @@ func TestTakingOverFromFlannel(t *testing.T) {
 }
 
 func TestChangedNetwork(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	state := withState(filepath.Join(t.TempDir(), "lease.json"))
 	r := open(t, endpoint, state)
@@ -211,6 +217,7 @@ func TestChangedNetwork(t *testing.T) {
 }
 
 func TestStateFile(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	file := filepath.Join(t.TempDir(), "lease.json")
 	log := &lines{}

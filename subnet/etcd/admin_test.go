@@ -11,6 +11,7 @@ import (
 )
 
 func TestSetConfig(t *testing.T) {
+	t.Parallel()
 	r := open(t, etcdtest.Start(t))
 	text, revision, err := r.ConfigText(t.Context())
 	if text != nil || revision != 0 || err != nil {
@@ -37,6 +38,7 @@ func TestSetConfig(t *testing.T) {
 }
 
 func TestReservations(t *testing.T) {
+	t.Parallel()
 	r := open(t, etcdtest.Start(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
 	prefix := func(s string) []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix(s)} }

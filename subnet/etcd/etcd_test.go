@@ -63,15 +63,21 @@ func claim(t *testing.T, config string, n int) subnet.Claim {
 // eventually polls for what another goroutine brings about.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	within(t, 10*time.Second, what, ok)
+}
+
+func within(t *testing.T, limit time.Duration, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 10 s: %s", what)
+			t.Fatalf("not within %v: %s", limit, what)
 		}
 	}
 }
 
 // Fifty nodes ask at one moment; each has a connection of its own.
 func TestRacingNodesNeverShareASubnet(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	for name, config := range map[string]string{
 		"ipv4": `{"Network":"10.5.0.0/18","SubnetMax":"10.5.50.0"}`,
@@ -148,6 +154,7 @@ func movedTo(l subnet.Lease, public string) subnet.Lease {
 }
 
 func TestLifeOfALease(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	stateFile := filepath.Join(t.TempDir(), "lease.json")
 	r := open(t, endpoint, withState(stateFile))

@@ -26,6 +26,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	}
 	var g grant
 	var pause backoff
+	away := outage{log: r.log.With("subnet", l.Key())}
 	for {
 		err := r.verify(ctx, &g)
 		switch {
@@ -35,13 +36,14 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 			return err
 		case err != nil:
 			if !errors.Is(err, errRace) {
-				r.log.Warn("the lease cannot be renewed for now; holding on to it", "subnet", l.Key(), "error", err)
+				away.failed("the lease cannot be renewed for now; holding on to it", r.explain(ctx, err))
 			}
 			if pause.wait(ctx) != nil {
 				return nil
 			}
 			continue
 		}
+		away.over()
 		pause.reset()
 		if err := r.renew(ctx); err != nil {
 			r.log.Debug("looking at our lease", "subnet", l.Key(), "reason", err)
@@ -142,7 +144,7 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 			return err
 		case left > 0:
 			ttl, want.Expires = whole, time.Now().Add(left)
-			err = r.saveID(want.Node, id)
+			r.saveID(want.Node, id)
 		case e.ID != 0:
 			err = fmt.Errorf("lease %s expired between two requests: %w", want, errRace)
 		default:

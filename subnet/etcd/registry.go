@@ -42,6 +42,7 @@ type Registry struct {
 	turn chan struct{}
 	// poke tells Hold to look at our own key.
 	poke chan struct{}
+	kept int64 // the handle in the state file, if this process wrote it; under turn
 
 	mu     sync.Mutex
 	held   subnet.Lease  // as last written or read; without Endpoints: none
@@ -93,14 +94,16 @@ func New(ctx context.Context, o Options) (*Registry, error) {
 	}
 	r := &Registry{opts: o, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
 	var pause backoff
+	away := outage{log: r.log}
 	for {
 		if r.client, err = clientv3.New(cfg); err == nil {
+			away.over()
 			return r, nil
 		}
 		if permanent(err) {
 			return nil, fmt.Errorf("etcd: connect to %s: %w", strings.Join(o.Endpoints, ", "), err)
 		}
-		r.log.Warn("etcd cannot be reached; trying again", "endpoints", o.Endpoints, "error", err)
+		away.failed("etcd cannot be reached; trying again", fmt.Errorf("connect to %s: %w", strings.Join(o.Endpoints, ", "), err))
 		if err := pause.wait(ctx); err != nil {
 			return nil, fmt.Errorf("etcd: connect to %s: %w", strings.Join(o.Endpoints, ", "), err)
 		}
@@ -210,6 +213,42 @@ func unwrapAll(err error) error {
 
 // expired reports whether etcd says that it has no such lease.
 func expired(err error) bool { return errors.Is(err, rpctypes.ErrLeaseNotFound) }
+
+// explain gives the reason of a request that had no answer in its time, which
+// is otherwise no more than "context deadline exceeded".
+func (r *Registry) explain(ctx context.Context, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return fmt.Errorf("no answer from %s within %v: %w", strings.Join(r.opts.Endpoints, ", "), r.opts.RequestTimeout, err)
+	}
+	return err
+}
+
+// outage says in the log that etcd does not answer: at once, then once a
+// minute, and when it does again.
+type outage struct {
+	log         *slog.Logger
+	since, said time.Time
+}
+
+const sayEvery = time.Minute
+
+func (o *outage) failed(message string, err error) {
+	now := time.Now()
+	if o.since.IsZero() {
+		o.since = now
+	}
+	if o.said.IsZero() || now.Sub(o.said) >= sayEvery {
+		o.said = now
+		o.log.Warn(message, "error", err)
+	}
+}
+
+func (o *outage) over() {
+	if !o.since.IsZero() {
+		o.log.Info("etcd answers again", "after", time.Since(o.since).Round(time.Millisecond))
+		o.since, o.said = time.Time{}, time.Time{}
+	}
+}
 
 // backoff is a pause that doubles from 50 ms to 10 s, each cut by up to a half
 // so that nodes that failed together do not return together.

@@ -97,6 +97,7 @@ func reads(t *testing.T, endpoint string, change func(*Options)) error {
 }
 
 func TestTLS(t *testing.T) {
+	t.Parallel()
 	a, stranger := newAuthority(t), newAuthority(t)
 	a.issue(t, "server", a)
 	a.issue(t, "client", a)
@@ -190,6 +191,7 @@ func secure(t *testing.T, endpoint string) {
 }
 
 func TestUserAndPassword(t *testing.T) {
+	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
 	secure(t, server.URL())
 	log := &lines{}
@@ -238,6 +240,7 @@ func TestUserAndPassword(t *testing.T) {
 }
 
 func TestPasswordIsNotShown(t *testing.T) {
+	t.Parallel()
 	o := Options{Endpoints: []string{"a"}, User: "culvert", Password: password}
 	var log bytes.Buffer
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "options", o, "pointer", &o)
@@ -249,6 +252,7 @@ func TestPasswordIsNotShown(t *testing.T) {
 }
 
 func TestOptions(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		change func(*Options)
 		fault  string
@@ -288,6 +292,7 @@ func TestOptions(t *testing.T) {
 // etcd that is away when the daemon starts is waited for, with and without a
 // user.
 func TestEtcdAwayAtStart(t *testing.T) {
+	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
 	setConfig(t, open(t, server.URL()), vxlanConfig)
 	secure(t, server.URL())

@@ -43,22 +43,25 @@ func (r *Registry) savedID() int64 {
 }
 
 // saveID keeps the handle before it is used, so that a crash in between loses
-// nothing.
-func (r *Registry) saveID(node string, id int64) error {
-	if r.opts.StateFile == "" {
-		return nil
+// nothing. It is an aid: a full disk must not cost us the lease. The caller has
+// the turn.
+func (r *Registry) saveID(node string, id int64) {
+	if r.opts.StateFile == "" || r.kept == id {
+		return
 	}
 	text, err := json.Marshal(state{Node: node, LeaseID: strconv.FormatInt(id, 16)})
+	if err == nil {
+		err = replaceFile(r.opts.StateFile, append(text, '\n'))
+	}
 	if err != nil {
-		return err
+		r.log.Warn("the lease handle cannot be kept; a restart goes by identity and address", "file", r.opts.StateFile, "error", err)
+		return
 	}
-	if err := replaceFile(r.opts.StateFile, append(text, '\n')); err != nil {
-		return fmt.Errorf("keep the lease handle: %w", err)
-	}
-	return nil
+	r.kept = id
 }
 
 func (r *Registry) dropID() error {
+	r.kept = 0
 	if r.opts.StateFile == "" {
 		return nil
 	}

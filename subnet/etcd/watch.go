@@ -67,8 +67,9 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 // mirror follows the store until ctx ends, again and again.
 func (r *Registry) mirror(ctx context.Context, m *mirror) {
 	var pause backoff
+	away := outage{log: r.log}
 	for {
-		listed, err := r.follow(ctx, m)
+		listed, err := r.follow(ctx, m, &away)
 		if ctx.Err() != nil {
 			return
 		}
@@ -78,7 +79,8 @@ func (r *Registry) mirror(ctx context.Context, m *mirror) {
 		if errors.Is(err, errCompacted) || errors.Is(err, errFlapped) || errors.Is(err, errSilent) {
 			r.log.Info("reading all leases anew", "reason", err)
 		} else {
-			r.log.Warn("etcd is out of reach; the last leases stand", "error", err)
+			err = r.explain(ctx, err)
+			away.failed("etcd is out of reach; the last leases stand", err)
 			m.fail(fmt.Errorf("watch the leases: %w", err))
 		}
 		if pause.wait(ctx) != nil {
@@ -89,13 +91,14 @@ func (r *Registry) mirror(ctx context.Context, m *mirror) {
 
 // follow lists everything, publishes it, and watches from the next revision on
 // until the watch ends, and says whether it got as far as the list.
-func (r *Registry) follow(ctx context.Context, m *mirror) (listed bool, err error) {
+func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed bool, err error) {
 	rctx, cancel := r.request(ctx)
 	resp, err := r.client.Get(rctx, r.directory(), clientv3.WithPrefix())
 	cancel()
 	if err != nil {
 		return false, err
 	}
+	away.over()
 	m.replace(resp)
 
 	wctx, stop := context.WithCancelCause(clientv3.WithRequireLeader(ctx))

@@ -34,6 +34,7 @@ func peerValue(n int) string {
 }
 
 func TestMalformedLeasesAreNamedOnce(t *testing.T) {
+	t.Parallel()
 	log := &lines{}
 	r, l, w := ready(t, etcdtest.Start(t), log.options)
 	_ = l
@@ -97,9 +98,32 @@ func TestCompactionWhileDisconnected(t *testing.T) {
 	}
 }
 
+// A connection on which nothing comes any more is noticed by the client's own
+// pings, 15 s after the last sign, and made anew.
+func TestBlackHole(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("takes 20 s")
+	}
+	server := etcdtest.StartServer(t, member.Options{})
+	r, l, w := ready(t, server.URL())
+	lost := hold(t, r, l)
+	direct := open(t, server.Direct())
+	server.Freeze()
+	began := time.Now()
+	put(t, direct, "subnets/10.5.1.0-24", peerValue(1))
+	within(t, 25*time.Second, "the error", func() bool { _, errs := w.count(); return errs > 0 })
+	noticed := time.Since(began)
+	server.Mend()
+	within(t, 15*time.Second, "the peer", func() bool { return len(w.last().Peers) == 1 })
+	t.Logf("noticed after %v, up to date %v after the end", noticed.Round(time.Millisecond), (time.Since(began) - noticed).Round(time.Millisecond))
+	stands(t, r, l, lost)
+}
+
 // A watch that etcd ends is begun anew from a fresh list: silently after a
 // compaction, with an error where there is no leader.
 func TestEndedWatches(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		resp clientv3.WatchResponse
 		errs int
@@ -130,6 +154,7 @@ func TestEndedWatches(t *testing.T) {
 
 // A consumer that sleeps gets the latest, not the history.
 func TestSlowConsumer(t *testing.T) {
+	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	r, l, _ := ready(t, endpoint)
 	n := 0
@@ -154,6 +179,7 @@ func TestSlowConsumer(t *testing.T) {
 }
 
 func TestConfigIsAwaited(t *testing.T) {
+	t.Parallel()
 	log := &lines{}
 	endpoint := etcdtest.Start(t)
 	r, admin := open(t, endpoint, log.options), open(t, endpoint)
@@ -182,6 +208,7 @@ func TestConfigIsAwaited(t *testing.T) {
 }
 
 func TestLiveConfig(t *testing.T) {
+	t.Parallel()
 	r, l, w := ready(t, etcdtest.Start(t))
 	for _, step := range []struct{ text, network, refused string }{
 		{`{"Network":"10.4.0.0/15"}`, "10.4.0.0/15", ""},
@@ -211,6 +238,7 @@ func TestLiveConfig(t *testing.T) {
 }
 
 func TestMirrorTimesAreSane(t *testing.T) {
+	t.Parallel()
 	var b backoff
 	for range 50 {
 		_ = b.wait(canceled())

@@ -99,10 +99,20 @@ func (s *Server) Wipe() {
 // Cut breaks all connections and lets no new one through. The server runs on.
 func (s *Server) Cut() { s.line.disconnect() }
 
-// Mend ends a Cut.
+// Mend ends a Cut or a Freeze.
 func (s *Server) Mend() {
 	_, host, _ := strings.Cut(s.member.URL(), "://")
 	s.line.connect(host)
+}
+
+// Freeze lets nothing more through, and closes nothing: a black hole, as a
+// firewall makes one. Mend ends it, and what was held back arrives.
+func (s *Server) Freeze() {
+	s.line.mu.Lock()
+	defer s.line.mu.Unlock()
+	if s.line.frozen == nil {
+		s.line.frozen = make(chan struct{})
+	}
 }
 
 // Direct is the server's own URL, which Cut does not touch.
@@ -113,10 +123,11 @@ type line struct {
 	listener net.Listener
 	running  sync.WaitGroup
 
-	mu    sync.Mutex
-	to    string
-	cut   bool
-	conns map[net.Conn]bool
+	mu     sync.Mutex
+	to     string
+	cut    bool
+	frozen chan struct{} // closed when it ends; nil: nothing is held back
+	conns  map[net.Conn]bool
 }
 
 func (l *line) accept() {
@@ -148,7 +159,24 @@ func (l *line) join(near net.Conn) {
 }
 
 func (l *line) pipe(from, to net.Conn) {
-	_, _ = io.Copy(to, from)
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		l.mu.Lock()
+		frozen := l.frozen
+		l.mu.Unlock()
+		if frozen != nil {
+			<-frozen
+		}
+		if n > 0 {
+			if _, err := to.Write(buf[:n]); err != nil {
+				break
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
 	_, _ = from.Close(), to.Close()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -160,14 +188,24 @@ func (l *line) connect(to string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.to, l.cut = to, false
+	l.thaw()
 }
 
 func (l *line) disconnect() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cut = true
+	l.thaw()
 	for c := range l.conns {
 		_ = c.Close()
+	}
+}
+
+// thaw is called under the lock.
+func (l *line) thaw() {
+	if l.frozen != nil {
+		close(l.frozen)
+		l.frozen = nil
 	}
 }
 
