@@ -23,7 +23,6 @@ import (
 	_ "golang.org/x/net/ipv4"
 	_ "golang.org/x/perf/benchfmt"
 	_ "golang.org/x/sys/unix"
-	_ "golang.zx2c4.com/wireguard/device"
 	_ "golang.zx2c4.com/wireguard/tun"
 	_ "gonum.org/v1/plot"
 	_ "gonum.org/v1/plot/vg/vgsvg"

@@ -99,6 +99,7 @@ Ask a running node:       culvert status`,
 	root.AddCommand(
 		newRunCommand(),
 		newDemoCommand(),
+		newBenchCommand(),
 		newStatusCommand(),
 		newConfigCommand(),
 		newCNICommand(),

@@ -1,0 +1,183 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"culvert/internal/lab"
+)
+
+// Datapath is one way of carrying packets between two nodes.
+type Datapath struct {
+	Name  string
+	About string
+	// Program is somebody else's, of which the datapath is made; nil else.
+	Program *Program
+
+	// missing says why there is no such datapath yet; empty if there is.
+	missing string
+	// none says that traffic goes by the underlay's own addresses.
+	none bool
+	// kernel says that no daemon carries packets.
+	kernel bool
+}
+
+// Datapaths returns all of them, in the order in which they are shown.
+func Datapaths() []Datapath {
+	all := []Datapath{
+		{Name: "native", About: "the underlay itself, no tunnel: the limit", none: true},
+		{Name: "host-gw", About: "routes on the underlay, no tunnel", kernel: true},
+		{Name: "vxlan/kernel", About: "the Linux kernel's vxlan device", kernel: true},
+		{Name: "vxlan/userspace", About: "culvert's own loop"},
+		{Name: "ipip/kernel", About: "the Linux kernel's ipip device", kernel: true},
+		{Name: "ipip/userspace", About: "culvert's own loop", missing: "culvert does not have it yet"},
+		{Name: "naive", About: "VXLAN with one packet per system call: the floor"},
+		{Name: "wireguard-go", About: "the library, which encrypts"},
+	}
+	for _, p := range programs() {
+		all = append(all, Datapath{Name: p.Name, About: p.About, Program: p})
+	}
+	return all
+}
+
+// Available says whether the datapath can be tried here, and if not, why.
+func (d Datapath) Available() (ok bool, why string) {
+	if d.missing != "" {
+		return false, d.missing
+	}
+	if d.Program != nil {
+		return d.Program.available()
+	}
+	return true, ""
+}
+
+func datapathNames() []string {
+	var names []string
+	for _, d := range Datapaths() {
+		names = append(names, d.Name)
+	}
+	return names
+}
+
+func datapathOrder(name string) int { return slices.Index(datapathNames(), name) }
+
+// Underlays returns the names of the underlays.
+func Underlays() []string {
+	var names []string
+	for _, p := range lab.Profiles() {
+		names = append(names, string(p))
+	}
+	return append(names, Existing)
+}
+
+// Existing is the underlay between two real hosts.
+const Existing = "existing"
+
+// tunnelPort is the UDP port of the tunnels in a lab: IANA's is 4789, and 8472
+// is the kernel's own and flannel's.
+const tunnelPort = 8472
+
+// errEnded says that a daemon of a datapath has ended.
+var errEnded = errors.New("ended")
+
+// daemon is a process that carries packets.
+type daemon struct {
+	process process
+	runDir  string // of its counters; empty if it has none
+}
+
+// process is a started program: *lab.Process, or one on this host.
+type process interface {
+	WaitLine(ctx context.Context, prefix string) (string, error)
+	Tail(lines int) string
+	Exited() <-chan struct{}
+	Err() error
+	Stop() error
+	Pid() int
+}
+
+type labProcess struct{ *lab.Process }
+
+func (p labProcess) Pid() int { return p.PID }
+
+// alive returns an error if a daemon has ended.
+func alive(daemons []daemon) error {
+	for _, d := range daemons {
+		select {
+		case <-d.process.Exited():
+			return fmt.Errorf("a daemon %w (%w): %s", errEnded, cause(d.process.Err()), lastLine(d.process))
+		default:
+		}
+	}
+	return nil
+}
+
+func cause(err error) error {
+	if err == nil {
+		return errors.New("exit status 0")
+	}
+	return err
+}
+
+func lastLine(p process) string { return p.Tail(1) }
+
+// startLab makes two nodes of a lab and the datapath between them.
+func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err error) {
+	l, err := lab.New(lab.Options{Nodes: 2, Underlay: lab.Direct})
+	if err != nil {
+		return nil, err
+	}
+	s := &site{underlay: string(o.profile), datapath: d, close: l.Close}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	offloads, err := l.SetProfile(o.profile)
+	if err != nil {
+		return nil, err
+	}
+	s.offloads = offloads[0].Features
+	s.labs = l
+	a, b := l.Nodes[0], l.Nodes[1]
+	s.near, s.far = a.Namespace, localEnd(b.Namespace)
+	s.farPlace = b.Namespace
+	s.from, s.to = a.Addrs[0], b.Addrs[0]
+	switch {
+	case d.none:
+	case d.Program != nil:
+		err = s.startProgram(ctx, l)
+	default:
+		err = s.startNodes(ctx, l, o)
+	}
+	if err == nil {
+		err = s.reach(ctx)
+	}
+	return s, err
+}
+
+// startNodes starts one process per node that carries its half.
+func (s *site) startNodes(ctx context.Context, l *lab.Lab, o siteOptions) error {
+	halves := make([]Half, 2)
+	for i, n := range l.Nodes {
+		halves[i] = Half{
+			Datapath: s.datapath.Name, Index: i, Link: n.Link,
+			Underlay: [2]netip.Addr{l.Nodes[0].Addrs[0], l.Nodes[1].Addrs[0]},
+			Port:     tunnelPort, RunDir: n.RunDir, Peers: max(o.peers, 1),
+		}
+		args, err := nodeArgs(halves[i])
+		if err != nil {
+			return err
+		}
+		p, err := n.Start(lab.Command{Name: n.ID, Path: o.self, Args: args})
+		if err != nil {
+			return err
+		}
+		s.add(labProcess{p}, n.RunDir)
+	}
+	s.from, s.to = halves[0].self().Addr(), halves[1].self().Addr()
+	return s.ready(ctx)
+}

@@ -1,0 +1,195 @@
+package bench
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/encap"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// naive is VXLAN in userspace as one would write it first: a packet is read
+// from the TUN device, gets its header, is sent; two system calls for each, by
+// one thread per direction, without any offload. It is the floor.
+type naive struct {
+	device, socket  int
+	wake            netip.Addr // behind the device
+	header          [encap.VXLANHeaderLen]byte
+	egress, ingress naiveCounters
+	stop            atomic.Bool
+}
+
+type naiveCounters struct{ packets, bytes, syscalls atomic.Uint64 }
+
+func (c *naiveCounters) traffic() api.Traffic {
+	return api.Traffic{Packets: c.packets.Load(), Bytes: c.bytes.Load(), Frames: c.packets.Load(), Syscalls: c.syscalls.Load()}
+}
+
+func openNaive(h Half) (_ carrier, err error) {
+	n := &naive{device: -1, socket: -1, wake: h.other().Addr().Next()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.Close())
+		}
+	}()
+	if n.device, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		return nil, fmt.Errorf("opening /dev/net/tun: %w", err)
+	}
+	request, err := unix.NewIfreq(deviceName)
+	if err != nil {
+		return nil, err
+	}
+	request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+	if err := unix.IoctlIfreq(n.device, unix.TUNSETIFF, request); err != nil {
+		return nil, fmt.Errorf("making the TUN device %s: %w", deviceName, err)
+	}
+	if err := tunDevice(h, 50); err != nil {
+		return nil, err
+	}
+	if n.socket, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	// So that the threads look now and then whether to stop.
+	tv := unix.NsecToTimeval((200 * time.Millisecond).Nanoseconds())
+	if err := unix.SetsockoptTimeval(n.socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
+		return nil, os.NewSyscallError("setsockopt", err)
+	}
+	at := func(index int) unix.Sockaddr {
+		return &unix.SockaddrInet4{Addr: h.Underlay[index].As4(), Port: int(h.Port)}
+	}
+	if err := unix.Bind(n.socket, at(h.Index)); err != nil {
+		return nil, fmt.Errorf("UDP port %d of %s: %w", h.Port, h.Underlay[h.Index], err)
+	}
+	if err := unix.Connect(n.socket, at(1-h.Index)); err != nil {
+		return nil, os.NewSyscallError("connect", err)
+	}
+
+	//  VXLAN (RFC 7348): flag I, VNI 1; then an Ethernet header
+	const vni = 1
+	self, peer := subnet.DeriveMAC("bench-naive", vni, false), subnet.DeriveMAC("bench-naive-peer", vni, false)
+	n.header[0], n.header[6] = 1<<3, vni
+	copy(n.header[8:], peer[:])
+	copy(n.header[14:], self[:])
+	binary.BigEndian.PutUint16(n.header[20:], unix.ETH_P_IP)
+	return n, nil
+}
+
+// tunDevice gives the TUN device its MTU, less by what the tunnel costs, its
+// address and the route.
+func tunDevice(h Half, cost int) error {
+	under, err := netlink.LinkByName(h.Link)
+	if err != nil {
+		return fmt.Errorf("underlay link %s: %w", h.Link, err)
+	}
+	dev, err := netlink.LinkByName(deviceName)
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetMTU(dev, under.Attrs().MTU-cost); err != nil {
+		return fmt.Errorf("MTU of %s: %w", deviceName, err)
+	}
+	var k kernel // the device takes address and route along when it goes
+	if err := k.address(h, dev); err != nil {
+		return err
+	}
+	return k.route(&netlink.Route{
+		LinkIndex: dev.Attrs().Index, Dst: host.IPNet(h.other()), Scope: netlink.SCOPE_LINK, Src: h.self().Addr().AsSlice(),
+	})
+}
+
+func (n *naive) Run(ctx context.Context) error {
+	errs := make(chan error, 2)
+	var both sync.WaitGroup
+	run := func(loop func() error) {
+		both.Go(func() {
+			runtime.LockOSThread()
+			if err := loop(); err != nil {
+				errs <- err
+			}
+		})
+	}
+	run(n.out)
+	run(n.in)
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-errs:
+	}
+	n.stop.Store(true)
+	// The thread that reads the device is woken by a packet.
+	if c, e := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); e == nil {
+		_ = unix.Sendto(c, []byte{0}, 0, &unix.SockaddrInet4{Addr: n.wake.As4(), Port: 9})
+		_ = unix.Close(c)
+	}
+	both.Wait()
+	return err
+}
+
+func (n *naive) out() error {
+	buf := make([]byte, 2048)
+	copy(buf, n.header[:])
+	for !n.stop.Load() {
+		k, err := unix.Read(n.device, buf[len(n.header):])
+		if err != nil {
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			return os.NewSyscallError("reading the device", err)
+		}
+		n.egress.syscalls.Add(2)
+		if _, err := unix.Write(n.socket, buf[:len(n.header)+k]); err == nil {
+			n.egress.packets.Add(1)
+			n.egress.bytes.Add(uint64(k))
+		}
+	}
+	return nil
+}
+
+func (n *naive) in() error {
+	buf := make([]byte, 2048)
+	for !n.stop.Load() {
+		k, err := unix.Read(n.socket, buf)
+		if err != nil {
+			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) || errors.Is(err, unix.ECONNREFUSED) {
+				continue
+			}
+			return os.NewSyscallError("receiving", err)
+		}
+		if k <= len(n.header) {
+			continue
+		}
+		n.ingress.syscalls.Add(2)
+		if _, err := unix.Write(n.device, buf[len(n.header):k]); err == nil {
+			n.ingress.packets.Add(1)
+			n.ingress.bytes.Add(uint64(k - len(n.header)))
+		}
+	}
+	return nil
+}
+
+func (n *naive) Status() api.Datapath {
+	return api.Datapath{WireFormat: "vxlan", Kind: "userspace", Device: deviceName, Egress: n.egress.traffic(), Ingress: n.ingress.traffic()}
+}
+
+func (n *naive) Close() error {
+	var errs []error
+	for _, fd := range []int{n.socket, n.device} {
+		if fd >= 0 {
+			errs = append(errs, unix.Close(fd))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,276 @@
+package bench
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+)
+
+// Schema is the version of the report's JSON form.
+const Schema = 1
+
+// Report is the result of a run.
+type Report struct {
+	Schema  int      `json:"schema"`
+	Machine Machine  `json:"machine"`
+	Results []Result `json:"results"`
+	// Failed says what could not be measured, and why.
+	Failed []Failure `json:"failed,omitempty"`
+}
+
+// Result is one figure, with its value in each round.
+type Result struct {
+	Underlay string    `json:"underlay"`
+	Datapath string    `json:"datapath"`
+	Workload string    `json:"workload"`
+	Metric   Metric    `json:"metric"`
+	Unit     string    `json:"unit"`
+	Median   float64   `json:"median"`
+	Min      float64   `json:"min"`
+	Max      float64   `json:"max"`
+	Rounds   []float64 `json:"rounds"`
+}
+
+// Failure is a datapath, or one workload on it, without a result.
+type Failure struct {
+	Underlay string `json:"underlay"`
+	Datapath string `json:"datapath"`
+	Workload string `json:"workload,omitempty"` // empty: all of them
+	Reason   string `json:"reason"`
+	// Unavailable says that the datapath is not to be had here, rather than
+	// that it did not work.
+	Unavailable bool `json:"unavailable,omitempty"`
+}
+
+// Metric names a figure.
+type Metric string
+
+// The figures.
+const (
+	Throughput        Metric = "throughput"
+	Rate              Metric = "rate"
+	RateLossfree      Metric = "rate_lossfree"
+	P50               Metric = "p50"
+	P90               Metric = "p90"
+	P99               Metric = "p99"
+	P999              Metric = "p999"
+	Connections       Metric = "connections"
+	CPUPerGB          Metric = "cpu_seconds_per_gb"
+	DaemonCPUPerGB    Metric = "daemon_cpu_seconds_per_gb"
+	RSS               Metric = "rss_mb"
+	SyscallsPerPacket Metric = "syscalls_per_packet"
+)
+
+// metrics has every metric in the order in which they are shown.
+var metrics = []struct {
+	name   Metric
+	unit   string
+	higher bool // is better
+}{
+	{Throughput, "Gbit/s", true},
+	{Rate, "kpps", true},
+	{RateLossfree, "kpps", true},
+	{P50, "us", false},
+	{P90, "us", false},
+	{P99, "us", false},
+	{P999, "us", false},
+	{Connections, "1/s", true},
+	{CPUPerGB, "s/GB", false},
+	{DaemonCPUPerGB, "s/GB", false},
+	{RSS, "MB", false},
+	{SyscallsPerPacket, "1", false},
+}
+
+// Unit is the metric's unit.
+func (m Metric) Unit() string { return metrics[max(m.order(), 0)].unit }
+
+// Higher says whether more of it is better.
+func (m Metric) Higher() bool { return metrics[max(m.order(), 0)].higher }
+
+func (m Metric) order() int {
+	for i, d := range metrics {
+		if d.name == m {
+			return i
+		}
+	}
+	return -1
+}
+
+type key struct {
+	underlay, datapath, workload string
+	metric                       Metric
+}
+
+func (x Result) key() key { return key{x.Underlay, x.Datapath, x.Workload, x.Metric} }
+
+// Find returns a figure, if it is there.
+func (r *Report) Find(underlay, datapath, workload string, m Metric) (Result, bool) {
+	for _, x := range r.Results {
+		if x.Underlay == underlay && x.Datapath == datapath && x.Workload == workload && x.Metric == m {
+			return x, true
+		}
+	}
+	return Result{}, false
+}
+
+// add appends one round's value.
+func (r *Report) add(underlay, datapath, workload string, m Metric, value float64) {
+	for i := range r.Results {
+		if x := &r.Results[i]; x.key() == (key{underlay, datapath, workload, m}) {
+			x.Rounds = append(x.Rounds, value)
+			x.summarize()
+			return
+		}
+	}
+	x := Result{Underlay: underlay, Datapath: datapath, Workload: workload, Metric: m, Unit: m.Unit(), Rounds: []float64{value}}
+	x.summarize()
+	r.Results = append(r.Results, x)
+}
+
+// rounds is how often a workload was measured.
+func (r *Report) rounds(underlay, datapath, workload string) int {
+	n := 0
+	for _, x := range r.Results {
+		if x.Underlay == underlay && x.Datapath == datapath && x.Workload == workload {
+			n = max(n, len(x.Rounds))
+		}
+	}
+	return n
+}
+
+// fail notes a failure, in place of an earlier one of the same.
+func (r *Report) fail(f Failure) {
+	r.forgive(f.Underlay, f.Datapath, f.Workload)
+	r.Failed = append(r.Failed, f)
+}
+
+func (r *Report) forgive(underlay, datapath, workload string) {
+	r.Failed = slices.DeleteFunc(r.Failed, func(f Failure) bool {
+		return f.Underlay == underlay && f.Datapath == datapath && f.Workload == workload
+	})
+}
+
+// failed says whether the workload, or the whole datapath, has failed.
+func (r *Report) failed(underlay, datapath, workload string) (Failure, bool) {
+	for _, f := range r.Failed {
+		if f.Underlay == underlay && f.Datapath == datapath && (f.Workload == workload || f.Workload == "") {
+			return f, true
+		}
+	}
+	return Failure{}, false
+}
+
+func (x *Result) summarize() {
+	x.Median, x.Min, x.Max = median(x.Rounds), slices.Min(x.Rounds), slices.Max(x.Rounds)
+}
+
+// Spread is how far the rounds lie apart, as a share of the median.
+func (x Result) Spread() float64 {
+	if x.Median == 0 {
+		return 0
+	}
+	return (x.Max - x.Min) / x.Median
+}
+
+func median(values []float64) float64 {
+	v := slices.Sorted(slices.Values(values))
+	if len(v) == 0 {
+		return 0
+	}
+	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
+}
+
+// sort brings the results into the order in which they are shown, whatever the
+// order of measuring.
+func (r *Report) sort() {
+	slices.SortStableFunc(r.Results, func(a, b Result) int {
+		return cmp.Or(
+			cmp.Compare(slices.Index(Underlays(), a.Underlay), slices.Index(Underlays(), b.Underlay)),
+			cmp.Compare(datapathOrder(a.Datapath), datapathOrder(b.Datapath)),
+			cmp.Compare(slices.Index(Workloads(), a.Workload), slices.Index(Workloads(), b.Workload)),
+			cmp.Compare(a.Metric.order(), b.Metric.order()))
+	})
+}
+
+// Load reads a report that was written as JSON.
+func Load(path string) (*Report, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var r Report
+	if err := json.Unmarshal(text, &r); err != nil {
+		return nil, fmt.Errorf("%s is no report of culvert bench --json: %w", path, err)
+	}
+	if r.Schema != Schema {
+		return nil, fmt.Errorf("%s has schema %d, and this version reads schema %d: measure again, or compare with the version that wrote it", path, r.Schema, Schema)
+	}
+	for i, x := range r.Results {
+		if x.Metric.order() < 0 || len(x.Rounds) == 0 {
+			return nil, fmt.Errorf("%s: result %d (metric %q, %d rounds) is none of schema %d", path, i+1, string(x.Metric), len(x.Rounds), Schema)
+		}
+	}
+	return &r, nil
+}
+
+// Save writes the report, so that a reader never sees half of it.
+func (r *Report) Save(path string) error {
+	text, err := r.JSON()
+	if err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	err = errors.Join(err, f.Chmod(0o644), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+	}
+	return err
+}
+
+// JSON is the report in its documented form.
+func (r *Report) JSON() ([]byte, error) {
+	if r.Results == nil {
+		r.Results = []Result{}
+	}
+	text, err := json.MarshalIndent(r, "", "  ")
+	return append(text, '\n'), err
+}
+
+// Machine is what was measured on, and how.
+type Machine struct {
+	Time     time.Time `json:"time"`
+	Culvert  string    `json:"culvert"`
+	Go       string    `json:"go"`
+	Kernel   string    `json:"kernel"`
+	Arch     string    `json:"arch"`
+	CPU      string    `json:"cpu"`
+	CPUs     int       `json:"cpus"`
+	MemoryMB int       `json:"memory_mb"`
+	Governor string    `json:"governor"` // of the CPU's frequency; "none" where the machine does not show one
+	// Load is the load average of a minute before the run, and Steal the
+	// highest share of CPU time that the hypervisor took in any measurement.
+	Load  float64 `json:"load"`
+	Steal float64 `json:"steal"`
+
+	Congestion string  `json:"congestion_control"`
+	Generator  string  `json:"generator"`
+	Duration   float64 `json:"duration_seconds"` // of one measurement
+	Warmup     float64 `json:"warmup_seconds"`   // before each
+	// Offloads are the features of the underlay's links, by profile, as they
+	// were read back.
+	Offloads map[string]map[string]bool `json:"offloads,omitempty"`
+	// Programs are the versions of other people's programs that took part.
+	Programs map[string]string `json:"programs,omitempty"`
+}

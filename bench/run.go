@@ -1,0 +1,261 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"culvert/bench/load"
+	"culvert/internal/lab"
+)
+
+// Options say what Run measures, and how.
+type Options struct {
+	Underlays, Datapaths, Workloads []string // names
+
+	Rounds           int
+	Duration, Warmup time.Duration // of each measurement
+	Lossfree         bool          // UDP: search the highest rate without loss too
+	IPerf3           bool          // iperf3 makes the traffic, where it can
+
+	Version string // of culvert
+	Self    string // path of the program that has `bench node`
+	// Prior is a report to go on with: what it has is not measured again.
+	Prior *Report
+	// Progress is called before each measurement.
+	Progress func(Progress)
+	// Save is called after each measurement.
+	Save func(*Report) error
+}
+
+// Progress is how far a run has come.
+type Progress struct {
+	Done, Total int
+	Left        time.Duration // estimated
+	Doing       string
+}
+
+// Check says what in the options names nothing; the error has the choices.
+func (o Options) Check() error {
+	for _, c := range []struct {
+		what           string
+		given, choices []string
+	}{
+		{"underlay", o.Underlays, Underlays()},
+		{"datapath", o.Datapaths, datapathNames()},
+		{"workload", o.Workloads, Workloads()},
+	} {
+		if len(c.given) == 0 {
+			return fmt.Errorf("no %s is chosen: %s", c.what, strings.Join(c.choices, ", "))
+		}
+		for _, name := range c.given {
+			if !slices.Contains(c.choices, name) {
+				return fmt.Errorf("there is no %s %q: %s", c.what, name, strings.Join(c.choices, ", "))
+			}
+		}
+	}
+	switch {
+	case o.Rounds < 1:
+		return fmt.Errorf("%d rounds: at least 1", o.Rounds)
+	case o.Duration < 50*time.Millisecond:
+		return fmt.Errorf("a measurement of %s: at least 50ms", o.Duration)
+	case o.Warmup < 0:
+		return fmt.Errorf("a warm-up of %s", o.Warmup)
+	}
+	return nil
+}
+
+// runner is one Run.
+type runner struct {
+	Options
+	method method
+	report *Report
+	sites  map[string]*site // by datapath, of the current underlay
+
+	begun time.Time
+	total time.Duration // of what is to be measured
+	done  time.Duration
+	cells [2]int // done, total
+}
+
+// Run measures. It returns what it has when ctx ends, with ctx's error. What a
+// datapath cannot do stands in the report.
+func Run(ctx context.Context, o Options) (*Report, error) {
+	if err := o.Check(); err != nil {
+		return nil, err
+	}
+	r := &runner{Options: o, method: method{warmup: o.Warmup, duration: o.Duration, lossfree: o.Lossfree, generator: builtin{}}}
+	r.report = &Report{Schema: Schema, Machine: thisMachine()}
+	m := &r.report.Machine
+	m.Culvert, m.Congestion = o.Version, load.Congestion
+	m.Generator = r.method.generator.name()
+	m.Duration, m.Warmup = o.Duration.Seconds(), o.Warmup.Seconds()
+	m.Offloads = map[string]map[string]bool{}
+	defer load.Quiet()()
+	err := r.run(ctx)
+	r.report.sort()
+	return r.report, err
+}
+
+func (r *runner) run(ctx context.Context) error {
+	r.begun = time.Now()
+	for _, u := range r.Underlays {
+		for _, d := range r.Datapaths {
+			for _, w := range r.chosen() {
+				n := max(r.Rounds-r.report.rounds(u, d, w.name), 0)
+				r.total += time.Duration(n) * r.method.takes(w)
+				r.cells[1] += n
+			}
+		}
+	}
+	for _, u := range r.Underlays {
+		if err := r.underlay(ctx, u); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *runner) chosen() []workload {
+	var chosen []workload
+	for _, w := range workloads() {
+		if slices.Contains(r.Workloads, w.name) {
+			chosen = append(chosen, w)
+		}
+	}
+	return chosen
+}
+
+// underlay starts every datapath, measures all rounds, and stops them.
+func (r *runner) underlay(ctx context.Context, underlay string) (err error) {
+	r.sites = map[string]*site{}
+	defer func() {
+		for _, s := range r.sites {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	for _, d := range Datapaths() {
+		if !slices.Contains(r.Datapaths, d.Name) || r.complete(underlay, d.Name) {
+			continue
+		}
+		if err := r.start(ctx, underlay, d); err != nil {
+			return err
+		}
+	}
+	for round := range r.Rounds {
+		for _, w := range r.chosen() {
+			for _, d := range Datapaths() {
+				s := r.sites[d.Name]
+				if s == nil || r.report.rounds(underlay, d.Name, w.name) > round {
+					continue
+				}
+				if err := r.measure(ctx, s, w, round); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func (r *runner) complete(underlay, datapath string) bool {
+	return !slices.ContainsFunc(r.chosen(), func(w workload) bool {
+		return r.report.rounds(underlay, datapath, w.name) < r.Rounds
+	})
+}
+
+// start starts a datapath. Only an end of ctx is an error: a datapath that does
+// not start stands in the report.
+func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
+	r.tell(fmt.Sprintf("%s: starting %s", underlay, d.Name))
+	r.report.forgive(underlay, d.Name, "")
+	ok, why := d.Available()
+	if !ok {
+		r.report.fail(Failure{Underlay: underlay, Datapath: d.Name, Reason: why, Unavailable: true})
+		r.skip(underlay, d.Name)
+		return nil
+	}
+	s, err := startLab(ctx, d, siteOptions{profile: lab.Profile(underlay), self: r.Self})
+	if ctx.Err() != nil {
+		if s != nil && err == nil {
+			err = s.close()
+		}
+		return errors.Join(ctx.Err(), err)
+	}
+	if err != nil {
+		r.report.fail(Failure{Underlay: underlay, Datapath: d.Name, Reason: oneLine(err), Unavailable: errors.Is(err, ErrUnavailable)})
+		r.skip(underlay, d.Name)
+		return nil
+	}
+	r.report.Machine.Offloads[underlay] = s.offloads
+	r.sites[d.Name] = s
+	return nil
+}
+
+// skip takes what will not be measured off the work that is left.
+func (r *runner) skip(underlay, datapath string) {
+	for _, w := range r.chosen() {
+		r.skipWorkload(underlay, datapath, w)
+	}
+}
+
+func (r *runner) skipWorkload(underlay, datapath string, w workload) {
+	n := max(r.Rounds-r.report.rounds(underlay, datapath, w.name), 0)
+	r.total -= time.Duration(n) * r.method.takes(w)
+	r.cells[1] -= n
+}
+
+func (r *runner) measure(ctx context.Context, s *site, w workload, round int) error {
+	if _, failed := r.report.failed(s.underlay, s.datapath.Name, w.name); failed {
+		return nil
+	}
+	r.tell(fmt.Sprintf("%s: round %d of %d, %s on %s", s.underlay, round+1, r.Rounds, w.name, s.datapath.Name))
+	// What hangs is not to hang the run.
+	limited, cancel := context.WithTimeout(ctx, 2*r.method.takes(w)+10*time.Second)
+	f, err := r.method.generator.measure(limited, s, w, r.method)
+	cancel()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	dead := alive(s.daemons)
+	switch {
+	case dead != nil:
+		r.report.fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Reason: fmt.Sprintf("during %s: %s", w.name, oneLine(dead))})
+		r.skip(s.underlay, s.datapath.Name)
+	case err != nil:
+		r.report.fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Workload: w.name, Reason: oneLine(err)})
+		r.skipWorkload(s.underlay, s.datapath.Name, w)
+	default:
+		for _, m := range metrics {
+			if v, ok := f[m.name]; ok {
+				r.report.add(s.underlay, s.datapath.Name, w.name, m.name, v)
+			}
+		}
+		r.report.Machine.Steal = max(r.report.Machine.Steal, s.steal)
+		r.done += r.method.takes(w)
+		r.cells[0]++
+	}
+	if r.Save != nil {
+		return r.Save(r.report)
+	}
+	return nil
+}
+
+func (r *runner) tell(doing string) {
+	if r.Progress == nil {
+		return
+	}
+	left := r.total - r.done
+	if r.done > 0 {
+		// What the machine makes of the plan.
+		left = time.Duration(float64(left) * max(float64(time.Since(r.begun))/float64(r.done), 1))
+	}
+	r.Progress(Progress{Done: r.cells[0], Total: r.cells[1], Left: left, Doing: doing})
+}
+
+func oneLine(err error) string {
+	return strings.Join(strings.FieldsFunc(err.Error(), func(c rune) bool { return c == '\n' }), "; ")
+}

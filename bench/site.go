@@ -1,0 +1,159 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"culvert/bench/load"
+	"culvert/internal/api"
+	"culvert/internal/lab"
+)
+
+// startTime is how long a datapath may take until a packet has passed.
+const startTime = 15 * time.Second
+
+// site is two nodes with a datapath between them.
+type site struct {
+	underlay string
+	datapath Datapath
+	offloads map[string]bool // of the underlay's links
+
+	near     load.Place // what dials
+	far      load.End   // what listens
+	farPlace *lab.Namespace
+	from, to netip.Addr // inner addresses: near, far
+	daemons  []daemon
+	labs     *lab.Lab
+	farCost  func(context.Context) (cost, error) // of another machine; nil for this one
+	steal    float64                             // the highest share of CPU time that the hypervisor took
+	close    func() error
+}
+
+type siteOptions struct {
+	profile lab.Profile
+	self    string // this program
+	peers   int    // in the datapath's table
+}
+
+func localEnd(p load.Place) load.End { return load.Local{Place: p} }
+
+// nodeArgs are the arguments by which this program carries a half.
+func nodeArgs(h Half) ([]string, error) {
+	text, err := json.Marshal(h)
+	return []string{"bench", "node", string(text)}, err
+}
+
+func (s *site) add(p process, runDir string) {
+	if s.datapath.kernel {
+		runDir = ""
+	}
+	s.daemons = append(s.daemons, daemon{process: p, runDir: runDir})
+}
+
+// ready waits until the halves say that they are.
+func (s *site) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	for _, d := range s.daemons {
+		if _, err := d.process.WaitLine(ctx, nodeReady); err != nil {
+			if why, ok := said(d.process, nodeUnavailable); ok {
+				return unavailable(why)
+			}
+			if why, ok := said(d.process, nodeFailed); ok {
+				return errors.New(why)
+			}
+			return err
+		}
+	}
+	if s.datapath.kernel {
+		// They have done their part: what they cost now is not the datapath's.
+		s.daemons = nil
+	}
+	return nil
+}
+
+// nodeFailed is how a command begins to say what went wrong.
+const nodeFailed = "culvert: "
+
+func said(p process, prefix string) (string, bool) {
+	for line := range strings.Lines(p.Tail(20)) {
+		if rest, ok := strings.CutPrefix(line, prefix); ok {
+			return strings.TrimSpace(rest), true
+		}
+	}
+	return "", false
+}
+
+// reach waits until a datagram has passed.
+func (s *site) reach(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	err := load.Reach(ctx, s.near, s.far, s.to)
+	if dead := alive(s.daemons); dead != nil {
+		return dead
+	}
+	if err != nil {
+		return fmt.Errorf("nothing has come through to %s: %w", s.to, err)
+	}
+	return nil
+}
+
+// cost is what was spent up to a moment.
+type cost struct {
+	Machine  CPUTime `json:"machine"`  // of all machines that took part
+	Daemons  float64 `json:"daemons"`  // CPU seconds
+	RSS      float64 `json:"rss"`      // bytes, of the larger daemon
+	Syscalls uint64  `json:"syscalls"` // of the daemons, where they count them
+	Packets  uint64  `json:"packets"`  // that entered the tunnel, at either end
+}
+
+func (s *site) cost(ctx context.Context) (cost, error) {
+	here, err := costHere(ctx, s.daemons)
+	if err != nil || s.farCost == nil {
+		return here, err
+	}
+	there, err := s.farCost(ctx)
+	if err != nil {
+		return here, err
+	}
+	here.Machine.Busy += there.Machine.Busy
+	here.Machine.Steal += there.Machine.Steal
+	here.Machine.Idle += there.Machine.Idle
+	here.Daemons += there.Daemons
+	here.RSS = max(here.RSS, there.RSS)
+	here.Syscalls += there.Syscalls
+	here.Packets += there.Packets
+	return here, nil
+}
+
+func costHere(ctx context.Context, daemons []daemon) (c cost, err error) {
+	for _, d := range daemons {
+		pid := d.process.Pid()
+		seconds, err := processCPU(pid)
+		if err != nil {
+			return c, err
+		}
+		c.Daemons += seconds
+		rss, err := processRSS(pid)
+		if err != nil {
+			return c, err
+		}
+		c.RSS = max(c.RSS, rss)
+		if d.runDir == "" {
+			continue
+		}
+		status, err := api.GetStatus(ctx, d.runDir)
+		if err != nil {
+			return c, err
+		}
+		c.Syscalls += status.Datapath.Egress.Syscalls + status.Datapath.Ingress.Syscalls
+		c.Packets += status.Datapath.Egress.Packets
+	}
+	c.Machine, err = machineCPU()
+	return c, err
+}

@@ -1,0 +1,218 @@
+package bench
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// column is one figure of the table.
+type column struct {
+	workload string
+	metric   Metric
+	title    string
+}
+
+// section is a table of figures that belong together.
+type section struct {
+	title   string
+	columns []column
+}
+
+func sections() []section {
+	costs := func(w string) []column {
+		return []column{
+			{w, CPUPerGB, w + " CPU s/GB"},
+			{w, DaemonCPUPerGB, w + " daemon s/GB"},
+			{w, RSS, w + " RSS MB"},
+			{w, SyscallsPerPacket, w + " syscalls/packet"},
+		}
+	}
+	var tcp, udp, latency, loaded []column
+	for _, w := range workloads() {
+		switch {
+		case w.streams > 0:
+			tcp = append(tcp, column{w.name, Throughput, w.name + " Gbit/s"})
+		case w.payload > 0:
+			udp = append(udp, column{w.name, Rate, w.name + " kpps"}, column{w.name, RateLossfree, w.name + " loss-free kpps"})
+		}
+	}
+	for _, m := range []Metric{P50, P90, P99, P999} {
+		latency = append(latency, column{"rr", m, fmt.Sprintf("rr %s us", m)})
+		loaded = append(loaded, column{"rr-loaded", m, fmt.Sprintf("rr-loaded %s us", m)})
+	}
+	latency = append(latency, column{"crr", Connections, "crr 1/s"})
+	return []section{
+		{"Throughput", tcp},
+		{"Packets received", udp},
+		{"Latency", latency},
+		{"Latency under load", loaded},
+		{"Cost of throughput", costs("tcp1")},
+		{"Cost of small packets", costs("udp64")},
+	}
+}
+
+// worthless is the spread from which on a ratio says little.
+const worthless = 0.25
+
+// Table writes the report for a person: each figure with its spread, and its
+// ratio to the reference datapath's.
+func (r *Report) Table(w io.Writer, reference string) error {
+	var b strings.Builder
+	m := r.Machine
+	fmt.Fprintf(&b, "culvert %s, %s, Linux %s, %d x %s, governor %s, load %.2f\n",
+		m.Culvert, m.Go, m.Kernel, m.CPUs, cmp.Or(m.CPU, m.Arch), m.Governor, m.Load)
+	fmt.Fprintf(&b, "generator %s, TCP %s, %s each after %s; medians, ± half of max - min, x ratio to %s\n",
+		m.Generator, m.Congestion, seconds(m.Duration), seconds(m.Warmup), reference)
+	for _, u := range r.underlays() {
+		for _, s := range sections() {
+			r.section(&b, u, s, reference)
+		}
+	}
+	r.notes(&b, reference)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func (r *Report) section(b *strings.Builder, underlay string, s section, reference string) {
+	s.columns = slices.DeleteFunc(slices.Clone(s.columns), func(c column) bool {
+		return !slices.ContainsFunc(r.Results, func(x Result) bool {
+			return x.Underlay == underlay && x.Workload == c.workload && x.Metric == c.metric
+		})
+	})
+	if len(s.columns) == 0 {
+		return
+	}
+	t := tabwriter.NewWriter(b, 0, 0, 2, ' ', tabwriter.AlignRight)
+	names := r.datapaths(underlay)
+	width := len("datapath")
+	for _, d := range names {
+		width = max(width, len(d))
+	}
+	fmt.Fprintf(b, "\n%s on underlay %s\n", s.title, underlay)
+	fmt.Fprintf(t, "%-*s\t", width, "datapath")
+	for _, c := range s.columns {
+		fmt.Fprintf(t, "%s\t \t", c.title)
+	}
+	fmt.Fprintln(t)
+	for _, d := range names {
+		fmt.Fprintf(t, "%-*s\t", width, d)
+		for _, c := range s.columns {
+			x, ok := r.Find(underlay, d, c.workload, c.metric)
+			if !ok {
+				mark := "-"
+				if _, failed := r.failed(underlay, d, c.workload); failed {
+					mark = "FAILED"
+				}
+				fmt.Fprintf(t, "%s\t\t", mark)
+				continue
+			}
+			fmt.Fprintf(t, "%s ±%.0f%%\t%s\t", figure(x.Median), x.Spread()*50, r.ratio(x, reference))
+		}
+		fmt.Fprintln(t)
+	}
+	_ = t.Flush()
+}
+
+// ratio is the figure's to that of the reference, as the table shows it.
+func (r *Report) ratio(x Result, reference string) string {
+	ref, ok := r.Find(x.Underlay, reference, x.Workload, x.Metric)
+	if !ok || ref.Median == 0 {
+		return ""
+	}
+	mark := ""
+	if r.doubtful(x, ref) {
+		mark = "?"
+	}
+	return fmt.Sprintf("x%.2f%s", x.Median/ref.Median, mark)
+}
+
+// doubtful says that the two figures' rounds lie so far apart, and overlap, that
+// their order may be chance.
+func (r *Report) doubtful(x, ref Result) bool {
+	if x.key() == ref.key() {
+		return false
+	}
+	return max(x.Spread(), ref.Spread()) > worthless && x.Min <= ref.Max && ref.Min <= x.Max
+}
+
+func (r *Report) notes(b *strings.Builder, reference string) {
+	if len(r.Failed) > 0 {
+		fmt.Fprintf(b, "\nWithout a result:\n")
+		t := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
+		for _, f := range grouped(r.Failed) {
+			fmt.Fprintf(t, "  %s\t%s\t%s\t%s\n", f.Datapath, f.Underlay, cmp.Or(f.Workload, "all"), f.Reason)
+		}
+		_ = t.Flush()
+	}
+	var doubts []string
+	for _, x := range r.Results {
+		if ref, ok := r.Find(x.Underlay, reference, x.Workload, x.Metric); ok && r.doubtful(x, ref) {
+			doubts = append(doubts, fmt.Sprintf("%s %s %s on %s (%s to %s; %s to %s)",
+				x.Datapath, x.Workload, x.Metric, x.Underlay, figure(x.Min), figure(x.Max), figure(ref.Min), figure(ref.Max)))
+		}
+	}
+	if len(doubts) > 0 {
+		const most = 8
+		fmt.Fprintf(b, "\nWarning: the rounds of %d figures lie so far apart that their ratio to %s (marked ?) says nothing:\n", len(doubts), reference)
+		for i, d := range doubts {
+			if i == most {
+				fmt.Fprintf(b, "  ... and %d more\n", len(doubts)-most)
+				break
+			}
+			fmt.Fprintf(b, "  %s\n", d)
+		}
+	}
+	const muchSteal = 0.05
+	if r.Machine.Steal > muchSteal {
+		fmt.Fprintf(b, "\nWarning: the hypervisor took up to %.0f %% of the CPU time during a measurement.\n", r.Machine.Steal*100)
+	}
+	if busy := 0.5 * float64(r.Machine.CPUs); r.Machine.Load > busy {
+		fmt.Fprintf(b, "\nWarning: the machine was busy before the run (load %.2f on %d CPUs).\n", r.Machine.Load, r.Machine.CPUs)
+	}
+}
+
+// grouped joins failures that are the same on several underlays.
+func grouped(all []Failure) []Failure {
+	var out []Failure
+	for _, f := range all {
+		i := slices.IndexFunc(out, func(g Failure) bool {
+			return g.Datapath == f.Datapath && g.Workload == f.Workload && g.Reason == f.Reason
+		})
+		if i < 0 {
+			out = append(out, f)
+		} else {
+			out[i].Underlay += "," + f.Underlay
+		}
+	}
+	return out
+}
+
+func (r *Report) underlays() []string {
+	return slices.DeleteFunc(Underlays(), func(u string) bool { return len(r.datapaths(u)) == 0 })
+}
+
+// datapaths returns those with a result on the underlay, in order.
+func (r *Report) datapaths(underlay string) []string {
+	return slices.DeleteFunc(datapathNames(), func(d string) bool {
+		return !slices.ContainsFunc(r.Results, func(x Result) bool { return x.Underlay == underlay && x.Datapath == d })
+	})
+}
+
+// figure shows a value with three digits that matter.
+func figure(v float64) string {
+	digits := 0
+	if v != 0 {
+		digits = min(max(2-int(math.Floor(math.Log10(math.Abs(v)))), 0), 3)
+	}
+	return fmt.Sprintf("%.*f", digits, v)
+}
+
+func seconds(s float64) string {
+	return time.Duration(s * float64(time.Second)).Round(time.Millisecond).String()
+}

@@ -1,0 +1,82 @@
+package bench
+
+import (
+	"context"
+	"crypto/ecdh"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"golang.zx2c4.com/wireguard/conn"
+	"golang.zx2c4.com/wireguard/device"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"culvert/internal/api"
+)
+
+// wireGuard is wireguard-go as the library that it is. It encrypts, which the
+// others do not.
+type wireGuard struct{ device *device.Device }
+
+// wireGuardKey derives a node's key: the same at both ends, and of no use but
+// to a benchmark.
+func wireGuardKey(index int) (private []byte, public []byte, err error) {
+	seed := sha256.Sum256(fmt.Appendf(nil, "culvert bench wireguard-go node %d", index))
+	key, err := ecdh.X25519().NewPrivateKey(seed[:])
+	if err != nil {
+		return nil, nil, err
+	}
+	return key.Bytes(), key.PublicKey().Bytes(), nil
+}
+
+func openWireGuard(h Half, log *slog.Logger) (carrier, error) {
+	private, _, err := wireGuardKey(h.Index)
+	if err != nil {
+		return nil, err
+	}
+	_, peer, err := wireGuardKey(1 - h.Index)
+	if err != nil {
+		return nil, err
+	}
+	t, err := tun.CreateTUN(deviceName, device.DefaultMTU)
+	if err != nil {
+		return nil, fmt.Errorf("making the TUN device %s: %w", deviceName, err)
+	}
+	w := &wireGuard{device: device.NewDevice(t, conn.NewDefaultBind(), &device.Logger{
+		Verbosef: device.DiscardLogf,
+		Errorf:   func(format string, args ...any) { log.Error("wireguard-go", "reason", fmt.Sprintf(format, args...)) },
+	})}
+	err = w.device.IpcSet(fmt.Sprintf("private_key=%s\nlisten_port=%d\npublic_key=%s\nallowed_ip=%s\nendpoint=%s:%d\n",
+		hex.EncodeToString(private), h.Port, hex.EncodeToString(peer), innerNetwork, h.Underlay[1-h.Index], h.Port))
+	if err == nil {
+		err = w.device.Up()
+	}
+	if err == nil {
+		err = tunDevice(h, 80) // device.DefaultMTU is 1420
+	}
+	if err != nil {
+		return nil, errors.Join(err, w.Close())
+	}
+	return w, nil
+}
+
+func (w *wireGuard) Run(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-w.device.Wait():
+		return errors.New("wireguard-go ended")
+	}
+}
+
+// Status has no counters: the library keeps none of its system calls.
+func (w *wireGuard) Status() api.Datapath {
+	return api.Datapath{WireFormat: "wireguard", Kind: "userspace", Device: deviceName}
+}
+
+func (w *wireGuard) Close() error {
+	w.device.Close()
+	return nil
+}

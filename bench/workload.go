@@ -1,0 +1,314 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"culvert/bench/load"
+)
+
+// workload is one kind of traffic.
+type workload struct {
+	name    string
+	about   string
+	streams int  // of TCP
+	reverse bool // TCP from the far end to the near one
+	payload int  // bytes of UDP
+	rr, crr bool
+	loaded  bool // requests beside one TCP stream
+}
+
+func workloads() []workload {
+	return []workload{
+		{name: "tcp1", about: "one TCP stream", streams: 1},
+		{name: "tcp4", about: "four TCP streams", streams: 4},
+		{name: "tcp16", about: "16 TCP streams", streams: 16},
+		{name: "tcp1-reverse", about: "one TCP stream from the end that listens", streams: 1, reverse: true},
+		{name: "udp64", about: "UDP datagrams of 64 bytes", payload: 64},
+		{name: "udp512", about: "UDP datagrams of 512 bytes", payload: 512},
+		{name: "udp1400", about: "UDP datagrams of 1400 bytes", payload: 1400},
+		{name: "rr", about: "one byte there and back over TCP, one at a time", rr: true},
+		{name: "rr-loaded", about: "the same beside one TCP stream", rr: true, loaded: true},
+		{name: "crr", about: "TCP connections, one at a time", crr: true},
+	}
+}
+
+// Workloads returns the names of the workloads, in the order in which they are
+// shown.
+func Workloads() []string {
+	var names []string
+	for _, w := range workloads() {
+		names = append(names, w.name)
+	}
+	return names
+}
+
+// method is how each measurement is made.
+type method struct {
+	warmup, duration time.Duration
+	lossfree         bool // search for the highest rate without loss
+	generator        generator
+}
+
+// generator makes the traffic of a workload and measures it.
+type generator interface {
+	measure(ctx context.Context, s *site, w workload, m method) (figures, error)
+	name() string
+}
+
+// figures are the values of one measurement.
+type figures map[Metric]float64
+
+// takes is about how long a measurement is.
+func (m method) takes(w workload) time.Duration {
+	t := m.warmup + m.duration
+	if w.payload > 0 && m.lossfree {
+		t += lossfreeSteps * (m.probe() + m.probe()/4)
+	}
+	return t + 20*time.Millisecond
+}
+
+// measured runs fn for the duration of the method after the warm-up, and adds
+// what it cost to the figures. Between two readings of the receiver fn sleeps.
+func measured(ctx context.Context, s *site, m method, read func() (load.Reading, error)) (f figures, bytes, packets float64, err error) {
+	if err := sleep(ctx, m.warmup); err != nil {
+		return nil, 0, 0, err
+	}
+	spent, err := s.cost(ctx)
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	before, err := read()
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	if err := sleep(ctx, m.duration); err != nil {
+		return nil, 0, 0, err
+	}
+	after, err := read()
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	total, err := s.cost(ctx)
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	bytes, packets = after.Since(before)
+	got := float64(after.Bytes - before.Bytes)
+	if got == 0 {
+		return nil, 0, 0, errors.New("nothing arrived")
+	}
+	f = figures{}
+	s.steal = max(s.steal, total.Machine.since(spent.Machine).stolen())
+	f[CPUPerGB] = total.Machine.since(spent.Machine).Busy / (got / 1e9)
+	if len(s.daemons) > 0 || s.farCost != nil && total.RSS > 0 {
+		f[DaemonCPUPerGB] = (total.Daemons - spent.Daemons) / (got / 1e9)
+		f[RSS] = total.RSS / 1e6
+	}
+	if n := total.Packets - spent.Packets; n > 0 {
+		f[SyscallsPerPacket] = float64(total.Syscalls-spent.Syscalls) / float64(n)
+	}
+	return f, bytes, packets, nil
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// builtin is the generator of package load.
+type builtin struct{}
+
+func (builtin) name() string { return "builtin" }
+
+func (b builtin) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
+	switch {
+	case w.rr:
+		return b.requests(ctx, s, w, m)
+	case w.crr:
+		return b.connections(ctx, s, m)
+	case w.payload > 0:
+		return b.datagrams(ctx, s, w, m)
+	}
+	return b.streams(ctx, s, w, m)
+}
+
+func (builtin) streams(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+	kind := load.Sink
+	if w.reverse {
+		kind = load.Source
+	}
+	far, err := s.far.Open(ctx, load.Spec{Kind: kind, At: s.to})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, far.Close()) }()
+	near, err := load.StartStreams(s.near, far.Addr(), w.streams, w.reverse)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, near.Close()) }()
+	read := far.Reading
+	if w.reverse {
+		read = near.Reading
+	}
+	f, bytes, _, err := measured(ctx, s, m, read)
+	if err != nil {
+		return nil, err
+	}
+	f[Throughput] = bytes * 8 / 1e9
+	return f, nil
+}
+
+func (b builtin) datagrams(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+	far, err := s.far.Open(ctx, load.Spec{Kind: load.Drain, At: s.to})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, far.Close()) }()
+	f, err := func() (_ figures, err error) {
+		near, err := load.StartDatagrams(s.near, far.Addr(), w.payload, 0)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, near.Close()) }()
+		f, _, packets, err := measured(ctx, s, m, far.Reading)
+		if err == nil {
+			f[Rate] = packets / 1e3
+		}
+		return f, err
+	}()
+	if err != nil || !m.lossfree {
+		return f, err
+	}
+	rate, err := b.lossfree(ctx, s, w, m, far, f[Rate]*1e3)
+	if err != nil {
+		return nil, fmt.Errorf("searching the highest rate without loss: %w", err)
+	}
+	f[RateLossfree] = rate / 1e3
+	return f, nil
+}
+
+const (
+	// lossfreeSteps is how many rates the search tries.
+	lossfreeSteps = 6
+	// mostLoss is the share of datagrams that may be lost at a rate that counts
+	// as free of loss.
+	mostLoss = 0.001
+)
+
+// probe is how long the search tries each rate.
+func (m method) probe() time.Duration { return m.duration / 3 }
+
+// lossfree searches, by halving, the highest rate per second at which fewer
+// than mostLoss of the datagrams are lost. The rate at full speed bounds it.
+func (builtin) lossfree(ctx context.Context, s *site, w workload, m method, far load.Session, full float64) (float64, error) {
+	try := func(rate float64) (received float64, lost float64, err error) {
+		if err := settle(ctx, far); err != nil {
+			return 0, 0, err
+		}
+		before, err := far.Reading()
+		if err != nil {
+			return 0, 0, err
+		}
+		start := time.Now()
+		near, err := load.StartDatagrams(s.near, far.Addr(), w.payload, rate)
+		if err != nil {
+			return 0, 0, err
+		}
+		err = sleep(ctx, m.probe())
+		took := time.Since(start)
+		if err := errors.Join(err, near.Close(), settle(ctx, far)); err != nil {
+			return 0, 0, err
+		}
+		after, err := far.Reading()
+		if err != nil || near.Sent() == 0 {
+			return 0, 1, err
+		}
+		got := float64(after.Packets - before.Packets)
+		return got / took.Seconds(), 1 - got/float64(near.Sent()), nil
+	}
+	low, high, best := 0.0, full*1.1, 0.0
+	for next, steps := full*0.8, 0; ; {
+		received, lost, err := try(next)
+		if err != nil {
+			return 0, err
+		}
+		if lost < mostLoss {
+			// What arrived, in case the sender was the one that could not.
+			best, low = max(best, received), next
+		} else {
+			high = next
+		}
+		if steps++; steps == lossfreeSteps {
+			return best, nil
+		}
+		next = (low + high) / 2
+	}
+}
+
+// settle waits until nothing more arrives.
+func settle(ctx context.Context, far load.Session) error {
+	var last uint64
+	for {
+		r, err := far.Reading()
+		if err != nil {
+			return err
+		}
+		if r.Packets == last {
+			return nil
+		}
+		last = r.Packets
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+func (builtin) requests(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+	if w.loaded {
+		sink, err := s.far.Open(ctx, load.Spec{Kind: load.Sink, At: s.to})
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, sink.Close()) }()
+		stream, err := load.StartStreams(s.near, sink.Addr(), 1, false)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, stream.Close()) }()
+	}
+	far, err := s.far.Open(ctx, load.Spec{Kind: load.Echo, At: s.to})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, far.Close()) }()
+	took, err := load.Requests(ctx, s.near, far.Addr(), m.warmup, m.duration)
+	if err != nil {
+		return nil, err
+	}
+	f := figures{}
+	for metric, q := range map[Metric]float64{P50: 0.5, P90: 0.9, P99: 0.99, P999: 0.999} {
+		f[metric] = float64(load.Quantile(took, q).Nanoseconds()) / 1e3
+	}
+	return f, nil
+}
+
+func (builtin) connections(ctx context.Context, s *site, m method) (_ figures, err error) {
+	far, err := s.far.Open(ctx, load.Spec{Kind: load.Accept, At: s.to})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, far.Close()) }()
+	perSecond, err := load.Connections(ctx, s.near, far.Addr(), m.warmup, m.duration)
+	if err != nil {
+		return nil, err
+	}
+	return figures{Connections: perSecond}, nil
+}
