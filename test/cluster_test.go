@@ -88,7 +88,7 @@ func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
 	p, err := n.Start(lab.Command{
 		Name: n.ID + "-" + strconv.Itoa(c.starts), Path: filepath.Join(c.bin, "culvert"),
 		Args: append([]string{
-			"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--iface", n.Link, "--etcd-endpoints", c.endpoint,
+			"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--etcd-endpoints", c.endpoint,
 		}, flags...),
 	})
 	if err != nil {

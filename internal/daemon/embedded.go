@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -58,6 +59,11 @@ func (e EmbeddedEtcd) start(ctx context.Context, log *slog.Logger) (*supervised,
 	ready := make(chan error, 1)
 	go func() {
 		defer close(s.done)
+		// The server is told to end when the thread that started it does
+		// (Pdeathsig), so that a killed daemon leaves none behind: the thread is
+		// kept for as long as it supervises.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
 		e.supervise(running, log, ready)
 	}()
 	var err error
@@ -115,7 +121,8 @@ func (e EmbeddedEtcd) runOnce(ctx context.Context, log *slog.Logger, serving fun
 	cmd := exec.CommandContext(ctx, e.Program, e.Args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = etcdStop
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for the daemon, which stops it in order
+	// A group of its own: Ctrl-C is for the daemon, which stops it in order.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	var complaint lastLines
 	cmd.Stderr = &complaint
 	out, err := cmd.StdoutPipe()

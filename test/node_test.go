@@ -1,0 +1,232 @@
+package test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+	"culvert/internal/lab/labtest"
+)
+
+// TestMasquerade connects from a pod to a machine outside the cluster network,
+// which must see the node's address with --ip-masq, and the pod's without.
+//
+//	pod 10.5.x.2 ── cni0 ── node eth0 198.18.0.1 ── fabric 198.18.0.254
+func TestMasquerade(t *testing.T) {
+	for _, masq := range []bool{true, false} {
+		t.Run(fmt.Sprintf("ip-masq %t", masq), func(t *testing.T) {
+			c := newCluster(t, 1)
+			c.setConfig(config)
+			n := c.Nodes[0]
+			c.start(n, fmt.Sprintf("--ip-masq=%t", masq))
+			c.waitReady(n, 0)
+			pod, err := n.AddPod(t.Context(), "p1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := n.Addrs[0]
+			if !masq {
+				want = pod.Addr(true)
+			}
+			server, err := c.Fabric.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(c.FabricAddrs[0], 9999).String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer server.Close()
+			client, err := pod.Dial(t.Context(), "udp", server.LocalAddr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			if _, err := client.Write([]byte("who am I?")); err != nil {
+				t.Fatal(err)
+			}
+			if err := server.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			_, from, err := server.ReadFrom(make([]byte, 100))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := from.(*net.UDPAddr).AddrPort().Addr(); got != want {
+				t.Errorf("the outside saw %s, want %s", got, want)
+			}
+		})
+	}
+}
+
+// TestUnleasedAddressesStayInside looks where a packet to a cluster address
+// that nobody leases would go: never to the default route, with the daemon or
+// after it.
+func TestUnleasedAddressesStayInside(t *testing.T) {
+	c := newCluster(t, 1)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	p := c.start(n)
+	c.waitReady(n, 0)
+	outside, err := c.Fabric.ListenPacket(t.Context(), "ip4:icmp", "0.0.0.0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer outside.Close()
+	nobody := netip.MustParseAddr("10.5.222.2")
+	ping := func() {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		if _, err := n.Ping(ctx, netip.Addr{}, nobody); err == nil {
+			t.Fatalf("%s answers", nobody)
+		}
+	}
+	ping()
+	c.wait(n, "counts the drop", func(s api.Status) bool {
+		for _, d := range s.Datapath.Drops {
+			if d.Reason == "egress-no-peer" {
+				return true
+			}
+		}
+		return false
+	})
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	ping()
+	if err := outside.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if _, from, err := outside.ReadFrom(make([]byte, 1500)); err == nil {
+		t.Errorf("a packet from %s left by the default route", from)
+	}
+}
+
+// TestProbes asks a node for its health and metrics, over the loopback of the
+// node, before and after it has a network.
+func TestProbes(t *testing.T) {
+	c := newCluster(t, 1)
+	n := c.Nodes[0]
+	c.start(n)
+	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}}
+	get := func(path string) (int, string) {
+		var code int
+		var text string
+		eventually(t, path, func() error {
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://127.0.0.1:9472"+path, http.NoBody)
+			if err != nil {
+				return err
+			}
+			answer, err := client.Do(r)
+			if err != nil {
+				return err
+			}
+			defer answer.Body.Close()
+			b, err := io.ReadAll(answer.Body)
+			code, text = answer.StatusCode, string(b)
+			return err
+		})
+		return code, text
+	}
+	if code, text := get("/livez"); code != http.StatusOK {
+		t.Errorf("/livez: %d %s", code, text)
+	}
+	if code, text := get("/readyz"); code != http.StatusServiceUnavailable || strings.TrimSpace(text) == "" {
+		t.Errorf("/readyz without a network: %d %q", code, text)
+	}
+	c.setConfig(config)
+	c.waitReady(n, 0)
+	if code, text := get("/readyz"); code != http.StatusOK {
+		t.Errorf("/readyz: %d %s", code, text)
+	}
+	_, text := get("/metrics")
+	for _, line := range []string{
+		"culvert_ready 1", "culvert_store_connected 1", "culvert_peers 0", `culvert_packets_total{direction="egress"}`,
+		`datapath="userspace"`, `wire_format="vxlan"`,
+	} {
+		if !strings.Contains(text, line) {
+			t.Errorf("/metrics lacks %s", line)
+		}
+	}
+}
+
+// TestEmbeddedEtcd is a site of two bare machines: the first carries etcd, the
+// second points at it. Killing the server does not harm the node, which starts
+// it again.
+func TestEmbeddedEtcd(t *testing.T) {
+	labtest.NeedTUN(t)
+	bin := labtest.Bin(t)
+	l := labtest.New(t, lab.Options{Nodes: 2})
+	c := &cluster{Lab: l, t: t, bin: bin}
+	listen := netip.AddrPortFrom(l.Nodes[0].Addrs[0], 2379).String()
+	c.endpoint = "http://" + listen
+	first := c.start(l.Nodes[0], "--embedded-etcd", "--etcd-listen", listen, "--etcd-data-dir", filepath.Join(l.Dir, "embedded"))
+	c.wait(l.Nodes[0], "waits for a configuration", func(s api.Status) bool { return strings.Contains(s.NotReady, "culvert config set") })
+	c.start(l.Nodes[1])
+	c.setConfig(config)
+	for _, n := range l.Nodes {
+		c.waitReady(n, 1)
+	}
+	server := childOf(t, first.PID, "culvert-etcd")
+	if err := kill(server); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "etcd is started again", func() error {
+		if again := findChild(first.PID, "culvert-etcd"); again == 0 || again == server {
+			return fmt.Errorf("the server is %d", again)
+		}
+		return nil
+	})
+	c.put("/coreos.com/network/subnets/10.5.99.0-24", "{")
+	c.wait(l.Nodes[1], "hears from etcd again", func(s api.Status) bool { return len(s.Rejected) == 1 && len(s.Peers) == 1 && s.Ready })
+	server = childOf(t, first.PID, "culvert-etcd")
+	if err := first.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the server ends with its daemon", func() error {
+		if alive(server) {
+			return fmt.Errorf("process %d goes on", server)
+		}
+		return nil
+	})
+}
+
+// TestRefusals starts daemons that must not run, and looks for the reason.
+func TestRefusals(t *testing.T) {
+	c := newCluster(t, 2)
+	ends := func(p *lab.Process, say string) {
+		t.Helper()
+		select {
+		case <-p.Exited():
+		case <-time.After(20 * time.Second):
+			t.Fatalf("it runs on; it should say %q", say)
+		}
+		if log := p.Tail(20); p.Err() == nil || !strings.Contains(log, say) {
+			t.Errorf("it ended with %v and said\n%s\nnot %q", p.Err(), log, say)
+		}
+	}
+	ends(c.start(c.Nodes[0], "--iface", "nonsense7"), "interfaces here: eth0")
+	c.setConfig(`{"Network":"198.18.0.0/16","Backend":{"Type":"vxlan"}}`)
+	ends(c.start(c.Nodes[0]), "198.18.0.0/24")
+	c.setConfig(config)
+	c.start(c.Nodes[0])
+	c.waitReady(c.Nodes[0], 0)
+	ends(c.start(c.Nodes[0]), "another daemon answers")
+	// The clone of a machine: the same identity at another address.
+	c.starts++
+	clone, err := c.Nodes[1].Start(lab.Command{
+		Name: "clone", Path: filepath.Join(c.bin, "culvert"),
+		Args: []string{"run", "--node-id", c.Nodes[0].ID, "--run-dir", c.Nodes[1].RunDir, "--etcd-endpoints", c.endpoint},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends(clone, c.Nodes[0].Addrs[0].String())
+	c.waitReady(c.Nodes[0], 0)
+}
