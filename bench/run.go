@@ -19,7 +19,7 @@ type Options struct {
 	Rounds           int
 	Duration, Warmup time.Duration // of each measurement
 	Lossfree         bool          // UDP: search the highest rate without loss too
-	IPerf3           bool          // iperf3 makes the traffic, where it can
+	Generator        string        // "builtin", or "iperf3"
 
 	Version string // of culvert
 	Self    string // path of the program that has `bench node`
@@ -62,6 +62,8 @@ func (o Options) Check() error {
 		return fmt.Errorf("%d rounds: at least 1", o.Rounds)
 	case o.Duration < 50*time.Millisecond:
 		return fmt.Errorf("a measurement of %s: at least 50ms", o.Duration)
+	case o.Generator != "builtin" && o.Generator != "iperf3":
+		return fmt.Errorf("there is no generator %q: builtin, iperf3", o.Generator)
 	case o.Warmup < 0:
 		return fmt.Errorf("a warm-up of %s", o.Warmup)
 	}
@@ -88,11 +90,21 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		return nil, err
 	}
 	r := &runner{Options: o, method: method{warmup: o.Warmup, duration: o.Duration, lossfree: o.Lossfree, generator: builtin{}}}
+	if o.Generator == "iperf3" {
+		g, err := newIPerf3()
+		if err != nil {
+			return nil, err
+		}
+		r.method.generator = g
+	}
 	r.report = &Report{Schema: Schema, Machine: thisMachine()}
 	m := &r.report.Machine
 	m.Culvert, m.Congestion = o.Version, load.Congestion
 	m.Generator = r.method.generator.name()
 	m.Duration, m.Warmup = o.Duration.Seconds(), o.Warmup.Seconds()
+	if o.Generator == "iperf3" {
+		m.Programs = map[string]string{"iperf3": iperf3Version()}
+	}
 	m.Offloads = map[string]map[string]bool{}
 	defer load.Quiet()()
 	err := r.run(ctx)
@@ -226,7 +238,7 @@ func (r *runner) measure(ctx context.Context, s *site, w workload, round int) er
 		r.report.fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Reason: fmt.Sprintf("during %s: %s", w.name, oneLine(dead))})
 		r.skip(s.underlay, s.datapath.Name)
 	case err != nil:
-		r.report.fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Workload: w.name, Reason: oneLine(err)})
+		r.report.fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Workload: w.name, Reason: oneLine(err), Unavailable: errors.Is(err, ErrUnavailable)})
 		r.skipWorkload(s.underlay, s.datapath.Name, w)
 	default:
 		for _, m := range metrics {

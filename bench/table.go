@@ -112,7 +112,7 @@ func (r *Report) section(b *strings.Builder, underlay string, s section, referen
 				fmt.Fprintf(t, "%s\t\t", mark)
 				continue
 			}
-			fmt.Fprintf(t, "%s ±%.0f%%\t%s\t", figure(x.Median), x.Spread()*50, r.ratio(x, reference))
+			fmt.Fprintf(t, "%s%s\t%s\t", figure(x.Median), spread(x), r.ratio(x, reference))
 		}
 		fmt.Fprintln(t)
 	}
@@ -129,7 +129,18 @@ func (r *Report) ratio(x Result, reference string) string {
 	if r.doubtful(x, ref) {
 		mark = "?"
 	}
-	return fmt.Sprintf("x%.2f%s", x.Median/ref.Median, mark)
+	ratio := x.Median / ref.Median
+	if ratio >= 10 {
+		return fmt.Sprintf("x%s%s", figure(ratio), mark)
+	}
+	return fmt.Sprintf("x%.2f%s", ratio, mark)
+}
+
+func spread(x Result) string {
+	if len(x.Rounds) < 2 {
+		return ""
+	}
+	return fmt.Sprintf(" ±%.0f%%", x.Spread()*50)
 }
 
 // doubtful says that the two figures' rounds lie so far apart, and overlap, that

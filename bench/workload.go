@@ -101,16 +101,22 @@ func measured(ctx context.Context, s *site, m method, read func() (load.Reading,
 		return nil, 0, 0, errors.New("nothing arrived")
 	}
 	f = figures{}
-	s.steal = max(s.steal, total.Machine.since(spent.Machine).stolen())
-	f[CPUPerGB] = total.Machine.since(spent.Machine).Busy / (got / 1e9)
-	if len(s.daemons) > 0 || s.farCost != nil && total.RSS > 0 {
-		f[DaemonCPUPerGB] = (total.Daemons - spent.Daemons) / (got / 1e9)
+	s.charge(f, spent, total, got)
+	return f, bytes, packets, nil
+}
+
+// charge adds to the figures what it cost to receive so many bytes.
+func (s *site) charge(f figures, spent, total cost, bytes float64) {
+	machine := total.Machine.since(spent.Machine)
+	s.steal = max(s.steal, machine.stolen())
+	f[CPUPerGB] = machine.Busy / (bytes / 1e9)
+	if total.RSS > 0 {
+		f[DaemonCPUPerGB] = (total.Daemons - spent.Daemons) / (bytes / 1e9)
 		f[RSS] = total.RSS / 1e6
 	}
 	if n := total.Packets - spent.Packets; n > 0 {
 		f[SyscallsPerPacket] = float64(total.Syscalls-spent.Syscalls) / float64(n)
 	}
-	return f, bytes, packets, nil
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

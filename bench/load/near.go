@@ -167,7 +167,7 @@ func Requests(ctx context.Context, p Place, to netip.AddrPort, warmup, duration 
 	var stop atomic.Bool
 	defer context.AfterFunc(ctx, func() { stop.Store(true); s.shutdown() })()
 	var t threads
-	t.start(func() error {
+	t.startNear(func() error {
 		buf := make([]byte, 1)
 		begin := time.Now().Add(warmup)
 		end := begin.Add(duration)
@@ -176,8 +176,14 @@ func Requests(ctx context.Context, p Place, to netip.AddrPort, warmup, duration 
 			if start.After(end) || len(took) == cap(took) {
 				return nil
 			}
-			if _, e := s.rawSend(buf); e != 0 {
-				return os.NewSyscallError("send", e)
+			for {
+				_, e := s.rawSend(buf)
+				if e == 0 {
+					break
+				}
+				if !again(e) || stop.Load() {
+					return os.NewSyscallError("send", e)
+				}
 			}
 			for {
 				n, e := s.rawReceive(buf)
@@ -225,29 +231,25 @@ func Quantile(sorted []time.Duration, q float64) time.Duration {
 func Connections(ctx context.Context, p Place, to netip.AddrPort, warmup, duration time.Duration) (float64, error) {
 	var perSecond float64
 	var t threads
-	done := make(chan struct{})
-	t.start(func() error {
-		defer close(done)
-		// Entered once for all of them, not for each.
-		return p.Do(func() error {
-			buf := make([]byte, 1)
-			for end := time.Now().Add(warmup); time.Now().Before(end) && ctx.Err() == nil; {
-				if err := connection(to, buf); err != nil {
-					return err
-				}
+	loop := func() error {
+		buf := make([]byte, 1)
+		for end := time.Now().Add(warmup); time.Now().Before(end) && ctx.Err() == nil; {
+			if err := connection(to, buf); err != nil {
+				return err
 			}
-			start, made := time.Now(), 0
-			for time.Since(start) < duration && ctx.Err() == nil {
-				if err := connection(to, buf); err != nil {
-					return err
-				}
-				made++
+		}
+		start, made := time.Now(), 0
+		for time.Since(start) < duration && ctx.Err() == nil {
+			if err := connection(to, buf); err != nil {
+				return err
 			}
-			perSecond = float64(made) / time.Since(start).Seconds()
-			return ctx.Err()
-		})
-	})
-	<-done
+			made++
+		}
+		perSecond = float64(made) / time.Since(start).Seconds()
+		return ctx.Err()
+	}
+	// The place is entered once for all of them, not for each.
+	t.start(func() error { return p.Do(pinned(false, loop)) })
 	t.wg.Wait()
 	return perSecond, t.err()
 }
@@ -265,10 +267,10 @@ func connection(to netip.AddrPort, buf []byte) error {
 	if err := s.timeouts(connectTime); err != nil {
 		return err
 	}
-	if _, e := s.send(buf); e != 0 {
+	if e := s.sendOne(buf); e != 0 {
 		return os.NewSyscallError("send", e)
 	}
-	n, e := s.receive(buf)
+	n, e := s.receiveOne(buf)
 	if e != 0 {
 		return os.NewSyscallError("recv", e)
 	}

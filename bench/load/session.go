@@ -148,7 +148,11 @@ func (s *session) listen(p Place) error {
 	if err != nil {
 		return err
 	}
-	s.threads.start(s.accept)
+	if s.spec.Kind == Accept {
+		s.threads.startFar(s.accept)
+	} else {
+		s.threads.start(s.accept)
+	}
 	return nil
 }
 
@@ -175,11 +179,9 @@ func (s *session) accept() error {
 		}
 		if s.spec.Kind == Accept {
 			// One after the other, on this thread: the near end waits for each.
-			if n, _ := c.receive(one); n == 1 {
-				if n, _ = c.send(one); n == 1 {
-					s.packets.Add(1)
-					_, _ = c.receive(one) // until the near end closes
-				}
+			if n, e := c.receiveOne(one); n == 1 && e == 0 && c.sendOne(one) == 0 {
+				s.packets.Add(1)
+				_, _ = c.receiveOne(one) // until the near end closes
 			}
 			c.close()
 			continue
@@ -193,7 +195,7 @@ func (s *session) accept() error {
 		case Source:
 			s.threads.start(func() error { return sendStream(c, &s.stop) })
 		case Echo:
-			s.threads.start(func() error { return echo(c, &s.stop) })
+			s.threads.startFar(func() error { return echo(c, &s.stop) })
 		}
 	}
 	return nil
@@ -282,7 +284,11 @@ func echo(c *socket, stop *atomic.Bool) error {
 		case e == 0 && n == 0:
 			return nil
 		case e == 0:
-			if _, e := c.rawSend(buf); e != 0 && !stop.Load() && e != unix.EPIPE && e != unix.ECONNRESET {
+			e = unix.EINTR
+			for again(e) && !stop.Load() {
+				_, e = c.rawSend(buf)
+			}
+			if e != 0 && !stop.Load() && e != unix.EPIPE && e != unix.ECONNRESET {
 				return os.NewSyscallError("send", e)
 			}
 		case again(e):

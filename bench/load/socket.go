@@ -118,6 +118,9 @@ func (s *socket) connect(to netip.AddrPort, atMost time.Duration) error {
 		return err
 	}
 	err := unix.Connect(s.fd, sockaddr(to))
+	if errors.Is(err, unix.EINTR) {
+		err = s.connected(atMost) // the runtime's signals interrupt
+	}
 	if errors.Is(err, unix.EINPROGRESS) || errors.Is(err, unix.EAGAIN) {
 		err = unix.ETIMEDOUT
 	}
@@ -125,6 +128,44 @@ func (s *socket) connect(to netip.AddrPort, atMost time.Duration) error {
 		return fmt.Errorf("connecting to %s: %w", to, err)
 	}
 	return s.timeouts(nap)
+}
+
+// connected waits for the end of a connect that was interrupted.
+func (s *socket) connected(atMost time.Duration) error {
+	for deadline := time.Now().Add(atMost); ; {
+		fds := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}
+		n, err := unix.Poll(fds, int(max(time.Until(deadline), 0).Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return err
+		case n == 0:
+			return unix.ETIMEDOUT
+		default:
+			code, err := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+			if err == nil && code != 0 {
+				err = unix.Errno(code)
+			}
+			return err
+		}
+	}
+}
+
+// sendOne and receiveOne move one byte, whatever interrupts.
+func (s *socket) sendOne(b []byte) unix.Errno {
+	for {
+		if _, e := s.send(b[:1]); e != unix.EINTR {
+			return e
+		}
+	}
+}
+
+func (s *socket) receiveOne(b []byte) (int, unix.Errno) {
+	for {
+		if n, e := s.receive(b[:1]); e != unix.EINTR {
+			return n, e
+		}
+	}
 }
 
 // shutdown wakes the threads that are in a call on the socket.
@@ -182,6 +223,35 @@ func (t *threads) start(loop func() error) {
 			t.mu.Unlock()
 		}
 	})
+}
+
+// The ends of what latency is measured with stay on processors of their own,
+// as they would on machines of their own. Else the scheduler puts both on one in
+// one round and on two in the next, and the rounds differ by four times.
+func (t *threads) startNear(loop func() error) { t.start(pinned(false, loop)) }
+func (t *threads) startFar(loop func() error)  { t.start(pinned(true, loop)) }
+
+// pinned keeps the loop's thread on the first or the last processor that this
+// process may use.
+func pinned(last bool, loop func() error) func() error {
+	return func() error {
+		var may, one unix.CPUSet
+		if err := unix.SchedGetaffinity(0, &may); err != nil {
+			return os.NewSyscallError("sched_getaffinity", err)
+		}
+		chosen := -1
+		for cpu := range len(may) * 64 {
+			if may.IsSet(cpu) && (chosen < 0 || last) {
+				chosen = cpu
+			}
+		}
+		one.Set(chosen)
+		if err := unix.SchedSetaffinity(0, &one); err != nil {
+			return os.NewSyscallError("sched_setaffinity", err)
+		}
+		defer func() { _ = unix.SchedSetaffinity(0, &may) }()
+		return loop()
+	}
 }
 
 // err is what the loops that ended in error said, up to now.

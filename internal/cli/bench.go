@@ -26,6 +26,7 @@ type benchFlags struct {
 	rounds                          int
 	duration, warmup                time.Duration
 	quick                           bool
+	generator                       string
 	reference                       string
 	json                            string
 }
@@ -69,6 +70,7 @@ It needs root, or user namespaces and /dev/net/tun.`,
 	flags.IntVar(&f.rounds, "rounds", 3, "how often each is measured")
 	flags.DurationVar(&f.duration, "duration", time.Second, "how long each is measured")
 	flags.DurationVar(&f.warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
+	flags.StringVar(&f.generator, "generator", "builtin", "what makes the traffic: builtin or iperf3")
 	flags.StringVar(&f.reference, "reference", "vxlan/kernel", "the datapath that ratios are to")
 	flags.StringVar(&f.json, "json", "", "write the report as JSON to this file")
 	flags.Lookup("json").NoOptDefVal = "-"
@@ -95,7 +97,7 @@ func (f *benchFlags) run(c *cobra.Command) error {
 	}
 	o := bench.Options{
 		Underlays: f.underlays, Datapaths: f.datapaths, Workloads: f.workloads,
-		Rounds: f.rounds, Duration: f.duration, Warmup: f.warmup, Lossfree: !f.quick,
+		Rounds: f.rounds, Duration: f.duration, Warmup: f.warmup, Lossfree: !f.quick, Generator: f.generator,
 		Version: Version(), Self: self,
 	}
 	if err := o.Check(); err != nil {

@@ -1,0 +1,118 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"os/exec"
+	"strconv"
+	"strings"
+	"time"
+
+	"culvert/bench/load"
+	"culvert/internal/lab"
+)
+
+// iperf3 has the program of that name make the traffic, to check the built-in
+// generator against. It measures in whole seconds, and knows streams and
+// datagrams only. What it costs is not measured: it begins and ends by itself.
+type iperf3 struct{ path string }
+
+const iperf3Port = 5201
+
+func newIPerf3() (generator, error) {
+	path, err := exec.LookPath("iperf3")
+	if err != nil {
+		return nil, errors.New("--generator iperf3: iperf3 is not on PATH (apt-get install iperf3), and builtin needs nothing")
+	}
+	return iperf3{path}, nil
+}
+
+func (iperf3) name() string { return "iperf3" }
+
+// iperf3Report is what is read of `iperf3 --json`.
+type iperf3Report struct {
+	Error string `json:"error"`
+	End   struct {
+		Received struct {
+			Bits    float64 `json:"bits_per_second"`
+			Seconds float64 `json:"seconds"`
+		} `json:"sum_received"`
+		Sum struct {
+			Packets float64 `json:"packets"`
+			Lost    float64 `json:"lost_packets"`
+			Seconds float64 `json:"seconds"`
+		} `json:"sum"`
+		Congestion string `json:"sender_tcp_congestion"`
+	} `json:"end"`
+}
+
+func (g iperf3) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
+	if w.rr || w.crr {
+		return nil, unavailable("iperf3 has no such workload: --generator builtin")
+	}
+	if s.labs == nil {
+		return nil, unavailable("iperf3 runs in a lab only: --generator builtin")
+	}
+	server, err := s.labs.Nodes[1].Start(lab.Command{
+		Name: fmt.Sprintf("iperf3-%d", time.Now().UnixNano()), Path: g.path,
+		Args: []string{"-s", "-1", "-B", s.to.String(), "-p", strconv.Itoa(iperf3Port), "--forceflush"},
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = server.Stop() }()
+	if _, err := server.WaitLine(ctx, "Server listening"); err != nil {
+		return nil, err
+	}
+
+	whole := func(d time.Duration) string { return strconv.Itoa(int(math.Ceil(d.Seconds()))) }
+	args := []string{"-c", s.to.String(), "-p", strconv.Itoa(iperf3Port), "--json", "-t", whole(m.duration), "-O", whole(m.warmup)}
+	if w.payload > 0 {
+		args = append(args, "-u", "-b", "0", "-l", strconv.Itoa(w.payload))
+	} else {
+		args = append(args, "-C", load.Congestion, "-P", strconv.Itoa(w.streams))
+		if w.reverse {
+			args = append(args, "-R")
+		}
+	}
+	text, err := s.labs.Nodes[0].Run(ctx, g.path, args...)
+	r, perr := parseIPerf3(text, w)
+	if err := errors.Join(perr, err); err != nil {
+		return nil, err
+	}
+	if w.payload > 0 {
+		return figures{Rate: (r.End.Sum.Packets - r.End.Sum.Lost) / r.End.Sum.Seconds / 1e3}, nil
+	}
+	return figures{Throughput: r.End.Received.Bits / 1e9}, nil
+}
+
+func parseIPerf3(text []byte, w workload) (iperf3Report, error) {
+	var r iperf3Report
+	if err := json.Unmarshal(text, &r); err != nil {
+		return r, fmt.Errorf("iperf3 --json printed no JSON: %w", err)
+	}
+	switch {
+	case r.Error != "":
+		return r, fmt.Errorf("iperf3: %s", r.Error)
+	case w.payload > 0 && r.End.Sum.Seconds == 0:
+		return r, errors.New("iperf3 --json has no end.sum")
+	case w.payload == 0 && r.End.Received.Seconds == 0:
+		return r, errors.New("iperf3 --json has no end.sum_received")
+	case w.payload == 0 && r.End.Congestion != "" && r.End.Congestion != load.Congestion:
+		return r, fmt.Errorf("iperf3 used the congestion control %s", r.End.Congestion)
+	}
+	return r, nil
+}
+
+// iperf3Version is the first line of `iperf3 --version`.
+func iperf3Version() string {
+	text, err := exec.Command("iperf3", "--version").Output()
+	if err != nil {
+		return ""
+	}
+	line, _, _ := strings.Cut(string(text), "\n")
+	return strings.TrimSpace(line)
+}
