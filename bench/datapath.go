@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"culvert/internal/lab"
 )
@@ -155,6 +156,9 @@ func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err erro
 	}
 	if err == nil {
 		err = s.reach(ctx)
+	}
+	if err == nil && d.Program != nil {
+		err = sleep(ctx, time.Duration(d.Program.Settle))
 	}
 	return s, err
 }

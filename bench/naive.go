@@ -17,7 +17,6 @@ import (
 
 	"culvert/encap"
 	"culvert/internal/api"
-	"culvert/internal/host"
 	"culvert/subnet"
 )
 
@@ -87,27 +86,13 @@ func openNaive(h Half) (_ carrier, err error) {
 	return n, nil
 }
 
-// tunDevice gives the TUN device its MTU, less by what the tunnel costs, its
-// address and the route.
+// tunDevice configures the TUN device that a half has made.
 func tunDevice(h Half, cost int) error {
-	under, err := netlink.LinkByName(h.Link)
-	if err != nil {
-		return fmt.Errorf("underlay link %s: %w", h.Link, err)
-	}
 	dev, err := netlink.LinkByName(deviceName)
 	if err != nil {
 		return err
 	}
-	if err := netlink.LinkSetMTU(dev, under.Attrs().MTU-cost); err != nil {
-		return fmt.Errorf("MTU of %s: %w", deviceName, err)
-	}
-	var k kernel // the device takes address and route along when it goes
-	if err := k.address(h, dev); err != nil {
-		return err
-	}
-	return k.route(&netlink.Route{
-		LinkIndex: dev.Attrs().Index, Dst: host.IPNet(h.other()), Scope: netlink.SCOPE_LINK, Src: h.self().Addr().AsSlice(),
-	})
+	return configureDevice(dev, h.Link, cost, h.self().Addr(), h.other())
 }
 
 func (n *naive) Run(ctx context.Context) error {

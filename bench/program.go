@@ -1,19 +1,353 @@
 package bench
 
 import (
+	"bytes"
 	"context"
+	"embed"
 	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/template"
+	"time"
 
+	"github.com/vishvananda/netlink"
+	"sigs.k8s.io/yaml"
+
+	"culvert/internal/host"
 	"culvert/internal/lab"
 )
 
-// Program is a datapath that is somebody else's program.
+// peerFiles are the descriptions of other people's programs, one file each.
+//
+//go:embed peers/*.yaml
+var peerFiles embed.FS
+
+// Program is a datapath that is somebody else's program: how it is started on
+// each of two nodes. All texts are templates (see programNode), and commands
+// are the shell's, run in a directory of the node's own.
 type Program struct {
-	Name, About string
+	Name    string   `json:"-"` // the file's
+	About   string   `json:"about"`
+	Program string   `json:"program"` // looked for on PATH
+	Also    []string `json:"also"`    // others that are needed
+	Version string   `json:"version"` // a command whose first line tells it
+	// Files are written first, by name.
+	Files map[string]string `json:"files"`
+	// Setup runs before the start: each command on both nodes, then the next.
+	Setup []string `json:"setup"`
+	// Start is the daemon; it stays in the foreground.
+	Start string `json:"start"`
+	// After runs once the daemon runs, in the same way as Setup.
+	After []string `json:"after"`
+	// Device is given the node's inner address and a route to the other's
+	// subnet, and an MTU of the underlay's less Cost, unless the program
+	// Configures it.
+	Device     string `json:"device"`
+	Cost       int    `json:"cost"`
+	Configures bool   `json:"configures"`
+	// Address is a command that prints the inner address where the program
+	// chooses it.
+	Address string `json:"address"`
+	// Settle is how long the datapath is left alone after its first packet.
+	Settle duration `json:"settle"`
+	// Etcd, if there is one, is the network configuration in the etcd that is
+	// run beside the nodes.
+	Etcd string `json:"etcd"`
 }
 
-func programs() []*Program { return nil }
+// duration is a time in the form 5s.
+type duration time.Duration
 
-func (p *Program) available() (bool, string) { return false, "" }
+// UnmarshalText reads what time.ParseDuration does.
+func (d *duration) UnmarshalText(text []byte) error {
+	t, err := time.ParseDuration(string(text))
+	*d = duration(t)
+	return err
+}
 
-func (s *site) startProgram(context.Context, *lab.Lab) error { return errors.New("no") }
+// programNode is what the templates of a Program see.
+type programNode struct {
+	Self, Peer, First programEnd
+	Link              string // the underlay's
+	Device            string
+	Port              uint16
+	Etcd              string // URL
+}
+
+type programEnd struct {
+	Number   int // 1 or 2
+	Underlay netip.Addr
+	Inner    netip.Addr
+	Subnet   netip.Prefix
+	Dir      string
+}
+
+// programs reads the descriptions. They are part of this program, and tested:
+// one that cannot be read is a broken invariant.
+func programs() []*Program {
+	files, err := peerFiles.ReadDir("peers")
+	if err != nil {
+		panic(fmt.Sprintf("the descriptions of other programs are not there: %v", err))
+	}
+	var all []*Program
+	for _, f := range files {
+		text, err := peerFiles.ReadFile("peers/" + f.Name())
+		p := &Program{Name: strings.TrimSuffix(f.Name(), ".yaml")}
+		if err == nil {
+			err = yaml.UnmarshalStrict(text, p)
+		}
+		if err != nil {
+			panic(fmt.Sprintf("peers/%s: %v", f.Name(), err))
+		}
+		all = append(all, p)
+	}
+	return all
+}
+
+func (p *Program) available() (bool, string) {
+	for _, name := range append([]string{p.Program}, p.Also...) {
+		if _, err := exec.LookPath(name); err != nil {
+			return false, name + " is not on PATH"
+		}
+	}
+	return true, ""
+}
+
+// version is the first line of what the program says of itself.
+func (p *Program) version() string {
+	text, err := exec.Command("sh", "-c", p.Version).CombinedOutput() // some say it by an error
+	line, _, _ := strings.Cut(strings.TrimSpace(string(text)), "\n")
+	if line == "" && err != nil {
+		return "unknown"
+	}
+	return line
+}
+
+func expand(text string, n programNode) (string, error) {
+	t, err := template.New("").Option("missingkey=error").Parse(text)
+	if err != nil {
+		return "", err
+	}
+	var b bytes.Buffer
+	err = t.Execute(&b, n)
+	return b.String(), err
+}
+
+// startProgram starts the program on both nodes.
+func (s *site) startProgram(ctx context.Context, l *lab.Lab) error {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	p := s.datapath.Program
+	var ends [2]programEnd
+	for i, n := range l.Nodes {
+		subnet := innerSubnet(i)
+		ends[i] = programEnd{Number: i + 1, Underlay: n.Addrs[0], Inner: subnet.Addr(), Subnet: subnet, Dir: filepath.Join(l.Dir, n.ID)}
+	}
+	etcd := ""
+	if p.Etcd != "" {
+		var err error
+		if etcd, err = startEtcd(ctx, l, p.Etcd); err != nil {
+			return err
+		}
+	}
+	var nodes [2]programNode
+	for i, n := range l.Nodes {
+		nodes[i] = programNode{
+			Self: ends[i], Peer: ends[1-i], First: ends[0],
+			Link: n.Link, Device: p.Device, Port: tunnelPort, Etcd: etcd,
+		}
+		if err := p.write(nodes[i]); err != nil {
+			return err
+		}
+	}
+	if err := p.both(ctx, l, nodes, p.Setup); err != nil {
+		return err
+	}
+	for i, n := range l.Nodes {
+		command, err := expand(p.Start, nodes[i])
+		if err != nil {
+			return err
+		}
+		process, err := n.Start(lab.Command{Name: n.ID, Path: "/bin/sh", Args: []string{"-c", "cd " + ends[i].Dir + " && " + command}})
+		if err != nil {
+			return err
+		}
+		s.add(labProcess{process}, "")
+	}
+	if err := s.stays(ctx); err != nil {
+		return err
+	}
+	if err := p.both(ctx, l, nodes, p.After); err != nil {
+		return err
+	}
+	for i, n := range l.Nodes {
+		if err := s.configureProgram(ctx, n, nodes[i]); err != nil {
+			return err
+		}
+	}
+	s.from, s.to = ends[0].Inner, ends[1].Inner
+	if p.Address != "" {
+		var err error
+		if s.from, err = p.address(ctx, l.Nodes[0], nodes[0]); err != nil {
+			return err
+		}
+		if s.to, err = p.address(ctx, l.Nodes[1], nodes[1]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// write puts the files into the node's directory.
+func (p *Program) write(n programNode) error {
+	for name, text := range p.Files {
+		name, nerr := expand(name, n)
+		text, terr := expand(text, n)
+		if err := errors.Join(nerr, terr); err != nil {
+			return err
+		}
+		path := filepath.Join(n.Self.Dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// both runs each command on both nodes.
+func (p *Program) both(ctx context.Context, l *lab.Lab, nodes [2]programNode, commands []string) error {
+	for _, c := range commands {
+		for i, n := range l.Nodes {
+			if _, err := p.run(ctx, n, nodes[i], c); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (p *Program) run(ctx context.Context, n *lab.Node, in programNode, command string) (string, error) {
+	command, err := expand(command, in)
+	if err != nil {
+		return "", err
+	}
+	out, err := n.Run(ctx, "/bin/sh", "-c", "cd "+in.Self.Dir+" && "+command)
+	return strings.TrimSpace(string(out)), err
+}
+
+// address asks the program for its inner address, until it has one.
+func (p *Program) address(ctx context.Context, n *lab.Node, in programNode) (netip.Addr, error) {
+	for {
+		text, err := p.run(ctx, n, in, p.Address)
+		if a, perr := netip.ParseAddr(text); err == nil && perr == nil {
+			return a, nil
+		}
+		if serr := sleep(ctx, 50*time.Millisecond); serr != nil {
+			return netip.Addr{}, fmt.Errorf("%s has no address: it says %q", p.Name, text)
+		}
+	}
+}
+
+// stays looks whether the daemons outlive their start.
+func (s *site) stays(ctx context.Context) error {
+	if err := sleep(ctx, 200*time.Millisecond); err != nil {
+		return err
+	}
+	return alive(s.daemons)
+}
+
+// configureProgram waits for the program's device, and gives it address, MTU
+// and route unless the program does.
+func (s *site) configureProgram(ctx context.Context, n *lab.Node, in programNode) error {
+	p := s.datapath.Program
+	if p.Device == "" {
+		return nil
+	}
+	for {
+		err := n.Do(func() error {
+			dev, err := netlink.LinkByName(p.Device)
+			if err != nil || p.Configures {
+				return err
+			}
+			return configureDevice(dev, n.Link, p.Cost, in.Self.Inner, in.Peer.Subnet)
+		})
+		if err == nil {
+			return nil
+		}
+		if dead := alive(s.daemons); dead != nil {
+			return dead
+		}
+		if serr := sleep(ctx, 50*time.Millisecond); serr != nil {
+			return fmt.Errorf("device %s of %s: %w", p.Device, p.Name, err)
+		}
+	}
+}
+
+// configureDevice gives a device its MTU, the underlay's less cost, its
+// address, and the route to the other node's subnet.
+func configureDevice(dev netlink.Link, underlay string, cost int, self netip.Addr, other netip.Prefix) error {
+	under, err := netlink.LinkByName(underlay)
+	if err != nil {
+		return fmt.Errorf("underlay link %s: %w", underlay, err)
+	}
+	name := dev.Attrs().Name
+	if err := netlink.LinkSetMTU(dev, under.Attrs().MTU-cost); err != nil {
+		return fmt.Errorf("MTU of %s: %w", name, err)
+	}
+	if err := netlink.AddrReplace(dev, &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(self, self.BitLen()))}); err != nil {
+		return fmt.Errorf("address %s of %s: %w", self, name, err)
+	}
+	if err := netlink.LinkSetUp(dev); err != nil {
+		return fmt.Errorf("setting %s up: %w", name, err)
+	}
+	if err := netlink.RouteReplace(&netlink.Route{
+		LinkIndex: dev.Attrs().Index, Dst: host.IPNet(other), Scope: netlink.SCOPE_LINK, Src: self.AsSlice(),
+	}); err != nil {
+		return fmt.Errorf("route %s by %s: %w", other, name, err)
+	}
+	return nil
+}
+
+// startEtcd runs an etcd in the lab's fabric and sets the network configuration.
+func startEtcd(ctx context.Context, l *lab.Lab, config string) (url string, err error) {
+	bin, err := lab.FindBin()
+	if err != nil {
+		return "", err
+	}
+	listen := netip.AddrPortFrom(l.FabricAddrs[0], 2379).String()
+	store, err := l.Fabric.Start(lab.Command{
+		Name: "etcd", Path: filepath.Join(bin, "culvert-etcd"),
+		Args: []string{"--data-dir", filepath.Join(l.Dir, "etcd"), "--listen-client", listen, "--unsafe-no-fsync"},
+	})
+	if err != nil {
+		return "", err
+	}
+	if _, err := store.WaitLine(ctx, "ready "); err != nil {
+		return "", err
+	}
+	url = "http://" + listen
+	if _, err := l.Fabric.Run(ctx, filepath.Join(bin, "culvert"), "config", "set", "--etcd-endpoints", url, config); err != nil {
+		return "", fmt.Errorf("setting the network configuration: %w", err)
+	}
+	return url, nil
+}
+
+// versions returns the versions of the programs among the named datapaths that
+// are here.
+func versions(datapaths []string) map[string]string {
+	found := map[string]string{}
+	for _, p := range programs() {
+		if ok, _ := p.available(); ok && slices.Contains(datapaths, p.Name) {
+			found[p.Name] = p.version()
+		}
+	}
+	return found
+}

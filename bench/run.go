@@ -102,8 +102,9 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	m.Culvert, m.Congestion = o.Version, load.Congestion
 	m.Generator = r.method.generator.name()
 	m.Duration, m.Warmup = o.Duration.Seconds(), o.Warmup.Seconds()
+	m.Programs = versions(o.Datapaths)
 	if o.Generator == "iperf3" {
-		m.Programs = map[string]string{"iperf3": iperf3Version()}
+		m.Programs["iperf3"] = iperf3Version()
 	}
 	m.Offloads = map[string]map[string]bool{}
 	defer load.Quiet()()
