@@ -19,6 +19,12 @@ type NetConf struct {
 	SubnetFile string `json:"subnetFile"`
 	// DataDir is where the plugin keeps what it delegated.
 	DataDir string `json:"dataDir"`
+	// RunDir is the run directory of the daemon that STATUS asks; the directory
+	// of SubnetFile if empty.
+	RunDir string `json:"runDir"`
+	// GCEmptyMeansAll says that a GC whose list of valid attachments is empty
+	// means it.
+	GCEmptyMeansAll bool `json:"gcEmptyMeansAll"`
 	// DelegateConf is the "delegate" key: the delegate's own settings.
 	DelegateConf map[string]json.RawMessage `json:"delegate"`
 	// IPAM is completed and becomes the delegate's.
@@ -28,12 +34,15 @@ type NetConf struct {
 
 	PrevResult       json.RawMessage `json:"prevResult"`
 	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments"`
+	// Attachments is what the specification called the list first.
+	Attachments json.RawMessage `json:"cni.dev/attachments"`
 }
 
 // Defaults are the paths of a configuration that names none.
 type Defaults struct {
 	SubnetFile string
 	DataDir    string
+	RunDir     string // empty: the directory of SubnetFile
 }
 
 // DefaultsFor returns the paths for a plugin that was started by the name
@@ -41,7 +50,7 @@ type Defaults struct {
 // unchanged, else culvert's.
 func DefaultsFor(argv0 string) Defaults {
 	if filepath.Base(argv0) == "flannel" {
-		return Defaults{SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel"}
+		return Defaults{SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel", RunDir: "/run/culvert"}
 	}
 	return Defaults{SubnetFile: "/run/culvert/subnet.env", DataDir: "/var/lib/cni/culvert"}
 }
@@ -49,7 +58,7 @@ func DefaultsFor(argv0 string) Defaults {
 // ParseNetConf reads the network configuration that the runtime gives on
 // standard input. Its errors are CNI errors with the specification's codes.
 func ParseNetConf(stdin []byte, d Defaults) (NetConf, error) {
-	n := NetConf{SubnetFile: d.SubnetFile, DataDir: d.DataDir}
+	n := NetConf{SubnetFile: d.SubnetFile, DataDir: d.DataDir, RunDir: d.RunDir}
 	if err := json.Unmarshal(stdin, &n); err != nil {
 		return NetConf{}, types.NewError(types.ErrDecodingFailure, "reading the network configuration", err.Error())
 	}
@@ -58,7 +67,7 @@ func ParseNetConf(stdin []byte, d Defaults) (NetConf, error) {
 			return NetConf{}, invalid("\"delegate\" must not have the key %q: the plugin sets it (IPAM settings stand in \"ipam\" beside \"delegate\")", key)
 		}
 	}
-	for _, p := range []struct{ key, path string }{{"subnetFile", n.SubnetFile}, {"dataDir", n.DataDir}} {
+	for _, p := range []struct{ key, path string }{{"subnetFile", n.SubnetFile}, {"dataDir", n.DataDir}, {"runDir", n.runDir()}} {
 		if !filepath.IsAbs(p.path) {
 			return NetConf{}, invalid("%q is %q, which is not an absolute path", p.key, p.path)
 		}

@@ -66,14 +66,14 @@ func TestDelegateConfiguration(t *testing.T) {
 func TestNetConfDefaults(t *testing.T) {
 	for argv0, want := range map[string]Defaults{
 		"/opt/cni/bin/culvert-cni": {SubnetFile: "/run/culvert/subnet.env", DataDir: "/var/lib/cni/culvert"},
-		"/opt/cni/bin/flannel":     {SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel"},
-		"flannel":                  {SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel"},
+		"/opt/cni/bin/flannel":     {SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel", RunDir: "/run/culvert"},
+		"flannel":                  {SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel", RunDir: "/run/culvert"},
 	} {
 		n, err := ParseNetConf([]byte(`{"name":"n"}`), DefaultsFor(argv0))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := (Defaults{n.SubnetFile, n.DataDir}); got != want {
+		if got := (Defaults{n.SubnetFile, n.DataDir, n.RunDir}); got != want {
 			t.Errorf("%s reads %+v, not %+v", argv0, got, want)
 		}
 	}
@@ -95,6 +95,7 @@ func TestNetConfRefuses(t *testing.T) {
 		`{"delegate":{"type":"../../bin/sh"}}`: "no slashes",
 		`{"ipam":{"type":"a/b"}}`:              "no slashes",
 		`{"subnetFile":"subnet.env"}`:          "not an absolute path",
+		`{"runDir":"run"}`:                     "not an absolute path",
 		`{"dataDir":""}`:                       "not an absolute path",
 	} {
 		_, err := ParseNetConf([]byte(text), DefaultsFor("culvert-cni"))

@@ -9,15 +9,15 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/ns"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
+	"golang.org/x/sys/unix"
 )
-
-// statusUnavailable is the CNI specification's code for a STATUS that says
-// that an ADD would fail (SPEC.md 1.1.0, Error codes).
-const statusUnavailable = 50
 
 // Plugin answers the verbs of the CNI specification. It reads its arguments
 // from the environment and standard input, as the runtime gives them, and its
@@ -45,19 +45,43 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	env, err := ReadSubnetEnv(n.SubnetFile)
+	if err := checkNamespace(args); err != nil {
+		return err
+	}
+	env, err := n.currentSubnet(time.Now())
 	if err != nil {
-		return noSubnet(err)
+		return err
 	}
 	conf, err := n.Delegate(env)
 	if err != nil {
 		return err
 	}
 
+	kind, err := n.delegateType()
+	if err != nil {
+		return err
+	}
+	if _, err := findPlugin(kind); err != nil {
+		return err // before there is anything to undo
+	}
 	s := state{n.DataDir}
+	// Held to the end of the process and of the delegates: GC waits for it.
+	if _, err := s.take(unix.LOCK_SH, lockPatience); err != nil {
+		if errors.Is(err, errLocked) {
+			return types.NewError(types.ErrTryAgainLater, "a GC is on its way: "+err.Error(), "")
+		}
+		return err
+	}
+	if b, err := n.findStaleBridge(env); err != nil {
+		return err
+	} else if b != nil {
+		if err := b.repair(); err != nil {
+			return err
+		}
+	}
 	r := record{
 		Attachment: a, Network: n.Name,
-		Netns: netnsIdentity(args.Netns), Boot: bootID(),
+		Netns: netnsIdentity(args.Netns), Boot: bootID(), NetnsPath: args.Netns,
 		Delegate: conf,
 	}
 	if err := s.clear(r); err != nil {
@@ -67,22 +91,62 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 		return err
 	}
 
-	kind, err := n.delegateType()
-	if err != nil {
-		return err
-	}
 	ctx := context.Background()
 	result, err := invoke.DelegateAdd(ctx, kind, conf, nil)
 	if err != nil {
-		if undo := delegate(ctx, "DEL", conf, args.Netns); undo != nil {
+		if undo := delegate(ctx, "DEL", a, conf, args.Netns); undo != nil {
 			// The record stays, for the runtime's own DEL to finish.
 			fmt.Fprintf(os.Stderr, "culvert-cni: undoing the failed ADD of %s: %v\n", a.ContainerID, undo)
 		} else if ferr := s.forget(a); ferr != nil {
 			fmt.Fprintf(os.Stderr, "culvert-cni: forgetting the failed ADD of %s: %v\n", a.ContainerID, ferr)
 		}
-		return wrapped(fmt.Sprintf("delegate %s: ADD", kind), err)
+		return exhausted(env, wrapped(fmt.Sprintf("delegate %s: ADD", kind), err))
 	}
 	return types.PrintResult(result, n.CNIVersion)
+}
+
+// checkNamespace refuses an ADD into nothing, or into the node's own
+// namespace, before anything is done.
+func checkNamespace(args *skel.CmdArgs) error {
+	if !isNamespace(args.Netns) {
+		return types.NewError(types.ErrInvalidNetNS, fmt.Sprintf("%q is not a network namespace", args.Netns), "")
+	}
+	if o := strings.ToUpper(args.NetnsOverride); o == "TRUE" || o == "1" {
+		return nil
+	}
+	own, err := ns.CheckNetNS(args.Netns)
+	if err != nil {
+		return err
+	}
+	if own {
+		return types.NewError(types.ErrInvalidNetNS, "CNI_NETNS is the namespace that the plugin runs in", "")
+	}
+	return nil
+}
+
+// currentSubnet reads which subnet is this node's, and until when.
+func (n NetConf) currentSubnet(now time.Time) (SubnetEnv, error) {
+	env, err := ReadSubnetEnv(n.SubnetFile)
+	if err != nil {
+		return SubnetEnv{}, noSubnet(err)
+	}
+	if env.Expired(now) {
+		return SubnetEnv{}, types.NewError(types.ErrTryAgainLater,
+			fmt.Sprintf("%s: the lease of %v ran out at %s: the subnet may be another node's", n.SubnetFile, env.Subnets(), env.Expires.Format(time.RFC3339)),
+			"the node daemon renews it, or leases another one: is it running, and does it reach etcd? `culvert status`")
+	}
+	return env, nil
+}
+
+// exhausted says plainly that there is no address left, which host-local says
+// of a "range set".
+func exhausted(env SubnetEnv, err error) error {
+	var e *types.Error
+	if !errors.As(err, &e) || !strings.Contains(e.Msg, "no IP addresses available in range set") {
+		return err
+	}
+	return types.NewError(types.ErrTryAgainLater,
+		fmt.Sprintf("the node's subnet %v is exhausted: every address is a pod's", env.Subnets()), e.Msg)
 }
 
 // clear makes way for an ADD of r. The same container, interface and namespace
@@ -100,7 +164,7 @@ func (s state) clear(r record) error {
 		return types.NewError(types.ErrInternal,
 			fmt.Sprintf("container %s has had an ADD of %s already", r.ContainerID, r.IfName), "DEL it before another ADD")
 	}
-	if err := delegate(context.Background(), "DEL", old.Delegate, ""); err != nil {
+	if err := delegate(context.Background(), "DEL", old.Attachment, old.Delegate, ""); err != nil {
 		return wrapped("deleting what an earlier ADD of this container left", err)
 	}
 	return s.forget(r.Attachment)
@@ -135,7 +199,7 @@ func (p Plugin) Del(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	if err := delegate(context.Background(), "DEL", conf, args.Netns); err != nil {
+	if err := delegate(context.Background(), "DEL", a, conf, args.Netns); err != nil {
 		return err
 	}
 	return s.forget(a)
@@ -167,7 +231,7 @@ func (p Plugin) Check(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	return delegate(context.Background(), "CHECK", conf, args.Netns)
+	return delegate(context.Background(), "CHECK", a, conf, args.Netns)
 }
 
 // checkAddresses says which address of prevResult is not of this node's
@@ -198,38 +262,6 @@ func (n NetConf) checkAddresses(env SubnetEnv) error {
 	return nil
 }
 
-// GC hands the list of valid attachments to the delegate.
-func (p Plugin) GC(args *skel.CmdArgs) error {
-	return p.passOn("GC", args)
-}
-
-// Status says whether an ADD could succeed: whether subnet.env can be read,
-// and what the delegate says of itself.
-func (p Plugin) Status(args *skel.CmdArgs) error {
-	return p.passOn("STATUS", args)
-}
-
-// passOn hands a verb that concerns the whole network to the delegate.
-func (p Plugin) passOn(verb string, args *skel.CmdArgs) error {
-	n, err := ParseNetConf(args.StdinData, p.defaults)
-	if err != nil {
-		return err
-	}
-	env, err := ReadSubnetEnv(n.SubnetFile)
-	if err != nil {
-		return types.NewError(statusUnavailable, err.Error(), "")
-	}
-	conf, err := n.Delegate(env)
-	if err != nil {
-		return err
-	}
-	conf, err = with(conf, map[string]json.RawMessage{"cni.dev/valid-attachments": n.ValidAttachments})
-	if err != nil {
-		return err
-	}
-	return delegate(context.Background(), verb, conf, args.Netns)
-}
-
 // parse reads what the verbs that concern one container have in common.
 func (p Plugin) parse(args *skel.CmdArgs) (NetConf, Attachment, error) {
 	a := Attachment{ContainerID: args.ContainerID, IfName: args.IfName}
@@ -243,25 +275,34 @@ func (p Plugin) parse(args *skel.CmdArgs) (NetConf, Attachment, error) {
 // delegate runs the plugin that conf names, without a result. A namespace that
 // is not there is not named to it: bridge's DEL fails on a file that lost its
 // mount, and frees the address when it is told of none.
-func delegate(ctx context.Context, verb string, conf []byte, netns string) error {
+func delegate(ctx context.Context, verb string, a Attachment, conf []byte, netns string) error {
 	var c struct {
 		Type string `json:"type"`
 	}
 	if err := json.Unmarshal(conf, &c); err != nil {
 		return types.NewError(types.ErrDecodingFailure, "reading the delegate's configuration", err.Error())
 	}
-	path, err := invoke.FindInPath(c.Type, pluginDirs())
+	path, err := findPlugin(c.Type)
 	if err != nil {
-		return types.NewError(types.ErrInternal, fmt.Sprintf("delegate %q: %v", c.Type, err), "")
+		return err
 	}
 	if verb == "DEL" && !isNamespace(netns) {
 		netns = ""
 	}
-	err = invoke.ExecPluginWithoutResult(ctx, path, conf, delegateEnv{verb: verb, netns: netns}, nil)
+	err = invoke.ExecPluginWithoutResult(ctx, path, conf, delegateEnv{verb: verb, attachment: a, netns: netns}, nil)
 	if err != nil {
 		return wrapped(fmt.Sprintf("delegate %s: %s", c.Type, verb), err)
 	}
 	return nil
+}
+
+// findPlugin returns the path of a delegate's program.
+func findPlugin(kind string) (string, error) {
+	path, err := invoke.FindInPath(kind, pluginDirs())
+	if err != nil {
+		return "", types.NewError(types.ErrInternal, fmt.Sprintf("delegate %q: %v", kind, err), "")
+	}
+	return path, nil
 }
 
 // wrapped puts what was attempted before an error's message and keeps its code.

@@ -131,7 +131,9 @@ func names(dir string) []string {
 	entries, _ := os.ReadDir(dir)
 	var out []string
 	for _, e := range entries {
-		out = append(out, e.Name())
+		if e.Name() != ".lock" {
+			out = append(out, e.Name())
+		}
 	}
 	return out
 }
@@ -251,12 +253,12 @@ func TestFailedAddIsUndone(t *testing.T) {
 	h.must(t, call{verb: "ADD", id: "c1", netns: first.Path})
 	second = sandbox(t, h)
 
-	// The bridge bears the old subnet's address: bridge fails with the pod's
-	// interface made and an address of the new subnet taken.
-	h.lease(t, "10.42.9.0/24")
-	a := h.run(t, call{verb: "ADD", id: "c2", netns: second.Path})
+	// A route by a gateway that is nowhere: bridge fails with the pod's
+	// interface made and an address taken.
+	stdin := strings.Replace(h.netconf(), `"ipam":{`, `"ipam":{"routes":[{"dst":"192.0.2.0/24","gw":"203.0.113.1"}],`, 1)
+	a := h.run(t, call{verb: "ADD", id: "c2", netns: second.Path, stdin: stdin})
 	if a.err == nil || !strings.Contains(a.err.Msg, "delegate bridge: ADD: ") {
-		t.Fatalf("ADD in another subnet than the bridge's: %v", a.err)
+		t.Fatalf("ADD with an impossible route: %v", a.err)
 	}
 	h.expect(t, "after the failed ADD", []string{"c1:eth0"}, []string{"10.42.7.2"})
 	if got := links(t, second); slices.Contains(got, "eth0") {

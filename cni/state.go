@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
@@ -49,8 +50,18 @@ type record struct {
 	// device and inode, which the kernel gives again after a reboot.
 	Netns string `json:"netns"`
 	Boot  string `json:"boot"`
+	// NetnsPath is where the namespace was.
+	NetnsPath string `json:"netnsPath,omitempty"`
 	// Delegate is the configuration that the delegate's ADD got.
 	Delegate json.RawMessage `json:"delegate"`
+}
+
+// netns is the path of the namespace, if that is still the one of the ADD.
+func (r record) netns() string {
+	if r.NetnsPath == "" || r.Boot != bootID() || netnsIdentity(r.NetnsPath) != r.Netns {
+		return ""
+	}
+	return r.NetnsPath
 }
 
 // errDamaged says that a record is there and cannot be read as one.
@@ -114,6 +125,53 @@ func (s state) load(a Attachment) (record, error) {
 		return record{}, fmt.Errorf("%w: %s", errDamaged, s.flannelPath(a))
 	}
 	return record{Attachment: a, Delegate: text}, nil
+}
+
+// records returns what is remembered of a network's attachments, except what was
+// saved after since. What cannot be understood is left out, and said on standard
+// error: it stays, for a DEL of its own.
+func (s state) records(network string, since time.Time) ([]record, error) {
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, ioFailure("reading state", err)
+	}
+	var all []record
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") || !e.Type().IsRegular() {
+			continue
+		}
+		if info, err := e.Info(); err != nil || info.ModTime().After(since) {
+			continue
+		}
+		a := Attachment{IfName: "eth0"} // which flannel's plugin does not say
+		if id, ifname, ours := strings.Cut(e.Name(), ":"); ours {
+			a.IfName, a.ContainerID = ifname, id
+		} else {
+			a.ContainerID = id
+		}
+		if a.validate() != nil {
+			continue
+		}
+		r, err := s.load(a)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // deleted meanwhile
+		}
+		if err == nil && r.Network == "" {
+			var c struct {
+				Name string `json:"name"`
+			}
+			err = json.Unmarshal(r.Delegate, &c)
+			r.Network = c.Name
+		}
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "culvert-cni: keeping %s: %v\n", filepath.Join(s.dir, e.Name()), err)
+			continue
+		}
+		if r.Network == network {
+			all = append(all, r)
+		}
+	}
+	return all, nil
 }
 
 func isObject(text []byte) bool {

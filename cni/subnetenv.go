@@ -3,6 +3,7 @@ package cni
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -10,6 +11,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // SubnetEnv is the content of subnet.env, the file through which a node
@@ -24,7 +28,14 @@ type SubnetEnv struct {
 	Gateways []netip.Prefix
 	MTU      int  // of pods' interfaces
 	IPMasq   bool // the daemon masquerades, so the delegate must not
+	// Expires is when the lease ends unless the daemon, which renews it, writes
+	// the file again; in whole seconds, zero if the file does not say (flannel's
+	// does not). It is the key CULVERT_LEASE_EXPIRES, which other readers ignore.
+	Expires time.Time
 }
+
+// expiresKey is the one line of the file that is not flannel's. RFC 3339, UTC.
+const expiresKey = "CULVERT_LEASE_EXPIRES"
 
 const (
 	maxSubnetEnv = 64 << 10 // bytes; a real one has about 150
@@ -69,6 +80,9 @@ func (e SubnetEnv) Marshal() []byte {
 		}
 	}
 	fmt.Fprintf(&b, "FLANNEL_MTU=%d\nFLANNEL_IPMASQ=%t\n", e.MTU, e.IPMasq)
+	if !e.Expires.IsZero() {
+		fmt.Fprintf(&b, "%s=%s\n", expiresKey, e.Expires.UTC().Format(time.RFC3339))
+	}
 	return []byte(b.String())
 }
 
@@ -192,16 +206,31 @@ func ParseSubnetEnv(text []byte) (SubnetEnv, error) {
 	default:
 		return SubnetEnv{}, fmt.Errorf("FLANNEL_IPMASQ=%.80q: neither true nor false", masq)
 	}
+	if text, ok := values[expiresKey]; ok {
+		if e.Expires, err = time.Parse(time.RFC3339, text); err != nil || e.Expires.IsZero() {
+			return SubnetEnv{}, fmt.Errorf("%s=%.80q: not a time as RFC 3339 has it", expiresKey, text)
+		}
+		if e.Expires = e.Expires.UTC(); e.Expires.Year() < 1 || e.Expires.Year() > 9999 {
+			return SubnetEnv{}, fmt.Errorf("%s=%.80q: out of range", expiresKey, text)
+		}
+		e.Expires = e.Expires.Truncate(time.Second)
+	}
 	if err := e.validate(); err != nil {
 		return SubnetEnv{}, err
 	}
 	return e, nil
 }
 
+// Expired says whether the lease has run out: the subnet may be another
+// node's now, and no pod may be added in it.
+func (e SubnetEnv) Expired(now time.Time) bool {
+	return !e.Expires.IsZero() && now.After(e.Expires)
+}
+
 // ReadSubnetEnv reads the file at path. A file that is not there gives an
 // error that satisfies errors.Is(err, fs.ErrNotExist).
 func ReadSubnetEnv(path string) (SubnetEnv, error) {
-	text, err := os.ReadFile(path)
+	text, err := readOrdinary(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return SubnetEnv{}, fmt.Errorf("%s is not there: this node has no lease yet, see `culvert status`: %w", path, fs.ErrNotExist)
 	}
@@ -213,6 +242,22 @@ func ReadSubnetEnv(path string) (SubnetEnv, error) {
 		return SubnetEnv{}, fmt.Errorf("%s: %w", path, err)
 	}
 	return e, nil
+}
+
+// readOrdinary reads a file of the size that a subnet.env may have and a byte.
+// What is no ordinary file might never end, or never begin.
+func readOrdinary(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil {
+		return nil, err
+	} else if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not an ordinary file", path)
+	}
+	return io.ReadAll(io.LimitReader(f, maxSubnetEnv+1))
 }
 
 // WriteSubnetEnv makes the file at path hold e, and nothing in between: a

@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 )
 
 func prefixes(s ...string) []netip.Prefix {
@@ -42,6 +43,9 @@ func TestSubnetEnvIsFlannels(t *testing.T) {
 		},
 		"FLANNEL_IPV6_NETWORK=fd00:12::/48\nFLANNEL_IPV6_SUBNET=fd00:12:0:13::1/64\nFLANNEL_MTU=1280\nFLANNEL_IPMASQ=true\n": {
 			Networks: prefixes("fd00:12::/48"), Gateways: prefixes("fd00:12:0:13::1/64"), MTU: 1280, IPMasq: true,
+		},
+		"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.72.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\nCULVERT_LEASE_EXPIRES=2026-02-03T04:05:06Z\n": {
+			Networks: prefixes("10.5.0.0/16"), Gateways: prefixes("10.5.72.1/24"), MTU: 1450, Expires: time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC),
 		},
 		// flannel joins several networks by commas.
 		"FLANNEL_NETWORK=10.5.0.0/16,10.7.0.0/16\nFLANNEL_SUBNET=10.7.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n": {
@@ -79,6 +83,8 @@ func TestSubnetEnvRefuses(t *testing.T) {
 		{"FLANNEL_IPMASQ=true\n", "", "FLANNEL_IPMASQ is missing"},
 		{"FLANNEL_IPMASQ=true\n", "FLANNEL_IPMASQ=yes\n", `FLANNEL_IPMASQ="yes": neither true nor false`},
 		{"=1430", "=1430 bytes", "not a number"},
+		{"FLANNEL_MTU", "CULVERT_LEASE_EXPIRES=tomorrow\nFLANNEL_MTU", "not a time"},
+		{"FLANNEL_MTU", "CULVERT_LEASE_EXPIRES=\nFLANNEL_MTU", "not a time"},
 		{"=1430", "=-1", "not between 68 and 65535"},
 		{"=1430", "=99999999999999999999", "not a number"},
 		{"=1430", "=1279", "FLANNEL_MTU=1279 is below 1280, the least that IPv6 allows"},

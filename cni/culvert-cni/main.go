@@ -5,12 +5,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"runtime/debug"
 
 	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 
 	"culvert/cni"
@@ -27,5 +29,26 @@ func main() {
 		}
 	}
 	about := fmt.Sprintf("CNI plugin %s of culvert, version %s", filepath.Base(os.Args[0]), buildVersion)
+	// VERSION reads no input, and none comes where a person starts the plugin.
+	if c := os.Getenv("CNI_COMMAND"); c != "" && c != "VERSION" {
+		in, err := cni.BoundedStdin(os.Stdin)
+		if err != nil {
+			fail(err)
+		}
+		os.Stdin = in
+	}
 	skel.PluginMainFuncs(cni.NewPlugin(os.Args[0]).Funcs(), version.All, about)
+}
+
+// fail ends the plugin as the specification has it: the error on standard
+// output, and an exit code that is not 0.
+func fail(err error) {
+	var e *types.Error
+	if !errors.As(err, &e) {
+		e = types.NewError(types.ErrInternal, err.Error(), "")
+	}
+	if err := e.Print(); err != nil {
+		fmt.Fprintln(os.Stderr, "culvert-cni:", err)
+	}
+	os.Exit(1)
 }

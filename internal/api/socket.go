@@ -10,15 +10,16 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"syscall"
+
+	"culvert/internal/api/readiness"
 )
 
 // DefaultRunDir is where a daemon keeps its socket, subnet.env and state.
 const DefaultRunDir = "/run/culvert"
 
 // SocketPath is the daemon's socket within its run directory.
-func SocketPath(runDir string) string { return filepath.Join(runDir, "culvert.sock") }
+func SocketPath(runDir string) string { return readiness.SocketPath(runDir) }
 
 // Listen opens the daemon's socket. A socket that a killed daemon left behind
 // is replaced; one that a running daemon answers on is an error.
@@ -53,6 +54,17 @@ func Handler(status func() Status) http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		// A client that went away is no concern of the daemon's.
 		_ = json.NewEncoder(w).Encode(status())
+	})
+	return mux
+}
+
+// ReadinessHandler serves the CNI plugin's question. The answer must not wait
+// for anything.
+func ReadinessHandler(answer func() readiness.Answer) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+readiness.Path, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(answer())
 	})
 	return mux
 }

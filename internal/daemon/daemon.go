@@ -76,7 +76,7 @@ func Run(ctx context.Context, o Options) error {
 	// context of its own: while waiting for etcd is when people ask.
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var servers errgroup.Group
-	servers.Go(func() error { return serve(serving, socket, api.Handler(d.health.status)) })
+	servers.Go(func() error { return serve(serving, socket, d.health.socket()) })
 	defer func() { _ = servers.Wait() }()
 	defer stop()
 	if o.Metrics != "" {
@@ -128,7 +128,7 @@ func (d *node) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = d.serve(ctx, registry, path, lease)
+	err = d.serve(ctx, registry, path, lease, registry.Held)
 	return errors.Join(stopped(ctx, err), path.Close(backend.Keep))
 }
 
@@ -239,12 +239,20 @@ func (d *node) open(_ Datapath, why string, c subnet.Config, l subnet.Lease, n b
 
 // serve runs the parts of a node that has its lease and its datapath, until
 // ctx ends or one of them fails.
-func (d *node) serve(ctx context.Context, r subnet.Registry, path backend.Backend, lease subnet.Lease) error {
+func (d *node) serve(ctx context.Context, r subnet.Registry, path backend.Backend, lease subnet.Lease, held func() (subnet.Lease, bool)) error {
 	d.health.setDatapath(path)
 	parts, ctx := errgroup.WithContext(ctx)
+	file := &subnetFile{path: d.options.SubnetFile}
 	parts.Go(func() error { return path.Run(ctx) })
-	parts.Go(func() error { return r.Hold(ctx, lease) })
-	parts.Go(func() error { return d.follow(ctx, r, path, lease) })
+	parts.Go(func() error {
+		err := r.Hold(ctx, lease)
+		if errors.Is(err, subnet.ErrLost) {
+			return errors.Join(err, file.extend(time.Now()))
+		}
+		return err
+	})
+	parts.Go(func() error { return d.renewSubnetFile(ctx, file, held) })
+	parts.Go(func() error { return d.follow(ctx, r, path, lease, file) })
 	err := parts.Wait()
 	if _, e := daemon.SdNotify(false, daemon.SdNotifyStopping); e != nil {
 		d.log.Debug("systemd was not told", "error", e)
@@ -255,7 +263,7 @@ func (d *node) serve(ctx context.Context, r subnet.Registry, path backend.Backen
 
 // follow makes the datapath equal to each snapshot. With the first one the node
 // is ready, and says so to the CNI plugin by writing subnet.env.
-func (d *node) follow(ctx context.Context, r subnet.Registry, path backend.Backend, lease subnet.Lease) error {
+func (d *node) follow(ctx context.Context, r subnet.Registry, path backend.Backend, lease subnet.Lease, file *subnetFile) error {
 	written := false
 	for snapshot, err := range r.Watch(ctx, lease) {
 		if err != nil {
@@ -269,7 +277,7 @@ func (d *node) follow(ctx context.Context, r subnet.Registry, path backend.Backe
 			continue
 		}
 		if !written {
-			if err := d.writeSubnetEnv(snapshot.Config, lease, path.Status().MTU); err != nil {
+			if err := file.write(subnetEnv(snapshot.Config, lease, path.Status().MTU)); err != nil {
 				return err
 			}
 			written = true
@@ -279,20 +287,6 @@ func (d *node) follow(ctx context.Context, r subnet.Registry, path backend.Backe
 			d.log.Info("node ready", "subnet", lease.Subnets(), "peers", len(snapshot.Peers))
 		}
 		d.health.ready()
-	}
-	return nil
-}
-
-func (d *node) writeSubnetEnv(c subnet.Config, l subnet.Lease, mtu int) error {
-	env := cni.SubnetEnv{MTU: mtu, IPMasq: true}
-	for _, n := range c.Networks {
-		env.Networks = append(env.Networks, n.Prefix)
-	}
-	for _, e := range l.Endpoints {
-		env.Gateways = append(env.Gateways, netip.PrefixFrom(e.Subnet.Addr().Next(), e.Subnet.Bits()))
-	}
-	if err := cni.WriteSubnetEnv(d.options.SubnetFile, env); err != nil {
-		return fmt.Errorf("writing %s: %w", d.options.SubnetFile, err)
 	}
 	return nil
 }

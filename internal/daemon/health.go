@@ -16,6 +16,7 @@ import (
 
 	"culvert/backend"
 	"culvert/internal/api"
+	"culvert/internal/api/readiness"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -121,6 +122,37 @@ func (h *health) status() api.Status {
 		s.Datapath = h.path.Status()
 	}
 	return s
+}
+
+// readiness answers the CNI plugin. It asks nothing of the datapath, which may
+// be what hangs.
+func (h *health) readiness(now time.Time) readiness.Answer {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s := h.said
+	switch {
+	case s.Lease == nil:
+		return readiness.Answer{Code: readiness.NoLease, Reason: "this node has no lease yet: " + s.NotReady}
+	case !s.Lease.Expires.IsZero() && now.After(s.Lease.Expires):
+		why := "it was not renewed"
+		if s.Store.Error != "" {
+			why = "etcd is out of reach: " + s.Store.Error
+		}
+		return readiness.Answer{Code: readiness.Fenced, Reason: fmt.Sprintf(
+			"the lease of %v ran out at %s (%s): its addresses may be another node's; the pods that are here keep theirs",
+			s.Lease.Subnets, s.Lease.Expires.Format(time.RFC3339), why)}
+	case !s.Ready:
+		return readiness.Answer{Code: readiness.DatapathDown, Reason: "the datapath does not carry packets: " + s.NotReady}
+	}
+	return readiness.Answer{Ready: true}
+}
+
+// socket serves everything that is asked on the daemon's unix socket.
+func (h *health) socket() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/", api.Handler(h.status))
+	mux.Handle(readiness.Path, api.ReadinessHandler(func() readiness.Answer { return h.readiness(time.Now()) }))
+	return mux
 }
 
 // serve serves until ctx ends.
