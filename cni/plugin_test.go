@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -148,11 +149,13 @@ func (h host) expect(t *testing.T, when string, records, addresses []string) {
 	}
 }
 
+var sandboxes atomic.Int64
+
 // sandbox makes a pod's namespace without any plugin; its name is an
 // address for the tests, its path goes to the plugin.
-func sandbox(t *testing.T, h host) *lab.Namespace {
+func sandbox(t testing.TB, h host) *lab.Namespace {
 	t.Helper()
-	ns, err := h.l.AddNamespace(t.Name()[4:8] + fmt.Sprint(len(h.records())))
+	ns, err := h.l.AddNamespace("s" + fmt.Sprint(sandboxes.Add(1)))
 	if err != nil {
 		t.Fatal(err)
 	}
