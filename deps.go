@@ -24,8 +24,6 @@ import (
 	_ "golang.org/x/perf/benchfmt"
 	_ "golang.org/x/sys/unix"
 	_ "golang.zx2c4.com/wireguard/tun"
-	_ "gonum.org/v1/plot"
-	_ "gonum.org/v1/plot/vg/vgsvg"
 	_ "k8s.io/api/apps/v1"
 	_ "k8s.io/api/core/v1"
 	_ "k8s.io/api/rbac/v1"

@@ -74,6 +74,8 @@ func Underlays() []string {
 	return append(names, Existing)
 }
 
+const offloadProfile = lab.Offload
+
 // Existing is the underlay between two real hosts.
 const Existing = "existing"
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -23,12 +24,33 @@ type Options struct {
 
 	Version string // of culvert
 	Self    string // path of the program that has `bench node`
-	// Prior is a report to go on with: what it has is not measured again.
-	Prior *Report
 	// Progress is called before each measurement.
 	Progress func(Progress)
 	// Save is called after each measurement.
 	Save func(*Report) error
+
+	prior *Report
+}
+
+// Resume makes Run go on with an earlier report: what it has is not measured
+// again. It is refused if its figures are none of this machine, this version
+// and this method.
+func (o *Options) Resume(prior *Report) error {
+	now, was := thisMachine(), prior.Machine
+	for _, f := range []struct{ what, was, now string }{
+		{"culvert", was.Culvert, o.Version},
+		{"kernel", was.Kernel, now.Kernel},
+		{"CPU", was.CPU, now.CPU},
+		{"generator", was.Generator, o.Generator},
+		{"duration", seconds(was.Duration), o.Duration.String()},
+		{"warm-up", seconds(was.Warmup), o.Warmup.String()},
+	} {
+		if f.was != f.now {
+			return fmt.Errorf("the report there has %s %s, and this run %s: name another file, or remove it", f.what, f.was, f.now)
+		}
+	}
+	o.prior = prior
+	return nil
 }
 
 // Progress is how far a run has come.
@@ -107,6 +129,20 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		m.Programs["iperf3"] = iperf3Version()
 	}
 	m.Offloads = map[string]map[string]bool{}
+	if o.prior != nil {
+		r.report.Results, r.report.Failed = slices.Clone(o.prior.Results), slices.Clone(o.prior.Failed)
+		m.Time, m.Load, m.Steal = o.prior.Machine.Time, max(m.Load, o.prior.Machine.Load), o.prior.Machine.Steal
+		maps.Copy(m.Offloads, o.prior.Machine.Offloads)
+		maps.Copy(m.Programs, o.prior.Machine.Programs)
+		// What failed is tried again.
+		for _, u := range o.Underlays {
+			for _, d := range o.Datapaths {
+				for _, w := range append([]string{""}, o.Workloads...) {
+					r.report.forgive(u, d, w)
+				}
+			}
+		}
+	}
 	defer load.Quiet()()
 	err := r.run(ctx)
 	r.report.sort()

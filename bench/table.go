@@ -80,12 +80,8 @@ func (r *Report) Table(w io.Writer, reference string) error {
 }
 
 func (r *Report) section(b *strings.Builder, underlay string, s section, reference string) {
-	s.columns = slices.DeleteFunc(slices.Clone(s.columns), func(c column) bool {
-		return !slices.ContainsFunc(r.Results, func(x Result) bool {
-			return x.Underlay == underlay && x.Workload == c.workload && x.Metric == c.metric
-		})
-	})
-	if len(s.columns) == 0 {
+	columns := r.columns(underlay, s)
+	if len(columns) == 0 {
 		return
 	}
 	t := tabwriter.NewWriter(b, 0, 0, 2, ' ', tabwriter.AlignRight)
@@ -96,20 +92,16 @@ func (r *Report) section(b *strings.Builder, underlay string, s section, referen
 	}
 	fmt.Fprintf(b, "\n%s on underlay %s\n", s.title, underlay)
 	fmt.Fprintf(t, "%-*s\t", width, "datapath")
-	for _, c := range s.columns {
+	for _, c := range columns {
 		fmt.Fprintf(t, "%s\t \t", c.title)
 	}
 	fmt.Fprintln(t)
 	for _, d := range names {
 		fmt.Fprintf(t, "%-*s\t", width, d)
-		for _, c := range s.columns {
+		for _, c := range columns {
 			x, ok := r.Find(underlay, d, c.workload, c.metric)
 			if !ok {
-				mark := "-"
-				if _, failed := r.failed(underlay, d, c.workload); failed {
-					mark = "FAILED"
-				}
-				fmt.Fprintf(t, "%s\t\t", mark)
+				fmt.Fprintf(t, "%s\t\t", r.absent(underlay, d, c))
 				continue
 			}
 			fmt.Fprintf(t, "%s%s\t%s\t", figure(x.Median), spread(x), r.ratio(x, reference))
@@ -117,6 +109,23 @@ func (r *Report) section(b *strings.Builder, underlay string, s section, referen
 		fmt.Fprintln(t)
 	}
 	_ = t.Flush()
+}
+
+// columns are those of the section that the underlay has any figure of.
+func (r *Report) columns(underlay string, s section) []column {
+	return slices.DeleteFunc(slices.Clone(s.columns), func(c column) bool {
+		return !slices.ContainsFunc(r.Results, func(x Result) bool {
+			return x.Underlay == underlay && x.Workload == c.workload && x.Metric == c.metric
+		})
+	})
+}
+
+// absent is shown in place of a figure that is not there.
+func (r *Report) absent(underlay, datapath string, c column) string {
+	if f, failed := r.failed(underlay, datapath, c.workload); failed && !f.Unavailable {
+		return "FAILED"
+	}
+	return "-"
 }
 
 // ratio is the figure's to that of the reference, as the table shows it.
@@ -208,7 +217,7 @@ func (r *Report) underlays() []string {
 	return slices.DeleteFunc(Underlays(), func(u string) bool { return len(r.datapaths(u)) == 0 })
 }
 
-// datapaths returns those with a result on the underlay, in order.
+// datapaths returns those with a result, or a failure of a part, on the underlay, in order.
 func (r *Report) datapaths(underlay string) []string {
 	return slices.DeleteFunc(datapathNames(), func(d string) bool {
 		return !slices.ContainsFunc(r.Results, func(x Result) bool { return x.Underlay == underlay && x.Datapath == d })

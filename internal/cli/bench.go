@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -27,8 +29,112 @@ type benchFlags struct {
 	duration, warmup                time.Duration
 	quick                           bool
 	generator                       string
-	reference                       string
-	json                            string
+	resume                          string
+	out                             benchOutput
+}
+
+// benchOutput is where a report goes: to files, or to standard output ("-"); as
+// a table to the latter if nothing else is.
+type benchOutput struct {
+	reference                string
+	json, csv, gobench, html string
+	docs                     string
+}
+
+func (o *benchOutput) addTo(c *cobra.Command) {
+	flags := c.Flags()
+	flags.StringVar(&o.reference, "reference", "vxlan/kernel", "the datapath that ratios are to")
+	for _, f := range []struct {
+		value       *string
+		name, usage string
+	}{
+		{&o.json, "json", "write the report as JSON to standard output, or with =FILE to a file"},
+		{&o.csv, "csv", "write it as CSV; the same"},
+		{&o.gobench, "gobench", "write it in Go's benchmark format, for benchstat; the same"},
+	} {
+		flags.StringVar(f.value, f.name, "", f.usage)
+		flags.Lookup(f.name).NoOptDefVal = "-"
+	}
+	flags.StringVar(&o.html, "html", "", "write it as one page with charts to this file")
+	flags.StringVar(&o.docs, "docs", "", "put results and charts into benchmarks.md of this directory")
+	_ = c.RegisterFlagCompletionFunc("reference", cobra.FixedCompletions(benchDatapaths(), cobra.ShellCompDirectiveNoFileComp))
+}
+
+func (o *benchOutput) check() error {
+	if !slices.Contains(benchDatapaths(), o.reference) {
+		return usagef("bench: --reference %s: %s", o.reference, strings.Join(benchDatapaths(), ", "))
+	}
+	// Found out before an hour of measuring, not after.
+	for _, path := range []string{o.json, o.csv, o.gobench, o.html} {
+		if path == "" || path == "-" {
+			continue
+		}
+		if st, err := os.Stat(filepath.Dir(path)); err != nil || !st.IsDir() {
+			return usagef("bench: %s cannot be written: %s is no directory", path, filepath.Dir(path))
+		}
+	}
+	if o.docs != "" {
+		if _, err := os.Stat(filepath.Join(o.docs, bench.DocsFile)); err != nil {
+			return usagef("bench: --docs %s: %w", o.docs, err)
+		}
+	}
+	return nil
+}
+
+func benchDatapaths() []string {
+	var names []string
+	for _, d := range bench.Datapaths() {
+		names = append(names, d.Name)
+	}
+	return names
+}
+
+// write writes the report as was asked.
+func (o *benchOutput) write(out io.Writer, r *bench.Report) error {
+	shown := false
+	var errs []error
+	for _, f := range []struct {
+		path  string
+		write func(io.Writer) error
+	}{
+		{o.json, func(w io.Writer) error {
+			text, err := r.JSON()
+			if err == nil {
+				_, err = w.Write(text)
+			}
+			return err
+		}},
+		{o.csv, r.CSV},
+		{o.gobench, r.GoBench},
+		{o.html, func(w io.Writer) error { return r.HTML(w, o.reference) }},
+	} {
+		switch f.path {
+		case "":
+		case "-":
+			shown = true
+			errs = append(errs, f.write(out))
+		default:
+			errs = append(errs, writeFile(f.path, f.write))
+		}
+	}
+	if o.docs != "" {
+		errs = append(errs, r.Docs(o.docs, o.reference))
+	}
+	if !shown {
+		errs = append(errs, r.Table(out, o.reference))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("bench: writing the report: %w", err)
+	}
+	return nil
+}
+
+func writeFile(path string, write func(io.Writer) error) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(write(f), f.Close())
 }
 
 // What --quick chooses.
@@ -71,10 +177,12 @@ It needs root, or user namespaces and /dev/net/tun.`,
 	flags.DurationVar(&f.duration, "duration", time.Second, "how long each is measured")
 	flags.DurationVar(&f.warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
 	flags.StringVar(&f.generator, "generator", "builtin", "what makes the traffic: builtin or iperf3")
-	flags.StringVar(&f.reference, "reference", "vxlan/kernel", "the datapath that ratios are to")
-	flags.StringVar(&f.json, "json", "", "write the report as JSON to this file")
-	flags.Lookup("json").NoOptDefVal = "-"
-	c.AddCommand(newBenchNodeCommand())
+	flags.StringVar(&f.resume, "resume", "", "keep the report in this file as JSON, and go on with what it has already")
+	f.out.addTo(c)
+	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": {"builtin", "iperf3"}} {
+		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
+	}
+	c.AddCommand(newBenchCompareCommand(), newBenchReportCommand(), newBenchNodeCommand())
 	return c
 }
 
@@ -87,9 +195,7 @@ func (f *benchFlags) run(c *cobra.Command) error {
 		choose(c, "warmup", &f.warmup, quickWarmup)
 	}
 	if len(f.datapaths) == 0 {
-		for _, d := range bench.Datapaths() {
-			f.datapaths = append(f.datapaths, d.Name)
-		}
+		f.datapaths = benchDatapaths()
 	}
 	self, err := os.Executable()
 	if err != nil {
@@ -103,8 +209,18 @@ func (f *benchFlags) run(c *cobra.Command) error {
 	if err := o.Check(); err != nil {
 		return usagef("bench: %w", err)
 	}
-	if !slices.ContainsFunc(bench.Datapaths(), func(d bench.Datapath) bool { return d.Name == f.reference }) {
-		return usagef("bench: --reference %s: %s", f.reference, strings.Join(f.datapaths, ", "))
+	if err := f.out.check(); err != nil {
+		return err
+	}
+	if f.resume != "" {
+		prior, err := bench.Load(f.resume)
+		if err == nil {
+			err = o.Resume(prior)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("bench: --resume: %w", err)
+		}
+		o.Save = func(r *bench.Report) error { return r.Save(f.resume) }
 	}
 	return inLab("bench", func() error { return f.measure(c, o) })
 }
@@ -156,23 +272,7 @@ func (f *benchFlags) measure(c *cobra.Command, o bench.Options) error {
 	} else if err != nil {
 		err = fmt.Errorf("bench: %w", err)
 	}
-	return errors.Join(f.write(c.OutOrStdout(), report), err)
-}
-
-func (f *benchFlags) write(out io.Writer, r *bench.Report) error {
-	if f.json == "-" {
-		text, err := r.JSON()
-		if err == nil {
-			_, err = out.Write(text)
-		}
-		return err
-	}
-	if f.json != "" {
-		if err := r.Save(f.json); err != nil {
-			return fmt.Errorf("bench: %w", err)
-		}
-	}
-	return r.Table(out, f.reference)
+	return errors.Join(f.out.write(c.OutOrStdout(), report), err)
 }
 
 // progressBar shows how far a run has come: on a terminal as a bar, else as a
@@ -213,6 +313,64 @@ func (b *progressBar) clear() {
 	if b.terminal {
 		fmt.Fprint(b.w, "\r\x1b[K")
 	}
+}
+
+func newBenchReportCommand() *cobra.Command {
+	var o benchOutput
+	c := &cobra.Command{
+		Use:   "report FILE",
+		Short: "Show a report that was written as JSON, or write it in another form",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			if err := o.check(); err != nil {
+				return err
+			}
+			r, err := bench.Load(args[0])
+			if err != nil {
+				return fmt.Errorf("bench report: %w", err)
+			}
+			return o.write(c.OutOrStdout(), r)
+		},
+	}
+	o.addTo(c)
+	return c
+}
+
+func newBenchCompareCommand() *cobra.Command {
+	floor := 10.0
+	c := &cobra.Command{
+		Use:   "compare OLD NEW",
+		Short: "Show what changed between two reports beyond noise",
+		Long: `Show what changed between two reports (culvert bench --json=FILE) beyond noise: by
+5 % or more, and with no round of one report among the rounds of the other.
+
+Exit code 1 if a figure got worse by more than --floor.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			if floor < 0 {
+				return usagef("bench compare: --floor %g: 0 or more", floor)
+			}
+			before, err := bench.Load(args[0])
+			if err != nil {
+				return fmt.Errorf("bench compare: %w", err)
+			}
+			after, err := bench.Load(args[1])
+			if err != nil {
+				return fmt.Errorf("bench compare: %w", err)
+			}
+			changes := bench.Compare(before, after)
+			if err := changes.Table(c.OutOrStdout(), floor/100); err != nil {
+				return fmt.Errorf("bench compare: %w", err)
+			}
+			if worse := changes.Regressions(floor / 100); len(worse) > 0 {
+				fmt.Fprintf(c.ErrOrStderr(), "culvert: bench compare: %s got worse by more than %g %%\n", count(len(worse), "figure"), floor)
+				return errReported
+			}
+			return nil
+		},
+	}
+	c.Flags().Float64Var(&floor, "floor", floor, "how much worse a figure may get, in percent")
+	return c
 }
 
 // newBenchNodeCommand is what culvert bench starts in its nodes.

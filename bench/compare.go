@@ -1,0 +1,141 @@
+package bench
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+	"strings"
+	"text/tabwriter"
+)
+
+// EffectFloor is the least change, as a share, that a comparison calls one: two
+// runs of one program have differed by less.
+const EffectFloor = 0.05
+
+// Change is a figure that two reports have in common and that changed.
+type Change struct {
+	Old, New Result
+	// Delta is the change of the median as a share of the old one.
+	Delta float64
+	// Better says in which direction it went.
+	Better bool
+}
+
+// Comparison is what changed from one report to another.
+type Comparison struct {
+	Changes []Change // beyond noise, the worst first
+	// Same is how many figures did not change, OnlyOld and OnlyNew those
+	// that the other report does not have.
+	Same, OnlyOld, OnlyNew int
+	// Warnings say what makes the comparison doubtful.
+	Warnings []string
+}
+
+// Compare lists what changed beyond noise: medians that differ by EffectFloor or
+// more, while no round of one report lies among the rounds of the other.
+func Compare(before, after *Report) Comparison {
+	var c Comparison
+	old := map[key]Result{}
+	for _, x := range before.Results {
+		old[x.key()] = x
+	}
+	single := false
+	for _, now := range after.Results {
+		was, ok := old[now.key()]
+		if !ok {
+			c.OnlyNew++
+			continue
+		}
+		delete(old, now.key())
+		single = single || len(now.Rounds) < 2 || len(was.Rounds) < 2
+		ch := Change{Old: was, New: now}
+		if was.Median != 0 {
+			ch.Delta = now.Median/was.Median - 1
+		} else if now.Median != 0 {
+			ch.Delta = math.Inf(1)
+		}
+		apart := now.Min > was.Max || now.Max < was.Min
+		if math.Abs(ch.Delta) < EffectFloor || !apart {
+			c.Same++
+			continue
+		}
+		ch.Better = ch.Delta > 0 == now.Metric.Higher()
+		c.Changes = append(c.Changes, ch)
+	}
+	c.OnlyOld = len(old)
+	slices.SortStableFunc(c.Changes, func(a, b Change) int { return cmp.Compare(a.gain(), b.gain()) })
+	c.Warnings = doubts(before.Machine, after.Machine)
+	if single {
+		c.Warnings = append(c.Warnings, "some figures were measured once only, which tells nothing of noise")
+	}
+	return c
+}
+
+// gain is positive where things got better.
+func (c Change) gain() float64 {
+	if c.Better {
+		return math.Abs(c.Delta)
+	}
+	return -math.Abs(c.Delta)
+}
+
+func doubts(a, b Machine) []string {
+	var found []string
+	for _, f := range []struct{ what, a, b string }{
+		{"kernel", a.Kernel, b.Kernel},
+		{"CPU", fmt.Sprintf("%d x %s", a.CPUs, a.CPU), fmt.Sprintf("%d x %s", b.CPUs, b.CPU)},
+		{"governor", a.Governor, b.Governor},
+		{"generator", a.Generator, b.Generator},
+		{"duration", seconds(a.Duration), seconds(b.Duration)},
+		{"congestion control", a.Congestion, b.Congestion},
+	} {
+		if f.a != f.b {
+			found = append(found, fmt.Sprintf("the %s was %s and is %s", f.what, f.a, f.b))
+		}
+	}
+	return found
+}
+
+// Regressions are the changes for the worse by more than floor, a share.
+func (c Comparison) Regressions(floor float64) []Change {
+	var worse []Change
+	for _, ch := range c.Changes {
+		if !ch.Better && math.Abs(ch.Delta) > floor {
+			worse = append(worse, ch)
+		}
+	}
+	return worse
+}
+
+// Table writes the comparison for a person.
+func (c Comparison) Table(w io.Writer, floor float64) error {
+	var b strings.Builder
+	for _, s := range c.Warnings {
+		fmt.Fprintf(&b, "Warning: %s.\n", s)
+	}
+	if len(c.Changes) > 0 {
+		t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+		fmt.Fprintf(t, "UNDERLAY\tDATAPATH\tWORKLOAD\tMETRIC\tOLD\tNEW\tCHANGE\t\n")
+		for _, ch := range c.Changes {
+			verdict := "better"
+			switch {
+			case !ch.Better && math.Abs(ch.Delta) > floor:
+				verdict = "REGRESSION"
+			case !ch.Better:
+				verdict = "worse"
+			}
+			x := ch.New
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%+.1f %%\t%s\n", x.Underlay, x.Datapath, x.Workload, x.Metric,
+				figure(ch.Old.Median), figure(x.Median), ch.Delta*100, verdict)
+		}
+		_ = t.Flush()
+	}
+	fmt.Fprintf(&b, "%d figures changed by %.0f %% or more beyond the spread of their rounds; %d did not.\n", len(c.Changes), EffectFloor*100, c.Same)
+	if c.OnlyOld+c.OnlyNew > 0 {
+		fmt.Fprintf(&b, "%d are in the old report only, %d in the new one only.\n", c.OnlyOld, c.OnlyNew)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}

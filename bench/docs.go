@@ -1,0 +1,120 @@
+package bench
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// DocsFile is the page of the documentation that has the results.
+const DocsFile = "benchmarks.md"
+
+// The results stand between these lines of it.
+const (
+	docsBegin = "<!-- results: written by culvert bench --docs; do not edit -->"
+	docsEnd   = "<!-- end of results -->"
+)
+
+// Docs puts the results into benchmarks.md of a directory, between two marks,
+// and the charts beside it, in place of earlier ones.
+func (r *Report) Docs(dir, reference string) error {
+	path := filepath.Join(dir, DocsFile)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	head, rest, ok := strings.Cut(string(text), docsBegin)
+	_, tail, ok2 := strings.Cut(rest, docsEnd)
+	if !ok || !ok2 {
+		return fmt.Errorf("%s has no place for results: the lines %q and %q", path, docsBegin, docsEnd)
+	}
+	charts, err := r.charts()
+	if err != nil {
+		return err
+	}
+	pictures := filepath.Join(dir, "charts")
+	if err := os.MkdirAll(pictures, 0o755); err != nil {
+		return err
+	}
+	old, err := filepath.Glob(filepath.Join(pictures, "*.svg"))
+	if err != nil {
+		return err
+	}
+	for _, f := range old {
+		if err := os.Remove(f); err != nil {
+			return err
+		}
+	}
+	for _, c := range charts {
+		if err := os.WriteFile(filepath.Join(pictures, c.Name+".svg"), []byte(r.standalone(c)), 0o644); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(path, []byte(head+docsBegin+"\n\n"+r.markdown(charts, reference)+"\n"+docsEnd+tail), 0o644)
+}
+
+// standalone is a chart as a file of its own, with its colours and their key.
+func (r *Report) standalone(c chart) string {
+	style := fmt.Sprintf("<style>:root{%s}@media (prefers-color-scheme:dark){:root{%s}}</style>\n<rect width=%q height=%q style=%q/>\n",
+		palette, paletteDark, "100%", "100%", "fill:var(--paper)")
+	end := strings.Index(c.SVG, ">") + 1
+	return c.SVG[:end] + "\n" + style + c.SVG[end:]
+}
+
+func (r *Report) markdown(charts []chart, reference string) string {
+	var b strings.Builder
+	for _, f := range r.Machine.facts() {
+		fmt.Fprintf(&b, "- %s: %s\n", f.Name, f.Value)
+	}
+	fmt.Fprintf(&b, "\nMedians, half of the span between the least and the greatest round, and the ratio to %s;\na ? marks a ratio that the rounds' spread makes worthless.\n", reference)
+	colours := []string{"blue", "orange", "green", "violet", "grey"}
+	var keys []string
+	for i, u := range Underlays() {
+		if slices.Contains(r.underlays(), u) {
+			keys = append(keys, colours[i]+" is "+u)
+		}
+	}
+	fmt.Fprintf(&b, "In the charts %s.\n", strings.Join(keys, ", "))
+	for _, u := range r.underlays() {
+		for _, s := range sections() {
+			columns := r.columns(u, s)
+			if len(columns) == 0 {
+				continue
+			}
+			fmt.Fprintf(&b, "\n### %s on underlay %s\n\n| datapath |", s.title, u)
+			for _, c := range columns {
+				fmt.Fprintf(&b, " %s |", c.title)
+			}
+			fmt.Fprintf(&b, "\n| --- |%s\n", strings.Repeat(" ---: |", len(columns)))
+			for _, d := range r.datapaths(u) {
+				fmt.Fprintf(&b, "| %s |", d)
+				for _, c := range columns {
+					x, ok := r.Find(u, d, c.workload, c.metric)
+					if !ok {
+						fmt.Fprintf(&b, " %s |", r.absent(u, d, c))
+						continue
+					}
+					fmt.Fprintf(&b, " %s |", strings.TrimSpace(figure(x.Median)+spread(x)+" "+r.ratio(x, reference)))
+				}
+				fmt.Fprintln(&b)
+			}
+		}
+	}
+	if len(r.Failed) > 0 {
+		fmt.Fprintf(&b, "\n### Without a result\n\n")
+		for _, f := range grouped(r.Failed) {
+			where := f.Underlay
+			if f.Workload != "" {
+				where += ", " + f.Workload
+			}
+			fmt.Fprintf(&b, "- %s (%s): %s\n", f.Datapath, where, f.Reason)
+		}
+	}
+	fmt.Fprintf(&b, "\n### Charts\n")
+	for _, c := range charts {
+		fmt.Fprintf(&b, "\n![%s](charts/%s.svg)\n", c.Title, c.Name)
+	}
+	return b.String()
+}
