@@ -16,7 +16,7 @@ FUZZTIME ?= 3s
 
 # What test-system needs beyond Go: a container engine, and other people's
 # network tools to check ours against.
-SYSTEM_PACKAGES := docker.io iproute2 iputils-ping nftables iperf3 ethtool tcpdump
+SYSTEM_PACKAGES := docker.io containerd runc util-linux iproute2 iputils-ping iptables nftables iperf3 ethtool tcpdump
 
 .PHONY: all build
 all: build
