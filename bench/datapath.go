@@ -90,6 +90,7 @@ var errEnded = errors.New("ended")
 type daemon struct {
 	process process
 	runDir  string // of its counters; empty if it has none
+	idle    bool   // it has done its part, and costs nothing
 }
 
 // process is a started program: *lab.Process, or one on this host.

@@ -24,6 +24,7 @@ import (
 // from the TUN device, gets its header, is sent; two system calls for each, by
 // one thread per direction, without any offload. It is the floor.
 type naive struct {
+	name            string
 	device, socket  int
 	wake            netip.Addr // behind the device
 	header          [encap.VXLANHeaderLen]byte
@@ -38,7 +39,7 @@ func (c *naiveCounters) traffic() api.Traffic {
 }
 
 func openNaive(h Half) (_ carrier, err error) {
-	n := &naive{device: -1, socket: -1, wake: h.other().Addr().Next()}
+	n := &naive{name: h.device(), device: -1, socket: -1, wake: h.other().Addr().Next()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
@@ -47,13 +48,13 @@ func openNaive(h Half) (_ carrier, err error) {
 	if n.device, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
 		return nil, fmt.Errorf("opening /dev/net/tun: %w", err)
 	}
-	request, err := unix.NewIfreq(deviceName)
+	request, err := unix.NewIfreq(h.device())
 	if err != nil {
 		return nil, err
 	}
 	request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
 	if err := unix.IoctlIfreq(n.device, unix.TUNSETIFF, request); err != nil {
-		return nil, fmt.Errorf("making the TUN device %s: %w", deviceName, err)
+		return nil, fmt.Errorf("making the TUN device %s: %w", h.device(), err)
 	}
 	if err := tunDevice(h, 50); err != nil {
 		return nil, err
@@ -88,7 +89,7 @@ func openNaive(h Half) (_ carrier, err error) {
 
 // tunDevice configures the TUN device that a half has made.
 func tunDevice(h Half, cost int) error {
-	dev, err := netlink.LinkByName(deviceName)
+	dev, err := netlink.LinkByName(h.device())
 	if err != nil {
 		return err
 	}
@@ -166,7 +167,7 @@ func (n *naive) in() error {
 }
 
 func (n *naive) Status() api.Datapath {
-	return api.Datapath{WireFormat: "vxlan", Kind: "userspace", Device: deviceName, Egress: n.egress.traffic(), Ingress: n.ingress.traffic()}
+	return api.Datapath{WireFormat: "vxlan", Kind: "userspace", Device: n.name, Egress: n.egress.traffic(), Ingress: n.ingress.traffic()}
 }
 
 func (n *naive) Close() error {

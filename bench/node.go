@@ -23,6 +23,7 @@ import (
 // else is agreed between them.
 type Half struct {
 	Datapath string        `json:"datapath"`
+	Slot     int           `json:"slot"`     // tells datapaths apart that share two nodes
 	Index    int           `json:"index"`    // 0 or 1
 	Link     string        `json:"link"`     // the underlay's
 	Underlay [2]netip.Addr `json:"underlay"` // addresses of both nodes
@@ -31,20 +32,33 @@ type Half struct {
 	Peers    int           `json:"peers"`    // in the table, one of which is there
 }
 
-// innerNetwork is what the datapaths of a benchmark carry: node k has subnet
-// k+1, and the first address of it.
-var innerNetwork = netip.MustParsePrefix("10.192.0.0/10")
+// innerNetwork holds the subnets of all datapaths of a benchmark, and wideNetwork
+// those of the peers that are in a table only, too.
+var (
+	innerNetwork = netip.MustParsePrefix("10.213.0.0/16")
+	wideNetwork  = netip.MustParsePrefix("10.192.0.0/10")
+)
 
-func innerSubnet(index int) netip.Prefix {
+// innerSubnet is what a node has of a datapath; its first address is the node's.
+func innerSubnet(slot, index int) netip.Prefix {
 	a := innerNetwork.Addr().As4()
-	k := index + 1
+	a[2] = byte(2*slot + index + 1)
+	return netip.PrefixFrom(netip.AddrFrom4(a), 24)
+}
+
+// absentSubnet is the subnet of a peer that is in the table only.
+func absentSubnet(k int) netip.Prefix {
+	a := wideNetwork.Addr().As4()
 	a[1] += byte(k >> 8)
 	a[2] = byte(k)
 	return netip.PrefixFrom(netip.AddrFrom4(a), 24)
 }
 
-func (h Half) self() netip.Prefix  { return innerSubnet(h.Index) }
-func (h Half) other() netip.Prefix { return innerSubnet(1 - h.Index) }
+func (h Half) self() netip.Prefix  { return innerSubnet(h.Slot, h.Index) }
+func (h Half) other() netip.Prefix { return innerSubnet(h.Slot, 1-h.Index) }
+
+// device is the name of the device that the half makes.
+func (h Half) device() string { return fmt.Sprintf("cvbench%d", h.Slot) }
 
 // ErrUnavailable says that a datapath is not to be had on this machine.
 var ErrUnavailable = errors.New("not available")
@@ -121,14 +135,18 @@ type userspace struct{ *tunnel.Tunnel }
 func (u userspace) Close() error { return u.Tunnel.Close(backend.Remove) }
 
 func openUserspace(h Half, log *slog.Logger) (carrier, error) {
-	cfg, _, err := subnet.ParseConfig(fmt.Appendf(nil, `{"Network":%q,"SubnetLen":24,"Backend":{"Type":"vxlan","Port":%d}}`, innerNetwork, h.Port))
+	network := innerNetwork
+	if h.Peers > 1 {
+		network = wideNetwork
+	}
+	cfg, _, err := subnet.ParseConfig(fmt.Appendf(nil, `{"Network":%q,"SubnetLen":24,"Backend":{"Type":"vxlan","Port":%d}}`, network, h.Port))
 	if err != nil {
 		return nil, err
 	}
-	lease := func(index int, public netip.Addr) subnet.Lease {
-		name := fmt.Sprintf("bench-%d", index)
+	lease := func(prefix netip.Prefix, public netip.Addr) subnet.Lease {
+		name := "bench-" + prefix.Addr().String()
 		return subnet.Lease{Node: name, Backend: "vxlan", Endpoints: []subnet.Endpoint{{
-			Subnet: innerSubnet(index), Public: public,
+			Subnet: prefix, Public: public,
 			VTEP: subnet.VTEP{VNI: cfg.Backend.VNI, MAC: subnet.DeriveMAC(name, cfg.Backend.VNI, false)},
 		}}}
 	}
@@ -136,11 +154,14 @@ func openUserspace(h Half, log *slog.Logger) (carrier, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := subnet.Snapshot{Config: cfg, Self: lease(h.Index, h.Underlay[h.Index])}
-	s.Peers = append(s.Peers, lease(1-h.Index, h.Underlay[1-h.Index]))
-	for k := 1; k < h.Peers; k++ {
-		s.Peers = append(s.Peers, lease(k+1, absent(k)))
+	if err := cfg.CheckUnderlay(under.Networks); err != nil {
+		return nil, err
 	}
+	s := subnet.Snapshot{Config: cfg, Self: lease(h.self(), h.Underlay[h.Index])}
+	for k := 1; k < h.Peers; k++ {
+		s.Peers = append(s.Peers, lease(absentSubnet(k), absent(k)))
+	}
+	s.Peers = append(s.Peers, lease(h.other(), h.Underlay[1-h.Index])) // the last: sorted by subnet
 	t, err := tunnel.Open(tunnel.Options{
 		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{h.Underlay[h.Index]}},
 		Config: cfg, Lease: s.Self, Why: "culvert bench", Log: log,
@@ -157,9 +178,6 @@ func openUserspace(h Half, log *slog.Logger) (carrier, error) {
 // absent is the underlay address of a peer that is in the table only: of
 // 100.64.0.0/10 (RFC 6598).
 func absent(k int) netip.Addr { return netip.AddrFrom4([4]byte{100, 64, byte(k >> 8), byte(k)}) }
-
-// deviceName is the name of the devices that a benchmark makes.
-const deviceName = "cvbench0"
 
 // kernel is a datapath of the kernel's: a device, or routes alone.
 type kernel struct {
@@ -182,9 +200,9 @@ func (k *kernel) Close() error {
 
 // device makes a device with the half's inner address and sets it up.
 func (k *kernel) device(h Half, dev netlink.Link) error {
-	if old, err := netlink.LinkByName(deviceName); err == nil { // of a run that was killed
+	if old, err := netlink.LinkByName(h.device()); err == nil { // of a run that was killed
 		if err := netlink.LinkDel(old); err != nil {
-			return fmt.Errorf("removing an earlier %s: %w", deviceName, err)
+			return fmt.Errorf("removing an earlier %s: %w", h.device(), err)
 		}
 	}
 	if err := netlink.LinkAdd(dev); err != nil {
@@ -240,7 +258,7 @@ func openKernelVXLAN(h Half) (carrier, error) {
 	self, peer := mac(h.Index), mac(1-h.Index)
 	k := &kernel{format: "vxlan"}
 	dev := &netlink.Vxlan{
-		LinkAttrs:    netlink.LinkAttrs{Name: deviceName, MTU: under.Attrs().MTU - 50, HardwareAddr: self[:], TxQLen: 1000},
+		LinkAttrs:    netlink.LinkAttrs{Name: h.device(), MTU: under.Attrs().MTU - 50, HardwareAddr: self[:], TxQLen: 1000},
 		VxlanId:      vni,
 		VtepDevIndex: under.Attrs().Index,
 		SrcAddr:      h.Underlay[h.Index].AsSlice(),
@@ -277,7 +295,7 @@ func openKernelVXLAN(h Half) (carrier, error) {
 func openKernelIPIP(h Half) (carrier, error) {
 	k := &kernel{format: "ipip"}
 	dev := &netlink.Iptun{
-		LinkAttrs: netlink.LinkAttrs{Name: deviceName, TxQLen: 1000},
+		LinkAttrs: netlink.LinkAttrs{Name: h.device(), TxQLen: 1000},
 		Local:     h.Underlay[h.Index].AsSlice(), Remote: h.Underlay[1-h.Index].AsSlice(), PMtuDisc: 1,
 	}
 	err := k.device(h, dev)

@@ -145,7 +145,7 @@ func (s *site) startProgram(ctx context.Context, l *lab.Lab) error {
 	p := s.datapath.Program
 	var ends [2]programEnd
 	for i, n := range l.Nodes {
-		subnet := innerSubnet(i)
+		subnet := innerSubnet(0, i)
 		ends[i] = programEnd{Number: i + 1, Underlay: n.Addrs[0], Inner: subnet.Addr(), Subnet: subnet, Dir: filepath.Join(l.Dir, n.ID)}
 	}
 	etcd := ""

@@ -165,6 +165,11 @@ func (r *Report) failed(underlay, datapath, workload string) (Failure, bool) {
 	return Failure{}, false
 }
 
+// Broken says whether anything failed that was to be had.
+func (r *Report) Broken() bool {
+	return slices.ContainsFunc(r.Failed, func(f Failure) bool { return !f.Unavailable })
+}
+
 func (x *Result) summarize() {
 	x.Median, x.Min, x.Max = median(x.Rounds), slices.Min(x.Rounds), slices.Max(x.Rounds)
 }

@@ -21,6 +21,7 @@ type Options struct {
 	Duration, Warmup time.Duration // of each measurement
 	Lossfree         bool          // UDP: search the highest rate without loss too
 	Generator        string        // "builtin", or "iperf3"
+	Remote           *Remote       // the other host, for the underlay Existing
 
 	Version string // of culvert
 	Self    string // path of the program that has `bench node`
@@ -79,7 +80,13 @@ func (o Options) Check() error {
 			}
 		}
 	}
-	switch {
+	switch existing := slices.Contains(o.Underlays, Existing); {
+	case existing && len(o.Underlays) > 1:
+		return fmt.Errorf("the underlay %s is measured alone: it is another network than those of labs", Existing)
+	case existing && o.Remote == nil:
+		return fmt.Errorf("the underlay %s needs --server on one host and --client ADDR on the other", Existing)
+	case !existing && o.Remote != nil:
+		return fmt.Errorf("a client measures the underlay %s: --underlay %s", Existing, Existing)
 	case o.Rounds < 1:
 		return fmt.Errorf("%d rounds: at least 1", o.Rounds)
 	case o.Duration < 50*time.Millisecond:
@@ -227,7 +234,13 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 		r.skip(underlay, d.Name)
 		return nil
 	}
-	s, err := startLab(ctx, d, siteOptions{profile: lab.Profile(underlay), self: r.Self})
+	var s *site
+	var err error
+	if underlay == Existing {
+		s, err = startExisting(ctx, d, r.Remote, r.Self)
+	} else {
+		s, err = startLab(ctx, d, siteOptions{profile: lab.Profile(underlay), self: r.Self})
+	}
 	if ctx.Err() != nil {
 		if s != nil && err == nil {
 			err = s.close()

@@ -133,6 +133,9 @@ func (s *site) cost(ctx context.Context) (cost, error) {
 
 func costHere(ctx context.Context, daemons []daemon) (c cost, err error) {
 	for _, d := range daemons {
+		if d.idle {
+			continue
+		}
 		pid := d.process.Pid()
 		seconds, err := processCPU(pid)
 		if err != nil {

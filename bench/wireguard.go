@@ -18,7 +18,10 @@ import (
 
 // wireGuard is wireguard-go as the library that it is. It encrypts, which the
 // others do not.
-type wireGuard struct{ device *device.Device }
+type wireGuard struct {
+	name   string
+	device *device.Device
+}
 
 // wireGuardKey derives a node's key: the same at both ends, and of no use but
 // to a benchmark.
@@ -40,16 +43,16 @@ func openWireGuard(h Half, log *slog.Logger) (carrier, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := tun.CreateTUN(deviceName, device.DefaultMTU)
+	t, err := tun.CreateTUN(h.device(), device.DefaultMTU)
 	if err != nil {
-		return nil, fmt.Errorf("making the TUN device %s: %w", deviceName, err)
+		return nil, fmt.Errorf("making the TUN device %s: %w", h.device(), err)
 	}
-	w := &wireGuard{device: device.NewDevice(t, conn.NewDefaultBind(), &device.Logger{
+	w := &wireGuard{name: h.device(), device: device.NewDevice(t, conn.NewDefaultBind(), &device.Logger{
 		Verbosef: device.DiscardLogf,
 		Errorf:   func(format string, args ...any) { log.Error("wireguard-go", "reason", fmt.Sprintf(format, args...)) },
 	})}
 	err = w.device.IpcSet(fmt.Sprintf("private_key=%s\nlisten_port=%d\npublic_key=%s\nallowed_ip=%s\nendpoint=%s:%d\n",
-		hex.EncodeToString(private), h.Port, hex.EncodeToString(peer), innerNetwork, h.Underlay[1-h.Index], h.Port))
+		hex.EncodeToString(private), h.Port, hex.EncodeToString(peer), h.other(), h.Underlay[1-h.Index], h.Port))
 	if err == nil {
 		err = w.device.Up()
 	}
@@ -73,7 +76,7 @@ func (w *wireGuard) Run(ctx context.Context) error {
 
 // Status has no counters: the library keeps none of its system calls.
 func (w *wireGuard) Status() api.Datapath {
-	return api.Datapath{WireFormat: "wireguard", Kind: "userspace", Device: deviceName}
+	return api.Datapath{WireFormat: "wireguard", Kind: "userspace", Device: w.name}
 }
 
 func (w *wireGuard) Close() error {

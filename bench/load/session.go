@@ -106,7 +106,7 @@ func (l Local) Open(_ context.Context, spec Spec) (Session, error) {
 		return nil, fmt.Errorf("%q is no kind of session", spec.Kind)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("opening a %s at %s: %w", spec.Kind, spec.At, err)
+		return nil, fmt.Errorf("opening the far end (%s) at %s: %w", spec.Kind, spec.At, err)
 	}
 	return s, nil
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -30,6 +31,8 @@ type benchFlags struct {
 	quick                           bool
 	generator                       string
 	resume                          string
+	server                          bool
+	listen, client                  string
 	out                             benchOutput
 }
 
@@ -161,9 +164,16 @@ a kind of network (--underlay), and by each datapath in turn. All are measured
 in interleaved rounds, so that a drift of the machine meets all alike; shown are
 medians, and ratios to the reference.
 
-It needs root, or user namespaces and /dev/net/tun.`,
+Between two real hosts, on which culvert does not run: --underlay existing, with
+--server on one and --client on the other.
+
+It needs root, or user namespaces and /dev/net/tun; root for real hosts.
+
+Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 		Example: `  culvert bench --quick
-  culvert bench --underlay cloud --datapath vxlan/kernel,vxlan/userspace --workload tcp1,rr`,
+  culvert bench --underlay cloud --datapath vxlan/kernel,vxlan/userspace --workload tcp1,rr
+  culvert bench --underlay existing --server
+  culvert bench --underlay existing --client 192.0.2.1 --html page.html`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return f.run(c) },
 	}
@@ -179,6 +189,9 @@ It needs root, or user namespaces and /dev/net/tun.`,
 	flags.StringVar(&f.generator, "generator", "builtin", "what makes the traffic: builtin or iperf3")
 	flags.StringVar(&f.resume, "resume", "", "keep the report in this file as JSON, and go on with what it has already")
 	f.out.addTo(c)
+	flags.BoolVar(&f.server, "server", false, "with --underlay existing: be the far end for a client on another host")
+	flags.StringVar(&f.listen, "listen", fmt.Sprintf(":%d", bench.DefaultPort), "where the server listens; who reaches it may use it")
+	flags.StringVar(&f.client, "client", "", "with --underlay existing: measure between this host and the server at this address")
 	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": {"builtin", "iperf3"}} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
 	}
@@ -206,6 +219,12 @@ func (f *benchFlags) run(c *cobra.Command) error {
 		Rounds: f.rounds, Duration: f.duration, Warmup: f.warmup, Lossfree: !f.quick, Generator: f.generator,
 		Version: Version(), Self: self,
 	}
+	if f.server || f.client != "" {
+		if err := f.existing(c, &o); err != nil || f.server {
+			return err
+		}
+		defer o.Remote.Close()
+	}
 	if err := o.Check(); err != nil {
 		return usagef("bench: %w", err)
 	}
@@ -222,7 +241,47 @@ func (f *benchFlags) run(c *cobra.Command) error {
 		}
 		o.Save = func(r *bench.Report) error { return r.Save(f.resume) }
 	}
+	if o.Remote != nil {
+		return f.measure(c, o)
+	}
 	return inLab("bench", func() error { return f.measure(c, o) })
+}
+
+// existing is the server, or connects the client.
+func (f *benchFlags) existing(c *cobra.Command, o *bench.Options) error {
+	choose(c, "underlay", &f.underlays, []string{bench.Existing})
+	o.Underlays = f.underlays
+	switch {
+	case f.server && f.client != "":
+		return usagef("bench: --server and --client are for different hosts")
+	case !slices.Equal(f.underlays, []string{bench.Existing}):
+		return usagef("bench: --server and --client are for --underlay %s", bench.Existing)
+	case !lab.Privileged():
+		return errors.New("bench: measuring between real hosts makes devices on them, and needs root")
+	}
+	if f.client != "" {
+		remote, err := bench.Connect(c.Context(), f.client)
+		if err != nil {
+			return fmt.Errorf("bench: --client %s: %w", f.client, err)
+		}
+		fmt.Fprintf(c.ErrOrStderr(), "The server is on %s.\n", remote.Machine)
+		o.Remote = remote
+		return nil
+	}
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(c.Context(), "tcp", f.listen)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("bench: --listen %s: the port is in use: stop the other server, or name another port", f.listen)
+	}
+	if err != nil {
+		return usagef("bench: --listen %s: %w", f.listen, err)
+	}
+	fmt.Fprintf(c.OutOrStdout(), "ready %s\n", l.Addr())
+	if err := bench.Serve(c.Context(), l, o.Self, slog.New(slog.NewTextHandler(c.ErrOrStderr(), nil))); err != nil {
+		return fmt.Errorf("bench: %w", err)
+	}
+	return nil
 }
 
 // choose sets a flag that was not given.
@@ -272,7 +331,13 @@ func (f *benchFlags) measure(c *cobra.Command, o bench.Options) error {
 	} else if err != nil {
 		err = fmt.Errorf("bench: %w", err)
 	}
-	return errors.Join(f.out.write(c.OutOrStdout(), report), err)
+	if err := errors.Join(f.out.write(c.OutOrStdout(), report), err); err != nil {
+		return err
+	}
+	if report.Broken() {
+		return errReported // the report says what
+	}
+	return nil
 }
 
 // progressBar shows how far a run has come: on a terminal as a bar, else as a

@@ -1,0 +1,378 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/safchain/ethtool"
+
+	"culvert/bench/load"
+	"culvert/internal/host"
+)
+
+// Between two real hosts one is the server and one the client: each carries its
+// half of a datapath, the client dials and keeps the report, and asks the
+// server for the rest over one TCP connection, a line of JSON each way:
+//
+//	client                                  server
+//	hello                  ->               its machine, its underlay's link
+//	start half             ->               starts `bench node` in its own namespace
+//	open, read, close      ->               load.Local
+//	cost of a half         ->               costHere
+//	stop half              ->               ends it
+//
+// When the connection ends, so does everything that the server started for it.
+
+// DefaultPort is where a server listens.
+const DefaultPort = 8475
+
+// protocol is the version of what is said.
+const protocol = 1
+
+type request struct {
+	Do      string    `json:"do"`
+	Half    Half      `json:"half,omitzero"`
+	Spec    load.Spec `json:"spec,omitzero"`
+	Session int       `json:"session,omitempty"`
+}
+
+type response struct {
+	Error       string         `json:"error,omitempty"`
+	Unavailable bool           `json:"unavailable,omitempty"`
+	Protocol    int            `json:"protocol,omitempty"`
+	Machine     string         `json:"machine,omitempty"`
+	Boot        string         `json:"boot,omitempty"` // the kernel's boot ID
+	Link        string         `json:"link,omitempty"`
+	Session     int            `json:"session,omitempty"`
+	At          netip.AddrPort `json:"at,omitzero"`
+	Reading     load.Reading   `json:"reading,omitzero"`
+	Cost        cost           `json:"cost,omitzero"`
+}
+
+// Serve lets clients measure against this host, one at a time, until ctx ends.
+// Whoever reaches the listener may have it carry traffic: it is for a network
+// that one trusts.
+func Serve(ctx context.Context, l net.Listener, self string, log *slog.Logger) error {
+	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+	for {
+		c, err := l.Accept()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		log.Info("client", "address", c.RemoteAddr().String())
+		err = serveOne(ctx, c, self)
+		log.Info("client gone", "address", c.RemoteAddr().String(), "reason", fmt.Sprint(err))
+	}
+}
+
+// served is what one client has on a server.
+type served struct {
+	self     string
+	sessions map[int]load.Session
+	last     int
+	daemons  map[string][]daemon // by datapath
+}
+
+func serveOne(ctx context.Context, c net.Conn, self string) error {
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+	s := &served{self: self, sessions: map[int]load.Session{}, daemons: map[string][]daemon{}}
+	defer s.close()
+	defer load.Quiet()()
+	in, out := json.NewDecoder(c), json.NewEncoder(c)
+	for {
+		var q request
+		if err := in.Decode(&q); err != nil {
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err
+		}
+		a, err := s.answer(ctx, c, q)
+		if err != nil {
+			a = response{Error: oneLine(err), Unavailable: errors.Is(err, ErrUnavailable)}
+		}
+		if err := out.Encode(a); err != nil {
+			return err
+		}
+	}
+}
+
+func (s *served) close() {
+	for _, x := range s.sessions {
+		_ = x.Close()
+	}
+	for _, d := range s.daemons {
+		_ = stopAll(d)
+	}
+}
+
+func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, error) {
+	switch q.Do {
+	case "hello":
+		u, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{addrOf(c.LocalAddr()).String()}})
+		if err != nil {
+			return response{}, err
+		}
+		m := thisMachine()
+		return response{Protocol: protocol, Boot: bootID(), Machine: fmt.Sprintf("Linux %s, %d x %s", m.Kernel, m.CPUs, m.CPU), Link: u.Name}, nil
+	case "start":
+		one := &site{datapath: q.Half.entry()}
+		if err := one.startHere(ctx, q.Half, s.self); err != nil {
+			return response{}, err
+		}
+		s.daemons[q.Half.Datapath] = one.daemons
+		return response{}, nil
+	case "stop":
+		err := stopAll(s.daemons[q.Half.Datapath])
+		delete(s.daemons, q.Half.Datapath)
+		return response{}, err
+	case "open":
+		x, err := load.Local{Place: load.Here{}}.Open(ctx, q.Spec)
+		if err != nil {
+			return response{}, err
+		}
+		s.last++
+		s.sessions[s.last] = x
+		return response{Session: s.last, At: x.Addr()}, nil
+	case "read", "close":
+		x := s.sessions[q.Session]
+		if x == nil {
+			return response{}, fmt.Errorf("there is no session %d", q.Session)
+		}
+		if q.Do == "close" {
+			delete(s.sessions, q.Session)
+			return response{}, x.Close()
+		}
+		r, err := x.Reading()
+		return response{Reading: r}, err
+	case "cost":
+		all, err := costHere(ctx, s.daemons[q.Half.Datapath])
+		return response{Cost: all}, err
+	}
+	return response{}, fmt.Errorf("a client that wants %q is of another version", q.Do)
+}
+
+// entry is the datapath that the half is of.
+func (h Half) entry() Datapath {
+	for _, d := range Datapaths() {
+		if d.Name == h.Datapath {
+			return d
+		}
+	}
+	return Datapath{Name: h.Datapath}
+}
+
+func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
+
+// Remote is a client's connection to a server.
+type Remote struct {
+	// Machine describes the server's.
+	Machine string
+
+	conn  net.Conn
+	mu    sync.Mutex
+	in    *json.Decoder
+	out   *json.Encoder
+	here  netip.Addr // our end's address
+	there netip.Addr
+	link  [2]string // of the underlay: ours, theirs
+	same  bool      // both ends are on one machine, whose CPU time counts once
+}
+
+// Connect connects to the server at an address, with DefaultPort if it names
+// none.
+func Connect(ctx context.Context, to string) (*Remote, error) {
+	at, err := serverAddress(to)
+	if err != nil {
+		return nil, err
+	}
+	d := net.Dialer{Timeout: 5 * time.Second}
+	c, err := d.DialContext(ctx, "tcp", at.String())
+	if err != nil {
+		return nil, fmt.Errorf("no server answers there (start it with `culvert bench --underlay existing --server`): %w", err)
+	}
+	r := &Remote{conn: c, in: json.NewDecoder(c), out: json.NewEncoder(c), here: addrOf(c.LocalAddr()), there: addrOf(c.RemoteAddr())}
+	hello, err := r.ask(ctx, request{Do: "hello"})
+	if err == nil && hello.Protocol != protocol {
+		err = fmt.Errorf("the server speaks version %d of the protocol, and this version %d", hello.Protocol, protocol)
+	}
+	var u host.Underlay
+	if err == nil {
+		u, err = host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{r.here.String()}})
+	}
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	r.same = hello.Boot == bootID()
+	r.Machine, r.link = hello.Machine, [2]string{u.Name, hello.Link}
+	return r, nil
+}
+
+func bootID() string {
+	text, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return string(text)
+}
+
+func serverAddress(to string) (netip.AddrPort, error) {
+	if a, err := netip.ParseAddr(to); err == nil {
+		return netip.AddrPortFrom(a, DefaultPort), nil
+	}
+	at, err := netip.ParseAddrPort(to)
+	if err != nil {
+		return at, fmt.Errorf("%q is no address, such as 192.0.2.1 or 192.0.2.1:%d", to, DefaultPort)
+	}
+	return at, nil
+}
+
+// Close ends the connection, and with it what the server runs for it.
+func (r *Remote) Close() error { return r.conn.Close() }
+
+func (r *Remote) ask(ctx context.Context, q request) (response, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	deadline := time.Now().Add(startTime + 5*time.Second)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
+	}
+	_ = r.conn.SetDeadline(deadline)
+	var a response
+	err := r.out.Encode(q)
+	if err == nil {
+		err = r.in.Decode(&a)
+	}
+	switch {
+	case err != nil:
+		return a, fmt.Errorf("asking the server: %w", err)
+	case a.Unavailable:
+		return a, unavailable(a.Error)
+	case a.Error != "":
+		return a, fmt.Errorf("the server: %s", a.Error)
+	}
+	return a, nil
+}
+
+// Open implements load.End.
+func (r *Remote) Open(ctx context.Context, spec load.Spec) (load.Session, error) {
+	a, err := r.ask(ctx, request{Do: "open", Spec: spec})
+	return &remoteSession{r, a.Session, a.At}, err
+}
+
+type remoteSession struct {
+	remote *Remote
+	id     int
+	at     netip.AddrPort
+}
+
+func (s *remoteSession) Addr() netip.AddrPort { return s.at }
+
+func (s *remoteSession) Reading() (load.Reading, error) {
+	a, err := s.remote.ask(context.Background(), request{Do: "read", Session: s.id})
+	return a.Reading, err
+}
+
+func (s *remoteSession) Close() error {
+	_, err := s.remote.ask(context.Background(), request{Do: "close", Session: s.id})
+	return err
+}
+
+// startExisting starts both halves of a datapath between this host and the
+// server's, in their own namespaces.
+func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *site, err error) {
+	s := &site{underlay: Existing, datapath: d, near: load.Here{}, far: r, from: r.here, to: r.there}
+	s.farCost = func(ctx context.Context) (cost, error) {
+		a, err := r.ask(ctx, request{Do: "cost", Half: Half{Datapath: d.Name}})
+		if r.same {
+			a.Cost.Machine = CPUTime{}
+		}
+		return a.Cost, err
+	}
+	s.close = func() error {
+		_, err := r.ask(context.Background(), request{Do: "stop", Half: Half{Datapath: d.Name}})
+		return errors.Join(stopAll(s.daemons), err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	s.offloads = features(r.link[0])
+	switch {
+	case d.Program != nil:
+		return s, unavailable("other programs are measured in a lab only")
+	case !d.none:
+		h := Half{Datapath: d.Name, Slot: datapathOrder(d.Name), Underlay: [2]netip.Addr{r.here, r.there}, Peers: 1}
+		h.Port = tunnelPort + uint16(h.Slot)
+		here, there := h, h
+		here.Link, there.Link = r.link[0], r.link[1]
+		there.Index = 1
+		if _, err := r.ask(ctx, request{Do: "start", Half: there}); err != nil {
+			return s, err
+		}
+		if err := s.startHere(ctx, here, self); err != nil {
+			return s, err
+		}
+		s.from, s.to = here.self().Addr(), there.self().Addr()
+	}
+	return s, s.reach(ctx)
+}
+
+// startHere carries a half in the namespace of this process.
+func (s *site) startHere(ctx context.Context, h Half, self string) error {
+	dir, err := os.MkdirTemp("", "culvert-bench-")
+	if err != nil {
+		return err
+	}
+	h.RunDir = dir
+	args, err := nodeArgs(h)
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(dir))
+	}
+	p, err := startHostProcess(self, args, dir)
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(dir))
+	}
+	s.add(p, dir)
+	if err := s.ready(ctx); err != nil {
+		return errors.Join(err, p.Stop())
+	}
+	if s.datapath.kernel {
+		// Costs nothing, and takes the device along when it is stopped.
+		s.daemons = append(s.daemons, daemon{process: p, idle: true})
+	}
+	return nil
+}
+
+func stopAll(daemons []daemon) error {
+	var errs []error
+	for _, d := range daemons {
+		errs = append(errs, d.process.Stop())
+	}
+	return errors.Join(errs...)
+}
+
+// features reads which features a link has; nil where it cannot be asked.
+func features(link string) map[string]bool {
+	e, err := ethtool.NewEthtool()
+	if err != nil {
+		return nil
+	}
+	defer e.Close()
+	on, err := e.Features(link)
+	if err != nil {
+		return nil
+	}
+	return on
+}
