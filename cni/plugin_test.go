@@ -34,7 +34,7 @@ type host struct {
 	l   *lab.Lab
 }
 
-func newHost(t *testing.T, subnet string) host {
+func newHost(t testing.TB, subnet string) host {
 	t.Helper()
 	bin := labtest.Bin(t)
 	l := labtest.New(t, lab.Options{Bin: bin})
@@ -44,7 +44,7 @@ func newHost(t *testing.T, subnet string) host {
 }
 
 // lease writes the subnet.env of a node that has the subnet.
-func (h host) lease(t *testing.T, subnet string) {
+func (h host) lease(t testing.TB, subnet string) {
 	t.Helper()
 	p := netip.MustParsePrefix(subnet)
 	if err := cni.WriteSubnetEnv(h.SubnetFile(), cni.SubnetEnv{

@@ -129,7 +129,8 @@ func (s state) load(a Attachment) (record, error) {
 
 // records returns what is remembered of a network's attachments, except what was
 // saved after since. What cannot be understood is left out, and said on standard
-// error: it stays, for a DEL of its own.
+// error: it stays, for a DEL of its own. Half-written records go. The caller has
+// the lock alone.
 func (s state) records(network string, since time.Time) ([]record, error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -137,10 +138,18 @@ func (s state) records(network string, since time.Time) ([]record, error) {
 	}
 	var all []record
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), ".") || !e.Type().IsRegular() {
+		if !e.Type().IsRegular() {
 			continue
 		}
 		if info, err := e.Info(); err != nil || info.ModTime().After(since) {
+			continue
+		}
+		if strings.HasPrefix(e.Name(), ".") {
+			// An ADD was killed while saving. None is on its way: the caller has
+			// the lock.
+			if strings.HasSuffix(e.Name(), ".tmp") {
+				_ = os.Remove(filepath.Join(s.dir, e.Name()))
+			}
 			continue
 		}
 		a := Attachment{IfName: "eth0"} // which flannel's plugin does not say
