@@ -36,6 +36,7 @@ type Reading struct {
 	Nanoseconds int64  `json:"ns"` // of the receiver's monotonic clock
 	Bytes       uint64 `json:"bytes"`
 	Packets     uint64 `json:"packets"`
+	First       int64  `json:"first"` // when the first datagram came, by the same clock
 }
 
 // Since returns bytes and packets per second from an earlier reading on.
@@ -87,10 +88,11 @@ type session struct {
 // counter is what receiving threads add to.
 type counter struct {
 	bytes, packets atomic.Uint64
+	first          atomic.Int64
 }
 
 func (c *counter) reading() Reading {
-	return Reading{Nanoseconds: now(), Bytes: c.bytes.Load(), Packets: c.packets.Load()}
+	return Reading{Nanoseconds: now(), Bytes: c.bytes.Load(), Packets: c.packets.Load(), First: c.first.Load()}
 }
 
 // Open makes a session.
@@ -221,6 +223,9 @@ func (s *session) drain(p Place) error {
 		for !s.stop.Load() {
 			n, e := s.socket.receive(buf)
 			if e == 0 {
+				if s.packets.Load() == 0 {
+					s.first.Store(now())
+				}
 				s.bytes.Add(uint64(n))
 				s.packets.Add(1)
 			} else if !again(e) && e != unix.ECONNREFUSED {

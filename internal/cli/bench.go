@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,7 +9,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -195,7 +193,7 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": {"builtin", "iperf3"}} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
 	}
-	c.AddCommand(newBenchCompareCommand(), newBenchReportCommand(), newBenchNodeCommand())
+	c.AddCommand(newBenchCompareCommand(), newBenchReportCommand(), newBenchScaleCommand(), newBenchNodeCommand())
 	return c
 }
 
@@ -310,14 +308,8 @@ func inLab(command string, fn func() error) error {
 }
 
 func (f *benchFlags) measure(c *cobra.Command, o bench.Options) error {
-	if _, err := lab.Sweep(); err != nil {
-		fmt.Fprintf(c.ErrOrStderr(), "culvert: %s\n", oneLine(err))
-	}
-	ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGHUP, syscall.SIGPIPE)
-	defer stop()
-	// A second Ctrl-C ends it at once; the next run cleans up.
-	defer context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt, syscall.SIGTERM) })()
-
+	ctx, end := benchContext(c)
+	defer end()
 	bar := newProgressBar(c.ErrOrStderr())
 	o.Progress = bar.show
 	report, err := bench.Run(ctx, o)
@@ -359,11 +351,14 @@ func newProgressBar(w io.Writer) *progressBar {
 
 func (b *progressBar) show(p bench.Progress) {
 	const width, between = 24, 10 * time.Second
-	left := p.Left.Round(time.Second)
+	left := ""
+	if p.Left > 0 {
+		left = fmt.Sprintf(", %s left", p.Left.Round(time.Second))
+	}
 	if !b.terminal {
 		if time.Since(b.last) > between {
 			b.last = time.Now()
-			fmt.Fprintf(b.w, "%d of %d measured, %s left; %s\n", p.Done, p.Total, left, p.Doing)
+			fmt.Fprintf(b.w, "%d of %d measured%s; %s\n", p.Done, p.Total, left, p.Doing)
 		}
 		return
 	}
@@ -371,7 +366,7 @@ func (b *progressBar) show(p bench.Progress) {
 	if p.Total > 0 {
 		full = width * p.Done / p.Total
 	}
-	fmt.Fprintf(b.w, "\r\x1b[K[%s%s] %d/%d, %s left; %s", strings.Repeat("#", full), strings.Repeat(".", width-full), p.Done, p.Total, left, p.Doing)
+	fmt.Fprintf(b.w, "\r\x1b[K[%s%s] %d/%d%s; %s", strings.Repeat("#", full), strings.Repeat(".", width-full), p.Done, p.Total, left, p.Doing)
 }
 
 func (b *progressBar) clear() {

@@ -1,0 +1,95 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"culvert/bench"
+	"culvert/internal/lab"
+)
+
+func newBenchScaleCommand() *cobra.Command {
+	var json string
+	o := bench.ScaleOptions{Version: Version()}
+	c := &cobra.Command{
+		Use:   "scale",
+		Short: "Measure what the number of peers costs",
+		Long: `Measure what the number of peers costs: throughput and CPU time per packet with so
+many in the table of the userspace datapath; memory and CPU time of a daemon that
+joins while etcd has so many leases; and the time from the write of a lease to the
+first packet through.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			var err error
+			if o.Self, err = os.Executable(); err != nil {
+				return err
+			}
+			if err := o.Check(); err != nil {
+				return usagef("bench scale: %w", err)
+			}
+			if o.Bin, err = demoPrograms(); err != nil {
+				return fmt.Errorf("bench scale: %w", err)
+			}
+			return inLab("bench scale", func() error { return scale(c, o, json) })
+		},
+	}
+	flags := c.Flags()
+	flags.SortFlags = false
+	flags.IntSliceVar(&o.Peers, "peers", []int{1, 10, 100, 1000, 5000}, "how many")
+	flags.IntVar(&o.Rounds, "rounds", 3, "how often traffic is measured")
+	flags.DurationVar(&o.Duration, "duration", time.Second, "how long each time")
+	flags.DurationVar(&o.Warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
+	flags.IntVar(&o.Leases, "leases", 10, "how many leases are timed on their way to the first packet")
+	flags.StringVar(&json, "json", "", "write the report as JSON to standard output, or with =FILE to a file")
+	flags.Lookup("json").NoOptDefVal = "-"
+	return c
+}
+
+func scale(c *cobra.Command, o bench.ScaleOptions, json string) error {
+	ctx, end := benchContext(c)
+	defer end()
+	bar := newProgressBar(c.ErrOrStderr())
+	o.Progress = bar.show
+	report, err := bench.Scale(ctx, o)
+	bar.clear()
+	if report == nil {
+		return fmt.Errorf("bench scale: %w", err)
+	}
+	if ctx.Err() != nil {
+		fmt.Fprintln(c.ErrOrStderr(), "culvert: interrupted; this is what was finished")
+		err = errReported
+	} else if err != nil {
+		err = fmt.Errorf("bench scale: %w", err)
+	}
+	if json == "" {
+		return errors.Join(report.Table(c.OutOrStdout()), err)
+	}
+	text, jerr := report.JSON()
+	switch {
+	case jerr != nil:
+	case json == "-":
+		_, jerr = c.OutOrStdout().Write(text)
+	default:
+		jerr = os.WriteFile(json, text, 0o644)
+	}
+	return errors.Join(jerr, err)
+}
+
+// benchContext sweeps what killed runs left, and returns a context that ends in
+// order with a closed terminal or pipe, as with Ctrl-C. A second Ctrl-C ends the
+// program at once; the next run cleans up.
+func benchContext(c *cobra.Command) (context.Context, func()) {
+	if _, err := lab.Sweep(); err != nil {
+		fmt.Fprintf(c.ErrOrStderr(), "culvert: %s\n", oneLine(err))
+	}
+	ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGHUP, syscall.SIGPIPE)
+	undo := context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt, syscall.SIGTERM) })
+	return ctx, func() { undo(); stop() }
+}
