@@ -7,13 +7,16 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -323,4 +326,84 @@ expect 0 del
 	if all := rules(t, n); strings.Contains(all, "10.42.7") || len(kept(n)) != 0 {
 		t.Errorf("cnitool's calls left %v\n%s", kept(n), all)
 	}
+}
+
+// TestKilledChains kills whole chains at random points, in a runtime that
+// remembers nothing, and lets GC clean up.
+func TestKilledChains(t *testing.T) {
+	bin := labtest.Bin(t)
+	tool := buildTool(t, "github.com/containernetworking/cni/cnitool")
+	for _, backend := range []string{"iptables", "nftables"} {
+		t.Run(backend, func(t *testing.T) {
+			l := labtest.New(t, lab.Options{Conflist: func(n *lab.Node) ([]byte, error) { return chain(n, backend) }})
+			n := l.Nodes[0]
+			leaseSubnet(t, n, "10.42.7.0/24")
+			text, err := chain(n, backend)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conf := writeConflist(t, n, text)
+			add := func(pod *lab.Namespace) *exec.Cmd {
+				cmd := exec.Command("unshare", "--mount", "sh", "-c", `mount -t tmpfs none /var/lib && exec "$TOOL" add chain "$POD"`)
+				cmd.Env = append(os.Environ(), "TOOL="+tool, "POD="+pod.Path, "NETCONFPATH="+conf, "CNI_PATH="+bin+":"+filepath.Join(bin, "cni"),
+					`CAP_ARGS={"portMappings":[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}],"bandwidth":{"ingressRate":80000000,"ingressBurst":8000000,"egressRate":80000000,"egressBurst":8000000}}`)
+				cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+				return cmd
+			}
+			sandbox := func(name string) *lab.Namespace {
+				ns, err := l.AddNamespace(name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return ns
+			}
+			start := time.Now()
+			live := sandbox("live")
+			cmd := add(live)
+			if err := n.Do(cmd.Run); err != nil {
+				t.Fatal(err)
+			}
+			span := time.Since(start)
+			records := kept(n)
+			id, ifname, _ := strings.Cut(records[0], ":")
+			before := uncounted(rules(t, n))
+
+			seed := uint64(time.Now().UnixNano())
+			t.Logf("seed %d; the chain takes %s", seed, span)
+			random := rand.New(rand.NewPCG(seed, 0))
+			for k := range 20 {
+				cmd := add(sandbox(fmt.Sprintf("k%d", k)))
+				if err := n.Do(cmd.Start); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Duration(random.Int64N(int64(span))))
+				// Not yet waited for: the number is still this process group's.
+				if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+				_ = cmd.Wait() // killed, or just done
+			}
+			time.Sleep(50 * time.Millisecond) // older than the GC
+			if err := n.CNI(func(c *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
+				return c.GCNetworkList(t.Context(), list, &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: id, IfName: ifname}}})
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if got := held(n, "chain"); !slices.Equal(got, []string{"10.42.7.2"}) || !slices.Equal(kept(n), records) {
+				t.Errorf("after GC host-local holds %v, the plugin remembers %v", got, kept(n))
+			}
+			if after := uncounted(rules(t, n)); after != before {
+				t.Errorf("the rules were\n%s\nand are after GC\n%s", before, after)
+			}
+			out, err := n.Run(t.Context(), "ip", "-o", "link")
+			if links := strings.Count(string(out), "\n"); err != nil || links != 5 { // lo, eth0, cni0, live's veth and ifb
+				t.Errorf("after GC the node has (%v)\n%s", err, out)
+			}
+		})
+	}
+}
+
+// uncounted is a listing of rules without the counters in it.
+func uncounted(listing string) string {
+	return regexp.MustCompile(`counter packets \d+ bytes \d+`).ReplaceAllString(listing, "counter")
 }
