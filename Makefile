@@ -16,7 +16,7 @@ FUZZTIME ?= 3s
 
 # What test-system needs beyond Go: a container engine, and other people's
 # network tools to check ours against.
-SYSTEM_PACKAGES := docker.io containerd runc util-linux iproute2 iputils-ping iptables nftables iperf3 ethtool tcpdump
+SYSTEM_PACKAGES := docker.io containerd runc util-linux iproute2 iputils-ping iptables nftables iperf3 chromium ethtool tcpdump
 
 .PHONY: all build
 all: build
@@ -67,6 +67,28 @@ test-system: build
 	internal/tools/install-packages $(SYSTEM_PACKAGES)
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -count 1 ./cni
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
+
+.PHONY: bench
+## bench: every datapath, workload and underlay (45 minutes; resumes), into docs/benchmarks.md
+bench: build
+	@mkdir -p bench/results
+	test -e bench/results/scale.json || bin/culvert bench scale --json=bench/results/scale.json --docs docs
+	bin/culvert bench --resume bench/results/full.json --duration 700ms --html bench/results/full.html --docs docs $(BENCH_FLAGS)
+
+MICRO := CGO_ENABLED=0 $(GO) test ./encap -run '^$$' -bench . -benchtime 200ms -count 6
+
+.PHONY: bench-micro
+## bench-micro: the parts of the packet loop by themselves, against bench/micro/baseline.txt
+bench-micro:
+	@mkdir -p bench/results
+	$(MICRO) >bench/results/micro.txt
+	@cd bench && $(GO) tool -modfile=$(CURDIR)/internal/tools/go.mod benchstat micro/baseline.txt results/micro.txt
+
+.PHONY: bench-micro-baseline
+## bench-micro-baseline: make bench/micro/baseline.txt anew
+bench-micro-baseline:
+	@mkdir -p bench/micro
+	$(MICRO) >bench/micro/baseline.txt
 
 .PHONY: image
 ## image: the container image, from the binaries in bin/

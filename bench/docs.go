@@ -11,27 +11,37 @@ import (
 // DocsFile is the page of the documentation that has the results.
 const DocsFile = "benchmarks.md"
 
-// The results stand between these lines of it.
+// What is written stands between these lines of it.
 const (
-	docsBegin = "<!-- results: written by culvert bench --docs; do not edit -->"
-	docsEnd   = "<!-- end of results -->"
+	docsBegin      = "<!-- results: written by culvert bench --docs; do not edit -->"
+	docsEnd        = "<!-- end of results -->"
+	docsScaleBegin = "<!-- scale: written by culvert bench scale --docs; do not edit -->"
+	docsScaleEnd   = "<!-- end of scale -->"
 )
+
+// between replaces what stands between two lines of the page.
+func between(dir, begin, end, text string) error {
+	path := filepath.Join(dir, DocsFile)
+	page, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	head, rest, ok := strings.Cut(string(page), begin)
+	_, tail, ok2 := strings.Cut(rest, end)
+	if !ok || !ok2 {
+		return fmt.Errorf("%s has no place for this: the lines %q and %q", path, begin, end)
+	}
+	return os.WriteFile(path, []byte(head+begin+"\n\n"+text+"\n"+end+tail), 0o644)
+}
 
 // Docs puts the results into benchmarks.md of a directory, between two marks,
 // and the charts beside it, in place of earlier ones.
 func (r *Report) Docs(dir, reference string) error {
-	path := filepath.Join(dir, DocsFile)
-	text, err := os.ReadFile(path)
+	charts, err := r.charts()
 	if err != nil {
 		return err
 	}
-	head, rest, ok := strings.Cut(string(text), docsBegin)
-	_, tail, ok2 := strings.Cut(rest, docsEnd)
-	if !ok || !ok2 {
-		return fmt.Errorf("%s has no place for results: the lines %q and %q", path, docsBegin, docsEnd)
-	}
-	charts, err := r.charts()
-	if err != nil {
+	if err := between(dir, docsBegin, docsEnd, r.markdown(charts, reference)); err != nil {
 		return err
 	}
 	pictures := filepath.Join(dir, "charts")
@@ -52,7 +62,19 @@ func (r *Report) Docs(dir, reference string) error {
 			return err
 		}
 	}
-	return os.WriteFile(path, []byte(head+docsBegin+"\n\n"+r.markdown(charts, reference)+"\n"+docsEnd+tail), 0o644)
+	return nil
+}
+
+// Docs puts the result into benchmarks.md of a directory.
+func (r *ScaleReport) Docs(dir string) error {
+	var b strings.Builder
+	m := r.Machine
+	fmt.Fprintf(&b, "%s, culvert %s, Linux %s, %d x %s, load %.2f.\n\n", m.Time.Format("2006-01-02"), m.Culvert, m.Kernel, m.CPUs, m.CPU, m.Load)
+	fmt.Fprintf(&b, "| %s |\n|%s\n", strings.Join(scaleTitles, " | "), strings.Repeat(" ---: |", len(scaleTitles)))
+	for _, s := range r.Scale {
+		fmt.Fprintf(&b, "| %s |\n", strings.Join(s.cells(), " | "))
+	}
+	return between(dir, docsScaleBegin, docsScaleEnd, b.String())
 }
 
 // standalone is a chart as a file of its own, with its colours and their key.

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -417,26 +418,38 @@ func (r *ScaleReport) Table(w io.Writer) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "culvert %s, Linux %s, %d x %s, load %.2f\n\n", r.Machine.Culvert, r.Machine.Kernel, r.Machine.CPUs, r.Machine.CPU, r.Machine.Load)
 	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(t, "\tin the table\t\t\tin etcd\t\t\t\t\t\t\n")
-	fmt.Fprintf(t, "peers\ttcp1 Gbit/s\tudp64 kpps\tdaemon us/packet\tready ms\tstart CPU ms\tdaemon MB\tetcd MB\tCPU ms/event\tlease to packet ms\t\n")
-	cell := func(f Figures) string {
-		if len(f.Rounds) == 0 {
-			return "-"
-		}
-		return figure(f.Median)
-	}
-	plain := func(v float64) string {
-		if v == 0 {
-			return "-"
-		}
-		return figure(v)
-	}
+	fmt.Fprintln(t, strings.Join(scaleTitles, "\t")+"\t")
 	for _, s := range r.Scale {
-		fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t\n", s.Peers,
-			cell(s.Throughput), cell(s.Rate), cell(s.PerPacket), plain(s.ReadyMS), plain(s.StartCPU),
-			plain(s.DaemonRSS), plain(s.EtcdRSS), plain(s.EventCPU), cell(s.FirstPacket))
+		fmt.Fprintln(t, strings.Join(s.cells(), "\t")+"\t")
 	}
 	_ = t.Flush()
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+var scaleTitles = []string{
+	"peers", "tcp1 Gbit/s", "udp64 kpps", "daemons us/packet", "ready ms", "start CPU ms", "daemon MB", "etcd MB", "CPU ms/event", "lease to packet ms",
+}
+
+// cells is the row of a table; what was not measured is a dash.
+func (s Scaled) cells() []string {
+	cells := []string{strconv.Itoa(s.Peers)}
+	for _, f := range []Figures{s.Throughput, s.Rate, s.PerPacket} {
+		cells = append(cells, f.cell())
+	}
+	for _, v := range []float64{s.ReadyMS, s.StartCPU, s.DaemonRSS, s.EtcdRSS, s.EventCPU} {
+		if v == 0 {
+			cells = append(cells, "-")
+		} else {
+			cells = append(cells, figure(v))
+		}
+	}
+	return append(cells, s.FirstPacket.cell())
+}
+
+func (f Figures) cell() string {
+	if len(f.Rounds) == 0 {
+		return "-"
+	}
+	return figure(f.Median)
 }

@@ -16,7 +16,7 @@ import (
 )
 
 func newBenchScaleCommand() *cobra.Command {
-	var json string
+	var json, docs string
 	o := bench.ScaleOptions{Version: Version()}
 	c := &cobra.Command{
 		Use:   "scale",
@@ -37,7 +37,7 @@ first packet through.`,
 			if o.Bin, err = demoPrograms(); err != nil {
 				return fmt.Errorf("bench scale: %w", err)
 			}
-			return inLab("bench scale", func() error { return scale(c, o, json) })
+			return inLab("bench scale", func() error { return scale(c, o, json, docs) })
 		},
 	}
 	flags := c.Flags()
@@ -49,10 +49,11 @@ first packet through.`,
 	flags.IntVar(&o.Leases, "leases", 10, "how many leases are timed on their way to the first packet")
 	flags.StringVar(&json, "json", "", "write the report as JSON to standard output, or with =FILE to a file")
 	flags.Lookup("json").NoOptDefVal = "-"
+	flags.StringVar(&docs, "docs", "", "put the result into benchmarks.md of this directory")
 	return c
 }
 
-func scale(c *cobra.Command, o bench.ScaleOptions, json string) error {
+func scale(c *cobra.Command, o bench.ScaleOptions, json, docs string) error {
 	ctx, end := benchContext(c)
 	defer end()
 	bar := newProgressBar(c.ErrOrStderr())
@@ -67,6 +68,9 @@ func scale(c *cobra.Command, o bench.ScaleOptions, json string) error {
 		err = errReported
 	} else if err != nil {
 		err = fmt.Errorf("bench scale: %w", err)
+	}
+	if docs != "" {
+		err = errors.Join(report.Docs(docs), err)
 	}
 	if json == "" {
 		return errors.Join(report.Table(c.OutOrStdout()), err)
