@@ -24,6 +24,9 @@ type Install struct {
 	ConfName string
 	// SubnetFile is written into the configuration unless it is the default.
 	SubnetFile string
+	// RunDir is the daemon's, written unless it is SubnetFile's directory or
+	// empty.
+	RunDir string
 }
 
 // PluginName is the plugin's file name, and its type in a configuration.
@@ -102,8 +105,13 @@ func (i Install) conflist() ([]byte, error) {
 	if i.SubnetFile != "" && i.SubnetFile != DefaultsFor(PluginName).SubnetFile {
 		plugin["subnetFile"] = i.SubnetFile
 	}
+	if i.RunDir != "" && i.RunDir != filepath.Dir(i.SubnetFile) {
+		plugin["runDir"] = i.RunDir
+	}
 	text, err := json.MarshalIndent(map[string]any{
-		"name": "culvert", "cniVersion": "1.0.0",
+		// A runtime that knows cniVersions takes the newest that it has; containerd
+		// before 2.0 has 1.0.0 at most.
+		"name": "culvert", "cniVersion": "1.0.0", "cniVersions": []string{"0.4.0", "1.0.0", "1.1.0"},
 		"plugins": []any{plugin, map[string]any{"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}},
 	}, "", "  ")
 	return append(text, '\n'), err

@@ -2,8 +2,11 @@ package cli
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -13,7 +16,7 @@ import (
 func newCNICommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "cni",
-		Short: "Install or remove the CNI plugin on this host",
+		Short: "Install, inspect or remove the CNI plugin on this host",
 		Args:  cobra.NoArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
@@ -47,6 +50,29 @@ func newCNICommand() *cobra.Command {
 	install.Flags().StringVar(&i.From, "from", "", "directory of culvert-cni and cni/ (default: that of this program)")
 	install.Flags().StringVar(&i.SubnetFile, "subnet-file", cni.DefaultsFor(cni.PluginName).SubnetFile, "the daemon's subnet.env")
 
+	install.Flags().StringVar(&i.RunDir, "run-dir", "", "the daemon's --run-dir (default: the directory of --subnet-file)")
+
+	var out output
+	status := &cobra.Command{
+		Use:   "status",
+		Short: "Show how the plugin stands: programs, configuration, subnet, and whether a pod can be added",
+		Long: `Show how the plugin stands on this host: its programs and configuration, the
+subnet, what is in use, and whether a pod can be added now. If not, the exit
+code is 1.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			r := i.Status(c.Context(), time.Now())
+			if err := out.write(c.OutOrStdout(), r, func(w io.Writer) error { return writeCNIStatus(w, r) }); err != nil {
+				return err
+			}
+			if !r.Ready {
+				return fmt.Errorf("no pod can be added: %s", r.NotReady)
+			}
+			return nil
+		},
+	}
+	out.addTo(status.Flags())
+
 	uninstall := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Remove the configuration and the plugin; the plugins that it delegates to stay",
@@ -59,6 +85,43 @@ func newCNICommand() *cobra.Command {
 			return err
 		},
 	}
-	c.AddCommand(install, uninstall)
+	c.AddCommand(install, status, uninstall)
 	return c
+}
+
+// writeCNIStatus shows the report as a table.
+func writeCNIStatus(w io.Writer, r cni.Report) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...))
+	}
+	state := "a pod can be added"
+	if !r.Ready {
+		state = "NOT READY: " + r.NotReady
+	}
+	line("state", "%s", state)
+	config := r.Config
+	if r.Problem != "" {
+		config = r.Problem
+	}
+	line("configuration", "%s", config)
+	for _, rival := range r.Rivals {
+		line("  but", "%s", rival)
+	}
+	for _, p := range r.Programs {
+		problem := ""
+		if p.Problem != "" {
+			problem = ": " + p.Problem
+		}
+		line("program", "%s%s", p.Path, problem)
+	}
+	if r.SubnetFile != "" {
+		expires := ""
+		if !r.Expires.IsZero() {
+			expires = ", leased until " + r.Expires.Format(time.RFC3339)
+		}
+		line("subnet", "%s in %s%s", join(r.Subnets), r.SubnetFile, expires)
+		line("in use", "%d attachments, %d addresses", r.Attachments, r.Addresses)
+	}
+	return t.Flush()
 }

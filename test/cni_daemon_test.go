@@ -1,0 +1,185 @@
+package test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"culvert/cni"
+	"culvert/internal/lab"
+)
+
+// cniStatus is the plugin's STATUS on a node: nil, or the error of code 50.
+func cniStatus(t *testing.T, n *lab.Node) error {
+	t.Helper()
+	err := n.CNI(func(c *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
+		return c.GetStatusNetworkList(t.Context(), list)
+	})
+	var e *types.Error
+	if err != nil && (!errors.As(err, &e) || e.Code != 50) {
+		t.Errorf("STATUS: %v, which is not of code 50", err)
+	}
+	return err
+}
+
+// TestCNIFollowsTheDaemon goes through what can be wrong with a node, and what
+// the plugin says to it:
+//
+//	no configuration → ready → daemon stopped (SIGSTOP) → etcd gone, lease run
+//	out → etcd back → daemon killed
+func TestCNIFollowsTheDaemon(t *testing.T) {
+	c := newCluster(t, 1)
+	n := c.Nodes[0]
+	refused := func(when, says string) {
+		t.Helper()
+		eventually(t, when, func() error {
+			if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), says) {
+				return fmt.Errorf("STATUS says %w, not %q", err, says)
+			}
+			return nil
+		})
+	}
+	ready := func(when string) {
+		t.Helper()
+		eventually(t, when, func() error { return cniStatus(t, n) })
+	}
+	d := c.start(n, "--lease-ttl", "5s")
+	refused("no configuration", "this node has no lease yet: waiting for the network configuration")
+	c.setConfig(config)
+	ready("ready")
+	pod, err := n.AddPod(t.Context(), "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	// A daemon that hangs does not hang the runtime.
+	if err := d.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("STATUS beside a stopped daemon: %v", err)
+	}
+	if took := time.Since(start); took > time.Second { // 200 ms, and the machine is busy
+		t.Errorf("STATUS took %s", took)
+	}
+	if err := d.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	ready("going on")
+
+	// Fenced: the pod that is there stays, and no other comes.
+	var etcd *lab.Process
+	for _, p := range c.Processes() {
+		if p.Name == "etcd" {
+			etcd = p
+		}
+	}
+	if err := etcd.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	refused("fenced", "ran out at")
+	var e *types.Error
+	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "ran out at") {
+		t.Errorf("ADD on a fenced node: %v", err)
+	}
+	if err := pod.Check(t.Context()); err != nil {
+		t.Errorf("CHECK on a fenced node: %v", err)
+	}
+	if err := etcd.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	ready("etcd is back")
+	p2, err := n.AddPod(t.Context(), "p2")
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	// Without a daemon: not ready, but what is there can be deleted.
+	if err := d.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	refused("no daemon", "no daemon answers on")
+	for _, p := range []*lab.Pod{pod, p2} {
+		if err := p.Delete(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	// And when the lease has run out nobody needs to say so.
+	refusedADD := func() error {
+		env, err := cni.ReadSubnetEnv(n.SubnetFile())
+		if err != nil || !env.Expired(time.Now()) {
+			return fmt.Errorf("the file says %s: %w", env.Expires, err)
+		}
+		return nil
+	}
+	eventually(t, "the lease runs out", refusedADD)
+	if _, err := n.AddPod(t.Context(), "p3"); !errors.As(err, &e) || !strings.Contains(e.Msg, "ran out at") {
+		t.Errorf("ADD long after the daemon died: %v", err)
+	}
+}
+
+// TestCNIInstallStatusUninstall is a host's life, through the command line.
+func TestCNIInstallStatusUninstall(t *testing.T) {
+	c := newCluster(t, 1)
+	n := c.Nodes[0]
+	dir := t.TempDir()
+	flags := []string{"--bin-dir", filepath.Join(dir, "bin"), "--conf-dir", filepath.Join(dir, "net.d")}
+	culvert := func(args ...string) (string, error) {
+		out, err := n.Run(t.Context(), filepath.Join(c.bin, "culvert"), append(append([]string{"cni"}, args...), flags...)...)
+		return string(out), err
+	}
+	report := func() (cni.Report, error) {
+		out, err := culvert("status", "-o", "json")
+		var r cni.Report
+		if jerr := json.Unmarshal([]byte(out), &r); jerr != nil {
+			t.Fatalf("%v: %s (%v)", jerr, out, err)
+		}
+		return r, err
+	}
+	if r, err := report(); err == nil || !strings.Contains(r.NotReady, "culvert cni install") {
+		t.Errorf("status before the installation: %+v (%v)", r, err)
+	}
+	if out, err := culvert("install", "--subnet-file", n.SubnetFile()); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if r, err := report(); err == nil || !strings.Contains(r.NotReady, "no lease yet") || r.SubnetFile != n.SubnetFile() {
+		t.Errorf("status without a daemon: %+v (%v)", r, err)
+	}
+	c.setConfig(config)
+	c.start(n)
+	c.waitReady(n, 0)
+	r, err := report()
+	if err != nil || !r.Ready || len(r.Subnets) != 1 || !netip.MustParsePrefix("10.5.0.0/16").Overlaps(r.Subnets[0]) || r.Expires.Before(time.Now()) {
+		t.Errorf("status beside a daemon: %+v (%v)", r, err)
+	}
+	if out, err := culvert("status"); err != nil || !strings.Contains(out, "a pod can be added") || !strings.Contains(out, "0 attachments") {
+		t.Errorf("status: %s (%v)", out, err)
+	}
+	// The runtime would use another configuration, and a delegate is missing.
+	if err := os.WriteFile(filepath.Join(dir, "net.d", "05-other.conf"), []byte("{}"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, "bin", "host-local")); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := report(); err == nil || len(r.Rivals) != 1 || !strings.Contains(r.NotReady, "host-local: it is not there") {
+		t.Errorf("status of a half installation: %+v (%v)", r, err)
+	}
+	if out, err := culvert("uninstall"); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if r, err := report(); err == nil || r.Ready || !strings.Contains(r.Problem, "culvert cni install") {
+		t.Errorf("status after uninstalling: %+v (%v)", r, err)
+	}
+}
