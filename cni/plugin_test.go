@@ -420,3 +420,63 @@ func TestFullStateDirectory(t *testing.T) {
 	}
 	h.expect(t, "after the refusal", nil, nil)
 }
+
+// Dual stack, and what a runtime asks for by capability: a pod gets an address
+// of either family, or the address and the MAC that it was promised.
+func TestDualStackAndRuntimeConfig(t *testing.T) {
+	h := newHost(t, "10.42.7.0/24")
+	if err := cni.WriteSubnetEnv(h.SubnetFile(), cni.SubnetEnv{
+		Networks: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd00:42::/48")},
+		Gateways: []netip.Prefix{netip.MustParsePrefix("10.42.7.1/24"), netip.MustParsePrefix("fd00:42:0:7::1/64")},
+		MTU:      1430, IPMasq: true,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	asked := strings.TrimSuffix(h.netconf(), "}") + `,"delegate":{"capabilities":{"ips":true,"mac":true}},"runtimeConfig":{"ips":["10.42.7.77/24","fd00:42:0:7::77/64"],"mac":"02:42:00:00:00:77"}}`
+	for id, c := range map[string]struct {
+		stdin string
+		addrs []string
+		mac   string
+	}{
+		"any":      {h.netconf(), []string{"10.42.7.2/24", "fd00:42:0:7::2/64"}, ""},
+		"promised": {asked, []string{"10.42.7.77/24", "fd00:42:0:7::77/64"}, "02:42:00:00:00:77"},
+	} {
+		ns := sandbox(t, h)
+		add := h.must(t, call{verb: "ADD", id: id, netns: ns.Path, stdin: c.stdin})
+		result, err := types100.NewResult([]byte(add.stdout))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var addrs []string
+		mac := ""
+		for _, ip := range result.(*types100.Result).IPs {
+			addrs = append(addrs, ip.Address.String())
+		}
+		for _, i := range result.(*types100.Result).Interfaces {
+			if i.Sandbox != "" && c.mac != "" {
+				mac = i.Mac
+			}
+		}
+		if !slices.Equal(addrs, c.addrs) || mac != c.mac {
+			t.Errorf("%s: the pod has %v at %q, not %v at %q", id, addrs, mac, c.addrs, c.mac)
+		}
+		prev := strings.TrimSuffix(c.stdin, "}") + `,"prevResult":` + add.stdout + "}"
+		h.must(t, call{verb: "CHECK", id: id, netns: ns.Path, stdin: prev})
+	}
+	// One family of the two is another's now.
+	if err := cni.WriteSubnetEnv(h.SubnetFile(), cni.SubnetEnv{
+		Networks: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd00:42::/48")},
+		Gateways: []netip.Prefix{netip.MustParsePrefix("10.42.7.1/24"), netip.MustParsePrefix("fd00:42:0:8::1/64")},
+		MTU:      1430, IPMasq: true,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	third := sandbox(t, h)
+	if a := h.run(t, call{verb: "ADD", id: "third", netns: third.Path}); a.err == nil || !strings.Contains(a.err.Msg, "has the address fd00:42:0:7::1/64, but this node's subnet is fd00:42:0:8::/64 now") {
+		t.Errorf("ADD beside pods of another IPv6 subnet: %v", a.err)
+	}
+	for _, id := range []string{"any", "promised"} {
+		h.must(t, call{verb: "DEL", id: id})
+	}
+	h.expect(t, "after DEL", nil, nil)
+}

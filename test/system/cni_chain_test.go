@@ -267,12 +267,8 @@ func buildTool(t *testing.T, pkg string) string {
 }
 
 // writeConflist puts the chain where cnitool finds it.
-func writeConflist(t *testing.T, n *lab.Node, text []byte) (dir string) {
+func writeConflist(t *testing.T, dir string, text []byte) string {
 	t.Helper()
-	dir = filepath.Join(n.StateDir, "net.d")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	if err := os.WriteFile(filepath.Join(dir, "10-chain.conflist"), text, 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -314,7 +310,7 @@ expect 0 del
 	cmd := exec.Command("unshare", "--mount", "sh", "-c", script)
 	cmd.Env = append(os.Environ(),
 		"TOOL="+tool, "POD="+pod.Path, "STORE="+filepath.Join(n.StateDir, "networks", "chain"),
-		"NETCONFPATH="+writeConflist(t, n, text), "CNI_PATH="+bin+":"+filepath.Join(bin, "cni"),
+		"NETCONFPATH="+writeConflist(t, t.TempDir(), text), "CNI_PATH="+bin+":"+filepath.Join(bin, "cni"),
 		`CAP_ARGS={"portMappings":[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]}`)
 	var out []byte
 	if err := n.Do(func() (err error) {
@@ -342,7 +338,7 @@ func TestKilledChains(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			conf := writeConflist(t, n, text)
+			conf := writeConflist(t, t.TempDir(), text)
 			add := func(pod *lab.Namespace) *exec.Cmd {
 				cmd := exec.Command("unshare", "--mount", "sh", "-c", `mount -t tmpfs none /var/lib && exec "$TOOL" add chain "$POD"`)
 				cmd.Env = append(os.Environ(), "TOOL="+tool, "POD="+pod.Path, "NETCONFPATH="+conf, "CNI_PATH="+bin+":"+filepath.Join(bin, "cni"),
@@ -406,4 +402,142 @@ func TestKilledChains(t *testing.T) {
 // uncounted is a listing of rules without the counters in it.
 func uncounted(listing string) string {
 	return regexp.MustCompile(`counter packets \d+ bytes \d+`).ReplaceAllString(listing, "counter")
+}
+
+// kubeFlannel is the configuration list of flannel's own manifest
+// (Documentation/kube-flannel.yml), as it is.
+const kubeFlannel = `{
+  "name": "cbr0",
+  "cniVersion": "0.3.1",
+  "plugins": [
+    {
+      "type": "flannel",
+      "delegate": {
+        "hairpinMode": true,
+        "isDefaultGateway": true
+      }
+    },
+    {
+      "type": "portmap",
+      "capabilities": {
+        "portMappings": true
+      }
+    }
+  ]
+}`
+
+// TestInstalledAsFlannel runs flannel's conflist unchanged, with the plugin
+// under flannel's name and at flannel's paths, in a mount namespace that has
+// them for itself.
+func TestInstalledAsFlannel(t *testing.T) {
+	bin := labtest.Bin(t)
+	tool := buildTool(t, "github.com/containernetworking/cni/cnitool")
+	l := labtest.New(t, lab.Options{})
+	n := l.Nodes[0]
+	leaseSubnet(t, n, "10.42.7.0/24")
+	pod, err := l.AddNamespace("pod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// /run is masked below: the namespace is named by a process in it.
+	holder, err := pod.Start(lab.Command{Name: "holder", Path: "/bin/sleep", Args: []string{"infinity"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	plugins := t.TempDir()
+	if err := os.Symlink(filepath.Join(bin, "culvert-cni"), filepath.Join(plugins, "flannel")); err != nil {
+		t.Fatal(err)
+	}
+	env, err := os.ReadFile(n.SubnetFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := `set -e
+mount -t tmpfs none /var/lib && mount -t tmpfs none /run
+mkdir /run/flannel && printf %s "$SUBNET_ENV" >/run/flannel/subnet.env
+"$TOOL" add cbr0 "$POD" | grep -q 10.42.7.2/24
+ls /var/lib/cni/flannel | grep -q :eth0
+"$TOOL" del cbr0 "$POD"
+[ -z "$(ls /var/lib/cni/flannel)" ]
+`
+	cmd := exec.Command("unshare", "--mount", "sh", "-c", script)
+	cmd.Env = append(os.Environ(), "TOOL="+tool, fmt.Sprintf("POD=/proc/%d/ns/net", holder.PID), "SUBNET_ENV="+string(env),
+		"NETCONFPATH="+writeConflist(t, t.TempDir(), []byte(kubeFlannel)), "CNI_PATH="+plugins+":"+filepath.Join(bin, "cni"))
+	var out []byte
+	if err := n.Do(func() (err error) {
+		out, err = cmd.CombinedOutput()
+		return err
+	}); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// TestDelegates has other delegates than bridge make the pod's interface, with
+// what the runtime asks for.
+func TestDelegates(t *testing.T) {
+	built := labtest.Bin(t)
+	bin := t.TempDir()
+	if err := os.Mkdir(filepath.Join(bin, "cni"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for target, source := range map[string]string{
+		"culvert-cni":    filepath.Join(built, "culvert-cni"),
+		"cni/bridge":     filepath.Join(built, "cni", "bridge"),
+		"cni/host-local": filepath.Join(built, "cni", "host-local"),
+		"cni/static":     filepath.Join(built, "cni", "static"),
+		"cni/ptp":        buildTool(t, "github.com/containernetworking/plugins/plugins/main/ptp"),
+		"cni/macvlan":    buildTool(t, "github.com/containernetworking/plugins/plugins/main/macvlan"),
+	} {
+		if err := os.Symlink(source, filepath.Join(bin, target)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, c := range map[string]struct {
+		delegate, ipam map[string]any
+		addr           string
+		reaches        string // from the pod
+	}{
+		"ptp":            {map[string]any{"type": "ptp"}, nil, "10.42.7.2", "10.42.7.1"},
+		"macvlan":        {map[string]any{"type": "macvlan", "master": "eth0"}, nil, "10.42.7.2", ""},
+		"static":         {map[string]any{"type": "macvlan", "master": "eth0"}, map[string]any{"type": "static", "addresses": []any{map[string]string{"address": "198.18.0.201/24"}}}, "198.18.0.201", "198.18.0.254"},
+		"bridge by name": {map[string]any{"bridge": "br7"}, nil, "10.42.7.2", "10.42.7.1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := labtest.New(t, lab.Options{Bin: bin, Conflist: func(n *lab.Node) ([]byte, error) {
+				ipam := map[string]any{"dataDir": filepath.Join(n.StateDir, "networks")}
+				if c.ipam != nil {
+					ipam = c.ipam
+				}
+				return json.Marshal(map[string]any{"name": "net", "cniVersion": "1.1.0", "plugins": []any{map[string]any{
+					"type": "culvert-cni", "subnetFile": n.SubnetFile(), "dataDir": filepath.Join(n.StateDir, "culvert"),
+					"delegate": c.delegate, "ipam": ipam,
+				}}})
+			}})
+			n := l.Nodes[0]
+			leaseSubnet(t, n, "10.42.7.0/24")
+			pod, err := n.AddPod(t.Context(), "p1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := pod.Addr(true).String(); got != c.addr {
+				t.Errorf("the pod has %s, not %s", got, c.addr)
+			}
+			if c.reaches != "" {
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+				defer cancel()
+				if _, err := pod.Ping(ctx, pod.Addr(true), netip.MustParseAddr(c.reaches)); err != nil {
+					t.Error(err)
+				}
+			}
+			if err := pod.Check(t.Context()); err != nil {
+				t.Errorf("CHECK: %v", err)
+			}
+			if err := pod.Delete(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if len(held(n, "net")) != 0 || len(kept(n)) != 0 {
+				t.Errorf("DEL left %v and %v", held(n, "net"), kept(n))
+			}
+		})
+	}
 }
