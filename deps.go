@@ -21,7 +21,6 @@ import (
 	_ "go.etcd.io/etcd/server/v3/embed"
 	_ "go.uber.org/goleak"
 	_ "golang.org/x/net/ipv4"
-	_ "golang.org/x/perf/benchfmt"
 	_ "golang.org/x/sys/unix"
 	_ "golang.zx2c4.com/wireguard/tun"
 	_ "k8s.io/api/apps/v1"

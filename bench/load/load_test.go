@@ -1,0 +1,161 @@
+package load
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var loopback = []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("::1")}
+
+func openSession(t *testing.T, kind Kind, at netip.Addr) Session {
+	t.Helper()
+	s, err := Local{Here{}}.Open(t.Context(), Spec{Kind: kind, At: at})
+	if err != nil {
+		if at.Is6() {
+			t.Skipf("no IPv6 here: %v", err)
+		}
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func TestStreams(t *testing.T) {
+	for _, at := range loopback {
+		for _, reverse := range []bool{false, true} {
+			kind := Sink
+			if reverse {
+				kind = Source
+			}
+			far := openSession(t, kind, at)
+			near, err := StartStreams(Here{}, far.Addr(), 3, reverse)
+			if err != nil {
+				t.Fatal(err)
+			}
+			read := far.Reading
+			if reverse {
+				read = near.Reading
+			}
+			before, err := read()
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(50 * time.Millisecond)
+			after, err := read()
+			if bytes, _ := after.Since(before); err != nil || bytes < 1e6 {
+				t.Errorf("%s reverse %t: %g bytes per second: %v", at, reverse, bytes, err)
+			}
+			if err := near.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+func TestPacedDatagrams(t *testing.T) {
+	far := openSession(t, Drain, loopback[0])
+	const perSecond = 5000
+	start := time.Now()
+	near, err := StartDatagrams(Here{}, far.Addr(), 100, perSecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(300 * time.Millisecond)
+	took := time.Since(start)
+	if err := near.Close(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	got, err := far.Reading()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Packets != near.Sent() || got.Bytes != 100*near.Sent() {
+		t.Errorf("%d sent, %+v received", near.Sent(), got)
+	}
+	if most := perSecond * (took.Seconds() + 0.2); float64(near.Sent()) > most || near.Sent() == 0 {
+		t.Errorf("%d sent in %s at %d per second", near.Sent(), took, perSecond)
+	}
+	if got.First <= 0 || got.First > got.Nanoseconds {
+		t.Errorf("the first came at %d of %d", got.First, got.Nanoseconds)
+	}
+}
+
+func TestRequestsAndConnections(t *testing.T) {
+	for _, at := range loopback {
+		far := openSession(t, Echo, at)
+		took, err := Requests(t.Context(), Here{}, far.Addr(), 10*time.Millisecond, 50*time.Millisecond)
+		if err != nil || len(took) < 10 || took[0] <= 0 || took[0] > took[len(took)-1] {
+			t.Fatalf("%d requests: %v", len(took), err)
+		}
+		far = openSession(t, Accept, at)
+		perSecond, err := Connections(t.Context(), Here{}, far.Addr(), 10*time.Millisecond, 100*time.Millisecond)
+		if err != nil || perSecond < 10 {
+			t.Errorf("%g per second: %v", perSecond, err)
+		}
+		r, err := far.Reading()
+		if err != nil || float64(r.Packets) < perSecond*0.09 {
+			t.Errorf("%g per second, and the far end counts %d: %v", perSecond, r.Packets, err)
+		}
+	}
+}
+
+func TestEndsWithContext(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	far := openSession(t, Echo, loopback[0])
+	start := time.Now()
+	if _, err := Requests(ctx, Here{}, far.Addr(), 0, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	far = openSession(t, Accept, loopback[0])
+	if _, err := Connections(ctx, Here{}, far.Addr(), 0, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
+func TestNobodyThere(t *testing.T) {
+	s := openSession(t, Sink, loopback[0])
+	to := s.Addr()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := StartStreams(Here{}, to, 1, false); err == nil {
+		t.Error("a stream to nobody")
+	}
+	if _, err := Requests(t.Context(), Here{}, to, 0, time.Second); err == nil {
+		t.Error("requests to nobody")
+	}
+	if _, err := (Local{Here{}}).Open(t.Context(), Spec{Kind: "teapot", At: loopback[0]}); err == nil {
+		t.Error("a session of no kind")
+	}
+}
+
+func TestQuantile(t *testing.T) {
+	var sorted []time.Duration
+	for i := range 1000 {
+		sorted = append(sorted, time.Duration(i+1))
+	}
+	for q, want := range map[float64]time.Duration{0: 1, 0.5: 501, 0.9: 901, 0.99: 991, 0.999: 1000, 1: 1000} {
+		if got := Quantile(sorted, q); got != want {
+			t.Errorf("quantile %g is %d", q, got)
+		}
+	}
+	if got := Quantile(sorted[:1], 0.999); got != 1 {
+		t.Errorf("of one value: %d", got)
+	}
+}
