@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,9 +15,6 @@ import (
 // that no ADD is on its way.
 type lock struct{ fd int }
 
-// lockFile begins with a dot: never the state of a container.
-const lockFile = ".lock"
-
 // errLocked says that the lock could not be had in time.
 var errLocked = errors.New("it is locked")
 
@@ -29,9 +25,9 @@ func (s state) take(how int, atMost time.Duration) (lock, error) {
 		return lock{}, ioFailure("creating the state directory", err)
 	}
 	// Without O_CLOEXEC, which is what hands it on.
-	fd, err := unix.Open(filepath.Join(s.dir, lockFile), unix.O_RDONLY|unix.O_CREAT|unix.O_NOFOLLOW, 0o600)
+	fd, err := unix.Open(s.dir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return lock{}, ioFailure("opening the lock of the state directory", err)
+		return lock{}, ioFailure("opening the state directory", err)
 	}
 	if err := flock(fd, how, atMost); err != nil {
 		_ = unix.Close(fd)

@@ -132,9 +132,7 @@ func names(dir string) []string {
 	entries, _ := os.ReadDir(dir)
 	var out []string
 	for _, e := range entries {
-		if e.Name() != ".lock" {
-			out = append(out, e.Name())
-		}
+		out = append(out, e.Name())
 	}
 	return out
 }
@@ -433,15 +431,15 @@ func TestDualStackAndRuntimeConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	asked := strings.TrimSuffix(h.netconf(), "}") + `,"delegate":{"capabilities":{"ips":true,"mac":true}},"runtimeConfig":{"ips":["10.42.7.77/24","fd00:42:0:7::77/64"],"mac":"02:42:00:00:00:77"}}`
-	for id, c := range map[string]struct {
-		stdin string
-		addrs []string
-		mac   string
+	for _, c := range []struct {
+		id, stdin string
+		addrs     []string
+		mac       string
 	}{
-		"any":      {h.netconf(), []string{"10.42.7.2/24", "fd00:42:0:7::2/64"}, ""},
-		"promised": {asked, []string{"10.42.7.77/24", "fd00:42:0:7::77/64"}, "02:42:00:00:00:77"},
+		{"any", h.netconf(), []string{"10.42.7.2/24", "fd00:42:0:7::2/64"}, ""},
+		{"promised", asked, []string{"10.42.7.77/24", "fd00:42:0:7::77/64"}, "02:42:00:00:00:77"},
 	} {
-		ns := sandbox(t, h)
+		id, ns := c.id, sandbox(t, h)
 		add := h.must(t, call{verb: "ADD", id: id, netns: ns.Path, stdin: c.stdin})
 		result, err := types100.NewResult([]byte(add.stdout))
 		if err != nil {

@@ -98,16 +98,16 @@ func (s *dhcpServer) start(t *testing.T, ns *lab.Namespace) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		if err := server.Serve(); err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrClosed) {
-			t.Errorf("the DHCP server: %v", err)
-		}
-	}()
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve() }()
 	t.Cleanup(func() {
-		_ = server.Close()
-		<-done
+		select {
+		case err := <-ended:
+			t.Errorf("the DHCP server: %v", err)
+		default:
+			_ = server.Close()
+			<-ended
+		}
 	})
 }
 
