@@ -15,12 +15,13 @@ type egress struct {
 	offload  *Offload
 	counters *Counters
 
-	slab  []byte
-	used  int // bytes of the slab that hold packets of the batch
-	batch *sendBatch
-	cut   *segmenter
-	route route
-	tally tally
+	slab     []byte
+	used     int // bytes of the slab that hold packets of the batch
+	batch    *sendBatch
+	cut      *segmenter
+	route    route
+	tally    tally
+	patience patience
 
 	from, to int                // the messages that are being sent
 	sendRest func(uintptr) bool // trySend, bound once: a method value allocates
@@ -54,9 +55,11 @@ func newEgress(table *atomic.Pointer[Table], sockets [2]syscall.RawConn, offload
 func (e *egress) run(device syscall.RawConn) error {
 	var failure error
 	err := device.Read(func(fd uintptr) bool {
+		e.patience.woken()
 		failure = e.drain(fd)
 		e.tally.publish(e.counters)
 		e.counters.Waits.Add(1)
+		e.patience.sleeps()
 		return failure != nil
 	})
 	if failure != nil {
@@ -65,7 +68,8 @@ func (e *egress) run(device syscall.RawConn) error {
 	return err
 }
 
-// drain sends what the device holds, and returns when it is empty.
+// drain sends what the device holds, and returns when it has been empty for a
+// moment.
 func (e *egress) drain(device uintptr) error {
 	for {
 		at := e.used + frameHeadroom
@@ -74,12 +78,16 @@ func (e *egress) drain(device uintptr) error {
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
-			return e.flush()
+			if err := e.flush(); err != nil || !e.patience.again() {
+				return err
+			}
+			continue
 		case unix.EINTR:
 			continue
 		default:
 			return fmt.Errorf("reading the tunnel device: %w", errno)
 		}
+		e.patience.fed()
 		big := e.add(e.slab[at:at+n], e.slab[e.used:at+n])
 		if big || e.batch.full() || e.used+frameHeadroom+maxFrame > len(e.slab) {
 			if err := e.flush(); err != nil {
@@ -169,10 +177,10 @@ func (e *egress) addFrame(peer *Peer, b []byte, p *packet, kind uint8, size int)
 
 // flush sends the batch. It returns an error only if the socket is closed.
 func (e *egress) flush() error {
-	defer e.clear()
 	if len(e.batch.runs) == 0 {
 		return nil
 	}
+	defer e.clear()
 	n := e.batch.layOut()
 	// Runs of one underlay family lie together nearly always; a stretch of one
 	// family is one call.

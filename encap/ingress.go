@@ -28,6 +28,8 @@ type ingress struct {
 	pieces [3]unix.Iovec
 	route  route
 	tally  tally
+
+	patience patience
 }
 
 func newIngress(table *atomic.Pointer[Table], device uintptr, u Underlay, mtu int, offload *Offload, counters *Counters) *ingress {
@@ -55,8 +57,10 @@ const ingressMessages = 64
 func (g *ingress) run(socket syscall.RawConn) error {
 	var failure error
 	err := socket.Read(func(fd uintptr) bool {
+		g.patience.woken()
 		failure = g.drain(fd)
 		g.counters.Waits.Add(1)
+		g.patience.sleeps()
 		return failure != nil
 	})
 	if failure != nil {
@@ -65,7 +69,8 @@ func (g *ingress) run(socket syscall.RawConn) error {
 	return err
 }
 
-// drain delivers what the socket holds, and returns when it is empty.
+// drain delivers what the socket holds, and returns when it has been empty for
+// a moment.
 func (g *ingress) drain(socket uintptr) error {
 	for {
 		n, errno := g.batch.receive(socket, len(g.batch.msgs))
@@ -74,7 +79,10 @@ func (g *ingress) drain(socket uintptr) error {
 		case 0:
 		case unix.EAGAIN:
 			g.tally.publish(g.counters)
-			return nil
+			if !g.patience.again() {
+				return nil
+			}
+			continue
 		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH:
 			continue // an ICMP error about something sent earlier
 		default:
@@ -86,7 +94,8 @@ func (g *ingress) drain(socket uintptr) error {
 		}
 		g.flush()
 		g.tally.publish(g.counters)
-		if n < len(g.batch.msgs) {
+		g.patience.fed()
+		if n < len(g.batch.msgs) && !g.patience.busy {
 			return nil // the socket is empty; what comes later wakes us
 		}
 	}

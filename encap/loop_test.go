@@ -417,7 +417,7 @@ func openFiles(t *testing.T) int {
 // TestNoChannelOnThePath keeps channels, select and locks out of the files
 // that every packet goes through.
 func TestNoChannelOnThePath(t *testing.T) {
-	for _, name := range []string{"egress.go", "ingress.go", "batch.go", "coalesce.go", "segment.go", "packet.go", "checksum.go", "peers.go", "vnet.go", "vxlan.go", "syscalls.go"} {
+	for _, name := range []string{"egress.go", "ingress.go", "batch.go", "coalesce.go", "segment.go", "packet.go", "checksum.go", "patience.go", "peers.go", "vnet.go", "vxlan.go", "syscalls.go"} {
 		f, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
 		if err != nil {
 			t.Fatal(err)
