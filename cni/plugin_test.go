@@ -478,3 +478,40 @@ func TestDualStackAndRuntimeConfig(t *testing.T) {
 	}
 	h.expect(t, "after DEL", nil, nil)
 }
+
+// A state directory that cannot be written: an ADD is refused before anything
+// is done, a DEL when everything is, and both are repeated later.
+func TestReadOnlyStateDirectory(t *testing.T) {
+	h := newHost(t, "10.42.7.0/24")
+	first, second := sandbox(t, h), sandbox(t, h)
+	if err := os.Mkdir(h.dataDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", h.dataDir(), "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(h.dataDir(), 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	h.must(t, call{verb: "ADD", id: "c1", netns: first.Path})
+	if err := unix.Mount("", h.dataDir(), "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []call{{verb: "ADD", id: "c2", netns: second.Path}, {verb: "DEL", id: "c1", netns: first.Path}} {
+		if a := h.run(t, c); a.err == nil || a.err.Code != types.ErrIOFailure || !strings.Contains(a.err.Details, "read-only") {
+			t.Errorf("%s: %+v", c.verb, a.err)
+		}
+	}
+	h.expect(t, "while it cannot be written", []string{"c1:eth0"}, nil)
+	if got := links(t, second); slices.Contains(got, "eth0") {
+		t.Errorf("the refused container has %v", got)
+	}
+	if err := unix.Mount("", h.dataDir(), "", unix.MS_REMOUNT, ""); err != nil {
+		t.Fatal(err)
+	}
+	h.must(t, call{verb: "DEL", id: "c1", netns: first.Path})
+	h.must(t, call{verb: "ADD", id: "c2", netns: second.Path})
+	h.expect(t, "when it can be again", []string{"c2:eth0"}, []string{"10.42.7.3"})
+}

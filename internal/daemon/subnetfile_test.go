@@ -1,0 +1,88 @@
+package daemon
+
+import (
+	"errors"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"culvert/cni"
+	"culvert/internal/api"
+	"culvert/internal/api/readiness"
+)
+
+func TestSubnetFileFollowsTheLease(t *testing.T) {
+	f := &subnetFile{path: filepath.Join(t.TempDir(), "subnet.env")}
+	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	ends := func() time.Time {
+		t.Helper()
+		env, err := cni.ReadSubnetEnv(f.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return env.Expires
+	}
+	// Before the node is ready there is no file, and renewals make none.
+	if f.due(now, now.Add(time.Hour)) {
+		t.Error("a file that was not written is due")
+	}
+	if err := errors.Join(f.extend(now.Add(time.Hour)), f.write(cni.SubnetEnv{
+		Networks: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}, Gateways: []netip.Prefix{netip.MustParsePrefix("10.5.72.1/24")},
+		MTU: 1450, Expires: now.Add(24 * time.Hour),
+	})); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		after time.Duration // since the start
+		left  time.Duration // then; 0: for ever
+		due   bool
+	}{
+		{8 * time.Second, 24 * time.Hour, false}, // renewed, and no news
+		{2 * time.Hour, 24 * time.Hour, false},
+		{4 * time.Hour, 24 * time.Hour, true},
+		{4 * time.Hour, 20 * time.Hour, false}, // not renewed
+		{time.Minute, time.Minute, true},       // a shorter lifetime
+		{time.Minute, 0, true},
+	} {
+		at := now.Add(c.after)
+		until := at.Add(c.left)
+		if c.left == 0 {
+			until = time.Time{}
+		}
+		if got := f.due(at, until); got != c.due {
+			t.Errorf("after %s, with %s left: due %t", c.after, c.left, got)
+		}
+	}
+	for _, until := range []time.Time{now.Add(48 * time.Hour), now, {}, now.Add(time.Hour)} {
+		if err := f.extend(until); err != nil || !ends().Equal(until) {
+			t.Errorf("the file ends at %s, not %s (%v)", ends(), until, err)
+		}
+	}
+}
+
+func TestReadiness(t *testing.T) {
+	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	lease := func(expires time.Time) *api.Lease {
+		return &api.Lease{Subnets: []netip.Prefix{netip.MustParsePrefix("10.5.72.0/24")}, Expires: expires}
+	}
+	for _, c := range []struct {
+		is   api.Status
+		code readiness.Code
+		says string
+	}{
+		{api.Status{NotReady: "leasing a subnet"}, readiness.NoLease, "no lease yet: leasing a subnet"},
+		{api.Status{NotReady: "opening the datapath", Lease: lease(now.Add(time.Hour))}, readiness.DatapathDown, "opening the datapath"},
+		{api.Status{Ready: true, Lease: lease(now.Add(time.Hour))}, "", ""},
+		{api.Status{Ready: true, Lease: lease(time.Time{})}, "", ""},
+		{api.Status{Ready: true, Lease: lease(now.Add(-time.Hour)), Store: api.Store{Error: "no leader"}}, readiness.Fenced, "the lease of [10.5.72.0/24] ran out at 2026-03-01T11:00:00Z (etcd is out of reach: no leader)"},
+		{api.Status{NotReady: "x", Lease: lease(now.Add(-time.Hour))}, readiness.Fenced, "it was not renewed"},
+	} {
+		h := &health{said: c.is}
+		got := h.readiness(now)
+		if got.Code != c.code || got.Ready != (c.code == "") || !strings.Contains(got.Reason, c.says) {
+			t.Errorf("%+v is %+v, not %s saying %q", c.is, got, c.code, c.says)
+		}
+	}
+}
