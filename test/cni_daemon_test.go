@@ -183,3 +183,35 @@ func TestCNIInstallStatusUninstall(t *testing.T) {
 		t.Errorf("status after uninstalling: %+v (%v)", r, err)
 	}
 }
+
+// TestCNIRefusesALostLease has another node take this node's subnet: the daemon
+// ends, and what it leaves behind keeps the plugin from giving out addresses.
+func TestCNIRefusesALostLease(t *testing.T) {
+	c := newCluster(t, 1)
+	n := c.Nodes[0]
+	c.setConfig(config)
+	d := c.start(n)
+	s := c.waitReady(n, 0)
+	pod, err := n.AddPod(t.Context(), "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	subnet := strings.Replace(s.Lease.Subnets[0].String(), "/", "-", 1)
+	c.put("/coreos.com/network/subnets/"+subnet,
+		`{"PublicIP":"198.18.0.99","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}`)
+	select {
+	case <-d.Exited():
+	case <-time.After(30 * time.Second):
+		t.Fatal("the daemon goes on without its lease")
+	}
+	if d.Err() == nil {
+		t.Error("the daemon lost its lease and ended without an error")
+	}
+	var e *types.Error
+	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "ran out at") {
+		t.Errorf("ADD in a subnet that is another node's: %v", err)
+	}
+	if err := pod.Delete(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
