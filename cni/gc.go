@@ -68,8 +68,8 @@ func (v validity) has(a Attachment) bool {
 //
 // Where it cannot be known that something is garbage it stays: attachments
 // that are younger than the call, files that are not understood, everything if
-// the list is empty. What ran before the machine was started last is garbage
-// in any case.
+// the list is empty. Then, too, what ran before the machine was started last is
+// garbage.
 func (p Plugin) GC(args *skel.CmdArgs) error {
 	// A file's time is the kernel's tick before its making: allow for that.
 	since := time.Now().Add(-20 * time.Millisecond)
@@ -104,7 +104,7 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 	boot := bootID()
 	for _, r := range records {
 		outlived := r.Boot != "" && boot != "" && r.Boot != boot
-		if valid.has(r.Attachment) && !outlived || valid.certain && valid.has(r.Attachment) {
+		if valid.has(r.Attachment) && (valid.certain || !outlived) {
 			continue
 		}
 		err := delegate(ctx, "DEL", r.Attachment, r.Delegate, r.netns())

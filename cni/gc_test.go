@@ -142,8 +142,8 @@ func TestGC(t *testing.T) {
 	h.expect(t, "after GC of everything", []string{"damaged:eth0", "elsewhere"}, []string{"10.42.7.106", "10.42.7.107", "10.42.7.108", "fe80::1%lo", "notes.txt"})
 }
 
-// What ran before the machine was started last is garbage whatever the
-// runtime says of it.
+// What ran before the machine was started last is garbage without a list that
+// says so.
 func TestGCAfterReboot(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	for _, id := range []string{"before", "now"} {
