@@ -195,15 +195,3 @@ func BenchmarkAdd(b *testing.B) {
 	b.ReportMetric((add-bridge).Seconds()*1000, "ms/own")
 	b.ReportMetric(0, "ns/op")
 }
-
-// TestAddShare holds the plugin to its own share of an ADD.
-func TestAddShare(t *testing.T) {
-	if scale(1, 0) == 0 {
-		t.Skip("a measurement: with CULVERT_FULL=1, as make test-system has it")
-	}
-	add, bridge := measureAdds(t, newHost(t, "10.42.7.0/24"), 60)
-	t.Logf("median ADD %s, of which bridge and host-local %s", add, bridge)
-	if own := add - bridge; own > 10*time.Millisecond {
-		t.Errorf("the plugin's own share is %s", own)
-	}
-}
