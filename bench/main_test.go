@@ -28,6 +28,11 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	// Each of the many processes would else wait a second for late reports of
+	// races at its end.
+	if err := os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE")); err != nil {
+		panic(err)
+	}
 	labtest.Main(m)
 }
 

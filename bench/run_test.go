@@ -454,7 +454,7 @@ func TestParseIPerf3(t *testing.T) {
 		}
 	}
 	if _, err := parseIPerf3([]byte(`{"end":{}}`), workload{payload: 64}); err == nil {
-		t.Error("datagrams without a sum")
+		t.Error("datagrams without what was received")
 	}
 }
 

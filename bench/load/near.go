@@ -111,9 +111,7 @@ func (d *Datagrams) flood(buf []byte) error {
 const pace = 100 * time.Microsecond
 
 func (d *Datagrams) paced(buf []byte, perSecond float64) error {
-	// Let the kernel wake this thread when it asked to be woken.
-	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1000, 0, 0, 0)
-	defer func() { _ = unix.Prctl(unix.PR_SET_TIMERSLACK, 0, 0, 0, 0) }()
+	defer preciseSleep()()
 	start, sent := time.Now(), uint64(0)
 	sleep := unix.NsecToTimespec(pace.Nanoseconds())
 	for !d.stop.Load() {
@@ -132,7 +130,7 @@ func (d *Datagrams) paced(buf []byte, perSecond float64) error {
 }
 
 func (d *Datagrams) one(buf []byte) error {
-	_, e := d.socket.send(buf)
+	_, e := d.socket.rawSend(buf)
 	switch {
 	case e == 0:
 		d.sent.Add(1)

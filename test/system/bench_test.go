@@ -1,0 +1,195 @@
+//go:build system
+
+package system
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"culvert/internal/lab/labtest"
+)
+
+// benchFigures runs culvert bench and returns a metric of native, by workload,
+// with a value for each round.
+func benchFigures(t *testing.T, args ...string) map[string][]float64 {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(labtest.Bin(t), "culvert"), append([]string{"bench", "--json", "--datapath", "native", "--underlay", "offload"}, args...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	text, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, &stderr)
+	}
+	var report struct {
+		Results []struct {
+			Workload, Metric string
+			Rounds           []float64
+		}
+	}
+	if err := json.Unmarshal(text, &report); err != nil {
+		t.Fatal(err)
+	}
+	figures := map[string][]float64{}
+	for _, r := range report.Results {
+		if r.Metric == "throughput" || r.Metric == "rate" {
+			figures[r.Workload] = r.Rounds
+		}
+	}
+	return figures
+}
+
+// TestGeneratorAgainstIPerf3 measures the underlay with the built-in generator
+// and with iperf3, in turn. The best of each count, since other work of the
+// machine only ever takes away, and lie within 10 % of each other.
+func TestGeneratorAgainstIPerf3(t *testing.T) {
+	labtest.NeedTUN(t)
+	best := map[string]map[string]float64{"builtin": {}, "iperf3": {}}
+	const least, most = 5, 20
+	for round := 1; ; round++ {
+		for generator, figures := range best {
+			got := benchFigures(t, "--workload", "tcp1,udp1400", "--generator", generator, "--rounds", "1", "--duration", "1s", "--warmup", "300ms", "--quick")
+			for workload, values := range got {
+				figures[workload] = max(figures[workload], values[0])
+			}
+		}
+		var apart []string
+		for _, workload := range []string{"tcp1", "udp1400"} {
+			ours, theirs := best["builtin"][workload], best["iperf3"][workload]
+			if ratio := ours / theirs; !(ratio > 0.9 && ratio < 1.1) {
+				apart = append(apart, fmt.Sprintf("%s: %.4g by the built-in generator, %.4g by iperf3 (%.2f)", workload, ours, theirs, ratio))
+			}
+		}
+		t.Logf("after round %d: %v", round, best)
+		if len(apart) == 0 && round >= least {
+			return
+		}
+		if round == most {
+			t.Fatal(strings.Join(apart, "; "))
+		}
+	}
+}
+
+// TestPageInChromium opens the page of a real run in a browser: the charts are
+// there, nothing is said on the console, and nothing is asked of a network.
+func TestPageInChromium(t *testing.T) {
+	labtest.NeedTUN(t)
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	page := filepath.Join(dir, "page.html")
+	cmd := exec.Command(filepath.Join(labtest.Bin(t), "culvert"), "bench", "--quick", "--duration", "100ms", "--rounds", "2", "--html", page)
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, text)
+	}
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	// Everything that the browser would fetch goes to a proxy that counts.
+	var asked []string
+	var mu sync.Mutex
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		asked = append(asked, r.Host)
+		http.Error(w, "no", http.StatusForbidden)
+	}))
+	defer proxy.Close()
+	// What the page looks like, asked of the page itself.
+	probe := bytes.Replace(text, []byte("</body>"), []byte(`<script>
+addEventListener("load", () => {
+  const seen = [...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height > 50).length;
+  const bars = [...document.querySelectorAll("svg path")].filter(p => getComputedStyle(p).fill.startsWith("rgb") && p.getBBox().height > 1).length;
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = ["PROBE", seen, bars, getComputedStyle(document.body).backgroundColor, performance.getEntriesByType("resource").length, "END"].join("|");
+  document.body.append(out);
+});
+</script></body>`), 1)
+	probed := filepath.Join(dir, "probed.html")
+	if err := os.WriteFile(probed, probe, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	_, port, err := net.SplitHostPort(proxy.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	backgrounds := map[string]bool{}
+	for _, dark := range []bool{false, true} {
+		args := []string{
+			"--headless", "--no-sandbox", "--disable-gpu", "--user-data-dir=" + filepath.Join(dir, "profile"),
+			"--disable-background-networking", "--disable-component-update", "--no-first-run",
+			"--proxy-server=127.0.0.1:" + port,
+			"--enable-logging=stderr", "--log-level=0", "--dump-dom", "--virtual-time-budget=5000",
+		}
+		if dark {
+			args = append(args, "--blink-settings=preferredColorScheme=0")
+		}
+		browser := exec.Command(chromium, append(args, "file://"+probed)...)
+		var stdout, stderr bytes.Buffer
+		browser.Stdout, browser.Stderr = &stdout, &stderr
+		if err := runFor(browser, time.Minute); err != nil {
+			t.Fatalf("%v\n%s", err, &stderr)
+		}
+		_, rest, ok := strings.Cut(stdout.String(), "PROBE|")
+		result, _, ok2 := strings.Cut(rest, "|END")
+		fields := strings.Split(result, "|")
+		if !ok || !ok2 || len(fields) != 4 {
+			t.Fatalf("the page did not load:\n%.2000s\n%s", &stdout, &stderr)
+		}
+		charts, _ := strconv.Atoi(fields[0])
+		bars, _ := strconv.Atoi(fields[1])
+		// tcp1, udp64, rr p50 and p99, costs; each with bars for three datapaths
+		// on two underlays.
+		if charts < 5 || bars < 5*3*2 {
+			t.Errorf("%d charts with %d bars", charts, bars)
+		}
+		if fields[3] != "0" {
+			t.Errorf("the page asked for %s resources", fields[3])
+		}
+		backgrounds[fields[2]] = true
+		for line := range strings.Lines(stderr.String()) {
+			if strings.Contains(line, "CONSOLE") {
+				t.Errorf("on the console: %s", line)
+			}
+		}
+	}
+	if len(backgrounds) != 2 {
+		t.Errorf("light and dark look the same: %v", backgrounds)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	// The browser itself calls home at its start, whatever it is asked not to do.
+	home := regexp.MustCompile(`(^|\.)(google|googleapis|gvt1|gstatic)\.com(:\d+)?$`)
+	asked = slices.DeleteFunc(asked, func(host string) bool { return home.MatchString(host) })
+	if len(asked) > 0 {
+		t.Errorf("the network was asked for %v", asked)
+	}
+}
+
+// runFor runs a program, and kills it after a time.
+func runFor(cmd *exec.Cmd, atMost time.Duration) error {
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	timer := time.AfterFunc(atMost, func() { _ = cmd.Process.Kill() })
+	defer timer.Stop()
+	return cmd.Wait()
+}
