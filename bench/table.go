@@ -179,7 +179,7 @@ func (r *Report) notes(b *strings.Builder, reference string) {
 	}
 	if len(doubts) > 0 {
 		const most = 8
-		fmt.Fprintf(b, "\nWarning: the rounds of %d figures lie so far apart that their ratio to %s (marked ?) says nothing:\n", len(doubts), reference)
+		fmt.Fprintf(b, "\nWarning: rounds lie so far apart that these ratios to %s (marked ?), %d in all, say nothing:\n", reference, len(doubts))
 		for i, d := range doubts {
 			if i == most {
 				fmt.Fprintf(b, "  ... and %d more\n", len(doubts)-most)
