@@ -46,20 +46,7 @@ func newCluster(t testing.TB, nodes int) *cluster {
 		t.Fatal(err)
 	}
 	c := &cluster{Lab: labtest.New(t, lab.Options{Nodes: nodes}), t: t, bin: bin}
-	listen := netip.AddrPortFrom(c.FabricAddrs[0], 2379).String()
-	c.endpoint = "http://" + listen
-	p, err := c.Fabric.Start(lab.Command{
-		Name: "etcd", Path: filepath.Join(bin, "culvert-etcd"),
-		Args: []string{"--data-dir", filepath.Join(c.Dir, "etcd"), "--listen-client", listen, "--unsafe-no-fsync"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	if _, err := p.WaitLine(ctx, "ready "); err != nil {
-		t.Fatal(err)
-	}
+	c.endpoint = labtest.StartEtcd(t, c.Lab)
 	return c
 }
 

@@ -407,20 +407,9 @@ func TestContainerd(t *testing.T) {
 	}
 	bin := labtest.Bin(t)
 	l := labtest.New(t, lab.Options{Nodes: 2})
-	listen := netip.AddrPortFrom(l.FabricAddrs[0], 2379).String()
-	etcd, err := l.Fabric.Start(lab.Command{
-		Name: "etcd", Path: filepath.Join(bin, "culvert-etcd"),
-		Args: []string{"--data-dir", filepath.Join(l.Dir, "etcd"), "--listen-client", listen, "--unsafe-no-fsync"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	endpoint := labtest.StartEtcd(t, l)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	if _, err := etcd.WaitLine(ctx, "ready "); err != nil {
-		t.Fatal(err)
-	}
-	endpoint := "http://" + listen
 	if _, err := l.Fabric.Run(ctx, filepath.Join(bin, "culvert"), "config", "set",
 		`{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`, "--etcd-endpoints", endpoint); err != nil {
 		t.Fatal(err)

@@ -6,7 +6,6 @@ package system
 
 import (
 	"context"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -87,26 +86,13 @@ func TestImage(t *testing.T) {
 	}
 	plugins := t.TempDir()
 	l := labtest.New(t, lab.Options{Nodes: 2})
-	listen := netip.AddrPortFrom(l.FabricAddrs[0], 2379).String()
-	etcd, err := l.Fabric.Start(lab.Command{
-		Name: "etcd", Path: filepath.Join(bin, "culvert-etcd"),
-		Args: []string{"--data-dir", filepath.Join(l.Dir, "etcd"), "--listen-client", listen, "--unsafe-no-fsync"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	if _, err := etcd.WaitLine(ctx, "ready "); err != nil {
-		t.Fatal(err)
-	}
+	endpoint := labtest.StartEtcd(t, l)
 
 	engine := startEngine(t, l, l.Nodes[0])
 	engine.run("build", "--tag", "culvert:test", filepath.Dir(bin))
 	if out := engine.run("run", "--rm", "--network", "host", "culvert:test", "version"); !strings.HasPrefix(out, "culvert ") {
 		t.Errorf("version: %s", out)
 	}
-	endpoint := "http://" + listen
 	engine.run("run", "--rm", "--network", "host", "culvert:test",
 		"config", "set", `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`, "--etcd-endpoints", endpoint)
 	engine.run("run", "--rm", "--network", "none", "--volume", plugins+":/host", "culvert:test",

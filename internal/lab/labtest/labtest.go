@@ -2,9 +2,13 @@
 package labtest
 
 import (
+	"context"
 	"fmt"
+	"net/netip"
 	"os"
+	"path/filepath"
 	"testing"
+	"time"
 
 	"culvert/internal/lab"
 )
@@ -90,4 +94,24 @@ func Bin(tb testing.TB) string {
 		tb.Fatal(err)
 	}
 	return dir
+}
+
+// StartEtcd starts the built culvert-etcd in the lab's fabric and returns its
+// client URL, which every node reaches.
+func StartEtcd(tb testing.TB, l *lab.Lab) (endpoint string) {
+	tb.Helper()
+	listen := netip.AddrPortFrom(l.FabricAddrs[0], 2379).String()
+	p, err := l.Fabric.Start(lab.Command{
+		Name: "etcd", Path: filepath.Join(Bin(tb), "culvert-etcd"),
+		Args: []string{"--data-dir", filepath.Join(l.Dir, "etcd"), "--listen-client", listen, "--unsafe-no-fsync"},
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(tb.Context(), 30*time.Second)
+	defer cancel()
+	if _, err := p.WaitLine(ctx, "ready "); err != nil {
+		tb.Fatal(err)
+	}
+	return "http://" + listen
 }
