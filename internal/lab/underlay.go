@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"sync/atomic"
 
+	"culvert/internal/host"
+
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -126,7 +128,7 @@ func (n *Namespace) configure(link string, addrs []netip.Addr, prefixes []netip.
 			return err
 		}
 		for i, a := range addrs {
-			addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, prefixes[i].Bits()))}
+			addr := &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(a, prefixes[i].Bits()))}
 			if a.Is6() {
 				addr.Flags = unix.IFA_F_NODAD
 			}
@@ -167,11 +169,7 @@ func gateway(p netip.Prefix) netip.Addr {
 
 func everything(like netip.Addr) *net.IPNet {
 	if like.Is4() {
-		return ipNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0))
+		return host.IPNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0))
 	}
-	return ipNet(netip.PrefixFrom(netip.IPv6Unspecified(), 0))
-}
-
-func ipNet(p netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+	return host.IPNet(netip.PrefixFrom(netip.IPv6Unspecified(), 0))
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/host"
 	"culvert/subnet"
 )
 
@@ -79,13 +80,13 @@ func (n *Node) AddHandmadeVXLAN(o VXLANOptions) (*HandmadeVXLAN, error) {
 		if err := netlink.LinkAdd(dev); err != nil {
 			return fmt.Errorf("making it: %w", err)
 		}
-		host := netip.PrefixFrom(o.Subnet.Addr(), o.Subnet.Addr().BitLen())
-		addr := &netlink.Addr{IPNet: ipNet(host)}
+		own := netip.PrefixFrom(o.Subnet.Addr(), o.Subnet.Addr().BitLen())
+		addr := &netlink.Addr{IPNet: host.IPNet(own)}
 		if o.Subnet.Addr().Is6() {
 			addr.Flags = unix.IFA_F_NODAD
 		}
 		if err := netlink.AddrAdd(dev, addr); err != nil {
-			return fmt.Errorf("address %s: %w", host, err)
+			return fmt.Errorf("address %s: %w", own, err)
 		}
 		return netlink.LinkSetUp(dev)
 	})
@@ -156,7 +157,7 @@ func (v *HandmadeVXLAN) each(peer subnet.Endpoint, neigh, fdb func(*netlink.Neig
 			return fmt.Errorf("FDB entry %s: %w", mac, err)
 		}
 		if err := route(&netlink.Route{
-			LinkIndex: index, Dst: ipNet(peer.Subnet), Gw: vtep.AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+			LinkIndex: index, Dst: host.IPNet(peer.Subnet), Gw: vtep.AsSlice(), Flags: int(netlink.FLAG_ONLINK),
 		}); err != nil {
 			return fmt.Errorf("route %s: %w", peer.Subnet, err)
 		}
