@@ -14,7 +14,7 @@ type Occupancy struct {
 	// Unreadable are the subnets of values that cannot be read: somebody may
 	// live there, so they are never given out.
 	Unreadable []netip.Prefix
-	// Resting are free subnets that were leased lately (Search.Resting).
+	// Resting are free subnets that others leased lately (Search.Resting).
 	Resting []netip.Prefix
 	// Mine reports whether this node holds the lease, for a reason that its
 	// value does not show: its handle is in the node's state. Nil knows none.
@@ -131,7 +131,12 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 	for _, l := range own {
 		prefer = append(prefer, l.Subnets()...)
 	}
-	prefer = append(prefer, c.Previous...)
+	for _, p := range c.Previous {
+		// Ours once, and another's since: others may know it as that one's.
+		if !slices.ContainsFunc(o.Resting, p.Overlaps) {
+			prefer = append(prefer, p)
+		}
+	}
 	subnets := make([]netip.Prefix, len(c.Config.Networks))
 	for i, n := range c.Config.Networks {
 		var err error

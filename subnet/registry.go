@@ -82,8 +82,19 @@ type Admin interface {
 	// until they are released; owner says for whom. ErrTaken.
 	Reserve(ctx context.Context, owner string, subnets []netip.Prefix) (Lease, error)
 	// ReleaseKey deletes the entry, whoever holds it, if it is still at this
-	// ModRevision (AnyRevision: at any). ErrChanged, ErrAbsent.
+	// ModRevision (AnyRevision: at any). A node that runs writes its lease anew.
+	// ErrChanged, ErrAbsent.
 	ReleaseKey(ctx context.Context, key string, at int64) error
+	// Resting returns the subnets in quarantine, the longest unused first.
+	Resting(ctx context.Context) ([]Rest, error)
+}
+
+// Rest is a subnet in quarantine: free, but leased lately, so that others may
+// still have its old owner in their caches.
+type Rest struct {
+	Key   string    // of the lease that stood there
+	Node  string    // whose it was
+	Until time.Time // the quarantine's end
 }
 
 // AnyRevision is given in place of a ModRevision to write without comparing.

@@ -21,6 +21,8 @@ var errRace = errors.New("another write came first")
 // grant is an etcd lease that waits for its key.
 type grant struct {
 	id int64 // zero: none yet
+	// ends is when it ends at the earliest: counted from before it was asked for.
+	ends time.Time
 	// doubtful says that a transaction with this id was sent and not answered:
 	// it may have been committed, or may still be.
 	doubtful bool
@@ -72,6 +74,10 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 
 // tryAcquire is one round: list, choose, write.
 func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (subnet.Lease, error) {
+	marks, err := r.marks(ctx)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
 	entries, revision, err := r.entries(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
@@ -79,7 +85,7 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 	saved := r.savedID()
 	occupancy := subnet.Occupied(entries)
 	occupancy.Mine = func(l subnet.Lease) bool { return l.ID != 0 && (l.ID == saved || l.ID == g.id) }
-	choice, err := subnet.Choose(c, occupancy)
+	choice, err := r.choose(ctx, c, occupancy, resting(marks, entries, c.Node))
 	if err != nil {
 		return subnet.Lease{}, err
 	}
@@ -95,22 +101,22 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 		if err := r.granted(ctx, c.Node, c.TTL, g); err != nil {
 			return subnet.Lease{}, err
 		}
-		choice.Lease.ID = g.id
-		return r.write(ctx, choice, revision, c.TTL, g)
+		choice.Lease.ID, choice.Lease.Expires = g.id, g.ends
+		return r.write(ctx, choice, revision, g)
 	}
 
 	keep := *choice.Keep
-	var left time.Duration
 	if keep.ID != 0 { // else it was written to last for ever, and does
-		var whole time.Duration
-		if left, whole, err = r.timeToLive(ctx, keep.ID); err != nil {
+		ends, whole, err := r.timeToLive(ctx, keep.ID)
+		if err != nil {
 			return subnet.Lease{}, err
 		}
-		if left <= 0 || whole != time.Duration(seconds(c.TTL))*time.Second || keep.Node != c.Node {
+		choice.Lease.Expires = ends
+		if ends.IsZero() || whole != time.Duration(seconds(c.TTL))*time.Second || keep.Node != c.Node {
 			if err := r.granted(ctx, c.Node, c.TTL, g); err != nil {
 				return subnet.Lease{}, err
 			}
-			choice.Lease.ID = g.id
+			choice.Lease.ID, choice.Lease.Expires = g.id, g.ends
 		} else {
 			r.saveID(c.Node, keep.ID)
 		}
@@ -124,10 +130,9 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 		return subnet.Lease{}, err
 	}
 	if slices.Equal(before, after) && choice.Lease.ID == keep.ID && len(choice.Drop) == 0 {
-		choice.Lease.Expires = expiry(choice.Lease.ID, left)
 		return choice.Lease, nil
 	}
-	l, err := r.write(ctx, choice, revision, c.TTL, g)
+	l, err := r.write(ctx, choice, revision, g)
 	if err == nil && keep.ID != l.ID && keep.Node == c.Node {
 		r.revoke(keep.ID) // flannel's own is left alone, to expire
 	}
@@ -136,7 +141,7 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 
 // write commits the choice, which was made from the list at a revision, and
 // then looks at what was written between that revision and ours.
-func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64, ttl time.Duration, g *grant) (subnet.Lease, error) {
+func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64, g *grant) (subnet.Lease, error) {
 	l := choice.Lease
 	value, err := l.Value()
 	if err != nil {
@@ -178,7 +183,6 @@ func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64
 	if choice.Keep == nil {
 		l.CreateRevision = resp.Header.Revision
 	}
-	l.Expires = expiry(l.ID, ttl)
 	for _, kv := range resp.Responses[len(resp.Responses)-1].GetResponseRange().Kvs {
 		if err := r.secondTo(l, r.entry(kv)); err != nil {
 			r.undo(ctx, choice, l)
@@ -245,28 +249,33 @@ func (r *Registry) granted(ctx context.Context, node string, ttl time.Duration, 
 	}
 	rctx, cancel := r.request(ctx)
 	defer cancel()
+	asked := time.Now()
 	resp, err := r.client.Grant(rctx, seconds(ttl))
 	if err != nil {
 		return fmt.Errorf("grant an etcd lease: %w", err)
 	}
-	*g = grant{id: int64(resp.ID)}
+	*g = grant{id: int64(resp.ID), ends: asked.Add(time.Duration(resp.TTL) * time.Second)}
 	r.saveID(node, g.id)
 	return nil
 }
 
-// timeToLive returns what is left of an etcd lease, and its whole; nothing is
-// left of one that etcd does not have.
-func (r *Registry) timeToLive(ctx context.Context, id int64) (left, whole time.Duration, err error) {
+// timeToLive returns when an etcd lease ends, counted from before the question,
+// so that it is not believed to live longer than it does, and its whole
+// lifetime. The zero time is of one that etcd does not have.
+func (r *Registry) timeToLive(ctx context.Context, id int64) (ends time.Time, whole time.Duration, err error) {
 	rctx, cancel := r.request(ctx)
 	defer cancel()
+	asked := time.Now()
 	resp, err := r.client.TimeToLive(rctx, clientv3.LeaseID(id))
-	if expired(err) {
-		return 0, 0, nil
+	switch {
+	case expired(err):
+		return time.Time{}, 0, nil
+	case err != nil:
+		return time.Time{}, 0, fmt.Errorf("ask for the etcd lease's time to live: %w", err)
+	case resp.TTL <= 0:
+		return time.Time{}, 0, nil
 	}
-	if err != nil {
-		return 0, 0, fmt.Errorf("ask for the etcd lease's time to live: %w", err)
-	}
-	return time.Duration(resp.TTL) * time.Second, time.Duration(resp.GrantedTTL) * time.Second, nil
+	return asked.Add(time.Duration(resp.TTL) * time.Second), time.Duration(resp.GrantedTTL) * time.Second, nil
 }
 
 // revokeNow returns nil once etcd has no such lease.
@@ -291,11 +300,4 @@ func (r *Registry) revoke(id int64) {
 
 func seconds(ttl time.Duration) int64 {
 	return int64((ttl + time.Second - 1) / time.Second)
-}
-
-func expiry(id int64, ttl time.Duration) time.Time {
-	if id == 0 {
-		return time.Time{}
-	}
-	return time.Now().Add(ttl)
 }

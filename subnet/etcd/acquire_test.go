@@ -35,9 +35,9 @@ func TestUnansweredCommits(t *testing.T) {
 			if err != nil || len(entries) != 1 || entries[0].Key != l.Key() || entries[0].ID != l.ID {
 				t.Errorf("hold %s with %x; etcd has %v, %v", l, l.ID, entries, err)
 			}
-			left, _, err := r.timeToLive(t.Context(), l.ID)
-			if err != nil || left <= 0 {
-				t.Errorf("%v left of the lease, %v", left, err)
+			ends, _, err := r.timeToLive(t.Context(), l.ID)
+			if err != nil || ends.IsZero() {
+				t.Errorf("the lease ends at %v, %v", ends, err)
 			}
 		})
 	}

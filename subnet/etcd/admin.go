@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"time"
 
 	"culvert/subnet"
 
@@ -25,11 +24,9 @@ func (r *Registry) Entries(ctx context.Context, withExpiry bool) ([]subnet.Entry
 		if e.ID == 0 {
 			continue
 		}
-		left, _, err := r.timeToLive(ctx, e.ID)
-		if err != nil {
+		if e.Expires, _, err = r.timeToLive(ctx, e.ID); err != nil {
 			return nil, 0, err
 		}
-		e.Expires = time.Now().Add(left)
 		entries[i] = subnet.NewEntry(e)
 	}
 	return entries, revision, nil
@@ -115,8 +112,19 @@ func (r *Registry) ReleaseKey(ctx context.Context, key string, at int64) error {
 	}
 	rctx, cancel := r.request(ctx)
 	defer cancel()
+	var rest []clientv3.Op
+	if now, err := r.client.Get(rctx, full); err != nil {
+		return fmt.Errorf("release %s: %w", key, err)
+	} else if len(now.Kvs) == 1 {
+		// What no node lived in needs no rest.
+		if l, err := r.entry(now.Kvs[0]).Lease(); err == nil && !l.Reserved {
+			if rest, err = r.restOps(ctx, key, l.Node); err != nil {
+				return fmt.Errorf("release %s: %w", key, err)
+			}
+		}
+	}
 	resp, err := r.client.Txn(rctx).If(cond).
-		Then(clientv3.OpDelete(full)).
+		Then(append(rest, clientv3.OpDelete(full))...).
 		Else(clientv3.OpGet(full, clientv3.WithCountOnly())).Commit()
 	switch {
 	case err != nil:
@@ -128,4 +136,17 @@ func (r *Registry) ReleaseKey(ctx context.Context, key string, at int64) error {
 	default:
 		return fmt.Errorf("release %s: %w", key, subnet.ErrChanged)
 	}
+}
+
+// Resting implements subnet.Admin.
+func (r *Registry) Resting(ctx context.Context) ([]subnet.Rest, error) {
+	marks, err := r.marks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	entries, _, err := r.entries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return r.restUntil(ctx, resting(marks, entries, ""))
 }

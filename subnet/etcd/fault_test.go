@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"culvert/subnet"
 
@@ -84,21 +85,19 @@ func (t *lossyTxn) Commit() (*clientv3.TxnResponse, error) {
 	return nil, errUnanswered
 }
 
-// brokenLease ends every stream of renewals as soon as it begins.
+// brokenLease fails every renewal as soon as it is tried.
 type brokenLease struct {
 	clientv3.Lease
 	broken atomic.Bool
 	asked  atomic.Int32
 }
 
-func (b *brokenLease) KeepAlive(ctx context.Context, id clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
+func (b *brokenLease) KeepAliveOnce(ctx context.Context, id clientv3.LeaseID) (*clientv3.LeaseKeepAliveResponse, error) {
 	b.asked.Add(1)
-	if !b.broken.Load() {
-		return b.Lease.KeepAlive(ctx, id)
+	if b.broken.Load() {
+		return nil, errUnanswered
 	}
-	ended := make(chan *clientv3.LeaseKeepAliveResponse)
-	close(ended)
-	return ended, nil
+	return b.Lease.KeepAliveOnce(ctx, id)
 }
 
 // faultyWatcher can end the watches under way with a response of the test's.
@@ -193,4 +192,14 @@ func canceled() context.Context {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	return ctx
+}
+
+// slowLease gives its answers to the process half a second late, as they are
+// read by one that was stopped.
+type slowLease struct{ clientv3.Lease }
+
+func (s slowLease) KeepAliveOnce(ctx context.Context, id clientv3.LeaseID) (*clientv3.LeaseKeepAliveResponse, error) {
+	resp, err := s.Lease.KeepAliveOnce(ctx, id)
+	time.Sleep(500 * time.Millisecond)
+	return resp, err
 }

@@ -25,6 +25,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 		r.setHeld(l)
 	}
 	var g grant
+	var k keeping
 	var pause backoff
 	away := outage{log: r.log.With("subnet", l.Key())}
 	for {
@@ -45,9 +46,9 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 		}
 		away.over()
 		pause.reset()
-		if err := r.renew(ctx); err != nil {
+		if err := r.renew(ctx, &k); err != nil {
 			r.log.Debug("looking at our lease", "subnet", l.Key(), "reason", err)
-			// A stream that ends as soon as it is opened must not spin.
+			// A renewal that fails as soon as it is tried must not spin.
 			if sleep(ctx, 50*time.Millisecond+rand.N(50*time.Millisecond)) != nil {
 				return nil
 			}
@@ -55,25 +56,37 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	}
 }
 
+// keeping is what is renewed, and when it is due: an etcd lease, zero for none
+// yet, that is renewed whenever a third of its lifetime has gone by.
+type keeping struct {
+	id  int64
+	due time.Time
+}
+
 // renew keeps the etcd lease alive until there is a reason, which it returns,
 // to look at the key.
-func (r *Registry) renew(ctx context.Context) error {
+//
+// Each renewal is a request of its own, so that the lifetime counts from before
+// it was sent: an answer that lay unread while the process was stopped says
+// nothing of now, and a lifetime counted from its arrival would let this node
+// give out addresses of a subnet that is another's.
+func (r *Registry) renew(ctx context.Context, k *keeping) error {
 	held, ok := r.Held()
 	if !ok {
 		return errors.New("released")
 	}
-	kctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
-	defer cancel()
-	var renewals <-chan *clientv3.LeaseKeepAliveResponse
-	if held.ID != 0 {
-		var err error
-		if renewals, err = r.client.KeepAlive(kctx, clientv3.LeaseID(held.ID)); err != nil {
-			return fmt.Errorf("keep the lease alive: %w", err)
-		}
+	if k.id != held.ID {
+		*k = keeping{id: held.ID}
 	}
 	look := time.NewTimer(lookEvery/2 + rand.N(lookEvery))
 	defer look.Stop()
 	for {
+		var due <-chan time.Time
+		if k.id != 0 {
+			timer := time.NewTimer(time.Until(k.due))
+			defer timer.Stop()
+			due = timer.C
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -81,23 +94,36 @@ func (r *Registry) renew(ctx context.Context) error {
 			return errors.New("our key was written or is missing")
 		case <-look.C:
 			return errors.New("it is time to")
-		case resp, ok := <-renewals:
-			if !ok {
+		case <-due:
+			ttl, err := r.keepAlive(ctx, k.id)
+			if err != nil {
 				// Not an expiry yet: the connection, the leader or a slow answer
-				// closes the channel too.
-				return errors.New("the renewals ended")
+				// fails it too.
+				return fmt.Errorf("renew: %w", err)
 			}
-			r.renewed(int64(resp.ID), time.Duration(resp.TTL)*time.Second)
+			r.keepMark(ctx, held)
+			k.due = time.Now().Add(ttl / 3)
 		}
 	}
 }
 
-func (r *Registry) renewed(id int64, left time.Duration) {
+// keepAlive renews an etcd lease once, and returns its lifetime. ErrLeaseNotFound
+// says that there is nothing to renew.
+func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, error) {
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	asked := time.Now()
+	resp, err := r.client.KeepAliveOnce(rctx, clientv3.LeaseID(id))
+	if err != nil {
+		return 0, err
+	}
+	ttl := time.Duration(resp.TTL) * time.Second
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.held.ID == id {
-		r.held.Expires = time.Now().Add(left)
+		r.held.Expires = asked.Add(ttl)
 	}
+	return ttl, nil
 }
 
 // verify makes our key what we hold: it adopts, rewrites or creates it again.
@@ -132,24 +158,24 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 		return err
 	}
 	want.CreateRevision, want.ModRevision = e.CreateRevision, e.ModRevision
-	ttl, id := r.lifetime(), e.ID
+	id := e.ID
 	if id == 0 {
 		id = want.ID // zero too where the lease was meant to last for ever
 	}
 	want.ID, want.Expires = id, time.Time{}
 	if id != 0 {
-		left, whole, err := r.timeToLive(ctx, id)
+		ends, _, err := r.timeToLive(ctx, id)
 		switch {
 		case err != nil:
 			return err
-		case left > 0:
-			ttl, want.Expires = whole, time.Now().Add(left)
+		case !ends.IsZero():
+			want.Expires = ends
 			r.saveID(want.Node, id)
 		case e.ID != 0:
 			err = fmt.Errorf("lease %s expired between two requests: %w", want, errRace)
 		default:
-			err = r.granted(ctx, want.Node, ttl, g)
-			want.ID = g.id
+			err = r.granted(ctx, want.Node, r.lifetime(), g)
+			want.ID, want.Expires = g.id, g.ends
 		}
 		if err != nil {
 			return err
@@ -166,12 +192,9 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 			r.log.Warn("another program, such as flannel, wrote our lease; writing it anew", "subnet", want.Key(), "node", want.Node)
 		}
 		keep := is
-		written, err := r.write(ctx, subnet.Choice{Lease: want, Keep: &keep}, resp.Header.Revision, ttl, g)
+		written, err := r.write(ctx, subnet.Choice{Lease: want, Keep: &keep}, resp.Header.Revision, g)
 		if err != nil {
 			return err
-		}
-		if !want.Expires.IsZero() {
-			written.Expires = want.Expires // writing does not renew
 		}
 		want = written
 	}
@@ -230,15 +253,14 @@ func (r *Registry) recreate(ctx context.Context, want subnet.Lease, g *grant) er
 			return fmt.Errorf("%w: it expired, and another node took its identity or address: %w", subnet.ErrLost, err)
 		}
 	}
-	ttl := r.lifetime()
 	if g.doubtful { // it expired too, or belongs to nothing
 		*g = grant{}
 	}
-	if err := r.granted(ctx, want.Node, ttl, g); err != nil {
+	if err := r.granted(ctx, want.Node, r.lifetime(), g); err != nil {
 		return err
 	}
-	want.ID = g.id
-	written, err := r.write(ctx, subnet.Choice{Lease: want}, revision, ttl, g)
+	want.ID, want.Expires = g.id, g.ends
+	written, err := r.write(ctx, subnet.Choice{Lease: want}, revision, g)
 	if err != nil {
 		return err
 	}
@@ -342,9 +364,13 @@ func (r *Registry) release(ctx context.Context, l subnet.Lease, g *grant) error 
 	if _, err := r.ours(l, g, e); err != nil {
 		return nil
 	}
+	rest, err := r.restOps(ctx, e.Key, l.Node)
+	if err != nil {
+		return err
+	}
 	done, err := r.client.Txn(rctx).
 		If(clientv3.Compare(clientv3.ModRevision(key), "=", e.ModRevision)).
-		Then(clientv3.OpDelete(key)).Commit()
+		Then(append(rest, clientv3.OpDelete(key))...).Commit()
 	switch {
 	case err != nil:
 		return err

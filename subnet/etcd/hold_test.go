@@ -61,7 +61,7 @@ func TestEndedRenewalsAreNoLoss(t *testing.T) {
 	time.Sleep(time.Second)
 	stands(t, r, l, lost)
 	if n := broken.asked.Load(); n < 3 || n > 25 {
-		t.Errorf("opened %d streams in a second", n)
+		t.Errorf("tried %d renewals in a second", n)
 	}
 	broken.broken.Store(false)
 	if held, _ := r.Held(); held.ID != l.ID {

@@ -1,11 +1,13 @@
 package etcd
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
 	"strings"
@@ -23,8 +25,8 @@ type Options struct {
 	// Prefix is the directory of the network; DefaultPrefix if empty.
 	Prefix string
 	// CAFile is the PEM file that servers are verified with; the system's roots
-	// if empty. CertFile and KeyFile are the client's own, both or neither; they
-	// are read again for each connection, so that a renewed pair comes into use.
+	// if empty. CertFile and KeyFile are the client's own, both or neither. All
+	// are read again for each connection, so that what is renewed comes into use.
 	CAFile, CertFile, KeyFile string
 	// User and Password are for etcd's own authentication.
 	User     string
@@ -41,6 +43,12 @@ type Options struct {
 	// store comes back wiped or at an older revision, while their nodes write
 	// their leases anew; 2 minutes if zero.
 	Settle time.Duration
+	// Quarantine is how long a freed subnet rests before another node is given
+	// it, while others are free; no rest if zero. It is rounded up to seconds.
+	Quarantine time.Duration
+	// Dial opens connections; the system's own way if nil. Simulations reach
+	// servers in other network namespaces by it.
+	Dial func(ctx context.Context, address string) (net.Conn, error)
 	// Logger is required.
 	Logger *slog.Logger
 }

@@ -43,6 +43,7 @@ type Registry struct {
 	// poke tells Hold to look at our own key.
 	poke chan struct{}
 	kept int64 // the handle in the state file, if this process wrote it; under turn
+	mark int64 // the etcd lease of our subnet's mark, zero if not known; Hold's alone
 
 	mu     sync.Mutex
 	held   subnet.Lease  // as last written or read; without Endpoints: none
@@ -91,6 +92,12 @@ func New(ctx context.Context, o Options) (*Registry, error) {
 			Backoff:           grpcbackoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: 5 * time.Second},
 			MinConnectTimeout: o.DialTimeout,
 		})},
+	}
+	if o.Dial != nil {
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithContextDialer(o.Dial))
+	}
+	if tlsConfig != nil {
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(&renewedTLS{options: o}))
 	}
 	r := &Registry{opts: o, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
 	var pause backoff

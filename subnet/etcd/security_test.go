@@ -138,16 +138,16 @@ func TestTLS(t *testing.T) {
 		server := etcdtest.StartServer(t, member.Options{
 			CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem"),
 		})
-		// The pair on disk is another CA's at first, as one that ran out would be.
+		// The CA and the pair on disk are others at first, as if they had run out.
 		r := open(t, server.URL(), func(o *Options) {
-			withCA(o)
+			o.CAFile = stranger.path("ca.pem")
 			o.RequestTimeout = 700 * time.Millisecond
 			o.CertFile, o.KeyFile = stranger.path("client.pem"), stranger.path("client-key.pem")
 		})
 		if _, _, err := r.ConfigText(t.Context()); err == nil {
 			t.Fatal("answered a stranger")
 		}
-		for _, file := range []string{"client.pem", "client-key.pem"} {
+		for _, file := range []string{"ca.pem", "client.pem", "client-key.pem"} {
 			content, err := os.ReadFile(a.path(file))
 			if err != nil {
 				t.Fatal(err)

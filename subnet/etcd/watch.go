@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"math"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -83,17 +84,27 @@ func (r *Registry) mirror(ctx context.Context, m *mirror) {
 			away.failed("etcd is out of reach; the last leases stand", err)
 			m.fail(fmt.Errorf("watch the leases: %w", err))
 		}
-		if pause.wait(ctx) != nil {
+		if pause.wait(ctx) != nil || sleep(ctx, m.spread()) != nil {
 			return
 		}
 	}
+}
+
+// spread is a random part of a millisecond for each lease there is: nodes that
+// lost etcd at one moment do not all list thousands of leases at one moment.
+// What was last read stands meanwhile.
+func (m *mirror) spread() time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return rand.N(time.Duration(len(m.entries))*time.Millisecond + 1)
 }
 
 // follow lists everything, publishes it, and watches from the next revision on
 // until the watch ends, and says whether it got as far as the list.
 func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed bool, err error) {
 	rctx, cancel := r.request(ctx)
-	resp, err := r.client.Get(rctx, r.directory(), clientv3.WithPrefix())
+	// The directory without what else lives in it, at one revision.
+	resp, err := r.client.Txn(rctx).Then(clientv3.OpGet(r.configKey()), clientv3.OpGet(r.subnetsDir(), clientv3.WithPrefix())).Commit()
 	cancel()
 	if err != nil {
 		return false, err
@@ -196,25 +207,21 @@ func newMirror(r *Registry, self subnet.Lease) *mirror {
 }
 
 // replace takes over a whole list.
-func (m *mirror) replace(resp *clientv3.GetResponse) {
+func (m *mirror) replace(resp *clientv3.TxnResponse) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	entries := make(map[string]subnet.Entry, len(resp.Kvs))
-	hasConfig := false
-	for _, kv := range resp.Kvs {
-		switch key := string(kv.Key); {
-		case key == m.r.configKey():
-			hasConfig = true
-			m.configure(kv.Value)
-		case strings.HasPrefix(key, m.r.subnetsDir()):
-			e, ok := m.entries[strings.TrimPrefix(key, m.r.subnetsDir())]
-			if !ok || e.ModRevision != kv.ModRevision || e.CreateRevision != kv.CreateRevision {
-				e = m.r.entry(kv)
-			}
-			entries[e.Key] = e
+	config, subnets := resp.Responses[0].GetResponseRange().Kvs, resp.Responses[1].GetResponseRange().Kvs
+	entries := make(map[string]subnet.Entry, len(subnets))
+	for _, kv := range subnets {
+		e, ok := m.entries[strings.TrimPrefix(string(kv.Key), m.r.subnetsDir())]
+		if !ok || e.ModRevision != kv.ModRevision || e.CreateRevision != kv.CreateRevision {
+			e = m.r.entry(kv)
 		}
+		entries[e.Key] = e
 	}
-	if !hasConfig {
+	if len(config) == 1 {
+		m.configure(config[0].Value)
+	} else {
 		m.configure(nil)
 	}
 	if m.cluster != 0 && (resp.Header.ClusterId != m.cluster || resp.Header.Revision < m.revision) {

@@ -1,0 +1,128 @@
+package etcd
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"culvert/subnet"
+	"culvert/subnet/etcd/etcdtest"
+)
+
+func withQuarantine(d time.Duration) func(*Options) { return func(o *Options) { o.Quarantine = d } }
+
+// Of four subnets two are held for ever. Two nodes come and go: their subnets
+// rest, and a newcomer is given the one that was freed first, or its own.
+func TestFreedSubnetsRest(t *testing.T) {
+	t.Parallel()
+	endpoint := etcdtest.Start(t)
+	const config = `{"Network":"10.5.0.0/26","SubnetLen":28,"SubnetMin":"10.5.0.0"}`
+	rest := withQuarantine(time.Hour)
+	admin := open(t, endpoint, rest)
+	for _, p := range []string{"10.5.0.0/28", "10.5.0.16/28"} {
+		if _, err := admin.Reserve(t.Context(), "printers", []netip.Prefix{mustPrefix(p)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var left []string
+	live := func(n int) (*Registry, subnet.Lease) {
+		r := open(t, endpoint, rest)
+		l := acquire(t, r, claim(t, config, n))
+		hold(t, r, l)
+		return r, l
+	}
+	marked := func(n int) bool {
+		marks, err := admin.marks(t.Context())
+		return err == nil && len(marks) == n
+	}
+	r1, l1 := live(1)
+	eventually(t, "a mark", func() bool { return marked(1) })
+	r2, l2 := live(2)
+	eventually(t, "two marks", func() bool { return marked(2) })
+	if rests, err := admin.Resting(t.Context()); err != nil || len(rests) != 0 {
+		t.Errorf("in quarantine while leased: %v, %v", rests, err)
+	}
+	// The first is released by its node, the second by the administrator, later.
+	if err := r1.Release(t.Context(), l1); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2100 * time.Millisecond) // etcd counts in seconds
+	if err := r2.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := admin.ReleaseKey(t.Context(), l2.Key(), subnet.AnyRevision); err != nil {
+		t.Fatal(err)
+	}
+	rests, err := admin.Resting(t.Context())
+	if err != nil || len(rests) != 2 || rests[0].Key != l1.Key() || rests[0].Node != "node-1" || rests[1].Key != l2.Key() ||
+		time.Until(rests[1].Until) > time.Hour || time.Until(rests[1].Until) < 59*time.Minute {
+		t.Fatalf("in quarantine: %+v, %v", rests, err)
+	}
+	for _, l := range []subnet.Lease{l1, l2} {
+		left = append(left, l.Key())
+	}
+
+	// A newcomer that asks for the later one, as its own of long ago, is given
+	// the one that was freed first; whose it was is given it back.
+	c := claim(t, config, 3)
+	c.Previous = l2.Subnets()
+	if l := acquire(t, open(t, endpoint, rest), c); l.Key() != left[0] {
+		t.Errorf("node-3 has %s; freed were %v", l, left)
+	}
+	c = claim(t, config, 2)
+	c.Previous = l2.Subnets()
+	if l := acquire(t, open(t, endpoint, rest), c); l.Key() != l2.Key() {
+		t.Errorf("node-2 came back to %s, not %s", l, l2)
+	}
+	// A reservation has not been anybody's: it does not rest.
+	if err := admin.ReleaseKey(t.Context(), "10.5.0.16-28", subnet.AnyRevision); err != nil {
+		t.Fatal(err)
+	}
+	if rests, err := admin.Resting(t.Context()); err != nil || slices.ContainsFunc(rests, func(r subnet.Rest) bool { return r.Key == "10.5.0.16-28" }) {
+		t.Errorf("%v, %v", rests, err)
+	}
+}
+
+// A lease that runs out rests too, with nobody there to notice, and a subnet
+// that rests is passed over while another is free. After the rest it is as any.
+func TestExpiredSubnetsRest(t *testing.T) {
+	t.Parallel()
+	endpoint := etcdtest.Start(t)
+	rest := withQuarantine(3 * time.Second)
+	r := open(t, endpoint, rest)
+	c := claim(t, vxlanConfig, 1)
+	c.TTL = 2 * time.Second
+	l := acquire(t, r, c)
+	r.keepMark(t.Context(), l) // as Hold does; nobody holds it further
+	admin := open(t, endpoint, rest)
+	eventually(t, "the expiry", func() bool { e, _, err := admin.Entries(t.Context(), false); return err == nil && len(e) == 0 })
+	other := claim(t, vxlanConfig, 2)
+	other.Previous = l.Subnets()
+	if got := acquire(t, open(t, endpoint, rest), other); got.Key() == l.Key() {
+		t.Errorf("%s was given out at once", got)
+	}
+	eventually(t, "the end of the rest", func() bool { rests, err := admin.Resting(t.Context()); return err == nil && len(rests) == 0 })
+	other = claim(t, vxlanConfig, 3)
+	other.Previous = l.Subnets()
+	if got := acquire(t, open(t, endpoint, rest), other); got.Key() != l.Key() {
+		t.Errorf("%s, although %s has rested", got, l)
+	}
+}
+
+// What a renewal says counts from before it was asked, however late its answer
+// is read.
+func TestLifetimeCountsFromTheQuestion(t *testing.T) {
+	t.Parallel()
+	r := open(t, etcdtest.Start(t))
+	l := acquire(t, r, claim(t, vxlanConfig, 1))
+	r.setHeld(l)
+	r.client.Lease = slowLease{r.client.Lease}
+	asked := time.Now()
+	if _, err := r.keepAlive(t.Context(), l.ID); err != nil {
+		t.Fatal(err)
+	}
+	if held, _ := r.Held(); held.Expires.After(asked.Add(30*time.Second + 400*time.Millisecond)) {
+		t.Errorf("believed to last until %v after the question", held.Expires.Sub(asked))
+	}
+}
