@@ -52,6 +52,7 @@ type Snapshot struct {
 	Self     Lease   // this node's own lease, as the store has it or as last held
 	Peers    []Lease // every other lease in force, sorted by subnet
 	Rejected []Rejection
+	Usage    []Usage // of each of Config's networks
 	// ConfigRefused says why the configuration in the store is not Config: it
 	// is missing, invalid, or one that a running node cannot change to. Config
 	// is then the last good one. Empty otherwise.

@@ -14,8 +14,9 @@ type Entry struct {
 	Value []byte
 	// CreateRevision and ModRevision are the store's.
 	CreateRevision, ModRevision int64
-	ID                          int64     // the store's handle for its lifetime, zero for ever
-	Expires                     time.Time // zero if unknown
+	ID                          int64         // the store's handle for its lifetime, zero for ever
+	Expires                     time.Time     // zero if unknown
+	Lifetime                    time.Duration // without renewal; zero if unknown
 
 	lease Lease
 	err   error
@@ -70,9 +71,11 @@ func Occupied(entries []Entry) Occupancy {
 func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snapshot {
 	s := Snapshot{Revision: revision, Config: cfg, Self: self}
 	ordered := make([]*Entry, len(entries))
+	keys := make([]string, len(entries))
 	for i := range entries {
-		ordered[i] = &entries[i]
+		ordered[i], keys[i] = &entries[i], entries[i].Key
 	}
+	s.Usage = cfg.Usage(keys)
 	slices.SortFunc(ordered, func(a, b *Entry) int {
 		return cmp.Or(cmp.Compare(a.CreateRevision, b.CreateRevision), cmp.Compare(a.Key, b.Key))
 	})

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"testing"
 	"time"
 
@@ -40,12 +41,17 @@ const config = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
 
 func newCluster(t testing.TB, nodes int) *cluster {
 	t.Helper()
+	return newClusterOf(t, lab.Options{Nodes: nodes})
+}
+
+func newClusterOf(t testing.TB, o lab.Options) *cluster {
+	t.Helper()
 	labtest.NeedTUN(t)
 	bin, err := lab.FindBin()
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cluster{Lab: labtest.New(t, lab.Options{Nodes: nodes}), t: t, bin: bin}
+	c := &cluster{Lab: labtest.New(t, o), t: t, bin: bin}
 	c.endpoint = labtest.StartEtcd(t, c.Lab)
 	return c
 }
@@ -66,6 +72,29 @@ func (c *cluster) culvert(args ...string) {
 
 func (c *cluster) setConfig(text string) {
 	c.culvert("config", "set", text, "--etcd-endpoints", c.endpoint)
+}
+
+// etcd is the server's process.
+func (c *cluster) etcd() *lab.Process {
+	c.t.Helper()
+	for _, p := range c.Processes() {
+		if p.Name == "etcd" {
+			return p
+		}
+	}
+	c.t.Fatal("there is no etcd")
+	return nil
+}
+
+// stopEtcd stops the server without ending it, and continueEtcd lets it go on.
+func (c *cluster) stopEtcd()     { c.signalEtcd(syscall.SIGSTOP) }
+func (c *cluster) continueEtcd() { c.signalEtcd(syscall.SIGCONT) }
+
+func (c *cluster) signalEtcd(s syscall.Signal) {
+	c.t.Helper()
+	if err := c.etcd().Signal(s); err != nil {
+		c.t.Fatal(err)
+	}
 }
 
 // start starts a node's daemon.

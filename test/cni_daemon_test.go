@@ -79,15 +79,7 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 	ready("going on")
 
 	// Fenced: the pod that is there stays, and no other comes.
-	var etcd *lab.Process
-	for _, p := range c.Processes() {
-		if p.Name == "etcd" {
-			etcd = p
-		}
-	}
-	if err := etcd.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	c.stopEtcd()
 	refused("fenced", "ran out at")
 	var e *types.Error
 	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "ran out at") {
@@ -96,9 +88,7 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 	if err := pod.Check(t.Context()); err != nil {
 		t.Errorf("CHECK on a fenced node: %v", err)
 	}
-	if err := etcd.Signal(syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
+	c.continueEtcd()
 	ready("etcd is back")
 	p2, err := n.AddPod(t.Context(), "p2")
 	if err != nil {
@@ -181,37 +171,5 @@ func TestCNIInstallStatusUninstall(t *testing.T) {
 	}
 	if r, err := report(); err == nil || r.Ready || !strings.Contains(r.Problem, "culvert cni install") {
 		t.Errorf("status after uninstalling: %+v (%v)", r, err)
-	}
-}
-
-// TestCNIRefusesALostLease has another node take this node's subnet: the daemon
-// ends, and what it leaves behind keeps the plugin from giving out addresses.
-func TestCNIRefusesALostLease(t *testing.T) {
-	c := newCluster(t, 1)
-	n := c.Nodes[0]
-	c.setConfig(config)
-	d := c.start(n)
-	s := c.waitReady(n, 0)
-	pod, err := n.AddPod(t.Context(), "p1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	subnet := strings.Replace(s.Lease.Subnets[0].String(), "/", "-", 1)
-	c.put("/coreos.com/network/subnets/"+subnet,
-		`{"PublicIP":"198.18.0.99","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}`)
-	select {
-	case <-d.Exited():
-	case <-time.After(30 * time.Second):
-		t.Fatal("the daemon goes on without its lease")
-	}
-	if d.Err() == nil {
-		t.Error("the daemon lost its lease and ended without an error")
-	}
-	var e *types.Error
-	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "ran out at") {
-		t.Errorf("ADD in a subnet that is another node's: %v", err)
-	}
-	if err := pod.Delete(t.Context()); err != nil {
-		t.Error(err)
 	}
 }

@@ -25,6 +25,25 @@ type Status struct {
 	Datapath   Datapath       `json:"datapath"`
 	Peers      []Peer         `json:"peers"`
 	Rejected   []Rejection    `json:"rejected,omitempty"`
+	// Fenced says that another has the subnet that this node had.
+	Fenced *Fenced `json:"fenced,omitempty"`
+	// Usage is how full the cluster networks are.
+	Usage []Usage `json:"usage,omitempty"`
+}
+
+// Fenced is the state of a node whose subnet is another's.
+type Fenced struct {
+	Subnets []netip.Prefix `json:"subnets"`
+	Since   time.Time      `json:"since"`
+	Reason  string         `json:"reason"`
+	Pods    int            `json:"pods,omitempty"` // of the lost subnet, that are still here
+}
+
+// Usage is how much of one cluster network is given out, in subnets.
+type Usage struct {
+	Network  netip.Prefix `json:"network"`
+	Used     int64        `json:"used"`
+	Capacity int64        `json:"capacity"`
 }
 
 // Lease is this node's own lease.
@@ -42,6 +61,9 @@ type Store struct {
 	Since     time.Time `json:"since,omitzero"` // of the last change of Connected
 	Error     string    `json:"error,omitempty"`
 	Revision  int64     `json:"revision"`
+	// ConfigRefused says why the network configuration in etcd is not the one in
+	// use.
+	ConfigRefused string `json:"config_refused,omitempty"`
 }
 
 // Underlay is what tunnel packets leave by.

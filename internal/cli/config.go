@@ -18,11 +18,25 @@ import (
 // storeTimeout bounds what an administrator waits for etcd.
 const storeTimeout = 15 * time.Second
 
+// quarantined makes the registry know of subnets that rest, for as long as the
+// flag says; with nil it is enough to read them.
+func quarantined(d *time.Duration) func(*etcd.Options) {
+	return func(o *etcd.Options) {
+		o.Quarantine = time.Hour
+		if d != nil {
+			o.Quarantine = *d
+		}
+	}
+}
+
 // withStore calls do with the administrator's side of the registry.
-func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admin subnet.Admin) error) error {
+func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admin subnet.Admin) error, change ...func(*etcd.Options)) error {
 	o, err := f.options(slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
+	}
+	for _, ch := range change {
+		ch(&o)
 	}
 	ctx, cancel := context.WithTimeout(c.Context(), storeTimeout)
 	defer cancel()
@@ -41,11 +55,11 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 func newConfigCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "config",
-		Short: "Show, check and set the network configuration in etcd",
+		Short: "Make, show, check and set the network configuration in etcd",
 		Args:  cobra.NoArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(newConfigShowCommand(), newConfigSetCommand(), newConfigCheckCommand())
+	c.AddCommand(newConfigInitCommand(), newConfigShowCommand(), newConfigSetCommand(), newConfigCheckCommand())
 	return c
 }
 
@@ -62,7 +76,7 @@ func newConfigShowCommand() *cobra.Command {
 					return err
 				}
 				if text == nil {
-					return errors.New("there is no network configuration yet: set one with `culvert config set`")
+					return errors.New("there is no network configuration yet: set one with `culvert config init`")
 				}
 				fmt.Fprintf(c.OutOrStdout(), "%s\n", text)
 				return warn(c, text)

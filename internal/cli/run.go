@@ -57,6 +57,11 @@ func (f *etcdFlags) options(log *slog.Logger) (etcd.Options, error) {
 	return o, nil
 }
 
+// addQuarantine adds the flag of the commands that free subnets or take them.
+func addQuarantine(flags *pflag.FlagSet, d *time.Duration) {
+	flags.DurationVar(d, "quarantine", time.Hour, "how long a freed subnet rests before another node gets it, while others are free; 0 for no rest")
+}
+
 // runFlags are the flags of culvert run.
 type runFlags struct {
 	etcd        etcdFlags
@@ -70,6 +75,10 @@ type runFlags struct {
 	publicIPv6  string
 	ipMasq      bool
 	leaseTTL    time.Duration
+	quarantine  time.Duration
+	onLost      string
+	release     bool
+	jitter      time.Duration
 	datapath    string
 	metrics     string
 	logLevel    string
@@ -121,6 +130,10 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.subnetFile, "subnet-file", "", "where to write subnet.env (default: in --run-dir)")
 	flags.BoolVar(&f.ipMasq, "ip-masq", true, "give traffic that leaves the cluster network the node's address")
 	flags.DurationVar(&f.leaseTTL, "lease-ttl", 24*time.Hour, "how long the lease outlives the last contact with etcd")
+	addQuarantine(flags, &f.quarantine)
+	flags.StringVar(&f.onLost, "on-lost", string(daemon.Fence), "when another node has our subnet: fence (stay out until the pods of it are gone) or release (lease anew at once)")
+	flags.BoolVar(&f.release, "release-on-exit", false, "give the lease back when told to stop: for a node that will not be back")
+	flags.DurationVar(&f.jitter, "start-jitter", 0, "wait a random part of this before asking etcd, where thousands of nodes start at one moment")
 	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "who carries the packets: auto, userspace or kernel")
 	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
@@ -135,7 +148,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.etcdServer.key, "etcd-server-keyfile", "", "its key (PEM)")
 	flags.StringVar(&f.etcdServer.clientCA, "etcd-server-client-cafile", "", "CA that the embedded etcd demands client certificates of (PEM)")
 	for name, values := range map[string][]string{
-		"datapath": {"auto", "userspace", "kernel"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
+		"datapath": {"auto", "userspace", "kernel"}, "on-lost": {"fence", "release"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 	}
@@ -150,7 +163,8 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	}
 	o := daemon.Options{
 		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
-		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, Datapath: daemon.Datapath(f.datapath), Metrics: f.metrics,
+		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
+		Datapath: daemon.Datapath(f.datapath), Metrics: f.metrics,
 		NoGSO: f.noGSO, NoGRO: f.noGRO, NoUSO: f.noUSO, Log: log,
 	}
 	if o.SubnetFile == "" {
@@ -158,6 +172,14 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	}
 	if f.leaseTTL < 5*time.Second {
 		return o, usagef("--lease-ttl %s: at least 5s", f.leaseTTL)
+	}
+	switch {
+	case f.quarantine < 0:
+		return o, usagef("--quarantine %s: a duration, or 0 for none", f.quarantine)
+	case f.jitter < 0:
+		return o, usagef("--start-jitter %s: a duration, or 0 for none", f.jitter)
+	case o.OnLost != daemon.Fence && o.OnLost != daemon.Release:
+		return o, usagef("--on-lost %s: fence or release", f.onLost)
 	}
 	switch o.Datapath {
 	case daemon.Auto, daemon.Userspace, daemon.Kernel:
@@ -178,6 +200,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	if o.Etcd, err = f.etcd.options(log); err != nil {
 		return o, err
 	}
+	o.Etcd.Quarantine = f.quarantine
 	o.Etcd.StateFile = filepath.Join(f.runDir, "lease.json")
 	if f.embedded {
 		if err := f.embed(&o, c.Flags().Changed("etcd-endpoints")); err != nil {

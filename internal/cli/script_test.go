@@ -1,10 +1,17 @@
 package cli
 
 import (
+	"context"
 	"os"
+	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+
+	"culvert/subnet/etcd/etcdtest"
 )
 
 // TestMain lets the scripts run this test binary as culvert.
@@ -13,7 +20,25 @@ func TestMain(m *testing.M) {
 }
 
 // TestScripts runs culvert as a person does, from a shell, and looks at what it
-// prints and how it exits.
+// prints and how it exits. Each script has a prefix of its own in a real etcd,
+// and the command put, which writes a key under it as another program would.
 func TestScripts(t *testing.T) {
-	testscript.Run(t, testscript.Params{Dir: "testdata/script"})
+	endpoint := etcdtest.Start(t)
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("CULVERT_ETCD_ENDPOINTS", endpoint)
+			e.Setenv("CULVERT_ETCD_PREFIX", "/"+filepath.Base(e.WorkDir))
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"put": func(ts *testscript.TestScript, _ bool, args []string) {
+			client, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, Logger: zap.NewNop()})
+			ts.Check(err)
+			defer client.Close()
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			_, err = client.Put(ctx, ts.Getenv("CULVERT_ETCD_PREFIX")+"/"+args[0], args[1])
+			ts.Check(err)
+		}},
+	})
 }

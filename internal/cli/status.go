@@ -58,8 +58,13 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 			expires = ", for " + age(s.Lease.Expires.Sub(now)) + " without renewal"
 		}
 		line("lease", "%s at %s%s", join(s.Lease.Subnets), join(s.Lease.PublicIPs), expires)
+	} else if s.Fenced != nil {
+		line("lease", "lost %s ago: had %s", age(now.Sub(s.Fenced.Since)), join(s.Fenced.Subnets))
 	} else {
 		line("lease", "none yet")
+	}
+	for _, u := range s.Usage {
+		line("subnets", "%d of %d in %s are leased or reserved", u.Used, u.Capacity, u.Network)
 	}
 	line("subnet file", "%s", s.SubnetFile)
 	line("underlay", "%s (%s), MTU %d: %s", s.Underlay.Interface, join(s.Underlay.Addrs), s.Underlay.MTU, s.Underlay.Why)
@@ -92,6 +97,9 @@ func writeStore(line func(name, format string, args ...any), s api.Store, now ti
 		line("etcd", "%s, not reached yet", where)
 	default:
 		line("etcd", "%s, OUT OF REACH for %s: %s", where, age(now.Sub(s.Since)), s.Error)
+	}
+	if s.ConfigRefused != "" {
+		line("configuration", "the one in etcd is REFUSED, the last one stands: %s", s.ConfigRefused)
 	}
 }
 

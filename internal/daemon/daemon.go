@@ -16,14 +16,13 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"culvert/backend"
 	"culvert/backend/tunnel"
-	"culvert/cni"
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
@@ -44,7 +43,15 @@ type Options struct {
 	PublicIPs []netip.Addr
 	IPMasq    bool
 	LeaseTTL  time.Duration
-	Datapath  Datapath
+	// OnLost is what to do when another node has our subnet.
+	OnLost OnLost
+	// ReleaseOnExit gives the lease back when the daemon is told to stop, for a
+	// node that is drained and will not be back.
+	ReleaseOnExit bool
+	// StartJitter bounds a random pause before etcd is first asked, for sites
+	// where thousands of nodes start at one moment.
+	StartJitter time.Duration
+	Datapath    Datapath
 	// Metrics is where metrics and probes are served, "" for nowhere.
 	Metrics string
 	// Embedded is the etcd server to carry along, or nil.
@@ -115,21 +122,7 @@ func (d *node) run(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = registry.Close() }()
-
-	config, lease, err := d.join(ctx, registry, underlay, publics)
-	if err != nil {
-		return stopped(ctx, err)
-	}
-	kind, why, err := choose(d.options.Datapath, config)
-	if err != nil {
-		return err
-	}
-	path, err := d.open(kind, why, config, lease, backend.Node{Underlay: underlay, PublicIPs: publics, IPMasq: d.options.IPMasq})
-	if err != nil {
-		return err
-	}
-	err = d.serve(ctx, registry, path, lease, registry.Held)
-	return errors.Join(stopped(ctx, err), path.Close(backend.Keep))
+	return d.live(ctx, registry, place{underlay, publics})
 }
 
 // stopped returns nil where an error only says that the daemon was told to
@@ -147,7 +140,15 @@ func (d *node) findUnderlay() (host.Underlay, []netip.Addr, error) {
 	if err != nil {
 		return host.Underlay{}, nil, fmt.Errorf("finding the underlay interface: %w", err)
 	}
-	publics := d.options.PublicIPs
+	publics := d.publics(u)
+	d.log.Info("underlay found", "interface", u.Name, "addrs", u.Addrs, "public", publics, "mtu", u.MTU, "why", u.Why)
+	d.health.setUnderlay(u)
+	return u, publics, nil
+}
+
+// publics are the addresses that others send to: told, else the underlay's.
+func (d *node) publics(u host.Underlay) []netip.Addr {
+	publics := slices.Clone(d.options.PublicIPs)
 	for _, a := range u.Addrs {
 		told := false
 		for _, p := range d.options.PublicIPs {
@@ -157,9 +158,7 @@ func (d *node) findUnderlay() (host.Underlay, []netip.Addr, error) {
 			publics = append(publics, a)
 		}
 	}
-	d.log.Info("underlay found", "interface", u.Name, "addrs", u.Addrs, "public", publics, "mtu", u.MTU, "why", u.Why)
-	d.health.setUnderlay(u)
-	return u, publics, nil
+	return publics
 }
 
 // join waits for a network configuration and leases a subnet under it.
@@ -192,27 +191,15 @@ func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, pub
 	}
 	d.health.notReady("leasing a subnet")
 	lease, err := r.Acquire(ctx, claim)
+	if errors.Is(err, subnet.ErrExhausted) {
+		err = fmt.Errorf("%w: see `culvert lease check`, or make room with `culvert config set` and a Network that contains the present one", err)
+	}
 	if err != nil {
 		return subnet.Config{}, subnet.Lease{}, fmt.Errorf("leasing a subnet: %w", err)
 	}
 	d.log.Info("subnet leased", "subnet", lease.Subnets(), "node", d.options.Node)
 	d.health.setLease(lease)
 	return config, lease, nil
-}
-
-// previous returns the subnets that subnet.env names. A file that is missing
-// or unreadable only means that nothing is known.
-func (d *node) previous() []netip.Prefix {
-	env, err := cni.ReadSubnetEnv(d.options.SubnetFile)
-	if err != nil {
-		d.log.Debug("no earlier subnet", "reason", err)
-		return nil
-	}
-	var subnets []netip.Prefix
-	for _, g := range env.Gateways {
-		subnets = append(subnets, g.Masked())
-	}
-	return subnets
 }
 
 // choose decides who carries the packets, and says why.
@@ -235,58 +222,4 @@ func (d *node) open(_ Datapath, why string, c subnet.Config, l subnet.Lease, n b
 		NoGSO: d.options.NoGSO, NoGRO: d.options.NoGRO, NoUSO: d.options.NoUSO,
 		Log: d.log,
 	})
-}
-
-// serve runs the parts of a node that has its lease and its datapath, until
-// ctx ends or one of them fails.
-func (d *node) serve(ctx context.Context, r subnet.Registry, path backend.Backend, lease subnet.Lease, held func() (subnet.Lease, bool)) error {
-	d.health.setDatapath(path)
-	parts, ctx := errgroup.WithContext(ctx)
-	file := &subnetFile{path: d.options.SubnetFile}
-	parts.Go(func() error { return path.Run(ctx) })
-	parts.Go(func() error {
-		err := r.Hold(ctx, lease)
-		if errors.Is(err, subnet.ErrLost) {
-			return errors.Join(err, file.extend(time.Now()))
-		}
-		return err
-	})
-	parts.Go(func() error { return d.renewSubnetFile(ctx, file, held) })
-	parts.Go(func() error { return d.follow(ctx, r, path, lease, file) })
-	err := parts.Wait()
-	if _, e := daemon.SdNotify(false, daemon.SdNotifyStopping); e != nil {
-		d.log.Debug("systemd was not told", "error", e)
-	}
-	d.health.notReady("stopping")
-	return err
-}
-
-// follow makes the datapath equal to each snapshot. With the first one the node
-// is ready, and says so to the CNI plugin by writing subnet.env.
-func (d *node) follow(ctx context.Context, r subnet.Registry, path backend.Backend, lease subnet.Lease, file *subnetFile) error {
-	written := false
-	for snapshot, err := range r.Watch(ctx, lease) {
-		if err != nil {
-			d.health.storeLost(err)
-			continue
-		}
-		d.health.setSnapshot(snapshot)
-		if err := path.Apply(ctx, snapshot); err != nil {
-			d.log.Error("the datapath does not follow the leases", "revision", snapshot.Revision, "error", err)
-			d.health.notReady("the datapath does not follow the leases: " + err.Error())
-			continue
-		}
-		if !written {
-			if err := file.write(subnetEnv(snapshot.Config, lease, path.Status().MTU)); err != nil {
-				return err
-			}
-			written = true
-			if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-				d.log.Debug("systemd was not told", "error", err)
-			}
-			d.log.Info("node ready", "subnet", lease.Subnets(), "peers", len(snapshot.Peers))
-		}
-		d.health.ready()
-	}
-	return nil
 }

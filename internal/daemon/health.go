@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -24,13 +25,14 @@ import (
 // health is what the daemon knows of itself: the one place that status,
 // metrics and probes read, and that the parts of the daemon report to.
 type health struct {
-	mu   sync.Mutex
-	said api.Status
-	path backend.Backend
+	mu     sync.Mutex
+	said   api.Status
+	path   backend.Backend
+	warned map[netip.Prefix]float64 // the shares in use that were warned of; the follower's
 }
 
 func newHealth(o Options) *health {
-	return &health{said: api.Status{
+	return &health{warned: map[netip.Prefix]float64{}, said: api.Status{
 		Version: o.Version, Node: o.Node, Started: time.Now(), SubnetFile: o.SubnetFile,
 		NotReady: "starting",
 		Store:    api.Store{Endpoints: o.Etcd.Endpoints, Prefix: o.Etcd.Prefix},
@@ -80,9 +82,64 @@ func (h *health) setDatapath(b backend.Backend) {
 	h.path = b
 }
 
+// setFenced notes that the lease is lost, or with nil that it is so no more.
+func (h *health) setFenced(f *api.Fenced) {
+	h.change(func(s *api.Status) {
+		s.Fenced = f
+		if f == nil {
+			s.NotReady = "leaving the fence"
+			return
+		}
+		s.Ready, s.Lease, s.Peers, h.path = false, nil, []api.Peer{}, nil
+		s.NotReady = fmt.Sprintf("FENCED: this node had %v: %s", f.Subnets, f.Reason)
+		if f.Pods > 0 {
+			s.NotReady += fmt.Sprintf("; %d pods of it are left: delete them, or start the daemon with --on-lost=release", f.Pods)
+		}
+	})
+}
+
+func (h *health) networks() []netip.Prefix {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.said.Networks
+}
+
+// setNetworks is for the time before the configuration is known.
+func (h *health) setNetworks(networks []netip.Prefix) {
+	h.change(func(s *api.Status) {
+		if len(s.Networks) == 0 {
+			s.Networks = networks
+		}
+	})
+}
+
+// setUsage warns when a network becomes nearly full, and again for each further
+// twentieth.
+func (h *health) setUsage(usage []subnet.Usage, log *slog.Logger) {
+	const step = 0.05
+	for _, u := range usage {
+		share, warned := u.Share(), h.warned[u.Network]
+		switch {
+		case share < subnet.NearlyFull:
+			delete(h.warned, u.Network)
+		case share >= warned+step:
+			h.warned[u.Network] = share
+			log.Warn("the cluster network is nearly full: make room with `culvert config set` and a Network that contains the present one, or see `culvert lease check`",
+				"network", u.Network, "used", u.Used, "capacity", u.Capacity)
+		}
+	}
+	h.change(func(s *api.Status) {
+		s.Usage = nil
+		for _, u := range usage {
+			s.Usage = append(s.Usage, api.Usage{Network: u.Network, Used: u.Used, Capacity: u.Capacity})
+		}
+	})
+}
+
 // setSnapshot notes that the store is in reach, and what it holds.
-func (h *health) setSnapshot(snapshot subnet.Snapshot) {
+func (h *health) setSnapshot(snapshot subnet.Snapshot, log *slog.Logger) {
 	h.setConfig(snapshot.Config)
+	h.setUsage(snapshot.Usage, log)
 	if len(snapshot.Self.Endpoints) > 0 {
 		h.setLease(snapshot.Self)
 	}
@@ -90,7 +147,7 @@ func (h *health) setSnapshot(snapshot subnet.Snapshot) {
 		if !s.Store.Connected {
 			s.Store.Connected, s.Store.Since = true, time.Now()
 		}
-		s.Store.Error, s.Store.Revision = "", snapshot.Revision
+		s.Store.Error, s.Store.Revision, s.Store.ConfigRefused = "", snapshot.Revision, snapshot.ConfigRefused
 		s.Peers = make([]api.Peer, 0, len(snapshot.Peers))
 		for _, l := range snapshot.Peers {
 			s.Peers = append(s.Peers, api.Peer{Node: l.Node, Backend: l.Backend, Subnets: l.Subnets(), PublicIPs: l.Publics()})
@@ -121,7 +178,26 @@ func (h *health) status() api.Status {
 	if h.path != nil {
 		s.Datapath = h.path.Status()
 	}
+	if s.Fenced != nil {
+		s.Ready = false
+	} else if why := ranOut(s, time.Now()); why != "" {
+		s.Ready, s.NotReady = false, why
+	}
 	return s
+}
+
+// ranOut says, as a sentence, that the lease has ended for all that is known;
+// empty if it has not. The node goes on forwarding for the pods that it has.
+func ranOut(s api.Status, now time.Time) string {
+	if s.Lease == nil || s.Lease.Expires.IsZero() || !now.After(s.Lease.Expires) {
+		return ""
+	}
+	why := "it was not renewed"
+	if s.Store.Error != "" {
+		why = "etcd is out of reach: " + s.Store.Error
+	}
+	return fmt.Sprintf("the lease of %v ran out at %s (%s): its addresses may be another node's; the pods that are here keep theirs",
+		s.Lease.Subnets, s.Lease.Expires.Format(time.RFC3339), why)
 }
 
 // readiness answers the CNI plugin. It asks nothing of the datapath, which may
@@ -131,16 +207,12 @@ func (h *health) readiness(now time.Time) readiness.Answer {
 	defer h.mu.Unlock()
 	s := h.said
 	switch {
+	case s.Fenced != nil:
+		return readiness.Answer{Code: readiness.Fenced, Reason: s.NotReady}
 	case s.Lease == nil:
 		return readiness.Answer{Code: readiness.NoLease, Reason: "this node has no lease yet: " + s.NotReady}
-	case !s.Lease.Expires.IsZero() && now.After(s.Lease.Expires):
-		why := "it was not renewed"
-		if s.Store.Error != "" {
-			why = "etcd is out of reach: " + s.Store.Error
-		}
-		return readiness.Answer{Code: readiness.Fenced, Reason: fmt.Sprintf(
-			"the lease of %v ran out at %s (%s): its addresses may be another node's; the pods that are here keep theirs",
-			s.Lease.Subnets, s.Lease.Expires.Format(time.RFC3339), why)}
+	case ranOut(s, now) != "":
+		return readiness.Answer{Code: readiness.Fenced, Reason: ranOut(s, now)}
 	case !s.Ready:
 		return readiness.Answer{Code: readiness.DatapathDown, Reason: "the datapath does not carry packets: " + s.NotReady}
 	}
@@ -195,6 +267,10 @@ var (
 	metricRevision  = prometheus.NewDesc("culvert_store_revision", "Revision of etcd that this node follows.", nil, nil)
 	metricPeers     = prometheus.NewDesc("culvert_peers", "Leases of other nodes in force.", nil, nil)
 	metricRejected  = prometheus.NewDesc("culvert_rejected_leases", "Keys in etcd that were set aside.", nil, nil)
+	metricFenced    = prometheus.NewDesc("culvert_fenced", "Whether another has the subnet that this node had.", nil, nil)
+	metricExpires   = prometheus.NewDesc("culvert_lease_expires_seconds", "When the lease ends unless it is renewed, in Unix time.", nil, nil)
+	metricUsed      = prometheus.NewDesc("culvert_subnets_used", "Subnets of the cluster network that are leased or reserved.", []string{"network"}, nil)
+	metricCapacity  = prometheus.NewDesc("culvert_subnets_capacity", "Subnets that the cluster network has.", []string{"network"}, nil)
 	metricPackets   = prometheus.NewDesc("culvert_packets_total", "Inner packets carried, as on the wire.", []string{"direction"}, nil)
 	metricBytes     = prometheus.NewDesc("culvert_bytes_total", "Bytes of inner packets carried.", []string{"direction"}, nil)
 	metricSyscalls  = prometheus.NewDesc("culvert_syscalls_total", "System calls of the packet loop, waits apart.", []string{"direction"}, nil)
@@ -205,7 +281,7 @@ var (
 // Describe implements prometheus.Collector.
 func (metrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		metricReady, metricConnected, metricRevision, metricPeers, metricRejected,
+		metricReady, metricConnected, metricRevision, metricPeers, metricRejected, metricFenced, metricExpires, metricUsed, metricCapacity,
 		metricPackets, metricBytes, metricSyscalls, metricDrops, metricInfo,
 	} {
 		c <- d
@@ -227,6 +303,14 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	gauge(metricRevision, float64(s.Store.Revision))
 	gauge(metricPeers, float64(len(s.Peers)))
 	gauge(metricRejected, float64(len(s.Rejected)))
+	gauge(metricFenced, truth(s.Fenced != nil))
+	if s.Lease != nil && !s.Lease.Expires.IsZero() {
+		gauge(metricExpires, float64(s.Lease.Expires.Unix()))
+	}
+	for _, u := range s.Usage {
+		gauge(metricUsed, float64(u.Used), u.Network.String())
+		gauge(metricCapacity, float64(u.Capacity), u.Network.String())
+	}
 	for direction, t := range map[string]api.Traffic{"egress": s.Datapath.Egress, "ingress": s.Datapath.Ingress} {
 		counter(metricPackets, t.Packets, direction)
 		counter(metricBytes, t.Bytes, direction)

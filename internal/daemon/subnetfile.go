@@ -2,8 +2,12 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
+	"reflect"
 	"sync"
 	"time"
 
@@ -21,6 +25,7 @@ type subnetFile struct {
 	mu      sync.Mutex
 	env     cni.SubnetEnv
 	written bool
+	removed bool // and stays so
 }
 
 // subnetEnv says what the plugin may give to pods.
@@ -35,12 +40,30 @@ func subnetEnv(c subnet.Config, l subnet.Lease, mtu int) cni.SubnetEnv {
 	return env
 }
 
+// write makes the file say env, if it does not but for its end, which due and
+// extend are about.
 func (f *subnetFile) write(env cni.SubnetEnv) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	same := env
+	same.Expires = f.env.Expires
+	if f.removed || f.written && reflect.DeepEqual(same, f.env) {
+		return nil
+	}
 	f.env, f.written = env, true
 	if err := cni.WriteSubnetEnv(f.path, env); err != nil {
 		return fmt.Errorf("writing %s: %w", f.path, err)
+	}
+	return nil
+}
+
+// remove takes the file away for good: the subnet is not this node's any more.
+func (f *subnetFile) remove() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.written, f.removed = false, true
+	if err := os.Remove(f.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing the lost subnet's file: %w", err)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -137,6 +138,50 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 		r.revoke(keep.ID) // flannel's own is left alone, to expire
 	}
 	return l, err
+}
+
+// TakenBy returns the entry, of a lease or a reservation, that another than
+// this node has on one of the subnets, as a sentence; empty if nobody has. It
+// waits for etcd while it is away.
+func (r *Registry) TakenBy(ctx context.Context, node string, publics []netip.Addr, subnets []netip.Prefix) (string, error) {
+	var pause backoff
+	away := outage{log: r.log.With("node", node)}
+	for {
+		entries, _, err := r.entries(ctx)
+		if err == nil {
+			return r.takenBy(entries, node, publics, subnets), nil
+		}
+		if permanent(err) || ctx.Err() != nil {
+			return "", err
+		}
+		away.failed("whose our subnet is cannot be read; trying again", r.explain(ctx, err))
+		if err := pause.wait(ctx); err != nil {
+			return "", err
+		}
+	}
+}
+
+func (r *Registry) takenBy(entries []subnet.Entry, node string, publics []netip.Addr, subnets []netip.Prefix) string {
+	saved := r.savedID()
+	for _, e := range entries {
+		taken, err := subnet.ParseKey(e.Key)
+		if err != nil || !slices.ContainsFunc(taken, func(p netip.Prefix) bool { return slices.ContainsFunc(subnets, p.Overlaps) }) {
+			continue
+		}
+		l, err := e.Lease()
+		switch {
+		case e.ID != 0 && e.ID == saved:
+		case err != nil:
+			return fmt.Sprintf("the entry %s, which cannot be read (%v), has it now", e.Key, err)
+		case l.Node == node:
+		case l.Node == "" && slices.ContainsFunc(publics, func(a netip.Addr) bool { return slices.Contains(l.Publics(), a) }):
+		case l.Reserved:
+			return fmt.Sprintf("an administrator reserved %s", l)
+		default:
+			return l.String() + " has it now"
+		}
+	}
+	return ""
 }
 
 // write commits the choice, which was made from the list at a revision, and

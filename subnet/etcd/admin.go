@@ -24,7 +24,7 @@ func (r *Registry) Entries(ctx context.Context, withExpiry bool) ([]subnet.Entry
 		if e.ID == 0 {
 			continue
 		}
-		if e.Expires, _, err = r.timeToLive(ctx, e.ID); err != nil {
+		if e.Expires, e.Lifetime, err = r.timeToLive(ctx, e.ID); err != nil {
 			return nil, 0, err
 		}
 		entries[i] = subnet.NewEntry(e)

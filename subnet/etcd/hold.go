@@ -24,6 +24,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	if held, ok := r.Held(); !ok || held.Key() != l.Key() {
 		r.setHeld(l)
 	}
+	r.mark = 0 // another subnet's, perhaps
 	var g grant
 	var k keeping
 	var pause backoff

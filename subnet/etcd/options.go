@@ -48,7 +48,7 @@ type Options struct {
 	Quarantine time.Duration
 	// Dial opens connections; the system's own way if nil. Simulations reach
 	// servers in other network namespaces by it.
-	Dial func(ctx context.Context, address string) (net.Conn, error)
+	Dial func(ctx context.Context, address string) (net.Conn, error) `json:"-"`
 	// Logger is required.
 	Logger *slog.Logger
 }

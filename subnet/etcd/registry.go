@@ -35,6 +35,7 @@ import (
 // time.
 type Registry struct {
 	client *clientv3.Client
+	conns  *connections
 	opts   Options
 	log    *slog.Logger
 
@@ -93,13 +94,12 @@ func New(ctx context.Context, o Options) (*Registry, error) {
 			MinConnectTimeout: o.DialTimeout,
 		})},
 	}
-	if o.Dial != nil {
-		cfg.DialOptions = append(cfg.DialOptions, grpc.WithContextDialer(o.Dial))
-	}
+	conns := newConnections(o.Dial)
+	cfg.DialOptions = append(cfg.DialOptions, grpc.WithContextDialer(conns.connect))
 	if tlsConfig != nil {
 		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(&renewedTLS{options: o}))
 	}
-	r := &Registry{opts: o, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
+	r := &Registry{opts: o, conns: conns, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
 	var pause backoff
 	away := outage{log: r.log}
 	for {

@@ -1,0 +1,179 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"culvert/cni"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet/etcd"
+)
+
+// OnLost is what a node does when another node has its subnet.
+type OnLost string
+
+// The ways.
+const (
+	// Fence keeps the node out until no pod of the old subnet is left on it.
+	Fence OnLost = "fence"
+	// Release leases another subnet at once; the pods of the old one stay cut
+	// off until somebody deletes them.
+	Release OnLost = "release"
+)
+
+// fenceLook is how often a fenced node looks for pods of the old subnet.
+const fenceLook = time.Second
+
+func (d *node) fencePath() string { return filepath.Join(d.options.RunDir, "fenced.json") }
+
+// fence is the first thing that happens to a lost lease: the plugin finds no
+// subnet any more, and a restart finds the mark. The datapath is closed after.
+func (s *session) fence(cause error) error {
+	mark := api.Fenced{Subnets: s.lease.Subnets(), Since: time.Now().UTC(), Reason: cause.Error()}
+	s.health.setFenced(&mark)
+	return errors.Join(s.file.remove(), s.saveFence(mark))
+}
+
+func (d *node) saveFence(mark api.Fenced) error {
+	text, err := json.Marshal(mark)
+	if err == nil {
+		err = os.MkdirAll(d.options.RunDir, 0o755)
+	}
+	temporary := d.fencePath() + ".new"
+	if err == nil {
+		err = os.WriteFile(temporary, append(text, '\n'), 0o644)
+	}
+	if err == nil {
+		err = os.Rename(temporary, d.fencePath())
+	}
+	if err != nil {
+		return fmt.Errorf("keeping the mark of the fence: %w", err)
+	}
+	d.log.Error("FENCED: another has this node's subnet; its pods are cut off, and no other is taken", "subnet", mark.Subnets, "reason", mark.Reason)
+	return nil
+}
+
+// loadFence returns the mark of an earlier loss, or nil. A mark that cannot be
+// read counts: somebody must look.
+func (d *node) loadFence() (*api.Fenced, error) {
+	text, err := os.ReadFile(d.fencePath())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var mark api.Fenced
+	if err == nil {
+		err = json.Unmarshal(text, &mark)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the mark of a fence (remove %s if no pod of a lost subnet is on this node): %w", d.fencePath(), err)
+	}
+	return &mark, nil
+}
+
+// standFence waits while this node is fenced: by a mark, or because another has
+// the subnet that pods here still use, since this daemon did not run.
+func (d *node) standFence(ctx context.Context, r *etcd.Registry, at place) error {
+	mark, err := d.loadFence()
+	if err == nil && mark == nil {
+		mark, err = d.lostMeanwhile(ctx, r, at)
+	}
+	if err != nil || mark == nil {
+		return err
+	}
+	d.health.setFenced(mark)
+	if err := d.keepInside(); err != nil {
+		d.log.Error("what the lost subnet left in the kernel cannot be removed", "error", err)
+	}
+	if d.options.OnLost == Release {
+		d.log.Warn("leaving the fence", "subnet", mark.Subnets, "why", "--on-lost=release")
+		return d.dropFence()
+	}
+	tick := time.NewTicker(fenceLook)
+	defer tick.Stop()
+	for said := -1; ; {
+		pods, err := host.PodsIn(mark.Subnets)
+		switch {
+		case err != nil:
+			d.log.Warn("whether pods of the lost subnet are left is not known", "error", err)
+		case pods == 0:
+			d.log.Info("leaving the fence", "subnet", mark.Subnets, "why", "no pod of it is left")
+			return d.dropFence()
+		case pods != said:
+			said = pods
+			d.log.Warn("fenced until the pods of the lost subnet are deleted, or --on-lost=release", "subnet", mark.Subnets, "pods", pods)
+			waiting := *mark
+			waiting.Pods = pods
+			d.health.setFenced(&waiting)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+}
+
+// lostMeanwhile looks, before a lease is asked for, whether the subnet of the
+// pods that are here became another's while no daemon held it.
+func (d *node) lostMeanwhile(ctx context.Context, r *etcd.Registry, at place) (*api.Fenced, error) {
+	previous := d.previous()
+	if len(previous) == 0 {
+		return nil, nil
+	}
+	if pods, err := host.PodsIn(previous); err != nil || pods == 0 {
+		return nil, err
+	}
+	d.health.notReady("asking etcd whether the subnet of this node's pods is still its own")
+	who, err := r.TakenBy(ctx, d.options.Node, at.publics, previous)
+	if err != nil || who == "" {
+		return nil, err
+	}
+	mark := api.Fenced{Subnets: previous, Since: time.Now().UTC(), Reason: who}
+	if err := os.Remove(d.options.SubnetFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("removing the lost subnet's file: %w", err)
+	}
+	return &mark, d.saveFence(mark)
+}
+
+func (d *node) dropFence() error {
+	if err := os.Remove(d.fencePath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing the mark of the fence: %w", err)
+	}
+	d.health.setFenced(nil)
+	return nil
+}
+
+// keepInside leaves of culvert's in the kernel nothing but the word that the
+// cluster network is unreachable, so that packets of pods that are cut off do
+// not leave by the default route.
+func (d *node) keepInside() error {
+	var state host.State
+	for _, p := range d.health.networks() {
+		state.Routes = append(state.Routes, host.Route{To: p, Metric: host.UnreachableMetric})
+	}
+	changes, err := host.Apply(state)
+	for _, c := range changes {
+		d.log.Info("host changed", "command", c)
+	}
+	return err
+}
+
+// previous returns the subnets that subnet.env names. A file that is missing
+// or unreadable only means that nothing is known.
+func (d *node) previous() []netip.Prefix {
+	env, err := cni.ReadSubnetEnv(d.options.SubnetFile)
+	if err != nil {
+		d.log.Debug("no earlier subnet", "reason", err)
+		return nil
+	}
+	d.health.setNetworks(env.Networks)
+	return env.Subnets()
+}

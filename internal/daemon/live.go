@@ -1,0 +1,284 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+
+	"culvert/backend"
+	"culvert/internal/host"
+	"culvert/subnet"
+	"culvert/subnet/etcd"
+)
+
+// place is where a node is on the underlay.
+type place struct {
+	underlay host.Underlay
+	publics  []netip.Addr // what others send to, at most one per family
+}
+
+// releasePatience is the daemon's patience with etcd while it stops.
+const releasePatience = 5 * time.Second
+
+// live is the life of a node, from its first lease to its end:
+//
+//	join ── carry ──┬─ told to stop ── (--release-on-exit) ── end
+//	  ▲             └─ another node has the subnet ── fenced ──┐
+//	  └──────────── no pod of the old subnet is left ──────────┘
+func (d *node) live(ctx context.Context, r *etcd.Registry, at place) error {
+	if err := d.scatter(ctx); err != nil {
+		return nil
+	}
+	for {
+		if err := d.standFence(ctx, r, at); err != nil {
+			return stopped(ctx, err)
+		}
+		config, lease, err := d.join(ctx, r, at.underlay, at.publics)
+		if err != nil {
+			return stopped(ctx, err)
+		}
+		err = d.carry(ctx, r, config, lease, at)
+		if !errors.Is(err, subnet.ErrLost) || ctx.Err() != nil {
+			return stopped(ctx, err)
+		}
+		d.log.Error("the lease is lost", "error", err)
+		// The address may be another by now.
+		underlay, publics, err := d.findUnderlay()
+		if err != nil {
+			return err
+		}
+		at = place{underlay, publics}
+	}
+}
+
+// scatter waits a random part of the jitter.
+func (d *node) scatter(ctx context.Context) error {
+	if d.options.StartJitter <= 0 {
+		return nil
+	}
+	wait := rand.N(d.options.StartJitter)
+	d.health.notReady("waiting for this node's turn to start (--start-jitter)")
+	d.log.Info("waiting before etcd is asked", "wait", wait.Round(time.Millisecond), "jitter", d.options.StartJitter)
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(wait):
+		return nil
+	}
+}
+
+// moved is the end of a datapath whose underlay has become another.
+type moved struct{ to place }
+
+func (m moved) Error() string { return "the underlay is another now" }
+
+// carry opens the datapath and serves the lease, with another datapath whenever
+// the underlay has changed, until ctx ends (nil), the lease is lost, or the node
+// cannot go on. The lease's subnets stay as they are.
+func (d *node) carry(ctx context.Context, r *etcd.Registry, config subnet.Config, lease subnet.Lease, at place) error {
+	kind, why, err := choose(d.options.Datapath, config)
+	if err != nil {
+		return err
+	}
+	s := &session{node: d, registry: r, lease: lease, file: &subnetFile{path: d.options.SubnetFile}}
+	for {
+		s.at = at
+		path, err := d.open(kind, why, config, s.lease, backend.Node{Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq})
+		if err != nil {
+			return err
+		}
+		s.path = path
+		err = s.serve(ctx)
+		if m, ok := errors.AsType[moved](err); ok {
+			if err := path.Close(backend.Keep); err != nil {
+				d.log.Warn("closing the datapath for another underlay", "error", err)
+			}
+			r.Reconnect()
+			at = m.to
+			s.lease = atPlace(s.lease, at)
+			if s.last != nil {
+				config = s.last.Config
+			}
+			continue
+		}
+		if _, err := daemon.SdNotify(false, daemon.SdNotifyStopping); err != nil && ctx.Err() != nil {
+			d.log.Debug("systemd was not told", "error", err)
+		}
+		switch {
+		case errors.Is(err, subnet.ErrLost):
+			return errors.Join(err, path.Close(backend.Remove), d.keepInside())
+		case ctx.Err() != nil && d.options.ReleaseOnExit:
+			return errors.Join(stopped(ctx, err), s.file.remove(), path.Close(backend.Remove), d.release(ctx, r, s.lease))
+		}
+		d.health.notReady("stopping")
+		return errors.Join(stopped(ctx, err), path.Close(backend.Keep))
+	}
+}
+
+// release gives the lease back. A failure is told and changes nothing: the lease
+// then runs out by itself.
+func (d *node) release(ctx context.Context, r *etcd.Registry, l subnet.Lease) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releasePatience)
+	defer cancel()
+	if err := r.Release(ctx, l); err != nil {
+		return fmt.Errorf("--release-on-exit: %w (it runs out by itself, or `culvert lease release %s` ends it)", err, l.Subnets()[0])
+	}
+	d.log.Info("lease given back", "subnet", l.Subnets())
+	return nil
+}
+
+// atPlace is the lease with the place's addresses.
+func atPlace(l subnet.Lease, at place) subnet.Lease {
+	l.Endpoints = slices.Clone(l.Endpoints)
+	for i, e := range l.Endpoints {
+		for _, a := range at.publics {
+			if a.Is4() == e.Subnet.Addr().Is4() {
+				l.Endpoints[i].Public = a
+			}
+		}
+	}
+	return l
+}
+
+// session is a lease that is served: by one datapath after another, if the
+// underlay changes.
+type session struct {
+	*node
+	registry *etcd.Registry
+	lease    subnet.Lease
+	at       place
+	path     backend.Backend
+	file     *subnetFile
+	last     *subnet.Snapshot // applied last; the following goroutine's
+}
+
+// serve runs the parts of a node that has its lease and its datapath, until
+// ctx ends or one of them fails.
+func (s *session) serve(ctx context.Context) error {
+	s.health.setDatapath(s.path)
+	parts, ctx := errgroup.WithContext(ctx)
+	parts.Go(func() error { return s.path.Run(ctx) })
+	parts.Go(func() error {
+		err := s.registry.Hold(ctx, s.lease)
+		if errors.Is(err, subnet.ErrLost) {
+			return errors.Join(err, s.fence(err))
+		}
+		return err
+	})
+	parts.Go(func() error { return s.renewSubnetFile(ctx, s.file, s.registry.Held) })
+	parts.Go(func() error { return s.follow(ctx) })
+	parts.Go(func() error { return s.publish(ctx) })
+	parts.Go(func() error { return s.awaitMove(ctx) })
+	return parts.Wait()
+}
+
+// follow makes the datapath equal to each snapshot. A datapath that replaces
+// another begins with the other's last one, whether etcd is there or not.
+func (s *session) follow(ctx context.Context) error {
+	if s.last != nil {
+		snapshot := *s.last
+		snapshot.Self = s.lease
+		if err := s.apply(ctx, snapshot); err != nil {
+			return err
+		}
+	}
+	for snapshot, err := range s.registry.Watch(ctx, s.lease) {
+		if err != nil {
+			s.health.storeLost(err)
+			continue
+		}
+		s.health.setSnapshot(snapshot, s.log)
+		if err := s.apply(ctx, snapshot); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// apply makes the datapath equal to a snapshot. With the first one the node is
+// ready, and says so to the CNI plugin by writing subnet.env. A datapath that
+// does not follow is no end: it carries on, and the next snapshot tries again.
+func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
+	if err := s.path.Apply(ctx, snapshot); err != nil {
+		s.log.Error("the datapath does not follow the leases", "revision", snapshot.Revision, "error", err)
+		s.health.notReady("the datapath does not follow the leases: " + err.Error())
+		return nil
+	}
+	lease := s.lease
+	if held, ok := s.registry.Held(); ok && held.Key() == lease.Key() {
+		lease.Expires = held.Expires
+	}
+	if err := s.file.write(subnetEnv(snapshot.Config, lease, s.path.Status().MTU)); err != nil {
+		return err
+	}
+	if s.last == nil {
+		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+			s.log.Debug("systemd was not told", "error", err)
+		}
+		s.log.Info("node ready", "subnet", lease.Subnets(), "peers", len(snapshot.Peers))
+	}
+	s.last = &snapshot
+	s.health.ready()
+	return nil
+}
+
+// awaitMove ends the datapath when the underlay's interface, its MTU or its
+// address is another, with one for each family of the lease.
+func (s *session) awaitMove(ctx context.Context) error {
+	to, err := host.AwaitMove(ctx, s.options.Underlay, func(u host.Underlay) bool {
+		is, changed := s.at.underlay, false
+		for _, e := range s.lease.Endpoints {
+			is4 := e.Subnet.Addr().Is4()
+			if !u.Addr(is4).IsValid() {
+				return false
+			}
+			changed = changed || u.Addr(is4) != is.Addr(is4)
+		}
+		return changed || u.Index != is.Index || u.MTU != is.MTU
+	})
+	if ctx.Err() != nil {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	s.log.Warn("the underlay has changed", "interface", to.Name, "addrs", to.Addrs, "mtu", to.MTU, "before", s.at.underlay.Addrs)
+	s.health.setUnderlay(to)
+	return moved{place{to, s.publics(to)}}
+}
+
+// publishAgain is when to try again to publish an address that another node
+// has.
+const publishAgain = 10 * time.Second
+
+// publish tells the others our address, where it is another than the lease in
+// etcd says.
+func (s *session) publish(ctx context.Context) error {
+	for {
+		held, ok := s.registry.Held()
+		if !ok || slices.Equal(held.Publics(), s.lease.Publics()) {
+			return nil
+		}
+		_, err := s.registry.Update(ctx, s.lease)
+		switch {
+		case ctx.Err() != nil || errors.Is(err, subnet.ErrLost): // Hold says so too
+			return nil
+		case err == nil:
+			s.log.Info("our new address is published", "subnet", s.lease.Subnets(), "public", s.lease.Publics())
+			return nil
+		}
+		s.log.Error("our new address cannot be published", "public", s.lease.Publics(), "error", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(publishAgain):
+		}
+	}
+}

@@ -1,0 +1,50 @@
+package host
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+)
+
+// PodsIn counts the pods on this host that live in one of the subnets, as far
+// as the kernel shows them: the ports of each bridge that bears an address of a
+// subnet (the bridge plugin), and the routes to single addresses of one that
+// lead into a link (ptp and others). Pods that are attached past the host's
+// routes, as macvlan does, are not seen.
+func PodsIn(subnets []netip.Prefix) (int, error) {
+	inside := func(a netip.Addr) bool {
+		return slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return s.Contains(a) })
+	}
+	links, err := retry(netlink.LinkList)
+	if err != nil {
+		return 0, fmt.Errorf("listing the network interfaces: %w", err)
+	}
+	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return 0, fmt.Errorf("listing the addresses: %w", err)
+	}
+	routes, err := retry(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return 0, fmt.Errorf("listing the routes: %w", err)
+	}
+	gateway := make(map[int]bool) // links that bear an address of the subnets
+	for _, a := range addrs {
+		if p, ok := prefixOf(a.IPNet); ok && inside(p.Addr()) {
+			gateway[a.LinkIndex] = true
+		}
+	}
+	pods := 0
+	for _, l := range links {
+		if l.Attrs().MasterIndex != 0 && gateway[l.Attrs().MasterIndex] {
+			pods++
+		}
+	}
+	for _, r := range routes {
+		if p, ok := prefixOf(r.Dst); ok && p.IsSingleIP() && inside(p.Addr()) && r.Protocol != RouteProtocol && r.LinkIndex != 0 && r.Gw == nil {
+			pods++
+		}
+	}
+	return pods, nil
+}

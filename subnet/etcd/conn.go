@@ -1,0 +1,95 @@
+package etcd
+
+import (
+	"context"
+	"net"
+	"sync"
+
+	"google.golang.org/grpc/credentials"
+)
+
+// renewedTLS reads the CA, the certificate and the key anew for each
+// connection, so that what was renewed on disk comes into use.
+type renewedTLS struct{ options Options }
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (c *renewedTLS) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	cfg, err := c.options.tls()
+	if err != nil {
+		_ = conn.Close()
+		return nil, nil, err
+	}
+	return credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
+}
+
+// ServerHandshake implements credentials.TransportCredentials; there is no
+// server here.
+func (c *renewedTLS) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return credentials.NewTLS(nil).ServerHandshake(conn)
+}
+
+// Info implements credentials.TransportCredentials.
+func (c *renewedTLS) Info() credentials.ProtocolInfo { return credentials.NewTLS(nil).Info() }
+
+// Clone implements credentials.TransportCredentials.
+func (c *renewedTLS) Clone() credentials.TransportCredentials { return &renewedTLS{options: c.options} }
+
+// OverrideServerName implements credentials.TransportCredentials, which calls it
+// deprecated; nobody here does.
+func (c *renewedTLS) OverrideServerName(string) error { return nil }
+
+// connections are the open ones to etcd, so that they can be broken: one from an
+// address that this host no longer has would only time out.
+type connections struct {
+	dial func(ctx context.Context, address string) (net.Conn, error)
+
+	mu   sync.Mutex
+	open map[*connection]bool
+}
+
+func newConnections(dial func(context.Context, string) (net.Conn, error)) *connections {
+	if dial == nil {
+		dial = func(ctx context.Context, address string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "tcp", address)
+		}
+	}
+	return &connections{dial: dial, open: map[*connection]bool{}}
+}
+
+func (c *connections) connect(ctx context.Context, address string) (net.Conn, error) {
+	conn, err := c.dial(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	one := &connection{conn, c}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.open[one] = true
+	return one, nil
+}
+
+func (c *connections) breakAll() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for one := range c.open {
+		_ = one.Conn.Close() // its user sees the end, and closes it too
+	}
+}
+
+type connection struct {
+	net.Conn
+	of *connections
+}
+
+// Close implements net.Conn.
+func (c *connection) Close() error {
+	c.of.mu.Lock()
+	delete(c.of.open, c)
+	c.of.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// Reconnect breaks the connections to etcd, for them to be made anew: after this
+// node's address has changed. What was under way is tried again.
+func (r *Registry) Reconnect() { r.conns.breakAll() }

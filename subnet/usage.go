@@ -1,0 +1,80 @@
+package subnet
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Usage is how much of one cluster network is given out.
+type Usage struct {
+	Network  netip.Prefix `json:"network"`
+	Capacity int64        `json:"capacity"` // subnets between SubnetMin and SubnetMax, at most 2^63-1
+	Used     int64        `json:"used"`     // of them, those that a lease or a reservation touches
+}
+
+// Share is the part in use, 0 to 1.
+func (u Usage) Share() float64 {
+	if u.Capacity == 0 {
+		return 1
+	}
+	return float64(u.Used) / float64(u.Capacity)
+}
+
+// NearlyFull is the share from which on more room should be made.
+const NearlyFull = 0.8
+
+// Usage counts what the keys of leases and reservations, readable or not, take
+// of each network.
+func (c Config) Usage(keys []string) []Usage {
+	var taken []netip.Prefix
+	for _, k := range keys {
+		if subnets, err := ParseKey(k); err == nil {
+			taken = append(taken, subnets...)
+		}
+	}
+	usage := make([]Usage, len(c.Networks))
+	for i, n := range c.Networks {
+		usage[i] = Usage{Network: n.Prefix, Capacity: n.Capacity(), Used: n.used(taken)}
+	}
+	return usage
+}
+
+// used counts the subnets that the prefixes touch, each once.
+func (n Network) used(taken []netip.Prefix) int64 {
+	hostBits := n.Prefix.Addr().BitLen() - n.SubnetLen
+	index := func(a u128) u128 { return a.shr(hostBits) }
+	low, high := index(toU128(n.SubnetMin)), index(toU128(n.SubnetMax))
+	var touched []span // of indexes
+	for _, p := range taken {
+		if p.Addr().Is4() != n.Prefix.Addr().Is4() {
+			continue
+		}
+		s := span{index(toU128(p.Masked().Addr())), index(lastOf(p))}
+		if s.last.compare(low) < 0 || s.first.compare(high) > 0 {
+			continue
+		}
+		if s.first.compare(low) < 0 {
+			s.first = low
+		}
+		if s.last.compare(high) > 0 {
+			s.last = high
+		}
+		touched = append(touched, s)
+	}
+	slices.SortFunc(touched, func(a, b span) int { return a.first.compare(b.first) })
+	var sum, next u128 // next is the first index that is not counted yet
+	for _, s := range touched {
+		if s.first.compare(next) < 0 {
+			s.first = next
+		}
+		if s.last.compare(s.first) < 0 {
+			continue
+		}
+		next = s.last.add(u128{lo: 1})
+		sum = sum.add(next.sub(s.first))
+	}
+	if sum.hi != 0 || sum.lo > 1<<63-1 {
+		return 1<<63 - 1
+	}
+	return int64(sum.lo)
+}

@@ -1,0 +1,212 @@
+package test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"culvert/cni"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+)
+
+// TestUnderlayAddressChanges gives a node another underlay address: its lease is
+// published anew, its peers follow, and pods reach each other again; with etcd
+// away it carries on from the new address, and publishes when etcd is back.
+//
+//	pod ── n1 198.18.0.1 → 198.18.0.77 ── fabric ── n2 198.18.0.2 ── pod
+func TestUnderlayAddressChanges(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		c.start(n)
+	}
+	mover, peer := c.Nodes[0], c.Nodes[1]
+	before := c.waitReady(mover, 1)
+	c.waitReady(peer, 1)
+	pods := c.pods()
+
+	to := netip.MustParseAddr("198.18.0.77")
+	began := time.Now()
+	readdress(t, mover, mover.Addrs[0], to)
+	c.wait(peer, "follows", func(s api.Status) bool { return len(s.Peers) == 1 && slices.Contains(s.Peers[0].PublicIPs, to) })
+	took := time.Since(began)
+	t.Logf("the peer followed %v after the address changed", took.Round(time.Millisecond))
+	if took > 2*time.Second {
+		t.Errorf("the peer followed only after %v", took)
+	}
+	ping(t, pods[0], pods[1])
+	after := c.waitReady(mover, 1)
+	if after.Lease.Subnets[0] != before.Lease.Subnets[0] || after.Lease.PublicIPs[0] != to || after.Underlay.Addrs[0] != to {
+		t.Errorf("the mover says %+v", after)
+	}
+
+	// Back again, while etcd does not answer: the mover is ready at once, and
+	// tells the others when it can.
+	c.stopEtcd()
+	readdress(t, mover, to, mover.Addrs[0])
+	c.wait(mover, "carries on", func(s api.Status) bool { return s.Ready && s.Underlay.Addrs[0] == mover.Addrs[0] && len(s.Peers) == 1 })
+	c.continueEtcd()
+	c.wait(peer, "follows again", func(s api.Status) bool {
+		return len(s.Peers) == 1 && slices.Contains(s.Peers[0].PublicIPs, mover.Addrs[0])
+	})
+	ping(t, pods[1], pods[0])
+}
+
+// readdress replaces the address of a node's underlay link, as DHCP would, and
+// the default route that goes with it.
+func readdress(t *testing.T, n *lab.Node, from, to netip.Addr) {
+	t.Helper()
+	err := n.Do(func() error {
+		link, err := netlink.LinkByName(n.Link)
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrDel(link, &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(from, 24))}); err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(to, 24))}); err != nil {
+			return err
+		}
+		return netlink.RouteReplace(&netlink.Route{Gw: netip.MustParseAddr("198.18.0.254").AsSlice(), Dst: host.IPNet(netip.MustParsePrefix("0.0.0.0/0"))})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pods adds a pod to each node.
+func (c *cluster) pods() []*lab.Pod {
+	c.t.Helper()
+	var pods []*lab.Pod
+	for _, n := range c.Nodes {
+		p, err := n.AddPod(c.t.Context(), "p1")
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		pods = append(pods, p)
+	}
+	return pods
+}
+
+// ping has one pod reach another, in each family that both have.
+func ping(t *testing.T, from, to *lab.Pod) {
+	t.Helper()
+	for i, a := range to.Addrs {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		_, err := from.Ping(ctx, from.Addrs[i], a)
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestFamilies goes through the address families of the cluster network and of
+// the underlay: pods reach each other in every one that they have, over one
+// underlay or two, and their addresses are not translated.
+func TestFamilies(t *testing.T) {
+	under4, under6 := netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:198:18::/64")
+	const four, six = `"Network":"10.5.0.0/16"`, `"EnableIPv6":true,"IPv6Network":"fd00:12::/48"`
+	for _, f := range []struct {
+		name, network string
+		underlay      []netip.Prefix
+		addrs         int
+	}{
+		{"dual", four + "," + six, []netip.Prefix{under4, under6}, 2},
+		{"ipv6", `"EnableIPv4":false,` + six, []netip.Prefix{under6}, 1},
+	} {
+		t.Run(f.name, func(t *testing.T) {
+			c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: f.underlay})
+			c.setConfig("{" + f.network + `,"Backend":{"Type":"vxlan"}}`)
+			for _, n := range c.Nodes {
+				c.start(n)
+			}
+			for _, n := range c.Nodes {
+				s := c.waitReady(n, 1)
+				if len(s.Lease.Subnets) != f.addrs || len(s.Networks) != f.addrs {
+					t.Errorf("%s has %v in %v", n.ID, s.Lease.Subnets, s.Networks)
+				}
+			}
+			pods := c.pods()
+			if len(pods[0].Addrs) != f.addrs {
+				t.Fatalf("a pod has %v", pods[0].Addrs)
+			}
+			ping(t, pods[0], pods[1])
+			for i, a := range pods[1].Addrs {
+				transfer(t, pods[0].Namespace, pods[1].Namespace, pods[0].Addrs[i], a, 20<<20)
+				datagrams(t, pods[1].Namespace, pods[0].Namespace, a, pods[0].Addrs[i])
+			}
+			for _, n := range c.Nodes {
+				s, err := c.status(n)
+				drops := slices.DeleteFunc(s.Datapath.Drops, func(d api.Drop) bool {
+					return d.Reason == "egress-source" // the kernel's own multicast, as the device comes up
+				})
+				if err != nil || len(drops) != 0 {
+					t.Errorf("%s dropped %v (%v)", n.ID, drops, err)
+				}
+			}
+		})
+	}
+}
+
+// TestGrowingNetwork makes the cluster network larger under running pods: the
+// running nodes follow, a node in the new part reaches the old ones, and what a
+// running node cannot follow is refused, with the reason.
+func TestGrowingNetwork(t *testing.T) {
+	c := newCluster(t, 3)
+	c.setConfig(`{"Network":"10.5.0.0/22","SubnetLen":24,"Backend":{"Type":"vxlan"}}`)
+	for _, n := range c.Nodes[:2] {
+		c.start(n)
+	}
+	for _, n := range c.Nodes[:2] {
+		c.waitReady(n, 1)
+	}
+	var pods []*lab.Pod
+	for _, n := range c.Nodes[:2] {
+		p, err := n.AddPod(t.Context(), "p1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, p)
+	}
+	stream := startPings(t, pods[0], pods[1])
+	c.setConfig(`{"Network":"10.4.0.0/15","SubnetLen":24,"SubnetMin":"10.4.200.0","SubnetMax":"10.4.200.0","Backend":{"Type":"vxlan"}}`)
+	for _, n := range c.Nodes[:2] {
+		c.wait(n, "follows", func(s api.Status) bool { return s.Ready && s.Networks[0].String() == "10.4.0.0/15" })
+		eventually(t, "subnet.env", func() error {
+			env, err := cni.ReadSubnetEnv(n.SubnetFile())
+			if err != nil || env.Networks[0].String() != "10.4.0.0/15" {
+				return fmt.Errorf("it says %v: %w", env.Networks, err)
+			}
+			return nil
+		})
+	}
+	c.start(c.Nodes[2])
+	if s := c.waitReady(c.Nodes[2], 2); s.Lease.Subnets[0].String() != "10.4.200.0/24" {
+		t.Errorf("the new node has %v", s.Lease.Subnets)
+	}
+	c.waitReady(c.Nodes[0], 2)
+	fresh, err := c.Nodes[2].AddPod(t.Context(), "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ping(t, fresh, pods[0])
+	ping(t, pods[1], fresh)
+
+	c.put("/coreos.com/network/config", `{"Network":"10.99.0.0/16","Backend":{"Type":"vxlan"}}`)
+	s := c.wait(c.Nodes[0], "refuses", func(s api.Status) bool { return s.Store.ConfigRefused != "" })
+	if !s.Ready || s.Networks[0].String() != "10.4.0.0/15" || !strings.Contains(s.Store.ConfigRefused, "outside 10.99.0.0/16") {
+		t.Errorf("%+v", s)
+	}
+	if sent, lost := stream.stop(); lost > 0 {
+		t.Errorf("%d of %d pings were lost meanwhile", lost, sent)
+	}
+}

@@ -1,0 +1,206 @@
+package test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+)
+
+// thief is the lease of a node that has the subnet now.
+const thief = `{"PublicIP":"198.18.0.99","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"},"NodeID":"thief"}`
+
+func (c *cluster) leaseKey(s api.Status) string {
+	return "/coreos.com/network/subnets/" + strings.Replace(s.Lease.Subnets[0].String(), "/", "-", 1)
+}
+
+// cleanKernel says what of the lost subnet is still in a node's kernel: the
+// cluster network must be unreachable, and nothing else of culvert's be there.
+func cleanKernel(n *lab.Node, lost netip.Prefix) error {
+	var problem error
+	err := n.Do(func() error {
+		changes, err := kernelState()
+		for _, line := range changes {
+			if !strings.HasPrefix(line, "unreachable 10.5.0.0/16") {
+				problem = fmt.Errorf("the kernel of %s, which lost %s, still has: %s", n.ID, lost, line)
+			}
+		}
+		if len(changes) == 0 {
+			problem = fmt.Errorf("packets of %s to the cluster network can leave by the default route", n.ID)
+		}
+		return err
+	})
+	return errors.Join(err, problem)
+}
+
+// TestFence stops a daemon (SIGSTOP) past the end of its lease while another node
+// takes the subnet, and lets it go on:
+//
+//	SIGSTOP ... lease runs out, "thief" has the subnet ... SIGCONT → fenced within 5 s
+//	→ daemon killed and started: fenced still → pod deleted → leases another
+func TestFence(t *testing.T) {
+	c := newCluster(t, 2)
+	n, witness := c.Nodes[0], c.Nodes[1]
+	c.setConfig(config)
+	d := c.start(n, "--lease-ttl", "5s")
+	c.start(witness)
+	before := c.waitReady(n, 1)
+	c.waitReady(witness, 1)
+	lost := before.Lease.Subnets[0]
+	pod, err := n.AddPod(t.Context(), "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	c.wait(witness, "sees the lease run out", func(s api.Status) bool { return len(s.Peers) == 0 })
+	c.put(c.leaseKey(before), thief)
+	c.wait(witness, "sees the other", func(s api.Status) bool { return len(s.Peers) == 1 && s.Peers[0].Node == "thief" })
+
+	continued := time.Now()
+	if err := d.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	s := c.wait(n, "fenced", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
+	t.Logf("fenced %v after SIGCONT", time.Since(continued).Round(time.Millisecond))
+	if took := time.Since(continued); took > 5*time.Second {
+		t.Errorf("fenced only %v after SIGCONT", took)
+	}
+	if s.Ready || s.Lease != nil || !strings.Contains(s.NotReady, "thief") || !strings.Contains(s.NotReady, "1 pods of it are left") {
+		t.Errorf("status: %+v", s)
+	}
+	if _, err := os.Stat(n.SubnetFile()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("subnet.env of a fenced node: %v", err)
+	}
+	if err := cleanKernel(n, lost); err != nil {
+		t.Error(err)
+	}
+	if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "thief") {
+		t.Errorf("STATUS of a fenced node: %v", err)
+	}
+	var e *types.Error
+	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater {
+		t.Errorf("ADD on a fenced node: %v", err)
+	}
+	if log := d.Tail(50); !strings.Contains(log, "FENCED") || !strings.Contains(log, "thief") {
+		t.Errorf("the log says nothing of it:\n%s", log)
+	}
+
+	// A restart does not leave the fence.
+	if err := d.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	d = c.start(n, "--lease-ttl", "5s")
+	c.wait(n, "fenced after a restart", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
+
+	// With the last pod gone it leases another subnet.
+	if err := pod.Delete(t.Context()); err != nil {
+		t.Error(err)
+	}
+	after := c.waitReady(n, 2)
+	if after.Lease.Subnets[0] == lost || after.Fenced != nil {
+		t.Errorf("after the fence: %+v", after.Lease)
+	}
+	if pod, err = n.AddPod(t.Context(), "p3"); err != nil {
+		t.Fatal(err)
+	}
+
+	// Lost while no daemon runs, and the operator says so: at once another.
+	if err := d.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	c.put(c.leaseKey(after), thief)
+	d = c.start(n, "--lease-ttl", "5s")
+	s = c.wait(n, "fenced at its start", func(s api.Status) bool { return s.Fenced != nil })
+	if s.Fenced.Subnets[0] != after.Lease.Subnets[0] || !strings.Contains(s.Fenced.Reason, "thief") {
+		t.Errorf("fenced with %+v", s.Fenced)
+	}
+	if err := d.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	c.start(n, "--on-lost=release")
+	last := c.wait(n, "leases anew", func(s api.Status) bool { return s.Ready && s.Lease != nil })
+	if last.Lease.Subnets[0] == after.Lease.Subnets[0] || last.Lease.Subnets[0] == lost {
+		t.Errorf("has %s again", last.Lease.Subnets[0])
+	}
+	// The pod of the lost subnet keeps the plugin from giving out the new one.
+	if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "cni0") {
+		t.Errorf("STATUS beside a pod of another subnet: %v", err)
+	}
+	if err := pod.Delete(t.Context()); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "STATUS without it", func() error { return cniStatus(t, n) })
+}
+
+// TestReleaseOnExit drains a node for good: nothing of it is left, and its subnet
+// rests; a node that asks gets another.
+func TestReleaseOnExit(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	d := c.start(c.Nodes[0], "--release-on-exit")
+	c.start(c.Nodes[1])
+	had := c.waitReady(c.Nodes[0], 1).Lease.Subnets[0]
+	c.waitReady(c.Nodes[1], 1)
+	eventually(t, "the mark", func() error { return c.listed("leased", 2) })
+	if err := d.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if d.Err() != nil {
+		t.Errorf("it ended with %v", d.Err())
+	}
+	c.waitReady(c.Nodes[1], 0)
+	for _, name := range []string{"subnet.env", "lease.json"} {
+		if _, err := os.Stat(filepath.Join(c.Nodes[0].RunDir, name)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := c.Nodes[0].Do(func() error {
+		left, err := kernelState()
+		if len(left) > 0 {
+			t.Errorf("left in the kernel: %v", left)
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+	if err := c.listed("resting", 1); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%s rests", had)
+}
+
+// listed says whether `culvert lease list` shows as many entries of a state.
+func (c *cluster) listed(state string, n int) error {
+	out, err := c.Fabric.Run(c.t.Context(), filepath.Join(c.bin, "culvert"), "lease", "list", "-o", "json", "--etcd-endpoints", c.endpoint)
+	if err != nil {
+		return err
+	}
+	var all []struct{ State string }
+	if err := json.Unmarshal(out, &all); err != nil {
+		return err
+	}
+	k := 0
+	for _, v := range all {
+		if v.State == state {
+			k++
+		}
+	}
+	if k != n {
+		return fmt.Errorf("%d entries are %s, not %d: %s", k, state, n, out)
+	}
+	return nil
+}

@@ -1,0 +1,36 @@
+package test
+
+import (
+	"fmt"
+
+	"github.com/vishvananda/netlink"
+
+	"culvert/internal/host"
+)
+
+// kernelState lists what of culvert's is in the kernel of the present namespace:
+// routes of its protocol, and its devices.
+func kernelState() ([]string, error) {
+	var lines []string
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range routes {
+		kind := "route "
+		if r.Type == 7 { // RTN_UNREACHABLE
+			kind = "unreachable "
+		}
+		lines = append(lines, fmt.Sprintf("%s%s index %d", kind, r.Dst, r.LinkIndex))
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range links {
+		if name := l.Attrs().Name; len(name) > 2 && (name[:3] == "cvt" || name == "culvert0") {
+			lines = append(lines, "link "+name)
+		}
+	}
+	return lines, nil
+}

@@ -1,0 +1,193 @@
+package test
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/net/icmp"
+	"golang.org/x/net/ipv4"
+	"golang.org/x/net/ipv6"
+
+	"culvert/internal/lab"
+)
+
+// pings are echo requests from pod to pod, 100 a second, each of which must be
+// answered.
+type pings struct {
+	cancel  context.CancelFunc
+	running sync.WaitGroup
+	mu      sync.Mutex
+	missing map[uint64]time.Time // sent, not answered
+	sent    uint64
+}
+
+const pingEvery = 10 * time.Millisecond
+
+// startPings sends until stop is called, or the test ends.
+func startPings(t testing.TB, from, to *lab.Pod) *pings {
+	t.Helper()
+	network, protocol := "ip4:icmp", 1
+	var request, reply icmp.Type = ipv4.ICMPTypeEcho, ipv4.ICMPTypeEchoReply
+	source, dest := from.Addrs[0], to.Addrs[0]
+	if dest.Is6() {
+		network, protocol, request, reply = "ip6:ipv6-icmp", 58, ipv6.ICMPTypeEchoRequest, ipv6.ICMPTypeEchoReply
+	}
+	conn, err := from.ListenPacket(t.Context(), network, source.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	p := &pings{cancel: cancel, missing: map[uint64]time.Time{}}
+	id := os.Getpid() & 0xffff
+	p.running.Go(func() {
+		defer conn.Close()
+		tick := time.NewTicker(pingEvery)
+		defer tick.Stop()
+		for ctx.Err() == nil {
+			p.mu.Lock()
+			p.sent++
+			n := p.sent
+			p.missing[n] = time.Now()
+			p.mu.Unlock()
+			m := icmp.Message{Type: request, Body: &icmp.Echo{ID: id, Seq: int(n & 0xffff), Data: binary.BigEndian.AppendUint64(nil, n)}}
+			if text, err := m.Marshal(nil); err == nil {
+				_, _ = conn.WriteTo(text, &net.IPAddr{IP: dest.AsSlice()}) // a failure is a loss, and counted as one
+			}
+			select {
+			case <-ctx.Done():
+			case <-tick.C:
+			}
+		}
+		time.Sleep(time.Second) // for the last answers
+	})
+	p.running.Go(func() {
+		b := make([]byte, 1500)
+		for {
+			k, _, err := conn.ReadFrom(b)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			m, err := icmp.ParseMessage(protocol, b[:max(k, 0)])
+			if err != nil || m.Type != reply {
+				continue
+			}
+			if e, ok := m.Body.(*icmp.Echo); ok && e.ID == id && len(e.Data) == 8 {
+				p.mu.Lock()
+				delete(p.missing, binary.BigEndian.Uint64(e.Data))
+				p.mu.Unlock()
+			}
+		}
+	})
+	t.Cleanup(func() { p.cancel(); p.running.Wait() })
+	return p
+}
+
+// stop ends it and returns how many were sent, and how many had no answer.
+func (p *pings) stop() (sent, lost int) {
+	p.cancel()
+	p.running.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return int(p.sent), len(p.missing)
+}
+
+// lostSoFar counts those that should have been answered by now.
+func (p *pings) lostSoFar() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := 0
+	for _, at := range p.missing {
+		if time.Since(at) > time.Second {
+			n++
+		}
+	}
+	return n
+}
+
+// flow is a TCP connection from pod to pod that goes on for as long as the test
+// wants: a counter goes to and fro, a hundred times a second.
+type flow struct {
+	cancel  context.CancelFunc
+	running sync.WaitGroup
+	mu      sync.Mutex
+	turns   uint64
+	longest time.Duration // between two turns
+	err     error
+}
+
+func startFlow(t testing.TB, from, to *lab.Pod) *flow {
+	t.Helper()
+	l, err := to.Listen(t.Context(), "tcp", netip.AddrPortFrom(to.Addrs[0], 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	f := &flow{cancel: cancel}
+	f.running.Go(func() { // echoes
+		defer l.Close()
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		_, _ = io.Copy(c, c)
+	})
+	dialing, done := context.WithTimeout(t.Context(), 10*time.Second)
+	c, err := from.DialWith(dialing, net.Dialer{LocalAddr: &net.TCPAddr{IP: from.Addrs[0].AsSlice()}}, "tcp", l.Addr().String())
+	done()
+	if err != nil {
+		t.Fatalf("opening a flow: %v", err)
+	}
+	f.running.Go(func() {
+		defer c.Close()
+		err := f.turn(ctx, c)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.err = err
+	})
+	t.Cleanup(func() { cancel(); f.running.Wait() })
+	return f
+}
+
+func (f *flow) turn(ctx context.Context, c net.Conn) error {
+	buf := make([]byte, 1000)
+	for n := uint64(1); ctx.Err() == nil; n++ {
+		began := time.Now()
+		binary.BigEndian.PutUint64(buf, n)
+		if err := c.SetDeadline(began.Add(30 * time.Second)); err != nil {
+			return err
+		}
+		if _, err := c.Write(buf); err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(c, buf); err != nil {
+			return err
+		}
+		if got := binary.BigEndian.Uint64(buf); got != n {
+			return fmt.Errorf("%d came back, not %d", got, n)
+		}
+		f.mu.Lock()
+		f.turns, f.longest = n, max(f.longest, time.Since(began))
+		f.mu.Unlock()
+		time.Sleep(pingEvery)
+	}
+	return nil
+}
+
+// stop ends it and returns how often it went, and the longest wait.
+func (f *flow) stop() (turns uint64, longest time.Duration, err error) {
+	f.cancel()
+	f.running.Wait()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.turns, f.longest, f.err
+}
