@@ -65,7 +65,7 @@ fuzz:
 test-system: build
 	@echo 'needs: $(SYSTEM_PACKAGES)'
 	internal/tools/install-packages $(SYSTEM_PACKAGES)
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./cni ./internal/host
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./cni ./internal/host ./backend/...
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
 
 .PHONY: bench

@@ -1,23 +1,26 @@
-// Package host makes the kernel of this host equal to a State: addresses,
-// routes, the nftables table. The state is computed whole by whoever wants it,
-// and Apply changes the difference; applying it twice does nothing.
+// Package host makes the kernel of this host equal to a State: devices,
+// addresses, routes, neighbours, FDB entries, the nftables table. The state is
+// computed whole by whoever wants it, and one way leads from it to the kernel,
+// for the start, for an event, and for a repair:
+//
+//	          Plan(View)           read          diff          write
+//	snapshot ────────────▶ State ────────┐
+//	                                     ├──▶ steps ──▶ netlink, in batches
+//	kernel   ────────────▶ reading ──────┘
+//
+// Plan and diff are pure; reading and writing are in a file each. Applying a
+// state twice writes nothing.
 //
 // What is culvert's can be told apart: links by their names, routes by their
-// protocol number, the table by its name. Nothing else is touched.
+// protocol number, the table by its name, a rule in somebody's FORWARD chain by
+// its comment. Nothing else is touched.
 package host
 
 import (
-	"cmp"
-	"errors"
 	"fmt"
-	"io/fs"
+	"net"
 	"net/netip"
-	"os"
-	"slices"
 	"strings"
-
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
 
 // RouteProtocol marks culvert's routes (see rtnetlink(7), rtm_protocol).
@@ -26,12 +29,19 @@ const RouteProtocol = 67
 // State is what culvert wants of the kernel. Its zero value wants nothing:
 // applying it removes everything that is culvert's.
 type State struct {
+	// Replaces names devices of other programs that go just before ours come,
+	// because the two cannot exist together.
+	Replaces   []string
 	Links      []Link
 	Routes     []Route
-	Masquerade []Masquerade // one per address family, IPv4 first
+	Neighbours []Neighbour
+	FDB        []FDBEntry
+	Firewall   Firewall
 }
 
-// Link is a device of culvert's own that exists, and what it should be.
+// Link is a device of culvert's own, and what it should be. Where neither
+// VXLAN nor IPIP is set it is a process's, such as a TUN device: it is set up
+// while it exists, and never made.
 type Link struct {
 	Name  string
 	MTU   int            // bytes of an IP packet
@@ -39,235 +49,146 @@ type Link struct {
 	// GSOMaxSegs bounds the frames that the kernel hands to the device, in
 	// segments; 0 leaves it as it is.
 	GSOMaxSegs int
+	VXLAN      *VXLAN
+	IPIP       *IPIP
 }
+
+// VXLAN is how a kernel vxlan device is made (RFC 7348). What is not said is
+// off: rsc, proxy, l2miss, l3miss, vnifilter.
+type VXLAN struct {
+	MAC      MAC
+	VNI      uint32
+	Local    netip.Addr // outer source; its family is the outer one
+	Device   string     // the underlay's
+	Port     uint16     // UDP
+	Learning bool       // of addresses from what arrives
+	GBP      bool       // group policy in the header
+	// NoChecksum leaves the outer UDP checksum zero, on the way out; either is
+	// taken on the way in.
+	NoChecksum bool
+}
+
+// IPIP is how a kernel ipip device is made (RFC 2003). It has no remote end:
+// the route of each peer names it. Nor is it bound to a link, so that its
+// packets take the underlay's routes.
+type IPIP struct {
+	Local netip.Addr
+}
+
+// MAC is an Ethernet address.
+type MAC [6]byte
+
+func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
 
 // Route is a route to a prefix through a link, or, where Link is empty, the
 // word that the prefix is unreachable.
 type Route struct {
-	To     netip.Prefix
-	Link   string
+	To   netip.Prefix
+	Via  netip.Addr // gateway, which may be the zero Addr
+	Link string
+	// OnLink says that Via is on the link although no address of it says so.
+	OnLink bool
 	Source netip.Addr // of packets that this node sends itself
-	Metric int        // 0 is preferred to any other
+	Metric int        // 0 is the kernel's default, which in IPv6 is 1024
 }
 
 // UnreachableMetric is what gives way to every real route.
 const UnreachableMetric = 1<<32 - 2
 
+// normal is the route as the kernel would tell it back.
+func (r Route) normal() Route {
+	if r.Metric == 0 && !r.To.Addr().Is4() {
+		r.Metric = 1024 // IP6_RT_PRIO_USER
+	}
+	return r
+}
+
+// String is the route as `ip route add` takes it.
 func (r Route) String() string {
 	if r.Link == "" {
 		return fmt.Sprintf("unreachable %s proto %d metric %d", r.To, RouteProtocol, r.Metric)
 	}
-	s := fmt.Sprintf("%s dev %s proto %d", r.To, r.Link, RouteProtocol)
+	s := r.To.String()
+	if r.Via.IsValid() {
+		s += " via " + r.Via.String()
+	}
+	s += fmt.Sprintf(" dev %s proto %d", r.Link, RouteProtocol)
 	if r.Source.IsValid() {
 		s += " src " + r.Source.String()
 	}
 	if r.Metric != 0 {
 		s += fmt.Sprintf(" metric %d", r.Metric)
 	}
+	if r.OnLink {
+		s += " onlink"
+	}
 	return s
 }
 
-// Apply makes the kernel equal to the state and returns what it changed, as
-// commands that a person would type. It goes on past an error, since each part
-// stands for itself, and returns all errors together.
-func Apply(s State) ([]string, error) {
-	var changes []string
-	var errs []error
-	for _, part := range []func(State) ([]string, error){applyForwarding, applyLinks, applyRoutes, applyMasquerade} {
-		c, err := part(s)
-		changes = append(changes, c...)
-		errs = append(errs, err)
-	}
-	return changes, errors.Join(errs...)
+// Neighbour says, for ever, which Ethernet address an IP address has.
+type Neighbour struct {
+	Link string
+	IP   netip.Addr
+	MAC  MAC
 }
 
-// applyForwarding turns packet forwarding on where there is anything to
-// forward. It is never turned off: others may need it.
-func applyForwarding(s State) ([]string, error) {
-	var changes []string
-	for _, is4 := range []bool{true, false} {
-		if !slices.ContainsFunc(s.Routes, func(r Route) bool { return r.To.Addr().Is4() == is4 }) {
-			continue
-		}
-		key := "net/ipv4/ip_forward"
-		if !is4 {
-			key = "net/ipv6/conf/all/forwarding"
-		}
-		changed, err := setSysctl(key, "1")
-		if err != nil {
-			return changes, fmt.Errorf("turning packet forwarding on: %w", err)
-		}
-		if changed {
-			changes = append(changes, "sysctl -w "+strings.ReplaceAll(key, "/", ".")+"=1")
-		}
-	}
-	return changes, nil
+func (n Neighbour) String() string {
+	return fmt.Sprintf("%s lladdr %s nud permanent dev %s", n.IP, n.MAC, n.Link)
 }
 
-func setSysctl(key, value string) (changed bool, err error) {
-	path := "/proc/sys/" + key
-	old, err := os.ReadFile(path)
-	if err != nil {
-		return false, err
-	}
-	if strings.TrimSpace(string(old)) == value {
-		return false, nil
-	}
-	return true, os.WriteFile(path, []byte(value), 0)
+// FDBEntry says, for ever, to which underlay address frames for an Ethernet
+// address go.
+type FDBEntry struct {
+	Link string
+	MAC  MAC
+	To   netip.Addr
 }
 
-func applyLinks(s State) ([]string, error) {
-	var changes []string
-	for _, want := range s.Links {
-		c, err := applyLink(want)
-		changes = append(changes, c...)
-		if err != nil {
-			return changes, fmt.Errorf("setting up %s: %w", want.Name, err)
-		}
-	}
-	return changes, nil
+func (e FDBEntry) String() string {
+	return fmt.Sprintf("%s dev %s dst %s self permanent", e.MAC, e.Link, e.To)
 }
 
-func applyLink(want Link) ([]string, error) {
-	link, err := netlink.LinkByName(want.Name)
-	if err != nil {
-		return nil, err
-	}
-	var changes []string
-	var errs []error
-	do := func(err error, format string, args ...any) {
-		if err != nil {
-			errs = append(errs, fmt.Errorf(format+": %w", append(args, err)...))
-			return
+// addCommand is how a person would make the device.
+func (l Link) addCommand() string {
+	switch {
+	case l.VXLAN != nil:
+		v := l.VXLAN
+		s := fmt.Sprintf("ip link add %s address %s mtu %d type vxlan id %d local %s dev %s dstport %d",
+			l.Name, v.MAC, l.MTU, v.VNI, v.Local, v.Device, v.Port)
+		s += flag(v.Learning, "learning") + " " + checksumFlags(*v)
+		if v.GBP {
+			s += " gbp"
 		}
-		changes = append(changes, fmt.Sprintf(format, args...))
+		return s
+	case l.IPIP != nil:
+		return fmt.Sprintf("ip link add %s mtu %d type ipip local %s", l.Name, l.MTU, l.IPIP.Local)
 	}
-	have := link.Attrs()
-	// Nobody on a tunnel device is found by link-local address, and nobody asks.
-	if changed, err := setSysctl("net/ipv6/conf/"+want.Name+"/addr_gen_mode", "1"); changed || err != nil && !errors.Is(err, fs.ErrNotExist) {
-		do(err, "ip link set %s addrgenmode none", want.Name)
-	}
-	if want.MTU != 0 && have.MTU != want.MTU {
-		do(netlink.LinkSetMTU(link, want.MTU), "ip link set %s mtu %d", want.Name, want.MTU)
-	}
-	if want.GSOMaxSegs != 0 && have.GSOMaxSegs != uint32(want.GSOMaxSegs) {
-		do(netlink.LinkSetGSOMaxSegs(link, want.GSOMaxSegs), "ip link set %s gso_max_segs %d", want.Name, want.GSOMaxSegs)
-	}
-
-	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
-	if err != nil {
-		return changes, err
-	}
-	borne := make(map[netip.Prefix]bool)
-	for _, a := range addrs {
-		p, ok := prefixOf(a.IPNet)
-		if !ok || p.Addr().IsLinkLocalUnicast() {
-			continue
-		}
-		if slices.Contains(want.Addrs, p) {
-			borne[p] = true
-			continue
-		}
-		do(netlink.AddrDel(link, &a), "ip address del %s dev %s", p, want.Name)
-	}
-	for _, p := range want.Addrs {
-		if !borne[p] {
-			do(netlink.AddrAdd(link, &netlink.Addr{IPNet: IPNet(p), Flags: addrFlags(p)}), "ip address add %s dev %s", p, want.Name)
-		}
-	}
-	if have.RawFlags&unix.IFF_UP == 0 {
-		do(netlink.LinkSetUp(link), "ip link set %s up", want.Name)
-	}
-	return changes, errors.Join(errs...)
+	return "# a process makes " + l.Name
 }
 
-// addrFlags spares an IPv6 address the search for a duplicate, during which it
-// could not be used: nobody else is on the link.
-func addrFlags(p netip.Prefix) int {
-	if p.Addr().Is4() {
-		return 0
+func checksumFlags(v VXLAN) string {
+	if v.Local.Is4() {
+		return strings.TrimSpace(flag(!v.NoChecksum, "udpcsum"))
 	}
-	return unix.IFA_F_NODAD
+	return strings.TrimSpace(flag(v.NoChecksum, "udp6zerocsumtx")) + " udp6zerocsumrx"
 }
 
-func applyRoutes(s State) ([]string, error) {
-	names := make(map[int]string)
-	indexes := make(map[string]int)
-	links, err := retry(netlink.LinkList)
-	if err != nil {
-		return nil, fmt.Errorf("listing the network interfaces: %w", err)
+func flag(on bool, name string) string {
+	if on {
+		return " " + name
 	}
-	for _, l := range links {
-		names[l.Attrs().Index] = l.Attrs().Name
-		indexes[l.Attrs().Name] = l.Attrs().Index
-	}
-	filter := &netlink.Route{Protocol: RouteProtocol}
-	have, err := retry(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_PROTOCOL)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("listing the routes: %w", err)
-	}
-	var changes []string
-	var errs []error
-	present := make(map[Route]bool)
-	for _, r := range have {
-		got, ok := routeOf(r, names)
-		if ok && slices.Contains(s.Routes, got) {
-			present[got] = true
-			continue
-		}
-		if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
-			errs = append(errs, fmt.Errorf("ip route del %s: %w", got, err))
-			continue
-		}
-		changes = append(changes, "ip route del "+got.String())
-	}
-	for _, want := range sorted(s.Routes) {
-		if present[want] {
-			continue
-		}
-		r := &netlink.Route{Dst: IPNet(want.To), Protocol: RouteProtocol, Priority: want.Metric}
-		if want.Link == "" {
-			r.Type = unix.RTN_UNREACHABLE
-		} else {
-			r.LinkIndex = indexes[want.Link]
-			r.Scope = netlink.SCOPE_LINK
-			if !want.To.Addr().Is4() {
-				r.Scope = netlink.SCOPE_UNIVERSE
-			}
-		}
-		if want.Source.IsValid() {
-			r.Src = want.Source.AsSlice()
-		}
-		if err := netlink.RouteReplace(r); err != nil {
-			errs = append(errs, fmt.Errorf("ip route replace %s: %w", want, err))
-			continue
-		}
-		changes = append(changes, "ip route replace "+want.String())
-	}
-	return changes, errors.Join(errs...)
+	return " no" + name
 }
 
-// sorted puts the routes that catch what others miss first, so that at no
-// moment does a packet for the cluster network take the default route.
-func sorted(routes []Route) []Route {
-	return slices.SortedStableFunc(slices.Values(routes), func(a, b Route) int {
-		return cmp.Compare(b.Metric, a.Metric)
-	})
-}
-
-func routeOf(r netlink.Route, names map[int]string) (Route, bool) {
-	to, ok := prefixOf(r.Dst)
+// Ours says whether a device bears one of culvert's names: culvert0, cvt.<VNI>,
+// cvt6.<VNI>, cvt.ipip.
+func Ours(device string) bool {
+	if device == "culvert0" || device == "cvt.ipip" {
+		return true
+	}
+	vni, ok := strings.CutPrefix(device, "cvt.")
 	if !ok {
-		return Route{}, false
+		vni, ok = strings.CutPrefix(device, "cvt6.")
 	}
-	got := Route{To: to, Metric: r.Priority}
-	if r.Type != unix.RTN_UNREACHABLE {
-		got.Link = names[r.LinkIndex]
-	}
-	if a, ok := netip.AddrFromSlice(r.Src); ok {
-		got.Source = a.Unmap()
-	}
-	return got, true
+	return ok && vni != "" && strings.Trim(vni, "0123456789") == ""
 }

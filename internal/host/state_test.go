@@ -35,7 +35,7 @@ func wanted() host.State {
 			{To: net6, Link: "culvert0", Source: sub6.Addr(), Metric: 1024},
 			{To: net6, Metric: host.UnreachableMetric},
 		},
-		Masquerade: []host.Masquerade{{Network: net4, Subnet: sub4}, {Network: net6, Subnet: sub6}},
+		Firewall: host.Firewall{Masquerade: []host.Masquerade{{Network: net4, Subnet: sub4}, {Network: net6, Subnet: sub6}}},
 	}
 }
 
@@ -64,8 +64,8 @@ func apply(t *testing.T, n *lab.Node, s host.State) []string {
 	t.Helper()
 	var changes []string
 	inside(t, n, func() error {
-		var err error
-		changes, err = host.Apply(s)
+		done, err := host.Apply(s)
+		changes = host.Commands(done)
 		return err
 	})
 	return changes
@@ -113,7 +113,7 @@ func TestApplyRepairs(t *testing.T) {
 			func() error {
 				return netlink.RouteDel(&netlink.Route{Dst: host.IPNet(prefix), LinkIndex: link().Attrs().Index, Scope: netlink.SCOPE_LINK})
 			},
-			[]string{"ip route replace 10.5.0.0/16 dev culvert0 proto 67 src 10.5.7.0"},
+			[]string{"ip route prepend 10.5.0.0/16 dev culvert0 proto 67 src 10.5.7.0"},
 		},
 		{
 			"route of ours that is not wanted",
@@ -153,13 +153,13 @@ func TestCleanupTakesOnlyWhatIsOurs(t *testing.T) {
 	apply(t, n, wanted())
 	other := netip.MustParsePrefix("10.77.0.0/16")
 	inside(t, n, func() error {
-		l, err := netlink.LinkByName("culvert0")
+		l, err := netlink.LinkByName("eth0")
 		if err != nil {
 			return err
 		}
 		return netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(other), LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK})
 	})
-	if changes := apply(t, n, host.State{}); len(changes) != 5 {
+	if changes := apply(t, n, host.State{}); len(changes) != 4 {
 		t.Errorf("changed %q", changes)
 	}
 	if changes := apply(t, n, host.State{}); len(changes) != 0 {

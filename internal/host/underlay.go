@@ -198,29 +198,33 @@ func listLinks() ([]Underlay, error) {
 	}
 	var all []Underlay
 	for _, l := range links {
-		a := l.Attrs()
-		if a.Flags&net.FlagLoopback != 0 {
-			continue
+		if l.Attrs().Flags&net.FlagLoopback == 0 {
+			all = append(all, underlayOf(l, addrs))
 		}
-		u := Underlay{Name: a.Name, Index: a.Index, MTU: a.MTU}
-		for _, family := range []bool{true, false} {
-			first := true
-			for _, addr := range addrs {
-				prefix, ok := prefixOf(addr.IPNet)
-				if !ok || addr.LinkIndex != a.Index || prefix.Addr().Is4() != family ||
-					addr.Scope != unix.RT_SCOPE_UNIVERSE || addr.Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_DEPRECATED) != 0 {
-					continue
-				}
-				u.Networks = append(u.Networks, prefix)
-				if first {
-					u.Addrs = append(u.Addrs, prefix.Addr())
-					first = false
-				}
-			}
-		}
-		all = append(all, u)
 	}
 	return all, nil
+}
+
+// underlayOf describes a link; addrs are those of all links.
+func underlayOf(l netlink.Link, addrs []netlink.Addr) Underlay {
+	a := l.Attrs()
+	u := Underlay{Name: a.Name, Index: a.Index, MTU: a.MTU}
+	for _, family := range []bool{true, false} {
+		first := true
+		for _, addr := range addrs {
+			prefix, ok := prefixOf(addr.IPNet)
+			if !ok || addr.LinkIndex != a.Index || prefix.Addr().Is4() != family ||
+				addr.Scope != unix.RT_SCOPE_UNIVERSE || addr.Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_DEPRECATED) != 0 {
+				continue
+			}
+			u.Networks = append(u.Networks, prefix)
+			if first {
+				u.Addrs = append(u.Addrs, prefix.Addr())
+				first = false
+			}
+		}
+	}
+	return u
 }
 
 func describe(links []Underlay) string {
@@ -254,15 +258,4 @@ func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
 // IPNet converts a prefix to the form that netlink takes.
 func IPNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
-}
-
-// retry repeats a netlink dump that a concurrent change interrupted.
-func retry[T any](dump func() (T, error)) (T, error) {
-	for range 10 {
-		v, err := dump()
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return v, err
-		}
-	}
-	return dump()
 }

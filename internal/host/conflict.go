@@ -1,0 +1,112 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Conflict is a device of another program that cannot exist beside a datapath
+// of ours.
+type Conflict struct {
+	Device string
+	Why    string
+}
+
+// VXLANConflicts returns the vxlan devices of other programs that have our UDP
+// port. A kernel device of ours shares the port with one that has another VNI;
+// a socket shares it with none.
+func VXLANConflicts(vni uint32, port uint16, socket bool) ([]Conflict, error) {
+	return conflicts(func(l netlink.Link) string {
+		v, ok := l.(*netlink.Vxlan)
+		if !ok || v.Port != int(port) || !socket && v.VxlanId != int(vni) {
+			return ""
+		}
+		return fmt.Sprintf("is a vxlan device with VNI %d on UDP port %d", v.VxlanId, v.Port)
+	})
+}
+
+// IPIPConflicts returns the ipip devices of other programs that have our
+// addresses: the local one, and no remote one.
+func IPIPConflicts(local netip.Addr) ([]Conflict, error) {
+	return conflicts(func(l netlink.Link) string {
+		v, ok := l.(*netlink.Iptun)
+		if !ok || !v.Local.Equal(local.AsSlice()) || v.Remote != nil && !v.Remote.IsUnspecified() {
+			return ""
+		}
+		return "is an ipip device with the local address " + local.String()
+	})
+}
+
+func conflicts(why func(netlink.Link) string) ([]Conflict, error) {
+	links, err := retry(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("listing the network interfaces: %w", err)
+	}
+	var all []Conflict
+	for _, l := range links {
+		if w := why(l); w != "" && !Ours(l.Attrs().Name) {
+			all = append(all, Conflict{l.Attrs().Name, w})
+		}
+	}
+	return all, nil
+}
+
+// MakeWay removes devices, ours by another datapath or those that conflict, and
+// sees to it first that what they carried is unreachable rather than sent
+// elsewhere. It is for a datapath that must open something before it can be
+// applied.
+func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) ([]Change, error) {
+	have, err := read("")
+	if err != nil {
+		return nil, err
+	}
+	want := State{Replaces: foreign, Routes: slices.Clone(catchAll)}
+	for _, l := range have.Links {
+		if !ours(l.Name) {
+			want.Links = append(want.Links, l)
+		}
+	}
+	for _, r := range have.Routes {
+		if !ours(r.Link) {
+			want.Routes = append(want.Routes, r)
+		}
+	}
+	steps := slices.DeleteFunc(diff(have, want), func(s step) bool {
+		return s.Kind != KindRoute && (s.Kind != KindLink || s.link != "")
+	})
+	return write(have, steps)
+}
+
+// Supports says whether the kernel can make devices of a type, vxlan or ipip,
+// by making one. The error says why not.
+func Supports(kind string) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "cvt.0"
+	var dev netlink.Link
+	switch kind {
+	case "vxlan":
+		dev = &netlink.Vxlan{LinkAttrs: attrs, VxlanId: 1<<24 - 1, Port: 1}
+	case "ipip":
+		dev = &netlink.Iptun{LinkAttrs: attrs, Local: netip.MustParseAddr("127.0.0.67").AsSlice()}
+	default:
+		panic("there is no device of type " + kind)
+	}
+	err := netlink.LinkAdd(dev)
+	switch {
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("the kernel has no %s devices", kind)
+	case errors.Is(err, unix.EPERM):
+		return errors.New("making network devices needs root, or CAP_NET_ADMIN")
+	case err != nil && !errors.Is(err, unix.EEXIST):
+		return fmt.Errorf("making a %s device: %w", kind, err)
+	}
+	if err := netlink.LinkDel(dev); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("removing the %s device that was made to see if one can be: %w", kind, err)
+	}
+	return nil
+}

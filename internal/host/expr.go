@@ -1,0 +1,130 @@
+package host
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// rule is one line of a chain, in the words of nft and as expressions. Parts of
+// a line are rules too: all joins them.
+type rule struct {
+	text  string
+	exprs []expr.Any
+	// reason is the name under which the packets that the line drops are
+	// counted; empty for a line that drops none.
+	reason string
+}
+
+// all joins matches and a verdict to a line.
+func all(parts ...rule) rule {
+	var r rule
+	for _, p := range parts {
+		if r.text != "" && p.text != "" {
+			r.text += " "
+		}
+		r.text += p.text
+		r.exprs = append(r.exprs, p.exprs...)
+		if p.reason != "" {
+			r.reason = p.reason
+		}
+	}
+	return r
+}
+
+// Verdicts.
+func verdict(kind expr.VerdictKind, text string) rule {
+	return rule{text: text, exprs: []expr.Any{&expr.Verdict{Kind: kind}}}
+}
+
+func leave() rule { return verdict(expr.VerdictReturn, "return") }
+
+// drop counts the packets that it drops under a reason.
+func drop(reason string) rule {
+	return rule{"counter drop", []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}, reason}
+}
+
+// familyIs is not written in a line that compares addresses: nft deduces it
+// from them.
+func familyIs(is4 bool, text string) rule {
+	proto := byte(unix.NFPROTO_IPV4)
+	if !is4 {
+		proto = unix.NFPROTO_IPV6
+	}
+	return rule{text, []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
+	}, ""}
+}
+
+// address matches a packet's source (saddr) or destination (daddr) with a
+// prefix.
+func address(field string, equal bool, p netip.Prefix) rule {
+	n := uint32(p.Addr().BitLen() / 8)
+	op, word := expr.CmpOpEq, ""
+	if !equal {
+		op, word = expr.CmpOpNeq, "!= "
+	}
+	return rule{fmt.Sprintf("%s %s %s%s", family(p.Addr().Is4()), field, word, p), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset(field, p.Addr().Is4()), Len: n},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: n, Mask: IPNet(p).Mask, Xor: make([]byte, n)},
+		&expr.Cmp{Op: op, Register: 1, Data: p.Masked().Addr().AsSlice()},
+	}, ""}
+}
+
+// addressOffset is where an address stands in an IP header (RFC 791, RFC 8200).
+func addressOffset(field string, is4 bool) uint32 {
+	offset, n := uint32(12), uint32(4)
+	if !is4 {
+		offset, n = 8, 16
+	}
+	if field == "daddr" {
+		offset += n
+	}
+	return offset
+}
+
+func family(is4 bool) string {
+	if is4 {
+		return "ip"
+	}
+	return "ip6"
+}
+
+// protocol matches what is above IP.
+func protocol(number byte, text string) rule {
+	return rule{text, []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{number}},
+	}, ""}
+}
+
+// udpPort matches UDP's destination port.
+func udpPort(port uint16) rule {
+	r := transport(2, 2, true, binaryutil.BigEndian.PutUint16(port))
+	return rule{fmt.Sprintf("udp dport %d", port), append(protocol(unix.IPPROTO_UDP, "").exprs, r.exprs...), ""}
+}
+
+// transport compares bytes at an offset in what is above IP.
+func transport(offset, length uint32, equal bool, data []byte) rule {
+	op, word := expr.CmpOpEq, ""
+	if !equal {
+		op, word = expr.CmpOpNeq, "!= "
+	}
+	return rule{fmt.Sprintf("@th,%d,%d %s0x%x", offset*8, length*8, word, data), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: length},
+		&expr.Cmp{Op: op, Register: 1, Data: data},
+	}, ""}
+}
+
+func marked() rule {
+	mark := binaryutil.NativeEndian.PutUint32(kubeMark)
+	return rule{"meta mark & 0x4000 == 0x4000", []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mark, Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: mark},
+	}, ""}
+}

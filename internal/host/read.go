@@ -1,0 +1,236 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// reading is what one look at the kernel found: what of it is culvert's, as a
+// State, and what a plan depends on.
+type reading struct {
+	State
+	devices map[string]device // culvert's
+	indexes map[string]int    // of every device
+	others  map[string]bool   // names of devices that are not culvert's
+	view    View
+	// settings holds the kernel settings that matter, by key; those that the
+	// kernel does not have are missing.
+	settings map[string]string
+	table    *table // culvert's nftables table; nil if there is none
+	forward  forwardReading
+}
+
+// device is a device of culvert's as it is.
+type device struct {
+	index int
+	up    bool
+	owner string // a word about who made it: vxlan, ipip, tuntap
+	// plain says that a device of the kernel's has none of the options that
+	// culvert never sets.
+	plain bool
+}
+
+// View is what a plan may know of the host: facts that are not culvert's.
+type View struct {
+	Underlay Underlay
+	// direct are the main table's routes less ours, by longest prefix: whether
+	// what they lead to is on the underlay's link.
+	direct []onLink
+}
+
+type onLink struct {
+	to     netip.Prefix
+	onLink bool
+	metric int
+}
+
+// OnLink says whether an address is reached by the underlay's link without a
+// gateway between, by the most specific route.
+func (v View) OnLink(a netip.Addr) bool {
+	best, found := onLink{}, false
+	for _, r := range v.direct {
+		if !r.to.Contains(a) {
+			continue
+		}
+		if !found || r.to.Bits() > best.to.Bits() || r.to.Bits() == best.to.Bits() && r.metric < best.metric {
+			best, found = r, true
+		}
+	}
+	return found && best.onLink
+}
+
+// read looks at the kernel once. The underlay's name may be empty.
+func read(underlay string) (reading, error) {
+	r := reading{
+		devices: make(map[string]device), indexes: make(map[string]int), others: make(map[string]bool),
+		settings: make(map[string]string),
+	}
+	links, err := retry(netlink.LinkList)
+	if err != nil {
+		return r, fmt.Errorf("listing the network interfaces: %w", err)
+	}
+	names := make(map[int]string, len(links))
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+		r.indexes[l.Attrs().Name] = l.Attrs().Index
+	}
+	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return r, fmt.Errorf("listing the addresses: %w", err)
+	}
+	for _, l := range links {
+		name := l.Attrs().Name
+		if name == underlay {
+			r.view.Underlay = underlayOf(l, addrs)
+		}
+		if !Ours(name) {
+			r.others[name] = true
+			continue
+		}
+		link, dev := linkOf(l, names)
+		for _, a := range addrs {
+			if p, ok := prefixOf(a.IPNet); ok && a.LinkIndex == dev.index && !p.Addr().IsLinkLocalUnicast() {
+				link.Addrs = append(link.Addrs, p)
+			}
+		}
+		r.Links = append(r.Links, link)
+		r.devices[name] = dev
+		for _, s := range deviceSettings(name) {
+			r.note(s[0])
+		}
+		if link.VXLAN != nil {
+			if err := r.readPeers(name, dev.index); err != nil {
+				return r, err
+			}
+		}
+	}
+	r.note(forwardingKey(true))
+	r.note(forwardingKey(false))
+	if err := r.readRoutes(names, r.indexes[underlay]); err != nil {
+		return r, err
+	}
+	return r, r.readFirewall()
+}
+
+func (r *reading) note(key string) {
+	if v := sysctl(key); v != "" {
+		r.settings[key] = v
+	}
+}
+
+// linkOf describes a device of ours.
+func linkOf(l netlink.Link, names map[int]string) (Link, device) {
+	a := l.Attrs()
+	link := Link{Name: a.Name, MTU: a.MTU, GSOMaxSegs: int(a.GSOMaxSegs)}
+	dev := device{index: a.Index, up: a.RawFlags&unix.IFF_UP != 0, owner: l.Type(), plain: true}
+	switch l := l.(type) {
+	case *netlink.Vxlan:
+		local, _ := netip.AddrFromSlice(l.SrcAddr)
+		v := &VXLAN{
+			VNI: uint32(l.VxlanId), Local: local.Unmap(), Device: names[l.VtepDevIndex], Port: uint16(l.Port),
+			Learning: l.Learning, GBP: l.GBP, NoChecksum: !l.UDPCSum,
+		}
+		if local.Is6() {
+			v.NoChecksum = l.UDP6ZeroCSumTx
+			dev.plain = l.UDP6ZeroCSumRx
+		}
+		copy(v.MAC[:], a.HardwareAddr)
+		link.VXLAN = v
+		dev.plain = dev.plain && !l.Proxy && !l.RSC && !l.L2miss && !l.L3miss && !l.FlowBased && l.Group == nil
+	case *netlink.Iptun:
+		local, _ := netip.AddrFromSlice(l.Local)
+		link.IPIP = &IPIP{Local: local.Unmap()}
+		remote, ok := netip.AddrFromSlice(l.Remote)
+		dev.plain = !l.FlowBased && l.Link == 0 && (!ok || remote.Unmap().IsUnspecified())
+	}
+	return link, dev
+}
+
+// readPeers reads the neighbours and FDB entries of a vxlan device: the lasting
+// ones, since those that the kernel learned are its own business.
+func (r *reading) readPeers(name string, index int) error {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		all, err := retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, family) })
+		if err != nil {
+			return fmt.Errorf("listing the neighbours on %s: %w", name, err)
+		}
+		for _, n := range all {
+			ip, ok := netip.AddrFromSlice(n.IP)
+			if !ok || n.State&netlink.NUD_PERMANENT == 0 {
+				continue
+			}
+			entry := Neighbour{Link: name, IP: ip.Unmap()}
+			copy(entry.MAC[:], n.HardwareAddr)
+			r.Neighbours = append(r.Neighbours, entry)
+		}
+	}
+	all, err := retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, unix.AF_BRIDGE) })
+	if err != nil {
+		return fmt.Errorf("listing the FDB of %s: %w", name, err)
+	}
+	for _, n := range all {
+		to, ok := netip.AddrFromSlice(n.IP)
+		if !ok || n.State&netlink.NUD_PERMANENT == 0 {
+			continue
+		}
+		entry := FDBEntry{Link: name, To: to.Unmap()}
+		copy(entry.MAC[:], n.HardwareAddr)
+		r.FDB = append(r.FDB, entry)
+	}
+	return nil
+}
+
+// readRoutes reads our routes, and of the others those that say what is on the
+// underlay's link.
+func (r *reading) readRoutes(names map[int]string, underlay int) error {
+	all, err := retry(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, 0)
+	})
+	if err != nil {
+		return fmt.Errorf("listing the routes: %w", err)
+	}
+	for _, route := range all {
+		if route.Protocol == RouteProtocol {
+			if got, ok := routeOf(route, names); ok {
+				r.Routes = append(r.Routes, got)
+			}
+			continue
+		}
+		to, ok := prefixOf(route.Dst)
+		if !ok || underlay == 0 {
+			continue
+		}
+		r.view.direct = append(r.view.direct, onLink{
+			to: to.Masked(), metric: route.Priority,
+			onLink: route.LinkIndex == underlay && route.Gw == nil && route.Via == nil &&
+				len(route.MultiPath) == 0 && route.Type == unix.RTN_UNICAST,
+		})
+	}
+	return nil
+}
+
+func routeOf(r netlink.Route, names map[int]string) (Route, bool) {
+	to, ok := prefixOf(r.Dst)
+	if !ok {
+		return Route{}, false
+	}
+	got := Route{To: to, Metric: r.Priority}
+	if r.Type != unix.RTN_UNREACHABLE {
+		got.Link = names[r.LinkIndex]
+		got.OnLink = r.Flags&unix.RTNH_F_ONLINK != 0
+	}
+	if a, ok := netip.AddrFromSlice(r.Gw); ok {
+		got.Via = a.Unmap()
+	}
+	if a, ok := netip.AddrFromSlice(r.Src); ok {
+		got.Source = a.Unmap()
+	}
+	return got, true
+}
+
+// ErrNoUnderlay says that the underlay's interface is not there.
+var ErrNoUnderlay = errors.New("the underlay's interface is gone")

@@ -1,0 +1,104 @@
+package host
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+)
+
+// Traffic is what a device has carried.
+type Traffic struct {
+	SentPackets, SentBytes         uint64
+	ReceivedPackets, ReceivedBytes uint64
+}
+
+// DeviceTraffic returns what the devices carried together since they were made.
+// A device that is not there has carried nothing.
+func DeviceTraffic(names ...string) Traffic {
+	var t Traffic
+	for _, name := range names {
+		l, err := netlink.LinkByName(name)
+		if err != nil || l.Attrs().Statistics == nil {
+			continue
+		}
+		s := l.Attrs().Statistics
+		t.SentPackets += s.TxPackets
+		t.SentBytes += s.TxBytes
+		t.ReceivedPackets += s.RxPackets
+		t.ReceivedBytes += s.RxBytes
+	}
+	return t
+}
+
+// Drops returns how many packets culvert's nftables rules have dropped, by
+// reason. They count from the table's making.
+func Drops(f Firewall) map[string]uint64 {
+	t := f.table()
+	if t == nil {
+		return nil
+	}
+	c, err := nftables.New()
+	if err != nil {
+		return nil
+	}
+	drops := make(map[string]uint64)
+	for _, ch := range t.chains {
+		reasons := make(map[string]string)
+		for _, r := range ch.rules {
+			if r.reason != "" {
+				reasons[r.text] = r.reason
+			}
+		}
+		if len(reasons) == 0 {
+			continue
+		}
+		rules, err := c.GetRules(ourTable(), &nftables.Chain{Table: ourTable(), Name: ch.name})
+		if err != nil {
+			continue
+		}
+		for _, r := range rules {
+			for _, e := range r.Exprs {
+				if n, ok := e.(*expr.Counter); ok && n.Packets > 0 && reasons[commentText(r.UserData)] != "" {
+					drops[reasons[commentText(r.UserData)]] += n.Packets
+				}
+			}
+		}
+	}
+	return drops
+}
+
+// StalePods returns the host ends of the pods that were made for another MTU:
+// the ports of the bridge that bears a gateway address. A bridge plugin gives
+// both ends the same.
+func StalePods(gateways []netip.Prefix, mtu int) ([]string, error) {
+	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("listing the addresses: %w", err)
+	}
+	bridges := make(map[int]bool)
+	for _, a := range addrs {
+		if p, ok := prefixOf(a.IPNet); ok && slices.Contains(gateways, p) {
+			bridges[a.LinkIndex] = true
+		}
+	}
+	if len(bridges) == 0 {
+		return nil, nil
+	}
+	links, err := retry(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("listing the network interfaces: %w", err)
+	}
+	slices.SortFunc(links, func(a, b netlink.Link) int { return cmp.Compare(a.Attrs().Index, b.Attrs().Index) })
+	var stale []string
+	for _, l := range links {
+		if a := l.Attrs(); bridges[a.MasterIndex] && a.MTU != mtu {
+			stale = append(stale, fmt.Sprintf("%s has MTU %d", a.Name, a.MTU))
+		}
+	}
+	return stale, nil
+}

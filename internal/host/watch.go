@@ -1,0 +1,122 @@
+package host
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// watched is what notifications are compared with.
+type watched struct {
+	indexes  map[uint32]bool // our devices, and the underlay
+	underlay string
+}
+
+func newWatched(r reading, underlay string) *watched {
+	w := &watched{indexes: make(map[uint32]bool), underlay: underlay}
+	for name, i := range r.indexes {
+		if Ours(name) || name == underlay {
+			w.indexes[uint32(i)] = true
+		}
+	}
+	return w
+}
+
+// The groups of rtnetlink(7) that are listened to, as bits, and of nfnetlink.
+const (
+	routeGroups = unix.RTMGRP_LINK | unix.RTMGRP_NEIGH | unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV4_ROUTE |
+		unix.RTMGRP_IPV6_IFADDR | unix.RTMGRP_IPV6_ROUTE |
+		1<<(unix.RTNLGRP_IPV4_NETCONF-1) | 1<<(unix.RTNLGRP_IPV6_NETCONF-1)
+	nftablesGroups = 1 << (unix.NFNLGRP_NFTABLES - 1)
+)
+
+// watch returns a channel that says that something that concerns us may have
+// changed. A notification that was lost because too many came says so too.
+func (k *Keeper) watch() (events <-chan struct{}, stop func(), err error) {
+	route, err := netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{Groups: routeGroups})
+	if err != nil {
+		return nil, nil, fmt.Errorf("listening to the kernel's changes: %w", err)
+	}
+	conns := []*netlink.Conn{route}
+	// A kernel without nftables has nothing to say.
+	if nft, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{Groups: nftablesGroups}); err == nil {
+		conns = append(conns, nft)
+	}
+	told := make(chan struct{}, 1)
+	for i, c := range conns {
+		concerns := concernsRoute
+		if i == 1 {
+			concerns = concernsNFTables
+		}
+		go func() {
+			for {
+				messages, err := c.Receive()
+				if err != nil && !errors.Is(err, unix.ENOBUFS) {
+					return // closed
+				}
+				w := k.watched.Load()
+				for _, m := range messages {
+					if w != nil && !concerns(w, m) {
+						continue
+					}
+					err = unix.ENOBUFS // a reason to look, as a lost one is
+					break
+				}
+				if err != nil {
+					select {
+					case told <- struct{}{}:
+					default:
+					}
+				}
+			}
+		}()
+	}
+	return told, func() {
+		for _, c := range conns {
+			_ = c.Close()
+		}
+	}, nil
+}
+
+// concernsRoute reads as much of a message as tells whether it is about a
+// device of ours, the underlay, or a route that is ours or may lead to a peer.
+func concernsRoute(w *watched, m netlink.Message) bool {
+	d := m.Data
+	switch m.Header.Type {
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE: // struct rtmsg
+		return len(d) >= unix.SizeofRtMsg && (d[5] == RouteProtocol || d[4] == unix.RT_TABLE_MAIN)
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK: // struct ifinfomsg
+		if len(d) < unix.SizeofIfInfomsg {
+			return false
+		}
+		return w.indexes[binary.NativeEndian.Uint32(d[4:])] || w.named(d[unix.SizeofIfInfomsg:])
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR, unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH: // struct ifaddrmsg, ndmsg
+		return len(d) >= 8 && w.indexes[binary.NativeEndian.Uint32(d[4:])]
+	}
+	return true // of the forwarding switch
+}
+
+// named says whether a link's attributes bear a name that matters.
+func (w *watched) named(attrs []byte) bool {
+	d, err := netlink.NewAttributeDecoder(attrs)
+	if err != nil {
+		return true
+	}
+	for d.Next() {
+		if d.Type() == unix.IFLA_IFNAME {
+			name := strings.TrimRight(d.String(), "\x00")
+			return Ours(name) || name == w.underlay
+		}
+	}
+	return false
+}
+
+// concernsNFTables takes the end of each transaction, whoever's: what a FORWARD
+// chain does concerns us too.
+func concernsNFTables(_ *watched, m netlink.Message) bool {
+	return m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN
+}

@@ -1,0 +1,205 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// writer writes steps to the kernel.
+type writer struct {
+	indexes map[string]int
+	failed  map[string]bool // devices that could not be made or set up
+	batch   *batch          // opened by the first message
+}
+
+// write carries out steps and returns what was done, with all errors together.
+// What needs a device that could not be made is left out without a word: the
+// device's error says it.
+func write(have reading, steps []step) ([]Change, error) {
+	w := &writer{indexes: have.indexes, failed: make(map[string]bool)}
+	defer func() { _ = w.batch.close() }()
+	var done []Change
+	var errs []error
+	report := func(s step, err error) {
+		switch {
+		case err == nil:
+			done = append(done, s.Change)
+			return
+		case s.Kind == KindSysctl && s.link != "" && errors.Is(err, fs.ErrNotExist):
+			return // a kernel without IPv6
+		case s.Kind == KindLink:
+			w.failed[s.link] = true
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", s.Command, err))
+	}
+	var waiting []step
+	transactions := make(map[Kind][]step)
+	flush := func() {
+		for i, err := range w.send(waiting) {
+			report(waiting[i], err)
+		}
+		waiting = waiting[:0]
+	}
+	for _, s := range steps {
+		if s.message == nil || len(waiting) == batchSize {
+			flush()
+		}
+		switch {
+		case s.link != "" && w.failed[s.link]:
+		case s.message != nil:
+			waiting = append(waiting, s)
+		case s.nft != nil:
+			transactions[s.Kind] = append(transactions[s.Kind], s)
+		default:
+			report(s, s.do(w))
+		}
+	}
+	flush()
+	for _, kind := range []Kind{KindNFTables, KindForward} {
+		changes, err := commit(transactions[kind])
+		done, errs = append(done, changes...), append(errs, err)
+	}
+	return done, errors.Join(errs...)
+}
+
+// commit carries out steps in one nftables transaction.
+func commit(steps []step) ([]Change, error) {
+	if len(steps) == 0 {
+		return nil, nil
+	}
+	c, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("opening nftables: %w", err)
+	}
+	var changes []Change
+	for _, s := range steps {
+		if err := s.nft(c); err != nil {
+			return nil, fmt.Errorf("%s: %w", s.Command, err)
+		}
+		changes = append(changes, s.Change)
+	}
+	if err := c.Flush(); err != nil {
+		return nil, fmt.Errorf("nftables (%s, and %d more): %w", steps[0].Command, len(steps)-1, err)
+	}
+	return changes, nil
+}
+
+func (w *writer) index(name string) (int, error) {
+	if i, ok := w.indexes[name]; ok {
+		return i, nil
+	}
+	return 0, fmt.Errorf("there is no device %s", name)
+}
+
+func (w *writer) attrs(name string) (netlink.Link, error) {
+	i, err := w.index(name)
+	return &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: name, Index: i}}, err
+}
+
+func (w *writer) addLink(l Link) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = l.Name, l.MTU
+	var dev netlink.Link
+	switch {
+	case l.VXLAN != nil:
+		v := l.VXLAN
+		under, err := w.index(v.Device)
+		if err != nil {
+			return err
+		}
+		attrs.HardwareAddr = v.MAC[:]
+		dev = &netlink.Vxlan{
+			LinkAttrs: attrs, VxlanId: int(v.VNI), VtepDevIndex: under, SrcAddr: v.Local.AsSlice(), Port: int(v.Port),
+			Learning: v.Learning, GBP: v.GBP,
+			UDPCSum: v.Local.Is4() && !v.NoChecksum, UDP6ZeroCSumTx: v.Local.Is6() && v.NoChecksum, UDP6ZeroCSumRx: v.Local.Is6(),
+		}
+	case l.IPIP != nil:
+		dev = &netlink.Iptun{LinkAttrs: attrs, Local: l.IPIP.Local.AsSlice(), PMtuDisc: 1}
+	default:
+		return fmt.Errorf("the device %s is not there: %w", l.Name, fs.ErrNotExist)
+	}
+	err := netlink.LinkAdd(dev)
+	switch {
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("%w: the kernel has no %s devices", err, dev.Type())
+	case errors.Is(err, unix.EEXIST):
+		return fmt.Errorf("%w: another %s device has its numbers (`ip -d link show type %s`)", err, dev.Type(), dev.Type())
+	case err != nil:
+		return err
+	}
+	made, err := netlink.LinkByName(l.Name)
+	if err != nil {
+		return err
+	}
+	w.indexes[l.Name] = made.Attrs().Index
+	return nil
+}
+
+func (w *writer) deleteLink(name string) error {
+	l, err := w.attrs(name)
+	if err == nil {
+		err = netlink.LinkDel(l)
+	}
+	if errors.Is(err, unix.ENODEV) {
+		err = nil // somebody was faster
+	}
+	delete(w.indexes, name)
+	return err
+}
+
+func (w *writer) setUp(name string) error {
+	l, err := w.attrs(name)
+	if err != nil {
+		return err
+	}
+	err = netlink.LinkSetUp(l)
+	if errors.Is(err, unix.EADDRINUSE) {
+		return fmt.Errorf("%w: a program has its UDP port (`ss -lunp`)", err)
+	}
+	return err
+}
+
+func (w *writer) setMTU(name string, mtu int) error {
+	l, err := w.attrs(name)
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetMTU(l, mtu)
+}
+
+func (w *writer) setMAC(name string, mac MAC) error {
+	l, err := w.attrs(name)
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetHardwareAddr(l, mac[:])
+}
+
+func (w *writer) setGSOMaxSegs(name string, n int) error {
+	l, err := w.attrs(name)
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetGSOMaxSegs(l, n)
+}
+
+func (w *writer) address(name string, p netip.Prefix, add bool) error {
+	l, err := w.attrs(name)
+	if err != nil {
+		return err
+	}
+	a := &netlink.Addr{IPNet: IPNet(p)}
+	if !add {
+		return netlink.AddrDel(l, a)
+	}
+	if nodad(p) != "" {
+		a.Flags = unix.IFA_F_NODAD
+	}
+	return netlink.AddrAdd(l, a)
+}
