@@ -26,6 +26,9 @@ type Backend interface {
 	Run(ctx context.Context) error
 	// Status says what is on, and why. It may be called at any time.
 	Status() api.Datapath
+	// MTU is that of pods that are made now; 0 while it is not known. It follows
+	// the underlay's.
+	MTU() int
 	// Close ends the datapath, after Run has returned.
 	Close(how How) error
 }
@@ -48,6 +51,9 @@ type Node struct {
 	// IPMasq says that traffic from pods that leaves the cluster network is to
 	// bear the node's address.
 	IPMasq bool
+	// NoMasq are destinations outside of it that see the pods' own addresses
+	// all the same.
+	NoMasq []netip.Prefix
 }
 
 // Public returns the leased underlay address of a family, or the zero Addr.

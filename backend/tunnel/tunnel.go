@@ -15,8 +15,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"sync"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"culvert/backend"
@@ -35,6 +35,8 @@ type Options struct {
 	Config subnet.Config
 	Lease  subnet.Lease // this node's own
 	Why    string       // the choice of this datapath, for the status
+	// Replaces names devices of other programs that have our UDP port.
+	Replaces []string
 	// The kill switches: each turns one mechanism off that would be used
 	// wherever the kernel has it.
 	NoGSO, NoGRO, NoUSO bool
@@ -52,8 +54,7 @@ type Tunnel struct {
 	egress  encap.Counters
 	ingress encap.Counters
 
-	mu      sync.Mutex
-	applied host.State // what Apply last asked of the kernel
+	keeper *host.Keeper
 }
 
 // Open makes the device and the sockets. The error names the step, and what to
@@ -62,14 +63,17 @@ func Open(o Options) (*Tunnel, error) {
 	if o.Config.Backend.Type != "vxlan" {
 		return nil, fmt.Errorf("the userspace datapath carries vxlan, not %s", o.Config.Backend.Type)
 	}
-	t := &Tunnel{options: o}
+	t := &Tunnel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log)}
 	var err error
-	if t.mtu, err = t.podMTU(); err != nil {
+	if t.mtu, err = t.podMTU(o.Node.Underlay); err != nil {
 		return nil, err
 	}
 	t.device, err = openDevice(DeviceName, t.mtu, o.Log)
 	if err != nil {
 		return nil, err
+	}
+	if err := t.makeWay(); err != nil {
+		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
 		Device: t.device.file, MTU: t.mtu,
@@ -95,36 +99,20 @@ func Open(o Options) (*Tunnel, error) {
 	return t, nil
 }
 
-// podMTU is what remains of the underlay's MTU, or what the configuration says.
-func (t *Tunnel) podMTU() (int, error) {
-	o := t.options
-	if o.Config.Backend.MTU != 0 {
-		return o.Config.Backend.MTU, nil
+// podMTU is what remains of the underlay's MTU.
+func (t *Tunnel) podMTU(u host.Underlay) (int, error) {
+	cost := 0
+	for _, e := range t.options.Lease.Endpoints {
+		cost = max(cost, encap.VXLANCost(e.Public.Is4()))
 	}
-	mtu := o.Node.Underlay.MTU
-	for _, e := range o.Lease.Endpoints {
-		mtu = min(mtu, o.Node.Underlay.MTU-encap.VXLANCost(e.Public.Is4()))
-	}
-	const least = 576 // RFC 791
-	if mtu < least {
-		return 0, fmt.Errorf("the MTU of %s is %d, which leaves %d bytes for pods, less than %d",
-			o.Node.Underlay.Name, o.Node.Underlay.MTU, mtu, least)
-	}
-	return mtu, nil
+	return backend.MTU(t.options.Config.Backend.MTU, u, cost)
 }
 
 // Apply swaps the peer table, and makes the host's addresses, routes and
 // masquerading right.
 func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 	t.loop.SetTable(t.table(s))
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.applied = t.state(s)
-	changes, err := host.Apply(t.applied)
-	for _, c := range changes {
-		t.options.Log.Info("host changed", "command", c)
-	}
-	return err
+	return t.keeper.Apply(func(host.View) (host.State, error) { return t.state(s), nil })
 }
 
 // table is the loop's view of a snapshot.
@@ -147,43 +135,36 @@ func (t *Tunnel) table(s subnet.Snapshot) *encap.Table {
 	return encap.NewTable(local, peers)
 }
 
-// state is what the host must be like, given a snapshot: the device bears the
-// subnet's first address, so that the node's own packets to pods have a source
-// within its subnet; the cluster network is reached through it, and is
-// unreachable, rather than sent to the default route, while it is gone.
+// state is what the host must be like, given a snapshot: the cluster network is
+// reached through the device, and is unreachable while it is gone.
 func (t *Tunnel) state(s subnet.Snapshot) host.State {
+	state := backend.Base(t.options.Node, s)
 	link := host.Link{Name: DeviceName, MTU: t.mtu, GSOMaxSegs: gsoMaxSegments}
-	var state host.State
 	for _, e := range t.options.Lease.Endpoints {
-		addr := e.Subnet.Addr()
-		link.Addrs = append(link.Addrs, netip.PrefixFrom(addr, addr.BitLen()))
-		for _, n := range s.Config.Networks {
-			if n.Prefix.Addr().Is4() != addr.Is4() {
-				continue
-			}
-			state.Routes = append(state.Routes,
-				host.Route{To: n.Prefix, Link: DeviceName, Source: addr, Metric: deviceMetric(addr)},
-				host.Route{To: n.Prefix, Metric: host.UnreachableMetric})
-			if t.options.Node.IPMasq {
-				state.Masquerade = append(state.Masquerade, host.Masquerade{Network: n.Prefix, Subnet: e.Subnet})
-			}
+		network, ok := backend.NetworkOf(s, e)
+		if !ok {
+			continue
 		}
+		link.Addrs = append(link.Addrs, backend.HostAddrs(e)...)
+		state.Routes = append(state.Routes, host.Route{To: network, Link: DeviceName, Source: e.Subnet.Addr()})
+		state.Firewall.Tunnels = append(state.Firewall.Tunnels, host.Tunnel{
+			Port: t.options.Config.Backend.Port, VNI: e.VTEP.VNI, Network: network,
+		})
 	}
 	state.Links = []host.Link{link}
 	return state
 }
 
-// deviceMetric is the metric of the route into the device. IPv6 has no metric
-// 0: the kernel would make it 1024.
-func deviceMetric(a netip.Addr) int {
-	if a.Is4() {
-		return 0
-	}
-	return 1024
+// Run carries packets, and repairs what others do to the host, until ctx ends.
+func (t *Tunnel) Run(ctx context.Context) error {
+	parts, ctx := errgroup.WithContext(ctx)
+	parts.Go(func() error { return t.loop.Run(ctx) })
+	parts.Go(func() error { return t.keeper.Run(ctx) })
+	return parts.Wait()
 }
 
-// Run carries packets until ctx ends.
-func (t *Tunnel) Run(ctx context.Context) error { return t.loop.Run(ctx) }
+// MTU is that of pods that are made now.
+func (t *Tunnel) MTU() int { return t.mtu }
 
 // Status says what the datapath does.
 func (t *Tunnel) Status() api.Datapath {
@@ -208,6 +189,7 @@ func (t *Tunnel) Status() api.Datapath {
 		}
 	}
 	slices.SortStableFunc(s.Drops, func(a, b api.Drop) int { return cmp.Compare(b.Packets, a.Packets) })
+	backend.Describe(&s, t.keeper.Standing())
 	return s
 }
 
@@ -246,6 +228,24 @@ func (t *Tunnel) Close(how backend.How) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// makeWay removes what has our UDP port and can be removed: the devices of the
+// kernel datapath, if that ran here before, and those that we are to replace.
+func (t *Tunnel) makeWay() error {
+	var catchAll []host.Route
+	for _, n := range t.options.Config.Networks {
+		catchAll = append(catchAll, host.Route{To: n.Prefix, Metric: host.UnreachableMetric})
+	}
+	ours := func(device string) bool { return device != DeviceName }
+	changes, err := host.MakeWay(t.options.Replaces, ours, catchAll)
+	for _, c := range changes {
+		t.options.Log.Info("host changed", "command", c.Command)
+	}
+	if err != nil {
+		return fmt.Errorf("making way for the tunnel: %w", err)
+	}
+	return nil
 }
 
 // listen opens a UDP socket bound to the node's underlay address.

@@ -86,6 +86,12 @@ type Datapath struct {
 	Egress     Traffic     `json:"egress"`
 	Ingress    Traffic     `json:"ingress"`
 	Drops      []Drop      `json:"drops"`
+	// Repairs counts, by kind, what others did to the host and was undone.
+	Repairs map[string]uint64 `json:"repairs,omitempty"`
+	// Warnings are what keeps packets from being carried, or may.
+	Warnings []string `json:"warnings,omitempty"`
+	// StalePods are the host ends of pods that were made for another MTU.
+	StalePods []string `json:"stale_pods,omitempty"`
 }
 
 // Mechanism is one of the kernel's offers that make the datapath fast.

@@ -1,0 +1,51 @@
+// Package ipip is the datapath of the kernel's own ipip device (RFC 2003), set
+// up on the wire as flannel does: one device without a remote end, and for each
+// peer a route that names it.
+package ipip
+
+import (
+	"culvert/backend"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// DeviceName is the device's name.
+const DeviceName = "cvt.ipip"
+
+// Cost is what IPIP takes from the underlay's MTU: one IPv4 header.
+const Cost = 20
+
+// Plan is what the kernel must be like. Of each peer:
+//
+//	ip route add <subnet> via <public address> dev cvt.ipip onlink
+//
+// or, with DirectRouting and the peer on the underlay's link, the same without
+// the tunnel. Whoever reaches a bare ipip device can put packets into the
+// cluster: so only pairs of a peer's address and its subnet may arrive.
+func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
+	w := backend.Wanted{State: backend.Base(n, s)}
+	self, ok := s.Self.Endpoint(true)
+	network, found := backend.NetworkOf(s, self)
+	if !ok || !found {
+		return w, nil
+	}
+	local, err := n.Local(v, true)
+	if err != nil {
+		return w, err
+	}
+	if w.MTU, err = backend.MTU(s.Config.Backend.MTU, v.Underlay, Cost); err != nil {
+		return w, err
+	}
+	state := &w.State
+	state.Links = []host.Link{{Name: DeviceName, MTU: w.MTU, Addrs: backend.HostAddrs(self), IPIP: &host.IPIP{Local: local}}}
+	peers := backend.Peers(s, true)
+	for _, p := range peers {
+		r := host.Route{To: p.Subnet, Via: p.Public, Link: DeviceName, OnLink: true}
+		if s.Config.Backend.DirectRouting && v.OnLink(p.Public) {
+			r.Link, r.OnLink = v.Underlay.Name, false
+		}
+		state.Routes = append(state.Routes, r)
+	}
+	state.Firewall.Tunnels = []host.Tunnel{{Network: network, Received: true, Peers: backend.Sources(peers)}}
+	return w, nil
+}

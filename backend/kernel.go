@@ -1,0 +1,128 @@
+package backend
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// Kernel is a datapath whose packets the kernel carries, and this process only
+// keeps what they need: vxlan, ipip and host-gw differ in their Plan alone. So
+// nothing is lost while no process runs.
+type Kernel struct {
+	options KernelOptions
+	keeper  *host.Keeper
+
+	mu     sync.Mutex
+	wanted Wanted // of the last plan that succeeded
+}
+
+// KernelOptions is what a Kernel is made of. All fields are required, but for
+// Replaces.
+type KernelOptions struct {
+	Node   Node
+	Format string // on the wire
+	Plan   Plan
+	Why    string // the choice of this datapath, for the status
+	// Replaces names devices of other programs that go when ours come.
+	Replaces []string
+	Log      *slog.Logger
+}
+
+// NewKernel returns a datapath that carries nothing until Apply.
+func NewKernel(o KernelOptions) *Kernel {
+	return &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log)}
+}
+
+// Apply makes the kernel carry what the snapshot says.
+func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
+	return k.keeper.Apply(func(v host.View) (host.State, error) {
+		w, err := k.options.Plan(k.options.Node, s, v)
+		if err != nil {
+			return host.State{}, err
+		}
+		w.State.Replaces = k.options.Replaces
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		for _, warning := range w.Warnings {
+			if !slices.Contains(k.wanted.Warnings, warning) {
+				k.options.Log.Warn(warning)
+			}
+		}
+		k.wanted = w
+		return w.State, nil
+	})
+}
+
+// Run repairs what others do to the kernel's half.
+func (k *Kernel) Run(ctx context.Context) error { return k.keeper.Run(ctx) }
+
+// Status says what the kernel carries.
+func (k *Kernel) Status() api.Datapath {
+	k.mu.Lock()
+	w := k.wanted
+	k.mu.Unlock()
+	var devices []string
+	for _, l := range w.State.Links {
+		devices = append(devices, l.Name)
+	}
+	s := api.Datapath{
+		WireFormat: k.options.Format, Kind: "kernel", Why: k.options.Why, MTU: w.MTU,
+		Device: cmp.Or(strings.Join(devices, " and "), k.options.Node.Underlay.Name),
+	}
+	peers := make(map[string]bool)
+	for _, r := range w.State.Routes {
+		if r.Link != "" {
+			peers[r.To.String()] = true
+		}
+	}
+	s.Peers = len(peers)
+	t := host.DeviceTraffic(devices...)
+	s.Egress = api.Traffic{Packets: t.SentPackets, Bytes: t.SentBytes}
+	s.Ingress = api.Traffic{Packets: t.ReceivedPackets, Bytes: t.ReceivedBytes}
+	for reason, n := range host.Drops(w.State.Firewall) {
+		s.Drops = append(s.Drops, api.Drop{Reason: reason, Packets: n})
+	}
+	slices.SortFunc(s.Drops, func(a, b api.Drop) int {
+		return cmp.Or(cmp.Compare(b.Packets, a.Packets), cmp.Compare(a.Reason, b.Reason))
+	})
+	s.Warnings = slices.Clone(w.Warnings)
+	Describe(&s, k.keeper.Standing())
+	return s
+}
+
+// Describe adds to a datapath's status what its Keeper has to say.
+func Describe(s *api.Datapath, standing host.Standing) {
+	s.Repairs = make(map[string]uint64)
+	for kind, n := range standing.Repairs {
+		s.Repairs[string(kind)] = n
+	}
+	s.Warnings = append(s.Warnings, standing.Obstacles...)
+	if standing.Err != nil {
+		s.Warnings = append(s.Warnings, "the host is not as it should be: "+strings.ReplaceAll(standing.Err.Error(), "\n", "; "))
+	}
+}
+
+// MTU is that of pods that are made now.
+func (k *Kernel) MTU() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.wanted.MTU
+}
+
+// Close leaves the kernel as it is with Keep: it goes on forwarding.
+func (k *Kernel) Close(how How) error {
+	if how != Remove {
+		return nil
+	}
+	_, err := host.Apply(host.State{})
+	return errors.Join(err)
+}

@@ -1,0 +1,114 @@
+package backend
+
+import (
+	"fmt"
+	"net/netip"
+
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// Plan computes, purely, what the host must be like for a datapath to carry
+// what a snapshot says: the wire format's own half of it. View has the facts of
+// the host that it depends on.
+type Plan func(n Node, s subnet.Snapshot, v host.View) (Wanted, error)
+
+// Wanted is what a Plan comes to.
+type Wanted struct {
+	State host.State
+	MTU   int // of pods
+	// Warnings are what cannot be carried, and why.
+	Warnings []string
+}
+
+// Base is what every datapath wants of the host: the part of the cluster
+// network that nobody leases is unreachable, rather than the default route's;
+// pods' traffic that leaves it bears the node's address; and other programs'
+// FORWARD chains let it through.
+func Base(n Node, s subnet.Snapshot) host.State {
+	var state host.State
+	for _, e := range s.Self.Endpoints {
+		network, ok := NetworkOf(s, e)
+		if !ok {
+			continue
+		}
+		state.Routes = append(state.Routes, host.Route{To: network, Metric: host.UnreachableMetric})
+		if n.IPMasq {
+			m := host.Masquerade{Network: network, Subnet: e.Subnet}
+			for _, p := range n.NoMasq {
+				if p.Addr().Is4() == network.Addr().Is4() {
+					m.Except = append(m.Except, p)
+				}
+			}
+			state.Firewall.Masquerade = append(state.Firewall.Masquerade, m)
+		}
+		state.Firewall.Forward = append(state.Firewall.Forward, network)
+	}
+	return state
+}
+
+// NetworkOf returns the cluster network of an endpoint's family.
+func NetworkOf(s subnet.Snapshot, e subnet.Endpoint) (netip.Prefix, bool) {
+	network, ok := s.Config.Network(e.Subnet.Addr().Is4())
+	return network.Prefix, ok
+}
+
+// Peers returns the endpoints of other nodes in one address family.
+func Peers(s subnet.Snapshot, is4 bool) []subnet.Endpoint {
+	var all []subnet.Endpoint
+	for _, l := range s.Peers {
+		if e, ok := l.Endpoint(is4); ok && !l.Reserved {
+			all = append(all, e)
+		}
+	}
+	return all
+}
+
+// Sources returns the pairs of addresses that may arrive together.
+func Sources(peers []subnet.Endpoint) []host.Source {
+	all := make([]host.Source, 0, len(peers))
+	for _, p := range peers {
+		all = append(all, host.Source{Outer: p.Public, Inner: p.Subnet})
+	}
+	return all
+}
+
+// HostAddrs returns what a tunnel device bears: the subnet's first address, so
+// that the node's own packets to pods have a source within its subnet.
+func HostAddrs(self subnet.Endpoint) []netip.Prefix {
+	a := self.Subnet.Masked().Addr()
+	return []netip.Prefix{netip.PrefixFrom(a, a.BitLen())}
+}
+
+// Local returns the node's own underlay address of a family: the one that was
+// chosen at the start, while the interface bears it.
+func (n Node) Local(v host.View, is4 bool) (netip.Addr, error) {
+	if v.Underlay.Name == "" {
+		return netip.Addr{}, fmt.Errorf("%w: %s", host.ErrNoUnderlay, n.Underlay.Name)
+	}
+	chosen := n.Underlay.Addr(is4)
+	for _, p := range v.Underlay.Networks {
+		if p.Addr() == chosen {
+			return chosen, nil
+		}
+	}
+	if a := v.Underlay.Addr(is4); a.IsValid() {
+		return a, nil
+	}
+	return netip.Addr{}, fmt.Errorf("%s has no address of the family of %s", v.Underlay.Name, chosen)
+}
+
+// MTU returns what is left for pods of the underlay's MTU, or, as in flannel, of
+// the one that the configuration says the underlay has. Cost is what the
+// tunnel adds to each packet.
+func MTU(configured int, u host.Underlay, cost int) (int, error) {
+	outer, whose := u.MTU, "the MTU of "+u.Name
+	if configured != 0 {
+		outer, whose = configured, "Backend.MTU"
+	}
+	const least = 576 // RFC 791
+	if outer-cost < least {
+		return 0, fmt.Errorf("%s is %d, which leaves %d bytes for pods, less than %d", whose, outer, outer-cost, least)
+	}
+	return outer - cost, nil
+}

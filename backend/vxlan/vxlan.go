@@ -1,0 +1,84 @@
+// Package vxlan is the datapath of the kernel's own vxlan devices, set up on the
+// wire as flannel does: one device per address family, and for each peer a
+// neighbour, an FDB entry and a route.
+package vxlan
+
+import (
+	"fmt"
+
+	"culvert/backend"
+	"culvert/encap"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// DeviceName returns the name of the device that carries a family's packets.
+func DeviceName(vni uint32, is4 bool) string {
+	if is4 {
+		return fmt.Sprintf("cvt.%d", vni)
+	}
+	return fmt.Sprintf("cvt6.%d", vni)
+}
+
+// Plan is what the kernel must be like. Of each peer:
+//
+//	bridge fdb add <VTEP MAC> dev cvt.1 dst <public address> self permanent
+//	ip neigh add <subnet.0> lladdr <VTEP MAC> nud permanent dev cvt.1
+//	ip route add <subnet> via <subnet.0> dev cvt.1 onlink
+//
+// or, with DirectRouting and the peer on the underlay's link, nothing but
+//
+//	ip route add <subnet> via <public address> dev eth0
+func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
+	w := backend.Wanted{State: backend.Base(n, s)}
+	for _, self := range s.Self.Endpoints {
+		network, ok := backend.NetworkOf(s, self)
+		if !ok {
+			continue
+		}
+		is4 := network.Addr().Is4()
+		link, err := device(n, s.Config.Backend, self, v)
+		if err != nil {
+			return w, err
+		}
+		if w.MTU == 0 || link.MTU < w.MTU {
+			w.MTU = link.MTU
+		}
+		state := &w.State
+		state.Links = append(state.Links, link)
+		peers := backend.Peers(s, is4)
+		for _, p := range peers {
+			if s.Config.Backend.DirectRouting && v.OnLink(p.Public) {
+				state.Routes = append(state.Routes, host.Route{To: p.Subnet, Via: p.Public, Link: v.Underlay.Name})
+				continue
+			}
+			vtep := p.Subnet.Addr()
+			state.FDB = append(state.FDB, host.FDBEntry{Link: link.Name, MAC: host.MAC(p.VTEP.MAC), To: p.Public})
+			state.Neighbours = append(state.Neighbours, host.Neighbour{Link: link.Name, IP: vtep, MAC: host.MAC(p.VTEP.MAC)})
+			state.Routes = append(state.Routes, host.Route{To: p.Subnet, Via: vtep, Link: link.Name, OnLink: true})
+		}
+		state.Firewall.Tunnels = append(state.Firewall.Tunnels, host.Tunnel{
+			Port: link.VXLAN.Port, VNI: link.VXLAN.VNI, Network: network, Received: true, Peers: backend.Sources(peers),
+		})
+	}
+	return w, nil
+}
+
+func device(n backend.Node, c subnet.BackendConfig, self subnet.Endpoint, v host.View) (host.Link, error) {
+	is4 := self.Subnet.Addr().Is4()
+	local, err := n.Local(v, is4)
+	if err != nil {
+		return host.Link{}, err
+	}
+	mtu, err := backend.MTU(c.MTU, v.Underlay, encap.VXLANCost(is4))
+	if err != nil {
+		return host.Link{}, err
+	}
+	return host.Link{
+		Name: DeviceName(self.VTEP.VNI, is4), MTU: mtu, Addrs: backend.HostAddrs(self),
+		VXLAN: &host.VXLAN{
+			MAC: host.MAC(self.VTEP.MAC), VNI: self.VTEP.VNI, Local: local, Device: v.Underlay.Name, Port: c.Port,
+			Learning: c.Learning, GBP: c.GBP,
+		},
+	}, nil
+}

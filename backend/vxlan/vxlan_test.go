@@ -1,0 +1,245 @@
+package vxlan_test
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"culvert/backend"
+	"culvert/backend/vxlan"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+	"culvert/internal/lab/labtest"
+	"culvert/subnet"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func TestMain(m *testing.M) { labtest.Main(m) }
+
+var (
+	underlay4 = netip.MustParsePrefix("192.0.2.0/24")
+	underlay6 = netip.MustParsePrefix("2001:db8:1::/64")
+)
+
+// config is a dual-stack network.
+func config(t testing.TB, options string) subnet.Config {
+	t.Helper()
+	c, _, err := subnet.ParseConfig([]byte(`{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","IPv6SubnetLen":64,
+		"Backend":{"Type":"vxlan"` + options + `}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// lease is the k-th node's: 10.5.k.0/24 and fd00:5:0:k::/64 at 192.0.2.k and
+// 2001:db8:1::k.
+func lease(k int) subnet.Lease {
+	name := fmt.Sprintf("n%d", k)
+	return subnet.Lease{Node: name, Backend: "vxlan", Endpoints: []subnet.Endpoint{
+		{
+			Subnet: netip.MustParsePrefix(fmt.Sprintf("10.5.%d.0/24", k)), Public: netip.MustParseAddr(fmt.Sprintf("192.0.2.%d", k)),
+			VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(name, 1, false)},
+		},
+		{
+			Subnet: netip.MustParsePrefix(fmt.Sprintf("fd00:5:0:%x::/64", k)), Public: netip.MustParseAddr(fmt.Sprintf("2001:db8:1::%x", k)),
+			VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(name, 1, true)},
+		},
+	}}
+}
+
+func node() backend.Node {
+	return backend.Node{IPMasq: true, Underlay: host.Underlay{
+		Name: "eth0", Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:1::1")},
+	}}
+}
+
+func view() host.View {
+	u := node().Underlay
+	u.MTU = 1500
+	u.Networks = []netip.Prefix{netip.PrefixFrom(u.Addrs[0], 24), netip.PrefixFrom(u.Addrs[1], 64)}
+	return host.View{Underlay: u}
+}
+
+// sequence is what happens to a node: it starts, peers come, change, and go.
+func sequence(t testing.TB) (names []string, snapshots []subnet.Snapshot) {
+	add := func(name string, c subnet.Config, peers ...subnet.Lease) {
+		names = append(names, name)
+		snapshots = append(snapshots, subnet.Snapshot{Config: c, Self: lease(1), Peers: peers})
+	}
+	c := config(t, "")
+	moved, renamed := lease(2), lease(3)
+	moved.Endpoints[0].Public = netip.MustParseAddr("192.0.2.22")
+	renamed.Endpoints[0].VTEP.MAC = subnet.MAC{2, 0, 0, 0, 0, 3}
+	add("alone", c)
+	add("two peers come", c, lease(2), lease(3))
+	add("one moves, the other's device is another", c, moved, renamed)
+	add("one goes", c, renamed)
+	add("other options", config(t, `,"GBP":true,"Port":4789`), renamed)
+	add("a smaller underlay", config(t, `,"GBP":true,"Port":4789,"MTU":1400`), renamed)
+	return names, snapshots
+}
+
+func plan(t testing.TB, s subnet.Snapshot) host.State {
+	t.Helper()
+	w, err := vxlan.Plan(node(), s, view())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w.State
+}
+
+// TestCommands compares what each step of the sequence changes with the commands
+// that a person would type.
+func TestCommands(t *testing.T) {
+	names, snapshots := sequence(t)
+	var b strings.Builder
+	var before host.State
+	for i, s := range snapshots {
+		after := plan(t, s)
+		fmt.Fprintf(&b, "# %s\n%s\n\n", names[i], strings.Join(host.Transition(before, after), "\n"))
+		if again := host.Transition(after, plan(t, s)); len(again) > 0 {
+			t.Errorf("%s, a second time: %q", names[i], again)
+		}
+		before = after
+	}
+	fmt.Fprintf(&b, "# cleanup\n%s\n", strings.Join(host.Transition(before, host.State{}), "\n"))
+	const file = "testdata/commands.golden"
+	if *update {
+		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	golden, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.String() != string(golden) {
+		t.Errorf("the commands are\n%s\nwant\n%s", b.String(), golden)
+	}
+}
+
+func newNode(t testing.TB) *lab.Node {
+	return labtest.New(t, lab.Options{Nodes: 1, Prefixes: []netip.Prefix{underlay4, underlay6}}).Nodes[0]
+}
+
+func apply(t testing.TB, n *lab.Node, s host.State) []string {
+	t.Helper()
+	var done []host.Change
+	err := n.Do(func() (err error) {
+		done, err = host.Apply(s)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return host.Commands(done)
+}
+
+// TestKernelIsAsPlanned leads a real kernel through the sequence: what it is
+// told is what the plan alone foresees, and read back it has nothing to change.
+func TestKernelIsAsPlanned(t *testing.T) {
+	n := newNode(t)
+	names, snapshots := sequence(t)
+	var before host.State
+	for i, s := range append(snapshots, subnet.Snapshot{}) {
+		name, after := "cleanup", host.State{}
+		if i < len(snapshots) {
+			name, after = names[i], plan(t, s)
+		}
+		got := apply(t, n, after)
+		if want := host.Transition(before, after); !equal(got, want) {
+			t.Errorf("%s: done\n%s\nforeseen\n%s", name, strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+		if again := apply(t, n, after); len(again) > 0 {
+			t.Errorf("%s, a second time: %q", name, again)
+		}
+		before = after
+	}
+}
+
+// equal compares commands, but for the settings that a new device has from the
+// start.
+func equal(a, b []string) bool {
+	return strings.Join(lasting(a), "\n") == strings.Join(lasting(b), "\n")
+}
+
+func lasting(commands []string) []string {
+	var all []string
+	for _, c := range commands {
+		if !strings.HasPrefix(c, "sysctl ") && !strings.HasPrefix(c, "nft ") {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// TestTypedByHand types the commands in one namespace, lets culvert do its work
+// in another, and finds the same in both; nftables apart, which internal/host
+// compares.
+func TestTypedByHand(t *testing.T) {
+	for _, program := range []string{"ip", "bridge", "sysctl"} {
+		if _, err := exec.LookPath(program); err != nil {
+			if os.Getenv("CULVERT_FULL") != "" {
+				t.Fatal(err)
+			}
+			t.Skip("needs iproute2 and procps: make test-system installs them, and runs this test")
+		}
+	}
+	byHand, byCulvert := newNode(t), newNode(t)
+	names, snapshots := sequence(t)
+	var before host.State
+	for i, s := range snapshots {
+		after := plan(t, s)
+		apply(t, byCulvert, after)
+		for _, command := range host.Transition(before, after) {
+			if strings.HasPrefix(command, "nft ") {
+				continue
+			}
+			if out, err := run(t, byHand, command); err != nil {
+				t.Fatalf("%s: %s: %v: %s", names[i], command, err, out)
+			}
+		}
+		for _, show := range []string{
+			"ip -d link show type vxlan", "ip -4 addr show dev cvt.1", "ip -6 addr show dev cvt6.1", "ip -4 route show proto 67", "ip -6 route show proto 67",
+			"ip neigh show nud permanent dev cvt.1", "ip -6 neigh show nud permanent dev cvt6.1", "bridge fdb show dev cvt.1", "bridge fdb show dev cvt6.1",
+		} {
+			want, err1 := run(t, byHand, show)
+			got, err2 := run(t, byCulvert, show)
+			if err1 != nil || err2 != nil || canonical(got) != canonical(want) {
+				t.Errorf("%s: %s shows\n%s\nand typed by hand\n%s\n(%v, %v)", names[i], show, canonical(got), canonical(want), err1, err2)
+			}
+		}
+		before = after
+	}
+}
+
+func run(t *testing.T, n *lab.Node, command string) (string, error) {
+	words := strings.Fields(command)
+	out, err := n.Run(context.WithoutCancel(t.Context()), words[0], words[1:]...)
+	return string(out), err
+}
+
+// canonical leaves out what is not the same twice: indexes, comments, order of
+// entries, lifetimes.
+func canonical(shown string) string {
+	var lines []string
+	for line := range strings.Lines(shown) {
+		if i := strings.Index(line, " comment \""); i >= 0 {
+			line = line[:i]
+		}
+		if _, rest, found := strings.Cut(line, ": cvt"); found {
+			line = "cvt" + rest
+		}
+		lines = append(lines, strings.TrimSpace(line))
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
