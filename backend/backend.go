@@ -26,9 +26,6 @@ type Backend interface {
 	Run(ctx context.Context) error
 	// Status says what is on, and why. It may be called at any time.
 	Status() api.Datapath
-	// MTU is that of pods that are made now; 0 while it is not known. It follows
-	// the underlay's.
-	MTU() int
 	// Close ends the datapath, after Run has returned.
 	Close(how How) error
 }

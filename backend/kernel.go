@@ -111,13 +111,6 @@ func Describe(s *api.Datapath, standing host.Standing) {
 	}
 }
 
-// MTU is that of pods that are made now.
-func (k *Kernel) MTU() int {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.wanted.MTU
-}
-
 // Close leaves the kernel as it is with Keep: it goes on forwarding.
 func (k *Kernel) Close(how How) error {
 	if how != Remove {

@@ -1,6 +1,7 @@
 package test
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -35,6 +36,7 @@ type cluster struct {
 	bin      string
 	endpoint string
 	starts   int
+	datapath string // what a node's daemon is told; the flags may say otherwise
 }
 
 const config = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
@@ -51,7 +53,7 @@ func newClusterOf(t testing.TB, o lab.Options) *cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cluster{Lab: labtest.New(t, o), t: t, bin: bin}
+	c := &cluster{Lab: labtest.New(t, o), t: t, bin: bin, datapath: "userspace"}
 	c.endpoint = labtest.StartEtcd(t, c.Lab)
 	return c
 }
@@ -105,6 +107,7 @@ func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
 		Name: n.ID + "-" + strconv.Itoa(c.starts), Path: filepath.Join(c.bin, "culvert"),
 		Args: append([]string{
 			"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--etcd-endpoints", c.endpoint,
+			"--datapath", cmp.Or(c.datapath, "auto"),
 		}, flags...),
 	})
 	if err != nil {

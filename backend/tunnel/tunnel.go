@@ -163,9 +163,6 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	return parts.Wait()
 }
 
-// MTU is that of pods that are made now.
-func (t *Tunnel) MTU() int { return t.mtu }
-
 // Status says what the datapath does.
 func (t *Tunnel) Status() api.Datapath {
 	s := api.Datapath{

@@ -18,7 +18,7 @@ so that an upgrade interrupts nothing; a daemon that runs puts them back.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			changes, err := host.Apply(host.State{})
 			for _, change := range changes {
-				fmt.Fprintln(c.OutOrStdout(), change)
+				fmt.Fprintln(c.OutOrStdout(), change.Command)
 			}
 			return err
 		},

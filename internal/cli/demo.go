@@ -43,6 +43,7 @@ const (
 // demoFlags are the flags of culvert demo.
 type demoFlags struct {
 	nodes, pods int
+	datapath    string
 	keep        bool
 	remove      string
 	output      string
@@ -74,6 +75,7 @@ Exit code 0: everything was reached, untranslated and intact; 1: not.`,
 	flags.SortFlags = false
 	flags.IntVar(&f.nodes, "nodes", 3, "how many nodes")
 	flags.IntVar(&f.pods, "pods", 2, "how many pods on each node")
+	flags.StringVar(&f.datapath, "datapath", "auto", "the daemons' --datapath: auto, userspace or kernel")
 	flags.BoolVar(&f.keep, "keep", false, "leave it up, and say how to look around and how to remove it")
 	flags.StringVar(&f.remove, "remove", "", "remove a demo that was kept, by its name")
 	flags.StringVarP(&f.output, "output", "o", "table", "how to show the result: table or json")
@@ -91,6 +93,8 @@ func (f *demoFlags) run(c *cobra.Command) error {
 		return usagef("--nodes %d: 1 to %d", f.nodes, maxDemoNodes)
 	case f.pods < 1 || f.pods > maxDemoPods:
 		return usagef("--pods %d: 1 to %d", f.pods, maxDemoPods)
+	case f.datapath != "auto" && f.datapath != "userspace" && f.datapath != "kernel":
+		return usagef("--datapath %s: auto, userspace or kernel", f.datapath)
 	case f.output != "table" && f.output != "json":
 		return usagef("--output %s: table or json", f.output)
 	}
@@ -133,7 +137,7 @@ func (f *demoFlags) run(c *cobra.Command) error {
 	defer context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt, syscall.SIGTERM) })()
 
 	d := &demo{
-		nodes: f.nodes, pods: f.pods, bin: bin, keep: f.keep,
+		nodes: f.nodes, pods: f.pods, bin: bin, datapath: f.datapath, keep: f.keep,
 		out: c.OutOrStdout(), progress: progress{w: c.ErrOrStderr(), start: time.Now()},
 		json: f.output == "json",
 		Result: demoResult{
@@ -175,6 +179,7 @@ func demoPrograms() (string, error) {
 type demo struct {
 	nodes, pods int
 	bin         string
+	datapath    string
 	keep, json  bool
 	out         io.Writer
 	progress    progress
@@ -310,7 +315,7 @@ func (d *demo) startDaemons(ctx context.Context, store string) error {
 			Name: n.ID, Path: self,
 			Args: []string{
 				"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--subnet-file", n.SubnetFile(),
-				"--etcd-endpoints", store, "--iface", n.Link,
+				"--etcd-endpoints", store, "--iface", n.Link, "--datapath", d.datapath,
 			},
 		})
 		if err != nil {

@@ -138,7 +138,8 @@ func TestDemoSaysWhatFailed(t *testing.T) {
 	if !lab.Privileged() {
 		t.Skip("needs to see the demo's processes: root")
 	}
-	cmd := demoCommand(t, "--nodes", "2", "--pods", "1", "-o", "json")
+	// A kernel would carry on without the daemon.
+	cmd := demoCommand(t, "--nodes", "2", "--pods", "1", "--datapath", "userspace", "-o", "json")
 	var stdout bytes.Buffer
 	cmd.Stdout = &stdout
 	stderr, code := watchDemo(t, cmd, func(line string) {

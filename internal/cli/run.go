@@ -74,6 +74,8 @@ type runFlags struct {
 	publicIP    string
 	publicIPv6  string
 	ipMasq      bool
+	noMasq      []string
+	takeOver    bool
 	leaseTTL    time.Duration
 	quarantine  time.Duration
 	onLost      string
@@ -129,12 +131,14 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.runDir, "run-dir", api.DefaultRunDir, "where the socket, the state and subnet.env live")
 	flags.StringVar(&f.subnetFile, "subnet-file", "", "where to write subnet.env (default: in --run-dir)")
 	flags.BoolVar(&f.ipMasq, "ip-masq", true, "give traffic that leaves the cluster network the node's address")
+	flags.StringSliceVar(&f.noMasq, "no-masq-cidrs", nil, "networks outside of the cluster's that see the pods' own addresses")
 	flags.DurationVar(&f.leaseTTL, "lease-ttl", 24*time.Hour, "how long the lease outlives the last contact with etcd")
 	addQuarantine(flags, &f.quarantine)
 	flags.StringVar(&f.onLost, "on-lost", string(daemon.Fence), "when another node has our subnet: fence (stay out until the pods of it are gone) or release (lease anew at once)")
 	flags.BoolVar(&f.release, "release-on-exit", false, "give the lease back when told to stop: for a node that will not be back")
 	flags.DurationVar(&f.jitter, "start-jitter", 0, "wait a random part of this before asking etcd, where thousands of nodes start at one moment")
 	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "who carries the packets: auto, userspace or kernel")
+	flags.BoolVar(&f.takeOver, "take-over-flannel", false, "remove flannel's device once the lease is held, and carry on in its place (stop flanneld first)")
 	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
@@ -166,6 +170,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
 		Datapath: daemon.Datapath(f.datapath), Metrics: f.metrics,
 		NoGSO: f.noGSO, NoGRO: f.noGRO, NoUSO: f.noUSO, Log: log,
+		TakeOverFlannel: f.takeOver,
 	}
 	if o.SubnetFile == "" {
 		o.SubnetFile = filepath.Join(f.runDir, "subnet.env")
@@ -185,6 +190,13 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	case daemon.Auto, daemon.Userspace, daemon.Kernel:
 	default:
 		return o, usagef("--datapath %s: auto, userspace or kernel", f.datapath)
+	}
+	for _, text := range f.noMasq {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return o, usagef("--no-masq-cidrs: %w", err)
+		}
+		o.NoMasq = append(o.NoMasq, p.Masked())
 	}
 	if o.Node == "" {
 		if o.Node, err = machineID(); err != nil {

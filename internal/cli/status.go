@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -81,6 +82,15 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 		line("sent", "%s", traffic(d.Egress))
 		line("received", "%s", traffic(d.Ingress))
 		line("dropped", "%s", drops(d.Drops))
+		if r := repairs(d.Repairs); r != "" {
+			line("repaired", "%s", r)
+		}
+		for _, w := range d.Warnings {
+			line("WARNING", "%s", w)
+		}
+		if len(d.StalePods) > 0 {
+			line("stale pods", "%d were made for another MTU (make them anew): %s", len(d.StalePods), strings.Join(d.StalePods, ", "))
+		}
 	}
 	if err := t.Flush(); err != nil {
 		return err
@@ -136,6 +146,14 @@ func drops(all []api.Drop) string {
 	var words []string
 	for _, d := range all {
 		words = append(words, fmt.Sprintf("%s %d", d.Reason, d.Packets))
+	}
+	return strings.Join(words, ", ")
+}
+
+func repairs(byKind map[string]uint64) string {
+	var words []string
+	for _, kind := range slices.Sorted(maps.Keys(byKind)) {
+		words = append(words, fmt.Sprintf("%s %d", kind, byKind[kind]))
 	}
 	return strings.Join(words, ", ")
 }

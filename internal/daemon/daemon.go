@@ -21,8 +21,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"culvert/backend"
-	"culvert/backend/tunnel"
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
@@ -42,6 +40,7 @@ type Options struct {
 	// own address; empty, or at most one per family.
 	PublicIPs []netip.Addr
 	IPMasq    bool
+	NoMasq    []netip.Prefix // destinations that see the pods' own addresses
 	LeaseTTL  time.Duration
 	// OnLost is what to do when another node has our subnet.
 	OnLost OnLost
@@ -52,6 +51,8 @@ type Options struct {
 	// where thousands of nodes start at one moment.
 	StartJitter time.Duration
 	Datapath    Datapath
+	// TakeOverFlannel removes flannel's device where ours cannot be beside it.
+	TakeOverFlannel bool
 	// Metrics is where metrics and probes are served, "" for nowhere.
 	Metrics string
 	// Embedded is the etcd server to carry along, or nil.
@@ -60,16 +61,6 @@ type Options struct {
 	NoGSO, NoGRO, NoUSO bool
 	Log                 *slog.Logger
 }
-
-// Datapath is who carries the packets.
-type Datapath string
-
-// The datapaths that can be asked for.
-const (
-	Auto      Datapath = "auto"
-	Userspace Datapath = "userspace"
-	Kernel    Datapath = "kernel"
-)
 
 // Run is the daemon. It returns nil after ctx ended and everything has
 // stopped, in order, or the error that made it stop.
@@ -200,26 +191,4 @@ func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, pub
 	d.log.Info("subnet leased", "subnet", lease.Subnets(), "node", d.options.Node)
 	d.health.setLease(lease)
 	return config, lease, nil
-}
-
-// choose decides who carries the packets, and says why.
-func choose(asked Datapath, c subnet.Config) (kind Datapath, why string, err error) {
-	switch asked {
-	case Userspace:
-		return Userspace, "--datapath=userspace", nil
-	case Auto:
-		return Userspace, "auto: this version carries " + c.Backend.Type + " in userspace", nil
-	case Kernel:
-		return "", "", errors.New("--datapath=kernel: this version has the userspace datapath only")
-	}
-	return "", "", fmt.Errorf("--datapath=%s: auto, userspace or kernel", asked)
-}
-
-func (d *node) open(_ Datapath, why string, c subnet.Config, l subnet.Lease, n backend.Node) (backend.Backend, error) {
-	d.health.notReady("opening the datapath")
-	return tunnel.Open(tunnel.Options{
-		Node: n, Config: c, Lease: l, Why: why,
-		NoGSO: d.options.NoGSO, NoGRO: d.options.NoGRO, NoUSO: d.options.NoUSO,
-		Log: d.log,
-	})
 }

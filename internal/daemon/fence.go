@@ -161,7 +161,7 @@ func (d *node) keepInside() error {
 	}
 	changes, err := host.Apply(state)
 	for _, c := range changes {
-		d.log.Info("host changed", "command", c)
+		d.log.Info("host changed", "command", c.Command)
 	}
 	return err
 }

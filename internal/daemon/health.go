@@ -177,6 +177,9 @@ func (h *health) status() api.Status {
 	s := h.said
 	if h.path != nil {
 		s.Datapath = h.path.Status()
+		if s.Lease != nil && s.Datapath.MTU != 0 {
+			s.Datapath.StalePods = stalePods(gateways(s.Lease.Subnets), s.Datapath.MTU)
+		}
 	}
 	if s.Fenced != nil {
 		s.Ready = false
@@ -275,6 +278,9 @@ var (
 	metricBytes     = prometheus.NewDesc("culvert_bytes_total", "Bytes of inner packets carried.", []string{"direction"}, nil)
 	metricSyscalls  = prometheus.NewDesc("culvert_syscalls_total", "System calls of the packet loop, waits apart.", []string{"direction"}, nil)
 	metricDrops     = prometheus.NewDesc("culvert_drops_total", "Packets dropped, by reason.", []string{"reason"}, nil)
+	metricRepairs   = prometheus.NewDesc("culvert_repairs_total", "What others did to this host's network and was undone, by kind.", []string{"kind"}, nil)
+	metricWarnings  = prometheus.NewDesc("culvert_datapath_warnings", "What keeps packets from being carried, or may; the status has the words.", nil, nil)
+	metricStale     = prometheus.NewDesc("culvert_stale_pods", "Pods that were made for another MTU.", nil, nil)
 	metricInfo      = prometheus.NewDesc("culvert_info", "What runs here.", []string{"version", "wire_format", "datapath"}, nil)
 )
 
@@ -283,6 +289,7 @@ func (metrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		metricReady, metricConnected, metricRevision, metricPeers, metricRejected, metricFenced, metricExpires, metricUsed, metricCapacity,
 		metricPackets, metricBytes, metricSyscalls, metricDrops, metricInfo,
+		metricRepairs, metricWarnings, metricStale,
 	} {
 		c <- d
 	}
@@ -316,6 +323,11 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 		counter(metricBytes, t.Bytes, direction)
 		counter(metricSyscalls, t.Syscalls, direction)
 	}
+	for _, kind := range host.Kinds() {
+		counter(metricRepairs, s.Datapath.Repairs[string(kind)], string(kind))
+	}
+	gauge(metricWarnings, float64(len(s.Datapath.Warnings)))
+	gauge(metricStale, float64(len(s.Datapath.StalePods)))
 	for _, d := range s.Datapath.Drops {
 		counter(metricDrops, d.Packets, d.Reason)
 	}

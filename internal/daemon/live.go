@@ -83,14 +83,12 @@ func (m moved) Error() string { return "the underlay is another now" }
 // the underlay has changed, until ctx ends (nil), the lease is lost, or the node
 // cannot go on. The lease's subnets stay as they are.
 func (d *node) carry(ctx context.Context, r *etcd.Registry, config subnet.Config, lease subnet.Lease, at place) error {
-	kind, why, err := choose(d.options.Datapath, config)
-	if err != nil {
-		return err
-	}
 	s := &session{node: d, registry: r, lease: lease, file: &subnetFile{path: d.options.SubnetFile}}
 	for {
 		s.at = at
-		path, err := d.open(kind, why, config, s.lease, backend.Node{Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq})
+		path, err := d.open(config, s.lease, backend.Node{
+			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq,
+		})
 		if err != nil {
 			return err
 		}

@@ -34,10 +34,17 @@ func subnetEnv(c subnet.Config, l subnet.Lease, mtu int) cni.SubnetEnv {
 	for _, n := range c.Networks {
 		env.Networks = append(env.Networks, n.Prefix)
 	}
-	for _, e := range l.Endpoints {
-		env.Gateways = append(env.Gateways, netip.PrefixFrom(e.Subnet.Addr().Next(), e.Subnet.Bits()))
-	}
+	env.Gateways = gateways(l.Subnets())
 	return env
+}
+
+// gateways returns the address in each subnet that is the node's, to its pods.
+func gateways(subnets []netip.Prefix) []netip.Prefix {
+	var all []netip.Prefix
+	for _, s := range subnets {
+		all = append(all, netip.PrefixFrom(s.Addr().Next(), s.Bits()))
+	}
+	return all
 }
 
 // write makes the file say env, if it does not but for its end, which due and

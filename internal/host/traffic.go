@@ -1,11 +1,6 @@
 package host
 
 import (
-	"cmp"
-	"fmt"
-	"net/netip"
-	"slices"
-
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
@@ -70,35 +65,4 @@ func Drops(f Firewall) map[string]uint64 {
 		}
 	}
 	return drops
-}
-
-// StalePods returns the host ends of the pods that were made for another MTU:
-// the ports of the bridge that bears a gateway address. A bridge plugin gives
-// both ends the same.
-func StalePods(gateways []netip.Prefix, mtu int) ([]string, error) {
-	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
-	if err != nil {
-		return nil, fmt.Errorf("listing the addresses: %w", err)
-	}
-	bridges := make(map[int]bool)
-	for _, a := range addrs {
-		if p, ok := prefixOf(a.IPNet); ok && slices.Contains(gateways, p) {
-			bridges[a.LinkIndex] = true
-		}
-	}
-	if len(bridges) == 0 {
-		return nil, nil
-	}
-	links, err := retry(netlink.LinkList)
-	if err != nil {
-		return nil, fmt.Errorf("listing the network interfaces: %w", err)
-	}
-	slices.SortFunc(links, func(a, b netlink.Link) int { return cmp.Compare(a.Attrs().Index, b.Attrs().Index) })
-	var stale []string
-	for _, l := range links {
-		if a := l.Attrs(); bridges[a.MasterIndex] && a.MTU != mtu {
-			stale = append(stale, fmt.Sprintf("%s has MTU %d", a.Name, a.MTU))
-		}
-	}
-	return stale, nil
 }

@@ -1,0 +1,130 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"culvert/backend"
+	"culvert/backend/hostgw"
+	"culvert/backend/ipip"
+	"culvert/backend/tunnel"
+	"culvert/backend/vxlan"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// Datapath is who carries the packets.
+type Datapath string
+
+// The datapaths that can be asked for.
+const (
+	Auto      Datapath = "auto"
+	Userspace Datapath = "userspace"
+	Kernel    Datapath = "kernel"
+)
+
+// choose decides who carries the packets, and says why: the kernel where it can,
+// since it goes on without a daemon. supports says whether it has a device of
+// a type.
+func choose(asked Datapath, format string, supports func(kind string) error) (kind Datapath, why string, err error) {
+	switch asked {
+	case Userspace:
+		if format == "host-gw" {
+			return "", "", errors.New("--datapath=userspace: host-gw has no tunnel, only the kernel's routes")
+		}
+		return Userspace, "--datapath=userspace", nil
+	case Auto, Kernel:
+	default:
+		return "", "", fmt.Errorf("--datapath=%s: auto, userspace or kernel", asked)
+	}
+	if format == "host-gw" {
+		return Kernel, string(asked) + ": host-gw has no tunnel, only the kernel's routes", nil
+	}
+	err = supports(format)
+	switch {
+	case err == nil && asked == Kernel:
+		return Kernel, "--datapath=kernel", nil
+	case err == nil:
+		return Kernel, "auto: the kernel has " + format + " devices, and goes on without a daemon", nil
+	case asked == Kernel:
+		return "", "", fmt.Errorf("--datapath=kernel: %w (`--datapath=userspace` needs none)", err)
+	}
+	return Userspace, "auto: " + err.Error(), nil
+}
+
+// open chooses the datapath and opens it. Of other programs' devices that stand
+// in its way, flannel's are replaced if that was asked for; any other is named.
+func (d *node) open(c subnet.Config, l subnet.Lease, n backend.Node) (backend.Backend, error) {
+	d.health.notReady("opening the datapath")
+	format := c.Backend.Type
+	kind, why, err := choose(d.options.Datapath, format, host.Supports)
+	if err != nil {
+		return nil, err
+	}
+	replaces, err := d.takeOver(c, n, kind == Userspace)
+	if err != nil {
+		return nil, err
+	}
+	d.log.Info("datapath chosen", "wire_format", format, "datapath", kind, "why", why)
+	if kind == Userspace {
+		return tunnel.Open(tunnel.Options{
+			Node: n, Config: c, Lease: l, Why: why, Replaces: replaces,
+			NoGSO: d.options.NoGSO, NoGRO: d.options.NoGRO, NoUSO: d.options.NoUSO,
+			Log: d.log,
+		})
+	}
+	k := backend.KernelOptions{Node: n, Format: format, Why: why, Replaces: replaces, Log: d.log}
+	switch format {
+	case "vxlan":
+		k.Plan = vxlan.Plan
+	case "ipip":
+		k.Plan = ipip.Plan
+	case "host-gw":
+		k.Plan = hostgw.Plan
+	default:
+		return nil, fmt.Errorf("there is no kernel datapath for the wire format %q", format)
+	}
+	return backend.NewKernel(k), nil
+}
+
+// takeOver returns the devices of other programs that are to be removed when
+// ours come.
+func (d *node) takeOver(c subnet.Config, n backend.Node, socket bool) ([]string, error) {
+	var found []host.Conflict
+	var err error
+	switch c.Backend.Type {
+	case "vxlan":
+		found, err = host.VXLANConflicts(c.Backend.VNI, c.Backend.Port, socket)
+	case "ipip":
+		if local := n.Underlay.Addr(true); local.IsValid() {
+			found, err = host.IPIPConflicts(local)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, f := range found {
+		if d.options.TakeOverFlannel && strings.HasPrefix(f.Device, "flannel") {
+			names = append(names, f.Device)
+			continue
+		}
+		help := fmt.Sprintf("remove it (`ip link del %s`), or give the network another VNI or port (`culvert config set`)", f.Device)
+		if strings.HasPrefix(f.Device, "flannel") {
+			help = "stop flanneld on this node, and start culvert with --take-over-flannel"
+		}
+		return nil, fmt.Errorf("the device %s %s, which this node needs: %s", f.Device, f.Why, help)
+	}
+	return names, nil
+}
+
+// stalePods returns the pods that were made for another MTU than pods now get.
+func stalePods(gateways []netip.Prefix, mtu int) []string {
+	stale, err := host.StalePods(gateways, mtu)
+	if err != nil {
+		return []string{err.Error()}
+	}
+	return stale
+}
