@@ -36,6 +36,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags.StringVar(&o.AdvertiseClient, "advertise-client", "", "URL that other nodes reach it by (default: the one it listens on)")
 	flags.StringVar(&o.ListenPeer, "listen-peer", "127.0.0.1:0", "host:port for other members")
 	flags.StringVar(&o.Name, "name", "culvert", "the member's name; it stays the same for one data directory")
+	flags.StringVar(&o.InitialCluster, "initial-cluster", "", "members of a new cluster, this one too: name=http://host:port,... of --listen-peer (default: this one alone)")
+	flags.UintVar(&o.TickMs, "heartbeat-interval", 100, "milliseconds between heartbeats; elections take ten times as long")
 	flags.StringVar(&o.CertFile, "cert-file", "", "certificate of the client listener (PEM); makes it https")
 	flags.StringVar(&o.KeyFile, "key-file", "", "its key (PEM)")
 	flags.StringVar(&o.CAFile, "client-ca-file", "", "CA that client certificates are demanded of and verified with (PEM)")

@@ -1,5 +1,6 @@
 // Package member runs one etcd server in this process: a cluster of its own,
-// for a small site, a demo or a test.
+// for a small site, a demo or a test, or a member of one whose members are told
+// of each other at their start.
 package member
 
 import (
@@ -37,6 +38,9 @@ type Options struct {
 	// ListenPeer is host:port for other members. A member of a cluster of its
 	// own needs none: 127.0.0.1:0 if empty.
 	ListenPeer string
+	// InitialCluster are the members of a new cluster, this one too, as
+	// name=http://host:port,... of their peer listeners; this one alone if empty.
+	InitialCluster string
 	// CertFile and KeyFile make the client listener TLS. CAFile, besides, makes
 	// it ask for client certificates and verify them.
 	CertFile, KeyFile, CAFile string
@@ -174,7 +178,7 @@ func (o Options) config(log io.Writer) (*embed.Config, error) {
 	peer := url.URL{Scheme: "http", Host: orString(o.ListenPeer, "127.0.0.1:0")}
 	cfg.ListenPeerUrls = []url.URL{peer}
 	cfg.AdvertisePeerUrls = cfg.ListenPeerUrls
-	cfg.InitialCluster = cfg.Name + "=" + peer.String()
+	cfg.InitialCluster = orString(o.InitialCluster, cfg.Name+"="+peer.String())
 
 	level, err := zapcore.ParseLevel(orString(o.LogLevel, "error"))
 	if err != nil {

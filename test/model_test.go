@@ -1,0 +1,656 @@
+package test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"culvert/internal/lab"
+	"culvert/internal/lab/labtest"
+	"culvert/subnet"
+	"culvert/subnet/etcd"
+)
+
+// The model test: 100 nodes want 50 subnets, of an etcd of three members that
+// are killed, paused, partitioned and compacted meanwhile. Nodes release what
+// they have and ask again; some are cut off until their lease has run out, and
+// come back. Four things are held against what was recorded:
+//
+//  1. etcd's own history: no key ever goes from one owner to another without
+//     having been deleted, and no node has two.
+//  2. What each list said is what that history has at the list's revision, and
+//     whoever was told that no subnet is free was told so while all 50 were others'.
+//  3. For each subnet, the history of calls is linearizable (porcupine).
+//  4. At no moment do two nodes hold themselves ready to give out addresses of
+//     one subnet, by what each of them knows.
+//
+// CULVERT_MODEL_ROUNDS is how many rounds; 5 if it is not set.
+const (
+	modelNodes   = 100
+	modelSubnets = 50
+	modelConfig  = `{"Network":"10.5.0.0/18","SubnetMin":"10.5.1.0","SubnetMax":"10.5.50.0","Backend":{"Type":"vxlan"}}`
+	modelFaults  = 4 * time.Second // how long the faults of a round go on
+	modelTTL     = 3 * time.Second // of the nodes that will be cut off; others' never ends here
+)
+
+// mortal nodes are those whose leases run out: because they are cut off, or
+// because etcd is away for longer. They never release.
+func mortal(n int) bool { return n%10 == 0 }
+
+func TestModel(t *testing.T) {
+	labtest.Need(t)
+	rounds := 5
+	if testing.Short() {
+		rounds = 1
+	}
+	if text := os.Getenv("CULVERT_MODEL_ROUNDS"); text != "" {
+		var err error
+		if rounds, err = strconv.Atoi(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := startMembers(t, labtest.New(t, lab.Options{Nodes: 3}))
+	c := m.client()
+	seed := uint64(time.Now().UnixNano())
+	if text := os.Getenv("CULVERT_MODEL_SEED"); text != "" {
+		var err error
+		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("CULVERT_MODEL_SEED=%d", seed)
+	var sum tally
+	for k := range rounds {
+		r := &round{t: t, members: m, client: c, prefix: fmt.Sprintf("/model/%d", k), random: rand.New(rand.NewPCG(seed, uint64(k)))}
+		r.play()
+		sum.add(r.tally)
+		if t.Failed() {
+			t.Fatalf("round %d of seed %d: %+v", k, seed, r.tally)
+		}
+		if k%10 == 9 {
+			t.Logf("%d rounds: %+v", k+1, sum)
+		}
+	}
+	t.Logf("%d rounds: %+v", rounds, sum)
+	if rounds >= 5 && (sum.kills == 0 || sum.pauses == 0 || sum.cuts == 0 || sum.compactions == 0 || sum.expiries == 0) {
+		t.Error("a kind of fault did not happen")
+	}
+}
+
+// tally is what happened.
+type tally struct{ acquired, exhausted, released, lists, expiries, kills, pauses, cuts, compactions, changes int }
+
+func (a *tally) add(b tally) {
+	a.acquired, a.exhausted, a.released, a.lists, a.expiries = a.acquired+b.acquired, a.exhausted+b.exhausted, a.released+b.released, a.lists+b.lists, a.expiries+b.expiries
+	a.kills, a.pauses, a.cuts, a.compactions, a.changes = a.kills+b.kills, a.pauses+b.pauses, a.cuts+b.cuts, a.compactions+b.compactions, a.changes+b.changes
+}
+
+// call is one call of a node, or of etcd (an expiry), and its answer.
+type call struct {
+	kind     string // acquire, exhausted, release, expire, list
+	node     int    // 1 to modelNodes
+	subnet   int    // 1 to modelSubnets; 0: none
+	owners   owners // of a list
+	// revision is a list's, the one that an acquired lease was created at, and of
+	// others one that the store had surely reached before.
+	revision int64
+}
+
+// owners says which node has each subnet, 0 for none.
+type owners [modelSubnets + 1]int
+
+// round is one race in a directory of its own.
+type round struct {
+	t       *testing.T
+	members *members
+	client  *clientv3.Client
+	prefix  string
+	random  *rand.Rand
+	began   time.Time
+	tally   tally
+
+	mu    sync.Mutex
+	calls []porcupine.Operation
+	ready [modelNodes + 1]*etcd.Registry // of the nodes that give out addresses
+
+	history *history
+	faults  atomic.Bool // are under way
+}
+
+func (r *round) now() int64 { return int64(time.Since(r.began)) }
+
+func (r *round) record(at int64, c call) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.calls = append(r.calls, porcupine.Operation{ClientId: c.node, Input: c, Call: at, Return: r.now()})
+	switch c.kind {
+	case "acquire":
+		r.tally.acquired++
+	case "exhausted":
+		r.tally.exhausted++
+	case "release":
+		r.tally.released++
+	case "list":
+		r.tally.lists++
+	}
+}
+
+func (r *round) play() {
+	ctx, cancel := context.WithTimeout(r.t.Context(), 100*time.Second)
+	defer cancel()
+	r.began = time.Now()
+	resp, err := r.client.Get(ctx, r.prefix) // for the revision
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.history = newHistory(r.prefix, resp.Header.Revision)
+	watching, unwatch := context.WithCancel(ctx)
+	var background sync.WaitGroup
+	background.Go(func() { r.history.follow(watching, r.client) })
+	sampling, unsample := context.WithCancel(ctx)
+	background.Go(func() { r.sample(sampling) })
+	for reader := range 2 {
+		background.Go(func() { r.read(sampling, reader) })
+	}
+	r.faults.Store(true)
+	nemesis := rand.New(rand.NewPCG(r.random.Uint64(), 0))
+	background.Go(func() {
+		defer r.faults.Store(false)
+		r.break_(ctx, nemesis)
+	})
+
+	var nodes sync.WaitGroup
+	winners := make(chan int, modelNodes)
+	for n := 1; n <= modelNodes; n++ {
+		p := &player{round: r, n: n, random: rand.New(rand.NewPCG(r.random.Uint64(), uint64(n)))}
+		nodes.Go(func() {
+			if p.play(ctx) {
+				winners <- n
+			}
+			p.leave()
+		})
+	}
+	nodes.Wait()
+	if ctx.Err() != nil {
+		r.t.Error("the round did not end in its time")
+	}
+	unsample()
+	// Everything that happened is in the history once it has what happens last.
+	last, err := r.client.Put(ctx, r.prefix+"/subnets/end", "")
+	if err != nil {
+		r.t.Error(err)
+	} else {
+		eventually(r.t, "etcd's whole history", func() error {
+			if at := r.history.at(); at < last.Header.Revision {
+				return fmt.Errorf("read to %d of %d", at, last.Header.Revision)
+			}
+			return nil
+		})
+	}
+	unwatch()
+	background.Wait()
+	if len(winners) != modelSubnets {
+		r.t.Errorf("%d winners of %d subnets", len(winners), modelSubnets)
+	}
+	r.judge()
+}
+
+// player is a node.
+type player struct {
+	*round
+	n        int
+	random   *rand.Rand
+	registry *etcd.Registry
+	line     *frozenLine
+	lost     atomic.Bool // says Hold
+	holding  sync.WaitGroup
+	cancel   context.CancelFunc
+}
+
+// play takes part until the faults are over and the node has either a subnet or
+// the word that there is none.
+func (p *player) play(ctx context.Context) (won bool) {
+	p.pause(ctx, 500*time.Millisecond)
+	for ctx.Err() == nil {
+		last := !p.faults.Load()
+		l, ok := p.acquire(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return false
+		case !ok && last:
+			return false
+		case !ok:
+			p.pause(ctx, time.Second)
+			continue
+		}
+		index := int(l.Subnets()[0].Addr().As4()[2])
+		// Some keep what they have; others give it back, or are cut off.
+		for p.faults.Load() && p.random.IntN(3) != 0 {
+			p.pause(ctx, 500*time.Millisecond)
+		}
+		switch {
+		case p.lost.Load():
+		case !p.faults.Load():
+			return true
+		case mortal(p.n):
+			p.isolate(ctx, index)
+		default:
+			p.stopReady()
+			at := p.now()
+			if err := p.registry.Release(ctx, l); err != nil {
+				p.t.Errorf("node %d releases %s: %v", p.n, l, err)
+			}
+			p.record(at, call{kind: "release", node: p.n, subnet: index})
+			p.leave()
+			p.pause(ctx, 300*time.Millisecond)
+		}
+	}
+	return false
+}
+
+func (p *player) pause(ctx context.Context, most time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(time.Duration(p.random.Int64N(int64(most)))):
+	}
+}
+
+// acquire asks for a lease, and holds what it gets.
+func (p *player) acquire(ctx context.Context) (subnet.Lease, bool) {
+	p.leave()
+	p.line = &frozenLine{dial: p.members.dial, thawed: make(chan struct{})}
+	cfg, _, err := subnet.ParseConfig([]byte(modelConfig))
+	if err != nil {
+		p.t.Error(err)
+		return subnet.Lease{}, false
+	}
+	p.registry, err = etcd.New(ctx, etcd.Options{
+		Endpoints: p.members.urls(), Prefix: p.prefix, Logger: slog.New(slog.DiscardHandler),
+		RequestTimeout: 2 * time.Second, DialTimeout: 2 * time.Second, Dial: p.line.connect,
+	})
+	if err != nil {
+		p.t.Error(err)
+		return subnet.Lease{}, false
+	}
+	claim := subnet.Claim{Node: nodeName(p.n), Config: cfg, TTL: 10 * time.Minute}
+	if mortal(p.n) {
+		claim.TTL = modelTTL
+	}
+	claim.Ends = []subnet.Endpoint{{Public: netip.AddrFrom4([4]byte{192, 0, 2, byte(p.n)}), VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(claim.Node, 1, false)}}}
+	before, at := p.history.at(), p.now()
+	l, err := p.registry.Acquire(ctx, claim)
+	switch {
+	case ctx.Err() != nil:
+		return l, false
+	case errors.Is(err, subnet.ErrExhausted):
+		p.record(at, call{kind: "exhausted", node: p.n, revision: before})
+		return l, false
+	case err != nil:
+		p.t.Errorf("node %d: %v", p.n, err)
+		return l, false
+	}
+	p.lost.Store(false)
+	p.startReady()
+	p.record(at, call{kind: "acquire", node: p.n, subnet: int(l.Subnets()[0].Addr().As4()[2]), revision: l.CreateRevision})
+	hctx, cancel := context.WithCancel(ctx)
+	p.cancel = cancel
+	registry := p.registry
+	p.holding.Go(func() {
+		if err := registry.Hold(hctx, l); err != nil {
+			p.stopReady()
+			p.lost.Store(true)
+			if !mortal(p.n) && !strings.Contains(err.Error(), "released") {
+				p.t.Errorf("node %d lost %s: %v", p.n, l, err)
+			}
+		}
+	})
+	return l, true
+}
+
+// isolate cuts the node off, as a stopped process is, until its lease has run
+// out and been deleted; it does not notice. Then the process is gone.
+func (p *player) isolate(ctx context.Context, index int) {
+	at := p.now()
+	p.line.freeze()
+	deadline := time.Now().Add(8 * modelTTL)
+	gone := false
+	for !gone && !p.lost.Load() && ctx.Err() == nil && time.Now().Before(deadline) {
+		time.Sleep(20 * time.Millisecond)
+		gone = p.history.deletedSince(index, p.n, p.began.Add(time.Duration(at)))
+	}
+	// Whoever has the subnet now, this node must have stopped to be ready by
+	// itself: the sampler looks at it a little longer.
+	p.pause(ctx, time.Second)
+	p.stopReady()
+	p.leave()
+	if !gone && !p.lost.Load() && ctx.Err() == nil {
+		p.t.Errorf("node %d: the lease of subnet %d did not run out", p.n, index)
+	}
+}
+
+// leave ends the process that the node is.
+func (p *player) leave() {
+	p.stopReady()
+	if p.registry == nil {
+		return
+	}
+	if p.cancel != nil {
+		p.cancel()
+	}
+	p.line.close()
+	p.holding.Wait()
+	_ = p.registry.Close()
+	p.registry, p.cancel = nil, nil
+}
+
+func (p *player) startReady() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ready[p.n] = p.registry
+}
+
+func (p *player) stopReady() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ready[p.n] = nil
+}
+
+// sample looks, again and again, for two nodes that would give out addresses of
+// one subnet: that hold a lease whose end, as far as they know, is to come.
+func (r *round) sample(ctx context.Context) {
+	for ctx.Err() == nil {
+		r.mu.Lock()
+		var by [modelSubnets + 1]int
+		for n, registry := range r.ready {
+			if registry == nil {
+				continue
+			}
+			l, ok := registry.Held()
+			if !ok || !time.Now().Before(l.Expires) {
+				continue
+			}
+			index := l.Subnets()[0].Addr().As4()[2]
+			if other := by[index]; other != 0 {
+				r.t.Errorf("nodes %d and %d both give out addresses of subnet %d", other, n, index)
+			}
+			by[index] = n
+		}
+		r.mu.Unlock()
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+// read lists the leases, as an administrator would.
+func (r *round) read(ctx context.Context, reader int) {
+	registry, err := etcd.New(ctx, etcd.Options{Endpoints: r.members.urls(), Prefix: r.prefix, Logger: slog.New(slog.DiscardHandler), RequestTimeout: time.Second, Dial: r.members.dial})
+	if err != nil {
+		r.t.Error(err)
+		return
+	}
+	defer func() { _ = registry.Close() }()
+	for ctx.Err() == nil {
+		at := r.now()
+		entries, revision, err := registry.Entries(ctx, false)
+		if err == nil {
+			c := call{kind: "list", node: modelNodes + 1 + reader, revision: revision}
+			for _, e := range entries {
+				if l, err := e.Lease(); err == nil {
+					c.owners[l.Subnets()[0].Addr().As4()[2]] = nodeNumber(l.Node)
+				}
+			}
+			r.record(at, c)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+func nodeName(n int) string { return "node-" + strconv.Itoa(n) }
+
+func nodeNumber(name string) int {
+	n, err := strconv.Atoi(strings.TrimPrefix(name, "node-"))
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+// break_ makes faults, one after another, and mends each before the next: one
+// member at a time, or, now and then, two, so that there is no quorum.
+func (r *round) break_(ctx context.Context, random *rand.Rand) {
+	m := r.members
+	for end := time.Now().Add(modelFaults); time.Now().Before(end) && ctx.Err() == nil; {
+		i := random.IntN(3)
+		if random.IntN(2) == 0 {
+			if leader := m.leader(ctx, r.client); leader >= 0 {
+				i = leader
+			}
+		}
+		victims := []int{i}
+		if random.IntN(5) == 0 {
+			victims = append(victims, (i+1)%3)
+		}
+		pause := func() { time.Sleep(500*time.Millisecond + time.Duration(random.IntN(1000))*time.Millisecond) }
+		switch random.IntN(4) {
+		case 0:
+			r.tally.kills++
+			for _, v := range victims {
+				m.kill(v)
+			}
+			pause()
+			for _, v := range victims {
+				m.start(v)
+			}
+		case 1:
+			r.tally.pauses++
+			for _, v := range victims {
+				m.signal(v, syscall.SIGSTOP)
+			}
+			pause()
+			for _, v := range victims {
+				m.signal(v, syscall.SIGCONT)
+			}
+		case 2:
+			r.tally.cuts++
+			for _, v := range victims {
+				m.cut(v, true)
+			}
+			pause()
+			for _, v := range victims {
+				m.cut(v, false)
+			}
+		case 3:
+			// No further than our own reading of the history.
+			if at := r.history.at(); at > 1 {
+				cctx, cancel := context.WithTimeout(ctx, time.Second)
+				if _, err := r.client.Compact(cctx, at); err == nil {
+					r.tally.compactions++
+				}
+				cancel()
+			}
+		}
+		time.Sleep(time.Duration(random.IntN(300)) * time.Millisecond)
+	}
+}
+
+// frozenLine is a node's way to etcd, which can be frozen: nothing goes through
+// any more, and nothing is said of it.
+type frozenLine struct {
+	dial   func(context.Context, string) (net.Conn, error)
+	frozen atomic.Bool
+	thawed chan struct{} // closed at the end
+	once   sync.Once
+}
+
+func (f *frozenLine) freeze() { f.frozen.Store(true) }
+func (f *frozenLine) close()  { f.once.Do(func() { close(f.thawed) }) }
+
+func (f *frozenLine) connect(ctx context.Context, address string) (net.Conn, error) {
+	if f.frozen.Load() {
+		select {
+		case <-f.thawed:
+			return nil, net.ErrClosed
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	c, err := f.dial(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	return frozenConn{c, f}, nil
+}
+
+type frozenConn struct {
+	net.Conn
+	line *frozenLine
+}
+
+func (c frozenConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if c.line.frozen.Load() {
+		<-c.line.thawed
+		return 0, net.ErrClosed
+	}
+	return n, err
+}
+
+func (c frozenConn) Write(b []byte) (int, error) {
+	if c.line.frozen.Load() {
+		<-c.line.thawed
+		return 0, net.ErrClosed
+	}
+	return c.Conn.Write(b)
+}
+
+// judge holds the calls against the history and the model.
+func (r *round) judge() {
+	for _, problem := range r.history.problems() {
+		r.t.Error(problem)
+	}
+	r.tally.changes = r.history.count()
+	calls := r.unasked()
+	for _, o := range r.calls {
+		switch c := o.Input.(call); c.kind {
+		case "list":
+			if want := r.history.ownersAt(c.revision); want != c.owners {
+				r.t.Errorf("a list at revision %d says %v; etcd's history has %v", c.revision, c.owners, want)
+			}
+		case "exhausted":
+			if until := r.revisionAfter(o.Return); !r.history.fullWithout(c.node, c.revision, until) {
+				r.t.Errorf("node %d was told that no subnet is free, and from revision %d to %d one was", c.node, c.revision, until)
+			}
+			continue
+		}
+		calls = append(calls, o)
+	}
+	result, info := porcupine.CheckOperationsVerbose(subnetModel, calls, 30*time.Second)
+	if result != porcupine.Ok {
+		r.t.Errorf("linearizable: %v", result)
+		if f, err := os.CreateTemp("", "culvert-model-*.html"); err == nil {
+			_ = porcupine.Visualize(subnetModel, info, f)
+			r.t.Logf("shown in %s", f.Name())
+			_ = f.Close()
+		}
+	}
+}
+
+// unasked are the changes that nobody called for: leases that ran out, and those
+// that their holders wrote again. When they happened is known from the history:
+// before it was seen there, and after every list that does not have it yet.
+func (r *round) unasked() []porcupine.Operation {
+	asked := map[int64]bool{} // the revisions of acquired leases
+	for _, o := range r.calls {
+		if c := o.Input.(call); c.kind == "acquire" {
+			asked[c.revision] = true
+		}
+	}
+	var out []porcupine.Operation
+	var o owners
+	for _, ch := range r.history.changes {
+		was := o[ch.subnet]
+		o[ch.subnet] = ch.owner
+		c := call{kind: "acquire", node: ch.owner, subnet: ch.subnet}
+		switch {
+		case ch.owner == 0 && mortal(was):
+			c.kind, c.node = "expire", was
+			r.tally.expiries++
+		case ch.owner == 0 || ch.owner == was || asked[ch.revision]:
+			continue
+		}
+		after := int64(0)
+		for _, l := range r.calls {
+			if list := l.Input.(call); list.kind == "list" && list.revision < ch.revision {
+				after = max(after, l.Call)
+			}
+		}
+		out = append(out, porcupine.Operation{ClientId: modelNodes + 10, Input: c, Call: after, Return: int64(ch.seen.Sub(r.began))})
+	}
+	return out
+}
+
+// revisionAfter is one that the store had not passed at a time: that of the
+// first list which was asked for later.
+func (r *round) revisionAfter(at int64) int64 {
+	least := r.history.at()
+	for _, o := range r.calls {
+		if c := o.Input.(call); c.kind == "list" && o.Call > at {
+			least = min(least, c.revision)
+		}
+	}
+	return least
+}
+
+// subnetModel is one subnet: nobody's, or a node's. A list is seen from each.
+var subnetModel = porcupine.Model{
+	Partition: func(all []porcupine.Operation) [][]porcupine.Operation {
+		parts := make([][]porcupine.Operation, modelSubnets)
+		for s := range parts {
+			for _, o := range all {
+				c := o.Input.(call)
+				if c.subnet == s+1 || c.subnet == 0 {
+					if c.kind == "list" {
+						c.node = c.owners[s+1]
+						c.owners = owners{}
+					}
+					o.Input, o.Output = c, nil
+					parts[s] = append(parts[s], o)
+				}
+			}
+		}
+		return parts
+	},
+	Init: func() any { return 0 },
+	Step: func(state, input, _ any) (bool, any) {
+		owner, c := state.(int), input.(call)
+		switch c.kind {
+		case "acquire":
+			return owner == 0 || owner == c.node, c.node
+		case "release", "expire":
+			return owner == c.node, 0
+		case "list":
+			return owner == c.node, owner
+		}
+		return false, owner
+	},
+	DescribeOperation: func(input, _ any) string {
+		c := input.(call)
+		return fmt.Sprintf("%s by %d", c.kind, c.node)
+	},
+	DescribeState: func(state any) string { return fmt.Sprintf("node %d's", state) },
+}
+
