@@ -54,6 +54,7 @@ func mortal(n int) bool { return n%10 == 0 }
 
 func TestModel(t *testing.T) {
 	labtest.Need(t)
+	t.Parallel() // with the scenario that mostly waits
 	rounds := 5
 	if testing.Short() {
 		rounds = 1
@@ -174,12 +175,17 @@ func (r *round) play() {
 		r.break_(ctx, nemesis)
 	})
 
-	var nodes sync.WaitGroup
+	// Whoever won holds on until all have played.
+	var nodes, playing sync.WaitGroup
+	playing.Add(modelNodes)
 	winners := make(chan int, modelNodes)
 	for n := 1; n <= modelNodes; n++ {
 		p := &player{round: r, n: n, random: rand.New(rand.NewPCG(r.random.Uint64(), uint64(n)))}
 		nodes.Go(func() {
-			if p.play(ctx) {
+			won := p.play(ctx)
+			playing.Done()
+			playing.Wait()
+			if won && !p.lost.Load() {
 				winners <- n
 			}
 			p.leave()

@@ -183,11 +183,16 @@ func (f *flow) turn(ctx context.Context, c net.Conn) error {
 	return nil
 }
 
+// state is what stop returns, while it goes on.
+func (f *flow) state() (turns uint64, longest time.Duration, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.turns, f.longest, f.err
+}
+
 // stop ends it and returns how often it went, and the longest wait.
 func (f *flow) stop() (turns uint64, longest time.Duration, err error) {
 	f.cancel()
 	f.running.Wait()
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.turns, f.longest, f.err
+	return f.state()
 }
