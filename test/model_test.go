@@ -103,10 +103,10 @@ func (a *tally) add(b tally) {
 
 // call is one call of a node, or of etcd (an expiry), and its answer.
 type call struct {
-	kind     string // acquire, exhausted, release, expire, list
-	node     int    // 1 to modelNodes
-	subnet   int    // 1 to modelSubnets; 0: none
-	owners   owners // of a list
+	kind   string // acquire, exhausted, release, expire, list
+	node   int    // 1 to modelNodes
+	subnet int    // 1 to modelSubnets; 0: none
+	owners owners // of a list
 	// revision is a list's, the one that an acquired lease was created at, and of
 	// others one that the store had surely reached before.
 	revision int64
@@ -659,4 +659,3 @@ var subnetModel = porcupine.Model{
 	},
 	DescribeState: func(state any) string { return fmt.Sprintf("node %d's", state) },
 }
-

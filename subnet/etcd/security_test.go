@@ -195,7 +195,7 @@ func TestUserAndPassword(t *testing.T) {
 	server := etcdtest.StartServer(t, member.Options{})
 	secure(t, server.URL())
 	log := &lines{}
-	asUser := func(o *Options) { o.User, o.Password = "culvert", password }
+	asUser := func(o *Options) { o.User, o.Password, o.Quarantine = "culvert", password, time.Minute }
 	// The whole life of a lease needs no more than the one prefix.
 	r, l, w := ready(t, server.URL(), log.options, asUser)
 	lost := hold(t, r, l)
