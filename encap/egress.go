@@ -12,6 +12,7 @@ import (
 type egress struct {
 	table    *atomic.Pointer[Table]
 	sockets  [2]syscall.RawConn // by underlay family, IPv4 first; nil if unused
+	super    uintptr            // descriptor of the device that takes super-frames, if Offload says that there is one
 	offload  *Offload
 	counters *Counters
 
@@ -23,6 +24,9 @@ type egress struct {
 	tally    tally
 	patience patience
 
+	superID   uint16 // IPv4 identification of the next super-frame's first segment
+	superSent uint64
+
 	from, to int                // the messages that are being sent
 	sendRest func(uintptr) bool // trySend, bound once: a method value allocates
 }
@@ -31,10 +35,13 @@ const (
 	// frameHeadroom is left in the slab before each frame, so that the outer
 	// headers can be written in place; the virtio header gives 10 bytes more.
 	frameHeadroom = VXLANHeaderLen - vnetHeaderLen
-	maxFrame      = vnetHeaderLen + 1<<16
+	// slabStart is where the first frame's headroom begins. A super-frame needs
+	// a longer one, and has it: what lies before it in the slab has been sent.
+	slabStart = (superHeadroom + 63) &^ 63
+	maxFrame  = vnetHeaderLen + 1<<16
 	// egressSlab has room for one more whole frame behind a batch of small
 	// ones, which lie densely, to stay in the cache.
-	egressSlab = 4 * maxFrame
+	egressSlab = slabStart + 4*maxFrame
 )
 
 func newEgress(table *atomic.Pointer[Table], sockets [2]syscall.RawConn, offload *Offload, counters *Counters) *egress {
@@ -46,6 +53,7 @@ func newEgress(table *atomic.Pointer[Table], sockets [2]syscall.RawConn, offload
 		slab:     make([]byte, egressSlab),
 		batch:    newSendBatch(),
 		cut:      newSegmenter(),
+		used:     slabStart,
 	}
 	e.sendRest = e.trySend
 	return e
@@ -88,8 +96,7 @@ func (e *egress) drain(device uintptr) error {
 			return fmt.Errorf("reading the tunnel device: %w", errno)
 		}
 		e.patience.fed()
-		big := e.add(e.slab[at:at+n], e.slab[e.used:at+n])
-		if big || e.batch.full() || e.used+frameHeadroom+maxFrame > len(e.slab) {
+		if big := e.add(at, n); big || e.batch.full() || e.used+frameHeadroom+maxFrame > len(e.slab) {
 			if err := e.flush(); err != nil {
 				return err
 			}
@@ -97,11 +104,12 @@ func (e *egress) drain(device uintptr) error {
 	}
 }
 
-// add puts one frame into the batch: a virtio header and a packet, and with
-// the headroom before them. It says whether the frame was a large one, which
-// is sent at once, while it is in the cache.
-func (e *egress) add(frame, withHeadroom []byte) (big bool) {
-	if len(frame) < vnetHeaderLen {
+// add puts the frame of n bytes at slab[at:] into the batch: a virtio header
+// and a packet. It says whether the frame was a large one, which is sent at
+// once, while it is in the cache.
+func (e *egress) add(at, n int) (big bool) {
+	frame := e.slab[at : at+n]
+	if n < vnetHeaderLen {
 		e.tally.drop(EgressMalformed)
 		return false
 	}
@@ -127,7 +135,8 @@ func (e *egress) add(frame, withHeadroom []byte) (big bool) {
 	e.tally.frames++
 
 	if kind := v.gsoType &^ gsoECN; kind != gsoNone {
-		return e.addFrame(peer, b, &p, kind, int(v.gsoSize))
+		e.addFrame(peer, at+vnetHeaderLen, &p, kind, int(v.gsoSize))
+		return true
 	}
 	if v.flags&vnetNeedsCsum != 0 &&
 		!completeChecksum(b, int(v.csumStart), int(v.csumOffset), p.proto == protoUDP) {
@@ -135,24 +144,32 @@ func (e *egress) add(frame, withHeadroom []byte) (big bool) {
 		return false
 	}
 	// The outer headers go right before the packet, over the virtio header.
-	start := len(withHeadroom) - len(frame) + vnetHeaderLen - len(peer.header)
-	datagram := withHeadroom[start : start+len(peer.header)+len(b)]
+	start := at + vnetHeaderLen - len(peer.header)
+	datagram := e.slab[start : start+len(peer.header)+len(b)]
 	copy(datagram, peer.header)
 	e.batch.addPacket(peer, p.ecn, datagram, len(b), e.offload.GSO.Load())
-	e.used += (len(withHeadroom) + 63) &^ 63
+	e.used = (at + n + 63) &^ 63
 	return false
 }
 
-// addFrame cuts a frame up and puts its segments into the batch.
-func (e *egress) addFrame(peer *Peer, b []byte, p *packet, kind uint8, size int) bool {
-	if !p.transport || (kind == gsoUDP) != (p.proto == protoUDP) {
+// addFrame sends the frame at slab[at:] whole, or cuts it up and puts its
+// segments into the batch.
+func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
+	if !p.transport || size == 0 || (kind == gsoUDP) != (p.proto == protoUDP) {
 		e.tally.drop(EgressMalformed)
-		return false
+		return
 	}
+	if e.offload.SuperFrame.Load() {
+		// What came before goes before, and leaves its place in the slab.
+		if e.flush() != nil || e.superFrame(peer, e.slab[:at+p.length], p, kind, size) {
+			return
+		}
+	}
+	b := e.slab[at : at+p.length]
 	segments := e.cut.cut(peer.header, b, p, size)
 	if segments == nil {
 		e.tally.drop(EgressMalformed)
-		return false
+		return
 	}
 	length := len(peer.header) + p.headLen + size
 	perRun := 1
@@ -164,15 +181,14 @@ func (e *egress) addFrame(peer *Peer, b []byte, p *packet, kind uint8, size int)
 		if i%perRun == 0 {
 			if e.batch.full() {
 				// The frame stays in the slab, so what is gathered can leave.
-				if err := e.flush(); err != nil {
-					return true
+				if e.flush() != nil {
+					return
 				}
 			}
 			run = e.batch.newRun(peer, p.ecn, length)
 		}
 		e.batch.addSegment(run, s.head, s.data)
 	}
-	return true
 }
 
 // flush sends the batch. It returns an error only if the socket is closed.
@@ -200,7 +216,7 @@ func (e *egress) flush() error {
 
 func (e *egress) clear() {
 	e.batch.reset()
-	e.used = 0
+	e.used = slabStart
 	e.tally.publish(e.counters)
 }
 

@@ -33,13 +33,21 @@ type Offload struct {
 	GSO atomic.Bool // send many datagrams in one call (UDP_SEGMENT)
 	GRO atomic.Bool // write many packets of a flow to the device as one frame
 	USO atomic.Bool // the same for UDP, which the device must know (Linux 6.2)
+
+	// SuperFrame sends large frames whole to peers with a next hop. Whoever
+	// watches the uplink turns it on and off; there must be a Super device.
+	SuperFrame atomic.Bool
 }
 
-// Options is what a Loop is made of. All fields are required; the loop borrows
-// the descriptors until Run has returned.
+// Options is what a Loop is made of. All fields are required unless they say
+// otherwise; the loop borrows the descriptors until Run has returned.
 type Options struct {
-	Device  Conn // a TUN device with IFF_VNET_HDR and a header of 10 bytes
-	MTU     int  // of the device, bytes
+	Device Conn // a TUN device with IFF_VNET_HDR and a header of 10 bytes
+	// Super is a TAP device with IFF_VNET_HDR, a header of 24 bytes and
+	// TUN_F_UDP_TUNNEL_GSO, of which every frame is redirected to the uplink.
+	// It is never read. May be nil.
+	Super   Conn
+	MTU     int // of the device, bytes
 	IPv4    Underlay
 	IPv6    Underlay // either may have no socket, where the family is not used
 	Offload *Offload
@@ -104,6 +112,15 @@ func (l *Loop) Run(ctx context.Context) error {
 		})
 	}
 	out := newEgress(&l.table, sockets, l.options.Offload, l.options.Egress)
+	if l.options.Super != nil {
+		super, err := l.options.Super.SyscallConn()
+		if err == nil {
+			err = super.Control(func(fd uintptr) { out.super = fd })
+		}
+		if err != nil {
+			cancel(fmt.Errorf("the device for super-frames: %w", err))
+		}
+	}
 	start(func() error { return out.run(device) })
 	for i, u := range []Underlay{l.options.IPv4, l.options.IPv6} {
 		if sockets[i] == nil {

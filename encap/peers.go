@@ -3,12 +3,13 @@ package encap
 import (
 	"encoding/binary"
 	"net/netip"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
 
 // Peer is another node as the loop sees it: one subnet, and how to reach it.
-// It is made once, by NewPeer, and never changes.
+// It is made once, by NewPeer, and never changes, except for the next hop.
 type Peer struct {
 	Subnet   netip.Prefix   // inner addresses that live there
 	Underlay netip.AddrPort // where datagrams for it go, and come from (its address alone)
@@ -19,6 +20,8 @@ type Peer struct {
 	// name is Underlay as the kernel takes it.
 	name    [unix.SizeofSockaddrInet6]byte
 	nameLen uint32
+	// super is the way of super-frames, nil while there is none.
+	super atomic.Pointer[superPath]
 }
 
 // NewPeer returns the peer that leases subnet and is reached at underlay. The
@@ -86,6 +89,15 @@ func NewTable(local []netip.Prefix, peers []*Peer) *Table {
 
 // Peers returns how many peers the table has.
 func (t *Table) Peers() int { return len(t.peers) }
+
+// All returns the table's peers, in no order.
+func (t *Table) All() []*Peer {
+	all := make([]*Peer, 0, len(t.peers))
+	for _, p := range t.peers {
+		all = append(all, p)
+	}
+	return all
+}
 
 // lookup returns the peer whose subnet contains the inner address, or nil.
 func (t *Table) lookup(a netip.Addr) *Peer {

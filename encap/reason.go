@@ -58,6 +58,7 @@ type Counters struct {
 	Packets  atomic.Uint64 // inner packets carried, counted as on the wire (segments)
 	Bytes    atomic.Uint64 // of inner packets, headers included
 	Frames   atomic.Uint64 // device reads or writes: one frame may hold many packets
+	Super    atomic.Uint64 // of Frames: those that left whole, as super-frames
 	Syscalls atomic.Uint64 // reads, writes, sends and receives, waits apart
 	Waits    atomic.Uint64 // times the loop had nothing to do and slept
 	Drops    [reasons]atomic.Uint64
@@ -66,9 +67,9 @@ type Counters struct {
 // tally is a Counters' increment, kept by the loop's own goroutine and
 // published once per batch.
 type tally struct {
-	packets, bytes, frames, syscalls uint64
-	drops                            [reasons]uint64
-	dropped                          bool
+	packets, bytes, frames, super, syscalls uint64
+	drops                                   [reasons]uint64
+	dropped                                 bool
 }
 
 func (t *tally) drop(r Reason) { t.dropN(r, 1) }
@@ -83,6 +84,7 @@ func (t *tally) publish(c *Counters) {
 	c.Packets.Add(t.packets)
 	c.Bytes.Add(t.bytes)
 	c.Frames.Add(t.frames)
+	c.Super.Add(t.super)
 	c.Syscalls.Add(t.syscalls)
 	if t.dropped {
 		for r, n := range t.drops {
@@ -93,5 +95,5 @@ func (t *tally) publish(c *Counters) {
 		*t = tally{}
 		return
 	}
-	t.packets, t.bytes, t.frames, t.syscalls = 0, 0, 0, 0
+	t.packets, t.bytes, t.frames, t.super, t.syscalls = 0, 0, 0, 0, 0
 }

@@ -18,6 +18,14 @@ func read(fd uintptr, b []byte) (int, unix.Errno) {
 	return int(n), 0
 }
 
+func write(fd uintptr, b []byte) (int, unix.Errno) {
+	n, _, errno := unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), 0
+}
+
 func writev(fd uintptr, iovs []unix.Iovec) unix.Errno {
 	_, _, errno := unix.RawSyscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(iovs))), uintptr(len(iovs)))
 	return errno

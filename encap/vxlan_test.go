@@ -92,8 +92,7 @@ func FuzzFrame(f *testing.F) {
 		l := NewLoop(Options{Offload: allOn()})
 		l.SetTable(n)
 		e := newEgress(&l.table, [2]syscall.RawConn{}, l.options.Offload, &Counters{})
-		copy(e.slab[frameHeadroom:], data)
-		e.add(e.slab[frameHeadroom:frameHeadroom+len(data)], e.slab[:frameHeadroom+len(data)])
+		e.add(slabStart, copy(e.slab[slabStart:], data))
 		for _, r := range e.batch.runs {
 			if r.bytes > maxDatagram || r.segments > maxSegments {
 				t.Fatalf("a run of %d segments, %d bytes", r.segments, r.bytes)

@@ -37,10 +37,14 @@ type Options struct {
 	Why    string       // the choice of this datapath, for the status
 	// Replaces names devices of other programs that have our UDP port.
 	Replaces []string
-	// The kill switches: each turns one mechanism off that would be used
-	// wherever the kernel has it.
-	NoGSO, NoGRO, NoUSO bool
-	Log                 *slog.Logger
+	Switches
+	Log *slog.Logger
+}
+
+// Switches are the kill switches: each turns one mechanism off that would be
+// used wherever the kernel has it.
+type Switches struct {
+	NoGSO, NoGRO, NoUSO, NoSuperFrame bool
 }
 
 // Tunnel is the userspace datapath.
@@ -49,6 +53,9 @@ type Tunnel struct {
 	mtu     int
 	device  *device
 	sockets []*net.UDPConn
+	super   *superDevice // nil if there is none, and then noSuper says why
+	noSuper string
+	uplink  *uplink // watches for super; nil if super is
 	loop    *encap.Loop
 	offload encap.Offload
 	egress  encap.Counters
@@ -95,8 +102,38 @@ func Open(o Options) (*Tunnel, error) {
 	t.offload.GSO.Store(!o.NoGSO)
 	t.offload.GRO.Store(!o.NoGRO)
 	t.offload.USO.Store(!o.NoGRO && !o.NoUSO && t.device.uso)
+	if err := t.openSuper(); err != nil {
+		return nil, errors.Join(err, t.Close(backend.Keep))
+	}
+	if t.super != nil {
+		loop.Super = t.super.file
+	}
 	t.loop = encap.NewLoop(loop)
 	return t, nil
+}
+
+// openSuper makes the device for super-frames, where it is wanted and to be
+// had; they are not sent before the uplink has been looked at.
+func (t *Tunnel) openSuper() error {
+	o := t.options
+	if o.NoSuperFrame || o.NoGSO {
+		t.noSuper = "turned off by flag"
+		return nil
+	}
+	var err error
+	t.super, err = openSuperDevice()
+	if errors.Is(err, errNoSuperFrames) {
+		t.noSuper = errNoSuperFrames.Error()
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	t.uplink = &uplink{
+		node: o.Node, port: o.Config.Backend.Port, device: t.super, offload: &t.offload,
+		table: func() *encap.Table { return t.loop.Table() }, log: o.Log, why: "not looked at yet",
+	}
+	return nil
 }
 
 // podMTU is what remains of the underlay's MTU.
@@ -111,7 +148,11 @@ func (t *Tunnel) podMTU(u host.Underlay) (int, error) {
 // Apply swaps the peer table, and makes the host's addresses, routes and
 // masquerading right.
 func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
-	t.loop.SetTable(t.table(s))
+	table := t.table(s)
+	if t.uplink != nil {
+		t.uplink.prepare(table)
+	}
+	t.loop.SetTable(table)
 	return t.keeper.Apply(func(host.View) (host.State, error) { return t.state(s), nil })
 }
 
@@ -160,6 +201,9 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	parts, ctx := errgroup.WithContext(ctx)
 	parts.Go(func() error { return t.loop.Run(ctx) })
 	parts.Go(func() error { return t.keeper.Run(ctx) })
+	if t.uplink != nil {
+		parts.Go(func() error { return t.uplink.run(ctx) })
+	}
 	return parts.Wait()
 }
 
@@ -178,6 +222,7 @@ func (t *Tunnel) Status() api.Datapath {
 			mechanism("gso", t.offload.GSO.Load(), t.options.NoGSO, true),
 			mechanism("gro", t.offload.GRO.Load(), t.options.NoGRO, true),
 			mechanism("uso", t.offload.USO.Load(), t.options.NoUSO || t.options.NoGRO, t.device.uso),
+			t.superMechanism(),
 		},
 	}
 	for _, r := range encap.Reasons() {
@@ -205,9 +250,17 @@ func mechanism(name string, on, ordered, offered bool) api.Mechanism {
 	return m
 }
 
+func (t *Tunnel) superMechanism() api.Mechanism {
+	m := api.Mechanism{Name: "super-frame", Why: t.noSuper}
+	if t.uplink != nil {
+		m.On, m.Why = t.uplink.status()
+	}
+	return m
+}
+
 func traffic(c *encap.Counters) api.Traffic {
 	return api.Traffic{
-		Packets: c.Packets.Load(), Bytes: c.Bytes.Load(), Frames: c.Frames.Load(),
+		Packets: c.Packets.Load(), Bytes: c.Bytes.Load(), Frames: c.Frames.Load(), SuperFrames: c.Super.Load(),
 		Syscalls: c.Syscalls.Load(), Waits: c.Waits.Load(),
 	}
 }
@@ -218,6 +271,9 @@ func (t *Tunnel) Close(how backend.How) error {
 	var errs []error
 	for _, s := range t.sockets {
 		errs = append(errs, s.Close())
+	}
+	if t.super != nil {
+		errs = append(errs, t.super.close())
 	}
 	errs = append(errs, t.device.close())
 	if how == backend.Remove {

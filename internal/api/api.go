@@ -103,11 +103,13 @@ type Mechanism struct {
 
 // Traffic is what one direction has carried since the start.
 type Traffic struct {
-	Packets  uint64 `json:"packets"` // as on the wire
-	Bytes    uint64 `json:"bytes"`   // of inner packets
-	Frames   uint64 `json:"frames"`  // device reads or writes
-	Syscalls uint64 `json:"syscalls"`
-	Waits    uint64 `json:"waits"`
+	Packets uint64 `json:"packets"` // as on the wire
+	Bytes   uint64 `json:"bytes"`   // of inner packets
+	Frames  uint64 `json:"frames"`  // device reads or writes
+	// SuperFrames are those of Frames that left whole, to be cut by the uplink.
+	SuperFrames uint64 `json:"superFrames,omitempty"`
+	Syscalls    uint64 `json:"syscalls"`
+	Waits       uint64 `json:"waits"`
 }
 
 // Drop is how many packets were dropped for one reason.

@@ -85,9 +85,7 @@ type runFlags struct {
 	metrics     string
 	logLevel    string
 	logFormat   string
-	noGSO       bool
-	noGRO       bool
-	noUSO       bool
+	switches    daemon.Switches
 	embedded    bool
 	etcdDataDir string
 	etcdListen  string
@@ -142,9 +140,10 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
-	flags.BoolVar(&f.noGSO, "no-gso", false, "do not send many datagrams in one call (UDP_SEGMENT)")
-	flags.BoolVar(&f.noGRO, "no-gro", false, "do not join packets of a flow on their way in")
-	flags.BoolVar(&f.noUSO, "no-uso", false, "do not join UDP packets on their way in")
+	flags.BoolVar(&f.switches.NoGSO, "no-gso", false, "do not send many datagrams in one call (UDP_SEGMENT)")
+	flags.BoolVar(&f.switches.NoGRO, "no-gro", false, "do not join packets of a flow on their way in")
+	flags.BoolVar(&f.switches.NoUSO, "no-uso", false, "do not join UDP packets on their way in")
+	flags.BoolVar(&f.switches.NoSuperFrame, "no-super-frame", false, "do not leave it to the uplink to cut large frames")
 	flags.BoolVar(&f.embedded, "embedded-etcd", false, "carry an etcd server along, for a site that has none")
 	flags.StringVar(&f.etcdDataDir, "etcd-data-dir", "/var/lib/culvert/etcd", "where the embedded etcd keeps its data")
 	flags.StringVar(&f.etcdListen, "etcd-listen", "127.0.0.1:2379", "where the embedded etcd serves")
@@ -169,7 +168,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
 		Datapath: daemon.Datapath(f.datapath), Metrics: f.metrics,
-		NoGSO: f.noGSO, NoGRO: f.noGRO, NoUSO: f.noUSO, Log: log,
+		Switches: f.switches, Log: log,
 		TakeOverFlannel: f.takeOver,
 	}
 	if o.SubnetFile == "" {

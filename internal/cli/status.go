@@ -73,11 +73,14 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 	if d := s.Datapath; d.Kind != "" {
 		line("datapath", "%s/%s on %s, pods' MTU %d: %s", d.WireFormat, d.Kind, d.Device, d.MTU, d.Why)
 		for _, m := range d.Mechanisms {
+			state := "off"
 			if m.On {
-				line("  "+m.Name, "on")
-			} else {
-				line("  "+m.Name, "off: %s", m.Why)
+				state = "on"
 			}
+			if m.Why != "" {
+				state += ": " + m.Why
+			}
+			line("  "+m.Name, "%s", state)
 		}
 		line("sent", "%s", traffic(d.Egress))
 		line("received", "%s", traffic(d.Ingress))

@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"culvert/backend/tunnel"
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
@@ -57,10 +58,12 @@ type Options struct {
 	Metrics string
 	// Embedded is the etcd server to carry along, or nil.
 	Embedded *EmbeddedEtcd
-	// The kill switches of the userspace datapath.
-	NoGSO, NoGRO, NoUSO bool
-	Log                 *slog.Logger
+	Switches Switches
+	Log      *slog.Logger
 }
+
+// Switches are the kill switches of the userspace datapath.
+type Switches = tunnel.Switches
 
 // Run is the daemon. It returns nil after ctx ended and everything has
 // stopped, in order, or the error that made it stop.

@@ -71,7 +71,7 @@ func (d *node) open(c subnet.Config, l subnet.Lease, n backend.Node) (backend.Ba
 	if kind == Userspace {
 		return tunnel.Open(tunnel.Options{
 			Node: n, Config: c, Lease: l, Why: why, Replaces: replaces,
-			NoGSO: d.options.NoGSO, NoGRO: d.options.NoGRO, NoUSO: d.options.NoUSO,
+			Switches: d.options.Switches,
 			Log: d.log,
 		})
 	}

@@ -1,0 +1,122 @@
+package tunnel
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// SuperDeviceName is the name of the TAP device that takes super-frames.
+const SuperDeviceName = "culvert0s"
+
+// superDevice is a TAP device to which VXLAN frames of up to 64 KB are written
+// whole: every frame that seems to come from it is redirected to the uplink,
+// where the kernel or the hardware cuts it. Nothing is read from it, and it
+// has no address.
+type superDevice struct {
+	file *os.File
+	link netlink.Link
+}
+
+const (
+	// linux/if_tun.h, since Linux 6.17; x/sys/unix lacks them.
+	tunFUDPTunnelGSO     = 0x80
+	tunFUDPTunnelGSOCsum = 0x100
+	// superHeaderLen is the length of struct virtio_net_hdr_v1_hash_tunnel.
+	superHeaderLen = 24
+)
+
+// errNoSuperFrames says that the kernel has no such thing.
+var errNoSuperFrames = errors.New("the kernel does not offer it (Linux 6.17 does)")
+
+// openSuperDevice makes the device and sets it up. It returns an error that
+// wraps errNoSuperFrames if the kernel is too old.
+func openSuperDevice() (*superDevice, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("opening /dev/net/tun: %w", err)
+	}
+	d := &superDevice{}
+	if err := d.prepare(fd); err != nil {
+		return nil, errors.Join(fmt.Errorf("making the TAP device %s: %w", SuperDeviceName, err), unix.Close(fd))
+	}
+	d.file = os.NewFile(uintptr(fd), SuperDeviceName)
+	return d, nil
+}
+
+func (d *superDevice) prepare(fd int) error {
+	request, err := unix.NewIfreq(SuperDeviceName)
+	if err != nil {
+		return err
+	}
+	request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+		return fmt.Errorf("TUNSETIFF: %w", err)
+	}
+	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, superHeaderLen); err != nil {
+		return fmt.Errorf("TUNSETVNETHDRSZ: %w", err)
+	}
+	const offloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6 | unix.TUN_F_USO4 | unix.TUN_F_USO6 |
+		tunFUDPTunnelGSO | tunFUDPTunnelGSOCsum
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloads); err != nil {
+		return errors.Join(errNoSuperFrames, err)
+	}
+	if d.link, err = netlink.LinkByName(SuperDeviceName); err != nil {
+		return err
+	}
+	// It is to say nothing of its own accord: its frames would go to the uplink.
+	const none = 1 // IN6_ADDR_GEN_MODE_NONE
+	if err := netlink.LinkSetIP6AddrGenMode(d.link, none); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+		return fmt.Errorf("turning IPv6 addresses off: %w", err)
+	}
+	if err := netlink.LinkSetARPOff(d.link); err != nil {
+		return err
+	}
+	return netlink.LinkSetUp(d.link)
+}
+
+// redirect makes every frame of the device leave by the uplink, unless that is
+// so already.
+func (d *superDevice) redirect(uplink int) error {
+	parent := uint32(netlink.HANDLE_MIN_INGRESS)
+	filters, err := netlink.FilterList(d.link, parent)
+	if err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool { return redirects(f, uplink) }) {
+		return nil
+	}
+	for _, f := range filters {
+		if err := netlink.FilterDel(f); err != nil {
+			return fmt.Errorf("removing a filter of %s: %w", SuperDeviceName, err)
+		}
+	}
+	index := d.link.Attrs().Index
+	qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}}
+	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("adding the clsact qdisc to %s: %w", SuperDeviceName, err)
+	}
+	filter := &netlink.U32{ // which every kernel with traffic control has, unlike matchall
+		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: parent, Priority: 1, Protocol: unix.ETH_P_ALL},
+		Sel:         &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: 1, Keys: []netlink.TcU32Key{{}}},
+		Actions:     []netlink.Action{netlink.NewMirredAction(uplink)},
+	}
+	if err := netlink.FilterAdd(filter); err != nil {
+		return fmt.Errorf("redirecting %s to the uplink: %w", SuperDeviceName, err)
+	}
+	return nil
+}
+
+func redirects(f netlink.Filter, uplink int) bool {
+	m, ok := f.(*netlink.U32)
+	if !ok || len(m.Actions) != 1 {
+		return false
+	}
+	a, ok := m.Actions[0].(*netlink.MirredAction)
+	return ok && a.Ifindex == uplink && a.MirredAction == netlink.TCA_EGRESS_REDIR
+}
+
+func (d *superDevice) close() error { return d.file.Close() }

@@ -1,0 +1,269 @@
+package tunnel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/safchain/ethtool"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/backend"
+	"culvert/encap"
+)
+
+// uplink watches what super-frames depend on: that the underlay interface
+// segments tunnels itself (where it does not, cutting in userspace is faster),
+// and which neighbour leads to each peer. Both can change at any time; while
+// either is missing, frames leave by the portable way.
+//
+// A notification of the kernel and the timer lead to the same refresh.
+type uplink struct {
+	node    backend.Node
+	port    uint16 // the outer source port
+	device  *superDevice
+	offload *encap.Offload
+	table   func() *encap.Table
+	log     *slog.Logger
+
+	routed atomic.Bool // a route has changed
+
+	mu   sync.Mutex
+	why  string // super-frames are off; "" if they are on
+	link netlink.Link
+	// gateways is the next hop of each underlay address that was asked for, the
+	// address itself where it is on the link, invalid where the way there is
+	// another one. Forgotten when a route changes.
+	gateways   map[netip.Addr]netip.Addr
+	neighbours map[netip.Addr][6]byte
+}
+
+const (
+	// uplinkCheck is how often everything is looked at, notified or not.
+	uplinkCheck = 3 * time.Second
+	// uplinkPause lets notifications gather.
+	uplinkPause = 50 * time.Millisecond
+)
+
+// run refreshes until ctx ends.
+func (u *uplink) run(ctx context.Context) error {
+	changed := make(chan struct{}, 1)
+	stop := u.subscribe(changed)
+	defer stop()
+	tick := time.NewTicker(uplinkCheck)
+	defer tick.Stop()
+	for {
+		u.refresh()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			u.routed.Store(true)
+			continue
+		case <-changed:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(uplinkPause):
+		}
+	}
+}
+
+// subscribe has changed filled at each change of a link, a neighbour, an
+// address or a route. What cannot be subscribed to is left to the timer.
+func (u *uplink) subscribe(changed chan<- struct{}) (stop func()) {
+	done := make(chan struct{})
+	notify := func() {
+		select {
+		case changed <- struct{}{}:
+		default:
+		}
+	}
+	failed := func(err error) { u.log.Debug("a netlink subscription failed", "error", err) }
+	var all sync.WaitGroup
+	links, neighbours, routes := make(chan netlink.LinkUpdate), make(chan netlink.NeighUpdate), make(chan netlink.RouteUpdate)
+	if err := netlink.LinkSubscribeWithOptions(links, done, netlink.LinkSubscribeOptions{ErrorCallback: failed}); err == nil {
+		all.Go(func() { drain(links, notify) })
+	}
+	if err := netlink.NeighSubscribeWithOptions(neighbours, done, netlink.NeighSubscribeOptions{ErrorCallback: failed}); err == nil {
+		all.Go(func() { drain(neighbours, notify) })
+	}
+	if err := netlink.RouteSubscribeWithOptions(routes, done, netlink.RouteSubscribeOptions{ErrorCallback: failed}); err == nil {
+		all.Go(func() {
+			drain(routes, func() {
+				u.routed.Store(true)
+				notify()
+			})
+		})
+	}
+	return func() {
+		close(done)
+		all.Wait()
+	}
+}
+
+func drain[T any](c <-chan T, notify func()) {
+	for range c {
+		notify()
+	}
+}
+
+// refresh looks at the uplink, its neighbours and the routes, and gives the
+// peers of the current table their next hops.
+func (u *uplink) refresh() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.gateways == nil || u.routed.Swap(false) {
+		u.gateways = make(map[netip.Addr]netip.Addr)
+	}
+	why := u.check()
+	if why == nil {
+		u.neighbours, why = neighboursOf(u.link.Attrs().Index)
+	}
+	on := why == nil
+	switch {
+	case on && u.why != "":
+		u.log.Info("large frames leave whole", "device", SuperDeviceName, "uplink", u.node.Underlay.Name)
+	case !on && u.why != why.Error():
+		u.log.Info("large frames are cut in userspace", "reason", why)
+	}
+	u.why = ""
+	if !on {
+		u.why = why.Error()
+		u.offload.SuperFrame.Store(false)
+		return
+	}
+	u.fill(u.table())
+	u.offload.SuperFrame.Store(true)
+}
+
+// check says why the uplink is not to get super-frames, if so, and mends the
+// way there.
+func (u *uplink) check() error {
+	name := u.node.Underlay.Name
+	link, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("looking up %s: %w", name, err)
+	}
+	a := link.Attrs()
+	switch {
+	case a.Flags&net.FlagUp == 0:
+		return fmt.Errorf("%s is down", name)
+	case len(a.HardwareAddr) != 6:
+		return fmt.Errorf("%s is no Ethernet interface", name)
+	}
+	tool, err := ethtool.NewEthtool()
+	if err != nil {
+		return fmt.Errorf("asking for the features of %s: %w", name, err)
+	}
+	defer tool.Close()
+	features, err := tool.Features(name)
+	if err != nil {
+		return fmt.Errorf("asking for the features of %s: %w", name, err)
+	}
+	for _, f := range []string{"tx-tcp-segmentation", "tx-udp_tnl-csum-segmentation"} {
+		if !features[f] {
+			return fmt.Errorf("%s does not segment tunnels itself (ethtool -k: %s off)", name, f)
+		}
+	}
+	u.link = link
+	return u.device.redirect(a.Index)
+}
+
+// fill gives the peers of a table, which may not be in use yet, their next hops
+// as far as they are known.
+func (u *uplink) fill(t *encap.Table) {
+	own := [6]byte(u.link.Attrs().HardwareAddr)
+	for _, p := range t.All() {
+		to := p.Underlay.Addr()
+		source := u.node.Underlay.Addr(to.Is4())
+		mac, ok := u.neighbours[u.gateway(to, source)]
+		if !ok {
+			p.SetNextHop(nil)
+			continue
+		}
+		p.SetNextHop(&encap.NextHop{MAC: mac, Uplink: own, Source: source, SourcePort: u.port, MTU: u.link.Attrs().MTU})
+	}
+}
+
+// prepare fills a table that is about to be used, from what is known.
+func (u *uplink) prepare(t *encap.Table) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.why == "" && u.link != nil {
+		u.fill(t)
+	}
+}
+
+// gateway is the neighbour that leads to an underlay address, or the zero Addr
+// if the way there is not the uplink.
+func (u *uplink) gateway(to, source netip.Addr) netip.Addr {
+	if via, ok := u.gateways[to]; ok {
+		return via
+	}
+	var via netip.Addr
+	routes, err := netlink.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{SrcAddr: source.AsSlice()})
+	if err == nil && len(routes) == 1 && routes[0].LinkIndex == u.link.Attrs().Index && routes[0].Encap == nil {
+		via = to
+		if gw, ok := netip.AddrFromSlice(routes[0].Gw); ok {
+			via = gw.Unmap()
+		} else if routes[0].Via != nil {
+			via = netip.Addr{}
+		}
+	}
+	u.gateways[to] = via
+	return via
+}
+
+// neighboursOf returns the neighbours of an interface whose address is known.
+func neighboursOf(link int) (map[netip.Addr][6]byte, error) {
+	const valid = netlink.NUD_PERMANENT | netlink.NUD_NOARP | netlink.NUD_REACHABLE | netlink.NUD_STALE | netlink.NUD_DELAY | netlink.NUD_PROBE
+	var list []netlink.Neigh
+	var err error
+	for range 5 {
+		if list, err = netlink.NeighList(link, unix.AF_UNSPEC); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listing neighbours: %w", err)
+	}
+	known := make(map[netip.Addr][6]byte, len(list))
+	for _, n := range list {
+		if a, ok := netip.AddrFromSlice(n.IP); ok && n.State&valid != 0 && len(n.HardwareAddr) == 6 {
+			known[a.Unmap()] = [6]byte(n.HardwareAddr)
+		}
+	}
+	return known, nil
+}
+
+// status says whether super-frames are on, and why not.
+func (u *uplink) status() (on bool, why string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	switch {
+	case u.why != "":
+		return false, u.why
+	case !u.offload.SuperFrame.Load():
+		return false, "the kernel refused it in use"
+	}
+	known := 0
+	peers := u.table().All()
+	for _, p := range peers {
+		if p.HasNextHop() {
+			known++
+		}
+	}
+	if known < len(peers) {
+		return true, fmt.Sprintf("the neighbours of %d of %d peers are known", known, len(peers))
+	}
+	return true, ""
+}

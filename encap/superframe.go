@@ -1,0 +1,174 @@
+package encap
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+)
+
+// A super-frame is a TCP or UDP packet of up to 64 KB that is still to be cut,
+// with the headers of the tunnel before it, written to a TAP device in one
+// piece. The kernel, or the uplink's hardware, cuts it, and repeats the tunnel's
+// headers for each segment (Linux 6.17: TUN_F_UDP_TUNNEL_GSO,
+// virtio_net_hdr_tnl_to_skb in linux/virtio_net.h). The TAP's frames are
+// redirected to the uplink as they are, so the Ethernet header, too, is ours.
+
+const (
+	// superVnetLen is the length of struct virtio_net_hdr_v1_hash_tunnel.
+	superVnetLen = 24
+	udpLen       = 8
+
+	vnetTunnelCsum  = 8    // VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM
+	gsoUDPTunnelIP4 = 0x20 // VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV4
+	gsoUDPTunnelIP6 = 0x40 // VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV6
+
+	ttl = 64
+
+	// superKeep is how often a super-frame takes the portable way in place of
+	// its own: the kernel then sees the neighbour in use, and keeps asking for
+	// it when it has grown old.
+	superKeep = 256
+)
+
+// superHeadroom is what stands before the inner packet of a super-frame at
+// most.
+const superHeadroom = superVnetLen + ethernetHeaderLen + 40 + udpLen + VXLANHeaderLen
+
+// NextHop is how super-frames reach a peer: a neighbour on the uplink.
+type NextHop struct {
+	MAC, Uplink [6]byte    // the neighbour's address and the uplink's own
+	Source      netip.Addr // the outer source
+	SourcePort  uint16
+	MTU         int // of the uplink, bytes
+}
+
+// superPath is a NextHop as the loop uses it: the headers, precomputed.
+type superPath struct {
+	head    []byte // virtio, Ethernet, IP, UDP and VXLAN headers, with lengths and sums left out
+	ipLen   int
+	pseudo  uint64 // of the outer UDP checksum, without the length
+	largest int    // bytes of the longest inner segment
+}
+
+// SetNextHop lets super-frames to the peer take this way; nil closes it, and
+// they are cut in userspace. It may be called at any time.
+func (p *Peer) SetNextHop(n *NextHop) {
+	if n == nil || n.Source.Is4() != p.Underlay.Addr().Is4() {
+		p.super.Store(nil)
+		return
+	}
+	s := &superPath{ipLen: 20}
+	tunnel := uint8(gsoUDPTunnelIP4)
+	if !n.Source.Is4() {
+		s.ipLen = 40
+		tunnel = gsoUDPTunnelIP6
+	}
+	s.largest = n.MTU - s.ipLen - udpLen - len(p.header)
+	s.head = make([]byte, superVnetLen+ethernetHeaderLen+s.ipLen+udpLen, superHeadroom)
+	s.head[0] = vnetNeedsCsum | vnetTunnelCsum
+	s.head[1] = tunnel
+	binary.LittleEndian.PutUint16(s.head[20:], uint16(ethernetHeaderLen+s.ipLen))
+	binary.LittleEndian.PutUint16(s.head[22:], uint16(ethernetHeaderLen+s.ipLen+udpLen+len(p.header)))
+
+	eth := s.head[superVnetLen:]
+	copy(eth, n.MAC[:])
+	copy(eth[6:], n.Uplink[:])
+	ip := eth[ethernetHeaderLen:]
+	if n.Source.Is4() {
+		binary.BigEndian.PutUint16(eth[12:], etherTypeIPv4)
+		ip[0], ip[8], ip[9] = 4<<4|5, ttl, protoUDP
+		from, to := n.Source.As4(), p.Underlay.Addr().As4()
+		copy(ip[12:], from[:])
+		copy(ip[16:], to[:])
+		s.pseudo = add16(sum(ip[12:20], 0), protoUDP)
+	} else {
+		binary.BigEndian.PutUint16(eth[12:], etherTypeIPv6)
+		ip[0], ip[6], ip[7] = 6<<4, protoUDP, ttl
+		from, to := n.Source.As16(), p.Underlay.Addr().As16()
+		copy(ip[8:], from[:])
+		copy(ip[24:], to[:])
+		s.pseudo = add16(sum(ip[8:40], 0), protoUDP)
+	}
+	udp := ip[s.ipLen:]
+	binary.BigEndian.PutUint16(udp, n.SourcePort)
+	binary.BigEndian.PutUint16(udp[2:], p.Underlay.Port())
+	s.head = append(s.head, p.header...)
+	p.super.Store(s)
+}
+
+// HasNextHop says whether super-frames to the peer have a way of their own.
+func (p *Peer) HasNextHop() bool { return p.super.Load() != nil }
+
+// stamp writes the headers right before the inner packet, which begins at
+// room[len(s.head)] and is length bytes long, and returns false if the packet
+// does not fit an outer one.
+func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, id uint16) bool {
+	outer := len(s.head) - superVnetLen - ethernetHeaderLen + p.length // IP header and all behind it
+	if outer > maxFrameLen || p.headLen+size > s.largest {
+		return false
+	}
+	head := room[:len(s.head)]
+	copy(head, s.head)
+	inner := len(s.head) - superVnetLen
+	head[1] |= kind
+	binary.LittleEndian.PutUint16(head[2:], uint16(inner+p.headLen))
+	binary.LittleEndian.PutUint16(head[4:], uint16(size))
+	binary.LittleEndian.PutUint16(head[6:], uint16(inner+p.ipLen))
+	binary.LittleEndian.PutUint16(head[8:], uint16(p.checkOffset()-p.ipLen))
+
+	ip := head[superVnetLen+ethernetHeaderLen:]
+	if s.ipLen == 20 {
+		ip[1] = p.ecn
+		binary.BigEndian.PutUint16(ip[2:], uint16(outer))
+		binary.BigEndian.PutUint16(ip[4:], id)
+		putChecksum(ip[10:], ^fold(sum(ip[:20], 0)))
+	} else {
+		ip[1] = p.ecn << 4
+		binary.BigEndian.PutUint16(ip[4:], uint16(outer-40))
+	}
+	udp := ip[s.ipLen:]
+	binary.BigEndian.PutUint16(udp[4:], uint16(outer-s.ipLen))
+	putChecksum(udp[6:], fold(add16(s.pseudo, uint16(outer-s.ipLen))))
+	return true
+}
+
+// superFrame sends a frame whole, if it can. What cannot be is untouched: the
+// headers are written over nothing but headroom and the frame's own virtio
+// header.
+func (e *egress) superFrame(peer *Peer, room []byte, p *packet, kind uint8, size int) bool {
+	path := peer.super.Load()
+	if path == nil || !e.offload.SuperFrame.Load() {
+		return false
+	}
+	if e.superSent++; e.superSent%superKeep == 0 {
+		return false
+	}
+	payload := p.length - p.headLen
+	segments := (payload + size - 1) / size
+	start := len(room) - p.length - len(path.head) // in the slab; never less than slabStart's headroom
+	if segments < 2 || start < 0 || !path.stamp(room[start:], p, kind, size, e.superID) {
+		return false
+	}
+	for {
+		_, errno := write(e.super, room[start:])
+		e.tally.syscalls++
+		switch errno {
+		case 0:
+			e.superID += uint16(segments)
+			e.tally.packets += uint64(segments)
+			e.tally.bytes += uint64(payload + segments*p.headLen)
+			e.tally.super++
+			return true
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
+			return false
+		default:
+			// The device is down, or does not take what it promised: what it
+			// refused leaves by the portable way, and so does all that follows.
+			e.offload.SuperFrame.Store(false)
+			return false
+		}
+	}
+}
