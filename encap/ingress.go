@@ -29,6 +29,7 @@ type ingress struct {
 	route  route
 	tally  tally
 
+	asks     int // messages that the next receive may fill
 	patience patience
 }
 
@@ -44,6 +45,7 @@ func newIngress(table *atomic.Pointer[Table], device uintptr, u Underlay, mtu in
 		batch:    newRecvBatch(ingressMessages),
 		join:     newCoalescer(offload, 2*ingressMessages),
 		cut:      newSegmenter(),
+		asks:     ingressMessages,
 	}
 	g.pieces[0] = iovecOf(make([]byte, vnetHeaderLen))
 	return g
@@ -73,7 +75,8 @@ func (g *ingress) run(socket syscall.RawConn) error {
 // a moment.
 func (g *ingress) drain(socket uintptr) error {
 	for {
-		n, errno := g.batch.receive(socket, len(g.batch.msgs))
+		asked := g.asks
+		n, errno := g.batch.receive(socket, asked)
 		g.tally.syscalls++
 		switch errno {
 		case 0:
@@ -89,16 +92,29 @@ func (g *ingress) drain(socket uintptr) error {
 			return fmt.Errorf("receiving from the underlay: %w", errno)
 		}
 		table := g.table.Load()
+		before := g.tally.bytes
 		for i := range n {
 			g.message(table, g.batch.message(i))
 		}
+		g.asks = asksFor(n, g.tally.bytes-before)
 		g.flush()
 		g.tally.publish(g.counters)
 		g.patience.fed()
-		if n < len(g.batch.msgs) && !g.patience.busy {
+		if n < asked && !g.patience.busy {
 			return nil // the socket is empty; what comes later wakes us
 		}
 	}
+}
+
+// asksFor says how many messages the next receive may fill, by what the last
+// one brought: of large ones, only as many as stay in the processor's cache
+// until they are written.
+func asksFor(messages int, bytes uint64) int {
+	const large, cached = 16 << 10, 4
+	if messages > 0 && bytes/uint64(messages) >= large {
+		return cached
+	}
+	return ingressMessages
 }
 
 // message takes one received message apart into datagrams.
