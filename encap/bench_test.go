@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"sync/atomic"
-	"syscall"
 	"testing"
 )
 
@@ -138,10 +136,10 @@ func BenchmarkEncap(b *testing.B) {
 	for _, payload := range []int{0, segmentPayload, 60000} {
 		b.Run(fmt.Sprintf("payload=%d", payload), func(b *testing.B) {
 			peer := PeerTo(netip.PrefixFrom(there4, 24), netip.MustParseAddrPort("198.18.0.2:8472"), testVNI, [6]byte{2}, [6]byte{2, 1})
-			var table atomic.Pointer[Table]
-			table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
+			table := &common{offload: allOn()}
+			table.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
 			counters := &Counters{}
-			e := newEgress(&table, [2]syscall.RawConn{}, allOn(), counters)
+			e := newEgress(table, [2]int{-1, -1}, counters)
 			packet, v := benchFrame(payload)
 			frame := make([]byte, vnetHeaderLen, vnetHeaderLen+len(packet))
 			v.put(frame)
@@ -167,13 +165,13 @@ func BenchmarkEncap(b *testing.B) {
 func BenchmarkDecap(b *testing.B) {
 	from := netip.MustParseAddrPort("198.18.0.2:8472")
 	self, peerMAC := [6]byte{2, 1}, [6]byte{2}
-	var table atomic.Pointer[Table]
+	table := &common{offload: allOn()}
 	// The flow comes from here4's node to there4's, which is us.
-	table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()},
+	table.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()},
 		[]*Peer{PeerTo(netip.PrefixFrom(here4, 24), from, testVNI, peerMAC, self)}))
 	header := PeerTo(netip.PrefixFrom(there4, 24), from, testVNI, self, peerMAC).header
 	counters := &Counters{}
-	g := newIngress(&table, 0, Underlay{VNI: testVNI, MAC: self}, 1450, allOn(), counters)
+	g := newIngress(table, 0, Underlay{VNI: testVNI, MAC: self}, 1450, counters)
 
 	var datagrams [][]byte
 	total := 0
@@ -188,7 +186,7 @@ func BenchmarkDecap(b *testing.B) {
 	for b.Loop() {
 		copy(datagrams[0], first)
 		for _, d := range datagrams {
-			g.datagram(table.Load(), d, from.Addr(), 0, checksumVerified, 0)
+			g.datagram(table.table.Load(), d, from.Addr(), 0, checksumVerified, 0)
 		}
 		for i := range g.join.count {
 			g.join.frames[i].finish()

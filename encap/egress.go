@@ -2,18 +2,15 @@ package encap
 
 import (
 	"fmt"
-	"sync/atomic"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
 // egress is the sending direction: device to underlay. One goroutine runs it.
 type egress struct {
-	table    *atomic.Pointer[Table]
-	sockets  [2]syscall.RawConn // by underlay family, IPv4 first; nil if unused
-	super    uintptr            // descriptor of the device that takes super-frames, if Offload says that there is one
-	offload  *Offload
+	*common
+	sockets  [2]int  // descriptors by underlay family, IPv4 first; -1 if unused
+	super    uintptr // descriptor of the device that takes super-frames, if Offload says that there is one
 	counters *Counters
 
 	slab     []byte
@@ -26,9 +23,6 @@ type egress struct {
 
 	superID   uint16 // IPv4 identification of the next super-frame's first segment
 	superSent uint64
-
-	from, to int                // the messages that are being sent
-	sendRest func(uintptr) bool // trySend, bound once: a method value allocates
 }
 
 const (
@@ -44,41 +38,30 @@ const (
 	egressSlab = slabStart + 4*maxFrame
 )
 
-func newEgress(table *atomic.Pointer[Table], sockets [2]syscall.RawConn, offload *Offload, counters *Counters) *egress {
-	e := &egress{
-		table:    table,
+func newEgress(c *common, sockets [2]int, counters *Counters) *egress {
+	return &egress{
+		common:   c,
 		sockets:  sockets,
-		offload:  offload,
 		counters: counters,
 		slab:     make([]byte, egressSlab),
 		batch:    newSendBatch(),
 		cut:      newSegmenter(),
 		used:     slabStart,
 	}
-	e.sendRest = e.trySend
-	return e
 }
 
-// run carries packets until the device fails or its read deadline passes.
-func (e *egress) run(device syscall.RawConn) error {
-	var failure error
-	err := device.Read(func(fd uintptr) bool {
-		e.patience.woken()
-		failure = e.drain(fd)
-		e.tally.publish(e.counters)
-		e.counters.Waits.Add(1)
-		e.patience.sleeps()
-		return failure != nil
-	})
-	if failure != nil {
-		return failure
-	}
-	return err
-}
+// What one wake-up may bring before it counts as much.
+const (
+	muchFrames = 8
+	muchBytes  = 64 << 10
+)
 
-// drain sends what the device holds, and returns when it has been empty for a
-// moment.
-func (e *egress) drain(device uintptr) error {
+// drain sends what the device holds. With all set it returns when the device
+// has been empty for a moment; else after a few frames, and says whether there
+// was much.
+func (e *egress) drain(device uintptr, all bool) (much bool, err error) {
+	frames, bytes := 0, 0
+	defer e.tally.publish(e.counters)
 	for {
 		at := e.used + frameHeadroom
 		n, errno := read(device, e.slab[at:at+maxFrame])
@@ -86,20 +69,27 @@ func (e *egress) drain(device uintptr) error {
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
-			if err := e.flush(); err != nil || !e.patience.again() {
-				return err
+			if e.flush(); !all || e.stopping.Load() || !e.patience.again() {
+				return false, nil
 			}
 			continue
 		case unix.EINTR:
 			continue
 		default:
-			return fmt.Errorf("reading the tunnel device: %w", errno)
+			return false, fmt.Errorf("reading the tunnel device: %w", errno)
 		}
 		e.patience.fed()
 		if big := e.add(at, n); big || e.batch.full() || e.used+frameHeadroom+maxFrame > len(e.slab) {
-			if err := e.flush(); err != nil {
-				return err
-			}
+			e.flush()
+		}
+		if all {
+			continue
+		}
+		frames++
+		bytes += n
+		if frames >= muchFrames || bytes >= muchBytes {
+			e.flush()
+			return true, nil
 		}
 	}
 }
@@ -161,7 +151,8 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	}
 	if e.offload.SuperFrame.Load() {
 		// What came before goes before, and leaves its place in the slab.
-		if e.flush() != nil || e.superFrame(peer, e.slab[:at+p.length], p, kind, size) {
+		e.flush()
+		if e.superFrame(peer, e.slab[:at+p.length], p, kind, size) {
 			return
 		}
 	}
@@ -181,9 +172,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 		if i%perRun == 0 {
 			if e.batch.full() {
 				// The frame stays in the slab, so what is gathered can leave.
-				if e.flush() != nil {
-					return
-				}
+				e.flush()
 			}
 			run = e.batch.newRun(peer, p.ecn, length)
 		}
@@ -191,12 +180,11 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	}
 }
 
-// flush sends the batch. It returns an error only if the socket is closed.
-func (e *egress) flush() error {
+// flush sends the batch.
+func (e *egress) flush() {
 	if len(e.batch.runs) == 0 {
-		return nil
+		return
 	}
-	defer e.clear()
 	n := e.batch.layOut()
 	// Runs of one underlay family lie together nearly always; a stretch of one
 	// family is one call.
@@ -206,12 +194,10 @@ func (e *egress) flush() error {
 		for end < n && e.batch.runs[end].peer.family() == family {
 			end++
 		}
-		if err := e.send(e.sockets[family], i, end); err != nil {
-			return err
-		}
+		e.send(e.sockets[family], i, end)
 		i = end
 	}
-	return nil
+	e.clear()
 }
 
 func (e *egress) clear() {
@@ -230,41 +216,38 @@ func (p *Peer) family() int {
 
 // send sends the messages [from, to) through one socket. A full socket is waited
 // for, which lets the device's own queue fill and drop, as a full link would.
-func (e *egress) send(socket syscall.RawConn, from, to int) error {
-	if socket == nil {
+func (e *egress) send(socket, from, to int) {
+	if socket < 0 {
 		for _, r := range e.batch.runs[from:to] {
 			e.tally.dropN(EgressSend, r.segments)
 		}
-		return nil
+		return
 	}
-	e.from, e.to = from, to
-	return socket.Write(e.sendRest)
-}
-
-// trySend sends what is left of [from, to). It returns false if the socket is
-// full: it is to be called again when there is room.
-func (e *egress) trySend(fd uintptr) bool {
-	for e.from < e.to {
-		n, errno := sendmmsg(fd, e.batch.msgs[e.from:e.to])
+	fd := uintptr(socket)
+	for from < to {
+		n, errno := sendmmsg(fd, e.batch.msgs[from:to])
 		e.tally.syscalls++
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
-			return false
+			if e.stopping.Load() {
+				return
+			}
+			awaitRoom(fd)
+			continue
 		case unix.EINTR:
 			continue
 		default:
-			e.refused(fd, e.from, errno)
-			e.from++
+			e.refused(fd, from, errno)
+			from++
 			continue
 		}
-		for _, r := range e.batch.runs[e.from : e.from+n] {
+		for _, r := range e.batch.runs[from : from+n] {
 			e.tally.packets += uint64(r.segments)
 			e.tally.bytes += uint64(r.payload)
 		}
-		e.from += n
+		from += n
 	}
-	return true
 }
 
 // refused deals with a message that the kernel would not send. A run that it

@@ -1,7 +1,6 @@
 package encap
 
 import (
-	"net"
 	"net/netip"
 	"os"
 	"sync/atomic"
@@ -42,38 +41,34 @@ func newTestNode(t testing.TB, addr, subnet string, last byte) *testNode {
 		}
 	}
 	n := &testNode{kernel: os.NewFile(uintptr(pair[1]), "kernel"), subnet: netip.MustParsePrefix(subnet), mac: [6]byte{2, 0, 0, 0, 0, last}}
-	device := os.NewFile(uintptr(pair[0]), "device")
-	socket, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(addr), 0)))
+	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.at = socket.LocalAddr().(*net.UDPAddr).AddrPort()
-	raw, err := socket.SyscallConn()
+	t.Cleanup(func() {
+		_, _ = unix.Close(pair[0]), unix.Close(socket)
+		n.kernel.Close()
+	})
+	here := netip.MustParseAddr(addr)
+	if err := unix.Bind(socket, &unix.SockaddrInet4{Addr: here.As4()}); err != nil {
+		t.Fatal(err)
+	}
+	name, err := unix.Getsockname(socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_GRO, 1)
-		if err == nil {
-			err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_RECVTOS, 1)
+	n.at = netip.AddrPortFrom(here, uint16(name.(*unix.SockaddrInet4).Port))
+	for _, o := range []struct{ level, name int }{{unix.SOL_UDP, unix.UDP_GRO}, {unix.SOL_IP, unix.IP_RECVTOS}} {
+		if err := unix.SetsockoptInt(socket, o.level, o.name, 1); err != nil {
+			t.Fatal(err)
 		}
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if err != nil {
-		t.Fatal(err)
 	}
 	n.options = Options{
-		Device: device, MTU: 1450,
-		IPv4:    Underlay{Socket: socket, VNI: testVNI, MAC: n.mac},
+		Device: NewDescriptor(pair[0]), MTU: 1450,
+		IPv4:    Underlay{Socket: NewDescriptor(socket), VNI: testVNI, MAC: n.mac},
 		Offload: allOn(), Egress: &Counters{}, Ingress: &Counters{},
 	}
 	n.loop = NewLoop(n.options)
-	t.Cleanup(func() {
-		device.Close()
-		n.kernel.Close()
-		socket.Close()
-	})
 	return n
 }
 

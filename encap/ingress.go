@@ -4,8 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"sync/atomic"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,12 +11,12 @@ import (
 // ingress is the receiving direction: one underlay socket to the device. One
 // goroutine runs it.
 type ingress struct {
-	table    *atomic.Pointer[Table]
-	device   uintptr // descriptor of the TUN device
+	*common
+	device   uintptr // descriptors of the TUN device
+	socket   uintptr // and of the socket
 	vni      uint32
 	mac      [6]byte // of this node's VTEP
 	mtu      int     // of the device
-	offload  *Offload
 	counters *Counters
 
 	batch *recvBatch
@@ -33,17 +31,17 @@ type ingress struct {
 	patience patience
 }
 
-func newIngress(table *atomic.Pointer[Table], device uintptr, u Underlay, mtu int, offload *Offload, counters *Counters) *ingress {
+func newIngress(c *common, device uintptr, u Underlay, mtu int, counters *Counters) *ingress {
 	g := &ingress{
-		table:    table,
+		common:   c,
 		device:   device,
+		socket:   uintptr(u.Socket.FD()),
 		vni:      u.VNI,
 		mac:      u.MAC,
 		mtu:      mtu,
-		offload:  offload,
 		counters: counters,
 		batch:    newRecvBatch(ingressMessages),
-		join:     newCoalescer(offload, 2*ingressMessages),
+		join:     newCoalescer(c.offload, 2*ingressMessages),
 		cut:      newSegmenter(),
 		asks:     ingressMessages,
 	}
@@ -55,53 +53,42 @@ func newIngress(table *atomic.Pointer[Table], device uintptr, u Underlay, mtu in
 // the network joins none, or up to 4 MB where it does.
 const ingressMessages = 64
 
-// run carries packets until the socket fails or its read deadline passes.
-func (g *ingress) run(socket syscall.RawConn) error {
-	var failure error
-	err := socket.Read(func(fd uintptr) bool {
-		g.patience.woken()
-		failure = g.drain(fd)
-		g.counters.Waits.Add(1)
-		g.patience.sleeps()
-		return failure != nil
-	})
-	if failure != nil {
-		return failure
-	}
-	return err
-}
-
-// drain delivers what the socket holds, and returns when it has been empty for
-// a moment.
-func (g *ingress) drain(socket uintptr) error {
+// drain delivers what the socket holds. With all set it returns when the
+// socket has been empty for a moment; else after one batch, and says whether
+// there was much.
+func (g *ingress) drain(all bool) (much bool, err error) {
 	for {
 		asked := g.asks
-		n, errno := g.batch.receive(socket, asked)
+		n, errno := g.batch.receive(g.socket, asked)
 		g.tally.syscalls++
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
 			g.tally.publish(g.counters)
-			if !g.patience.again() {
-				return nil
+			if !all || g.stopping.Load() || !g.patience.again() {
+				return false, nil
 			}
 			continue
 		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH:
 			continue // an ICMP error about something sent earlier
 		default:
-			return fmt.Errorf("receiving from the underlay: %w", errno)
+			return false, fmt.Errorf("receiving from the underlay: %w", errno)
 		}
 		table := g.table.Load()
 		before := g.tally.bytes
 		for i := range n {
 			g.message(table, g.batch.message(i))
 		}
-		g.asks = asksFor(n, g.tally.bytes-before)
+		bytes := g.tally.bytes - before
+		g.asks = asksFor(n, bytes)
 		g.flush()
 		g.tally.publish(g.counters)
+		if !all {
+			return n >= muchFrames || bytes >= muchBytes, nil
+		}
 		g.patience.fed()
-		if n < asked && !g.patience.busy {
-			return nil // the socket is empty; what comes later wakes us
+		if n < asked && !g.patience.busy || g.stopping.Load() {
+			return false, nil // the socket is empty; what comes later wakes us
 		}
 	}
 }

@@ -3,27 +3,28 @@ package encap
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/netip"
-	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
-	"syscall"
-	"time"
 )
 
-// Conn is an open file that the runtime can wait for: *os.File for the device,
-// *net.UDPConn for the underlay.
-type Conn interface {
-	syscall.Conn
-	SetDeadline(t time.Time) error
-}
+// Descriptor is an open file that does not block, and that the runtime's poller
+// does not watch: the loop waits for it by itself, and would the poller watch
+// it too, every packet would wake a thread more. The zero Descriptor is none.
+type Descriptor struct{ above int }
+
+// NewDescriptor returns the Descriptor of fd.
+func NewDescriptor(fd int) Descriptor { return Descriptor{fd + 1} }
+
+// FD returns the number, or -1 if there is none.
+func (d Descriptor) FD() int { return d.above - 1 }
 
 // Underlay is the socket of one underlay address family, and what a datagram
 // must bear to be meant for this node.
 type Underlay struct {
-	Socket Conn   // UDP, bound to this node's address and the VXLAN port
-	VNI    uint32 // 24 bits
+	Socket Descriptor // UDP, bound to this node's address and the VXLAN port
+	VNI    uint32     // 24 bits
 	MAC    [6]byte
 }
 
@@ -42,11 +43,11 @@ type Offload struct {
 // Options is what a Loop is made of. All fields are required unless they say
 // otherwise; the loop borrows the descriptors until Run has returned.
 type Options struct {
-	Device Conn // a TUN device with IFF_VNET_HDR and a header of 10 bytes
+	Device Descriptor // a TUN device with IFF_VNET_HDR and a header of 10 bytes
 	// Super is a TAP device with IFF_VNET_HDR, a header of 24 bytes and
 	// TUN_F_UDP_TUNNEL_GSO, of which every frame is redirected to the uplink.
-	// It is never read. May be nil.
-	Super   Conn
+	// It is never read. May be none.
+	Super   Descriptor
 	MTU     int // of the device, bytes
 	IPv4    Underlay
 	IPv6    Underlay // either may have no socket, where the family is not used
@@ -58,13 +59,20 @@ type Options struct {
 // Loop carries packets between one device and the underlay.
 type Loop struct {
 	options Options
-	table   atomic.Pointer[Table]
+	common
+}
+
+// common is what all directions of a loop look at.
+type common struct {
+	table    atomic.Pointer[Table]
+	offload  *Offload
+	stopping atomic.Bool // the context has ended
 }
 
 // NewLoop returns a loop with an empty table: it drops everything until
 // SetTable.
 func NewLoop(o Options) *Loop {
-	l := &Loop{options: o}
+	l := &Loop{options: o, common: common{offload: o.Offload}}
 	l.table.Store(NewTable(nil, nil))
 	return l
 }
@@ -79,60 +87,22 @@ func (l *Loop) Table() *Table { return l.table.Load() }
 // Run carries packets until ctx ends (nil) or a descriptor fails. Packets that
 // the kernel still holds then stay in it.
 func (l *Loop) Run(ctx context.Context) error {
-	device, err := l.options.Device.SyscallConn()
+	q, err := l.open()
 	if err != nil {
-		return fmt.Errorf("the tunnel device: %w", err)
+		return err
 	}
-	conns := []Conn{l.options.Device}
-	var sockets [2]syscall.RawConn
-	for i, u := range []Underlay{l.options.IPv4, l.options.IPv6} {
-		if u.Socket == nil {
-			continue
-		}
-		conns = append(conns, u.Socket)
-		if sockets[i], err = u.Socket.SyscallConn(); err != nil {
-			return fmt.Errorf("the underlay socket: %w", err)
-		}
-	}
-
+	defer q.close()
+	defer reserveProcessors(2)() // both goroutines may doze
+	l.stopping.Store(false)
 	ctx, cancel := context.WithCancelCause(ctx)
 	var running sync.WaitGroup
 	running.Go(func() {
 		<-ctx.Done()
-		setDeadlines(conns, time.Unix(1, 0)) // wakes every direction that waits
+		l.stopping.Store(true)
+		q.wake()
 	})
-	defer setDeadlines(conns, time.Time{})
-	start := func(run func() error) {
-		running.Go(func() {
-			err := run()
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				err = nil
-			}
-			cancel(err)
-		})
-	}
-	out := newEgress(&l.table, sockets, l.options.Offload, l.options.Egress)
-	if l.options.Super != nil {
-		super, err := l.options.Super.SyscallConn()
-		if err == nil {
-			err = super.Control(func(fd uintptr) { out.super = fd })
-		}
-		if err != nil {
-			cancel(fmt.Errorf("the device for super-frames: %w", err))
-		}
-	}
-	start(func() error { return out.run(device) })
-	for i, u := range []Underlay{l.options.IPv4, l.options.IPv6} {
-		if sockets[i] == nil {
-			continue
-		}
-		in, err := l.newIngress(device, u)
-		if err != nil {
-			cancel(err)
-			break
-		}
-		start(func() error { return in.run(sockets[i]) })
-	}
+	running.Go(func() { cancel(q.serve()) })
+	running.Go(func() { cancel(q.serveDevice()) })
 	running.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
 		return err
@@ -140,20 +110,36 @@ func (l *Loop) Run(ctx context.Context) error {
 	return nil
 }
 
-func (l *Loop) newIngress(device syscall.RawConn, u Underlay) (*ingress, error) {
-	var fd uintptr
-	if err := device.Control(func(d uintptr) { fd = d }); err != nil {
-		return nil, fmt.Errorf("the tunnel device: %w", err)
+// open puts the parts of the loop together.
+func (l *Loop) open() (*queue, error) {
+	o := l.options
+	device := uintptr(o.Device.FD())
+	var in []*ingress
+	for _, u := range []Underlay{o.IPv4, o.IPv6} {
+		if u.Socket.FD() >= 0 {
+			in = append(in, newIngress(&l.common, device, u, o.MTU, o.Ingress))
+		}
 	}
-	return newIngress(&l.table, fd, u, l.options.MTU, l.options.Offload, l.options.Ingress), nil
+	out := newEgress(&l.common, [2]int{o.IPv4.Socket.FD(), o.IPv6.Socket.FD()}, o.Egress)
+	out.super = uintptr(o.Super.FD())
+	return newQueue(&l.common, device, out, in)
 }
 
-func setDeadlines(conns []Conn, t time.Time) {
-	for _, c := range conns {
-		// A closed descriptor has woken its reader already.
-		_ = c.SetDeadline(t)
+// reserveProcessors adds n to those that the runtime may use at once, for
+// goroutines that doze, and returns what takes them away again.
+func reserveProcessors(n int) (undo func()) {
+	processors.Lock()
+	defer processors.Unlock()
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + n)
+	return func() {
+		processors.Lock()
+		defer processors.Unlock()
+		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) - n)
 	}
 }
+
+// processors keeps loops from changing GOMAXPROCS at once.
+var processors sync.Mutex
 
 // PeerTo returns the VXLAN peer that leases subnet: its datagrams go to
 // underlay with the given VNI and Ethernet addresses.

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"syscall"
 	"testing"
 	"time"
 
@@ -325,24 +324,17 @@ func TestNothingIsAllocated(t *testing.T) {
 	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
 	meet(a, b)
-	descriptor := func(c Conn) (fd uintptr) {
-		raw, err := c.SyscallConn()
-		if err == nil {
-			err = raw.Control(func(d uintptr) { fd = d })
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return fd
-	}
-	raw, err := a.options.IPv4.Socket.SyscallConn()
+	out := newEgress(&a.loop.common, [2]int{a.options.IPv4.Socket.FD(), -1}, a.options.Egress)
+	in := newIngress(&b.loop.common, uintptr(b.options.Device.FD()), b.options.IPv4, 1450, b.options.Ingress)
+	device := uintptr(a.options.Device.FD())
+	raw, err := b.kernel.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := newEgress(&a.loop.table, [2]syscall.RawConn{raw}, a.options.Offload, a.options.Egress)
-	in := newIngress(&b.loop.table, descriptor(b.options.Device), b.options.IPv4, 1450, b.options.Offload, b.options.Ingress)
-	device, socket := descriptor(a.options.Device), descriptor(b.options.IPv4.Socket)
-	kernel := descriptor(b.kernel)
+	var kernel uintptr
+	if err := raw.Control(func(d uintptr) { kernel = d }); err != nil {
+		t.Fatal(err)
+	}
 	discard := make([]byte, maxFrame)
 	frame := make([]byte, vnetHeaderLen)
 	(&vnetHeader{flags: vnetNeedsCsum, csumStart: 20, csumOffset: 16, gsoType: gsoTCP4, gsoSize: 1398}).put(frame)
@@ -354,10 +346,10 @@ func TestNothingIsAllocated(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := out.drain(device); err != nil {
+		if _, err := out.drain(device, true); err != nil {
 			t.Fatal(err)
 		}
-		if err := in.drain(socket); err != nil {
+		if _, err := in.drain(true); err != nil {
 			t.Fatal(err)
 		}
 		for {
@@ -417,7 +409,7 @@ func openFiles(t *testing.T) int {
 // TestNoChannelOnThePath keeps channels, select and locks out of the files
 // that every packet goes through.
 func TestNoChannelOnThePath(t *testing.T) {
-	for _, name := range []string{"egress.go", "ingress.go", "batch.go", "coalesce.go", "segment.go", "packet.go", "checksum.go", "patience.go", "peers.go", "vnet.go", "vxlan.go", "syscalls.go"} {
+	for _, name := range []string{"egress.go", "ingress.go", "batch.go", "coalesce.go", "segment.go", "packet.go", "checksum.go", "patience.go", "peers.go", "vnet.go", "vxlan.go", "syscalls.go", "superframe.go", "queue.go"} {
 		f, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
 		if err != nil {
 			t.Fatal(err)

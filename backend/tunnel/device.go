@@ -3,9 +3,9 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
-	"os"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -16,14 +16,13 @@ import (
 
 // device is a TUN device with a virtio header before every frame.
 type device struct {
-	tun  tun.Device
-	file *os.File // the tun's own; its Read and Write are ours alone
-	uso  bool     // the kernel takes and gives UDP frames to be cut (Linux 6.2)
+	fd  int
+	uso bool // the kernel takes and gives UDP frames to be cut (Linux 6.2)
 }
 
 // openDevice makes a TUN device through wireguard's package, which asks for
 // the virtio header and TCP offload. That package's own Read and Write cut and
-// copy, so the loop works on the file.
+// copy, so only the descriptor is kept of it.
 func openDevice(name string, mtu int, log *slog.Logger) (*device, error) {
 	t, err := tun.CreateTUN(name, mtu)
 	switch {
@@ -36,35 +35,56 @@ func openDevice(name string, mtu int, log *slog.Logger) (*device, error) {
 	case err != nil:
 		return nil, fmt.Errorf("making the TUN device %s: %w", name, err)
 	}
-	d := &device{tun: t, file: t.File()}
 	go func() {
-		for range t.Events() { // the package insists on telling
+		for range t.Events() { // the package insists on telling, until it is closed
 		}
 	}()
-	raw, err := d.file.SyscallConn()
-	if err != nil {
-		return nil, errors.Join(err, t.Close())
+	d := &device{}
+	d.fd, err = detach(t.File())
+	// The rest of it only listens for changes of the link.
+	if err := errors.Join(err, ignoreClosed(t.Close())); err != nil {
+		return nil, fmt.Errorf("taking over the TUN device %s: %w", name, err)
 	}
 	const tcp = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
-	d.uso = setOffload(raw, tcp|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil
+	d.uso = setOffload(d.fd, tcp|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil
 	if !d.uso {
-		if err := setOffload(raw, tcp); err != nil {
-			return nil, errors.Join(fmt.Errorf("setting the offloads of %s: %w", name, err), t.Close())
+		if err := setOffload(d.fd, tcp); err != nil {
+			return nil, errors.Join(fmt.Errorf("setting the offloads of %s: %w", name, err), d.close())
 		}
 	}
 	log.Debug("device opened", "device", name, "uso", d.uso)
 	return d, nil
 }
 
-func setOffload(raw syscall.RawConn, flags int) error {
-	var err error
-	if e := raw.Control(func(fd uintptr) { err = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, flags) }); e != nil {
-		return e
+func setOffload(fd, flags int) error { return unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, flags) }
+
+func (d *device) close() error { return unix.Close(d.fd) }
+
+// detach returns a descriptor of what c has open, which the runtime's poller
+// does not watch, and closes c. The caller closes the descriptor.
+func detach(c interface {
+	syscall.Conn
+	io.Closer
+},
+) (fd int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, errors.Join(err, c.Close())
+	}
+	var failure error
+	err = raw.Control(func(d uintptr) { fd, failure = unix.FcntlInt(d, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(err, failure, c.Close()); err != nil {
+		return -1, err
+	}
+	return fd, nil
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, fs.ErrClosed) {
+		return nil
 	}
 	return err
 }
-
-func (d *device) close() error { return d.tun.Close() }
 
 // gsoMaxSegments is the most that the loop cuts a frame into. A frame that asks
 // for more, of tiny segments, is cut by the kernel before it reaches the

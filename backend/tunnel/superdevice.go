@@ -3,7 +3,6 @@ package tunnel
 import (
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -18,7 +17,7 @@ const SuperDeviceName = "culvert0s"
 // where the kernel or the hardware cuts it. Nothing is read from it, and it
 // has no address.
 type superDevice struct {
-	file *os.File
+	fd   int
 	link netlink.Link
 }
 
@@ -40,29 +39,28 @@ func openSuperDevice() (*superDevice, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening /dev/net/tun: %w", err)
 	}
-	d := &superDevice{}
-	if err := d.prepare(fd); err != nil {
+	d := &superDevice{fd: fd}
+	if err := d.prepare(); err != nil {
 		return nil, errors.Join(fmt.Errorf("making the TAP device %s: %w", SuperDeviceName, err), unix.Close(fd))
 	}
-	d.file = os.NewFile(uintptr(fd), SuperDeviceName)
 	return d, nil
 }
 
-func (d *superDevice) prepare(fd int) error {
+func (d *superDevice) prepare() error {
 	request, err := unix.NewIfreq(SuperDeviceName)
 	if err != nil {
 		return err
 	}
 	request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+	if err := unix.IoctlIfreq(d.fd, unix.TUNSETIFF, request); err != nil {
 		return fmt.Errorf("TUNSETIFF: %w", err)
 	}
-	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, superHeaderLen); err != nil {
+	if err := unix.IoctlSetPointerInt(d.fd, unix.TUNSETVNETHDRSZ, superHeaderLen); err != nil {
 		return fmt.Errorf("TUNSETVNETHDRSZ: %w", err)
 	}
 	const offloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6 | unix.TUN_F_USO4 | unix.TUN_F_USO6 |
 		tunFUDPTunnelGSO | tunFUDPTunnelGSOCsum
-	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloads); err != nil {
+	if err := unix.IoctlSetInt(d.fd, unix.TUNSETOFFLOAD, offloads); err != nil {
 		return errors.Join(errNoSuperFrames, err)
 	}
 	if d.link, err = netlink.LinkByName(SuperDeviceName); err != nil {
@@ -119,4 +117,4 @@ func redirects(f netlink.Filter, uplink int) bool {
 	return ok && a.Ifindex == uplink && a.MirredAction == netlink.TCA_EGRESS_REDIR
 }
 
-func (d *superDevice) close() error { return d.file.Close() }
+func (d *superDevice) close() error { return unix.Close(d.fd) }

@@ -52,7 +52,7 @@ type Tunnel struct {
 	options Options
 	mtu     int
 	device  *device
-	sockets []*net.UDPConn
+	sockets []int        // descriptors
 	super   *superDevice // nil if there is none, and then noSuper says why
 	noSuper string
 	uplink  *uplink // watches for super; nil if super is
@@ -83,7 +83,7 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
-		Device: t.device.file, MTU: t.mtu,
+		Device: encap.NewDescriptor(t.device.fd), MTU: t.mtu,
 		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
 	}
 	for _, e := range o.Lease.Endpoints {
@@ -92,7 +92,7 @@ func Open(o Options) (*Tunnel, error) {
 			return nil, errors.Join(err, t.Close(backend.Keep))
 		}
 		t.sockets = append(t.sockets, socket)
-		side := encap.Underlay{Socket: socket, VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
+		side := encap.Underlay{Socket: encap.NewDescriptor(socket), VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
 		if e.Public.Is4() {
 			loop.IPv4 = side
 		} else {
@@ -106,7 +106,7 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	if t.super != nil {
-		loop.Super = t.super.file
+		loop.Super = encap.NewDescriptor(t.super.fd)
 	}
 	t.loop = encap.NewLoop(loop)
 	return t, nil
@@ -270,7 +270,7 @@ func traffic(c *encap.Counters) api.Traffic {
 func (t *Tunnel) Close(how backend.How) error {
 	var errs []error
 	for _, s := range t.sockets {
-		errs = append(errs, s.Close())
+		errs = append(errs, unix.Close(s))
 	}
 	if t.super != nil {
 		errs = append(errs, t.super.close())
@@ -301,8 +301,9 @@ func (t *Tunnel) makeWay() error {
 	return nil
 }
 
-// listen opens a UDP socket bound to the node's underlay address.
-func listen(at netip.AddrPort) (*net.UDPConn, error) {
+// listen opens a UDP socket bound to the node's underlay address, and returns
+// its descriptor.
+func listen(at netip.AddrPort) (int, error) {
 	network := "udp4"
 	if at.Addr().Is6() {
 		network = "udp6"
@@ -310,10 +311,10 @@ func listen(at netip.AddrPort) (*net.UDPConn, error) {
 	lc := net.ListenConfig{Control: setSocketOptions}
 	c, err := lc.ListenPacket(context.Background(), network, at.String())
 	if errors.Is(err, unix.EADDRINUSE) {
-		return nil, fmt.Errorf("UDP port %d is taken: is a kernel vxlan device up (`ip -d link show type vxlan`), or flanneld running?: %w", at.Port(), err)
+		return -1, fmt.Errorf("UDP port %d is taken: is a kernel vxlan device up (`ip -d link show type vxlan`), or flanneld running?: %w", at.Port(), err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("opening the tunnel's socket: %w", err)
+		return -1, fmt.Errorf("opening the tunnel's socket: %w", err)
 	}
-	return c.(*net.UDPConn), nil
+	return detach(c.(*net.UDPConn))
 }
