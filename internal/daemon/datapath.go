@@ -72,7 +72,7 @@ func (d *node) open(c subnet.Config, l subnet.Lease, n backend.Node) (backend.Ba
 		return tunnel.Open(tunnel.Options{
 			Node: n, Config: c, Lease: l, Why: why, Replaces: replaces,
 			Switches: d.options.Switches,
-			Log: d.log,
+			Log:      d.log,
 		})
 	}
 	k := backend.KernelOptions{Node: n, Format: format, Why: why, Replaces: replaces, Log: d.log}
