@@ -28,12 +28,18 @@ type pings struct {
 	mu      sync.Mutex
 	missing map[uint64]time.Time // sent, not answered
 	sent    uint64
+	every   time.Duration
 }
 
 const pingEvery = 10 * time.Millisecond
 
 // startPings sends until stop is called, or the test ends.
 func startPings(t testing.TB, from, to *lab.Pod) *pings {
+	t.Helper()
+	return startPingsEvery(t, from, to, pingEvery)
+}
+
+func startPingsEvery(t testing.TB, from, to *lab.Pod, every time.Duration) *pings {
 	t.Helper()
 	network, protocol := "ip4:icmp", 1
 	var request, reply icmp.Type = ipv4.ICMPTypeEcho, ipv4.ICMPTypeEchoReply
@@ -46,11 +52,11 @@ func startPings(t testing.TB, from, to *lab.Pod) *pings {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &pings{cancel: cancel, missing: map[uint64]time.Time{}}
+	p := &pings{cancel: cancel, missing: map[uint64]time.Time{}, every: every}
 	id := os.Getpid() & 0xffff
 	p.running.Go(func() {
 		defer conn.Close()
-		tick := time.NewTicker(pingEvery)
+		tick := time.NewTicker(every)
 		defer tick.Stop()
 		for ctx.Err() == nil {
 			p.mu.Lock()
@@ -98,6 +104,26 @@ func (p *pings) stop() (sent, lost int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return int(p.sent), len(p.missing)
+}
+
+// gap is, after stop, the longest time without an answer, as far as the pings
+// tell.
+func (p *pings) gap() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	longest := time.Duration(0)
+	for n, at := range p.missing {
+		if _, before := p.missing[n-1]; before {
+			continue
+		}
+		last := at
+		for next, ok := p.missing[n]; ok; next, ok = p.missing[n] {
+			last = next
+			n++
+		}
+		longest = max(longest, last.Sub(at)+p.every)
+	}
+	return longest
 }
 
 // lostSoFar counts those that should have been answered by now.

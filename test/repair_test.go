@@ -1,0 +1,212 @@
+package test
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/host"
+)
+
+// TestRepairs does to a node, while traffic goes through it, what other programs
+// do to the network of a host: all of it is undone within 5 s, is counted by
+// kind, and no connection is lost.
+//
+//	pod ── n1 cvt.1 ── underlay ── cvt.1 n2 ── pod
+//	        ▲ harm
+func TestRepairs(t *testing.T) {
+	c := newCluster(t, 2)
+	c.datapath = "kernel"
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		c.start(n)
+	}
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	n := c.Nodes[0]
+	pods := c.pods()
+	flow := startFlow(t, pods[0], pods[1])
+	ping(t, pods[0], pods[1])
+
+	device := func() netlink.Link {
+		l, err := netlink.LinkByName("cvt.1")
+		if err != nil {
+			t.Error(err)
+			return &netlink.GenericLink{}
+		}
+		return l
+	}
+	ours := func(harm func(netlink.Route) error) error {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		for _, r := range routes {
+			if err == nil {
+				err = harm(r)
+			}
+		}
+		return err
+	}
+	neighbours := func(family int) error {
+		all, err := netlink.NeighList(device().Attrs().Index, family)
+		for _, e := range all {
+			if err == nil && e.State&netlink.NUD_PERMANENT != 0 {
+				err = netlink.NeighDel(&e)
+			}
+		}
+		return err
+	}
+	for _, harm := range []struct {
+		what string
+		kind host.Kind
+		do   func() error
+	}{
+		{"the routes go, as systemd-networkd takes them", host.KindRoute, func() error { return ours(func(r netlink.Route) error { return netlink.RouteDel(&r) }) }},
+		{"the neighbours go", host.KindNeighbour, func() error { return neighbours(netlink.FAMILY_V4) }},
+		{"the FDB goes", host.KindFDB, func() error { return neighbours(unix.AF_BRIDGE) }},
+		{"the device goes", host.KindLink, func() error { return netlink.LinkDel(device()) }},
+		{"the device is set down", host.KindLink, func() error { return netlink.LinkSetDown(device()) }},
+		{"the device's MTU is changed", host.KindLink, func() error { return netlink.LinkSetMTU(device(), 1300) }},
+		{"the addresses go", host.KindAddress, func() error {
+			addrs, err := netlink.AddrList(device(), netlink.FAMILY_ALL)
+			for _, a := range addrs {
+				if err == nil {
+					err = netlink.AddrDel(device(), &a)
+				}
+			}
+			return err
+		}},
+		{"nft flush ruleset", host.KindNFTables, func() error {
+			c, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			c.FlushRuleset()
+			return c.Flush()
+		}},
+		{"forwarding is turned off", host.KindSysctl, func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0) }},
+		{"somebody else's device of our name", host.KindLink, func() error {
+			if err := netlink.LinkDel(device()); err != nil {
+				return err
+			}
+			return netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cvt.1"}})
+		}},
+	} {
+		t.Run(harm.what, func(t *testing.T) {
+			s, err := c.status(n)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := s.Datapath.Repairs[string(harm.kind)]
+			if err := n.Do(harm.do); err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			c.wait(n, "repairs", func(s api.Status) bool { return s.Datapath.Repairs[string(harm.kind)] > before })
+			ping(t, pods[1], pods[0])
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("repaired after %s", took)
+			}
+			c.goesOn(flow)
+		})
+	}
+	turns, longest, err := flow.stop()
+	t.Logf("the connection went to and fro %d times, with %s at the longest", turns, longest)
+	if err != nil {
+		t.Errorf("the connection: %v", err)
+	}
+}
+
+// goesOn waits until a connection carries again.
+func (c *cluster) goesOn(f *flow) {
+	c.t.Helper()
+	turns := func() uint64 {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.turns
+	}
+	before := turns()
+	eventually(c.t, "the connection goes on", func() error {
+		if turns() < before+5 {
+			return fmt.Errorf("%d times to and fro", turns()-before)
+		}
+		return nil
+	})
+}
+
+// TestOthersAreLeftAlone has things beside culvert's that look alike: none is
+// touched, by a daemon, its repairs, or culvert cleanup.
+func TestOthersAreLeftAlone(t *testing.T) {
+	c := newCluster(t, 1)
+	c.datapath = "kernel"
+	c.setConfig(config)
+	n := c.Nodes[0]
+	other := netip.MustParsePrefix("10.5.222.0/24")
+	if err := n.Do(func() error {
+		if err := netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "cvt.x1"}, VxlanId: 77, Port: 8472}); err != nil {
+			return err
+		}
+		under, err := netlink.LinkByName(n.Link)
+		if err != nil {
+			return err
+		}
+		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: under.Attrs().Index, Dst: host.IPNet(other), Protocol: 66, Scope: netlink.SCOPE_LINK}); err != nil {
+			return err
+		}
+		nft, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		nft.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "culvert"})
+		return nft.Flush()
+	}); err != nil {
+		t.Fatal(err)
+	}
+	p := c.start(n)
+	c.waitReady(n, 0)
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	state := func() (all []string) {
+		if err := n.Do(func() (err error) { all, err = kernelState(); return err }); err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	if got := fmt.Sprint(state()); got != "[unreachable 10.5.0.0/16 index 0 link cvt.x1 link cvt.1]" {
+		t.Errorf("after SIGTERM there is %s: forwarding should stay in place", got)
+	}
+	if _, err := n.Run(t.Context(), c.bin+"/culvert", "cleanup", "--run-dir", n.RunDir); err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(state()); got != "[link cvt.x1]" {
+		t.Errorf("after culvert cleanup there is %s", got)
+	}
+	if err := n.Do(func() error {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: 66}, netlink.RT_FILTER_PROTOCOL)
+		if err == nil && len(routes) != 1 {
+			err = fmt.Errorf("somebody else's route is gone: %v", routes)
+		}
+		if err != nil {
+			return err
+		}
+		nft, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		tables, err := nft.ListTables()
+		if err == nil && (len(tables) != 1 || tables[0].Family != nftables.TableFamilyIPv4) {
+			err = fmt.Errorf("somebody else's table is gone, or ours is not: %v", tables)
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
