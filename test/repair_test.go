@@ -209,4 +209,3 @@ func TestOthersAreLeftAlone(t *testing.T) {
 		t.Error(err)
 	}
 }
-

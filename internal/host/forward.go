@@ -100,7 +100,7 @@ func readForward(c *nftables.Conn, chains []*nftables.Chain) (forwardReading, er
 // legacy looks for the iptables of old, whose tables nftables does not show.
 func legacy() []string {
 	var all []string
-	for _, f := range [][2]string{{"/proc/net/ip_tables_names", "iptables"}, {"/proc/net/ip6_tables_names", "ip6tables"}} {
+	for _, f := range [][2]string{{"/proc/thread-self/net/ip_tables_names", "iptables"}, {"/proc/thread-self/net/ip6_tables_names", "ip6tables"}} {
 		b, err := os.ReadFile(f[0])
 		if err == nil && slices.Contains(strings.Fields(string(b)), "filter") {
 			all = append(all, fmt.Sprintf("the legacy %s is in use, which cannot be read here: see that its FORWARD chain lets the cluster network through (`%s-legacy -S FORWARD`)", f[1], f[1]))
@@ -145,40 +145,68 @@ func (f *forwardChain) gather(rules []*nftables.Rule, chain string) {
 				continue
 			}
 			if text, ok := m.Info.(*xt.Comment); ok && *text == forwardComment {
-				f.ours = append(f.ours, forwardRule{matchText(r.Exprs), r.Handle, chain})
+				f.ours = append(f.ours, forwardRule{matchText(r.Exprs, f.is4), r.Handle, chain})
 			}
 		}
 	}
 }
 
+// forwardMatch matches an address as iptables does: where the prefix ends with a
+// byte, by as many bytes as it has.
+func forwardMatch(field string, n netip.Prefix) []expr.Any {
+	exprs := address(field, true, n.Masked()).exprs
+	if n.Bits()%8 != 0 || n.Bits() == 0 {
+		return exprs
+	}
+	load, compare := *exprs[0].(*expr.Payload), *exprs[2].(*expr.Cmp)
+	load.Len = uint32(n.Bits() / 8)
+	compare.Data = compare.Data[:load.Len]
+	return []expr.Any{&load, &compare}
+}
+
 // matchText reads the prefix of a rule of ours back, as iptables' flag: "-s
-// 10.5.0.0/16", or "" if it is not as we write it.
-func matchText(exprs []expr.Any) string {
-	if len(exprs) < 3 {
-		return ""
-	}
-	p, _ := exprs[0].(*expr.Payload)
-	b, _ := exprs[1].(*expr.Bitwise)
-	c, _ := exprs[2].(*expr.Cmp)
-	if p == nil || b == nil || c == nil || c.Op != expr.CmpOpEq {
-		return ""
-	}
-	a, ok := netip.AddrFromSlice(c.Data)
-	if !ok {
-		return ""
-	}
-	bits := 0
-	for _, m := range b.Mask {
-		for ; m&0x80 != 0; m <<= 1 {
-			bits++
+// 10.5.0.0/16", or "" if it is not as we, or iptables-restore, write it.
+func matchText(exprs []expr.Any, is4 bool) string {
+	var load *expr.Payload
+	var compare *expr.Cmp
+	bits := -1
+	for _, e := range exprs {
+		switch e := e.(type) {
+		case *expr.Payload:
+			load = e
+		case *expr.Bitwise:
+			bits = 0
+			for _, m := range e.Mask {
+				for ; m&0x80 != 0; m <<= 1 {
+					bits++
+				}
+			}
+		case *expr.Cmp:
+			compare = e
 		}
 	}
-	flag := "-s"
-	if p.Offset == addressOffset("daddr", a.Is4()) {
-		flag = "-d"
+	if load == nil || compare == nil || compare.Op != expr.CmpOpEq {
+		return ""
 	}
-	return flag + " " + netip.PrefixFrom(a, bits).String()
+	if bits < 0 {
+		bits = 8 * len(compare.Data)
+	}
+	full := make([]byte, 16)
+	if is4 {
+		full = full[:4]
+	}
+	copy(full, compare.Data)
+	a, _ := netip.AddrFromSlice(full)
+	for flag, field := range forwardFlags {
+		if load.Offset == addressOffset(field, is4) {
+			return flag + " " + netip.PrefixFrom(a, bits).String()
+		}
+	}
+	return ""
 }
+
+// forwardFlags are iptables' flags for the fields of addresses.
+var forwardFlags = map[string]string{"-s": "saddr", "-d": "daddr"}
 
 // diffForward returns the steps that put an accept for each network where its
 // packets would be dropped, and take away any other of ours.
@@ -192,10 +220,10 @@ func diffForward(have forwardReading, networks []netip.Prefix) []step {
 				if n.Addr().Is4() != f.is4 {
 					continue
 				}
-				for flag, field := range map[string]string{"-s": "saddr", "-d": "daddr"} {
+				for flag, field := range forwardFlags {
 					text := flag + " " + n.Masked().String()
 					want = append(want, text)
-					exprs[text] = address(field, true, n).exprs
+					exprs[text] = forwardMatch(field, n)
 				}
 			}
 			slices.Sort(want)

@@ -1,0 +1,131 @@
+package vxlan_test
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"testing"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"culvert/backend/vxlan"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+	"culvert/subnet"
+)
+
+// many is a cluster of n peers, the last of which lives at the given address.
+func many(t testing.TB, n int, last string) subnet.Snapshot {
+	c, _, err := subnet.ParseConfig([]byte(`{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := subnet.Snapshot{Config: c, Self: lease(1)}
+	s.Self.Endpoints = s.Self.Endpoints[:1]
+	for k := range n {
+		name := fmt.Sprintf("peer-%d", k)
+		s.Peers = append(s.Peers, subnet.Lease{Node: name, Backend: "vxlan", Endpoints: []subnet.Endpoint{{
+			Subnet: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(64 + k>>8), byte(k), 0}), 24),
+			Public: netip.AddrFrom4([4]byte{198, 19, byte(k >> 8), byte(k)}),
+			VTEP:   subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(name, 1, false)},
+		}}})
+	}
+	if n > 0 {
+		s.Peers[n-1].Endpoints[0].Public = netip.MustParseAddr(last)
+	}
+	return s
+}
+
+// applier applies snapshots in a node, as the datapath does.
+func applier(t testing.TB, n *lab.Node) (apply func(subnet.Snapshot), k *host.Keeper) {
+	k = host.NewKeeper(n.Link, slog.New(slog.DiscardHandler))
+	return func(s subnet.Snapshot) {
+		t.Helper()
+		err := n.Do(func() error {
+			return k.Apply(func(v host.View) (host.State, error) {
+				w, err := vxlan.Plan(node(), s, v)
+				return w.State, err
+			})
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}, k
+}
+
+// TestThousandPeers counts what an apply writes: each peer once, one peer's
+// change alone, and nothing where nothing changed, by our own count and by the
+// kernel's notifications.
+func TestThousandPeers(t *testing.T) {
+	const peers = 1000
+	n := newNode(t)
+	apply, k := applier(t, n)
+	apply(many(t, 0, ""))
+	written := func(s subnet.Snapshot) uint64 {
+		before := k.Standing().Writes
+		apply(s)
+		return k.Standing().Writes - before
+	}
+	// A route, a neighbour and an FDB entry each, and the set in messages of 200.
+	if got, want := written(many(t, peers, "198.19.200.1")), uint64(3*peers+peers/200); got != want {
+		t.Errorf("%d peers: %d changes, want %d", peers, got, want)
+	}
+	// One moves: its FDB entry, and its element of the set out and in.
+	if got := written(many(t, peers, "198.19.200.2")); got != 3 {
+		t.Errorf("one of them moves: %d changes", got)
+	}
+
+	var socket *nl.NetlinkSocket
+	if err := n.Do(func() (err error) {
+		socket, err = nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_IFADDR)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	if got := written(many(t, peers, "198.19.200.2")); got != 0 {
+		t.Errorf("nothing changed: %d changes", got)
+	}
+	if err := socket.SetReceiveTimeout(&unix.Timeval{Usec: 200_000}); err != nil {
+		t.Fatal(err)
+	}
+	if messages, _, err := socket.Receive(); err == nil {
+		t.Errorf("nothing changed, and the kernel says %v", messages)
+	}
+}
+
+// BenchmarkApply is how long a node needs for 1,000 peers: all of them at once,
+// one that changes, and none.
+func BenchmarkApply(b *testing.B) {
+	const peers = 1000
+	b.Run("all", func(b *testing.B) {
+		n := newNode(b)
+		apply, _ := applier(b, n)
+		for range b.N {
+			b.StopTimer()
+			apply(many(b, 0, ""))
+			b.StartTimer()
+			apply(many(b, peers, "198.19.200.1"))
+		}
+	})
+	b.Run("one", func(b *testing.B) {
+		n := newNode(b)
+		apply, _ := applier(b, n)
+		apply(many(b, peers, "198.19.200.1"))
+		b.ResetTimer()
+		for i := range b.N {
+			apply(many(b, peers, fmt.Sprintf("198.19.200.%d", 2+i%2)))
+		}
+	})
+	b.Run("none", func(b *testing.B) {
+		n := newNode(b)
+		apply, _ := applier(b, n)
+		s := many(b, peers, "198.19.200.1")
+		apply(s)
+		b.ResetTimer()
+		for range b.N {
+			apply(s)
+		}
+	})
+}
