@@ -46,6 +46,6 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 		}
 		state.Routes = append(state.Routes, r)
 	}
-	state.Firewall.Tunnels = []host.Tunnel{{Network: network, Received: true, Peers: backend.Sources(peers)}}
+	state.Firewall.Tunnels = []host.Tunnel{{Network: network, Device: DeviceName, Subnet: self.Subnet, Peers: backend.Sources(peers)}}
 	return w, nil
 }

@@ -58,7 +58,7 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 			state.Routes = append(state.Routes, host.Route{To: p.Subnet, Via: vtep, Link: link.Name, OnLink: true})
 		}
 		state.Firewall.Tunnels = append(state.Firewall.Tunnels, host.Tunnel{
-			Port: link.VXLAN.Port, VNI: link.VXLAN.VNI, Network: network, Received: true, Peers: backend.Sources(peers),
+			Port: link.VXLAN.Port, VNI: link.VXLAN.VNI, Network: network, Device: link.Name, Subnet: self.Subnet, Peers: backend.Sources(peers),
 		})
 	}
 	return w, nil

@@ -120,6 +120,26 @@ func transport(offset, length uint32, equal bool, data []byte) rule {
 	}, ""}
 }
 
+// innerDestination compares the inner destination of an IPIP packet.
+func innerDestination(p netip.Prefix) rule {
+	mask, data := IPNet(p).Mask, p.Masked().Addr().AsSlice()
+	return rule{fmt.Sprintf("@th,128,32 & 0x%x == 0x%x", []byte(mask), data), []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: addressOffset("daddr", true), Len: 4},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data},
+	}, ""}
+}
+
+// inputDevice matches what came in by a device.
+func inputDevice(name string) rule {
+	data := make([]byte, unix.IFNAMSIZ)
+	copy(data, name)
+	return rule{fmt.Sprintf("iifname %q", name), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data},
+	}, ""}
+}
+
 func marked() rule {
 	mark := binaryutil.NativeEndian.PutUint32(kubeMark)
 	return rule{"meta mark & 0x4000 == 0x4000", []expr.Any{

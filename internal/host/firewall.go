@@ -28,11 +28,14 @@ type Masquerade struct {
 
 // Tunnel says which encapsulated packets are to be.
 type Tunnel struct {
-	Port     uint16       // UDP, of VXLAN; 0 for IPIP
-	VNI      uint32       // of VXLAN
-	Network  netip.Prefix // the cluster's; of the inner family, which is also the outer one
-	Received bool         // by the kernel, which does not check: these rules do
-	Peers    []Source     // if Received
+	Port    uint16       // UDP, of VXLAN; 0 for IPIP
+	VNI     uint32       // of VXLAN
+	Network netip.Prefix // the cluster's; of the inner family, which is also the outer one
+	// Device is the kernel's that takes packets off the wire. It checks nothing:
+	// these rules do. Empty where a process takes them.
+	Device string
+	Subnet netip.Prefix // this node's, if there is a Device
+	Peers  []Source     // if there is a Device
 }
 
 // Source is a pair that belongs together: a peer's underlay address and the
@@ -91,13 +94,14 @@ func (t Tunnel) is() rule {
 // that is not in its subnet.
 //
 // They stand in the input hook, where fragments are whole again and the device
-// has not seen the packet.
+// has not seen the packet. IPIP has no number of its own like the VNI: its packets are ours
+// if they lead into the cluster network.
 func (t Tunnel) received() []rule {
 	is4 := t.Network.Addr().Is4()
 	named := map[bool]string{true: "meta nfproto ipv4", false: "meta nfproto ipv6"}
 	is := all(familyIs(is4, named[is4]), t.is())
 	if t.Port == 0 {
-		return []rule{all(is, t.notOf(0), drop("ingress-source"))}
+		return []rule{all(is, innerDestination(t.Network), t.notOf(0), drop("ingress-source"))}
 	}
 	is = all(is, transport(vxlanVNI, 3, true, []byte{byte(t.VNI >> 16), byte(t.VNI >> 8), byte(t.VNI)}))
 	ethertype := []byte{0x08, 0x00}
@@ -108,6 +112,12 @@ func (t Tunnel) received() []rule {
 		all(is, transport(vxlanEtherType, 2, false, ethertype), drop("ingress-protocol")),
 		all(is, t.notOf(vxlanInner), drop("ingress-source")),
 	}
+}
+
+// unpacked returns the line that drops what came out of the tunnel and is for
+// nobody in this node's subnet: the node is no router into other networks.
+func (t Tunnel) unpacked() rule {
+	return all(inputDevice(t.Device), familyIs(t.Network.Addr().Is4(), ""), address("daddr", false, t.Subnet), drop("ingress-destination"))
 }
 
 // sent returns the line that drops tunnel packets that a pod makes itself: with
@@ -135,16 +145,17 @@ func (f Firewall) table() *table {
 		}
 		t.chains = append(t.chains, chain{"postrouting", lines})
 	}
-	var in, out []rule
+	var in, inner, out []rule
 	for _, tunnel := range f.Tunnels {
-		if tunnel.Received {
+		if tunnel.Device != "" {
 			in = append(in, tunnel.received()...)
+			inner = append(inner, tunnel.unpacked())
 			t.sets = append(t.sets, set{tunnel.setName(), tunnel.Network.Addr().Is4(), tunnel.Peers})
 		}
 		out = append(out, tunnel.sent())
 	}
 	if len(in) > 0 {
-		t.chains = append(t.chains, chain{"input", in})
+		t.chains = append(t.chains, chain{"input", in}, chain{"prerouting", inner})
 	}
 	if len(out) > 0 {
 		t.chains = append(t.chains, chain{"forward", out})

@@ -206,6 +206,9 @@ func (c chain) nft() (*nftables.Chain, string) {
 		return n, "type nat hook postrouting priority srcnat;"
 	case "input":
 		n.Hooknum = nftables.ChainHookInput
+	case "prerouting": // before any translation, of answers too
+		n.Hooknum, n.Priority = nftables.ChainHookPrerouting, nftables.ChainPriorityRaw
+		return n, "type filter hook prerouting priority raw;"
 	case "forward":
 		n.Hooknum = nftables.ChainHookForward
 	}

@@ -1,0 +1,108 @@
+package ipip_test
+
+import (
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"culvert/backend"
+	"culvert/backend/ipip"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+	"culvert/internal/lab/labtest"
+	"culvert/subnet"
+)
+
+var update = flag.Bool("update", false, "write the golden file anew")
+
+func TestMain(m *testing.M) { labtest.Main(m) }
+
+func lease(k int) subnet.Lease {
+	return subnet.Lease{Node: fmt.Sprintf("n%d", k), Backend: "ipip", Endpoints: []subnet.Endpoint{{
+		Subnet: netip.MustParsePrefix(fmt.Sprintf("10.5.%d.0/24", k)), Public: netip.MustParseAddr(fmt.Sprintf("192.0.2.%d", k)),
+	}}}
+}
+
+func snapshot(t *testing.T, options string, peers ...subnet.Lease) subnet.Snapshot {
+	t.Helper()
+	c, _, err := subnet.ParseConfig([]byte(`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"` + options + `}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return subnet.Snapshot{Config: c, Self: lease(1), Peers: peers}
+}
+
+func plan(t *testing.T, s subnet.Snapshot) host.State {
+	t.Helper()
+	u := host.Underlay{Name: "eth0", MTU: 1500, Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, Networks: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24")}}
+	w, err := ipip.Plan(backend.Node{Underlay: u, IPMasq: true}, s, host.View{Underlay: u})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w.State
+}
+
+// TestCommands compares what a sequence of snapshots changes with the commands
+// that a person would type.
+func TestCommands(t *testing.T) {
+	moved := lease(2)
+	moved.Endpoints[0].Public = netip.MustParseAddr("192.0.2.22")
+	var b strings.Builder
+	var before host.State
+	for _, step := range []struct {
+		name string
+		s    subnet.Snapshot
+	}{
+		{"alone", snapshot(t, "")},
+		{"two peers come", snapshot(t, "", lease(2), lease(3))},
+		{"one moves", snapshot(t, "", moved, lease(3))},
+		{"one goes", snapshot(t, "", lease(3))},
+		{"a smaller underlay", snapshot(t, `,"MTU":1400`, lease(3))},
+	} {
+		after := plan(t, step.s)
+		fmt.Fprintf(&b, "# %s\n%s\n\n", step.name, strings.Join(host.Transition(before, after), "\n"))
+		before = after
+	}
+	fmt.Fprintf(&b, "# cleanup\n%s\n", strings.Join(host.Transition(before, host.State{}), "\n"))
+	if *update {
+		if err := os.WriteFile("testdata/commands.golden", []byte(b.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	golden, err := os.ReadFile("testdata/commands.golden")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.String() != string(golden) {
+		t.Errorf("the commands are\n%s\nwant\n%s", b.String(), golden)
+	}
+}
+
+// TestKernel leads a real kernel through them, where it has ipip devices: many
+// do not, and `make test-vm` boots one that does.
+func TestKernel(t *testing.T) {
+	n := labtest.New(t, lab.Options{Nodes: 1, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}}).Nodes[0]
+	if err := n.Do(func() error { return host.Supports("ipip") }); err != nil {
+		if os.Getenv("CULVERT_VM") != "" {
+			t.Fatal(err)
+		}
+		t.Skipf("NOT SHOWN HERE: %v; make test-vm shows it", err)
+	}
+	var before host.State
+	for _, s := range []subnet.Snapshot{snapshot(t, ""), snapshot(t, "", lease(2), lease(3)), snapshot(t, `,"MTU":1400`, lease(3))} {
+		after := plan(t, s)
+		for _, want := range []int{len(host.Transition(before, after)), 0} {
+			var done []host.Change
+			if err := n.Do(func() (err error) { done, err = host.Apply(after); return err }); err != nil {
+				t.Fatal(err)
+			}
+			if len(done) > want {
+				t.Errorf("%d changes, want %d: %q", len(done), want, host.Commands(done))
+			}
+		}
+		before = after
+	}
+}
