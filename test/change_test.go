@@ -23,10 +23,16 @@ import (
 //
 //	pod ── n1 198.18.0.1 → 198.18.0.77 ── fabric ── n2 198.18.0.2 ── pod
 func TestUnderlayAddressChanges(t *testing.T) {
+	for _, d := range datapaths {
+		t.Run(d, func(t *testing.T) { underlayChanges(t, "--datapath="+d) })
+	}
+}
+
+func underlayChanges(t *testing.T, datapath string) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
 	for _, n := range c.Nodes {
-		c.start(n)
+		c.start(n, datapath)
 	}
 	mover, peer := c.Nodes[0], c.Nodes[1]
 	before := c.waitReady(mover, 1)

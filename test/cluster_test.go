@@ -158,10 +158,10 @@ func eventually(t testing.TB, what string, try func() error) {
 	t.Fatalf("%s: %v", what, err)
 }
 
-// put writes a key as it is, as another program would.
-func (c *cluster) put(key, value string) {
+// client is one of etcd that ends with the test. Its connection is made inside
+// the fabric, which alone reaches etcd.
+func (c *cluster) client() *clientv3.Client {
 	c.t.Helper()
-	// The connection is made inside the fabric, which alone reaches etcd.
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints: []string{c.endpoint},
 		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
@@ -172,10 +172,16 @@ func (c *cluster) put(key, value string) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	defer client.Close()
+	c.t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+// put writes a key as it is, as another program would.
+func (c *cluster) put(key, value string) {
+	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), 10*time.Second)
 	defer cancel()
-	if _, err := client.Put(ctx, key, value); err != nil {
+	if _, err := c.client().Put(ctx, key, value); err != nil {
 		c.t.Fatal(err)
 	}
 }

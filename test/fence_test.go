@@ -51,11 +51,17 @@ func cleanKernel(n *lab.Node, lost netip.Prefix) error {
 //	SIGSTOP ... lease runs out, "thief" has the subnet ... SIGCONT → fenced within 5 s
 //	→ daemon killed and started: fenced still → pod deleted → leases another
 func TestFence(t *testing.T) {
+	for _, d := range datapaths {
+		t.Run(d, func(t *testing.T) { fence(t, "--datapath="+d) })
+	}
+}
+
+func fence(t *testing.T, datapath string) {
 	c := newCluster(t, 2)
 	n, witness := c.Nodes[0], c.Nodes[1]
 	c.setConfig(config)
-	d := c.start(n, "--lease-ttl", "5s")
-	c.start(witness)
+	d := c.start(n, datapath, "--lease-ttl", "5s")
+	c.start(witness, datapath)
 	before := c.waitReady(n, 1)
 	c.waitReady(witness, 1)
 	lost := before.Lease.Subnets[0]
@@ -103,7 +109,7 @@ func TestFence(t *testing.T) {
 	if err := d.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	d = c.start(n, "--lease-ttl", "5s")
+	d = c.start(n, datapath, "--lease-ttl", "5s")
 	c.wait(n, "fenced after a restart", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
 
 	// With the last pod gone it leases another subnet.
@@ -123,7 +129,7 @@ func TestFence(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.put(c.leaseKey(after), thief)
-	d = c.start(n, "--lease-ttl", "5s")
+	d = c.start(n, datapath, "--lease-ttl", "5s")
 	s = c.wait(n, "fenced at its start", func(s api.Status) bool { return s.Fenced != nil })
 	if s.Fenced.Subnets[0] != after.Lease.Subnets[0] || !strings.Contains(s.Fenced.Reason, "thief") {
 		t.Errorf("fenced with %+v", s.Fenced)
@@ -131,7 +137,7 @@ func TestFence(t *testing.T) {
 	if err := d.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	c.start(n, "--on-lost=release")
+	c.start(n, datapath, "--on-lost=release")
 	last := c.wait(n, "leases anew", func(s api.Status) bool { return s.Ready && s.Lease != nil })
 	if last.Lease.Subnets[0] == after.Lease.Subnets[0] || last.Lease.Subnets[0] == lost {
 		t.Errorf("has %s again", last.Lease.Subnets[0])
