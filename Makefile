@@ -66,7 +66,7 @@ NIGHTLY_ROUNDS ?= 200
 ## nightly: the long rounds of leasing: the model test 200 times (NIGHTLY_ROUNDS), etcd away for ten minutes, 1,000 watchers of 5,000 leases (an hour)
 nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_LONG=1 $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=1 $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
 
 .PHONY: test-system

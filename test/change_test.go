@@ -129,37 +129,39 @@ func TestFamilies(t *testing.T) {
 		{"dual", four + "," + six, []netip.Prefix{under4, under6}, 2},
 		{"ipv6", `"EnableIPv4":false,` + six, []netip.Prefix{under6}, 1},
 	} {
-		t.Run(f.name, func(t *testing.T) {
-			c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: f.underlay})
-			c.setConfig("{" + f.network + `,"Backend":{"Type":"vxlan"}}`)
-			for _, n := range c.Nodes {
-				c.start(n)
-			}
-			for _, n := range c.Nodes {
-				s := c.waitReady(n, 1)
-				if len(s.Lease.Subnets) != f.addrs || len(s.Networks) != f.addrs {
-					t.Errorf("%s has %v in %v", n.ID, s.Lease.Subnets, s.Networks)
+		for _, d := range datapaths {
+			t.Run(f.name+" "+d, func(t *testing.T) {
+				c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: f.underlay})
+				c.setConfig("{" + f.network + `,"Backend":{"Type":"vxlan"}}`)
+				for _, n := range c.Nodes {
+					c.start(n, "--datapath="+d)
 				}
-			}
-			pods := c.pods()
-			if len(pods[0].Addrs) != f.addrs {
-				t.Fatalf("a pod has %v", pods[0].Addrs)
-			}
-			ping(t, pods[0], pods[1])
-			for i, a := range pods[1].Addrs {
-				transfer(t, pods[0].Namespace, pods[1].Namespace, pods[0].Addrs[i], a, 20<<20)
-				datagrams(t, pods[1].Namespace, pods[0].Namespace, a, pods[0].Addrs[i])
-			}
-			for _, n := range c.Nodes {
-				s, err := c.status(n)
-				drops := slices.DeleteFunc(s.Datapath.Drops, func(d api.Drop) bool {
-					return d.Reason == "egress-source" // the kernel's own multicast, as the device comes up
-				})
-				if err != nil || len(drops) != 0 {
-					t.Errorf("%s dropped %v (%v)", n.ID, drops, err)
+				for _, n := range c.Nodes {
+					s := c.waitReady(n, 1)
+					if len(s.Lease.Subnets) != f.addrs || len(s.Networks) != f.addrs {
+						t.Errorf("%s has %v in %v", n.ID, s.Lease.Subnets, s.Networks)
+					}
 				}
-			}
-		})
+				pods := c.pods()
+				if len(pods[0].Addrs) != f.addrs {
+					t.Fatalf("a pod has %v", pods[0].Addrs)
+				}
+				ping(t, pods[0], pods[1])
+				for i, a := range pods[1].Addrs {
+					transfer(t, pods[0].Namespace, pods[1].Namespace, pods[0].Addrs[i], a, 20<<20)
+					datagrams(t, pods[1].Namespace, pods[0].Namespace, a, pods[0].Addrs[i])
+				}
+				for _, n := range c.Nodes {
+					s, err := c.status(n)
+					drops := slices.DeleteFunc(s.Datapath.Drops, func(d api.Drop) bool {
+						return d.Reason == "egress-source" // the kernel's own multicast, as the device comes up
+					})
+					if err != nil || len(drops) != 0 {
+						t.Errorf("%s dropped %v (%v)", n.ID, drops, err)
+					}
+				}
+			})
+		}
 	}
 }
 
@@ -167,10 +169,16 @@ func TestFamilies(t *testing.T) {
 // running nodes follow, a node in the new part reaches the old ones, and what a
 // running node cannot follow is refused, with the reason.
 func TestGrowingNetwork(t *testing.T) {
+	for _, d := range datapaths {
+		t.Run(d, func(t *testing.T) { growingNetwork(t, "--datapath="+d) })
+	}
+}
+
+func growingNetwork(t *testing.T, datapath string) {
 	c := newCluster(t, 3)
 	c.setConfig(`{"Network":"10.5.0.0/22","SubnetLen":24,"Backend":{"Type":"vxlan"}}`)
 	for _, n := range c.Nodes[:2] {
-		c.start(n)
+		c.start(n, datapath)
 	}
 	for _, n := range c.Nodes[:2] {
 		c.waitReady(n, 1)
@@ -195,7 +203,7 @@ func TestGrowingNetwork(t *testing.T) {
 			return nil
 		})
 	}
-	c.start(c.Nodes[2])
+	c.start(c.Nodes[2], datapath)
 	if s := c.waitReady(c.Nodes[2], 2); s.Lease.Subnets[0].String() != "10.4.200.0/24" {
 		t.Errorf("the new node has %v", s.Lease.Subnets)
 	}
@@ -215,4 +223,24 @@ func TestGrowingNetwork(t *testing.T) {
 	if sent, lost := stream.stop(); lost > 0 {
 		t.Errorf("%d of %d pings were lost meanwhile", lost, sent)
 	}
+
+	// What the datapath is made of changes too: another port, and direct routes.
+	c.setConfig(`{"Network":"10.4.0.0/15","SubnetLen":24,"SubnetMin":"10.4.200.0","SubnetMax":"10.4.200.0","Backend":{"Type":"vxlan","Port":4790}}`)
+	for _, n := range c.Nodes {
+		eventually(t, n.ID+" uses the new port", func() error { return udpBound(n, 4790) })
+		c.wait(n, "goes on", func(s api.Status) bool { return s.Ready && len(s.Peers) == 2 })
+	}
+	ping(t, fresh, pods[0])
+	ping(t, pods[1], fresh)
+}
+
+// udpBound says whether a socket of the node's has the port: a kernel device's
+// or a program's.
+func udpBound(n *lab.Node, port int) error {
+	c, err := n.ListenPacket(context.Background(), "udp4", netip.AddrPortFrom(n.Addrs[0], uint16(port)).String())
+	if err == nil {
+		_ = c.Close()
+		return fmt.Errorf("nobody has port %d on %s", port, n.ID)
+	}
+	return nil
 }

@@ -27,15 +27,20 @@ import (
 )
 
 // datapaths are what the scenarios of leasing run over.
-var datapaths = []string{"userspace"}
+var datapaths = []string{"userspace", "kernel"}
 
-// stopOfEtcd is how long etcd is away in TestFaultsUnderTraffic: ten minutes
-// with CULVERT_LONG.
-func stopOfEtcd() time.Duration {
-	if os.Getenv("CULVERT_LONG") != "" {
-		return 10 * time.Minute
+// stopOfEtcd is how long etcd is away in TestFaultsUnderTraffic: a minute, or
+// CULVERT_ETCD_AWAY.
+func stopOfEtcd(t *testing.T) time.Duration {
+	text := os.Getenv("CULVERT_ETCD_AWAY")
+	if text == "" {
+		return time.Minute
 	}
-	return time.Minute
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
 }
 
 // TestFaultsUnderTraffic takes etcd through all that can happen to it, while a
@@ -342,7 +347,7 @@ func (f *faults) away(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if left := stopOfEtcd() - time.Since(began); left > 0 {
+	if left := stopOfEtcd(t) - time.Since(began); left > 0 {
 		time.Sleep(left)
 	}
 	for i, d := range f.daemons {

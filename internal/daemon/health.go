@@ -98,6 +98,11 @@ func (h *health) setFenced(f *api.Fenced) {
 	})
 }
 
+// refuseConfig notes that the configuration in the store cannot be followed.
+func (h *health) refuseConfig(why error) {
+	h.change(func(s *api.Status) { s.Store.ConfigRefused = why.Error() })
+}
+
 func (h *health) networks() []netip.Prefix {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -74,34 +74,46 @@ func (d *node) scatter(ctx context.Context) error {
 	}
 }
 
-// moved is the end of a datapath whose underlay has become another.
+// moved is the end of a datapath whose underlay has become another, or the
+// options of the wire format in the network configuration.
 type moved struct{ to place }
 
-func (m moved) Error() string { return "the underlay is another now" }
+func (m moved) Error() string { return "the datapath is to be another" }
 
 // carry opens the datapath and serves the lease, with another datapath whenever
 // the underlay has changed, until ctx ends (nil), the lease is lost, or the node
 // cannot go on. The lease's subnets stay as they are.
 func (d *node) carry(ctx context.Context, r *etcd.Registry, config subnet.Config, lease subnet.Lease, at place) error {
 	s := &session{node: d, registry: r, lease: lease, file: &subnetFile{path: d.options.SubnetFile}}
+	opened := false
 	for {
-		s.at = at
+		s.at, s.backend = at, config.Backend
 		path, err := d.open(config, s.lease, backend.Node{
 			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq,
 		})
+		if err != nil && opened && config.Backend != s.worked.Backend {
+			// The others use it, and so should we: but not at the cost of carrying
+			// nothing at all.
+			d.log.Error("the datapath cannot be made as the network configuration now says; the last one stands", "error", err)
+			d.health.refuseConfig(err)
+			s.refused, config = config.Backend, s.worked
+			continue
+		}
 		if err != nil {
 			return err
 		}
-		s.path = path
+		s.path, s.worked, opened = path, config, true
 		err = s.serve(ctx)
 		if m, ok := errors.AsType[moved](err); ok {
 			if err := path.Close(backend.Keep); err != nil {
-				d.log.Warn("closing the datapath for another underlay", "error", err)
+				d.log.Warn("closing the datapath for another", "error", err)
 			}
-			r.Reconnect()
+			if !slices.Equal(m.to.publics, at.publics) || m.to.underlay.Index != at.underlay.Index {
+				r.Reconnect()
+			}
 			at = m.to
 			s.lease = atPlace(s.lease, at)
-			if s.last != nil {
+			if s.last != nil && s.last.Config.Backend != s.refused {
 				config = s.last.Config
 			}
 			continue
@@ -153,8 +165,12 @@ type session struct {
 	lease    subnet.Lease
 	at       place
 	path     backend.Backend
+	backend  subnet.BackendConfig // that path was opened with
+	refused  subnet.BackendConfig // one that no datapath could be opened with
+	worked   subnet.Config        // the last one that one could
 	file     *subnetFile
-	last     *subnet.Snapshot // applied last; the following goroutine's
+	last     *subnet.Snapshot // the newest; the following goroutine's
+	told     bool             // that the node is ready
 }
 
 // serve runs the parts of a node that has its lease and its datapath, until
@@ -204,6 +220,14 @@ func (s *session) follow(ctx context.Context) error {
 // ready, and says so to the CNI plugin by writing subnet.env. A datapath that
 // does not follow is no end: it carries on, and the next snapshot tries again.
 func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
+	if b := snapshot.Config.Backend; b != s.backend && b != s.refused {
+		s.log.Warn("the options of the wire format have changed; opening the datapath anew", "before", s.backend, "now", b)
+		s.last = &snapshot
+		return moved{s.at}
+	} else if b != s.backend {
+		snapshot.Config.Backend = s.backend
+		s.health.refuseConfig(errors.New("no datapath could be opened with its options (see the log)"))
+	}
 	if err := s.path.Apply(ctx, snapshot); err != nil {
 		s.log.Error("the datapath does not follow the leases", "revision", snapshot.Revision, "error", err)
 		s.health.notReady("the datapath does not follow the leases: " + err.Error())
@@ -216,7 +240,8 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	if err := s.file.write(subnetEnv(snapshot.Config, lease, s.path.Status().MTU)); err != nil {
 		return err
 	}
-	if s.last == nil {
+	if !s.told {
+		s.told = true
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 			s.log.Debug("systemd was not told", "error", err)
 		}

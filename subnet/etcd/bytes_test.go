@@ -37,14 +37,16 @@ func TestBytesInEtcd(t *testing.T) {
 		want     map[string]string
 	}{
 		"ipv4": {
-			`{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`, []string{"10.5.52.0/24"},
+			`{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`,
+			[]string{"10.5.52.0/24"},
 			map[string]string{
 				"subnets/10.5.52.0-24":      `{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"7a:72:d7:f6:12:8f"},"NodeID":"node-1"}`,
 				"culvert/used/10.5.52.0-24": `{"NodeID":"node-1"}`,
 			},
 		},
 		"dual stack": {
-			`{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12::/48","Backend":{"Type":"vxlan"}}`, []string{"10.5.52.0/24", "fd00:12:0:13::/64"},
+			`{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12::/48","Backend":{"Type":"vxlan"}}`,
+			[]string{"10.5.52.0/24", "fd00:12:0:13::/64"},
 			map[string]string{
 				"subnets/10.5.52.0-24&fd00:12:0:13::-64": `{"PublicIP":"192.0.2.1","PublicIPv6":"2001:db8::1","BackendType":"vxlan",` +
 					`"BackendData":{"VNI":1,"VtepMAC":"7a:72:d7:f6:12:8f"},"BackendV6Data":{"VNI":1,"VtepMAC":"` + subnet.DeriveMAC("node-1", 1, true).String() + `"},"NodeID":"node-1"}`,
@@ -52,7 +54,8 @@ func TestBytesInEtcd(t *testing.T) {
 			},
 		},
 		"ipip": {
-			`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`, []string{"10.5.52.0/24"},
+			`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`,
+			[]string{"10.5.52.0/24"},
 			map[string]string{
 				"subnets/10.5.52.0-24":      `{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"ipip","NodeID":"node-1"}`,
 				"culvert/used/10.5.52.0-24": `{"NodeID":"node-1"}`,
