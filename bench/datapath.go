@@ -34,7 +34,7 @@ func Datapaths() []Datapath {
 		{Name: "vxlan/kernel", About: "the Linux kernel's vxlan device", kernel: true},
 		{Name: "vxlan/userspace", About: "culvert's own loop"},
 		{Name: "ipip/kernel", About: "the Linux kernel's ipip device", kernel: true},
-		{Name: "ipip/userspace", About: "culvert's own loop", missing: "culvert does not have it yet"},
+		{Name: "ipip/userspace", About: "culvert's own loop"},
 		{Name: "naive", About: "VXLAN with one packet per system call: the floor"},
 		{Name: "wireguard-go", About: "the library, which encrypts"},
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -113,7 +114,7 @@ func RunNode(ctx context.Context, h Half, out io.Writer, log *slog.Logger) error
 
 func openCarrier(h Half, log *slog.Logger) (carrier, error) {
 	switch h.Datapath {
-	case "vxlan/userspace":
+	case "vxlan/userspace", "ipip/userspace":
 		return openUserspace(h, log)
 	case "vxlan/kernel":
 		return openKernelVXLAN(h)
@@ -139,16 +140,22 @@ func openUserspace(h Half, log *slog.Logger) (carrier, error) {
 	if h.Peers > 1 {
 		network = wideNetwork
 	}
-	cfg, _, err := subnet.ParseConfig(fmt.Appendf(nil, `{"Network":%q,"SubnetLen":24,"Backend":{"Type":"vxlan","Port":%d}}`, network, h.Port))
+	format, _, _ := strings.Cut(h.Datapath, "/")
+	wire := fmt.Sprintf(`{"Type":%q}`, format)
+	if format == "vxlan" {
+		wire = fmt.Sprintf(`{"Type":%q,"Port":%d}`, format, h.Port)
+	}
+	cfg, _, err := subnet.ParseConfig(fmt.Appendf(nil, `{"Network":%q,"SubnetLen":24,"Backend":%s}`, network, wire))
 	if err != nil {
 		return nil, err
 	}
 	lease := func(prefix netip.Prefix, public netip.Addr) subnet.Lease {
 		name := "bench-" + prefix.Addr().String()
-		return subnet.Lease{Node: name, Backend: "vxlan", Endpoints: []subnet.Endpoint{{
-			Subnet: prefix, Public: public,
-			VTEP: subnet.VTEP{VNI: cfg.Backend.VNI, MAC: subnet.DeriveMAC(name, cfg.Backend.VNI, false)},
-		}}}
+		e := subnet.Endpoint{Subnet: prefix, Public: public}
+		if format == "vxlan" {
+			e.VTEP = subnet.VTEP{VNI: cfg.Backend.VNI, MAC: subnet.DeriveMAC(name, cfg.Backend.VNI, false)}
+		}
+		return subnet.Lease{Node: name, Backend: format, Endpoints: []subnet.Endpoint{e}}
 	}
 	under, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{h.Underlay[h.Index].String()}})
 	if err != nil {

@@ -209,11 +209,11 @@ type datagrams struct {
 	cut     bool // the buffer was too short
 }
 
-// recvHeadroom is left before each datagram: none is needed, since the virtio
-// header is written over the VXLAN header; raw IPIP will need it.
+// recvHeadroom keeps the buffers apart. Nothing is written there: the virtio
+// header of what goes to the device is written over the tunnel's own header.
 const (
 	recvHeadroom     = 32
-	recvBufferLen    = recvHeadroom + 1<<16
+	recvBufferLen    = recvHeadroom + vnetHeaderLen + ethernetHeaderLen + 1<<16
 	recvNameLen      = unix.SizeofSockaddrInet6
 	recvControlSpace = 64
 )

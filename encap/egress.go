@@ -137,7 +137,7 @@ func (e *egress) add(at, n int) (big bool) {
 	start := at + vnetHeaderLen - len(peer.header)
 	datagram := e.slab[start : start+len(peer.header)+len(b)]
 	copy(datagram, peer.header)
-	e.batch.addPacket(peer, p.ecn, datagram, len(b), e.offload.GSO.Load())
+	e.batch.addPacket(peer, p.ecn, datagram, len(b), e.gso())
 	e.used = (at + n + 63) &^ 63
 	return false
 }
@@ -164,7 +164,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	}
 	length := len(peer.header) + p.headLen + size
 	perRun := 1
-	if e.offload.GSO.Load() {
+	if e.gso() {
 		perRun = max(1, min(maxSegments, maxDatagram/length))
 	}
 	run := 0
@@ -179,6 +179,10 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 		e.batch.addSegment(run, s.head, s.data)
 	}
 }
+
+// gso says whether many packets may leave in one message: a raw socket cuts up
+// nothing.
+func (e *egress) gso() bool { return e.format == FormatVXLAN && e.offload.GSO.Load() }
 
 // flush sends the batch.
 func (e *egress) flush() {

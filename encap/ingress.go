@@ -14,6 +14,8 @@ type ingress struct {
 	*common
 	device   uintptr // descriptors of the TUN device
 	socket   uintptr // and of the socket
+	format   Format
+	linkLen  int // bytes of the link's header before each packet
 	vni      uint32
 	mac      [6]byte // of this node's VTEP
 	mtu      int     // of the device
@@ -35,7 +37,9 @@ func newIngress(c *common, device uintptr, u Underlay, mtu int, counters *Counte
 	g := &ingress{
 		common:   c,
 		device:   device,
-		socket:   uintptr(u.Socket.FD()),
+		socket:   uintptr(u.receiver().FD()),
+		format:   c.format,
+		linkLen:  u.LinkHeader,
 		vni:      u.VNI,
 		mac:      u.MAC,
 		mtu:      mtu,
@@ -77,7 +81,11 @@ func (g *ingress) drain(all bool) (much bool, err error) {
 		table := g.table.Load()
 		before := g.tally.bytes
 		for i := range n {
-			g.message(table, g.batch.message(i))
+			if m := g.batch.message(i); g.format == FormatIPIP {
+				g.ipipMessage(table, m)
+			} else {
+				g.message(table, m)
+			}
 		}
 		bytes := g.tally.bytes - before
 		g.asks = asksFor(n, bytes)
@@ -166,32 +174,43 @@ func innerLength(datagram []byte) int {
 func (g *ingress) datagram(table *Table, d []byte, outer netip.Addr, ecn uint8, state checksum, gsoSize int) {
 	var p packet
 	if r := g.check(table, d, &p, outer); r != Accepted {
-		if !table.isPeer(outer) {
-			r = IngressStranger // whatever else is wrong with it
-		}
-		g.tally.drop(r)
+		g.dropFrom(table, outer, r)
 		return
 	}
 	lead := d[:VXLANHeaderLen+p.length] // Ethernet padding is trimmed
-	b := lead[VXLANHeaderLen:]
-	if !decapECN(b, &p, ecn) {
+	if !decapECN(lead[VXLANHeaderLen:], &p, ecn) {
 		g.tally.drop(IngressECN)
 		return
 	}
+	g.deliver(lead, &p, state, gsoSize)
+}
+
+// dropFrom counts a drop. What a stranger sends is that, whatever else is wrong
+// with it.
+func (g *ingress) dropFrom(table *Table, outer netip.Addr, r Reason) {
+	if !table.isPeer(outer) {
+		r = IngressStranger
+	}
+	g.tally.drop(r)
+}
+
+// deliver hands on a packet that has passed all checks, and ends lead. size is
+// the payload of each packet that it stands for, if the kernel said so.
+func (g *ingress) deliver(lead []byte, p *packet, state checksum, size int) {
 	if g.join.full() {
 		g.flush()
 	}
 	payload := p.length - p.headLen
 	switch {
+	case p.transport && size > 0 && payload > size && (p.proto == protoUDP || p.headLen+size <= g.mtu):
+		g.superFrame(lead, p, size)
 	case p.transport && p.proto == protoTCP && p.length > g.mtu:
 		// The kernel does not say how it was to be cut: as large as fits.
-		g.superFrame(lead, &p, g.mtu-p.headLen)
-	case p.transport && p.proto == protoUDP && gsoSize > 0 && payload > gsoSize:
-		g.superFrame(lead, &p, gsoSize)
+		g.superFrame(lead, p, g.mtu-p.headLen)
 	default:
 		g.tally.packets++
 		g.tally.bytes += uint64(p.length)
-		g.join.add(lead, &p, state)
+		g.join.add(lead, p, state)
 	}
 }
 
@@ -202,7 +221,6 @@ func (g *ingress) check(table *Table, d []byte, p *packet, outer netip.Addr) Rea
 	if r := h.Parse(d); r != Accepted {
 		return r
 	}
-	b := d[VXLANHeaderLen:]
 	switch {
 	case h.VNI != g.vni:
 		return IngressVNI
@@ -210,7 +228,19 @@ func (g *ingress) check(table *Table, d []byte, p *packet, outer netip.Addr) Rea
 		return IngressMAC
 	case h.EtherType != etherTypeIPv4 && h.EtherType != etherTypeIPv6:
 		return IngressProtocol
-	case !p.parse(b) || p.is4 != (h.EtherType == etherTypeIPv4):
+	}
+	if r := g.checkInner(table, d[VXLANHeaderLen:], p, outer); r != Accepted {
+		return r
+	}
+	if p.is4 != (h.EtherType == etherTypeIPv4) {
+		return IngressMalformed
+	}
+	return Accepted
+}
+
+// checkInner is check without the tunnel's own header.
+func (g *ingress) checkInner(table *Table, b []byte, p *packet, outer netip.Addr) Reason {
+	if !p.parse(b) {
 		return IngressMalformed
 	}
 	peer := g.route.lookup(table, p.source(b))

@@ -20,12 +20,37 @@ func NewDescriptor(fd int) Descriptor { return Descriptor{fd + 1} }
 // FD returns the number, or -1 if there is none.
 func (d Descriptor) FD() int { return d.above - 1 }
 
-// Underlay is the socket of one underlay address family, and what a datagram
+// Format is a wire format.
+type Format uint8
+
+// The wire formats.
+const (
+	FormatVXLAN Format = iota // RFC 7348
+	FormatIPIP                // RFC 2003: IPv4 in IPv4 alone
+)
+
+// Underlay is the sockets of one underlay address family, and what a datagram
 // must bear to be meant for this node.
 type Underlay struct {
-	Socket Descriptor // UDP, bound to this node's address and the VXLAN port
-	VNI    uint32     // 24 bits
-	MAC    [6]byte
+	// Socket is for VXLAN a UDP socket bound to this node's address and the
+	// VXLAN port, for IPIP a raw socket of protocol 4, which only sends.
+	Socket Descriptor
+	// Packets is for IPIP alone: a packet socket with PACKET_VNET_HDR, which
+	// gives every received IPv4 packet of protocol 4, and before it the link's
+	// own header, of LinkHeader bytes.
+	Packets    Descriptor
+	LinkHeader int
+
+	VNI uint32 // 24 bits
+	MAC [6]byte
+}
+
+// receiver is the socket to read.
+func (u Underlay) receiver() Descriptor {
+	if u.Packets.FD() >= 0 {
+		return u.Packets
+	}
+	return u.Socket
 }
 
 // Offload says which of the kernel's batching mechanisms the loop uses. The
@@ -43,10 +68,12 @@ type Offload struct {
 // Options is what a Loop is made of. All fields are required unless they say
 // otherwise; the loop borrows the descriptors until Run has returned.
 type Options struct {
+	Format Format
 	Device Descriptor // a TUN device with IFF_VNET_HDR and a header of 10 bytes
-	// Super is a TAP device with IFF_VNET_HDR, a header of 24 bytes and
-	// TUN_F_UDP_TUNNEL_GSO, of which every frame is redirected to the uplink.
-	// It is never read. May be none.
+	// Super is a TAP device with IFF_VNET_HDR and a header of 24 bytes, of which
+	// every frame is redirected to the uplink: for VXLAN with
+	// TUN_F_UDP_TUNNEL_GSO, for IPIP by a program that tells the kernel of the
+	// outer header. It is never read. May be none.
 	Super   Descriptor
 	MTU     int // of the device, bytes
 	IPv4    Underlay
@@ -66,13 +93,14 @@ type Loop struct {
 type common struct {
 	table    atomic.Pointer[Table]
 	offload  *Offload
+	format   Format
 	stopping atomic.Bool // the context has ended
 }
 
 // NewLoop returns a loop with an empty table: it drops everything until
 // SetTable.
 func NewLoop(o Options) *Loop {
-	l := &Loop{options: o, common: common{offload: o.Offload}}
+	l := &Loop{options: o, common: common{offload: o.Offload, format: o.Format}}
 	l.table.Store(NewTable(nil, nil))
 	return l
 }

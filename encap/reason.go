@@ -19,6 +19,7 @@ const (
 
 	IngressTruncated // longer than any datagram may be
 	IngressShort     // shorter than its headers
+	IngressFragment  // a fragment of an IPIP packet
 	IngressFlags     // VXLAN without the I flag (RFC 7348, section 5)
 	IngressVNI       // another overlay's VNI
 	IngressStranger  // the outer source leases nothing
@@ -36,7 +37,7 @@ const (
 var reasonNames = [reasons]string{
 	"accepted",
 	"egress-malformed", "egress-no-peer", "egress-source", "egress-too-big", "egress-send",
-	"ingress-truncated", "ingress-short", "ingress-flags", "ingress-vni", "ingress-stranger",
+	"ingress-truncated", "ingress-short", "ingress-fragment", "ingress-flags", "ingress-vni", "ingress-stranger",
 	"ingress-mac", "ingress-protocol", "ingress-malformed", "ingress-source", "ingress-not-ours",
 	"ingress-ecn", "ingress-write",
 }

@@ -47,6 +47,7 @@ type NextHop struct {
 type superPath struct {
 	head    []byte // virtio, Ethernet, IP, UDP and VXLAN headers, with lengths and sums left out
 	ipLen   int
+	ipip    bool
 	pseudo  uint64 // of the outer UDP checksum, without the length
 	largest int    // bytes of the longest inner segment
 }
@@ -56,6 +57,10 @@ type superPath struct {
 func (p *Peer) SetNextHop(n *NextHop) {
 	if n == nil || n.Source.Is4() != p.Underlay.Addr().Is4() {
 		p.super.Store(nil)
+		return
+	}
+	if len(p.header) == 0 {
+		p.super.Store(ipipPath(p, n))
 		return
 	}
 	s := &superPath{ipLen: 20}
@@ -97,6 +102,20 @@ func (p *Peer) SetNextHop(n *NextHop) {
 	p.super.Store(s)
 }
 
+// ipipPath is the way of super-frames in IPIP. What the kernel must know of the
+// outer header is told by the program that redirects the frames.
+func ipipPath(p *Peer, n *NextHop) *superPath {
+	s := &superPath{ipLen: 20, largest: n.MTU - IPIPCost, ipip: true}
+	s.head = make([]byte, superVnetLen+ethernetHeaderLen+s.ipLen)
+	s.head[0] = vnetNeedsCsum
+	eth := s.head[superVnetLen:]
+	copy(eth, n.MAC[:])
+	copy(eth[6:], n.Uplink[:])
+	binary.BigEndian.PutUint16(eth[12:], etherTypeIPv4)
+	ipipHeader(eth[ethernetHeaderLen:], n.Source, p.Underlay.Addr())
+	return s
+}
+
 // HasNextHop says whether super-frames to the peer have a way of their own.
 func (p *Peer) HasNextHop() bool { return p.super.Load() != nil }
 
@@ -126,6 +145,9 @@ func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, id uint1
 	} else {
 		ip[1] = p.ecn << 4
 		binary.BigEndian.PutUint16(ip[4:], uint16(outer-40))
+	}
+	if s.ipip {
+		return true
 	}
 	udp := ip[s.ipLen:]
 	binary.BigEndian.PutUint16(udp[4:], uint16(outer-s.ipLen))

@@ -24,6 +24,7 @@ type vnetHeader struct {
 
 const (
 	vnetNeedsCsum = unix.VIRTIO_NET_HDR_F_NEEDS_CSUM
+	vnetDataValid = unix.VIRTIO_NET_HDR_F_DATA_VALID
 	gsoNone       = unix.VIRTIO_NET_HDR_GSO_NONE
 	gsoTCP4       = unix.VIRTIO_NET_HDR_GSO_TCPV4
 	gsoTCP6       = unix.VIRTIO_NET_HDR_GSO_TCPV6

@@ -23,11 +23,7 @@ func setSocketOptions(network, _ string, raw syscall.RawConn) error {
 	}
 	err := raw.Control(func(d uintptr) {
 		fd := int(d)
-		for option, force := range map[int]int{unix.SO_RCVBUF: unix.SO_RCVBUFFORCE, unix.SO_SNDBUF: unix.SO_SNDBUFFORCE} {
-			if unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, socketBuffer) != nil {
-				set("the socket's buffer", unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, socketBuffer))
-			}
-		}
+		set("the socket's buffers", setBuffers(fd))
 		// Without it every datagram comes alone, which is slower and right.
 		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
 		if network == "udp6" {
@@ -41,4 +37,16 @@ func setSocketOptions(network, _ string, raw syscall.RawConn) error {
 		set("IP_MTU_DISCOVER", unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT))
 	})
 	return errors.Join(append(errs, err)...)
+}
+
+func setBuffers(fd int) error {
+	for option, force := range map[int]int{unix.SO_RCVBUF: unix.SO_RCVBUFFORCE, unix.SO_SNDBUF: unix.SO_SNDBUFFORCE} {
+		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, socketBuffer) == nil {
+			continue // beyond what the system allows others (CAP_NET_ADMIN)
+		}
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, socketBuffer); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -5,20 +5,26 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/encap"
 )
 
 // SuperDeviceName is the name of the TAP device that takes super-frames.
 const SuperDeviceName = "culvert0s"
 
-// superDevice is a TAP device to which VXLAN frames of up to 64 KB are written
+// superDevice is a TAP device to which tunnel frames of up to 64 KB are written
 // whole: every frame that seems to come from it is redirected to the uplink,
 // where the kernel or the hardware cuts it. Nothing is read from it, and it
 // has no address.
 type superDevice struct {
-	fd   int
-	link netlink.Link
+	fd     int
+	format encap.Format
+	marker *ebpf.Program // IPIP: what marks and redirects
+	to     int           // the index of the uplink that marker knows
+	link   netlink.Link
 }
 
 const (
@@ -34,12 +40,12 @@ var errNoSuperFrames = errors.New("the kernel does not offer it (Linux 6.17 does
 
 // openSuperDevice makes the device and sets it up. It returns an error that
 // wraps errNoSuperFrames if the kernel is too old.
-func openSuperDevice() (*superDevice, error) {
+func openSuperDevice(format encap.Format) (*superDevice, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("opening /dev/net/tun: %w", err)
 	}
-	d := &superDevice{fd: fd}
+	d := &superDevice{fd: fd, format: format}
 	if err := d.prepare(); err != nil {
 		return nil, errors.Join(fmt.Errorf("making the TAP device %s: %w", SuperDeviceName, err), unix.Close(fd))
 	}
@@ -58,8 +64,10 @@ func (d *superDevice) prepare() error {
 	if err := unix.IoctlSetPointerInt(d.fd, unix.TUNSETVNETHDRSZ, superHeaderLen); err != nil {
 		return fmt.Errorf("TUNSETVNETHDRSZ: %w", err)
 	}
-	const offloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6 | unix.TUN_F_USO4 | unix.TUN_F_USO6 |
-		tunFUDPTunnelGSO | tunFUDPTunnelGSOCsum
+	offloads := unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+	if d.format == encap.FormatVXLAN {
+		offloads |= unix.TUN_F_USO4 | unix.TUN_F_USO6 | tunFUDPTunnelGSO | tunFUDPTunnelGSOCsum
+	}
 	if err := unix.IoctlSetInt(d.fd, unix.TUNSETOFFLOAD, offloads); err != nil {
 		return errors.Join(errNoSuperFrames, err)
 	}
@@ -82,7 +90,7 @@ func (d *superDevice) prepare() error {
 func (d *superDevice) redirect(uplink int) error {
 	parent := uint32(netlink.HANDLE_MIN_INGRESS)
 	filters, err := netlink.FilterList(d.link, parent)
-	if err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool { return redirects(f, uplink) }) {
+	if err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool { return d.redirects(f, uplink) }) {
 		return nil
 	}
 	for _, f := range filters {
@@ -97,10 +105,9 @@ func (d *superDevice) redirect(uplink int) error {
 	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("adding the clsact qdisc to %s: %w", SuperDeviceName, err)
 	}
-	filter := &netlink.U32{ // which every kernel with traffic control has, unlike matchall
-		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: parent, Priority: 1, Protocol: unix.ETH_P_ALL},
-		Sel:         &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: 1, Keys: []netlink.TcU32Key{{}}},
-		Actions:     []netlink.Action{netlink.NewMirredAction(uplink)},
+	filter, err := d.filter(uplink, netlink.FilterAttrs{LinkIndex: index, Parent: parent, Priority: 1, Protocol: unix.ETH_P_ALL})
+	if err != nil {
+		return err
 	}
 	if err := netlink.FilterAdd(filter); err != nil {
 		return fmt.Errorf("redirecting %s to the uplink: %w", SuperDeviceName, err)
@@ -108,13 +115,47 @@ func (d *superDevice) redirect(uplink int) error {
 	return nil
 }
 
-func redirects(f netlink.Filter, uplink int) bool {
-	m, ok := f.(*netlink.U32)
-	if !ok || len(m.Actions) != 1 {
-		return false
+// filter returns the filter that redirects, for VXLAN by the kernel's own
+// means, which need no capability of their own.
+func (d *superDevice) filter(uplink int, at netlink.FilterAttrs) (netlink.Filter, error) {
+	if d.format == encap.FormatVXLAN {
+		return &netlink.U32{ // which every kernel with traffic control has, unlike matchall
+			FilterAttrs: at,
+			Sel:         &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: 1, Keys: []netlink.TcU32Key{{}}},
+			Actions:     []netlink.Action{netlink.NewMirredAction(uplink)},
+		}, nil
 	}
-	a, ok := m.Actions[0].(*netlink.MirredAction)
-	return ok && a.Ifindex == uplink && a.MirredAction == netlink.TCA_EGRESS_REDIR
+	if d.marker == nil || d.to != uplink {
+		marker, err := loadMarker(uplink)
+		if err != nil {
+			return nil, err
+		}
+		if d.marker != nil {
+			_ = d.marker.Close()
+		}
+		d.marker, d.to = marker, uplink
+	}
+	return &netlink.BpfFilter{FilterAttrs: at, Fd: d.marker.FD(), Name: "culvert_ipip", DirectAction: true}, nil
 }
 
-func (d *superDevice) close() error { return unix.Close(d.fd) }
+func (d *superDevice) redirects(f netlink.Filter, uplink int) bool {
+	switch f := f.(type) {
+	case *netlink.U32:
+		if len(f.Actions) != 1 {
+			return false
+		}
+		a, ok := f.Actions[0].(*netlink.MirredAction)
+		return ok && a.Ifindex == uplink && a.MirredAction == netlink.TCA_EGRESS_REDIR
+	case *netlink.BpfFilter:
+		return d.to == uplink // nobody else knows this device
+	}
+	return false
+}
+
+func (d *superDevice) close() error {
+	var err error
+	if d.marker != nil {
+		err = d.marker.Close()
+	}
+	return errors.Join(err, unix.Close(d.fd))
+}

@@ -50,6 +50,7 @@ type Switches struct {
 // Tunnel is the userspace datapath.
 type Tunnel struct {
 	options Options
+	format  encap.Format
 	mtu     int
 	device  *device
 	sockets []int        // descriptors
@@ -67,10 +68,11 @@ type Tunnel struct {
 // Open makes the device and the sockets. The error names the step, and what to
 // do where that is known. Nothing is left open after an error.
 func Open(o Options) (*Tunnel, error) {
-	if o.Config.Backend.Type != "vxlan" {
-		return nil, fmt.Errorf("the userspace datapath carries vxlan, not %s", o.Config.Backend.Type)
+	format, ok := map[string]encap.Format{"vxlan": encap.FormatVXLAN, "ipip": encap.FormatIPIP}[o.Config.Backend.Type]
+	if !ok {
+		return nil, fmt.Errorf("the userspace datapath carries vxlan and ipip, not %s", o.Config.Backend.Type)
 	}
-	t := &Tunnel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log)}
+	t := &Tunnel{options: o, format: format, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log)}
 	var err error
 	if t.mtu, err = t.podMTU(o.Node.Underlay); err != nil {
 		return nil, err
@@ -83,16 +85,14 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
-		Device: encap.NewDescriptor(t.device.fd), MTU: t.mtu,
+		Format: format, Device: encap.NewDescriptor(t.device.fd), MTU: t.mtu,
 		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
 	}
 	for _, e := range o.Lease.Endpoints {
-		socket, err := listen(netip.AddrPortFrom(o.Node.Underlay.Addr(e.Public.Is4()), o.Config.Backend.Port))
+		side, err := t.listen(e)
 		if err != nil {
 			return nil, errors.Join(err, t.Close(backend.Keep))
 		}
-		t.sockets = append(t.sockets, socket)
-		side := encap.Underlay{Socket: encap.NewDescriptor(socket), VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
 		if e.Public.Is4() {
 			loop.IPv4 = side
 		} else {
@@ -112,6 +112,34 @@ func Open(o Options) (*Tunnel, error) {
 	return t, nil
 }
 
+// listen opens the sockets of one family.
+func (t *Tunnel) listen(e subnet.Endpoint) (encap.Underlay, error) {
+	u := t.options.Node.Underlay
+	local := u.Addr(e.Public.Is4())
+	if t.format == encap.FormatIPIP {
+		link, err := net.InterfaceByName(u.Name)
+		if err != nil {
+			return encap.Underlay{}, fmt.Errorf("looking up %s: %w", u.Name, err)
+		}
+		raw, packets, err := listenIPIP(local, link.Index)
+		if err != nil {
+			return encap.Underlay{}, err
+		}
+		t.sockets = append(t.sockets, raw, packets)
+		side := encap.Underlay{Socket: encap.NewDescriptor(raw), Packets: encap.NewDescriptor(packets)}
+		if len(link.HardwareAddr) == 6 {
+			side.LinkHeader = 14 // Ethernet's; what has no addresses has no header
+		}
+		return side, nil
+	}
+	socket, err := listenUDP(netip.AddrPortFrom(local, t.options.Config.Backend.Port))
+	if err != nil {
+		return encap.Underlay{}, err
+	}
+	t.sockets = append(t.sockets, socket)
+	return encap.Underlay{Socket: encap.NewDescriptor(socket), VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}, nil
+}
+
 // openSuper makes the device for super-frames, where it is wanted and to be
 // had; they are not sent before the uplink has been looked at.
 func (t *Tunnel) openSuper() error {
@@ -121,7 +149,7 @@ func (t *Tunnel) openSuper() error {
 		return nil
 	}
 	var err error
-	t.super, err = openSuperDevice()
+	t.super, err = openSuperDevice(t.format)
 	if errors.Is(err, errNoSuperFrames) {
 		t.noSuper = errNoSuperFrames.Error()
 		return nil
@@ -140,6 +168,10 @@ func (t *Tunnel) openSuper() error {
 func (t *Tunnel) podMTU(u host.Underlay) (int, error) {
 	cost := 0
 	for _, e := range t.options.Lease.Endpoints {
+		if t.format == encap.FormatIPIP {
+			cost = max(cost, encap.IPIPCost)
+			continue
+		}
 		cost = max(cost, encap.VXLANCost(e.Public.Is4()))
 	}
 	return backend.MTU(t.options.Config.Backend.MTU, u, cost)
@@ -169,6 +201,10 @@ func (t *Tunnel) table(s subnet.Snapshot) *encap.Table {
 			if !ok || l.Reserved {
 				continue
 			}
+			if t.format == encap.FormatIPIP {
+				peers = append(peers, encap.IPIPPeer(e.Subnet, e.Public))
+				continue
+			}
 			to := netip.AddrPortFrom(e.Public, t.options.Config.Backend.Port)
 			peers = append(peers, encap.PeerTo(e.Subnet, to, self.VTEP.VNI, e.VTEP.MAC, self.VTEP.MAC))
 		}
@@ -188,9 +224,11 @@ func (t *Tunnel) state(s subnet.Snapshot) host.State {
 		}
 		link.Addrs = append(link.Addrs, backend.HostAddrs(e)...)
 		state.Routes = append(state.Routes, host.Route{To: network, Link: DeviceName, Source: e.Subnet.Addr()})
-		state.Firewall.Tunnels = append(state.Firewall.Tunnels, host.Tunnel{
-			Port: t.options.Config.Backend.Port, VNI: e.VTEP.VNI, Network: network,
-		})
+		if t.format == encap.FormatVXLAN {
+			state.Firewall.Tunnels = append(state.Firewall.Tunnels, host.Tunnel{
+				Port: t.options.Config.Backend.Port, VNI: e.VTEP.VNI, Network: network,
+			})
+		}
 	}
 	state.Links = []host.Link{link}
 	return state
@@ -301,9 +339,9 @@ func (t *Tunnel) makeWay() error {
 	return nil
 }
 
-// listen opens a UDP socket bound to the node's underlay address, and returns
+// listenUDP opens a UDP socket bound to the node's underlay address, and returns
 // its descriptor.
-func listen(at netip.AddrPort) (int, error) {
+func listenUDP(at netip.AddrPort) (int, error) {
 	network := "udp4"
 	if at.Addr().Is6() {
 		network = "udp6"

@@ -160,6 +160,12 @@ func (u *uplink) check() error {
 	case len(a.HardwareAddr) != 6:
 		return fmt.Errorf("%s is no Ethernet interface", name)
 	}
+	u.link = link
+	if u.device.format == encap.FormatIPIP {
+		// Even where the kernel has to cut, it does so better than a raw socket
+		// for each packet.
+		return u.device.redirect(a.Index)
+	}
 	tool, err := ethtool.NewEthtool()
 	if err != nil {
 		return fmt.Errorf("asking for the features of %s: %w", name, err)
@@ -174,7 +180,6 @@ func (u *uplink) check() error {
 			return fmt.Errorf("%s does not segment tunnels itself (ethtool -k: %s off)", name, f)
 		}
 	}
-	u.link = link
 	return u.device.redirect(a.Index)
 }
 

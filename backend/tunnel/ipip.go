@@ -1,0 +1,158 @@
+package tunnel
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// listenIPIP opens the sockets of IPIP (RFC 2003): a raw one that sends, from
+// this node's underlay address, and a packet socket that receives on one
+// interface.
+func listenIPIP(local netip.Addr, link int) (raw, packets int, err error) {
+	raw, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_IPIP)
+	if errors.Is(err, unix.EPERM) {
+		return -1, -1, fmt.Errorf("opening a raw socket needs root, or CAP_NET_RAW: %w", err)
+	}
+	if err != nil {
+		return -1, -1, fmt.Errorf("opening a raw socket: %w", err)
+	}
+	if err := prepareRaw(raw, local); err != nil {
+		return -1, -1, errors.Join(fmt.Errorf("preparing the raw socket: %w", err), unix.Close(raw))
+	}
+	packets, err = openPackets(link)
+	if err != nil {
+		return -1, -1, errors.Join(fmt.Errorf("opening a packet socket: %w", err), unix.Close(raw))
+	}
+	return raw, packets, nil
+}
+
+// prepareRaw makes the raw socket send only. It must exist for receiving, too:
+// without one the kernel answers every packet with protocol unreachable.
+func prepareRaw(fd int, local netip.Addr) error {
+	if err := attachFilter(fd, []bpf.Instruction{bpf.RetConstant{Val: 0}}); err != nil {
+		return err
+	}
+	if err := setBuffers(fd); err != nil {
+		return err
+	}
+	// As the kernel's ipip device does: the outer packet is not fragmented.
+	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO); err != nil {
+		return fmt.Errorf("IP_MTU_DISCOVER: %w", err)
+	}
+	return unix.Bind(fd, &unix.SockaddrInet4{Addr: local.As4()})
+}
+
+func openPackets(link int) (int, error) {
+	// Bound to no protocol until the filter is there.
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	prepare := func() error {
+		const protocol = 0xfff00000 + 9 // SKF_NET_OFF, and where the IPv4 header has it
+		err := attachFilter(fd, []bpf.Instruction{
+			// Not what this host sends, nor what is for another one.
+			bpf.LoadExtension{Num: bpf.ExtType},
+			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.PACKET_HOST, SkipTrue: 3},
+			bpf.LoadAbsolute{Off: protocol, Size: 1},
+			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.IPPROTO_IPIP, SkipTrue: 1},
+			bpf.RetConstant{Val: 1 << 17},
+			bpf.RetConstant{Val: 0},
+		})
+		if err != nil {
+			return err
+		}
+		if err := setBuffers(fd); err != nil {
+			return err
+		}
+		if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
+			return fmt.Errorf("PACKET_VNET_HDR: %w", err)
+		}
+		const ip = unix.ETH_P_IP
+		return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: ip>>8 | ip&0xff<<8, Ifindex: link})
+	}
+	if err := prepare(); err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	return fd, nil
+}
+
+func attachFilter(fd int, program []bpf.Instruction) error {
+	raw, err := bpf.Assemble(program)
+	if err != nil {
+		return err
+	}
+	filter := make([]unix.SockFilter, len(raw))
+	for i, r := range raw {
+		filter[i] = unix.SockFilter{Code: r.Op, Jt: r.Jt, Jf: r.Jf, K: r.K}
+	}
+	err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+	if err != nil {
+		return fmt.Errorf("SO_ATTACH_FILTER: %w", err)
+	}
+	return nil
+}
+
+// Of linux/bpf.h and linux/pkt_cls.h.
+const (
+	adjustRoomMAC       = 1      // BPF_ADJ_ROOM_MAC
+	adjustRoomFixedGSO  = 1      // BPF_F_ADJ_ROOM_FIXED_GSO
+	adjustRoomEncapIPv4 = 1 << 1 // BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
+	actShot             = 2      // TC_ACT_SHOT
+)
+
+// loadMarker loads the program that redirects frames to the uplink and tells
+// the kernel which of their headers is the tunnel's. The frames bear the outer
+// header already, as bytes; the kernel's segmentation would not know of it. So
+// the program takes it off and puts it on again, which leaves the packet the
+// same and the kernel's notes on it complete.
+func loadMarker(uplink int) (*ebpf.Program, error) {
+	const ethernet, outer, at = 14, 20, -24 // at: in the stack frame
+	adjust := func(by int32, flags int32) asm.Instructions {
+		return asm.Instructions{
+			asm.Mov.Reg(asm.R1, asm.R6),
+			asm.Mov.Imm(asm.R2, by),
+			asm.Mov.Imm(asm.R3, adjustRoomMAC),
+			asm.Mov.Imm(asm.R4, flags),
+			asm.FnSkbAdjustRoom.Call(),
+			asm.JNE.Imm(asm.R0, 0, "drop"),
+		}
+	}
+	copyHeader := func(call asm.BuiltinFunc) asm.Instructions {
+		return asm.Instructions{
+			asm.Mov.Reg(asm.R1, asm.R6),
+			asm.Mov.Imm(asm.R2, ethernet),
+			asm.Mov.Reg(asm.R3, asm.RFP),
+			asm.Add.Imm(asm.R3, at),
+			asm.Mov.Imm(asm.R4, outer),
+			asm.Mov.Imm(asm.R5, 0),
+			call.Call(),
+			asm.JNE.Imm(asm.R0, 0, "drop"),
+		}
+	}
+	program := asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}
+	program = append(program, copyHeader(asm.FnSkbLoadBytes)...)
+	program = append(program, adjust(-outer, adjustRoomFixedGSO)...)
+	program = append(program, adjust(outer, adjustRoomFixedGSO|adjustRoomEncapIPv4)...)
+	program = append(program, copyHeader(asm.FnSkbStoreBytes)...)
+	program = append(
+		program,
+		asm.Mov.Imm(asm.R1, int32(uplink)),
+		asm.Mov.Imm(asm.R2, 0),
+		asm.FnRedirect.Call(),
+		asm.Return(),
+		asm.Mov.Imm(asm.R0, actShot).WithSymbol("drop"),
+		asm.Return(),
+	)
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "culvert_ipip", Type: ebpf.SchedCLS, Instructions: program, License: "Apache-2.0"})
+	if err != nil {
+		return nil, fmt.Errorf("loading the program that marks IPIP frames (needs CAP_BPF): %w", err)
+	}
+	return p, nil
+}
