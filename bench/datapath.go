@@ -18,8 +18,6 @@ type Datapath struct {
 	// Program is somebody else's, of which the datapath is made; nil else.
 	Program *Program
 
-	// missing says why there is no such datapath yet; empty if there is.
-	missing string
 	// none says that traffic goes by the underlay's own addresses.
 	none bool
 	// kernel says that no daemon carries packets.
@@ -46,9 +44,6 @@ func Datapaths() []Datapath {
 
 // Available says whether the datapath can be tried here, and if not, why.
 func (d Datapath) Available() (ok bool, why string) {
-	if d.missing != "" {
-		return false, d.missing
-	}
 	if d.Program != nil {
 		return d.Program.available()
 	}

@@ -2,6 +2,7 @@ package encap
 
 import (
 	"fmt"
+	"net/netip"
 
 	"golang.org/x/sys/unix"
 )
@@ -114,7 +115,11 @@ func (e *egress) add(at, n int) (big bool) {
 	b = b[:p.length]
 	table := e.table.Load()
 	if !table.isLocal(p.source(b)) {
-		e.tally.drop(EgressSource)
+		reason := EgressSource
+		if isLinkLocal(p.source(b), p.destination(b)) {
+			reason = EgressLinkLocal
+		}
+		e.tally.drop(reason)
 		return false
 	}
 	peer := e.route.lookup(table, p.destination(b))
@@ -140,6 +145,12 @@ func (e *egress) add(at, n int) (big bool) {
 	e.batch.addPacket(peer, p.ecn, datagram, len(b), e.gso())
 	e.used = (at + n + 63) &^ 63
 	return false
+}
+
+// isLinkLocal says whether a packet is what a kernel says on every link of its
+// own accord: a router solicitation, a multicast report.
+func isLinkLocal(source, destination netip.Addr) bool {
+	return destination.IsLinkLocalMulticast() && (source.IsUnspecified() || source.IsLinkLocalUnicast())
 }
 
 // addFrame sends the frame at slab[at:] whole, or cuts it up and puts its

@@ -14,6 +14,7 @@ const (
 	EgressMalformed // the device gave a frame that is no whole IP packet
 	EgressNoPeer    // no lease covers the inner destination
 	EgressSource    // the inner source is not in this node's subnet
+	EgressLinkLocal // what the kernel says on every link, for no peer
 	EgressTooBig    // it does not fit the path to the peer
 	EgressSend      // the kernel refused to send it
 
@@ -36,7 +37,7 @@ const (
 
 var reasonNames = [reasons]string{
 	"accepted",
-	"egress-malformed", "egress-no-peer", "egress-source", "egress-too-big", "egress-send",
+	"egress-malformed", "egress-no-peer", "egress-source", "egress-link-local", "egress-too-big", "egress-send",
 	"ingress-truncated", "ingress-short", "ingress-fragment", "ingress-flags", "ingress-vni", "ingress-stranger",
 	"ingress-mac", "ingress-protocol", "ingress-malformed", "ingress-source", "ingress-not-ours",
 	"ingress-ecn", "ingress-write",

@@ -1,0 +1,323 @@
+package test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+	"culvert/subnet"
+)
+
+// The kernel's vxlan device is the oracle: whatever mechanisms the loop uses,
+// and whatever the underlay's links do by themselves, what one side sends is
+// what the other receives.
+
+const dualConfig = `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}`
+
+// killSwitches are the flags of which all combinations that differ are tried.
+var killSwitches = [][]string{
+	{},
+	{"--no-super-frame"},
+	{"--no-gso"},
+	{"--no-gro"},
+	{"--no-uso", "--no-super-frame"},
+	{"--no-gso", "--no-gro"},
+}
+
+// oracle is a pod behind a culvert daemon and a node of kernel devices, both
+// dual-stack.
+type oracle struct {
+	*cluster
+	pod    *lab.Pod
+	kernel *lab.Node
+	there  []netip.Addr // the kernel node's own addresses, IPv4 first
+}
+
+func newOracle(t *testing.T) *oracle {
+	c := newClusterOf(t, lab.Options{
+		Nodes: 2, Underlay: lab.Direct,
+		Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:18::/64")},
+	})
+	c.setConfig(dualConfig)
+	o := &oracle{cluster: c, kernel: c.Nodes[1]}
+	ours := c.Nodes[0]
+	p := c.start(ours, "--iface", ours.Link)
+	status := c.waitReady(ours, 0)
+
+	theirs := subnet.Lease{Backend: "vxlan"}
+	for i, prefix := range []string{"10.5.200.0/24", "fd00:5:0:c8::/64"} {
+		v, err := o.kernel.AddHandmadeVXLAN(lab.VXLANOptions{Subnet: netip.MustParsePrefix(prefix), Local: o.kernel.Addrs[i], MTU: 1430})
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs.Endpoints = append(theirs.Endpoints, v.Self)
+		o.there = append(o.there, v.Self.Subnet.Addr())
+		err = v.AddPeer(subnet.Endpoint{
+			Subnet: status.Lease.Subnets[i], Public: ours.Addrs[i],
+			VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(ours.ID, 1, i == 1)},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	value, err := theirs.Value()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.put("/coreos.com/network/subnets/"+theirs.Key(), string(value))
+	c.waitReady(ours, 1)
+	if o.pod, err = ours.AddPod(t.Context(), "p1"); err != nil {
+		t.Fatal(err)
+	}
+	stop(t, p)
+	return o
+}
+
+func stop(t *testing.T, p *lab.Process) {
+	t.Helper()
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestEveryMechanismAgainstTheKernel(t *testing.T) {
+	o := newOracle(t)
+	switches, profiles := killSwitches, lab.Profiles()
+	if testing.Short() {
+		switches, profiles = switches[:2], profiles[:2]
+	}
+	for _, flags := range switches {
+		p := o.start(o.Nodes[0], append([]string{"--iface", o.Nodes[0].Link}, flags...)...)
+		o.waitReady(o.Nodes[0], 1)
+		for _, profile := range profiles {
+			name := strings.TrimSpace(fmt.Sprintf("%s %s", profile, strings.Join(flags, " ")))
+			t.Run(name, func(t *testing.T) {
+				if _, err := o.SetProfile(profile); err != nil {
+					t.Fatal(err)
+				}
+				o.exchange(t, 3<<20)
+			})
+		}
+		s := o.wait(o.Nodes[0], "answers", func(api.Status) bool { return true })
+		if d := dropped(s); len(d) != 0 {
+			t.Errorf("%v dropped: %v", flags, d)
+		}
+		if whole := s.Datapath.Egress.SuperFrames; len(flags) == 0 && whole == 0 && superFrames(s).Why == "" {
+			t.Error("no frame left whole")
+		} else if len(flags) > 0 && flags[len(flags)-1] == "--no-super-frame" && whole != 0 {
+			t.Errorf("%d frames left whole", whole)
+		}
+		stop(t, p)
+	}
+}
+
+// dropped is what was dropped and should not have been.
+func dropped(s api.Status) []api.Drop {
+	return slices.DeleteFunc(s.Datapath.Drops, func(d api.Drop) bool { return d.Reason == "egress-link-local" })
+}
+
+func superFrames(s api.Status) api.Mechanism {
+	for _, m := range s.Datapath.Mechanisms {
+		if m.Name == "super-frame" {
+			return m
+		}
+	}
+	return api.Mechanism{}
+}
+
+// exchange moves every kind of traffic in both directions, over both families.
+func (o *oracle) exchange(t *testing.T, bytes int64) {
+	t.Helper()
+	for i, there := range o.there {
+		here := o.pod.Addr(i == 0)
+		transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, bytes)
+		transfer(t, o.kernel.Namespace, o.pod.Namespace, there, here, bytes)
+		datagrams(t, o.pod.Namespace, o.kernel.Namespace, here, there)
+		extremes(t, o.pod.Namespace, o.kernel.Namespace, here, there)
+		bursts(t, o.pod.Namespace, o.kernel.Namespace, here, there)
+		bursts(t, o.kernel.Namespace, o.pod.Namespace, there, here)
+	}
+}
+
+// extremes has datagrams of no bytes and of many echoed, which IP fragments.
+func extremes(t *testing.T, from, to *lab.Namespace, source, destination netip.Addr) {
+	t.Helper()
+	server, client := udpPair(t, from, to, source, destination)
+	go func() {
+		b := make([]byte, 1<<16)
+		for {
+			n, a, err := server.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = server.WriteTo(b[:n], a)
+		}
+	}()
+	largest := 65507
+	if source.Is6() {
+		largest = 65487
+	}
+	answer := make([]byte, 1<<16)
+	for _, size := range []int{0, 1, 1421, 1422, 1423, 1451, 9000, 32768, largest} {
+		want := pattern(size)
+		if _, err := client.WriteTo(want, server.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+		if err := client.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		n, _, err := client.ReadFrom(answer)
+		if err != nil {
+			t.Fatalf("no answer to a datagram of %d bytes: %v", size, err)
+		}
+		if !bytes.Equal(answer[:n], want) {
+			t.Fatalf("a datagram of %d bytes came back as %d, or other ones", size, n)
+		}
+	}
+}
+
+// bursts sends datagrams that the kernel is to cut up (UDP_SEGMENT): they
+// arrive each by itself, whole, and in order.
+func bursts(t *testing.T, from, to *lab.Namespace, source, destination netip.Addr) {
+	t.Helper()
+	server, client := udpPair(t, from, to, source, destination)
+	raw, err := client.(*net.UDPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size, count, rounds = 1200, 40, 5
+	if err := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, size) }); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 2048)
+	for round := range rounds {
+		var burst []byte
+		for i := range count {
+			d := pattern(size)
+			binary.BigEndian.PutUint32(d, uint32(round*count+i))
+			burst = append(burst, d...)
+		}
+		burst = burst[:len(burst)-100] // the last is shorter
+		if _, err := client.WriteTo(burst, server.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+		for i := range count {
+			if err := server.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			n, _, err := server.ReadFrom(got)
+			if err != nil {
+				t.Fatalf("datagram %d of burst %d: %v", i, round, err)
+			}
+			if want := burst[i*size : min((i+1)*size, len(burst))]; !bytes.Equal(got[:n], want) {
+				t.Fatalf("datagram %d of burst %d is %d bytes, number %d", i, round, n, binary.BigEndian.Uint32(got))
+			}
+		}
+	}
+}
+
+func udpPair(t *testing.T, from, to *lab.Namespace, source, destination netip.Addr) (server, client net.PacketConn) {
+	t.Helper()
+	server, err := to.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(destination, 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	client, err = from.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(source, 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	return server, client
+}
+
+// TestSuperFramesFollowTheUplink changes what super-frames depend on while a
+// transfer runs: the uplink's features, and the neighbour. The transfer is
+// whole, and the status says what is on and why not.
+func TestSuperFramesFollowTheUplink(t *testing.T) {
+	o := newOracle(t)
+	o.start(o.Nodes[0], "--iface", o.Nodes[0].Link)
+	s := o.waitReady(o.Nodes[0], 1)
+	if m := superFrames(s); m.Why != "" && strings.Contains(m.Why, "6.17") {
+		t.Skipf("super-frames: %s", m.Why)
+	}
+	settled := func(want bool, why string) {
+		t.Helper()
+		o.wait(o.Nodes[0], fmt.Sprintf("super-frames %t", want), func(s api.Status) bool {
+			m := superFrames(s)
+			return m.On == want && strings.Contains(m.Why, why)
+		})
+	}
+	here, there := o.pod.Addr(true), o.there[0]
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if _, err := o.pod.Ping(ctx, here, there); err != nil { // which finds the neighbour
+		t.Fatal(err)
+	}
+	settled(true, "")
+
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 1<<30)
+	}()
+	for _, profile := range []lab.Profile{lab.Cloud, lab.Offload, lab.Bare, lab.Offload} {
+		if _, err := o.SetProfile(profile); err != nil {
+			t.Fatal(err)
+		}
+		if profile == lab.Offload {
+			settled(true, "")
+		} else {
+			settled(false, "does not segment tunnels")
+		}
+		// A neighbour that is gone is found again, by what leaves meanwhile.
+		flushNeighbours(t, o.Nodes[0])
+	}
+	<-done
+	s, err := o.status(o.Nodes[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := dropped(s); s.Datapath.Egress.SuperFrames == 0 || len(d) != 0 {
+		t.Errorf("%d super-frames, drops %v", s.Datapath.Egress.SuperFrames, d)
+	}
+}
+
+// flushNeighbours forgets every neighbour on the node's underlay.
+func flushNeighbours(t *testing.T, n *lab.Node) {
+	t.Helper()
+	err := n.Do(func() error {
+		link, err := netlink.LinkByName(n.Link)
+		if err != nil {
+			return err
+		}
+		list, err := netlink.NeighList(link.Attrs().Index, unix.AF_UNSPEC)
+		if err != nil {
+			return err
+		}
+		for i := range list {
+			if list[i].State&netlink.NUD_PERMANENT == 0 {
+				_ = netlink.NeighDel(&list[i])
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
