@@ -205,7 +205,7 @@ func (s *Scaled) inLab(ctx context.Context, l *lab.Lab, o ScaleOptions) error {
 	n := l.Nodes[0]
 	began := time.Now()
 	daemon, err := n.Start(lab.Command{Name: "culvert", Path: filepath.Join(o.Bin, "culvert"), Args: []string{
-		"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--subnet-file", n.SubnetFile(), "--etcd-endpoints", url, "--iface", n.Link,
+		"run", "--datapath", "userspace", "--node-id", n.ID, "--run-dir", n.RunDir, "--subnet-file", n.SubnetFile(), "--etcd-endpoints", url, "--iface", n.Link,
 	}})
 	if err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"culvert/cni"
+	"culvert/internal/api"
 	"culvert/internal/lab"
 )
 
@@ -57,7 +59,7 @@ func newDemoCommand() *cobra.Command {
 		Long: `Show pods on several nodes reaching each other, on this machine.
 
 Each node is a network namespace with its own culvert daemon; an etcd server and
-a bridge join them. Pods are added by the real CNI plugins. Then every pod pings
+a bridge join them. The nodes carry packets in userspace and in the kernel in turn. Pods are added by the real CNI plugins. Then every pod pings
 every other, each node the pods of the others and back, the far end says which
 address it saw, and 100 MB go from node to node each way. Afterwards nothing is
 left, unless --keep is given.
@@ -75,7 +77,7 @@ Exit code 0: everything was reached, untranslated and intact; 1: not.`,
 	flags.SortFlags = false
 	flags.IntVar(&f.nodes, "nodes", 3, "how many nodes")
 	flags.IntVar(&f.pods, "pods", 2, "how many pods on each node")
-	flags.StringVar(&f.datapath, "datapath", "auto", "the daemons' --datapath: auto, userspace or kernel")
+	flags.StringVar(&f.datapath, "datapath", "mixed", "the daemons' --datapath: auto, userspace, kernel, or mixed: userspace and auto in turn")
 	flags.BoolVar(&f.keep, "keep", false, "leave it up, and say how to look around and how to remove it")
 	flags.StringVar(&f.remove, "remove", "", "remove a demo that was kept, by its name")
 	flags.StringVarP(&f.output, "output", "o", "table", "how to show the result: table or json")
@@ -93,8 +95,8 @@ func (f *demoFlags) run(c *cobra.Command) error {
 		return usagef("--nodes %d: 1 to %d", f.nodes, maxDemoNodes)
 	case f.pods < 1 || f.pods > maxDemoPods:
 		return usagef("--pods %d: 1 to %d", f.pods, maxDemoPods)
-	case f.datapath != "auto" && f.datapath != "userspace" && f.datapath != "kernel":
-		return usagef("--datapath %s: auto, userspace or kernel", f.datapath)
+	case !slices.Contains([]string{"auto", "userspace", "kernel", "mixed"}, f.datapath):
+		return usagef("--datapath %s: auto, userspace, kernel or mixed", f.datapath)
 	case f.output != "table" && f.output != "json":
 		return usagef("--output %s: table or json", f.output)
 	}
@@ -310,12 +312,16 @@ func (d *demo) startDaemons(ctx context.Context, store string) error {
 		return err
 	}
 	d.daemons = map[string]*lab.Process{}
-	for _, n := range d.lab.Nodes {
+	for i, n := range d.lab.Nodes {
+		datapath := d.datapath
+		if datapath == "mixed" {
+			datapath = []string{"userspace", "auto"}[i%2]
+		}
 		p, err := n.Start(lab.Command{
 			Name: n.ID, Path: self,
 			Args: []string{
 				"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--subnet-file", n.SubnetFile(),
-				"--etcd-endpoints", store, "--iface", n.Link, "--datapath", d.datapath,
+				"--etcd-endpoints", store, "--iface", n.Link, "--datapath", datapath,
 			},
 		})
 		if err != nil {
@@ -328,7 +334,13 @@ func (d *demo) startDaemons(ctx context.Context, store string) error {
 		if err != nil {
 			return err
 		}
-		d.Result.Nodes = append(d.Result.Nodes, demoNode{Name: n.ID, Underlay: n.Addrs[0], Subnet: env.Subnets()[0], MTU: env.MTU})
+		status, err := api.GetStatus(ctx, n.RunDir)
+		if err != nil {
+			return err
+		}
+		d.Result.Nodes = append(d.Result.Nodes, demoNode{
+			Name: n.ID, Underlay: n.Addrs[0], Subnet: env.Subnets()[0], Datapath: status.Datapath.Kind, MTU: env.MTU,
+		})
 		d.ends = append(d.ends, &demoEnd{Namespace: n.Namespace, name: n.ID, node: n, addr: env.Gateways[0].Addr()})
 		d.progress.say("%s (%s) leased %s", n.ID, n.Addrs[0], env.Subnets()[0])
 	}

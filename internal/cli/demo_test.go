@@ -190,8 +190,8 @@ func TestDemoWrongFlags(t *testing.T) {
 func TestDemoTable(t *testing.T) {
 	r := demoResult{
 		Nodes: []demoNode{
-			{Name: "n1", Underlay: netip.MustParseAddr("198.18.0.1"), Subnet: netip.MustParsePrefix("10.42.1.0/24"), MTU: 1450},
-			{Name: "n2", Underlay: netip.MustParseAddr("198.18.0.2"), Subnet: netip.MustParsePrefix("10.42.2.0/24"), MTU: 1450},
+			{Name: "n1", Underlay: netip.MustParseAddr("198.18.0.1"), Subnet: netip.MustParsePrefix("10.42.1.0/24"), Datapath: "userspace", MTU: 1450},
+			{Name: "n2", Underlay: netip.MustParseAddr("198.18.0.2"), Subnet: netip.MustParsePrefix("10.42.2.0/24"), Datapath: "kernel", MTU: 1450},
 		},
 		Pods: []demoPod{
 			{Name: "n1-p1", Node: "n1", Address: netip.MustParseAddr("10.42.1.2")},
@@ -212,9 +212,9 @@ func TestDemoTable(t *testing.T) {
 		t.Error("a failed ping is good")
 	}
 	const want = `
-NODE  UNDERLAY    SUBNET        MTU   PODS
-n1    198.18.0.1  10.42.1.0/24  1450  n1-p1 10.42.1.2
-n2    198.18.0.2  10.42.2.0/24  1450  n2-p1 10.42.2.2
+NODE  UNDERLAY    SUBNET        DATAPATH   MTU   PODS
+n1    198.18.0.1  10.42.1.0/24  userspace  1450  n1-p1 10.42.1.2
+n2    198.18.0.2  10.42.2.0/24  kernel     1450  n2-p1 10.42.2.2
 
 Round-trip times in ms, from each row to each column (pod or node):
          n1  n2   n1-p1  n2-p1

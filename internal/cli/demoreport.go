@@ -22,6 +22,7 @@ type demoNode struct {
 	Name     string       `json:"name"`
 	Underlay netip.Addr   `json:"underlay"`
 	Subnet   netip.Prefix `json:"subnet"`
+	Datapath string       `json:"datapath"`
 	MTU      int          `json:"mtu"` // of its pods
 }
 
@@ -79,7 +80,7 @@ func (r demoResult) table(w io.Writer) {
 		return
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "\nNODE\tUNDERLAY\tSUBNET\tMTU\tPODS\n")
+	fmt.Fprintf(t, "\nNODE\tUNDERLAY\tSUBNET\tDATAPATH\tMTU\tPODS\n")
 	for _, n := range r.Nodes {
 		var pods []string
 		for _, p := range r.Pods {
@@ -87,7 +88,7 @@ func (r demoResult) table(w io.Writer) {
 				pods = append(pods, fmt.Sprintf("%s %s", p.Name, p.Address))
 			}
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%s\n", n.Name, n.Underlay, n.Subnet, n.MTU, strings.Join(pods, ", "))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%d\t%s\n", n.Name, n.Underlay, n.Subnet, n.Datapath, n.MTU, strings.Join(pods, ", "))
 	}
 	_ = t.Flush()
 
