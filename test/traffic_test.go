@@ -29,6 +29,7 @@ type pings struct {
 	missing map[uint64]time.Time // sent, not answered
 	sent    uint64
 	every   time.Duration
+	slowest time.Duration // answer
 }
 
 const pingEvery = 10 * time.Millisecond
@@ -88,7 +89,11 @@ func startPingsEvery(t testing.TB, from, to *lab.Pod, every time.Duration) *ping
 			}
 			if e, ok := m.Body.(*icmp.Echo); ok && e.ID == id && len(e.Data) == 8 {
 				p.mu.Lock()
-				delete(p.missing, binary.BigEndian.Uint64(e.Data))
+				n := binary.BigEndian.Uint64(e.Data)
+				if at, ok := p.missing[n]; ok {
+					p.slowest = max(p.slowest, time.Since(at))
+				}
+				delete(p.missing, n)
 				p.mu.Unlock()
 			}
 		}

@@ -1,10 +1,20 @@
 package test
 
 import (
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
 	"culvert/internal/api"
+	"culvert/internal/lab"
 )
 
 // TestUpgrade restarts a daemon under a ping a thousand times a second, as an
@@ -42,5 +52,181 @@ func TestUpgrade(t *testing.T) {
 		if lost != 0 {
 			t.Errorf("%s: of %d pings %d were lost", end.name, sent, lost)
 		}
+	}
+}
+
+// systemd is as much of it as holds a service's descriptors over its restart:
+// the socket that it listens on (sd_notify(3)), and what was stored there.
+type systemd struct {
+	conn   *net.UnixConn
+	path   string
+	stored chan []*os.File // what was stored last
+}
+
+func newSystemd(t *testing.T, dir string) *systemd {
+	t.Helper()
+	s := &systemd{path: filepath.Join(dir, "notify"), stored: make(chan []*os.File, 1)}
+	var err error
+	if s.conn, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: s.path, Net: "unixgram"}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.conn.Close() })
+	go func() {
+		var held []*os.File
+		for text, rights := make([]byte, 4096), make([]byte, 4096); ; {
+			n, k, _, _, err := s.conn.ReadMsgUnix(text, rights)
+			if errors.Is(err, net.ErrClosed) {
+				for _, f := range held {
+					f.Close()
+				}
+				return
+			}
+			switch string(text[:n]) {
+			case "FDSTOREREMOVE=1\nFDNAME=culvert":
+				for _, f := range held {
+					f.Close()
+				}
+				held = nil
+			case "FDSTORE=1\nFDNAME=culvert":
+				messages, _ := unix.ParseSocketControlMessage(rights[:k])
+				for _, m := range messages {
+					fds, _ := unix.ParseUnixRights(&m)
+					for _, fd := range fds {
+						held = append(held, os.NewFile(uintptr(fd), "culvert"))
+					}
+				}
+			default:
+				continue
+			}
+			select {
+			case <-s.stored:
+			default:
+			}
+			s.stored <- held
+		}
+	}()
+	return s
+}
+
+// start starts a daemon as systemd does, with what was stored.
+func (s *systemd) start(t *testing.T, c *cluster, n *lab.Node) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, filepath.Join(c.bin, "culvert"),
+		"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--etcd-endpoints", c.endpoint, "--datapath", "userspace")
+	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+s.path)
+	select {
+	case held := <-s.stored:
+		names := "LISTEN_FDNAMES=culvert"
+		for range held[1:] {
+			names += ":culvert"
+		}
+		cmd.ExtraFiles = held
+		cmd.Env = append(cmd.Env, names, "LISTEN_FDS="+string(rune('0'+len(held))))
+	default:
+	}
+	log, err := os.OpenFile(filepath.Join(c.Dir, "logs", "systemd.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := n.Do(cmd.Start); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	return cmd
+}
+
+// TestUpgradeInUserspace is TestUpgrade with the packets in a process: systemd
+// holds its device and its socket over the restart, in which the kernel keeps
+// what arrives.
+func TestUpgradeInUserspace(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	s := newSystemd(t, c.Dir)
+	cmd := s.start(t, c, n)
+	c.start(c.Nodes[1])
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	pods := c.pods()
+	ping(t, pods[0], pods[1])
+	index := deviceIndex(t, n)
+	flow := startFlow(t, pods[0], pods[1])
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		pings := startPingsEvery(t, pods[0], pods[1], time.Millisecond)
+		time.Sleep(100 * time.Millisecond)
+		if err := cmd.Process.Signal(signal); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait()
+		cmd = s.start(t, c, n)
+		c.wait(n, "ready again", func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 })
+		c.goesOn(flow)
+		sent, lost := pings.stop()
+		t.Logf("%s: of %d pings %d lost, %s without an answer at the longest, the slowest took %s", signal, sent, lost, pings.gap(), pings.slowest)
+		if gap := pings.gap(); gap > 100*time.Millisecond {
+			t.Errorf("%s: of %d pings %d were lost, %s long", signal, sent, lost, gap)
+		}
+		if deviceIndex(t, n) != index {
+			t.Errorf("%s: the device is another", signal)
+		}
+	}
+	if _, _, err := flow.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// deviceIndex returns the number of the TUN device, which is another for each
+// that is made.
+func deviceIndex(t *testing.T, n *lab.Node) (index int) {
+	t.Helper()
+	if err := n.Do(func() error {
+		l, err := netlink.LinkByName("culvert0")
+		if err == nil {
+			index = l.Attrs().Index
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return index
+}
+
+// TestKilledWithoutSystemd kills a userspace daemon that nobody holds
+// descriptors for: its device and routes stay, and the next one goes on with
+// them.
+func TestKilledWithoutSystemd(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	p := c.start(n)
+	c.start(c.Nodes[1])
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	pods := c.pods()
+	ping(t, pods[0], pods[1])
+	flow := startFlow(t, pods[0], pods[1])
+	index := deviceIndex(t, n)
+	routes := func() (all []string) {
+		if err := n.Do(func() (err error) { all, err = kernelState(); return err }); err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	before := routes()
+	if err := p.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if got := routes(); len(got) != len(before) || deviceIndex(t, n) != index {
+		t.Errorf("after SIGKILL there is %v, before it there was %v", got, before)
+	}
+	c.start(n)
+	c.waitReady(n, 1)
+	c.goesOn(flow)
+	if deviceIndex(t, n) != index {
+		t.Error("the device is another")
 	}
 }

@@ -45,15 +45,24 @@ func openDevice(name string, mtu int, log *slog.Logger) (*device, error) {
 	if err := errors.Join(err, ignoreClosed(t.Close())); err != nil {
 		return nil, fmt.Errorf("taking over the TUN device %s: %w", name, err)
 	}
-	const tcp = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
-	d.uso = setOffload(d.fd, tcp|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil
-	if !d.uso {
-		if err := setOffload(d.fd, tcp); err != nil {
-			return nil, errors.Join(fmt.Errorf("setting the offloads of %s: %w", name, err), d.close())
-		}
+	if err := errors.Join(d.offloads(name), d.persist()); err != nil {
+		return nil, err
 	}
 	log.Debug("device opened", "device", name, "uso", d.uso)
 	return d, nil
+}
+
+// offloads asks for what the loop can do. It closes the device on error.
+func (d *device) offloads(name string) error {
+	const tcp = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+	d.uso = setOffload(d.fd, tcp|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil
+	if d.uso {
+		return nil
+	}
+	if err := setOffload(d.fd, tcp); err != nil {
+		return errors.Join(fmt.Errorf("setting the offloads of %s: %w", name, err), d.close())
+	}
+	return nil
 }
 
 func setOffload(fd, flags int) error { return unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, flags) }

@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -38,7 +39,10 @@ type Options struct {
 	// Replaces names devices of other programs that have our UDP port.
 	Replaces []string
 	Switches
-	Log *slog.Logger
+	// Inherited are the descriptors that a predecessor left open (Descriptors),
+	// which Open takes over or closes.
+	Inherited []int
+	Log       *slog.Logger
 }
 
 // Switches are the kill switches: each turns one mechanism off that would be
@@ -62,7 +66,10 @@ type Tunnel struct {
 	egress  encap.Counters
 	ingress encap.Counters
 
-	keeper *host.Keeper
+	keeper    *host.Keeper
+	inherited inherited
+	applied   chan struct{} // closed by the first Apply
+	once      sync.Once
 }
 
 // Open makes the device and the sockets. The error names the step, and what to
@@ -72,12 +79,16 @@ func Open(o Options) (*Tunnel, error) {
 	if !ok {
 		return nil, fmt.Errorf("the userspace datapath carries vxlan and ipip, not %s", o.Config.Backend.Type)
 	}
-	t := &Tunnel{options: o, format: format, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log)}
+	t := &Tunnel{
+		options: o, format: format, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log),
+		inherited: inherited{o.Inherited}, applied: make(chan struct{}),
+	}
+	defer func() { _ = t.inherited.close() }()
 	var err error
 	if t.mtu, err = t.podMTU(o.Node.Underlay); err != nil {
 		return nil, err
 	}
-	t.device, err = openDevice(DeviceName, t.mtu, o.Log)
+	t.device, err = t.inherited.openDevice(DeviceName, t.mtu, o.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -121,7 +132,7 @@ func (t *Tunnel) listen(e subnet.Endpoint) (encap.Underlay, error) {
 		if err != nil {
 			return encap.Underlay{}, fmt.Errorf("looking up %s: %w", u.Name, err)
 		}
-		raw, packets, err := listenIPIP(local, link.Index)
+		raw, packets, err := t.inherited.listenIPIP(local, link.Index)
 		if err != nil {
 			return encap.Underlay{}, err
 		}
@@ -132,7 +143,7 @@ func (t *Tunnel) listen(e subnet.Endpoint) (encap.Underlay, error) {
 		}
 		return side, nil
 	}
-	socket, err := listenUDP(netip.AddrPortFrom(local, t.options.Config.Backend.Port))
+	socket, err := t.inherited.listenUDP(netip.AddrPortFrom(local, t.options.Config.Backend.Port))
 	if err != nil {
 		return encap.Underlay{}, err
 	}
@@ -185,6 +196,7 @@ func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 		t.uplink.prepare(table)
 	}
 	t.loop.SetTable(table)
+	t.once.Do(func() { close(t.applied) })
 	return t.keeper.Apply(func(host.View) (host.State, error) { return t.state(s), nil })
 }
 
@@ -235,7 +247,14 @@ func (t *Tunnel) state(s subnet.Snapshot) host.State {
 }
 
 // Run carries packets, and repairs what others do to the host, until ctx ends.
+// What comes before the first Apply waits in the kernel: without a peer it
+// would be dropped.
 func (t *Tunnel) Run(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-t.applied:
+	}
 	parts, ctx := errgroup.WithContext(ctx)
 	parts.Go(func() error { return t.loop.Run(ctx) })
 	parts.Go(func() error { return t.keeper.Run(ctx) })

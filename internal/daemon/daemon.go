@@ -68,7 +68,7 @@ type Switches = tunnel.Switches
 // Run is the daemon. It returns nil after ctx ended and everything has
 // stopped, in order, or the error that made it stop.
 func Run(ctx context.Context, o Options) error {
-	d := &node{options: o, log: o.Log, health: newHealth(o)}
+	d := &node{options: o, log: o.Log, health: newHealth(o), store: newFDStore()}
 	socket, err := api.Listen(o.RunDir)
 	if err != nil {
 		return err
@@ -95,6 +95,7 @@ type node struct {
 	options Options
 	log     *slog.Logger
 	health  *health
+	store   *fdStore
 }
 
 // run goes through the start in the order in which things need each other, and

@@ -69,11 +69,22 @@ func (d *node) open(c subnet.Config, l subnet.Lease, n backend.Node) (backend.Ba
 	}
 	d.log.Info("datapath chosen", "wire_format", format, "datapath", kind, "why", why)
 	if kind == Userspace {
-		return tunnel.Open(tunnel.Options{
+		t, err := tunnel.Open(tunnel.Options{
 			Node: n, Config: c, Lease: l, Why: why, Replaces: replaces,
-			Switches: d.options.Switches,
-			Log:      d.log,
+			Switches: d.options.Switches, Inherited: d.store.take(),
+			Log: d.log,
 		})
+		if err != nil {
+			return nil, err
+		}
+		if err := d.store.keep(t.Descriptors()); err != nil {
+			d.log.Warn("a restart will interrupt the packets", "error", err)
+		}
+		return t, nil
+	}
+	// A socket that is left has the kernel's port.
+	if err := d.store.keep(nil); err != nil {
+		d.log.Warn("what an earlier datapath stored is still there", "error", err)
 	}
 	k := backend.KernelOptions{Node: n, Format: format, Why: why, Replaces: replaces, Log: d.log}
 	switch format {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -158,7 +159,13 @@ func (w *writer) setUp(name string) error {
 	if err != nil {
 		return err
 	}
-	err = netlink.LinkSetUp(l)
+	// A socket that is being given up has the port for a moment longer.
+	for end := time.Now().Add(time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err = netlink.LinkSetUp(l)
+		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(end) {
+			break
+		}
+	}
 	if errors.Is(err, unix.EADDRINUSE) {
 		return fmt.Errorf("%w: a program has its UDP port (`ss -lunp`)", err)
 	}

@@ -1,0 +1,139 @@
+package tunnel
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A tunnel is handed over by its open descriptors. While nobody reads them the
+// kernel keeps what arrives: the device 500 packets, a socket what its
+// buffer holds. So a successor that is quick loses nothing.
+//
+//	predecessor ── Descriptors ── systemd's store ── Options.Inherited ── successor
+//
+// The device lasts by itself, too, with its addresses and routes: a successor
+// without its descriptor opens it by its name.
+
+// Descriptors returns what a successor needs. They stay the Tunnel's.
+func (t *Tunnel) Descriptors() []int {
+	all := append([]int(nil), t.sockets...)
+	if t.device != nil {
+		all = append(all, t.device.fd)
+	}
+	return all
+}
+
+// inherited are a predecessor's descriptors that nobody has claimed yet.
+type inherited struct{ fds []int }
+
+// claim takes the first descriptor that is what is looked for.
+func (i *inherited) claim(is func(fd int) bool) (fd int, ok bool) {
+	for k, fd := range i.fds {
+		if is(fd) {
+			i.fds = append(i.fds[:k:k], i.fds[k+1:]...)
+			return fd, true
+		}
+	}
+	return -1, false
+}
+
+// socket claims the socket of a type (SOCK_DGRAM, SOCK_RAW) that is bound to an
+// address; of a raw one the port is 0.
+func (i *inherited) socket(kind int, at netip.AddrPort) (fd int, ok bool) {
+	return i.claim(func(fd int) bool {
+		k, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+		if err != nil || k != kind {
+			return false
+		}
+		name, err := unix.Getsockname(fd)
+		if err != nil {
+			return false
+		}
+		switch a := name.(type) {
+		case *unix.SockaddrInet4:
+			return at.Addr().Is4() && a.Addr == at.Addr().As4() && (kind == unix.SOCK_RAW || a.Port == int(at.Port()))
+		case *unix.SockaddrInet6:
+			return netip.AddrPortFrom(netip.AddrFrom16(a.Addr), uint16(a.Port)) == at
+		}
+		return false
+	})
+}
+
+// packets claims the packet socket that is bound to a link.
+func (i *inherited) packets(link int) (fd int, ok bool) {
+	return i.claim(func(fd int) bool {
+		name, err := unix.Getsockname(fd)
+		a, is := name.(*unix.SockaddrLinklayer)
+		return err == nil && is && a.Ifindex == link
+	})
+}
+
+// device claims the TUN device of a name. One that was removed meanwhile has
+// none.
+func (i *inherited) device(name string) (fd int, ok bool) {
+	return i.claim(func(fd int) bool {
+		request, err := unix.NewIfreq("")
+		if err != nil {
+			return false
+		}
+		return unix.IoctlIfreq(fd, unix.TUNGETIFF, request) == nil && strings.TrimRight(request.Name(), "\x00") == name
+	})
+}
+
+// openDevice opens the device that was left, or a new one.
+func (i *inherited) openDevice(name string, mtu int, log *slog.Logger) (*device, error) {
+	fd, ok := i.device(name)
+	if !ok {
+		return openDevice(name, mtu, log)
+	}
+	d := &device{fd: fd}
+	if err := d.offloads(name); err != nil {
+		return nil, err
+	}
+	log.Info("device taken over", "device", name, "uso", d.uso)
+	return d, nil
+}
+
+// listenUDP returns the socket that was left, or a new one.
+func (i *inherited) listenUDP(at netip.AddrPort) (int, error) {
+	if fd, ok := i.socket(unix.SOCK_DGRAM, at); ok {
+		return fd, nil
+	}
+	return listenUDP(at)
+}
+
+// listenIPIP returns the sockets that were left, or new ones.
+func (i *inherited) listenIPIP(local netip.Addr, link int) (raw, packets int, err error) {
+	raw, ok := i.socket(unix.SOCK_RAW, netip.AddrPortFrom(local, 0))
+	if !ok {
+		return listenIPIP(local, link)
+	}
+	if packets, ok = i.packets(link); ok {
+		return raw, packets, nil
+	}
+	i.fds = append(i.fds, raw) // of another link
+	return listenIPIP(local, link)
+}
+
+// close closes what nobody has claimed.
+func (i *inherited) close() error {
+	var errs []error
+	for _, fd := range i.fds {
+		errs = append(errs, unix.Close(fd))
+	}
+	i.fds = nil
+	return errors.Join(errs...)
+}
+
+// persist makes the device outlive this process.
+func (d *device) persist() error {
+	if err := unix.IoctlSetInt(d.fd, unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("making the TUN device last: %w", err)
+	}
+	return nil
+}
