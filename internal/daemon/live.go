@@ -177,8 +177,18 @@ type session struct {
 // ctx ends or one of them fails.
 func (s *session) serve(ctx context.Context) error {
 	s.health.setDatapath(s.path)
+	// Packets are carried to the last, since the other parts take their time to
+	// end.
+	carrying, stop := context.WithCancel(context.WithoutCancel(ctx))
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	var carrier errgroup.Group
+	carrier.Go(func() error {
+		err := s.path.Run(carrying)
+		fail(err)
+		return err
+	})
 	parts, ctx := errgroup.WithContext(ctx)
-	parts.Go(func() error { return s.path.Run(ctx) })
 	parts.Go(func() error {
 		err := s.registry.Hold(ctx, s.lease)
 		if errors.Is(err, subnet.ErrLost) {
@@ -190,7 +200,9 @@ func (s *session) serve(ctx context.Context) error {
 	parts.Go(func() error { return s.follow(ctx) })
 	parts.Go(func() error { return s.publish(ctx) })
 	parts.Go(func() error { return s.awaitMove(ctx) })
-	return parts.Wait()
+	err := parts.Wait()
+	stop()
+	return errors.Join(err, carrier.Wait())
 }
 
 // follow makes the datapath equal to each snapshot. A datapath that replaces
