@@ -29,9 +29,9 @@ func Datapaths() []Datapath {
 	all := []Datapath{
 		{Name: "native", About: "the underlay itself, no tunnel: the limit", none: true},
 		{Name: "host-gw", About: "routes on the underlay, no tunnel", kernel: true},
-		{Name: "vxlan/kernel", About: "the Linux kernel's vxlan device", kernel: true},
+		{Name: "vxlan/kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true},
 		{Name: "vxlan/userspace", About: "culvert's own loop"},
-		{Name: "ipip/kernel", About: "the Linux kernel's ipip device", kernel: true},
+		{Name: "ipip/kernel", About: "the Linux kernel's ipip device, as culvert drives it", kernel: true},
 		{Name: "ipip/userspace", About: "culvert's own loop"},
 		{Name: "naive", About: "VXLAN with one packet per system call: the floor"},
 		{Name: "wireguard-go", About: "the library, which encrypts"},

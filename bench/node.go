@@ -116,6 +116,12 @@ func openCarrier(h Half, log *slog.Logger) (carrier, error) {
 	switch h.Datapath {
 	case "vxlan/userspace", "ipip/userspace":
 		return openUserspace(h, log)
+	case "vxlan/kernel", "ipip/kernel", "host-gw":
+		if h.Slot == 0 { // which nobody shares
+			return openOwnKernel(h, log)
+		}
+	}
+	switch h.Datapath {
 	case "vxlan/kernel":
 		return openKernelVXLAN(h)
 	case "ipip/kernel":
@@ -136,18 +142,38 @@ type userspace struct{ *tunnel.Tunnel }
 func (u userspace) Close() error { return u.Tunnel.Close(backend.Remove) }
 
 func openUserspace(h Half, log *slog.Logger) (carrier, error) {
+	format, _, _ := strings.Cut(h.Datapath, "/")
+	s, under, err := snapshot(h, format)
+	if err != nil {
+		return nil, err
+	}
+	t, err := tunnel.Open(tunnel.Options{
+		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{h.Underlay[h.Index]}},
+		Config: s.Config, Lease: s.Self, Why: "culvert bench", Log: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := t.Apply(context.Background(), s); err != nil {
+		return nil, errors.Join(err, t.Close(backend.Remove))
+	}
+	return userspace{t}, nil
+}
+
+// snapshot is what a datapath of culvert's own is given: the other half, and
+// the peers that are in the table only.
+func snapshot(h Half, format string) (subnet.Snapshot, host.Underlay, error) {
 	network := innerNetwork
 	if h.Peers > 1 {
 		network = wideNetwork
 	}
-	format, _, _ := strings.Cut(h.Datapath, "/")
 	wire := fmt.Sprintf(`{"Type":%q}`, format)
 	if format == "vxlan" {
 		wire = fmt.Sprintf(`{"Type":%q,"Port":%d}`, format, h.Port)
 	}
 	cfg, _, err := subnet.ParseConfig(fmt.Appendf(nil, `{"Network":%q,"SubnetLen":24,"Backend":%s}`, network, wire))
 	if err != nil {
-		return nil, err
+		return subnet.Snapshot{}, host.Underlay{}, err
 	}
 	lease := func(prefix netip.Prefix, public netip.Addr) subnet.Lease {
 		name := "bench-" + prefix.Addr().String()
@@ -158,28 +184,18 @@ func openUserspace(h Half, log *slog.Logger) (carrier, error) {
 		return subnet.Lease{Node: name, Backend: format, Endpoints: []subnet.Endpoint{e}}
 	}
 	under, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{h.Underlay[h.Index].String()}})
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = cfg.CheckUnderlay(under.Networks)
 	}
-	if err := cfg.CheckUnderlay(under.Networks); err != nil {
-		return nil, err
+	if err != nil {
+		return subnet.Snapshot{}, host.Underlay{}, err
 	}
 	s := subnet.Snapshot{Config: cfg, Self: lease(h.self(), h.Underlay[h.Index])}
 	for k := 1; k < h.Peers; k++ {
 		s.Peers = append(s.Peers, lease(absentSubnet(k), absent(k)))
 	}
 	s.Peers = append(s.Peers, lease(h.other(), h.Underlay[1-h.Index])) // the last: sorted by subnet
-	t, err := tunnel.Open(tunnel.Options{
-		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{h.Underlay[h.Index]}},
-		Config: cfg, Lease: s.Self, Why: "culvert bench", Log: log,
-	})
-	if err != nil {
-		return nil, err
-	}
-	if err := t.Apply(context.Background(), s); err != nil {
-		return nil, errors.Join(err, t.Close(backend.Remove))
-	}
-	return userspace{t}, nil
+	return s, under, nil
 }
 
 // absent is the underlay address of a peer that is in the table only: of
@@ -325,6 +341,22 @@ func openHostGateway(h Half) (carrier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("underlay link %s: %w", h.Link, err)
 	}
+	undo, err := bear(h)
+	if err != nil {
+		return nil, err
+	}
+	k.undo = append(k.undo, undo)
+	if err := k.route(&netlink.Route{
+		LinkIndex: under.Attrs().Index, Dst: host.IPNet(h.other()), Gw: h.Underlay[1-h.Index].AsSlice(), Src: h.self().Addr().AsSlice(),
+	}); err != nil {
+		return nil, errors.Join(err, k.Close())
+	}
+	return k, nil
+}
+
+// bear puts the half's address on the loopback, where there is no device of its
+// own for it.
+func bear(h Half) (undo func() error, err error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return nil, err
@@ -333,11 +365,5 @@ func openHostGateway(h Half) (carrier, error) {
 	if err := netlink.AddrReplace(lo, self); err != nil {
 		return nil, fmt.Errorf("address %s: %w", h.self().Addr(), err)
 	}
-	k.undo = append(k.undo, func() error { return netlink.AddrDel(lo, self) })
-	if err := k.route(&netlink.Route{
-		LinkIndex: under.Attrs().Index, Dst: host.IPNet(h.other()), Gw: h.Underlay[1-h.Index].AsSlice(), Src: h.self().Addr().AsSlice(),
-	}); err != nil {
-		return nil, errors.Join(err, k.Close())
-	}
-	return k, nil
+	return func() error { return netlink.AddrDel(lo, self) }, nil
 }

@@ -33,7 +33,7 @@ var allowed = map[string][]string{
 	"culvert/backend/ipip":             {"backend", "subnet", "internal/host"},
 	"culvert/backend/hostgw":           {"backend", "subnet", "internal/host"},
 	"culvert/encap":                    {},
-	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "encap", "subnet", "subnet/etcd"},
+	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "encap", "subnet", "subnet/etcd"},
 	"culvert/bench/load":               {},
 	"culvert/subnet":                   {},
 	"culvert/subnet/etcd":              {"subnet"},

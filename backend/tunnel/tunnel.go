@@ -236,11 +236,11 @@ func (t *Tunnel) state(s subnet.Snapshot) host.State {
 		}
 		link.Addrs = append(link.Addrs, backend.HostAddrs(e)...)
 		state.Routes = append(state.Routes, host.Route{To: network, Link: DeviceName, Source: e.Subnet.Addr()})
+		guard := host.Tunnel{Network: network} // of IPIP, which has no port
 		if t.format == encap.FormatVXLAN {
-			state.Firewall.Tunnels = append(state.Firewall.Tunnels, host.Tunnel{
-				Port: t.options.Config.Backend.Port, VNI: e.VTEP.VNI, Network: network,
-			})
+			guard.Port, guard.VNI = t.options.Config.Backend.Port, e.VTEP.VNI
 		}
+		state.Firewall.Tunnels = append(state.Firewall.Tunnels, guard)
 	}
 	state.Links = []host.Link{link}
 	return state

@@ -1,0 +1,65 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+
+	"culvert/backend"
+	"culvert/backend/hostgw"
+	"culvert/backend/ipip"
+	"culvert/backend/vxlan"
+	"culvert/internal/api"
+	"culvert/internal/host"
+)
+
+// ownKernel is culvert's own kernel datapath, with its checks of what arrives.
+// It has the host to itself, as it does on a node: datapaths that share two
+// nodes are made by hand instead.
+type ownKernel struct {
+	*backend.Kernel
+	undo []func() error
+}
+
+func (k *ownKernel) Status() api.Datapath { return k.Kernel.Status() }
+
+func (k *ownKernel) Close() error {
+	errs := []error{k.Kernel.Close(backend.Remove)}
+	for _, undo := range k.undo {
+		errs = append(errs, undo())
+	}
+	return errors.Join(errs...)
+}
+
+// openOwnKernel opens the half that the datapath's name says.
+func openOwnKernel(h Half, log *slog.Logger) (carrier, error) {
+	format, _, _ := strings.Cut(h.Datapath, "/")
+	if format != "host-gw" {
+		if err := host.Supports(format); err != nil {
+			return nil, unavailable(err.Error())
+		}
+	}
+	s, under, err := snapshot(h, format)
+	if err != nil {
+		return nil, err
+	}
+	plan := map[string]backend.Plan{"vxlan": vxlan.Plan, "ipip": ipip.Plan, "host-gw": hostgw.Plan}[format]
+	k := &ownKernel{Kernel: backend.NewKernel(backend.KernelOptions{
+		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{h.Underlay[h.Index]}},
+		Format: format, Plan: plan, Why: "culvert bench", Log: log,
+	})}
+	if format == "host-gw" { // there is no device of its own to bear the half's address
+		undo, err := bear(h)
+		if err != nil {
+			return nil, err
+		}
+		k.undo = append(k.undo, undo)
+	}
+	if err := k.Apply(context.Background(), s); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", h.Datapath, err), k.Close())
+	}
+	return k, nil
+}
