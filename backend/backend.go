@@ -8,6 +8,7 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 
 	"culvert/internal/api"
@@ -29,6 +30,10 @@ type Backend interface {
 	// Close ends the datapath, after Run has returned.
 	Close(how How) error
 }
+
+// ErrBroken says, from Run, that somebody took away what the datapath works
+// with: opened anew it may work again.
+var ErrBroken = errors.New("what the datapath works with was taken away")
 
 // How a datapath ends.
 type How int

@@ -100,13 +100,16 @@ func (n Node) Local(v host.View, is4 bool) (netip.Addr, error) {
 
 // MTU returns what is left for pods of the underlay's MTU, or, as in flannel, of
 // the one that the configuration says the underlay has. Cost is what the
-// tunnel adds to each packet.
-func MTU(configured int, u host.Underlay, cost int) (int, error) {
+// tunnel adds to each packet; IPv6 needs more to be left than IPv4 (RFC 8200, RFC 791).
+func MTU(configured int, u host.Underlay, cost int, ipv6 bool) (int, error) {
 	outer, whose := u.MTU, "the MTU of "+u.Name
 	if configured != 0 {
 		outer, whose = configured, "Backend.MTU"
 	}
-	const least = 576 // RFC 791
+	least := 576
+	if ipv6 {
+		least = 1280
+	}
 	if outer-cost < least {
 		return 0, fmt.Errorf("%s is %d, which leaves %d bytes for pods, less than %d", whose, outer, outer-cost, least)
 	}

@@ -140,16 +140,23 @@ func TestDatapathChanges(t *testing.T) {
 	if err := p.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	flannel, err := n.AddHandmadeVXLAN(lab.VXLANOptions{Subnet: s.Lease.Subnets[0], MAC: subnet.DeriveMAC(n.ID, 1, false)})
-	if err != nil {
-		t.Fatal(err)
+	asFlannel := func() {
+		t.Helper()
+		if _, err := n.Run(t.Context(), c.bin+"/culvert", "cleanup", "--run-dir", n.RunDir); err != nil {
+			t.Fatal(err)
+		}
+		flannel, err := n.AddHandmadeVXLAN(lab.VXLANOptions{Subnet: s.Lease.Subnets[0], MAC: subnet.DeriveMAC(n.ID, 1, false)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := flannel.AddPeer(subnet.Endpoint{
+			Subnet: s.Peers[0].Subnets[0], Public: c.Nodes[1].Addrs[0], VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(c.Nodes[1].ID, 1, false)},
+		}); err != nil {
+			t.Fatal(err)
+		}
+		c.goesOn(flow)
 	}
-	if err := flannel.AddPeer(subnet.Endpoint{
-		Subnet: s.Peers[0].Subnets[0], Public: c.Nodes[1].Addrs[0], VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(c.Nodes[1].ID, 1, false)},
-	}); err != nil {
-		t.Fatal(err)
-	}
-	c.goesOn(flow)
+	asFlannel()
 	for _, kind := range []string{"kernel", "userspace"} {
 		p = c.start(n, "--datapath", kind)
 		select {
@@ -162,17 +169,25 @@ func TestDatapathChanges(t *testing.T) {
 		}
 	}
 	c.goesOn(flow)
-	c.start(n, "--datapath", "kernel", "--take-over-flannel")
-	c.wait(n, "takes over", func(s api.Status) bool { return s.Ready })
-	c.goesOn(flow)
-	c.goesOn(back)
-	if err := n.Do(func() error {
-		if _, err := netlink.LinkByName("flannel.1"); err == nil {
-			return fmt.Errorf("flannel.1 is still there")
+	for _, kind := range []string{"kernel", "userspace"} {
+		p = c.start(n, "--datapath", kind, "--take-over-flannel")
+		c.wait(n, "takes over", func(s api.Status) bool { return s.Ready && s.Datapath.Kind == kind })
+		c.goesOn(flow)
+		c.goesOn(back)
+		if err := n.Do(func() error {
+			if _, err := netlink.LinkByName("flannel.1"); err == nil {
+				return fmt.Errorf("flannel.1 is still there")
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
 		}
-		return nil
-	}); err != nil {
-		t.Error(err)
+		if kind == "kernel" {
+			if err := p.Stop(); err != nil {
+				t.Fatal(err)
+			}
+			asFlannel()
+		}
 	}
 	for _, f := range []*namedFlow{{"there", flow}, {"back", back}} {
 		turns, longest, err := f.flow.stop()

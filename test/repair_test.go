@@ -123,6 +123,112 @@ func TestRepairs(t *testing.T) {
 	}
 }
 
+// TestRepairsInUserspace is the same where a process carries the packets. When its
+// device is taken away it opens another.
+func TestRepairsInUserspace(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		c.start(n)
+	}
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	n := c.Nodes[0]
+	pods := c.pods()
+	flow := startFlow(t, pods[0], pods[1])
+	for _, harm := range []struct {
+		what string
+		kind host.Kind
+		do   func(netlink.Link) error
+	}{
+		{"the device is set down", host.KindLink, netlink.LinkSetDown},
+		{"the device goes", host.KindLink, netlink.LinkDel},
+		{"the addresses go", host.KindAddress, func(l netlink.Link) error {
+			addrs, err := netlink.AddrList(l, netlink.FAMILY_V4)
+			for _, a := range addrs {
+				if err == nil {
+					err = netlink.AddrDel(l, &a)
+				}
+			}
+			return err
+		}},
+		{"the device goes again", host.KindLink, netlink.LinkDel},
+		{"nft flush ruleset", host.KindNFTables, func(netlink.Link) error {
+			c, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			c.FlushRuleset()
+			return c.Flush()
+		}},
+	} {
+		t.Run(harm.what, func(t *testing.T) {
+			s, err := c.status(n)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := s.Datapath.Repairs[string(harm.kind)]
+			if err := n.Do(func() error {
+				l, err := netlink.LinkByName("culvert0")
+				if err != nil {
+					return err
+				}
+				return harm.do(l)
+			}); err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			c.wait(n, "repairs", func(s api.Status) bool { return s.Datapath.Repairs[string(harm.kind)] > before })
+			ping(t, pods[1], pods[0])
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("repaired after %s", took)
+			}
+			c.goesOn(flow)
+		})
+	}
+	if _, longest, err := flow.stop(); err != nil {
+		t.Errorf("the connection, %s at the longest: %v", longest, err)
+	}
+}
+
+// TestForwardDrop lets a node's FORWARD chains drop, as Docker does, while pods
+// talk: the cluster network is let through again.
+func TestForwardDrop(t *testing.T) {
+	for _, kind := range []string{"kernel", "userspace"} {
+		t.Run(kind, func(t *testing.T) {
+			c := newCluster(t, 2)
+			c.datapath = kind
+			c.setConfig(config)
+			for _, n := range c.Nodes {
+				c.start(n)
+			}
+			for _, n := range c.Nodes {
+				c.waitReady(n, 1)
+			}
+			pods := c.pods()
+			flow := startFlow(t, pods[0], pods[1])
+			if err := c.Nodes[0].Do(func() error {
+				nft, err := nftables.New()
+				if err != nil {
+					return err
+				}
+				drop := nftables.ChainPolicyDrop
+				nft.AddChain(&nftables.Chain{
+					Name: "FORWARD", Table: nft.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "filter"}), Type: nftables.ChainTypeFilter,
+					Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &drop,
+				})
+				return nft.Flush()
+			}); err != nil {
+				t.Fatal(err)
+			}
+			c.wait(c.Nodes[0], "lets it through", func(s api.Status) bool { return s.Datapath.Repairs[string(host.KindForward)] == 2 })
+			ping(t, pods[1], pods[0])
+			c.goesOn(flow)
+		})
+	}
+}
+
 // goesOn waits until a connection carries again.
 func (c *cluster) goesOn(f *flow) {
 	c.t.Helper()

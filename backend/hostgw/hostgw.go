@@ -21,8 +21,9 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	if v.Underlay.Name == "" {
 		return w, fmt.Errorf("%w: %s", host.ErrNoUnderlay, n.Underlay.Name)
 	}
+	_, ipv6 := s.Self.Endpoint(false)
 	var err error
-	if w.MTU, err = backend.MTU(s.Config.Backend.MTU, v.Underlay, 0); err != nil {
+	if w.MTU, err = backend.MTU(s.Config.Backend.MTU, v.Underlay, 0, ipv6); err != nil {
 		return w, err
 	}
 	for _, self := range s.Self.Endpoints {

@@ -33,7 +33,7 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	if err != nil {
 		return w, err
 	}
-	if w.MTU, err = backend.MTU(s.Config.Backend.MTU, v.Underlay, Cost); err != nil {
+	if w.MTU, err = backend.MTU(s.Config.Backend.MTU, v.Underlay, Cost, false); err != nil {
 		return w, err
 	}
 	state := &w.State

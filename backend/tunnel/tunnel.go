@@ -185,7 +185,8 @@ func (t *Tunnel) podMTU(u host.Underlay) (int, error) {
 		}
 		cost = max(cost, encap.VXLANCost(e.Public.Is4()))
 	}
-	return backend.MTU(t.options.Config.Backend.MTU, u, cost)
+	_, ipv6 := t.options.Lease.Endpoint(false)
+	return backend.MTU(t.options.Config.Backend.MTU, u, cost, ipv6)
 }
 
 // Apply swaps the peer table, and makes the host's addresses, routes and
@@ -256,7 +257,12 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	case <-t.applied:
 	}
 	parts, ctx := errgroup.WithContext(ctx)
-	parts.Go(func() error { return t.loop.Run(ctx) })
+	parts.Go(func() error {
+		if err := t.loop.Run(ctx); err != nil {
+			return fmt.Errorf("%w: %w", backend.ErrBroken, err)
+		}
+		return nil
+	})
 	parts.Go(func() error { return t.keeper.Run(ctx) })
 	if t.uplink != nil {
 		parts.Go(func() error { return t.uplink.run(ctx) })

@@ -70,7 +70,7 @@ func device(n backend.Node, c subnet.BackendConfig, self subnet.Endpoint, v host
 	if err != nil {
 		return host.Link{}, err
 	}
-	mtu, err := backend.MTU(c.MTU, v.Underlay, encap.VXLANCost(is4))
+	mtu, err := backend.MTU(c.MTU, v.Underlay, encap.VXLANCost(is4), !is4)
 	if err != nil {
 		return host.Link{}, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -25,10 +26,12 @@ import (
 // health is what the daemon knows of itself: the one place that status,
 // metrics and probes read, and that the parts of the daemon report to.
 type health struct {
-	mu     sync.Mutex
-	said   api.Status
-	path   backend.Backend
-	warned map[netip.Prefix]float64 // the shares in use that were warned of; the follower's
+	mu   sync.Mutex
+	said api.Status
+	path backend.Backend
+	// repairs are those of earlier datapaths.
+	repairs map[string]uint64
+	warned  map[netip.Prefix]float64 // the shares in use that were warned of; the follower's
 }
 
 func newHealth(o Options) *health {
@@ -76,10 +79,29 @@ func (h *health) setLease(l subnet.Lease) {
 	})
 }
 
+// setDatapath notes the datapath, and what an earlier one in this process has
+// repaired.
 func (h *health) setDatapath(b backend.Backend) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
+	old := h.path
 	h.path = b
+	h.mu.Unlock()
+	if old == nil {
+		return
+	}
+	for kind, n := range old.Status().Repairs {
+		h.repaired(kind, n)
+	}
+}
+
+// repaired counts repairs that are not the present datapath's.
+func (h *health) repaired(kind string, n uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.repairs == nil {
+		h.repairs = make(map[string]uint64)
+	}
+	h.repairs[kind] += n
 }
 
 // setFenced notes that the lease is lost, or with nil that it is so no more.
@@ -178,12 +200,19 @@ func (h *health) storeLost(err error) {
 // status returns a copy that nobody changes any more.
 func (h *health) status() api.Status {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	s := h.said
-	if h.path != nil {
-		s.Datapath = h.path.Status()
+	s, path, earlier := h.said, h.path, maps.Clone(h.repairs)
+	h.mu.Unlock()
+	// The datapath asks the kernel, which may take its time.
+	if path != nil {
+		s.Datapath = path.Status()
 		if s.Lease != nil && s.Datapath.MTU != 0 {
 			s.Datapath.StalePods = stalePods(gateways(s.Lease.Subnets), s.Datapath.MTU)
+		}
+		for kind, n := range earlier {
+			if s.Datapath.Repairs == nil {
+				s.Datapath.Repairs = make(map[string]uint64)
+			}
+			s.Datapath.Repairs[kind] += n
 		}
 	}
 	if s.Fenced != nil {

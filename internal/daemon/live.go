@@ -80,6 +80,9 @@ type moved struct{ to place }
 
 func (m moved) Error() string { return "the datapath is to be another" }
 
+// brokenSoon is the pause after a datapath that broke at once.
+const brokenSoon = time.Second
+
 // carry opens the datapath and serves the lease, with another datapath whenever
 // the underlay has changed, until ctx ends (nil), the lease is lost, or the node
 // cannot go on. The lease's subnets stay as they are.
@@ -103,6 +106,7 @@ func (d *node) carry(ctx context.Context, r *etcd.Registry, config subnet.Config
 			return err
 		}
 		s.path, s.worked, opened = path, config, true
+		began := time.Now()
 		err = s.serve(ctx)
 		if m, ok := errors.AsType[moved](err); ok {
 			if err := path.Close(backend.Keep); err != nil {
@@ -115,6 +119,17 @@ func (d *node) carry(ctx context.Context, r *etcd.Registry, config subnet.Config
 			s.lease = atPlace(s.lease, at)
 			if s.last != nil && s.last.Config.Backend != s.refused {
 				config = s.last.Config
+			}
+			continue
+		}
+		if errors.Is(err, backend.ErrBroken) && ctx.Err() == nil && !errors.Is(err, subnet.ErrLost) {
+			d.log.Error("the datapath is broken and is opened anew", "error", err)
+			d.health.repaired(string(host.KindLink), 1)
+			if err := path.Close(backend.Keep); err != nil {
+				d.log.Warn("closing the broken datapath", "error", err)
+			}
+			if time.Since(began) < brokenSoon {
+				time.Sleep(brokenSoon)
 			}
 			continue
 		}
