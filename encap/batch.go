@@ -25,8 +25,9 @@ type mmsghdr struct {
 // message; the last packet of a run may be shorter. All runs of a batch leave
 // in one sendmmsg.
 //
-// Packets to one peer keep their order, since only the newest run of a peer
-// grows. Runs of different peers may overtake each other.
+// Packets of a flow keep their order, since a flow always leaves by the same
+// socket, and of a peer and a socket only the newest run grows. Other runs may
+// overtake each other.
 //
 // The packets are borrowed until flush returns.
 type sendBatch struct {
@@ -36,6 +37,8 @@ type sendBatch struct {
 	msgs    []mmsghdr
 	iovs    []unix.Iovec
 	control []byte // controlSpace bytes per message
+
+	sorted []run // runs, by socket
 }
 
 // piece is one slice of a datagram, and the run that it belongs to.
@@ -51,9 +54,16 @@ type run struct {
 	segments int
 	payload  int // inner bytes, for the counters
 	pieces   int
-	ecn      uint8
-	closed   bool // a short datagram ended it
+	socket   socketID
+	tos      uint8 // of the outer header
+	closed   bool  // a short datagram ended it
 }
+
+// socketID is one of the sockets that a batch may leave by: the underlay
+// family above, and the number of the source port in it.
+type socketID uint8
+
+const socketsPerFamily = 16
 
 // controlSpace holds a UDP_SEGMENT and an IP_TOS or IPV6_TCLASS message.
 const controlSpace = 2 * 24
@@ -70,6 +80,7 @@ func newSendBatch() *sendBatch {
 		msgs:    make([]mmsghdr, batchRuns),
 		iovs:    make([]unix.Iovec, batchPieces),
 		control: make([]byte, batchRuns*controlSpace),
+		sorted:  make([]run, 0, batchRuns),
 	}
 }
 
@@ -81,13 +92,13 @@ func (b *sendBatch) full() bool {
 // addPacket adds one whole datagram (headers stamped) of which the last
 // payload bytes are the inner packet. With gso false it gets a message of its
 // own.
-func (b *sendBatch) addPacket(peer *Peer, ecn uint8, datagram []byte, payload int, gso bool) {
+func (b *sendBatch) addPacket(peer *Peer, socket socketID, tos uint8, datagram []byte, payload int, gso bool) {
 	i := len(b.runs) - 1
-	for i >= 0 && b.runs[i].peer != peer {
+	for i >= 0 && (b.runs[i].peer != peer || b.runs[i].socket != socket) {
 		i--
 	}
-	if !gso || i < 0 || !b.runs[i].takes(len(datagram), ecn) {
-		i = b.newRun(peer, ecn, len(datagram))
+	if !gso || i < 0 || !b.runs[i].takes(len(datagram), tos) {
+		i = b.newRun(peer, socket, tos, len(datagram))
 	}
 	r := &b.runs[i]
 	r.closed = len(datagram) < r.size
@@ -98,13 +109,13 @@ func (b *sendBatch) addPacket(peer *Peer, ecn uint8, datagram []byte, payload in
 	b.pieces = append(b.pieces, piece{datagram, int32(i)})
 }
 
-func (r *run) takes(n int, ecn uint8) bool {
-	return !r.closed && r.ecn == ecn && n <= r.size && r.segments < maxSegments && r.bytes+n <= maxDatagram
+func (r *run) takes(n int, tos uint8) bool {
+	return !r.closed && r.tos == tos && n <= r.size && r.segments < maxSegments && r.bytes+n <= maxDatagram
 }
 
 // newRun begins a run of datagrams of the given size and returns its index.
-func (b *sendBatch) newRun(peer *Peer, ecn uint8, size int) int {
-	b.runs = append(b.runs, run{peer: peer, ecn: ecn, size: size})
+func (b *sendBatch) newRun(peer *Peer, socket socketID, tos uint8, size int) int {
+	b.runs = append(b.runs, run{peer: peer, socket: socket, tos: tos, size: size})
 	return len(b.runs) - 1
 }
 
@@ -120,8 +131,42 @@ func (b *sendBatch) addSegment(i int, head, data []byte) {
 	b.pieces = append(b.pieces, piece{head, int32(i)}, piece{data, int32(i)})
 }
 
-// layOut writes the messages for sendmmsg, one per run, and returns how many.
+// bySocket puts the runs of each socket together, in their order.
+func (b *sendBatch) bySocket() {
+	var present [2 * socketsPerFamily]bool
+	kinds := 0
+	for i := range b.runs {
+		if s := b.runs[i].socket; !present[s] {
+			present[s] = true
+			kinds++
+		}
+	}
+	if kinds < 2 {
+		return
+	}
+	var to [batchRuns]int32
+	b.sorted = b.sorted[:0]
+	for s := range present {
+		if !present[s] {
+			continue
+		}
+		for i := range b.runs {
+			if int(b.runs[i].socket) == s {
+				to[i] = int32(len(b.sorted))
+				b.sorted = append(b.sorted, b.runs[i])
+			}
+		}
+	}
+	b.runs, b.sorted = b.sorted, b.runs
+	for i := range b.pieces {
+		b.pieces[i].run = to[b.pieces[i].run]
+	}
+}
+
+// layOut writes the messages for sendmmsg, one per run, those of a socket
+// together, and returns how many.
 func (b *sendBatch) layOut() int {
+	b.bySocket()
 	// Pieces of a run may lie apart: give each run its stretch of the vector.
 	next := 0
 	var at [batchRuns]int
@@ -140,7 +185,7 @@ func (b *sendBatch) layOut() int {
 }
 
 // header writes the message header of a run: where to, from which slices, cut
-// up how, and with which ECN mark.
+// up how, and with which traffic class.
 func (b *sendBatch) header(h *unix.Msghdr, r *run, iovs []unix.Iovec, slot int) {
 	h.Name = &r.peer.name[0]
 	h.Namelen = r.peer.nameLen
@@ -153,13 +198,13 @@ func (b *sendBatch) header(h *unix.Msghdr, r *run, iovs []unix.Iovec, slot int) 
 		control = appendControl(control, unix.SOL_UDP, unix.UDP_SEGMENT, 2)
 		binary.NativeEndian.PutUint16(control[len(control)-8:], uint16(r.size))
 	}
-	if r.ecn != 0 {
+	if r.tos != 0 {
 		level, kind := int32(unix.IPPROTO_IP), int32(unix.IP_TOS)
 		if r.peer.nameLen == unix.SizeofSockaddrInet6 {
 			level, kind = unix.IPPROTO_IPV6, unix.IPV6_TCLASS
 		}
 		control = appendControl(control, level, kind, 4)
-		binary.NativeEndian.PutUint32(control[len(control)-8:], uint32(r.ecn))
+		binary.NativeEndian.PutUint32(control[len(control)-8:], uint32(r.tos))
 	}
 	if len(control) > 0 {
 		h.Control = &control[0]

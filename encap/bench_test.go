@@ -139,7 +139,7 @@ func BenchmarkEncap(b *testing.B) {
 			table := &common{offload: allOn()}
 			table.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
 			counters := &Counters{}
-			e := newEgress(table, [2]int{-1, -1}, counters)
+			e := newEgress(table, [2][]Source{}, counters)
 			packet, v := benchFrame(payload)
 			frame := make([]byte, vnetHeaderLen, vnetHeaderLen+len(packet))
 			v.put(frame)
@@ -171,7 +171,7 @@ func BenchmarkDecap(b *testing.B) {
 		[]*Peer{PeerTo(netip.PrefixFrom(here4, 24), from, testVNI, peerMAC, self)}))
 	header := PeerTo(netip.PrefixFrom(there4, 24), from, testVNI, self, peerMAC).header
 	counters := &Counters{}
-	g := newIngress(table, 0, Underlay{VNI: testVNI, MAC: self}, 1450, counters)
+	g := newIngress(table, 0, Descriptor{}, Underlay{VNI: testVNI, MAC: self}, 1450, counters)
 
 	var datagrams [][]byte
 	total := 0

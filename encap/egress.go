@@ -10,8 +10,9 @@ import (
 // egress is the sending direction: device to underlay. One goroutine runs it.
 type egress struct {
 	*common
-	sockets  [2]int  // descriptors by underlay family, IPv4 first; -1 if unused
-	super    uintptr // descriptor of the device that takes super-frames, if Offload says that there is one
+	sources  [2][]Source // by underlay family, IPv4 first; empty if unused
+	classes  uint8       // the bits of the inner traffic class that the outer one bears
+	super    uintptr     // descriptor of the device that takes super-frames, if Offload says that there is one
 	counters *Counters
 
 	slab     []byte
@@ -39,10 +40,11 @@ const (
 	egressSlab = slabStart + 4*maxFrame
 )
 
-func newEgress(c *common, sockets [2]int, counters *Counters) *egress {
+func newEgress(c *common, sources [2][]Source, counters *Counters) *egress {
 	return &egress{
 		common:   c,
-		sockets:  sockets,
+		sources:  sources,
+		classes:  ecnBits,
 		counters: counters,
 		slab:     make([]byte, egressSlab),
 		batch:    newSendBatch(),
@@ -142,7 +144,7 @@ func (e *egress) add(at, n int) (big bool) {
 	start := at + vnetHeaderLen - len(peer.header)
 	datagram := e.slab[start : start+len(peer.header)+len(b)]
 	copy(datagram, peer.header)
-	e.batch.addPacket(peer, p.ecn, datagram, len(b), e.gso())
+	e.batch.addPacket(peer, e.socket(peer, b, &p), p.class&e.classes, datagram, len(b), e.gso())
 	e.used = (at + n + 63) &^ 63
 	return false
 }
@@ -163,7 +165,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	if e.offload.SuperFrame.Load() {
 		// What came before goes before, and leaves its place in the slab.
 		e.flush()
-		if e.superFrame(peer, e.slab[:at+p.length], p, kind, size) {
+		if e.superFrame(peer, at, p, kind, size) {
 			return
 		}
 	}
@@ -178,6 +180,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	if e.gso() {
 		perRun = max(1, min(maxSegments, maxDatagram/length))
 	}
+	socket := e.socket(peer, b, p)
 	run := 0
 	for i, s := range segments {
 		if i%perRun == 0 {
@@ -185,7 +188,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 				// The frame stays in the slab, so what is gathered can leave.
 				e.flush()
 			}
-			run = e.batch.newRun(peer, p.ecn, length)
+			run = e.batch.newRun(peer, socket, p.class&e.classes, length)
 		}
 		e.batch.addSegment(run, s.head, s.data)
 	}
@@ -195,21 +198,31 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 // nothing.
 func (e *egress) gso() bool { return e.format == FormatVXLAN && e.offload.GSO.Load() }
 
+// socket chooses the source port of a packet by its flow (RFC 7348, section 5),
+// so that the underlay can spread flows over its paths and the receiver over
+// its processors, and none over two.
+func (e *egress) socket(peer *Peer, b []byte, p *packet) socketID {
+	family := peer.family()
+	id := socketID(family * socketsPerFamily)
+	if n := len(e.sources[family]); n > 1 {
+		id += socketID(p.flowHash(b) % uint32(n))
+	}
+	return id
+}
+
 // flush sends the batch.
 func (e *egress) flush() {
 	if len(e.batch.runs) == 0 {
 		return
 	}
 	n := e.batch.layOut()
-	// Runs of one underlay family lie together nearly always; a stretch of one
-	// family is one call.
 	for i := 0; i < n; {
-		family := e.batch.runs[i].peer.family()
+		socket := e.batch.runs[i].socket
 		end := i + 1
-		for end < n && e.batch.runs[end].peer.family() == family {
+		for end < n && e.batch.runs[end].socket == socket {
 			end++
 		}
-		e.send(e.sockets[family], i, end)
+		e.send(socket, i, end)
 		i = end
 	}
 	e.clear()
@@ -231,14 +244,15 @@ func (p *Peer) family() int {
 
 // send sends the messages [from, to) through one socket. A full socket is waited
 // for, which lets the device's own queue fill and drop, as a full link would.
-func (e *egress) send(socket, from, to int) {
-	if socket < 0 {
+func (e *egress) send(socket socketID, from, to int) {
+	family, number := socket/socketsPerFamily, int(socket%socketsPerFamily)
+	if number >= len(e.sources[family]) {
 		for _, r := range e.batch.runs[from:to] {
 			e.tally.dropN(EgressSend, r.segments)
 		}
 		return
 	}
-	fd := uintptr(socket)
+	fd := uintptr(e.sources[family][number].Socket.FD())
 	for from < to {
 		n, errno := sendmmsg(fd, e.batch.msgs[from:to])
 		e.tally.syscalls++
@@ -290,7 +304,7 @@ func (e *egress) sendSingly(fd uintptr, i int) {
 	r := e.batch.runs[i]
 	whole := e.batch.msgs[i].hdr
 	per := r.pieces / r.segments
-	one := run{peer: r.peer, ecn: r.ecn, segments: 1}
+	one := run{peer: r.peer, tos: r.tos, segments: 1}
 	for n := range r.segments {
 		iovs := iovecs(&whole)[n*per : (n+1)*per]
 		e.batch.header(&e.batch.msgs[i].hdr, &one, iovs, i)

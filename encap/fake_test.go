@@ -64,8 +64,11 @@ func newTestNode(t testing.TB, addr, subnet string, last byte) *testNode {
 		}
 	}
 	n.options = Options{
-		Device: NewDescriptor(pair[0]), MTU: 1450,
-		IPv4:    Underlay{Socket: NewDescriptor(socket), VNI: testVNI, MAC: n.mac},
+		Devices: []Descriptor{NewDescriptor(pair[0])}, MTU: 1450,
+		IPv4: Underlay{
+			Receive: []Descriptor{NewDescriptor(socket)}, Send: []Source{{Socket: NewDescriptor(socket), Port: n.at.Port()}},
+			VNI: testVNI, MAC: n.mac,
+		},
 		Offload: allOn(), Egress: &Counters{}, Ingress: &Counters{},
 	}
 	n.loop = NewLoop(n.options)

@@ -33,11 +33,11 @@ type ingress struct {
 	patience patience
 }
 
-func newIngress(c *common, device uintptr, u Underlay, mtu int, counters *Counters) *ingress {
+func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu int, counters *Counters) *ingress {
 	g := &ingress{
 		common:   c,
 		device:   device,
-		socket:   uintptr(u.receiver().FD()),
+		socket:   uintptr(socket.FD()),
 		format:   c.format,
 		linkLen:  u.LinkHeader,
 		vni:      u.VNI,

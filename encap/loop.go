@@ -30,27 +30,28 @@ const (
 )
 
 // Underlay is the sockets of one underlay address family, and what a datagram
-// must bear to be meant for this node.
+// must bear to be meant for this node. The zero Underlay is a family that is
+// not used.
 type Underlay struct {
-	// Socket is for VXLAN a UDP socket bound to this node's address and the
-	// VXLAN port, for IPIP a raw socket of protocol 4, which only sends.
-	Socket Descriptor
-	// Packets is for IPIP alone: a packet socket with PACKET_VNET_HDR, which
-	// gives every received IPv4 packet of protocol 4, and before it the link's
-	// own header, of LinkHeader bytes.
-	Packets    Descriptor
+	// Receive is a socket for each queue. For VXLAN they are UDP sockets bound
+	// to this node's address and the VXLAN port, for IPIP packet sockets with
+	// PACKET_VNET_HDR, which give every IPv4 packet of protocol 4, and before it
+	// the link's own header, of LinkHeader bytes.
+	Receive    []Descriptor
 	LinkHeader int
+	// Send are the sockets to send from, a flow always from the same one, at
+	// most 16: for VXLAN UDP sockets of different source ports, for IPIP one raw
+	// socket.
+	Send []Source
 
 	VNI uint32 // 24 bits
 	MAC [6]byte
 }
 
-// receiver is the socket to read.
-func (u Underlay) receiver() Descriptor {
-	if u.Packets.FD() >= 0 {
-		return u.Packets
-	}
-	return u.Socket
+// Source is a socket to send from, and its UDP port, if it has one.
+type Source struct {
+	Socket Descriptor
+	Port   uint16
 }
 
 // Offload says which of the kernel's batching mechanisms the loop uses. The
@@ -69,18 +70,23 @@ type Offload struct {
 // otherwise; the loop borrows the descriptors until Run has returned.
 type Options struct {
 	Format Format
-	Device Descriptor // a TUN device with IFF_VNET_HDR and a header of 10 bytes
+	// Devices are the queues of one TUN device with IFF_VNET_HDR and a header of
+	// 10 bytes.
+	Devices []Descriptor
 	// Super is a TAP device with IFF_VNET_HDR and a header of 24 bytes, of which
 	// every frame is redirected to the uplink: for VXLAN with
 	// TUN_F_UDP_TUNNEL_GSO, for IPIP by a program that tells the kernel of the
 	// outer header. It is never read. May be none.
-	Super   Descriptor
-	MTU     int // of the device, bytes
-	IPv4    Underlay
-	IPv6    Underlay // either may have no socket, where the family is not used
-	Offload *Offload
-	Egress  *Counters
-	Ingress *Counters
+	Super Descriptor
+	MTU   int // of the device, bytes
+	IPv4  Underlay
+	IPv6  Underlay
+	// CopyDSCP has the outer header bear the inner one's DSCP (RFC 2983, the
+	// uniform model, outwards alone); else it is 0.
+	CopyDSCP bool
+	Offload  *Offload
+	Egress   *Counters
+	Ingress  *Counters
 }
 
 // Loop carries packets between one device and the underlay.
@@ -115,22 +121,35 @@ func (l *Loop) Table() *Table { return l.table.Load() }
 // Run carries packets until ctx ends (nil) or a descriptor fails. Packets that
 // the kernel still holds then stay in it.
 func (l *Loop) Run(ctx context.Context) error {
-	q, err := l.open()
-	if err != nil {
-		return err
+	var queues []*queue
+	defer func() {
+		for _, q := range queues {
+			q.close()
+		}
+	}()
+	for i := range l.options.Devices {
+		q, err := l.open(i)
+		if err != nil {
+			return err
+		}
+		queues = append(queues, q)
 	}
-	defer q.close()
-	defer reserveProcessors(2)() // both goroutines may doze
+	defer reserveProcessors(2 * len(queues))() // both goroutines of each may doze
 	l.stopping.Store(false)
 	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	var running sync.WaitGroup
 	running.Go(func() {
 		<-ctx.Done()
 		l.stopping.Store(true)
-		q.wake()
+		for _, q := range queues {
+			q.wake()
+		}
 	})
-	running.Go(func() { cancel(q.serve()) })
-	running.Go(func() { cancel(q.serveDevice()) })
+	for _, q := range queues {
+		running.Go(func() { cancel(q.serve()) })
+		running.Go(func() { cancel(q.serveDevice()) })
+	}
 	running.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
 		return err
@@ -138,18 +157,21 @@ func (l *Loop) Run(ctx context.Context) error {
 	return nil
 }
 
-// open puts the parts of the loop together.
-func (l *Loop) open() (*queue, error) {
+// open puts the parts of the i-th queue together.
+func (l *Loop) open(i int) (*queue, error) {
 	o := l.options
-	device := uintptr(o.Device.FD())
+	device := uintptr(o.Devices[i].FD())
 	var in []*ingress
 	for _, u := range []Underlay{o.IPv4, o.IPv6} {
-		if u.Socket.FD() >= 0 {
-			in = append(in, newIngress(&l.common, device, u, o.MTU, o.Ingress))
+		if len(u.Receive) > 0 {
+			in = append(in, newIngress(&l.common, device, u.Receive[i], u, o.MTU, o.Ingress))
 		}
 	}
-	out := newEgress(&l.common, [2]int{o.IPv4.Socket.FD(), o.IPv6.Socket.FD()}, o.Egress)
+	out := newEgress(&l.common, [2][]Source{o.IPv4.Send, o.IPv6.Send}, o.Egress)
 	out.super = uintptr(o.Super.FD())
+	if o.CopyDSCP {
+		out.classes = 0xff
+	}
 	return newQueue(&l.common, device, out, in)
 }
 

@@ -324,9 +324,9 @@ func TestNothingIsAllocated(t *testing.T) {
 	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
 	meet(a, b)
-	out := newEgress(&a.loop.common, [2]int{a.options.IPv4.Socket.FD(), -1}, a.options.Egress)
-	in := newIngress(&b.loop.common, uintptr(b.options.Device.FD()), b.options.IPv4, 1450, b.options.Ingress)
-	device := uintptr(a.options.Device.FD())
+	out := newEgress(&a.loop.common, [2][]Source{a.options.IPv4.Send}, a.options.Egress)
+	in := newIngress(&b.loop.common, uintptr(b.options.Devices[0].FD()), b.options.IPv4.Receive[0], b.options.IPv4, 1450, b.options.Ingress)
+	device := uintptr(a.options.Devices[0].FD())
 	raw, err := b.kernel.SyscallConn()
 	if err != nil {
 		t.Fatal(err)

@@ -10,6 +10,8 @@ const (
 	protoUDP = 17
 
 	udpHeaderLen = 8
+
+	ecnBits = 3 // of the traffic class (RFC 3168)
 )
 
 // packet is where the parts of an inner IP packet are. It holds offsets, not
@@ -18,6 +20,7 @@ type packet struct {
 	is4      bool
 	proto    uint8 // of the transport header, if transport is set
 	ecn      uint8 // the low two bits of the traffic class
+	class    uint8 // the traffic class (IPv4: type of service), ECN included, as it was parsed
 	length   int   // of the whole packet by its own header; never more than was given
 	ipLen    int   // of the IP header
 	headLen  int   // of the IP and transport headers together, if transport is set
@@ -43,7 +46,7 @@ func (p *packet) parse(b []byte) bool {
 		if p.ipLen < 20 || p.length < p.ipLen || p.length > len(b) {
 			return false
 		}
-		p.ecn = b[1] & 3
+		p.class = b[1]
 		p.proto = b[9]
 		p.fragment = binary.BigEndian.Uint16(b[6:])&0x3fff != 0 // MF or an offset
 	case 6:
@@ -55,11 +58,12 @@ func (p *packet) parse(b []byte) bool {
 		if p.length > len(b) {
 			return false
 		}
-		p.ecn = b[1] >> 4 & 3
+		p.class = b[0]<<4 | b[1]>>4
 		p.proto = b[6] // an extension header's number is neither TCP nor UDP
 	default:
 		return false
 	}
+	p.ecn = p.class & ecnBits
 	if p.fragment {
 		return true
 	}
@@ -98,6 +102,25 @@ func (p *packet) destination(b []byte) netip.Addr {
 		return netip.AddrFrom4([4]byte(b[16:20]))
 	}
 	return netip.AddrFrom16([16]byte(b[24:40]))
+}
+
+// flowHash is the same for all packets of a flow: of the addresses, and the
+// ports with TCP. Fragments have no ports, and those of UDP are to stay with
+// their flow.
+func (p *packet) flowHash(b []byte) uint32 {
+	var h uint64
+	if p.is4 {
+		h = binary.NativeEndian.Uint64(b[12:])
+	} else {
+		for i := 8; i < 40; i += 8 {
+			h = h*31 + binary.NativeEndian.Uint64(b[i:])
+		}
+	}
+	if p.transport && p.proto == protoTCP {
+		h ^= uint64(binary.NativeEndian.Uint32(b[p.ipLen:])) * 0x9e3779b97f4a7c15
+	}
+	h *= 0xff51afd7ed558ccd // MurmurHash3's finalizer
+	return uint32(h >> 33)
 }
 
 // setLength writes the packet's length into its IP header, and renews the

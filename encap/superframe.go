@@ -39,8 +39,7 @@ const superHeadroom = superVnetLen + ethernetHeaderLen + 40 + udpLen + VXLANHead
 type NextHop struct {
 	MAC, Uplink [6]byte    // the neighbour's address and the uplink's own
 	Source      netip.Addr // the outer source
-	SourcePort  uint16
-	MTU         int // of the uplink, bytes
+	MTU         int        // of the uplink, bytes
 }
 
 // superPath is a NextHop as the loop uses it: the headers, precomputed.
@@ -96,7 +95,6 @@ func (p *Peer) SetNextHop(n *NextHop) {
 		s.pseudo = add16(sum(ip[8:40], 0), protoUDP)
 	}
 	udp := ip[s.ipLen:]
-	binary.BigEndian.PutUint16(udp, n.SourcePort)
 	binary.BigEndian.PutUint16(udp[2:], p.Underlay.Port())
 	s.head = append(s.head, p.header...)
 	p.super.Store(s)
@@ -119,10 +117,18 @@ func ipipPath(p *Peer, n *NextHop) *superPath {
 // HasNextHop says whether super-frames to the peer have a way of their own.
 func (p *Peer) HasNextHop() bool { return p.super.Load() != nil }
 
+// outerFields are those of the outer headers that are not the same for all
+// super-frames to a peer.
+type outerFields struct {
+	class uint8
+	id    uint16 // IPv4 identification
+	port  uint16 // UDP source
+}
+
 // stamp writes the headers right before the inner packet, which begins at
 // room[len(s.head)] and is length bytes long, and returns false if the packet
 // does not fit an outer one.
-func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, id uint16) bool {
+func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, o outerFields) bool {
 	outer := len(s.head) - superVnetLen - ethernetHeaderLen + p.length // IP header and all behind it
 	if outer > maxFrameLen || p.headLen+size > s.largest {
 		return false
@@ -138,27 +144,29 @@ func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, id uint1
 
 	ip := head[superVnetLen+ethernetHeaderLen:]
 	if s.ipLen == 20 {
-		ip[1] = p.ecn
+		ip[1] = o.class
 		binary.BigEndian.PutUint16(ip[2:], uint16(outer))
-		binary.BigEndian.PutUint16(ip[4:], id)
+		binary.BigEndian.PutUint16(ip[4:], o.id)
 		putChecksum(ip[10:], ^fold(sum(ip[:20], 0)))
 	} else {
-		ip[1] = p.ecn << 4
+		ip[0] = 6<<4 | o.class>>4
+		ip[1] = o.class << 4
 		binary.BigEndian.PutUint16(ip[4:], uint16(outer-40))
 	}
 	if s.ipip {
 		return true
 	}
 	udp := ip[s.ipLen:]
+	binary.BigEndian.PutUint16(udp, o.port)
 	binary.BigEndian.PutUint16(udp[4:], uint16(outer-s.ipLen))
 	putChecksum(udp[6:], fold(add16(s.pseudo, uint16(outer-s.ipLen))))
 	return true
 }
 
-// superFrame sends a frame whole, if it can. What cannot be is untouched: the
+// superFrame sends the frame at slab[at:] whole, if it can. What cannot be is untouched: the
 // headers are written over nothing but headroom and the frame's own virtio
 // header.
-func (e *egress) superFrame(peer *Peer, room []byte, p *packet, kind uint8, size int) bool {
+func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int) bool {
 	path := peer.super.Load()
 	if path == nil || !e.offload.SuperFrame.Load() {
 		return false
@@ -168,12 +176,18 @@ func (e *egress) superFrame(peer *Peer, room []byte, p *packet, kind uint8, size
 	}
 	payload := p.length - p.headLen
 	segments := (payload + size - 1) / size
-	start := len(room) - p.length - len(path.head) // in the slab; never less than slabStart's headroom
-	if segments < 2 || start < 0 || !path.stamp(room[start:], p, kind, size, e.superID) {
+	id := e.socket(peer, e.slab[at:], p)
+	sources, number := e.sources[id/socketsPerFamily], int(id%socketsPerFamily)
+	if segments < 2 || number >= len(sources) {
+		return false
+	}
+	room := e.slab[at-len(path.head) : at+p.length] // there is room: slabStart
+	fields := outerFields{class: p.class & e.classes, id: e.superID, port: sources[number].Port}
+	if !path.stamp(room, p, kind, size, fields) {
 		return false
 	}
 	for {
-		_, errno := write(e.super, room[start:])
+		_, errno := write(e.super, room)
 		e.tally.syscalls++
 		switch errno {
 		case 0:

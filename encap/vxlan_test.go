@@ -54,7 +54,7 @@ func FuzzDatagram(f *testing.F) {
 	}
 	table := NewTable([]netip.Prefix{netip.MustParsePrefix("10.5.2.0/24"), netip.MustParsePrefix("fd00:5:2::/64")}, peers)
 	f.Fuzz(func(t *testing.T, data []byte, segment uint16, ecn uint8) {
-		g := newIngress(&common{offload: allOn()}, ^uintptr(0), Underlay{VNI: testVNI, MAC: [6]byte{2}}, 1450, &Counters{})
+		g := newIngress(&common{offload: allOn()}, ^uintptr(0), Descriptor{}, Underlay{VNI: testVNI, MAC: [6]byte{2}}, 1450, &Counters{})
 		if len(data) > recvBufferLen-recvHeadroom {
 			return
 		}
@@ -90,7 +90,7 @@ func FuzzFrame(f *testing.F) {
 		}
 		l := NewLoop(Options{Offload: allOn()})
 		l.SetTable(n)
-		e := newEgress(&l.common, [2]int{-1, -1}, &Counters{})
+		e := newEgress(&l.common, [2][]Source{}, &Counters{})
 		e.add(slabStart, copy(e.slab[slabStart:], data))
 		for _, r := range e.batch.runs {
 			if r.bytes > maxDatagram || r.segments > maxSegments {

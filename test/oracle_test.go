@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -34,6 +35,7 @@ var killSwitches = [][]string{
 	{"--no-gro"},
 	{"--no-uso", "--no-super-frame"},
 	{"--no-gso", "--no-gro"},
+	{"--queues", "2", "--source-ports", "4", "--copy-dscp"},
 }
 
 // oracle is a pod behind a culvert daemon and a node of kernel devices, both
@@ -114,7 +116,10 @@ func TestEveryMechanismAgainstTheKernel(t *testing.T) {
 		if d := dropped(s); len(d) != 0 {
 			t.Errorf("%v dropped: %v", flags, d)
 		}
-		if whole := s.Datapath.Egress.SuperFrames; len(flags) == 0 && whole == 0 && superFrames(s).Why == "" {
+		if m := mechanism(s, "multi-queue"); m.On != slices.Contains(flags, "--queues") && runtime.NumCPU() <= 2 {
+			t.Errorf("%v: %+v", flags, m)
+		}
+		if whole := s.Datapath.Egress.SuperFrames; len(flags) == 0 && whole == 0 && mechanism(s, "super-frame").Why == "" {
 			t.Error("no frame left whole")
 		} else if len(flags) > 0 && flags[len(flags)-1] == "--no-super-frame" && whole != 0 {
 			t.Errorf("%d frames left whole", whole)
@@ -128,9 +133,9 @@ func dropped(s api.Status) []api.Drop {
 	return slices.DeleteFunc(s.Datapath.Drops, func(d api.Drop) bool { return d.Reason == "egress-link-local" })
 }
 
-func superFrames(s api.Status) api.Mechanism {
+func mechanism(s api.Status, name string) api.Mechanism {
 	for _, m := range s.Datapath.Mechanisms {
-		if m.Name == "super-frame" {
+		if m.Name == name {
 			return m
 		}
 	}
@@ -253,13 +258,13 @@ func TestSuperFramesFollowTheUplink(t *testing.T) {
 	o := newOracle(t)
 	o.start(o.Nodes[0], "--iface", o.Nodes[0].Link)
 	s := o.waitReady(o.Nodes[0], 1)
-	if m := superFrames(s); m.Why != "" && strings.Contains(m.Why, "6.17") {
+	if m := mechanism(s, "super-frame"); m.Why != "" && strings.Contains(m.Why, "6.17") {
 		t.Skipf("super-frames: %s", m.Why)
 	}
 	settled := func(want bool, why string) {
 		t.Helper()
 		o.wait(o.Nodes[0], fmt.Sprintf("super-frames %t", want), func(s api.Status) bool {
-			m := superFrames(s)
+			m := mechanism(s, "super-frame")
 			return m.On == want && strings.Contains(m.Why, why)
 		})
 	}

@@ -53,9 +53,8 @@ func ipipPods(t *testing.T) (*cluster, []*lab.Pod) {
 	t.Helper()
 	c := newClusterOf(t, lab.Options{Nodes: 2, Underlay: lab.Direct})
 	c.setConfig(`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`)
-	for _, n := range c.Nodes {
-		c.start(n, "--iface", n.Link)
-	}
+	c.start(c.Nodes[0], "--iface", c.Nodes[0].Link)
+	c.start(c.Nodes[1], "--iface", c.Nodes[1].Link, "--queues", "3")
 	var pods []*lab.Pod
 	for _, n := range c.Nodes {
 		c.waitReady(n, 1)

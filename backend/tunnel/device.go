@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"syscall"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/tun"
 
@@ -16,58 +17,134 @@ import (
 
 // device is a TUN device with a virtio header before every frame.
 type device struct {
-	fd  int
-	uso bool // the kernel takes and gives UDP frames to be cut (Linux 6.2)
+	queues []int  // a descriptor for each
+	noMore string // why there is only one where more were asked for
+	uso    bool   // the kernel takes and gives UDP frames to be cut (Linux 6.2)
 }
 
-// openDevice makes a TUN device through wireguard's package, which asks for
-// the virtio header and TCP offload. That package's own Read and Write cut and
-// copy, so only the descriptor is kept of it.
-func openDevice(name string, mtu int, log *slog.Logger) (*device, error) {
-	t, err := tun.CreateTUN(name, mtu)
+// openDevice makes a TUN device with so many queues.
+func openDevice(name string, mtu, queues int, log *slog.Logger) (*device, error) {
+	d := &device{}
+	if err := makeRoom(name, queues > 1); err != nil {
+		return nil, err
+	}
+	var err error
+	if queues > 1 {
+		err = d.openMany(name, queues)
+		if errors.Is(err, errNotSteered) {
+			log.Warn("the tunnel device has one queue", "reason", err)
+			d.noMore = err.Error()
+			queues, err = 1, errors.Join(d.close())
+			d.queues = nil
+		}
+	}
+	if queues == 1 && err == nil {
+		err = d.openOne(name, mtu)
+	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("/dev/net/tun is missing (`modprobe tun`, or pass the device into the container): %w", err)
+		err = fmt.Errorf("/dev/net/tun is missing (`modprobe tun`, or pass the device into the container): %w", err)
 	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("making a TUN device needs root, or CAP_NET_ADMIN: %w", err)
+		err = fmt.Errorf("making a TUN device needs root, or CAP_NET_ADMIN: %w", err)
 	case errors.Is(err, unix.EBUSY):
-		return nil, fmt.Errorf("the device %s is in use: is another culvert running here?: %w", name, err)
+		err = fmt.Errorf("the device %s is in use: is another culvert running here?: %w", name, err)
 	case err != nil:
-		return nil, fmt.Errorf("making the TUN device %s: %w", name, err)
+		err = fmt.Errorf("making the TUN device %s: %w", name, err)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.close())
+	}
+	if err := errors.Join(d.offloads(name), d.persist()); err != nil {
+		return nil, errors.Join(err, d.close())
+	}
+	log.Debug("device opened", "device", name, "queues", queues, "uso", d.uso)
+	return d, nil
+}
+
+// makeRoom removes a device that an earlier run left, if it cannot be opened
+// with one queue or with several, as is wanted now.
+func makeRoom(name string, many bool) error {
+	link, err := netlink.LinkByName(name)
+	if left, ok := link.(*netlink.Tuntap); err != nil || !ok || left.Flags&netlink.TUNTAP_MULTI_QUEUE != 0 == many {
+		return nil
+	}
+	if err := netlink.LinkDel(link); err != nil {
+		return fmt.Errorf("removing the TUN device %s that an earlier run left: %w", name, err)
+	}
+	return nil
+}
+
+// openOne makes the device through wireguard's package, which asks for the
+// virtio header. That package's own Read and Write cut and copy, so only the
+// descriptor is kept of it.
+func (d *device) openOne(name string, mtu int) error {
+	t, err := tun.CreateTUN(name, mtu)
+	if err != nil {
+		return err
 	}
 	go func() {
 		for range t.Events() { // the package insists on telling, until it is closed
 		}
 	}()
-	d := &device{}
-	d.fd, err = detach(t.File())
+	fd, err := detach(t.File())
+	if err == nil {
+		d.queues = append(d.queues, fd)
+	}
 	// The rest of it only listens for changes of the link.
-	if err := errors.Join(err, ignoreClosed(t.Close())); err != nil {
-		return nil, fmt.Errorf("taking over the TUN device %s: %w", name, err)
-	}
-	if err := errors.Join(d.offloads(name), d.persist()); err != nil {
-		return nil, err
-	}
-	log.Debug("device opened", "device", name, "uso", d.uso)
-	return d, nil
+	return errors.Join(err, ignoreClosed(t.Close()))
 }
 
-// offloads asks for what the loop can do. It closes the device on error.
-func (d *device) offloads(name string) error {
-	const tcp = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
-	d.uso = setOffload(d.fd, tcp|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil
-	if d.uso {
-		return nil
+// errNotSteered says that flows would not stay on their queues.
+var errNotSteered = errors.New("flows cannot be steered to queues")
+
+// openMany makes the device with several queues, which that package does not
+// know.
+func (d *device) openMany(name string, queues int) error {
+	for range queues {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		d.queues = append(d.queues, fd)
+		request, err := unix.NewIfreq(name)
+		if err != nil {
+			return err
+		}
+		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR | unix.IFF_MULTI_QUEUE)
+		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
+			return fmt.Errorf("TUNSETIFF: %w", err)
+		}
 	}
-	if err := setOffload(d.fd, tcp); err != nil {
-		return errors.Join(fmt.Errorf("setting the offloads of %s: %w", name, err), d.close())
+	if err := steer(d.queues[0]); err != nil {
+		return fmt.Errorf("%w: %w", errNotSteered, err)
 	}
 	return nil
 }
 
-func setOffload(fd, flags int) error { return unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, flags) }
+// offloads asks for what the loop can do.
+func (d *device) offloads(name string) error {
+	const tcp = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+	d.uso = d.setOffload(tcp|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil
+	if d.uso {
+		return nil
+	}
+	if err := d.setOffload(tcp); err != nil {
+		return fmt.Errorf("setting the offloads of %s: %w", name, err)
+	}
+	return nil
+}
 
-func (d *device) close() error { return unix.Close(d.fd) }
+func (d *device) setOffload(flags int) error {
+	return unix.IoctlSetInt(d.queues[0], unix.TUNSETOFFLOAD, flags) // of all queues
+}
+
+func (d *device) close() error {
+	var errs []error
+	for _, fd := range d.queues {
+		errs = append(errs, unix.Close(fd))
+	}
+	return errors.Join(errs...)
+}
 
 // detach returns a descriptor of what c has open, which the runtime's poller
 // does not watch, and closes c. The caller closes the descriptor.

@@ -23,7 +23,7 @@ import (
 func (t *Tunnel) Descriptors() []int {
 	all := append([]int(nil), t.sockets...)
 	if t.device != nil {
-		all = append(all, t.device.fd)
+		all = append(all, t.device.queues...)
 	}
 	return all
 }
@@ -85,39 +85,40 @@ func (i *inherited) device(name string) (fd int, ok bool) {
 	})
 }
 
-// openDevice opens the device that was left, or a new one.
-func (i *inherited) openDevice(name string, mtu int, log *slog.Logger) (*device, error) {
-	fd, ok := i.device(name)
-	if !ok {
-		return openDevice(name, mtu, log)
+// openDevice opens the device that was left, if it has so many queues, or a new
+// one.
+func (i *inherited) openDevice(name string, mtu, queues int, log *slog.Logger) (*device, error) {
+	d := &device{}
+	for fd, ok := i.device(name); ok; fd, ok = i.device(name) {
+		d.queues = append(d.queues, fd)
 	}
-	d := &device{fd: fd}
+	if len(d.queues) != queues {
+		if err := d.close(); err != nil {
+			return nil, err
+		}
+		return openDevice(name, mtu, queues, log)
+	}
 	if err := d.offloads(name); err != nil {
-		return nil, err
+		return nil, errors.Join(err, d.close())
 	}
-	log.Info("device taken over", "device", name, "uso", d.uso)
+	log.Info("device taken over", "device", name, "queues", queues, "uso", d.uso)
 	return d, nil
 }
 
 // listenUDP returns the socket that was left, or a new one.
-func (i *inherited) listenUDP(at netip.AddrPort) (int, error) {
-	if fd, ok := i.socket(unix.SOCK_DGRAM, at); ok {
-		return fd, nil
-	}
-	return listenUDP(at)
-}
-
-// listenIPIP returns the sockets that were left, or new ones.
-func (i *inherited) listenIPIP(local netip.Addr, link int) (raw, packets int, err error) {
-	raw, ok := i.socket(unix.SOCK_RAW, netip.AddrPortFrom(local, 0))
+func (i *inherited) listenUDP(at netip.AddrPort, shared bool) (fd int, port uint16, err error) {
+	fd, ok := i.socket(unix.SOCK_DGRAM, at)
 	if !ok {
-		return listenIPIP(local, link)
+		return listenUDP(at, shared)
 	}
-	if packets, ok = i.packets(link); ok {
-		return raw, packets, nil
+	value := 0
+	if shared {
+		value = 1
 	}
-	i.fds = append(i.fds, raw) // of another link
-	return listenIPIP(local, link)
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, value); err != nil {
+		return -1, 0, errors.Join(fmt.Errorf("setting SO_REUSEPORT: %w", err), unix.Close(fd))
+	}
+	return fd, at.Port(), nil
 }
 
 // close closes what nobody has claimed.
@@ -132,7 +133,7 @@ func (i *inherited) close() error {
 
 // persist makes the device outlive this process.
 func (d *device) persist() error {
-	if err := unix.IoctlSetInt(d.fd, unix.TUNSETPERSIST, 1); err != nil {
+	if err := unix.IoctlSetInt(d.queues[0], unix.TUNSETPERSIST, 1); err != nil {
 		return fmt.Errorf("making the TUN device last: %w", err)
 	}
 	return nil

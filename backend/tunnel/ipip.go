@@ -3,33 +3,75 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
+
+	"culvert/encap"
 )
 
 // listenIPIP opens the sockets of IPIP (RFC 2003): a raw one that sends, from
-// this node's underlay address, and a packet socket that receives on one
-// interface.
-func listenIPIP(local netip.Addr, link int) (raw, packets int, err error) {
-	raw, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_IPIP)
+// this node's underlay address, and for each queue a packet socket that
+// receives on the underlay interface.
+func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
+	link, err := net.InterfaceByName(t.options.Node.Underlay.Name)
+	if err != nil {
+		return side, fmt.Errorf("looking up %s: %w", t.options.Node.Underlay.Name, err)
+	}
+	if len(link.HardwareAddr) == 6 {
+		side.LinkHeader = 14 // Ethernet's; what has no addresses has no header
+	}
+	raw, ok := t.inherited.socket(unix.SOCK_RAW, netip.AddrPortFrom(local, 0))
+	if !ok {
+		if raw, err = openRaw(local); err != nil {
+			return side, err
+		}
+	}
+	t.sockets = append(t.sockets, raw)
+	side.Send = []encap.Source{{Socket: encap.NewDescriptor(raw)}}
+	for range t.device.queues {
+		// One that was left may be in a group of another size: only where there
+		// is none is it the same.
+		packets, ok := -1, false
+		if len(t.device.queues) == 1 {
+			packets, ok = t.inherited.packets(link.Index)
+		}
+		if !ok {
+			if packets, err = openPackets(link.Index); err != nil {
+				return side, fmt.Errorf("opening a packet socket: %w", err)
+			}
+		}
+		t.sockets = append(t.sockets, packets)
+		side.Receive = append(side.Receive, encap.NewDescriptor(packets))
+		if len(t.device.queues) == 1 {
+			break
+		}
+		// Spread by the flow, of the inner packet too (skb_get_hash).
+		group := link.Index&0xffff | unix.PACKET_FANOUT_HASH<<16
+		if err := unix.SetsockoptInt(packets, unix.SOL_PACKET, unix.PACKET_FANOUT, group); err != nil {
+			return side, fmt.Errorf("PACKET_FANOUT: %w", err)
+		}
+	}
+	return side, nil
+}
+
+// openRaw opens the socket that sends.
+func openRaw(local netip.Addr) (int, error) {
+	raw, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_IPIP)
 	if errors.Is(err, unix.EPERM) {
-		return -1, -1, fmt.Errorf("opening a raw socket needs root, or CAP_NET_RAW: %w", err)
+		return -1, fmt.Errorf("opening a raw socket needs root, or CAP_NET_RAW: %w", err)
 	}
 	if err != nil {
-		return -1, -1, fmt.Errorf("opening a raw socket: %w", err)
+		return -1, fmt.Errorf("opening a raw socket: %w", err)
 	}
 	if err := prepareRaw(raw, local); err != nil {
-		return -1, -1, errors.Join(fmt.Errorf("preparing the raw socket: %w", err), unix.Close(raw))
+		return -1, errors.Join(fmt.Errorf("preparing the raw socket: %w", err), unix.Close(raw))
 	}
-	packets, err = openPackets(link)
-	if err != nil {
-		return -1, -1, errors.Join(fmt.Errorf("opening a packet socket: %w", err), unix.Close(raw))
-	}
-	return raw, packets, nil
+	return raw, nil
 }
 
 // prepareRaw makes the raw socket send only. It must exist for receiving, too:

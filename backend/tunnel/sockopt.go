@@ -1,8 +1,11 @@
 package tunnel
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -11,6 +14,36 @@ import (
 // socketBuffer is asked for in each direction: 4 ms of a 10 Gbit/s link. The
 // kernel counts its own overhead, and doubles what is asked.
 const socketBuffer = 8 << 20
+
+// listenUDP opens a UDP socket bound to the node's underlay address, or to a
+// port of the kernel's choice if that is 0, and returns its descriptor and
+// port. A shared port is spread over its sockets by flow, by the kernel.
+func listenUDP(at netip.AddrPort, shared bool) (fd int, port uint16, err error) {
+	network := "udp4"
+	if at.Addr().Is6() {
+		network = "udp6"
+	}
+	lc := net.ListenConfig{Control: func(network, address string, raw syscall.RawConn) error {
+		if shared {
+			var failure error
+			err := raw.Control(func(fd uintptr) { failure = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
+			if err := errors.Join(err, failure); err != nil {
+				return fmt.Errorf("setting SO_REUSEPORT: %w", err)
+			}
+		}
+		return setSocketOptions(network, address, raw)
+	}}
+	c, err := lc.ListenPacket(context.Background(), network, at.String())
+	if errors.Is(err, unix.EADDRINUSE) {
+		return -1, 0, fmt.Errorf("UDP port %d is taken: is a kernel vxlan device up (`ip -d link show type vxlan`), or flanneld running?: %w", at.Port(), err)
+	}
+	if err != nil {
+		return -1, 0, fmt.Errorf("opening the tunnel's socket: %w", err)
+	}
+	port = c.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+	fd, err = detach(c.(*net.UDPConn))
+	return fd, port, err
+}
 
 // setSocketOptions prepares a tunnel socket: large buffers, datagrams of one
 // flow joined when received (UDP_GRO, Linux 5.0), and the outer ECN mark told.

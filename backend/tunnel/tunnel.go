@@ -12,8 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 
@@ -38,17 +38,45 @@ type Options struct {
 	Why    string       // the choice of this datapath, for the status
 	// Replaces names devices of other programs that have our UDP port.
 	Replaces []string
-	Switches
+	Tuning
 	// Inherited are the descriptors that a predecessor left open (Descriptors),
 	// which Open takes over or closes.
 	Inherited []int
 	Log       *slog.Logger
 }
 
-// Switches are the kill switches: each turns one mechanism off that would be
-// used wherever the kernel has it.
-type Switches struct {
-	NoGSO, NoGRO, NoUSO, NoSuperFrame bool
+// Tuning is what an operator can say of the loop. The zero value is the
+// default.
+type Tuning struct {
+	// The kill switches: each turns one mechanism off that would be used wherever
+	// the kernel has it.
+	NoGSO, NoGRO, NoUSO, NoSuperFrame, NoMultiQueue bool
+
+	Queues      int  // of the device, each with threads of its own; 0: by the processors
+	SourcePorts int  // that flows are spread over, at most 16; 0: by the processors
+	CopyDSCP    bool // the outer header bears the inner one's DSCP
+}
+
+// queues returns how many there are to be. On two processors more than one
+// would only make threads compete.
+func (t Tuning) queues() int {
+	switch {
+	case t.NoMultiQueue:
+		return 1
+	case t.Queues > 0:
+		return t.Queues
+	}
+	return min(max(runtime.NumCPU()/2, 1), 8)
+}
+
+func (t Tuning) sourcePorts() int {
+	switch {
+	case t.SourcePorts > 0:
+		return t.SourcePorts
+	case runtime.NumCPU() <= 2:
+		return 1 // a batch of small packets then leaves in one call
+	}
+	return 8
 }
 
 // Tunnel is the userspace datapath.
@@ -88,7 +116,7 @@ func Open(o Options) (*Tunnel, error) {
 	if t.mtu, err = t.podMTU(o.Node.Underlay); err != nil {
 		return nil, err
 	}
-	t.device, err = t.inherited.openDevice(DeviceName, t.mtu, o.Log)
+	t.device, err = t.inherited.openDevice(DeviceName, t.mtu, o.queues(), o.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -96,8 +124,11 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
-		Format: format, Device: encap.NewDescriptor(t.device.fd), MTU: t.mtu,
+		Format: format, MTU: t.mtu, CopyDSCP: o.CopyDSCP,
 		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
+	}
+	for _, fd := range t.device.queues {
+		loop.Devices = append(loop.Devices, encap.NewDescriptor(fd))
 	}
 	for _, e := range o.Lease.Endpoints {
 		side, err := t.listen(e)
@@ -124,31 +155,39 @@ func Open(o Options) (*Tunnel, error) {
 }
 
 // listen opens the sockets of one family.
-func (t *Tunnel) listen(e subnet.Endpoint) (encap.Underlay, error) {
-	u := t.options.Node.Underlay
-	local := u.Addr(e.Public.Is4())
+func (t *Tunnel) listen(e subnet.Endpoint) (side encap.Underlay, err error) {
+	local := t.options.Node.Underlay.Addr(e.Public.Is4())
 	if t.format == encap.FormatIPIP {
-		link, err := net.InterfaceByName(u.Name)
-		if err != nil {
-			return encap.Underlay{}, fmt.Errorf("looking up %s: %w", u.Name, err)
-		}
-		raw, packets, err := t.inherited.listenIPIP(local, link.Index)
-		if err != nil {
-			return encap.Underlay{}, err
-		}
-		t.sockets = append(t.sockets, raw, packets)
-		side := encap.Underlay{Socket: encap.NewDescriptor(raw), Packets: encap.NewDescriptor(packets)}
-		if len(link.HardwareAddr) == 6 {
-			side.LinkHeader = 14 // Ethernet's; what has no addresses has no header
-		}
-		return side, nil
+		return t.listenIPIP(local)
 	}
-	socket, err := t.inherited.listenUDP(netip.AddrPortFrom(local, t.options.Config.Backend.Port))
+	side = encap.Underlay{VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
+	at := netip.AddrPortFrom(local, t.options.Config.Backend.Port)
+	for range t.device.queues {
+		socket, _, err := t.openUDP(at, len(t.device.queues) > 1)
+		if err != nil {
+			return side, err
+		}
+		side.Receive = append(side.Receive, socket)
+	}
+	side.Send = []encap.Source{{Socket: side.Receive[0], Port: at.Port()}}
+	for len(side.Send) < t.options.sourcePorts() {
+		socket, port, err := t.openUDP(netip.AddrPortFrom(local, 0), false)
+		if err != nil {
+			return side, err
+		}
+		side.Send = append(side.Send, encap.Source{Socket: socket, Port: port})
+	}
+	return side, nil
+}
+
+// openUDP returns a socket that the tunnel closes.
+func (t *Tunnel) openUDP(at netip.AddrPort, shared bool) (encap.Descriptor, uint16, error) {
+	fd, port, err := t.inherited.listenUDP(at, shared)
 	if err != nil {
-		return encap.Underlay{}, err
+		return encap.Descriptor{}, 0, err
 	}
-	t.sockets = append(t.sockets, socket)
-	return encap.Underlay{Socket: encap.NewDescriptor(socket), VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}, nil
+	t.sockets = append(t.sockets, fd)
+	return encap.NewDescriptor(fd), port, nil
 }
 
 // openSuper makes the device for super-frames, where it is wanted and to be
@@ -169,7 +208,7 @@ func (t *Tunnel) openSuper() error {
 		return err
 	}
 	t.uplink = &uplink{
-		node: o.Node, port: o.Config.Backend.Port, device: t.super, offload: &t.offload,
+		node: o.Node, device: t.super, offload: &t.offload,
 		table: func() *encap.Table { return t.loop.Table() }, log: o.Log, why: "not looked at yet",
 	}
 	return nil
@@ -286,6 +325,7 @@ func (t *Tunnel) Status() api.Datapath {
 			mechanism("gro", t.offload.GRO.Load(), t.options.NoGRO, true),
 			mechanism("uso", t.offload.USO.Load(), t.options.NoUSO || t.options.NoGRO, t.device.uso),
 			t.superMechanism(),
+			t.queueMechanism(),
 		},
 	}
 	for _, r := range encap.Reasons() {
@@ -317,6 +357,21 @@ func (t *Tunnel) superMechanism() api.Mechanism {
 	m := api.Mechanism{Name: "super-frame", Why: t.noSuper}
 	if t.uplink != nil {
 		m.On, m.Why = t.uplink.status()
+	}
+	return m
+}
+
+func (t *Tunnel) queueMechanism() api.Mechanism {
+	m := api.Mechanism{Name: "multi-queue", On: len(t.device.queues) > 1}
+	switch {
+	case m.On:
+		m.Why = fmt.Sprintf("%d queues", len(t.device.queues))
+	case t.device.noMore != "":
+		m.Why = t.device.noMore
+	case t.options.NoMultiQueue || t.options.Queues == 1:
+		m.Why = "turned off by flag"
+	default:
+		m.Why = fmt.Sprintf("%d processors", runtime.NumCPU())
 	}
 	return m
 }
@@ -362,22 +417,4 @@ func (t *Tunnel) makeWay() error {
 		return fmt.Errorf("making way for the tunnel: %w", err)
 	}
 	return nil
-}
-
-// listenUDP opens a UDP socket bound to the node's underlay address, and returns
-// its descriptor.
-func listenUDP(at netip.AddrPort) (int, error) {
-	network := "udp4"
-	if at.Addr().Is6() {
-		network = "udp6"
-	}
-	lc := net.ListenConfig{Control: setSocketOptions}
-	c, err := lc.ListenPacket(context.Background(), network, at.String())
-	if errors.Is(err, unix.EADDRINUSE) {
-		return -1, fmt.Errorf("UDP port %d is taken: is a kernel vxlan device up (`ip -d link show type vxlan`), or flanneld running?: %w", at.Port(), err)
-	}
-	if err != nil {
-		return -1, fmt.Errorf("opening the tunnel's socket: %w", err)
-	}
-	return detach(c.(*net.UDPConn))
 }

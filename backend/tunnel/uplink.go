@@ -27,7 +27,6 @@ import (
 // A notification of the kernel and the timer lead to the same refresh.
 type uplink struct {
 	node    backend.Node
-	port    uint16 // the outer source port
 	device  *superDevice
 	offload *encap.Offload
 	table   func() *encap.Table
@@ -195,7 +194,7 @@ func (u *uplink) fill(t *encap.Table) {
 			p.SetNextHop(nil)
 			continue
 		}
-		p.SetNextHop(&encap.NextHop{MAC: mac, Uplink: own, Source: source, SourcePort: u.port, MTU: u.link.Attrs().MTU})
+		p.SetNextHop(&encap.NextHop{MAC: mac, Uplink: own, Source: source, MTU: u.link.Attrs().MTU})
 	}
 }
 

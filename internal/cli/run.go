@@ -85,7 +85,7 @@ type runFlags struct {
 	metrics     string
 	logLevel    string
 	logFormat   string
-	switches    daemon.Switches
+	tunnel      daemon.Tunnel
 	embedded    bool
 	etcdDataDir string
 	etcdListen  string
@@ -140,10 +140,14 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
-	flags.BoolVar(&f.switches.NoGSO, "no-gso", false, "do not send many datagrams in one call (UDP_SEGMENT)")
-	flags.BoolVar(&f.switches.NoGRO, "no-gro", false, "do not join packets of a flow on their way in")
-	flags.BoolVar(&f.switches.NoUSO, "no-uso", false, "do not join UDP packets on their way in")
-	flags.BoolVar(&f.switches.NoSuperFrame, "no-super-frame", false, "do not leave it to the uplink to cut large frames")
+	flags.BoolVar(&f.tunnel.NoGSO, "no-gso", false, "do not send many datagrams in one call (UDP_SEGMENT)")
+	flags.BoolVar(&f.tunnel.NoGRO, "no-gro", false, "do not join packets of a flow on their way in")
+	flags.BoolVar(&f.tunnel.NoUSO, "no-uso", false, "do not join UDP packets on their way in")
+	flags.BoolVar(&f.tunnel.NoSuperFrame, "no-super-frame", false, "do not leave it to the uplink to cut large frames")
+	flags.BoolVar(&f.tunnel.NoMultiQueue, "no-multi-queue", false, "give the tunnel device one queue, whatever the number of processors")
+	flags.IntVar(&f.tunnel.Queues, "queues", 0, "queues of the tunnel device, each with threads of its own (default: one for two processors, at most 8)")
+	flags.IntVar(&f.tunnel.SourcePorts, "source-ports", 0, "UDP source ports that flows are spread over (default: 8, on two processors 1)")
+	flags.BoolVar(&f.tunnel.CopyDSCP, "copy-dscp", false, "have the outer packet bear the inner one's DSCP")
 	flags.BoolVar(&f.embedded, "embedded-etcd", false, "carry an etcd server along, for a site that has none")
 	flags.StringVar(&f.etcdDataDir, "etcd-data-dir", "/var/lib/culvert/etcd", "where the embedded etcd keeps its data")
 	flags.StringVar(&f.etcdListen, "etcd-listen", "127.0.0.1:2379", "where the embedded etcd serves")
@@ -168,7 +172,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
 		Datapath: daemon.Datapath(f.datapath), Metrics: f.metrics,
-		Switches: f.switches, Log: log,
+		Tunnel: f.tunnel, Log: log,
 		TakeOverFlannel: f.takeOver,
 	}
 	if o.SubnetFile == "" {
@@ -184,6 +188,12 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		return o, usagef("--start-jitter %s: a duration, or 0 for none", f.jitter)
 	case o.OnLost != daemon.Fence && o.OnLost != daemon.Release:
 		return o, usagef("--on-lost %s: fence or release", f.onLost)
+	}
+	if q := f.tunnel.Queues; q < 0 || q > 64 {
+		return o, usagef("--queues %d: 1 to 64, or 0 for the default", q)
+	}
+	if n := f.tunnel.SourcePorts; n < 0 || n > 16 {
+		return o, usagef("--source-ports %d: 1 to 16, or 0 for the default", n)
 	}
 	switch o.Datapath {
 	case daemon.Auto, daemon.Userspace, daemon.Kernel:

@@ -58,12 +58,12 @@ type Options struct {
 	Metrics string
 	// Embedded is the etcd server to carry along, or nil.
 	Embedded *EmbeddedEtcd
-	Switches Switches
+	Tunnel   Tunnel
 	Log      *slog.Logger
 }
 
-// Switches are the kill switches of the userspace datapath.
-type Switches = tunnel.Switches
+// Tunnel is what an operator can say of the userspace datapath.
+type Tunnel = tunnel.Tuning
 
 // Run is the daemon. It returns nil after ctx ended and everything has
 // stopped, in order, or the error that made it stop.

@@ -71,7 +71,7 @@ func (d *node) open(c subnet.Config, l subnet.Lease, n backend.Node) (backend.Ba
 	if kind == Userspace {
 		t, err := tunnel.Open(tunnel.Options{
 			Node: n, Config: c, Lease: l, Why: why, Replaces: replaces,
-			Switches: d.options.Switches, Inherited: d.store.take(),
+			Tuning: d.options.Tunnel, Inherited: d.store.take(),
 			Log: d.log,
 		})
 		if err != nil {
