@@ -49,8 +49,10 @@ func underlayChanges(t *testing.T, datapath string) {
 		t.Errorf("the peer followed only after %v", took)
 	}
 	ping(t, pods[0], pods[1])
-	after := c.waitReady(mover, 1)
-	if after.Lease.Subnets[0] != before.Lease.Subnets[0] || after.Lease.PublicIPs[0] != to || after.Underlay.Addrs[0] != to {
+	after := c.wait(mover, "says so itself", func(s api.Status) bool {
+		return s.Ready && len(s.Peers) == 1 && s.Lease.PublicIPs[0] == to && s.Underlay.Addrs[0] == to
+	})
+	if after.Lease.Subnets[0] != before.Lease.Subnets[0] {
 		t.Errorf("the mover says %+v", after)
 	}
 
@@ -153,10 +155,7 @@ func TestFamilies(t *testing.T) {
 				}
 				for _, n := range c.Nodes {
 					s, err := c.status(n)
-					drops := slices.DeleteFunc(s.Datapath.Drops, func(d api.Drop) bool {
-						return d.Reason == "egress-source" // the kernel's own multicast, as the device comes up
-					})
-					if err != nil || len(drops) != 0 {
+					if drops := dropped(s); err != nil || len(drops) != 0 {
 						t.Errorf("%s dropped %v (%v)", n.ID, drops, err)
 					}
 				}
