@@ -3,10 +3,12 @@ package ipip_test
 import (
 	"flag"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"culvert/backend"
 	"culvert/backend/ipip"
@@ -104,5 +106,64 @@ func TestKernel(t *testing.T) {
 			}
 		}
 		before = after
+	}
+}
+
+// TestGuard sends IPIP packets to the rules that stand before the device, which
+// they need not for this: a peer's own pass, a peer's with another's inner
+// source and a stranger's are dropped and counted, and what does not lead into the
+// cluster network is not ours to judge.
+func TestGuard(t *testing.T) {
+	l := labtest.New(t, lab.Options{Nodes: 3, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}})
+	n := l.Nodes[0]
+	state := plan(t, snapshot(t, "", lease(2)))
+	firewall := host.State{Firewall: state.Firewall}
+	if err := n.Do(func() error { _, err := host.Apply(firewall); return err }); err != nil {
+		t.Fatal(err)
+	}
+	send := func(from *lab.Node, source, destination string) {
+		t.Helper()
+		c, err := from.ListenPacket(t.Context(), "ip4:4", from.Addrs[0].String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		inner := make([]byte, 28) // RFC 791; what is above it does not matter
+		inner[0], inner[3], inner[8], inner[9] = 0x45, byte(len(inner)), 64, 17
+		copy(inner[12:], netip.MustParseAddr(source).AsSlice())
+		copy(inner[16:], netip.MustParseAddr(destination).AsSlice())
+		if _, err := c.WriteTo(inner, &net.IPAddr{IP: n.Addrs[0].AsSlice()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dropped := func() (count uint64) {
+		if err := n.Do(func() error { count = host.Drops(firewall.Firewall)["ingress-source"]; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		return count
+	}
+	for _, c := range []struct {
+		name                string
+		from                *lab.Node
+		source, destination string
+		dropped             uint64 // so far
+	}{
+		{"a peer's own", l.Nodes[1], "10.5.2.7", "10.5.1.7", 0},
+		{"another's inner source", l.Nodes[1], "10.5.3.7", "10.5.1.7", 1},
+		{"the node's own subnet as inner source", l.Nodes[1], "10.5.1.9", "10.5.1.7", 2},
+		{"a stranger's", l.Nodes[2], "10.5.2.7", "10.5.1.7", 3},
+		{"somebody else's tunnel", l.Nodes[2], "172.16.0.1", "172.16.0.2", 3},
+	} {
+		send(c.from, c.source, c.destination)
+		// In one network namespace's queue, and the link has no delay: what was
+		// sent is there.
+		deadline := time.Now().Add(5 * time.Second)
+		for dropped() < c.dropped && time.Now().Before(deadline) {
+			time.Sleep(10 * time.Millisecond)
+		}
+		time.Sleep(50 * time.Millisecond)
+		if got := dropped(); got != c.dropped {
+			t.Errorf("%s: %d dropped, want %d", c.name, got, c.dropped)
+		}
 	}
 }
