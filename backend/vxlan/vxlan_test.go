@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -182,15 +183,15 @@ func lasting(commands []string) []string {
 }
 
 // TestTypedByHand types the commands in one namespace, lets culvert do its work
-// in another, and finds the same in both; nftables apart, which internal/host
-// compares.
+// in another, and finds the same in both. At the end the nftables table is
+// printed, read back by nft, and found to be as culvert wants it.
 func TestTypedByHand(t *testing.T) {
-	for _, program := range []string{"ip", "bridge", "sysctl"} {
+	for _, program := range []string{"ip", "bridge", "nft", "sysctl"} {
 		if _, err := exec.LookPath(program); err != nil {
 			if os.Getenv("CULVERT_FULL") != "" {
 				t.Fatal(err)
 			}
-			t.Skip("needs iproute2 and procps: make test-system installs them, and runs this test")
+			t.Skip("needs iproute2, nftables and procps: make test-system installs them, and runs this test")
 		}
 	}
 	byHand, byCulvert := newNode(t), newNode(t)
@@ -200,9 +201,6 @@ func TestTypedByHand(t *testing.T) {
 		after := plan(t, s)
 		apply(t, byCulvert, after)
 		for _, command := range host.Transition(before, after) {
-			if strings.HasPrefix(command, "nft ") {
-				continue
-			}
 			if out, err := run(t, byHand, command); err != nil {
 				t.Fatalf("%s: %s: %v: %s", names[i], command, err, out)
 			}
@@ -210,6 +208,7 @@ func TestTypedByHand(t *testing.T) {
 		for _, show := range []string{
 			"ip -d link show type vxlan", "ip -4 addr show dev cvt.1", "ip -6 addr show dev cvt6.1", "ip -4 route show proto 67", "ip -6 route show proto 67",
 			"ip neigh show nud permanent dev cvt.1", "ip -6 neigh show nud permanent dev cvt6.1", "bridge fdb show dev cvt.1", "bridge fdb show dev cvt6.1",
+			"nft list table inet culvert",
 		} {
 			want, err1 := run(t, byHand, show)
 			got, err2 := run(t, byCulvert, show)
@@ -219,10 +218,28 @@ func TestTypedByHand(t *testing.T) {
 		}
 		before = after
 	}
+
+	saved, err := run(t, byCulvert, "nft list table inet culvert")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "saved.nft")
+	if err := os.WriteFile(file, []byte("delete table inet culvert\n"+saved), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := run(t, byCulvert, "nft -f "+file); err != nil {
+		t.Fatalf("what nft printed it does not read: %v: %s\n%s", err, out, saved)
+	}
+	if changes := apply(t, byCulvert, before); len(changes) > 0 {
+		t.Errorf("saved and restored, there was to change: %q", changes)
+	}
 }
 
 func run(t *testing.T, n *lab.Node, command string) (string, error) {
 	words := strings.Fields(command)
+	if words[0] == "nft" && words[1] != "-f" { // it reads the rest itself
+		words = []string{"nft", strings.TrimPrefix(command, "nft ")}
+	}
 	out, err := n.Run(context.WithoutCancel(t.Context()), words[0], words[1:]...)
 	return string(out), err
 }

@@ -134,7 +134,7 @@ func innerDestination(p netip.Prefix) rule {
 func inputDevice(name string) rule {
 	data := make([]byte, unix.IFNAMSIZ)
 	copy(data, name)
-	return rule{fmt.Sprintf("iifname %q", name), []expr.Any{
+	return rule{"iifname " + name, []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data},
 	}, ""}

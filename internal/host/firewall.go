@@ -101,7 +101,7 @@ func (t Tunnel) received() []rule {
 	named := map[bool]string{true: "meta nfproto ipv4", false: "meta nfproto ipv6"}
 	is := all(familyIs(is4, named[is4]), t.is())
 	if t.Port == 0 {
-		return []rule{all(is, innerDestination(t.Network), t.notOf(0), drop("ingress-source"))}
+		return []rule{all(is, innerDestination(t.Network), t.notOf(), drop("ingress-source"))}
 	}
 	is = all(is, transport(vxlanVNI, 3, true, []byte{byte(t.VNI >> 16), byte(t.VNI >> 8), byte(t.VNI)}))
 	ethertype := []byte{0x08, 0x00}
@@ -110,7 +110,7 @@ func (t Tunnel) received() []rule {
 	}
 	return []rule{
 		all(is, transport(vxlanEtherType, 2, false, ethertype), drop("ingress-protocol")),
-		all(is, t.notOf(vxlanInner), drop("ingress-source")),
+		all(is, t.notOf(), drop("ingress-source")),
 	}
 }
 
@@ -135,6 +135,16 @@ func (t Tunnel) setName() string {
 	return "peers6"
 }
 
+// set is the set of the peers' Sources.
+func (t Tunnel) set() set {
+	is4 := t.Network.Addr().Is4()
+	s := set{name: t.setName(), is4: is4, offset: addressOffset("saddr", is4), elements: t.Peers}
+	if t.Port != 0 {
+		s.offset += vxlanInner
+	}
+	return s
+}
+
 // table returns the whole table, or nil if nothing of it is wanted.
 func (f Firewall) table() *table {
 	t := &table{}
@@ -150,7 +160,7 @@ func (f Firewall) table() *table {
 		if tunnel.Device != "" {
 			in = append(in, tunnel.received()...)
 			inner = append(inner, tunnel.unpacked())
-			t.sets = append(t.sets, set{tunnel.setName(), tunnel.Network.Addr().Is4(), tunnel.Peers})
+			t.sets = append(t.sets, tunnel.set())
 		}
 		out = append(out, tunnel.sent())
 	}

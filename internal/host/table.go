@@ -1,9 +1,9 @@
 package host
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -20,41 +20,39 @@ type table struct {
 	chains []chain
 }
 
-type set struct {
-	name     string
-	is4      bool
-	elements []Source
-}
-
 type chain struct {
 	name  string
 	rules []rule
 }
 
+// texts are the lines of all chains; the order within a chain counts.
 func (t *table) texts() []string {
 	var all []string
-	for _, s := range t.sets {
-		all = append(all, "set "+s.name)
-	}
 	for _, c := range t.chains {
 		for _, r := range c.rules {
-			all = append(all, c.name+" "+r.text)
+			all = append(all, c.name+" "+label(r.text))
 		}
 	}
-	slices.Sort(all[:len(t.sets)])
-	slices.SortStableFunc(all[len(t.sets):], func(a, b string) int {
+	slices.SortStableFunc(all, func(a, b string) int {
 		a, _, _ = strings.Cut(a, " ")
 		b, _, _ = strings.Cut(b, " ")
-		return strings.Compare(a, b) // the order within a chain counts
+		return strings.Compare(a, b)
 	})
 	return all
 }
 
-// diffFirewall compares the tables. Where the lines differ the whole table is
+func (t *table) set(name string) (set, bool) {
+	i := slices.IndexFunc(t.sets, func(s set) bool { return s.name == name })
+	if i < 0 {
+		return set{}, false
+	}
+	return t.sets[i], true
+}
+
+// diffFirewall compares the tables. Where the lines differ all chains are
 // replaced, where only elements do, they are; either in one transaction.
 func diffFirewall(have reading, want State) []step {
-	wanted := want.Firewall.table()
-	steps := diffTable(have.table, wanted)
+	steps := diffTable(have.table, want.Firewall.table())
 	return append(steps, diffForward(have.forward, want.Firewall.Forward)...)
 }
 
@@ -63,139 +61,53 @@ func diffTable(have, want *table) []step {
 	add := func(nft func(*nftables.Conn) error, format string, args ...any) {
 		steps = append(steps, step{Change: Change{KindNFTables, "nft " + fmt.Sprintf(format, args...)}, nft: nft})
 	}
-	replace := have == nil || want == nil || !slices.Equal(have.texts(), want.texts())
-	if replace && have != nil {
+	switch {
+	case want == nil && have == nil:
+		return nil
+	case want == nil:
 		add(func(c *nftables.Conn) error { c.DelTable(ourTable()); return nil }, "delete table inet %s", TableName)
-		have = nil
-	}
-	if want == nil {
 		return steps
+	case have == nil:
+		add(func(c *nftables.Conn) error { c.AddTable(ourTable()); return nil }, "add table inet %s", TableName)
+		have = &table{}
+	}
+	replace := !slices.Equal(have.texts(), want.texts())
+	for _, s := range want.sets {
+		if _, there := have.set(s.name); !there {
+			steps = append(steps, s.addStep())
+		}
 	}
 	if replace {
-		add(func(c *nftables.Conn) error { c.AddTable(ourTable()); return nil }, "add table inet %s", TableName)
-		for _, s := range want.sets {
-			n := s.nft()
-			kind := "ipv4_addr"
-			if !s.is4 {
-				kind = "ipv6_addr"
-			}
-			add(func(c *nftables.Conn) error { return c.AddSet(n, nil) },
-				"add set inet %s %s { type %s . %s; flags interval; }", TableName, s.name, kind, kind)
+		for _, ch := range have.chains {
+			n, _ := ch.nft()
+			add(func(c *nftables.Conn) error { c.FlushChain(n); c.DelChain(n); return nil }, "delete chain inet %s %s", TableName, ch.name)
+		}
+	}
+	for _, h := range have.sets {
+		if _, wanted := want.set(h.name); !wanted {
+			add(func(c *nftables.Conn) error { c.DelSet(h.nft()); return nil }, "delete set inet %s %s", TableName, h.name)
 		}
 	}
 	for _, s := range want.sets {
-		var old []Source
-		if have != nil {
-			old = have.sets[slices.IndexFunc(have.sets, func(h set) bool { return h.name == s.name })].elements
-		}
+		old, _ := have.set(s.name)
 		steps = append(steps, diffElements(s, old)...)
 	}
-	if replace {
-		for _, ch := range want.chains {
-			n, text := ch.nft()
-			add(func(c *nftables.Conn) error { c.AddChain(n); return nil }, "add chain inet %s %s { %s }", TableName, ch.name, text)
-			for _, r := range ch.rules {
-				line := &nftables.Rule{Table: n.Table, Chain: n, Exprs: r.exprs, UserData: comment(r.text)}
-				add(func(c *nftables.Conn) error { c.AddRule(line); return nil }, "add rule inet %s %s %s", TableName, ch.name, r.text)
-			}
+	if !replace {
+		return steps
+	}
+	for _, ch := range want.chains {
+		n, text := ch.nft()
+		add(func(c *nftables.Conn) error { c.AddChain(n); return nil }, "add chain inet %s %s { %s }", TableName, ch.name, text)
+		for _, r := range ch.rules {
+			line := &nftables.Rule{Table: n.Table, Chain: n, Exprs: r.exprs, UserData: comment(label(r.text))}
+			add(func(c *nftables.Conn) error { c.AddRule(line); return nil }, "add rule inet %s %s %s", TableName, ch.name, r.text)
 		}
 	}
 	return steps
-}
-
-func diffElements(s set, old []Source) []step {
-	there := make(map[Source]bool, len(old))
-	for _, e := range old {
-		there[e] = true
-	}
-	var missing, surplus []Source
-	for _, e := range s.elements {
-		if !there[e] {
-			missing = append(missing, e)
-		}
-		delete(there, e)
-	}
-	for _, e := range old {
-		if there[e] {
-			surplus = append(surplus, e)
-		}
-	}
-	n := s.nft()
-	var steps []step
-	// A message has room for 64 KB of elements.
-	for part := range slices.Chunk(surplus, 200) {
-		steps = append(steps, step{
-			Change: Change{KindNFTables, "nft delete element inet " + TableName + " " + s.name + " " + elementsText(part)},
-			nft:    func(c *nftables.Conn) error { return c.SetDeleteElements(n, elements(part)) },
-		})
-	}
-	for part := range slices.Chunk(missing, 200) {
-		steps = append(steps, step{
-			Change: Change{KindNFTables, "nft add element inet " + TableName + " " + s.name + " " + elementsText(part)},
-			nft:    func(c *nftables.Conn) error { return c.SetAddElements(n, elements(part)) },
-		})
-	}
-	return steps
-}
-
-func elementsText(all []Source) string {
-	words := make([]string, len(all))
-	for i, e := range all {
-		words[i] = e.Outer.String() + " . " + e.Inner.String()
-	}
-	return "{ " + strings.Join(words, ", ") + " }"
-}
-
-// elements are ranges in each field, both ends included.
-func elements(all []Source) []nftables.SetElement {
-	list := make([]nftables.SetElement, len(all))
-	for i, e := range all {
-		outer := e.Outer.AsSlice()
-		list[i] = nftables.SetElement{
-			Key:    append(slices.Clip(outer), e.Inner.Masked().Addr().AsSlice()...),
-			KeyEnd: append(slices.Clip(outer), lastOf(e.Inner)...),
-		}
-	}
-	return list
-}
-
-func lastOf(p netip.Prefix) []byte {
-	b := p.Masked().Addr().AsSlice()
-	for i := p.Bits(); i < len(b)*8; i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	return b
-}
-
-// sourceOf reads an element; false if it is none that elements makes.
-func sourceOf(e nftables.SetElement) (Source, bool) {
-	n := len(e.Key) / 2
-	outer, ok := netip.AddrFromSlice(e.Key[:n])
-	if !ok || len(e.KeyEnd) != 2*n || string(e.Key[:n]) != string(e.KeyEnd[:n]) {
-		return Source{}, false
-	}
-	first, _ := netip.AddrFromSlice(e.Key[n:])
-	bits := 0
-	for bits < 8*n && (e.Key[n+bits/8]^e.KeyEnd[n+bits/8])&(0x80>>(bits%8)) == 0 {
-		bits++
-	}
-	s := Source{outer, netip.PrefixFrom(first, bits)}
-	return s, s.Inner == s.Inner.Masked() && string(lastOf(s.Inner)) == string(e.KeyEnd[n:])
 }
 
 func ourTable() *nftables.Table {
 	return &nftables.Table{Family: nftables.TableFamilyINet, Name: TableName}
-}
-
-func (s set) nft() *nftables.Set {
-	kind := nftables.TypeIPAddr
-	if !s.is4 {
-		kind = nftables.TypeIP6Addr
-	}
-	return &nftables.Set{
-		Table: ourTable(), Name: s.name, Interval: true, Concatenation: true,
-		KeyType: nftables.MustConcatSetType(kind, kind),
-	}
 }
 
 func (c chain) nft() (*nftables.Chain, string) {
@@ -217,18 +129,18 @@ func (c chain) nft() (*nftables.Chain, string) {
 
 func masqueradeExprs() []expr.Any { return []expr.Any{&expr.Masq{FullyRandom: true}} }
 
-// notOf matches packets whose outer source and inner source, the latter at an
-// offset from the transport header, are no pair of the set.
-func (t Tunnel) notOf(inner uint32) rule {
+// notOf matches packets whose outer source and inner source are no pair of the
+// set.
+func (t Tunnel) notOf() rule {
 	is4 := t.Network.Addr().Is4()
-	n, second, offset := uint32(4), uint32(unix.NFT_REG32_01), addressOffset("saddr", is4)
+	n, second := uint32(4), uint32(unix.NFT_REG32_01)
 	if !is4 {
 		n, second = 16, unix.NFT_REG_2
 	}
-	text := fmt.Sprintf("%s saddr . @th,%d,%d != @%s", family(is4), (inner+offset)*8, n*8, t.setName())
+	text := fmt.Sprintf("%s != @%s", t.set().keyText(), t.setName())
 	return rule{text, []expr.Any{
-		&expr.Payload{DestRegister: unix.NFT_REG_1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: n},
-		&expr.Payload{DestRegister: second, Base: expr.PayloadBaseTransportHeader, Offset: inner + offset, Len: n},
+		&expr.Payload{DestRegister: unix.NFT_REG_1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset("saddr", is4), Len: n},
+		&expr.Payload{DestRegister: second, Base: expr.PayloadBaseTransportHeader, Offset: t.set().offset, Len: n},
 		&expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: t.setName(), Invert: true},
 	}, ""}
 }
@@ -273,13 +185,11 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 		if err != nil {
 			return t, err
 		}
-		got := set{name: s.Name, is4: s.KeyType.Bytes == 8}
+		got := set{name: s.Name}
 		for _, e := range list {
-			if source, ok := sourceOf(e); ok {
-				got.elements = append(got.elements, source)
-			} else {
-				got.name += " with a foreign element" // so that it is made anew
-			}
+			source, ok := sourceOf(e)
+			got.elements = append(got.elements, source)
+			got.foreign = got.foreign || !ok
 		}
 		t.sets = append(t.sets, got)
 	}
@@ -298,6 +208,17 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 		t.chains = append(t.chains, got)
 	}
 	return t, nil
+}
+
+// label is what a line's comment says: the line, or where nft would not read
+// so long a comment, its beginning and a hash.
+func label(text string) string {
+	const most = 127
+	if len(text) <= most {
+		return text
+	}
+	sum := sha256.Sum256([]byte(text))
+	return fmt.Sprintf("%s... %x", text[:most-4-16], sum[:8])
 }
 
 // comment encodes a rule's comment as nft does (NFTNL_UDATA_RULE_COMMENT), so

@@ -46,7 +46,7 @@ func Drops(f Firewall) map[string]uint64 {
 		reasons := make(map[string]string)
 		for _, r := range ch.rules {
 			if r.reason != "" {
-				reasons[r.text] = r.reason
+				reasons[label(r.text)] = r.reason
 			}
 		}
 		if len(reasons) == 0 {

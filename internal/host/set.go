@@ -1,0 +1,250 @@
+package host
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// set is a set of Sources: an outer source address, and a range of what stands
+// at an offset above IP.
+type set struct {
+	name     string
+	is4      bool
+	offset   uint32 // of the inner source, bytes from the transport header
+	elements []Source
+	// foreign says that, of a set that was read, an element is none of ours.
+	foreign bool
+}
+
+// keyText is what the set holds, in the words of nft: of the two the second has
+// no name there.
+func (s set) keyText() string {
+	return fmt.Sprintf("%s saddr . @th,%d,%d", family(s.is4), s.offset*8, s.width()*8)
+}
+
+func (s set) width() uint32 {
+	if s.is4 {
+		return 4
+	}
+	return 16
+}
+
+func (s set) nft() *nftables.Set { return &nftables.Set{Table: ourTable(), Name: s.name} }
+
+// addSteps make the set.
+func (s set) addStep() step {
+	return step{
+		Change: Change{KindNFTables, fmt.Sprintf("nft add set inet %s %s { typeof %s; flags interval; }", TableName, s.name, s.keyText())},
+		do:     func(*writer) error { return s.add() },
+	}
+}
+
+// add makes the set, and the table if there is none, in a transaction of its
+// own: google/nftables cannot say what nft needs in order to print the set in a
+// form that it can read again.
+func (s set) add() error {
+	e := netlink.NewAttributeEncoder()
+	e.ByteOrder = binary.BigEndian
+	e.String(unix.NFTA_SET_TABLE, TableName)
+	e.String(unix.NFTA_SET_NAME, s.name)
+	const concatenation = 0x80 // NFT_SET_CONCAT
+	e.Uint32(unix.NFTA_SET_FLAGS, unix.NFT_SET_INTERVAL|concatenation)
+	e.Uint32(unix.NFTA_SET_KEY_TYPE, s.keyType())
+	e.Uint32(unix.NFTA_SET_KEY_LEN, 2*s.width())
+	e.Uint32(unix.NFTA_SET_ID, 1)
+	e.Nested(unix.NFTA_SET_DESC, func(desc *netlink.AttributeEncoder) error {
+		desc.Nested(nftables.NFTA_SET_DESC_CONCAT, func(fields *netlink.AttributeEncoder) error {
+			for range 2 {
+				fields.Nested(unix.NFTA_LIST_ELEM, func(field *netlink.AttributeEncoder) error {
+					field.Uint32(1, s.width()) // NFTA_SET_FIELD_LEN
+					return nil
+				})
+			}
+			return nil
+		})
+		return nil
+	})
+	e.Bytes(unix.NFTA_SET_USERDATA, s.typeof())
+	attrs, err := e.Encode()
+	if err != nil {
+		return err
+	}
+	t := netlink.NewAttributeEncoder()
+	t.String(unix.NFTA_TABLE_NAME, TableName)
+	tableAttrs, err := t.Encode()
+	if err != nil {
+		return err
+	}
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	const request = netlink.Request | netlink.Acknowledge | netlink.Create
+	nft := func(kind uint16) netlink.HeaderType { return netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind) }
+	batch := func(kind netlink.HeaderType) netlink.Message { // struct nfgenmsg, its res_id in network order
+		return netlink.Message{Header: netlink.Header{Type: kind, Flags: netlink.Request}, Data: []byte{0, 0, 0, unix.NFNL_SUBSYS_NFTABLES}}
+	}
+	inet := []byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}
+	if _, err := c.SendMessages([]netlink.Message{
+		batch(unix.NFNL_MSG_BATCH_BEGIN),
+		{Header: netlink.Header{Type: nft(unix.NFT_MSG_NEWTABLE), Flags: request}, Data: append(slices.Clip(inet), tableAttrs...)},
+		{Header: netlink.Header{Type: nft(unix.NFT_MSG_NEWSET), Flags: request}, Data: append(slices.Clip(inet), attrs...)},
+		batch(unix.NFNL_MSG_BATCH_END),
+	}); err != nil {
+		return err
+	}
+	for range 2 {
+		if _, err := c.Receive(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// The numbers of nft's own types (datatype.h, TYPE_...): two in a concatenation,
+// of six bits each.
+const (
+	nftInteger = 4
+	nftIPv4    = 7
+	nftIPv6    = 8
+)
+
+func (s set) keyType() uint32 {
+	if s.is4 {
+		return nftIPv4<<6 | nftInteger
+	}
+	return nftIPv6<<6 | nftInteger
+}
+
+// typeof is the key as nft keeps it for itself, so that it can print the set in
+// a form that it can read again (nftables, expression.c, payload.c): a
+// concatenation of a named field and a nameless one.
+func (s set) typeof() []byte {
+	const ( // expression.h, proto.h, payload.c
+		exprPayload, exprConcat = 7, 13
+		descIP, descIP6         = 12, 13
+		fieldSource4            = 11
+		fieldSource6            = 8
+		baseTransport           = 3
+	)
+	desc, field := uint32(descIP), uint32(fieldSource4)
+	if !s.is4 {
+		desc, field = descIP6, fieldSource6
+	}
+	payload := func(description ...[]byte) []byte {
+		return slices.Concat(udata32(0, exprPayload), udata(1, description...))
+	}
+	named := payload(udata32(0, desc), udata32(1, field))
+	nameless := payload(udata32(0, 0), udata32(1, 0), udata32(2, baseTransport), udata32(3, s.offset*8), udata32(4, s.width()*8))
+	const keyByteOrder, keyTypeof = 0, 3 // NFTNL_UDATA_SET_...
+	return slices.Concat(udata32(keyByteOrder, 0),
+		udata(keyTypeof, udata32(0, exprConcat), udata(1, udata(0, named), udata(1, nameless))))
+}
+
+// udata is one attribute of libnftnl's user data: type, length, bytes.
+func udata(kind byte, parts ...[]byte) []byte {
+	value := slices.Concat(parts...)
+	return append([]byte{kind, byte(len(value))}, value...)
+}
+
+func udata32(kind byte, v uint32) []byte {
+	return udata(kind, binaryutil.NativeEndian.PutUint32(v))
+}
+
+// diffElements compares the set's elements with those that are there.
+func diffElements(s set, have set) []step {
+	var steps []step
+	n := s.nft()
+	old := have.elements
+	if have.foreign {
+		steps = append(steps, step{
+			Change: Change{KindNFTables, "nft flush set inet " + TableName + " " + s.name},
+			nft:    func(c *nftables.Conn) error { c.FlushSet(n); return nil },
+		})
+		old = nil
+	}
+	there := make(map[Source]bool, len(old))
+	for _, e := range old {
+		there[e] = true
+	}
+	var missing, surplus []Source
+	for _, e := range s.elements {
+		if !there[e] {
+			missing = append(missing, e)
+		}
+		delete(there, e)
+	}
+	for _, e := range old {
+		if there[e] {
+			surplus = append(surplus, e)
+		}
+	}
+	// A message has room for 64 KB of elements.
+	for part := range slices.Chunk(surplus, 200) {
+		steps = append(steps, step{
+			Change: Change{KindNFTables, "nft delete element inet " + TableName + " " + s.name + " " + elementsText(part)},
+			nft:    func(c *nftables.Conn) error { return c.SetDeleteElements(n, elements(part)) },
+		})
+	}
+	for part := range slices.Chunk(missing, 200) {
+		steps = append(steps, step{
+			Change: Change{KindNFTables, "nft add element inet " + TableName + " " + s.name + " " + elementsText(part)},
+			nft:    func(c *nftables.Conn) error { return c.SetAddElements(n, elements(part)) },
+		})
+	}
+	return steps
+}
+
+func elementsText(all []Source) string {
+	words := make([]string, len(all))
+	for i, e := range all {
+		words[i] = fmt.Sprintf("%s . 0x%x-0x%x", e.Outer, e.Inner.Masked().Addr().AsSlice(), lastOf(e.Inner))
+	}
+	return "{ " + strings.Join(words, ", ") + " }"
+}
+
+// elements are ranges in each field, both ends included.
+func elements(all []Source) []nftables.SetElement {
+	list := make([]nftables.SetElement, len(all))
+	for i, e := range all {
+		outer := e.Outer.AsSlice()
+		list[i] = nftables.SetElement{
+			Key:    append(slices.Clip(outer), e.Inner.Masked().Addr().AsSlice()...),
+			KeyEnd: append(slices.Clip(outer), lastOf(e.Inner)...),
+		}
+	}
+	return list
+}
+
+func lastOf(p netip.Prefix) []byte {
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	return b
+}
+
+// sourceOf reads an element; false if it is none that elements makes.
+func sourceOf(e nftables.SetElement) (Source, bool) {
+	n := len(e.Key) / 2
+	outer, ok := netip.AddrFromSlice(e.Key[:n])
+	if !ok || len(e.KeyEnd) != 2*n || string(e.Key[:n]) != string(e.KeyEnd[:n]) {
+		return Source{}, false
+	}
+	first, _ := netip.AddrFromSlice(e.Key[n:])
+	bits := 0
+	for bits < 8*n && (e.Key[n+bits/8]^e.KeyEnd[n+bits/8])&(0x80>>(bits%8)) == 0 {
+		bits++
+	}
+	s := Source{outer, netip.PrefixFrom(first, bits)}
+	return s, s.Inner == s.Inner.Masked() && string(lastOf(s.Inner)) == string(e.KeyEnd[n:])
+}
