@@ -67,7 +67,7 @@ NIGHTLY_ROUNDS ?= 200
 nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=1 $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=5000,1000 $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
 
 .PHONY: test-system
 ## test-system: the tests that need packages: installs them (as root), then runs with -tags system

@@ -70,17 +70,17 @@ func Occupied(entries []Entry) Occupancy {
 // lease stands before all others.
 func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snapshot {
 	s := Snapshot{Revision: revision, Config: cfg, Self: self}
+	s.Usage = cfg.Usage(entries)
+	s.Peers = make([]Lease, 0, len(entries))
 	ordered := make([]*Entry, len(entries))
-	keys := make([]string, len(entries))
 	for i := range entries {
-		ordered[i], keys[i] = &entries[i], entries[i].Key
+		ordered[i] = &entries[i]
 	}
-	s.Usage = cfg.Usage(keys)
 	slices.SortFunc(ordered, func(a, b *Entry) int {
 		return cmp.Or(cmp.Compare(a.CreateRevision, b.CreateRevision), cmp.Compare(a.Key, b.Key))
 	})
 
-	seen := newRegister()
+	seen := newRegister(len(entries))
 	selfKey := self.Key()
 	isSelf := func(e *Entry) bool {
 		l, err := e.Lease()
@@ -90,7 +90,7 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 		s.Self, _ = ordered[i].Lease()
 		ordered = slices.Delete(ordered, i, i+1)
 	}
-	seen.enter(s.Self)
+	seen.enter(selfKey, s.Self)
 	for _, e := range ordered {
 		l, err := e.Lease()
 		reason := ""
@@ -99,7 +99,7 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 			reason = "malformed: " + err.Error()
 		case l.Reserved:
 			if seen.overlaps(l) == "" {
-				seen.enter(l)
+				seen.enter(e.Key, l)
 			}
 			continue
 		default:
@@ -112,7 +112,7 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 			s.Rejected = append(s.Rejected, Rejection{Key: e.Key, Reason: reason})
 			continue
 		}
-		seen.enter(l)
+		seen.enter(e.Key, l)
 		s.Peers = append(s.Peers, l)
 	}
 	slices.SortFunc(s.Peers, func(a, b Lease) int { return a.Endpoints[0].Subnet.Compare(b.Endpoints[0].Subnet) })
@@ -126,10 +126,11 @@ func fitPeer(cfg Config, l Lease) (Lease, string) {
 	if l.Backend != cfg.Backend.Type {
 		return l, fmt.Sprintf("backend %q, where the network uses %q", clip(l.Backend), cfg.Backend.Type)
 	}
-	ends := make([]Endpoint, 0, len(l.Endpoints))
+	ends, all := l.Endpoints[:0:0], true
 	for _, e := range l.Endpoints {
 		n, ok := cfg.Network(e.Subnet.Addr().Is4())
 		if !ok {
+			all = false
 			continue
 		}
 		if !n.holds(e.Subnet) {
@@ -141,7 +142,12 @@ func fitPeer(cfg Config, l Lease) (Lease, string) {
 		if l.Backend == "vxlan" && e.VTEP.VNI != cfg.Backend.VNI {
 			return l, fmt.Sprintf("VNI %d, where the network uses %d", e.VTEP.VNI, cfg.Backend.VNI)
 		}
-		ends = append(ends, e)
+		if len(l.Endpoints) > 1 {
+			ends = append(ends, e)
+		}
+	}
+	if all {
+		return l, ""
 	}
 	if len(ends) == 0 {
 		return l, "its address family is not enabled"
@@ -159,15 +165,14 @@ type register struct {
 	macs    map[MAC]string
 }
 
-func newRegister() *register {
+func newRegister(n int) *register {
 	return &register{
-		subnets: map[netip.Prefix]string{}, lengths: map[int]bool{},
-		publics: map[netip.Addr]string{}, macs: map[MAC]string{},
+		subnets: make(map[netip.Prefix]string, n), lengths: map[int]bool{},
+		publics: make(map[netip.Addr]string, n), macs: make(map[MAC]string, n),
 	}
 }
 
-func (r *register) enter(l Lease) {
-	key := l.Key()
+func (r *register) enter(key string, l Lease) {
 	for _, e := range l.Endpoints {
 		r.subnets[e.Subnet] = key
 		r.lengths[e.Subnet.Addr().BitLen()<<8|e.Subnet.Bits()] = true

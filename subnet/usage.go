@@ -23,12 +23,16 @@ func (u Usage) Share() float64 {
 // NearlyFull is the share from which on more room should be made.
 const NearlyFull = 0.8
 
-// Usage counts what the keys of leases and reservations, readable or not, take
-// of each network.
-func (c Config) Usage(keys []string) []Usage {
-	var taken []netip.Prefix
-	for _, k := range keys {
-		if subnets, err := ParseKey(k); err == nil {
+// Usage counts what leases and reservations, readable or not, take of each
+// network.
+func (c Config) Usage(entries []Entry) []Usage {
+	taken := make([]netip.Prefix, 0, len(entries))
+	for i := range entries {
+		if l, err := entries[i].Lease(); err == nil {
+			for _, e := range l.Endpoints {
+				taken = append(taken, e.Subnet)
+			}
+		} else if subnets, err := ParseKey(entries[i].Key); err == nil {
 			taken = append(taken, subnets...)
 		}
 	}

@@ -25,7 +25,7 @@ func TestUsage(t *testing.T) {
 		{[]string{"10.5.8.0-21", "10.5.9.0-24", "10.5.0.0-16"}, 15, 0}, // the whole network is reserved
 		{[]string{"fd00::-48"}, 0, 1<<16 - 1},
 	} {
-		u := c.Usage(step.keys)
+		u := c.Usage(keyed(step.keys))
 		if u[0].Used != step.used4 || u[1].Used != step.used6 || u[0].Capacity != 15 || u[1].Capacity != 1<<16-1 {
 			t.Errorf("%v: %+v", step.keys, u)
 		}
@@ -62,8 +62,17 @@ func TestUsageAgreesWithCounting(t *testing.T) {
 			}
 			a = lastOf(s).add(u128{lo: 1}).addr(true)
 		}
-		if got := c.Usage(keys)[0].Used; got != want {
+		if got := c.Usage(keyed(keys))[0].Used; got != want {
 			t.Fatalf("%v: %d, counted %d", keys, got, want)
 		}
 	})
+}
+
+// keyed are entries whose values cannot be read: the keys count.
+func keyed(keys []string) []Entry {
+	var entries []Entry
+	for _, k := range keys {
+		entries = append(entries, NewEntry(Entry{Key: k}))
+	}
+	return entries
 }

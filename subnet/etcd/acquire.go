@@ -79,10 +79,18 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 	if err != nil {
 		return subnet.Lease{}, err
 	}
-	entries, revision, err := r.entries(ctx)
+	resp, err := r.listAll(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
+	var entries []subnet.Entry
+	for _, kv := range resp.Responses[1].GetResponseRange().Kvs {
+		entries = append(entries, r.entry(kv))
+	}
+	revision := resp.Header.Revision
+	r.mu.Lock()
+	r.listed = &listing{resp, time.Now()}
+	r.mu.Unlock()
 	saved := r.savedID()
 	occupancy := subnet.Occupied(entries)
 	occupancy.Mine = func(l subnet.Lease) bool { return l.ID != 0 && (l.ID == saved || l.ID == g.id) }

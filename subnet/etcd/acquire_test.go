@@ -72,8 +72,17 @@ type racingKV struct {
 }
 
 func (kv *racingKV) Txn(ctx context.Context) clientv3.Txn {
-	kv.once.Do(kv.before)
-	return kv.KV.Txn(ctx)
+	return &racingTxn{kv.KV.Txn(ctx), kv}
+}
+
+type racingTxn struct {
+	clientv3.Txn
+	kv *racingKV
+}
+
+func (t *racingTxn) If(ifs ...clientv3.Cmp) clientv3.Txn {
+	t.kv.once.Do(t.kv.before)
+	return t.Txn.If(ifs...)
 }
 
 func TestConflicts(t *testing.T) {

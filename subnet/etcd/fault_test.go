@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -74,7 +75,7 @@ func (t *lossyTxn) If(ifs ...clientv3.Cmp) clientv3.Txn { t.ifs = ifs; return t 
 func (t *lossyTxn) Then(ops ...clientv3.Op) clientv3.Txn { t.then = ops; return t }
 
 func (t *lossyTxn) Commit() (*clientv3.TxnResponse, error) {
-	if t.kv.lose.Add(-1) < 0 {
+	if !writes(t.then) || t.kv.lose.Add(-1) < 0 {
 		return t.Txn.If(t.ifs...).Then(t.then...).Commit()
 	}
 	if t.kv.delayed {
@@ -202,4 +203,9 @@ func (s slowLease) KeepAliveOnce(ctx context.Context, id clientv3.LeaseID) (*cli
 	resp, err := s.Lease.KeepAliveOnce(ctx, id)
 	time.Sleep(500 * time.Millisecond)
 	return resp, err
+}
+
+// writes says whether a transaction changes anything.
+func writes(ops []clientv3.Op) bool {
+	return slices.ContainsFunc(ops, func(o clientv3.Op) bool { return o.IsPut() || o.IsDelete() })
 }

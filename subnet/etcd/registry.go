@@ -51,7 +51,17 @@ type Registry struct {
 	ttl    time.Duration // as claimed
 	config subnet.Config // the last valid one; without Networks: none
 	text   string        // that config was read from
+	listed *listing      // what Acquire read, for Watch to begin with
 }
+
+// listing is an answer of listAll, and when it was had.
+type listing struct {
+	resp *clientv3.TxnResponse
+	at   time.Time
+}
+
+// listedLimit is how old a listing may be to begin a watch with.
+const listedLimit = 10 * time.Second
 
 var (
 	_ subnet.Registry = (*Registry)(nil)
@@ -80,11 +90,10 @@ func New(ctx context.Context, o Options) (*Registry, error) {
 		Username:    o.User,
 		Password:    o.Password,
 		Logger:      zap.NewNop(),
-		// A silent peer is given up after 15 s. Servers refuse pings that come
-		// faster than 5 s.
+		// A silent peer is given up after 15 s, while anything is watched. Servers
+		// refuse pings that come faster than 5 s, and those of idle clients.
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 5 * time.Second,
-		PermitWithoutStream:  true,
 		// The callers here have their own pauses.
 		MaxUnaryRetries:    2,
 		BackoffWaitBetween: 100 * time.Millisecond,
@@ -163,6 +172,31 @@ func (r *Registry) entries(ctx context.Context) ([]subnet.Entry, int64, error) {
 		entries = append(entries, r.entry(kv))
 	}
 	return entries, resp.Header.Revision, nil
+}
+
+// listAll reads the configuration and all leases at one revision, without what
+// else lives in the directory.
+func (r *Registry) listAll(ctx context.Context) (*clientv3.TxnResponse, error) {
+	rctx, cancel := r.request(ctx)
+	defer cancel()
+	resp, err := r.client.Txn(rctx).Then(clientv3.OpGet(r.configKey()), clientv3.OpGet(r.subnetsDir(), clientv3.WithPrefix())).Commit()
+	if err != nil {
+		return nil, fmt.Errorf("list the leases: %w", err)
+	}
+	return resp, nil
+}
+
+// takeListed returns what Acquire read, once, if it is of now: the watch goes on
+// from its revision, so that a node that joins reads all leases only once.
+func (r *Registry) takeListed() *clientv3.TxnResponse {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l := r.listed
+	r.listed = nil
+	if l == nil || time.Since(l.at) > listedLimit {
+		return nil
+	}
+	return l.resp
 }
 
 func (r *Registry) entry(kv *mvccpb.KeyValue) subnet.Entry {

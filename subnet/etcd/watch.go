@@ -25,6 +25,8 @@ import (
 const (
 	// lostAfter is how long no connection may stand before it is reported.
 	lostAfter = 2 * time.Second
+	// gatherLimit is how long changes are let gather at most.
+	gatherLimit = 200 * time.Millisecond
 	// quietLimit is how long a watch may say nothing at all, not even that
 	// nothing has changed, which etcd says every 10 minutes.
 	quietLimit = 30 * time.Minute
@@ -54,11 +56,18 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 				return
 			case <-m.news:
 			}
+			began := time.Now()
 			snapshot, fresh, err := m.take()
+			built := time.Since(began)
 			if fresh && !yield(snapshot, nil) {
 				return
 			}
 			if err != nil && !yield(subnet.Snapshot{}, err) {
+				return
+			}
+			// Thousands of leases take milliseconds: while a thousand nodes join, the
+			// changes are let gather, so that a fifth of a core is the most.
+			if sleep(ctx, min(4*built, gatherLimit)) != nil {
 				return
 			}
 		}
@@ -102,12 +111,11 @@ func (m *mirror) spread() time.Duration {
 // follow lists everything, publishes it, and watches from the next revision on
 // until the watch ends, and says whether it got as far as the list.
 func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed bool, err error) {
-	rctx, cancel := r.request(ctx)
-	// The directory without what else lives in it, at one revision.
-	resp, err := r.client.Txn(rctx).Then(clientv3.OpGet(r.configKey()), clientv3.OpGet(r.subnetsDir(), clientv3.WithPrefix())).Commit()
-	cancel()
-	if err != nil {
-		return false, err
+	resp := r.takeListed()
+	if resp == nil {
+		if resp, err = r.listAll(ctx); err != nil {
+			return false, err
+		}
 	}
 	away.over()
 	m.replace(resp)
@@ -236,8 +244,9 @@ func (m *mirror) replace(resp *clientv3.TxnResponse) {
 		delete(m.missed, key)
 	}
 	delete(m.missed, m.self.Key())
+	first := m.cluster == 0 // and may be of before our own lease
 	m.entries, m.revision, m.cluster = entries, resp.Header.Revision, resp.Header.ClusterId
-	if e, ok := entries[m.self.Key()]; !ok || !m.current(e) {
+	if e, ok := entries[m.self.Key()]; !first && (!ok || !m.current(e)) {
 		m.r.look()
 	}
 	m.publish()
