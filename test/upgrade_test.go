@@ -6,6 +6,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -109,19 +111,16 @@ func newSystemd(t *testing.T, dir string) *systemd {
 }
 
 // start starts a daemon as systemd does, with what was stored.
-func (s *systemd) start(t *testing.T, c *cluster, n *lab.Node) *exec.Cmd {
+func (s *systemd) start(t *testing.T, c *cluster, n *lab.Node, datapath string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, filepath.Join(c.bin, "culvert"),
-		"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--etcd-endpoints", c.endpoint, "--datapath", "userspace")
+		"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--etcd-endpoints", c.endpoint, "--datapath", datapath)
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+s.path)
 	select {
 	case held := <-s.stored:
-		names := "LISTEN_FDNAMES=culvert"
-		for range held[1:] {
-			names += ":culvert"
-		}
 		cmd.ExtraFiles = held
-		cmd.Env = append(cmd.Env, names, "LISTEN_FDS="+string(rune('0'+len(held))))
+		names := strings.TrimSuffix(strings.Repeat("culvert:", len(held)), ":")
+		cmd.Env = append(cmd.Env, "LISTEN_FDNAMES="+names, "LISTEN_FDS="+strconv.Itoa(len(held)))
 	default:
 	}
 	log, err := os.OpenFile(filepath.Join(c.Dir, "logs", "systemd.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
@@ -145,7 +144,7 @@ func TestUpgradeInUserspace(t *testing.T) {
 	c.setConfig(config)
 	n := c.Nodes[0]
 	s := newSystemd(t, c.Dir)
-	cmd := s.start(t, c, n)
+	cmd := s.start(t, c, n, "userspace")
 	c.start(c.Nodes[1])
 	for _, n := range c.Nodes {
 		c.waitReady(n, 1)
@@ -161,7 +160,7 @@ func TestUpgradeInUserspace(t *testing.T) {
 			t.Fatal(err)
 		}
 		_ = cmd.Wait()
-		cmd = s.start(t, c, n)
+		cmd = s.start(t, c, n, "userspace")
 		c.wait(n, "ready again", func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 })
 		c.goesOn(flow)
 		sent, lost := pings.stop()
@@ -172,6 +171,16 @@ func TestUpgradeInUserspace(t *testing.T) {
 		if deviceIndex(t, n) != index {
 			t.Errorf("%s: the device is another", signal)
 		}
+	}
+	// The kernel's device needs the port of the socket that systemd holds.
+	for _, kind := range []string{"kernel", "userspace"} {
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait()
+		cmd = s.start(t, c, n, kind)
+		c.wait(n, kind, func(s api.Status) bool { return s.Ready && s.Datapath.Kind == kind })
+		c.goesOn(flow)
 	}
 	if _, _, err := flow.stop(); err != nil {
 		t.Error(err)
