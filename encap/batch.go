@@ -224,6 +224,12 @@ func appendControl(b []byte, level, kind int32, n int) []byte {
 	return b
 }
 
+// mayCut says whether a message that was refused may be sent datagram by
+// datagram.
+func (b *sendBatch) mayCut(i int, errno unix.Errno) bool {
+	return b.runs[i].segments > 1 && (errno == unix.EIO || errno == unix.EINVAL)
+}
+
 // reset forgets what was sent.
 func (b *sendBatch) reset() {
 	b.pieces = b.pieces[:0]

@@ -3,6 +3,7 @@ package encap
 import (
 	"fmt"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,7 +14,10 @@ type egress struct {
 	sources  [2][]Source // by underlay family, IPv4 first; empty if unused
 	classes  uint8       // the bits of the inner traffic class that the outer one bears
 	super    uintptr     // descriptor of the device that takes super-frames, if Offload says that there is one
+	device   uintptr     // descriptor
 	counters *Counters
+
+	dontFragment bool // super-frames bear DF
 
 	slab     []byte
 	used     int // bytes of the slab that hold packets of the batch
@@ -25,6 +29,9 @@ type egress struct {
 
 	superID   uint16 // IPv4 identification of the next super-frame's first segment
 	superSent uint64
+
+	toldTooBig time.Time // when the last ICMP error was sent
+	scratch    []byte    // for what is made here
 }
 
 const (
@@ -50,6 +57,7 @@ func newEgress(c *common, sources [2][]Source, counters *Counters) *egress {
 		batch:    newSendBatch(),
 		cut:      newSegmenter(),
 		used:     slabStart,
+		scratch:  make([]byte, 0, maxFrame),
 	}
 }
 
@@ -130,14 +138,18 @@ func (e *egress) add(at, n int) (big bool) {
 		return false
 	}
 	e.tally.frames++
-
 	if kind := v.gsoType &^ gsoECN; kind != gsoNone {
-		e.addFrame(peer, at+vnetHeaderLen, &p, kind, int(v.gsoSize))
+		if !e.tooLong(peer, b, &p, p.headLen+int(v.gsoSize)) {
+			e.addFrame(peer, at+vnetHeaderLen, &p, kind, int(v.gsoSize))
+		}
 		return true
 	}
 	if v.flags&vnetNeedsCsum != 0 &&
 		!completeChecksum(b, int(v.csumStart), int(v.csumOffset), p.proto == protoUDP) {
 		e.tally.drop(EgressMalformed)
+		return false
+	}
+	if e.tooLong(peer, b, &p, p.length) {
 		return false
 	}
 	// The outer headers go right before the packet, over the virtio header.
@@ -253,6 +265,7 @@ func (e *egress) send(socket socketID, from, to int) {
 		return
 	}
 	fd := uintptr(e.sources[family][number].Socket.FD())
+	again := false
 	for from < to {
 		n, errno := sendmmsg(fd, e.batch.msgs[from:to])
 		e.tally.syscalls++
@@ -267,7 +280,12 @@ func (e *egress) send(socket socketID, from, to int) {
 		case unix.EINTR:
 			continue
 		default:
+			if !again && !e.batch.mayCut(from, errno) {
+				again = true // it may be of an ICMP error about something sent earlier
+				continue
+			}
 			e.refused(fd, from, errno)
+			again = false
 			from++
 			continue
 		}
@@ -275,6 +293,7 @@ func (e *egress) send(socket socketID, from, to int) {
 			e.tally.packets += uint64(r.segments)
 			e.tally.bytes += uint64(r.payload)
 		}
+		again = false
 		from += n
 	}
 }
@@ -285,7 +304,7 @@ func (e *egress) send(socket socketID, from, to int) {
 // the route's MTU is too small for the run's datagrams.
 func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
 	r := &e.batch.runs[i]
-	if r.segments > 1 && (errno == unix.EIO || errno == unix.EINVAL) {
+	if e.batch.mayCut(i, errno) {
 		if errno == unix.EIO {
 			e.offload.GSO.Store(false)
 		}

@@ -84,9 +84,11 @@ type Options struct {
 	// CopyDSCP has the outer header bear the inner one's DSCP (RFC 2983, the
 	// uniform model, outwards alone); else it is 0.
 	CopyDSCP bool
-	Offload  *Offload
-	Egress   *Counters
-	Ingress  *Counters
+	// DontFragment says that the sockets set DF, so that large frames must, too.
+	DontFragment bool
+	Offload      *Offload
+	Egress       *Counters
+	Ingress      *Counters
 }
 
 // Loop carries packets between one device and the underlay.
@@ -113,7 +115,10 @@ func NewLoop(o Options) *Loop {
 
 // SetTable makes the loop use t from the next packet on. It may be called at
 // any time.
-func (l *Loop) SetTable(t *Table) { l.table.Store(t) }
+func (l *Loop) SetTable(t *Table) {
+	t.inheritPaths(l.table.Load())
+	l.table.Store(t)
+}
 
 // Table returns the table in use.
 func (l *Loop) Table() *Table { return l.table.Load() }
@@ -169,10 +174,16 @@ func (l *Loop) open(i int) (*queue, error) {
 	}
 	out := newEgress(&l.common, [2][]Source{o.IPv4.Send, o.IPv6.Send}, o.Egress)
 	out.super = uintptr(o.Super.FD())
+	out.device = device
+	out.dontFragment = o.DontFragment
 	if o.CopyDSCP {
 		out.classes = 0xff
 	}
-	return newQueue(&l.common, device, out, in)
+	q, err := newQueue(&l.common, device, out, in)
+	if err == nil && i == 0 {
+		q.watchErrors(o)
+	}
+	return q, err
 }
 
 // reserveProcessors adds n to those that the runtime may use at once, for

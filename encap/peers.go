@@ -9,7 +9,8 @@ import (
 )
 
 // Peer is another node as the loop sees it: one subnet, and how to reach it.
-// It is made once, by NewPeer, and never changes, except for the next hop.
+// It is made once, by NewPeer, and never changes, except for what is known of
+// the way there.
 type Peer struct {
 	Subnet   netip.Prefix   // inner addresses that live there
 	Underlay netip.AddrPort // where datagrams for it go, and come from (its address alone)
@@ -22,6 +23,8 @@ type Peer struct {
 	nameLen uint32
 	// super is the way of super-frames, nil while there is none.
 	super atomic.Pointer[superPath]
+	// path is what the network said of the way there; nil if nothing.
+	path atomic.Pointer[pathMTU]
 }
 
 // NewPeer returns the peer that leases subnet and is reached at underlay. The

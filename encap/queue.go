@@ -3,6 +3,7 @@ package encap
 import (
 	"fmt"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -27,7 +28,8 @@ type queue struct {
 	turn  eventfd     // says to the second that it is to take over
 	kick  eventfd     // says to the first that the device is its own again
 
-	polls []unix.PollFd // kick, the sockets, the device
+	errors errorQueue
+	polls  []unix.PollFd // kick, the sockets, those that only send, the device
 }
 
 // dozing is how long a thread sleeps in a system call that the runtime does
@@ -36,7 +38,7 @@ type queue struct {
 const dozing = 5 * time.Millisecond
 
 func newQueue(c *common, device uintptr, out *egress, in []*ingress) (*queue, error) {
-	q := &queue{common: c, device: device, out: out, in: in}
+	q := &queue{common: c, device: device, out: out, in: in, errors: errorQueue{common: c, counters: out.counters}}
 	var err error
 	if q.turn, err = newEventfd(0); err != nil {
 		return nil, err
@@ -51,6 +53,21 @@ func newQueue(c *common, device uintptr, out *egress, in []*ingress) (*queue, er
 	}
 	q.polls = append(q.polls, unix.PollFd{Fd: int32(device), Events: unix.POLLIN})
 	return q, nil
+}
+
+// watchErrors has the queue look at the errors of sockets that only send.
+func (q *queue) watchErrors(o Options) {
+	last := len(q.polls) - 1
+	device := q.polls[last]
+	q.polls = q.polls[:last]
+	for _, u := range []Underlay{o.IPv4, o.IPv6} {
+		for _, s := range u.Send {
+			if !slices.Contains(u.Receive, s.Socket) {
+				q.polls = append(q.polls, unix.PollFd{Fd: int32(s.Socket.FD())})
+			}
+		}
+	}
+	q.polls = append(q.polls, device)
 }
 
 func (q *queue) close() {
@@ -81,6 +98,11 @@ func (q *queue) serve() error {
 		}
 		if polls[0].Revents != 0 {
 			q.kick.drain()
+		}
+		for i := 1; i < len(polls); i++ {
+			if polls[i].Revents&unix.POLLERR != 0 {
+				q.errors.drain(uintptr(polls[i].Fd))
+			}
 		}
 		much := false
 		for i, g := range q.in {

@@ -123,6 +123,7 @@ type outerFields struct {
 	class uint8
 	id    uint16 // IPv4 identification
 	port  uint16 // UDP source
+	df    bool   // IPv4: do not fragment
 }
 
 // stamp writes the headers right before the inner packet, which begins at
@@ -147,6 +148,9 @@ func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, o outerF
 		ip[1] = o.class
 		binary.BigEndian.PutUint16(ip[2:], uint16(outer))
 		binary.BigEndian.PutUint16(ip[4:], o.id)
+		if o.df {
+			ip[6] |= 0x40
+		}
 		putChecksum(ip[10:], ^fold(sum(ip[:20], 0)))
 	} else {
 		ip[0] = 6<<4 | o.class>>4
@@ -182,7 +186,7 @@ func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int)
 		return false
 	}
 	room := e.slab[at-len(path.head) : at+p.length] // there is room: slabStart
-	fields := outerFields{class: p.class & e.classes, id: e.superID, port: sources[number].Port}
+	fields := outerFields{class: p.class & e.classes, id: e.superID, port: sources[number].Port, df: e.dontFragment}
 	if !path.stamp(room, p, kind, size, fields) {
 		return false
 	}

@@ -106,10 +106,10 @@ func (i *inherited) openDevice(name string, mtu, queues int, log *slog.Logger) (
 }
 
 // listenUDP returns the socket that was left, or a new one.
-func (i *inherited) listenUDP(at netip.AddrPort, shared bool) (fd int, port uint16, err error) {
+func (i *inherited) listenUDP(at netip.AddrPort, shared, df bool) (fd int, port uint16, err error) {
 	fd, ok := i.socket(unix.SOCK_DGRAM, at)
 	if !ok {
-		return listenUDP(at, shared)
+		return listenUDP(at, shared, df)
 	}
 	value := 0
 	if shared {
@@ -117,6 +117,9 @@ func (i *inherited) listenUDP(at netip.AddrPort, shared bool) (fd int, port uint
 	}
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, value); err != nil {
 		return -1, 0, errors.Join(fmt.Errorf("setting SO_REUSEPORT: %w", err), unix.Close(fd))
+	}
+	if err := setOptions(fd, at.Addr().Is4(), df); err != nil {
+		return -1, 0, errors.Join(err, unix.Close(fd))
 	}
 	return fd, at.Port(), nil
 }

@@ -84,8 +84,11 @@ func prepareRaw(fd int, local netip.Addr) error {
 		return err
 	}
 	// As the kernel's ipip device does: the outer packet is not fragmented.
-	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO); err != nil {
+	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE); err != nil {
 		return fmt.Errorf("IP_MTU_DISCOVER: %w", err)
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_RECVERR, 1); err != nil {
+		return fmt.Errorf("IP_RECVERR: %w", err)
 	}
 	return unix.Bind(fd, &unix.SockaddrInet4{Addr: local.As4()})
 }

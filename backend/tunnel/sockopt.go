@@ -18,20 +18,20 @@ const socketBuffer = 8 << 20
 // listenUDP opens a UDP socket bound to the node's underlay address, or to a
 // port of the kernel's choice if that is 0, and returns its descriptor and
 // port. A shared port is spread over its sockets by flow, by the kernel.
-func listenUDP(at netip.AddrPort, shared bool) (fd int, port uint16, err error) {
+func listenUDP(at netip.AddrPort, shared, df bool) (fd int, port uint16, err error) {
 	network := "udp4"
 	if at.Addr().Is6() {
 		network = "udp6"
 	}
-	lc := net.ListenConfig{Control: func(network, address string, raw syscall.RawConn) error {
-		if shared {
-			var failure error
-			err := raw.Control(func(fd uintptr) { failure = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
-			if err := errors.Join(err, failure); err != nil {
-				return fmt.Errorf("setting SO_REUSEPORT: %w", err)
+	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+		var failure error
+		err := raw.Control(func(d uintptr) {
+			if shared {
+				failure = unix.SetsockoptInt(int(d), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 			}
-		}
-		return setSocketOptions(network, address, raw)
+			failure = errors.Join(failure, setOptions(int(d), at.Addr().Is4(), df))
+		})
+		return errors.Join(err, failure)
 	}}
 	c, err := lc.ListenPacket(context.Background(), network, at.String())
 	if errors.Is(err, unix.EADDRINUSE) {
@@ -45,31 +45,36 @@ func listenUDP(at netip.AddrPort, shared bool) (fd int, port uint16, err error) 
 	return fd, port, err
 }
 
-// setSocketOptions prepares a tunnel socket: large buffers, datagrams of one
-// flow joined when received (UDP_GRO, Linux 5.0), and the outer ECN mark told.
-func setSocketOptions(network, _ string, raw syscall.RawConn) error {
-	var errs []error
-	set := func(name string, err error) {
-		if err != nil {
-			errs = append(errs, fmt.Errorf("setting %s: %w", name, err))
+// setOptions prepares a tunnel socket: large buffers, datagrams of one flow
+// joined when received (UDP_GRO, Linux 5.0), and the outer traffic class told.
+//
+// Without df, as with the kernel's vxlan device, the outer packet may be
+// fragmented where the path is narrower than the link. With it the loop follows
+// what the network says of the path, from the socket's error queue; the kernel's
+// own memory of it, which believes anybody, is left out (PMTUDISC_PROBE).
+func setOptions(fd int, is4, df bool) error {
+	if err := setBuffers(fd); err != nil {
+		return fmt.Errorf("setting the socket's buffers: %w", err)
+	}
+	// Without it every datagram comes alone, which is slower and right.
+	_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
+	level, class, discover, errs := unix.SOL_IP, unix.IP_RECVTOS, unix.IP_MTU_DISCOVER, unix.IP_RECVERR
+	if !is4 {
+		level, class, discover, errs = unix.SOL_IPV6, unix.IPV6_RECVTCLASS, unix.IPV6_MTU_DISCOVER, unix.IPV6_RECVERR
+	}
+	how, tell := unix.IP_PMTUDISC_DONT, 0 // the same values for IPv6
+	if df {
+		how, tell = unix.IP_PMTUDISC_PROBE, 1
+	}
+	for _, o := range []struct {
+		what        string
+		name, value int
+	}{{"the report of the traffic class", class, 1}, {"path MTU discovery", discover, how}, {"the report of errors", errs, tell}} {
+		if err := unix.SetsockoptInt(fd, level, o.name, o.value); err != nil {
+			return fmt.Errorf("setting %s: %w", o.what, err)
 		}
 	}
-	err := raw.Control(func(d uintptr) {
-		fd := int(d)
-		set("the socket's buffers", setBuffers(fd))
-		// Without it every datagram comes alone, which is slower and right.
-		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
-		if network == "udp6" {
-			set("IPV6_RECVTCLASS", unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_RECVTCLASS, 1))
-			set("IPV6_MTU_DISCOVER", unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DONT))
-			return
-		}
-		set("IP_RECVTOS", unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_RECVTOS, 1))
-		// As the kernel's vxlan device does, the outer packet may be fragmented
-		// where the path is narrower than the link.
-		set("IP_MTU_DISCOVER", unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT))
-	})
-	return errors.Join(append(errs, err)...)
+	return nil
 }
 
 func setBuffers(fd int) error {

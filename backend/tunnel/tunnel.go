@@ -55,6 +55,9 @@ type Tuning struct {
 	Queues      int  // of the device, each with threads of its own; 0: by the processors
 	SourcePorts int  // that flows are spread over, at most 16; 0: by the processors
 	CopyDSCP    bool // the outer header bears the inner one's DSCP
+	// DontFragment has VXLAN packets bear DF, and the loop follow what the network
+	// says of the path. IPIP always does.
+	DontFragment bool
 }
 
 // queues returns how many there are to be. On two processors more than one
@@ -124,7 +127,7 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
-		Format: format, MTU: t.mtu, CopyDSCP: o.CopyDSCP,
+		Format: format, MTU: t.mtu, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment,
 		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
 	}
 	for _, fd := range t.device.queues {
@@ -182,7 +185,7 @@ func (t *Tunnel) listen(e subnet.Endpoint) (side encap.Underlay, err error) {
 
 // openUDP returns a socket that the tunnel closes.
 func (t *Tunnel) openUDP(at netip.AddrPort, shared bool) (encap.Descriptor, uint16, error) {
-	fd, port, err := t.inherited.listenUDP(at, shared)
+	fd, port, err := t.inherited.listenUDP(at, shared, t.options.DontFragment)
 	if err != nil {
 		return encap.Descriptor{}, 0, err
 	}

@@ -148,6 +148,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.IntVar(&f.tunnel.Queues, "queues", 0, "queues of the tunnel device, each with threads of its own (default: one for two processors, at most 8)")
 	flags.IntVar(&f.tunnel.SourcePorts, "source-ports", 0, "UDP source ports that flows are spread over (default: 8, on two processors 1)")
 	flags.BoolVar(&f.tunnel.CopyDSCP, "copy-dscp", false, "have the outer packet bear the inner one's DSCP")
+	flags.BoolVar(&f.tunnel.DontFragment, "df", false, "send VXLAN packets that are not to be fragmented (DF), and follow the MTU of the path")
 	flags.BoolVar(&f.embedded, "embedded-etcd", false, "carry an etcd server along, for a site that has none")
 	flags.StringVar(&f.etcdDataDir, "etcd-data-dir", "/var/lib/culvert/etcd", "where the embedded etcd keeps its data")
 	flags.StringVar(&f.etcdListen, "etcd-listen", "127.0.0.1:2379", "where the embedded etcd serves")

@@ -1,0 +1,108 @@
+package encap
+
+import (
+	"net/netip"
+	"testing"
+)
+
+// ipipIngress is the receiving side of a node that leases there4's subnet and
+// has here4's as its peer.
+func ipipIngress() *ingress {
+	c := &common{offload: allOn(), format: FormatIPIP}
+	c.table.Store(NewTable(
+		[]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()},
+		[]*Peer{IPIPPeer(netip.PrefixFrom(here4, 24).Masked(), netip.MustParseAddr("198.18.0.1"))},
+	))
+	return newIngress(c, ^uintptr(0), Descriptor{}, Underlay{LinkHeader: 14}, 1480, &Counters{})
+}
+
+// ipipDatagram puts a packet into an outer header, as the packet socket gives it.
+func ipipDatagram(from string, inner []byte) []byte {
+	b := make([]byte, vnetHeaderLen+14+20, vnetHeaderLen+14+20+len(inner))
+	ip := b[vnetHeaderLen+14:]
+	ipipHeader(ip, netip.MustParseAddr(from), netip.MustParseAddr("198.18.0.2"))
+	(&packet{is4: true, ipLen: 20}).setLength(ip, 20+len(inner))
+	return append(b, inner...)
+}
+
+func TestIPIPAcceptsPeersAlone(t *testing.T) {
+	good := tcpSpec(100).bytes()
+	truncated := ipipDatagram("198.18.0.1", good)
+	fragment := ipipDatagram("198.18.0.1", good)
+	fragment[vnetHeaderLen+14+6] = 0x20
+	other := ipipDatagram("198.18.0.1", good)
+	other[vnetHeaderLen+14+9] = 47
+	for name, c := range map[string]struct {
+		message []byte
+		want    Reason
+	}{
+		"a peer's":             {ipipDatagram("198.18.0.1", good), Accepted},
+		"a stranger's":         {ipipDatagram("198.18.0.66", good), IngressStranger},
+		"another protocol":     {other, IngressShort},
+		"a fragment":           {fragment, IngressFragment},
+		"cut short":            {truncated[:len(truncated)-1], IngressShort},
+		"no room for headers":  {truncated[:vnetHeaderLen+13], IngressTruncated},
+		"nothing in the outer": {ipipDatagram("198.18.0.1", nil), IngressMalformed},
+	} {
+		g := ipipIngress()
+		g.ipipMessage(g.table.Load(), datagrams{data: c.message})
+		if c.want == Accepted {
+			if g.join.count != 1 || g.tally.packets != 1 {
+				t.Errorf("%s: %d frames, drops %v", name, g.join.count, g.tally.drops)
+			}
+			continue
+		}
+		if g.tally.drops[c.want] != 1 || g.join.count != 0 {
+			t.Errorf("%s: drops %v, %d frames", name, g.tally.drops, g.join.count)
+		}
+	}
+}
+
+// FuzzIPIP gives the receiving side anything at all: it is delivered or counted.
+func FuzzIPIP(f *testing.F) {
+	f.Add(ipipDatagram("198.18.0.1", tcpSpec(100).bytes()))
+	f.Add(ipipDatagram("198.18.0.9", tcpSpec(0).bytes()))
+	f.Fuzz(func(t *testing.T, message []byte) {
+		g := ipipIngress()
+		g.ipipMessage(g.table.Load(), datagrams{data: message})
+		drops := uint64(0)
+		for _, n := range g.tally.drops {
+			drops += n
+		}
+		if drops+g.tally.packets == 0 {
+			t.Error("neither delivered nor counted")
+		}
+		for i := range g.join.count {
+			g.join.frames[i].finish()
+		}
+	})
+}
+
+// FuzzQuote gives the path MTU's side the quote of an ICMP error: only a packet
+// of ours changes anything, and never below what every path must carry.
+func FuzzQuote(f *testing.F) {
+	peer := PeerTo(netip.PrefixFrom(there4, 24).Masked(), netip.MustParseAddrPort("198.18.0.2:8472"), testVNI, [6]byte{2}, [6]byte{2, 1})
+	ours := append(append([]byte{}, peer.header...), tcpSpec(100).bytes()...)
+	f.Add(ours, 1000)
+	f.Add(ours[:30], 0)
+	f.Fuzz(func(t *testing.T, quote []byte, mtu int) {
+		if mtu <= 0 || mtu > 1<<16 {
+			return
+		}
+		peer.path.Store(nil)
+		c := &common{offload: allOn()}
+		c.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
+		q := &errorQueue{common: c, counters: &Counters{}}
+		q.narrower(peer.Underlay.Addr(), quote, mtu)
+		limit := peer.limit()
+		if limit == 0 {
+			return
+		}
+		if limit < leastMTU4 {
+			t.Errorf("a path of %d bytes", limit)
+		}
+		if string(quote[:len(peer.header)]) != string(peer.header) {
+			t.Errorf("believed %x", quote)
+		}
+	})
+}

@@ -1,0 +1,243 @@
+package encap
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Where the outer packets bear DF, a narrower link on the way answers with an
+// ICMP error instead of a fragment. The loop then knows the peer's MTU, for a
+// while, and tells the pods that send more, in an ICMP error of its own:
+//
+//	router ── ICMP too big ── socket's error queue ── Peer.mtu
+//	pod ◄── TUN ── ICMP too big, from the peer's VTEP address ── packet that is longer
+//
+// Anyone can send an ICMP error. One is believed only if it quotes the tunnel's
+// header and an inner packet from this node's pods to the peer's.
+
+const (
+	// pathMTULife is how long a peer's MTU is believed, as the kernel does
+	// (net.ipv4.route.mtu_expires).
+	pathMTULife = 10 * time.Minute
+	// No path is believed to be narrower than every one must be (RFC 791,
+	// RFC 8200).
+	leastMTU4, leastMTU6 = 576, 1280
+	// tooBigPause is the least time between two ICMP errors that are sent.
+	tooBigPause = time.Millisecond
+)
+
+// pathMTU is what is known of the way to a peer.
+type pathMTU struct {
+	mtu   int // of inner packets
+	until time.Time
+}
+
+// limit is the longest inner packet that reaches the peer, or 0 if nothing is
+// known.
+func (p *Peer) limit() int {
+	k := p.path.Load()
+	if k == nil {
+		return 0
+	}
+	if time.Now().After(k.until) {
+		p.path.CompareAndSwap(k, nil)
+		return 0
+	}
+	return k.mtu
+}
+
+// inheritPaths keeps what is known of the ways to the peers of an older table.
+func (t *Table) inheritPaths(old *Table) {
+	for prefix, p := range t.peers {
+		if before := old.peers[prefix]; before != nil && before.Underlay == p.Underlay {
+			p.path.Store(before.path.Load())
+		}
+	}
+}
+
+// errorQueue reads what the network said of packets that a socket has sent.
+type errorQueue struct {
+	*common
+	counters *Counters
+	quote    [576]byte
+	control  [256]byte
+	name     [unix.SizeofSockaddrInet6]byte
+}
+
+// drain reads all errors of a socket.
+func (q *errorQueue) drain(fd uintptr) {
+	for {
+		iov := iovecOf(q.quote[:])
+		h := unix.Msghdr{
+			Name: &q.name[0], Namelen: uint32(len(q.name)), Iov: &iov, Iovlen: 1,
+			Control: &q.control[0], Controllen: uint64(len(q.control)),
+		}
+		n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&h)), unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		if errno == unix.EINTR {
+			continue
+		}
+		if errno != 0 {
+			return
+		}
+		to, ok := address(q.name[:h.Namelen])
+		if mtu := tooBig(q.control[:h.Controllen]); ok && mtu > 0 {
+			q.narrower(to, q.quote[:n], mtu)
+		}
+	}
+}
+
+// tooBig returns the MTU that an ICMP error gives, of the outer packet, or 0 if
+// it is about something else.
+func tooBig(control []byte) int {
+	const originICMP, originICMP6 = 2, 3 // linux/errqueue.h
+	for len(control) >= unix.SizeofCmsghdr {
+		n := int(binary.NativeEndian.Uint64(control))
+		if n < unix.SizeofCmsghdr || n > len(control) {
+			return 0
+		}
+		level, kind := binary.NativeEndian.Uint32(control[8:]), binary.NativeEndian.Uint32(control[12:])
+		e := control[unix.SizeofCmsghdr:n]
+		ours := level == unix.SOL_IP && kind == unix.IP_RECVERR || level == unix.SOL_IPV6 && kind == unix.IPV6_RECVERR
+		if ours && len(e) >= 16 && (e[4] == originICMP || e[4] == originICMP6) &&
+			unix.Errno(binary.NativeEndian.Uint32(e)) == unix.EMSGSIZE {
+			return int(binary.NativeEndian.Uint32(e[8:]))
+		}
+		control = control[min((n+7)&^7, len(control)):]
+	}
+	return 0
+}
+
+// narrower believes that the way to a peer takes outer packets of mtu bytes, if
+// what is quoted is a packet of ours. The quote begins with the tunnel's
+// header.
+func (q *errorQueue) narrower(to netip.Addr, quote []byte, mtu int) {
+	table := q.table.Load()
+	var p packet
+	lead := 0
+	if q.format == FormatVXLAN {
+		lead = VXLANHeaderLen
+	}
+	if len(quote) < lead || !p.parseQuoted(quote[lead:]) {
+		return
+	}
+	inner := quote[lead:]
+	peer := table.lookup(p.destination(inner))
+	if peer == nil || peer.Underlay.Addr() != to || !table.isLocal(p.source(inner)) || string(quote[:lead]) != string(peer.header) {
+		return
+	}
+	cost := IPIPCost
+	if q.format == FormatVXLAN {
+		cost = VXLANCost(to.Is4())
+	}
+	least := leastMTU6
+	if p.is4 {
+		least = leastMTU4
+	}
+	limit := max(mtu-cost, least)
+	if known := peer.limit(); known == 0 || limit < known {
+		peer.path.Store(&pathMTU{limit, time.Now().Add(pathMTULife)})
+		q.counters.PathMTUs.Add(1)
+	}
+}
+
+// parseQuoted is parse for a packet of which only the beginning is there.
+func (p *packet) parseQuoted(b []byte) bool {
+	*p = packet{}
+	switch {
+	case len(b) >= 20 && b[0]>>4 == 4:
+		p.is4 = true
+		return true
+	case len(b) >= 40 && b[0]>>4 == 6:
+		return true
+	}
+	return false
+}
+
+// tooLong deals with a frame whose packets, of n bytes, are longer than the way
+// to the peer takes, and returns false if it is to be sent all the same.
+func (e *egress) tooLong(peer *Peer, b []byte, p *packet, n int) bool {
+	limit := peer.limit()
+	if limit == 0 || n <= limit {
+		return false
+	}
+	const dontFragment = 0x40
+	if p.is4 && b[6]&dontFragment == 0 && n == p.length {
+		e.fragment(peer, b, p, limit)
+		return true
+	}
+	e.tally.drop(EgressTooBig)
+	if now := time.Now(); now.Sub(e.toldTooBig) >= tooBigPause {
+		e.toldTooBig = now
+		e.tellTooBig(peer, b, p, limit)
+	}
+	return true
+}
+
+// fragment sends an IPv4 packet that may be fragmented in pieces (RFC 791).
+func (e *egress) fragment(peer *Peer, b []byte, p *packet, limit int) {
+	e.flush()
+	step := (limit - p.ipLen) &^ 7
+	field := binary.BigEndian.Uint16(b[6:])
+	const more = 0x2000
+	for at := p.ipLen; at < p.length; at += step {
+		end := min(at+step, p.length)
+		f := e.scratch[:0]
+		f = append(f, peer.header...)
+		f = append(f, b[:p.ipLen]...)
+		f = append(f, b[at:end]...)
+		ip := f[len(peer.header):]
+		offset := field + uint16((at-p.ipLen)/8)
+		if end < p.length {
+			offset |= more
+		}
+		binary.BigEndian.PutUint16(ip[6:], offset)
+		p.setLength(ip, p.ipLen+end-at)
+		e.batch.addPacket(peer, e.socket(peer, b, p), p.class&e.classes, f, len(ip), false)
+		e.flush()
+	}
+}
+
+// tellTooBig writes an ICMP error to the device, for the sender of b (RFC 792,
+// RFC 4443). It comes from the peer's VTEP address: from one of this node's own
+// the kernel would drop it as martian.
+func (e *egress) tellTooBig(peer *Peer, b []byte, p *packet, limit int) {
+	from, to := peer.Subnet.Addr(), p.source(b)
+	f := e.scratch[:vnetHeaderLen]
+	clear(f)
+	if p.is4 {
+		quote := b[:min(p.length, 576-20-8)]
+		f = append(f, make([]byte, 28)...)
+		f = append(f, quote...)
+		ip := f[vnetHeaderLen:]
+		ip[0], ip[8], ip[9] = 4<<4|5, ttl, unix.IPPROTO_ICMP
+		a, z := from.As4(), to.As4()
+		copy(ip[12:], a[:])
+		copy(ip[16:], z[:])
+		(&packet{is4: true, ipLen: 20}).setLength(ip, len(ip))
+		icmp := ip[20:]
+		icmp[0], icmp[1] = 3, 4 // fragmentation needed
+		binary.BigEndian.PutUint16(icmp[6:], uint16(limit))
+		putChecksum(icmp[2:], ^fold(sum(icmp, 0)))
+	} else {
+		quote := b[:min(p.length, leastMTU6-40-8)]
+		f = append(f, make([]byte, 48)...)
+		f = append(f, quote...)
+		ip := f[vnetHeaderLen:]
+		ip[0], ip[6], ip[7] = 6<<4, unix.IPPROTO_ICMPV6, ttl
+		a, z := from.As16(), to.As16()
+		copy(ip[8:], a[:])
+		copy(ip[24:], z[:])
+		binary.BigEndian.PutUint16(ip[4:], uint16(len(ip)-40))
+		icmp := ip[40:]
+		icmp[0] = 2 // packet too big
+		binary.BigEndian.PutUint32(icmp[4:], uint32(limit))
+		pseudo := (&packet{proto: unix.IPPROTO_ICMPV6}).pseudo(ip)
+		putChecksum(icmp[2:], ^fold(sum(icmp, add16(pseudo, uint16(len(icmp))))))
+	}
+	_, _ = write(e.device, f)
+	e.tally.syscalls++
+}
