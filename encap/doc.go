@@ -9,6 +9,7 @@
 //	 3. cut the frame into segments, each with its own headers       (segment.go)
 //	 4. stamp the peer's VXLAN header on each                          (vxlan.go)
 //	 5. send them all in one call, which the kernel cuts up again      (batch.go)
+//	    or, in place of 3 to 5, hand the frame to the uplink whole (superframe.go)
 //
 //	UDP socket ── TUN ── route ── cni0 ── veth ── pod     ingress.go, on the other
 //	 6. receive a batch of datagrams                                   (batch.go)
@@ -16,6 +17,10 @@
 //	    inner source and destination                                (ingress.go)
 //	 8. join the segments of a flow again                           (coalesce.go)
 //	 9. write each run to the TUN in one call, with a virtio header
+//
+// IPIP takes the same way with another header and other sockets (ipip.go).
+// Who runs all this, and how it waits, is in queue.go; what the network says of
+// a path's MTU in pathmtu.go.
 //
 // No payload byte is copied in userspace: segments and runs are lists of
 // slices into the buffer that the kernel filled. Nothing is allocated per

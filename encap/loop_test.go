@@ -365,6 +365,42 @@ func TestNothingIsAllocated(t *testing.T) {
 	}
 }
 
+// TestSystemCallsPerFrame counts what bulk transfer costs: a frame of 64 KB is
+// one read and one write on either side, and little more.
+func TestSystemCallsPerFrame(t *testing.T) {
+	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
+	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
+	meet(a, b)
+	if err := unix.SetsockoptInt(b.options.IPv4.Receive[0].FD(), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
+		t.Fatal(err)
+	}
+	out := newEgress(&a.loop.common, [2][]Source{a.options.IPv4.Send}, a.options.Egress)
+	in := newIngress(&b.loop.common, uintptr(b.options.Devices[0].FD()), b.options.IPv4.Receive[0], b.options.IPv4, 1450, b.options.Ingress)
+	const frames, payload = 20, 44 * 1398 // the kernel's own frames of 64 KB
+	for range frames {
+		a.send(t, vnetHeader{flags: vnetNeedsCsum, csumStart: 20, csumOffset: 16, gsoType: gsoTCP4, gsoSize: 1398}, tcpSpec(payload).partial())
+	}
+	if _, err := out.drain(uintptr(a.options.Devices[0].FD()), true); err != nil {
+		t.Fatal(err)
+	}
+	for in.counters.Packets.Load() < frames*44 {
+		before := in.counters.Packets.Load()
+		if _, err := in.drain(true); err != nil {
+			t.Fatal(err)
+		}
+		if in.counters.Packets.Load() == before {
+			t.Fatalf("only %d packets came: %v", before, dropsOf(in.counters))
+		}
+	}
+	for name, c := range map[string]*Counters{"sending": out.counters, "receiving": in.counters} {
+		if per := float64(c.Syscalls.Load()) / frames; per > 2.2 {
+			t.Errorf("%s took %.2f system calls per frame of 64 KB", name, per)
+		} else {
+			t.Logf("%s took %.2f system calls per frame of 64 KB", name, per)
+		}
+	}
+}
+
 // TestStartsAndStopsLeaveNothing starts and stops the loop again and again on
 // the same descriptors; goleak and the count of descriptors tell.
 func TestStartsAndStopsLeaveNothing(t *testing.T) {
