@@ -145,9 +145,10 @@ func TestProbes(t *testing.T) {
 	if code, text := get("/readyz"); code != http.StatusOK {
 		t.Errorf("/readyz: %d %s", code, text)
 	}
+	c.wait(n, "counts its own lease", func(s api.Status) bool { return len(s.Usage) == 1 && s.Usage[0].Used == 1 })
 	_, text := get("/metrics")
 	for _, line := range []string{
-		"culvert_ready 1", "culvert_store_connected 1", "culvert_peers 0", `culvert_packets_total{direction="egress"}`,
+		"culvert_ready 1", "culvert_store_connected 1", "culvert_peers 0", "culvert_fenced 0", `culvert_subnets_used{network="10.5.0.0/16"} 1`, `culvert_subnets_capacity{network="10.5.0.0/16"} 255`, `culvert_packets_total{direction="egress"}`,
 		`datapath="userspace"`, `wire_format="vxlan"`,
 	} {
 		if !strings.Contains(text, line) {

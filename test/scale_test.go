@@ -44,7 +44,7 @@ func TestScale(t *testing.T) {
 		}
 		// All nodes share this machine's cores: each takes its time with a
 		// snapshot, as it would not on its own.
-		jitter, digest = time.Duration(watchers)*30*time.Millisecond, 5*time.Second
+		jitter, digest = time.Duration(watchers)*120*time.Millisecond, 20*time.Second
 	}
 	c := newCluster(t, 1)
 	const config = `{"Network":"10.0.0.0/8","SubnetLen":24,"Backend":{"Type":"vxlan"}}`
