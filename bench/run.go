@@ -229,6 +229,9 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	r.tell(fmt.Sprintf("%s: starting %s", underlay, d.Name))
 	r.report.forgive(underlay, d.Name, "")
 	ok, why := d.Available()
+	if ok && underlay == Existing {
+		ok, why = r.roomFor(d)
+	}
 	if !ok {
 		r.report.fail(Failure{Underlay: underlay, Datapath: d.Name, Reason: why, Unavailable: true})
 		r.skip(underlay, d.Name)
@@ -255,6 +258,17 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	r.report.Machine.Offloads[underlay] = s.offloads
 	r.sites[d.Name] = s
 	return nil
+}
+
+// roomFor says whether the datapath can be open beside those that are, in one
+// network namespace.
+func (r *runner) roomFor(d Datapath) (ok bool, why string) {
+	for _, other := range []string{"vxlan/userspace", "ipip/userspace"} {
+		if d.Name != other && strings.HasSuffix(d.Name, "/userspace") && r.sites[other] != nil {
+			return false, "a host has one culvert0, which " + other + " holds: measure them in runs of their own"
+		}
+	}
+	return true, ""
 }
 
 // skip takes what will not be measured off the work that is left.

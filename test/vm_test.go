@@ -1,0 +1,213 @@
+//go:build vm
+
+package test
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+	"culvert/subnet"
+)
+
+// These tests run in a virtual machine (make test-vm): they need a kernel with
+// ipip devices and netem, and a clock that is theirs to set.
+
+// TestVMIPIP joins all that speaks IPIP: culvert's loop, culvert driving the
+// kernel's device, and a device made by hand, each with each other.
+func TestVMIPIP(t *testing.T) {
+	c := newClusterOf(t, lab.Options{Nodes: 3})
+	c.setConfig(`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`)
+	c.start(c.Nodes[0], "--datapath", "userspace")
+	c.start(c.Nodes[1], "--datapath", "kernel")
+	hand := c.Nodes[2]
+	theirs := subnet.Lease{Backend: "ipip", Endpoints: []subnet.Endpoint{{Subnet: netip.MustParsePrefix("10.5.200.0/24"), Public: hand.Addrs[0]}}}
+	value, err := theirs.Value()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.put("/coreos.com/network/subnets/"+theirs.Key(), string(value))
+
+	type end struct {
+		*lab.Namespace
+		addr netip.Addr
+	}
+	var ends []end
+	for i, n := range c.Nodes[:2] {
+		s := c.waitReady(n, 2)
+		if want := []string{"userspace", "kernel"}[i]; s.Datapath.Kind != want || s.Datapath.WireFormat != "ipip" {
+			t.Fatalf("%s has %s/%s: %s", n.ID, s.Datapath.WireFormat, s.Datapath.Kind, s.Datapath.Why)
+		}
+		pod, err := n.AddPod(t.Context(), "p1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends = append(ends, end{pod.Namespace, pod.Addr(true)})
+		handmadeIPIP(t, hand, i, n.Addrs[0], s.Lease.Subnets[0])
+	}
+	ends = append(ends, end{hand.Namespace, netip.MustParseAddr("10.5.200.0")})
+
+	for _, profile := range []lab.Profile{lab.Offload, lab.Bare} {
+		if _, err := c.SetProfile(profile); err != nil {
+			t.Fatal(err)
+		}
+		for i, a := range ends {
+			for j, b := range ends {
+				if i == j {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s %d to %d", profile, i, j), func(t *testing.T) {
+					transfer(t, a.Namespace, b.Namespace, a.addr, b.addr, 2<<20)
+					datagrams(t, a.Namespace, b.Namespace, a.addr, b.addr)
+					bursts(t, a.Namespace, b.Namespace, a.addr, b.addr)
+				})
+			}
+		}
+	}
+	s, err := c.status(c.Nodes[0])
+	if err != nil || len(dropped(s)) != 0 {
+		t.Errorf("dropped %v (%v)", s.Datapath.Drops, err)
+	}
+}
+
+// handmadeIPIP is, for the i-th peer:
+//
+//	ip link add ipip<i> type ipip local <self> remote <peer> ttl 64
+//	ip addr add 10.5.200.0/32 dev ipip<i>; ip link set ipip<i> up mtu 1480
+//	ip route add <subnet> dev ipip<i> src 10.5.200.0
+func handmadeIPIP(t *testing.T, n *lab.Node, i int, peer netip.Addr, to netip.Prefix) {
+	t.Helper()
+	err := n.Do(func() error {
+		link := &netlink.Iptun{
+			LinkAttrs: netlink.LinkAttrs{Name: fmt.Sprintf("ipip%d", i), MTU: 1480},
+			Local:     n.Addrs[0].AsSlice(), Remote: peer.AsSlice(), Ttl: 64, PMtuDisc: 1,
+		}
+		if err := netlink.LinkAdd(link); err != nil {
+			return err
+		}
+		addr, err := netlink.ParseAddr("10.5.200.0/32")
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(link, addr); err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(link); err != nil {
+			return err
+		}
+		dst := host.IPNet(to)
+		return netlink.RouteAdd(&netlink.Route{LinkIndex: link.Index, Dst: dst, Src: addr.IP})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestVMBadNetwork loses 1 % of all packets and reorders 5 %: every transfer is
+// whole, between every pair of datapaths.
+func TestVMBadNetwork(t *testing.T) {
+	for _, format := range []string{"vxlan", "ipip"} {
+		t.Run(format, func(t *testing.T) {
+			c := newClusterOf(t, lab.Options{Nodes: 2})
+			c.setConfig(fmt.Sprintf(`{"Network":"10.5.0.0/16","Backend":{"Type":%q}}`, format))
+			for i, n := range c.Nodes {
+				c.start(n, "--datapath", []string{"userspace", "kernel"}[i])
+			}
+			var pods []*lab.Pod
+			for _, n := range c.Nodes {
+				c.waitReady(n, 1)
+				pod, err := n.AddPod(t.Context(), "p1")
+				if err != nil {
+					t.Fatal(err)
+				}
+				pods = append(pods, pod)
+				netem(t, n)
+			}
+			for i := range pods {
+				a, b := pods[i], pods[1-i]
+				transfer(t, a.Namespace, b.Namespace, a.Addr(true), b.Addr(true), 5<<20)
+			}
+		})
+	}
+}
+
+// netem is: tc qdisc replace dev <link> root netem delay 2ms loss 1% reorder 95%
+// which sends 5 % late, and so out of order.
+func netem(t *testing.T, n *lab.Node) {
+	t.Helper()
+	err := n.Do(func() error {
+		link, err := netlink.LinkByName(n.Link)
+		if err != nil {
+			return err
+		}
+		return netlink.QdiscReplace(netlink.NewNetem(
+			netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+			netlink.NetemQdiscAttrs{Latency: 2000, Loss: 1, ReorderProb: 95, Gap: 1},
+		))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestVMClockSteps sets the clock an hour forth and two back: leases, peers and
+// traffic stay as they are, and so does the lease's lifetime.
+func TestVMClockSteps(t *testing.T) {
+	c := newClusterOf(t, lab.Options{Nodes: 2})
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		c.start(n, "--lease-ttl", "20s")
+	}
+	var before []api.Status
+	var pods []*lab.Pod
+	for _, n := range c.Nodes {
+		before = append(before, c.waitReady(n, 1))
+		pod, err := n.AddPod(t.Context(), "p1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, pod)
+	}
+	for i, step := range []time.Duration{time.Hour, -2 * time.Hour, time.Hour} {
+		now := unix.NsecToTimespec(time.Now().Add(step).UnixNano())
+		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
+			t.Fatal(err)
+		}
+		for range 8 {
+			time.Sleep(time.Second)
+			for k, n := range c.Nodes {
+				s, err := c.status(n)
+				if err != nil || !s.Ready || len(s.Peers) != 1 || s.Lease == nil || s.Lease.Subnets[0] != before[k].Lease.Subnets[0] {
+					t.Fatalf("after a step of %v %s says %+v (%v)", step, n.ID, s, err)
+				}
+			}
+			if _, err := pods[0].Ping(t.Context(), pods[0].Addr(true), pods[1].Addr(true)); err != nil {
+				t.Fatalf("after a step of %v: %v", step, err)
+			}
+		}
+		pod, err := c.Nodes[0].AddPod(t.Context(), fmt.Sprintf("p%d", 2+i))
+		if err != nil {
+			t.Fatalf("after a step of %v a pod cannot be added: %v", step, err)
+		}
+		if _, err := pod.Ping(t.Context(), pod.Addr(true), pods[1].Addr(true)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestVMIsOne says loudly where these tests run.
+func TestVMIsOne(t *testing.T) {
+	text, err := os.ReadFile("/proc/version")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s", text)
+}
