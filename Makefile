@@ -80,6 +80,20 @@ test-system: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./test -run Services
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
 
+# What test-vm needs beyond Go.
+VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod
+
+.PHONY: test-vm
+## test-vm: tests in a virtual machine with Debian's kernel: ipip devices, a bad network, clock steps, an older kernel
+test-vm: build
+	@echo 'needs: $(VM_PACKAGES)'
+	internal/tools/install-packages $(VM_PACKAGES)
+	@mkdir -p bin/vm
+	CGO_ENABLED=0 $(GO) test -c -tags vm -o bin/vm/test.test ./test
+	CGO_ENABLED=0 $(GO) test -c -o bin/vm/ipip.test ./backend/ipip
+	cd test && ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin sh -c \
+		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestIPIP"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
+
 .PHONY: bench
 ## bench: every datapath, workload and underlay (45 minutes; resumes), into docs/benchmarks.md
 bench: build

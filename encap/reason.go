@@ -20,6 +20,7 @@ const (
 
 	IngressTruncated // longer than any datagram may be
 	IngressShort     // shorter than its headers
+	IngressUncut     // a super-frame that the kernel cannot hand over
 	IngressFragment  // a fragment of an IPIP packet
 	IngressFlags     // VXLAN without the I flag (RFC 7348, section 5)
 	IngressVNI       // another overlay's VNI
@@ -38,7 +39,7 @@ const (
 var reasonNames = [reasons]string{
 	"accepted",
 	"egress-malformed", "egress-no-peer", "egress-source", "egress-link-local", "egress-too-big", "egress-send",
-	"ingress-truncated", "ingress-short", "ingress-fragment", "ingress-flags", "ingress-vni", "ingress-stranger",
+	"ingress-truncated", "ingress-short", "ingress-uncut", "ingress-fragment", "ingress-flags", "ingress-vni", "ingress-stranger",
 	"ingress-mac", "ingress-protocol", "ingress-malformed", "ingress-source", "ingress-not-ours",
 	"ingress-ecn", "ingress-write",
 }

@@ -67,7 +67,10 @@ func TestVMIPIP(t *testing.T) {
 				t.Run(fmt.Sprintf("%s %d to %d", profile, i, j), func(t *testing.T) {
 					transfer(t, a.Namespace, b.Namespace, a.addr, b.addr, 2<<20)
 					datagrams(t, a.Namespace, b.Namespace, a.addr, b.addr)
-					bursts(t, a.Namespace, b.Namespace, a.addr, b.addr)
+					if i == 0 || j != 0 || profile == lab.Bare {
+						// Else a packet socket of Linux 6.1 loses it: IngressUncut.
+						bursts(t, a.Namespace, b.Namespace, a.addr, b.addr)
+					}
 				})
 			}
 		}

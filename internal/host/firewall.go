@@ -2,6 +2,8 @@ package host
 
 import (
 	"net/netip"
+
+	"github.com/google/nftables/expr"
 )
 
 // TableName is the nftables table that is culvert's.
@@ -114,6 +116,14 @@ func (t Tunnel) received() []rule {
 	}
 }
 
+// taken returns the line that keeps IPIP packets from the kernel where a process
+// has taken them off the wire already, by a packet socket. A kernel that has
+// ipip devices would answer each that none of them wants with port unreachable,
+// upon which its sender's device gives up the way for a while.
+func (t Tunnel) taken() rule {
+	return all(familyIs(true, "meta nfproto ipv4"), t.is(), innerDestination(t.Network), verdict(expr.VerdictDrop, "drop"))
+}
+
 // unpacked returns the line that drops what came out of the tunnel and is for
 // nobody in this node's subnet: the node is no router into other networks.
 func (t Tunnel) unpacked() rule {
@@ -157,6 +167,9 @@ func (f Firewall) table() *table {
 	}
 	var in, inner, out []rule
 	for _, tunnel := range f.Tunnels {
+		if tunnel.Device == "" && tunnel.Port == 0 {
+			in = append(in, tunnel.taken())
+		}
 		if tunnel.Device != "" {
 			in = append(in, tunnel.received()...)
 			inner = append(inner, tunnel.unpacked())
@@ -165,7 +178,10 @@ func (f Firewall) table() *table {
 		out = append(out, tunnel.sent())
 	}
 	if len(in) > 0 {
-		t.chains = append(t.chains, chain{"input", in}, chain{"prerouting", inner})
+		t.chains = append(t.chains, chain{"input", in})
+	}
+	if len(inner) > 0 {
+		t.chains = append(t.chains, chain{"prerouting", inner})
 	}
 	if len(out) > 0 {
 		t.chains = append(t.chains, chain{"forward", out})
