@@ -116,6 +116,18 @@ func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
 	return p
 }
 
+// startAll starts every node's daemon, and waits until each has all others as
+// its peers.
+func (c *cluster) startAll(flags ...string) {
+	c.t.Helper()
+	for _, n := range c.Nodes {
+		c.start(n, flags...)
+	}
+	for _, n := range c.Nodes {
+		c.waitReady(n, len(c.Nodes)-1)
+	}
+}
+
 // status asks a node's daemon.
 func (c *cluster) status(n *lab.Node) (api.Status, error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)

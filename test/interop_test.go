@@ -170,12 +170,7 @@ func TestDaemonWaitsForConfiguration(t *testing.T) {
 func TestMalformedLeaseIsSetAside(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
-	for _, n := range c.Nodes {
-		c.start(n)
-	}
-	for _, n := range c.Nodes {
-		c.waitReady(n, 1)
-	}
+	c.startAll()
 	c.put("/coreos.com/network/subnets/10.5.99.0-24", "{")
 	s := c.wait(c.Nodes[0], "sets it aside", func(s api.Status) bool { return len(s.Rejected) == 1 })
 	if len(s.Peers) != 1 || !s.Ready {

@@ -25,12 +25,7 @@ func TestRepairs(t *testing.T) {
 	c := newCluster(t, 2)
 	c.datapath = "kernel"
 	c.setConfig(config)
-	for _, n := range c.Nodes {
-		c.start(n)
-	}
-	for _, n := range c.Nodes {
-		c.waitReady(n, 1)
-	}
+	c.startAll()
 	n := c.Nodes[0]
 	pods := c.pods()
 	flow := startFlow(t, pods[0], pods[1])
@@ -128,12 +123,7 @@ func TestRepairs(t *testing.T) {
 func TestRepairsInUserspace(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
-	for _, n := range c.Nodes {
-		c.start(n)
-	}
-	for _, n := range c.Nodes {
-		c.waitReady(n, 1)
-	}
+	c.startAll()
 	n := c.Nodes[0]
 	pods := c.pods()
 	flow := startFlow(t, pods[0], pods[1])
