@@ -41,7 +41,8 @@ check: build
 	$(GO) vet -tags system ./...
 	$(TOOL) staticcheck -tags system ./...
 	$(GO) mod tidy -diff
-	CULVERT_BIN=$(CURDIR)/bin $(GO) test -race -short ./...
+	CULVERT_BIN=$(CURDIR)/bin $(GO) test -race -short $$($(GO) list ./... | grep -v '^culvert/test$$')
+	$(GO) test -run 'Imports|PackagesSay' ./test
 
 .PHONY: test
 ## test: all tests that need only Go, git and make, and a moment of fuzzing

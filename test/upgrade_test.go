@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -63,6 +64,8 @@ type systemd struct {
 	conn   *net.UnixConn
 	path   string
 	stored chan []*os.File // what was stored last
+
+	starting sync.Mutex // a daemon is being started with it
 }
 
 func newSystemd(t *testing.T, dir string) *systemd {
@@ -78,16 +81,12 @@ func newSystemd(t *testing.T, dir string) *systemd {
 		for text, rights := make([]byte, 4096), make([]byte, 4096); ; {
 			n, k, _, _, err := s.conn.ReadMsgUnix(text, rights)
 			if errors.Is(err, net.ErrClosed) {
-				for _, f := range held {
-					f.Close()
-				}
+				s.closeAll(held)
 				return
 			}
 			switch string(text[:n]) {
 			case "FDSTOREREMOVE=1\nFDNAME=culvert":
-				for _, f := range held {
-					f.Close()
-				}
+				s.closeAll(held)
 				held = nil
 			case "FDSTORE=1\nFDNAME=culvert":
 				messages, _ := unix.ParseSocketControlMessage(rights[:k])
@@ -110,6 +109,15 @@ func newSystemd(t *testing.T, dir string) *systemd {
 	return s
 }
 
+// closeAll closes what is not held any more, but not while it is passed on.
+func (s *systemd) closeAll(files []*os.File) {
+	s.starting.Lock()
+	defer s.starting.Unlock()
+	for _, f := range files {
+		f.Close()
+	}
+}
+
 // start starts a daemon as systemd does, with what was stored.
 func (s *systemd) start(t *testing.T, c *cluster, n *lab.Node, datapath string) *exec.Cmd {
 	t.Helper()
@@ -129,7 +137,10 @@ func (s *systemd) start(t *testing.T, c *cluster, n *lab.Node, datapath string) 
 	}
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
-	if err := n.Do(cmd.Start); err != nil {
+	s.starting.Lock()
+	err = n.Do(cmd.Start)
+	s.starting.Unlock()
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })

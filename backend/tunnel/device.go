@@ -90,8 +90,10 @@ func (d *device) openOne(name string, mtu int) error {
 	if err == nil {
 		d.queues = append(d.queues, fd)
 	}
-	// The rest of it only listens for changes of the link.
-	return errors.Join(err, ignoreClosed(t.Close()))
+	// The rest of it only listens for changes of the link, and may have ended by
+	// itself, which Close would call an error.
+	_ = t.Close()
+	return err
 }
 
 // errNotSteered says that flows would not stay on their queues.
@@ -163,13 +165,6 @@ func detach(c interface {
 		return -1, err
 	}
 	return fd, nil
-}
-
-func ignoreClosed(err error) error {
-	if errors.Is(err, fs.ErrClosed) {
-		return nil
-	}
-	return err
 }
 
 // gsoMaxSegments is the most that the loop cuts a frame into. A frame that asks

@@ -138,11 +138,13 @@ func TestTLS(t *testing.T) {
 		server := etcdtest.StartServer(t, member.Options{
 			CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem"),
 		})
+		before := newAuthority(t) // a directory of its own, since it changes
+		before.issue(t, "client", before)
 		// The CA and the pair on disk are others at first, as if they had run out.
 		r := open(t, server.URL(), func(o *Options) {
-			o.CAFile = stranger.path("ca.pem")
+			o.CAFile = before.path("ca.pem")
 			o.RequestTimeout = 700 * time.Millisecond
-			o.CertFile, o.KeyFile = stranger.path("client.pem"), stranger.path("client-key.pem")
+			o.CertFile, o.KeyFile = before.path("client.pem"), before.path("client-key.pem")
 		})
 		if _, _, err := r.ConfigText(t.Context()); err == nil {
 			t.Fatal("answered a stranger")
@@ -152,7 +154,7 @@ func TestTLS(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(stranger.path(file), content, 0o600); err != nil {
+			if err := os.WriteFile(before.path(file), content, 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
