@@ -132,7 +132,7 @@ func TestGC(t *testing.T) {
 	if got := links(t, pods[3]); !slices.Contains(got, "eth1") || slices.Contains(got, "eth0") {
 		t.Errorf("the container with one valid interface has %v", got)
 	}
-	if got := links(t, h.Namespace); len(got) != 5 { // lo, eth0, cni0, and two pods'
+	if got := linksOnce(t, h.Namespace, 5); len(got) != 5 { // lo, eth0, cni0, and two pods'
 		t.Errorf("the node has the links %v", got)
 	}
 	settle()

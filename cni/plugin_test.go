@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -176,6 +177,17 @@ func links(t *testing.T, ns *lab.Namespace) []string {
 	return out
 }
 
+// linksOnce returns the links when there are n of them, or after a while: the
+// kernel takes those of a namespace that is gone when it finds the time.
+func linksOnce(t *testing.T, ns *lab.Namespace, n int) []string {
+	t.Helper()
+	got := links(t, ns)
+	for end := time.Now().Add(20 * time.Second); len(got) != n && time.Now().Before(end); got = links(t, ns) {
+		time.Sleep(20 * time.Millisecond)
+	}
+	return got
+}
+
 func TestAddCheckDel(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
@@ -265,7 +277,7 @@ func TestFailedAddIsUndone(t *testing.T) {
 	if got := links(t, second); slices.Contains(got, "eth0") {
 		t.Errorf("the failed ADD left %v in the pod", got)
 	}
-	if got := links(t, h.Namespace); len(got) != 4 { // lo, eth0, cni0, c1's
+	if got := linksOnce(t, h.Namespace, 4); len(got) != 4 { // lo, eth0, cni0, c1's
 		t.Errorf("the node has the links %v", got)
 	}
 }

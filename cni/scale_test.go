@@ -69,7 +69,7 @@ func TestExhaustion(t *testing.T) {
 	if got := h.addresses(); given != want || len(got) != want || len(h.records()) != want {
 		t.Errorf("%d ADDs succeeded, %d addresses are held, %d records; of %d free addresses", given, len(got), len(h.records()), want)
 	}
-	if got := links(t, h.Namespace); len(got) != 3+want {
+	if got := linksOnce(t, h.Namespace, 3+want); len(got) != 3+want {
 		t.Errorf("the node has %d links, not lo, eth0, cni0 and %d pods'", len(got), want)
 	}
 	each("DEL")
@@ -130,7 +130,7 @@ func TestKilledAdds(t *testing.T) {
 		settle()
 		h.must(t, call{verb: "GC", stdin: h.valid("live:eth0")})
 		h.expect(t, fmt.Sprintf("after GC, round %d", round), []string{"live:eth0"}, []string{"10.42.7.2"})
-		if got := links(t, h.Namespace); len(got) != 4 { // lo, eth0, cni0, live's
+		if got := linksOnce(t, h.Namespace, 4); len(got) != 4 { // lo, eth0, cni0, live's
 			t.Errorf("round %d: the node has the links %v", round, got)
 		}
 		for _, ns := range dead {

@@ -266,7 +266,7 @@ func TestSpecErrors(t *testing.T) {
 	if got := links(t, ns); len(got) != 1 {
 		t.Errorf("the pod has %v after refusals", got)
 	}
-	if got := links(t, h.Namespace); len(got) != 2 { // lo and eth0
+	if got := linksOnce(t, h.Namespace, 2); len(got) != 2 { // lo and eth0
 		t.Errorf("the node has %v after refusals", got)
 	}
 
