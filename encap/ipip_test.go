@@ -92,7 +92,7 @@ func FuzzQuote(f *testing.F) {
 		peer.path.Store(nil)
 		c := &common{offload: allOn()}
 		c.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
-		q := &errorQueue{common: c, counters: &Counters{}}
+		q := &errorQueue{common: c}
 		q.narrower(peer.Underlay.Addr(), quote, mtu)
 		limit := peer.limit()
 		if limit == 0 {

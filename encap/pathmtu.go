@@ -62,10 +62,9 @@ func (t *Table) inheritPaths(old *Table) {
 // errorQueue reads what the network said of packets that a socket has sent.
 type errorQueue struct {
 	*common
-	counters *Counters
-	quote    [576]byte
-	control  [256]byte
-	name     [unix.SizeofSockaddrInet6]byte
+	quote   [576]byte
+	control [256]byte
+	name    [unix.SizeofSockaddrInet6]byte
 }
 
 // drain reads all errors of a socket.
@@ -140,7 +139,6 @@ func (q *errorQueue) narrower(to netip.Addr, quote []byte, mtu int) {
 	limit := max(mtu-cost, least)
 	if known := peer.limit(); known == 0 || limit < known {
 		peer.path.Store(&pathMTU{limit, time.Now().Add(pathMTULife)})
-		q.counters.PathMTUs.Add(1)
 	}
 }
 

@@ -38,7 +38,7 @@ type queue struct {
 const dozing = 5 * time.Millisecond
 
 func newQueue(c *common, device uintptr, out *egress, in []*ingress) (*queue, error) {
-	q := &queue{common: c, device: device, out: out, in: in, errors: errorQueue{common: c, counters: out.counters}}
+	q := &queue{common: c, device: device, out: out, in: in, errors: errorQueue{common: c}}
 	var err error
 	if q.turn, err = newEventfd(0); err != nil {
 		return nil, err

@@ -63,7 +63,6 @@ type Counters struct {
 	Frames   atomic.Uint64 // device reads or writes: one frame may hold many packets
 	Super    atomic.Uint64 // of Frames: those that left whole, as super-frames
 	Syscalls atomic.Uint64 // reads, writes, sends and receives, waits apart
-	PathMTUs atomic.Uint64 // times the network made known that the way to a peer is narrower
 	Waits    atomic.Uint64 // times the loop had nothing to do and slept
 	Drops    [reasons]atomic.Uint64
 }

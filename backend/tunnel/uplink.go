@@ -2,7 +2,6 @@ package tunnel
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -17,6 +16,7 @@ import (
 
 	"culvert/backend"
 	"culvert/encap"
+	"culvert/internal/host"
 )
 
 // uplink watches what super-frames depend on: that the underlay interface
@@ -230,13 +230,7 @@ func (u *uplink) gateway(to, source netip.Addr) netip.Addr {
 // neighboursOf returns the neighbours of an interface whose address is known.
 func neighboursOf(link int) (map[netip.Addr][6]byte, error) {
 	const valid = netlink.NUD_PERMANENT | netlink.NUD_NOARP | netlink.NUD_REACHABLE | netlink.NUD_STALE | netlink.NUD_DELAY | netlink.NUD_PROBE
-	var list []netlink.Neigh
-	var err error
-	for range 5 {
-		if list, err = netlink.NeighList(link, unix.AF_UNSPEC); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
+	list, err := host.Retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(link, unix.AF_UNSPEC) })
 	if err != nil {
 		return nil, fmt.Errorf("listing neighbours: %w", err)
 	}

@@ -43,7 +43,7 @@ func IPIPConflicts(local netip.Addr) ([]Conflict, error) {
 }
 
 func conflicts(why func(netlink.Link) string) ([]Conflict, error) {
-	links, err := retry(netlink.LinkList)
+	links, err := Retry(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("listing the network interfaces: %w", err)
 	}

@@ -6,9 +6,9 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// retry repeats a netlink dump that a concurrent change interrupted: what it
+// Retry repeats a netlink dump that a concurrent change interrupted: what it
 // returned may lack or repeat entries. Every dump goes through here.
-func retry[T any](dump func() (T, error)) (T, error) {
+func Retry[T any](dump func() (T, error)) (T, error) {
 	for range 20 {
 		v, err := dump()
 		if !errors.Is(err, netlink.ErrDumpInterrupted) {

@@ -18,15 +18,15 @@ func PodsIn(subnets []netip.Prefix) (int, error) {
 	inside := func(a netip.Addr) bool {
 		return slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return s.Contains(a) })
 	}
-	links, err := retry(netlink.LinkList)
+	links, err := Retry(netlink.LinkList)
 	if err != nil {
 		return 0, fmt.Errorf("listing the network interfaces: %w", err)
 	}
-	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := Retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return 0, fmt.Errorf("listing the addresses: %w", err)
 	}
-	routes, err := retry(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_ALL) })
+	routes, err := Retry(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return 0, fmt.Errorf("listing the routes: %w", err)
 	}
@@ -54,7 +54,7 @@ func PodsIn(subnets []netip.Prefix) (int, error) {
 // the ports of the bridge that bears a gateway address. A bridge plugin gives
 // both ends the same.
 func StalePods(gateways []netip.Prefix, mtu int) ([]string, error) {
-	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := Retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("listing the addresses: %w", err)
 	}
@@ -67,7 +67,7 @@ func StalePods(gateways []netip.Prefix, mtu int) ([]string, error) {
 	if len(bridges) == 0 {
 		return nil, nil
 	}
-	links, err := retry(netlink.LinkList)
+	links, err := Retry(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("listing the network interfaces: %w", err)
 	}

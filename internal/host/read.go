@@ -69,7 +69,7 @@ func read(underlay string) (reading, error) {
 		devices: make(map[string]device), indexes: make(map[string]int), others: make(map[string]bool),
 		settings: make(map[string]string),
 	}
-	links, err := retry(netlink.LinkList)
+	links, err := Retry(netlink.LinkList)
 	if err != nil {
 		return r, fmt.Errorf("listing the network interfaces: %w", err)
 	}
@@ -78,7 +78,7 @@ func read(underlay string) (reading, error) {
 		names[l.Attrs().Index] = l.Attrs().Name
 		r.indexes[l.Attrs().Name] = l.Attrs().Index
 	}
-	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := Retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return r, fmt.Errorf("listing the addresses: %w", err)
 	}
@@ -154,7 +154,7 @@ func linkOf(l netlink.Link, names map[int]string) (Link, device) {
 // ones, since those that the kernel learned are its own business.
 func (r *reading) readPeers(name string, index int) error {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		all, err := retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, family) })
+		all, err := Retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, family) })
 		if err != nil {
 			return fmt.Errorf("listing the neighbours on %s: %w", name, err)
 		}
@@ -168,7 +168,7 @@ func (r *reading) readPeers(name string, index int) error {
 			r.Neighbours = append(r.Neighbours, entry)
 		}
 	}
-	all, err := retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, unix.AF_BRIDGE) })
+	all, err := Retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, unix.AF_BRIDGE) })
 	if err != nil {
 		return fmt.Errorf("listing the FDB of %s: %w", name, err)
 	}
@@ -187,7 +187,7 @@ func (r *reading) readPeers(name string, index int) error {
 // readRoutes reads our routes, and of the others those that say what is on the
 // underlay's link.
 func (r *reading) readRoutes(names map[int]string, underlay int) error {
-	all, err := retry(func() ([]netlink.Route, error) {
+	all, err := Retry(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, 0)
 	})
 	if err != nil {

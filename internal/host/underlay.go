@@ -188,11 +188,11 @@ func (u Underlay) allAddrs() []netip.Addr {
 // listLinks returns every interface but loopback, with the first global
 // address of each family as the one to use.
 func listLinks() ([]Underlay, error) {
-	links, err := retry(netlink.LinkList)
+	links, err := Retry(netlink.LinkList)
 	if err != nil {
 		return nil, err
 	}
-	addrs, err := retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := Retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, err
 	}
