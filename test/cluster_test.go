@@ -118,14 +118,15 @@ func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
 
 // startAll starts every node's daemon, and waits until each has all others as
 // its peers.
-func (c *cluster) startAll(flags ...string) {
+func (c *cluster) startAll(flags ...string) (daemons []*lab.Process) {
 	c.t.Helper()
 	for _, n := range c.Nodes {
-		c.start(n, flags...)
+		daemons = append(daemons, c.start(n, flags...))
 	}
 	for _, n := range c.Nodes {
 		c.waitReady(n, len(c.Nodes)-1)
 	}
+	return daemons
 }
 
 // status asks a node's daemon.

@@ -28,11 +28,7 @@ func TestUpgrade(t *testing.T) {
 	c.datapath = "kernel"
 	c.setConfig(config)
 	n := c.Nodes[0]
-	p := c.start(n)
-	c.start(c.Nodes[1])
-	for _, n := range c.Nodes {
-		c.waitReady(n, 1)
-	}
+	p := c.startAll()[0]
 	pods := c.pods()
 	ping(t, pods[0], pods[1])
 	flow := startFlow(t, pods[0], pods[1])
@@ -221,11 +217,7 @@ func TestKilledWithoutSystemd(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
 	n := c.Nodes[0]
-	p := c.start(n)
-	c.start(c.Nodes[1])
-	for _, n := range c.Nodes {
-		c.waitReady(n, 1)
-	}
+	p := c.startAll()[0]
 	pods := c.pods()
 	ping(t, pods[0], pods[1])
 	flow := startFlow(t, pods[0], pods[1])
