@@ -34,9 +34,13 @@ type Comparison struct {
 }
 
 // Compare lists what changed beyond noise: medians that differ by EffectFloor or
-// more, while no round of one report lies among the rounds of the other.
-func Compare(before, after *Report) Comparison {
+// more, while no round of one report lies among the rounds of the other. Reports
+// of different numbers of nodes are of different things, which is an error.
+func Compare(before, after *Report) (Comparison, error) {
 	var c Comparison
+	if a, b := before.Machine.Nodes, after.Machine.Nodes; a != b {
+		return c, fmt.Errorf("the old report is of %d nodes and the new one of %d: these cannot be compared (--nodes %d measures anew)", a, b, a)
+	}
 	old := map[key]Result{}
 	for _, x := range before.Results {
 		old[x.key()] = x
@@ -70,7 +74,7 @@ func Compare(before, after *Report) Comparison {
 	if single {
 		c.Warnings = append(c.Warnings, "some figures were measured once only, which tells nothing of noise")
 	}
-	return c
+	return c, nil
 }
 
 // gain is positive where things got better.

@@ -4,14 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"time"
 
 	"culvert/internal/lab"
 )
 
-// Datapath is one way of carrying packets between two nodes.
+// Datapath is one way of carrying packets between nodes.
 type Datapath struct {
 	Name  string
 	About string
@@ -123,9 +122,9 @@ func cause(err error) error {
 
 func lastLine(p process) string { return p.Tail(1) }
 
-// startLab makes two nodes of a lab and the datapath between them.
+// startLab makes the nodes of a lab and the datapath between them.
 func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err error) {
-	l, err := lab.New(lab.Options{Nodes: 2, Underlay: lab.Direct})
+	l, err := lab.New(lab.Options{Nodes: o.nodes, Underlay: underlayOf(o.nodes)})
 	if err != nil {
 		return nil, err
 	}
@@ -140,11 +139,14 @@ func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err erro
 		return nil, err
 	}
 	s.offloads = offloads[0].Features
+	if bridge := offloads[len(l.Nodes):]; len(bridge) > 0 {
+		s.bridge = bridge[0].Features
+	}
 	s.labs = l
-	a, b := l.Nodes[0], l.Nodes[1]
-	s.near, s.far = a.Namespace, localEnd(b.Namespace)
-	s.farPlace = b.Namespace
-	s.from, s.to = a.Addrs[0], b.Addrs[0]
+	s.far, s.to = localEnd(l.Nodes[0].Namespace), l.Nodes[0].Addrs[0]
+	for _, n := range l.Nodes[1:] {
+		s.near = append(s.near, n.Namespace)
+	}
 	switch {
 	case d.none:
 	case d.Program != nil:
@@ -161,16 +163,24 @@ func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err erro
 	return s, err
 }
 
-// startNodes starts one process per node that carries its half.
+// underlayOf is what joins so many nodes: one veth pair, where that is possible.
+func underlayOf(nodes int) lab.Underlay {
+	if nodes == 2 {
+		return lab.Direct
+	}
+	return lab.Bridged
+}
+
+// startNodes starts one process per node that carries its part.
 func (s *site) startNodes(ctx context.Context, l *lab.Lab, o siteOptions) error {
-	halves := make([]Half, 2)
+	part := Part{Datapath: s.datapath.Name, Port: tunnelPort, Absent: o.absent}
+	for _, n := range l.Nodes {
+		part.Underlay = append(part.Underlay, n.Addrs[0])
+	}
+	s.to = part.self().subnet.Addr()
 	for i, n := range l.Nodes {
-		halves[i] = Half{
-			Datapath: s.datapath.Name, Index: i, Link: n.Link,
-			Underlay: [2]netip.Addr{l.Nodes[0].Addrs[0], l.Nodes[1].Addrs[0]},
-			Port:     tunnelPort, RunDir: n.RunDir, Peers: max(o.peers, 1),
-		}
-		args, err := nodeArgs(halves[i])
+		part.Index, part.Link, part.RunDir = i, n.Link, n.RunDir
+		args, err := nodeArgs(part)
 		if err != nil {
 			return err
 		}
@@ -180,6 +190,5 @@ func (s *site) startNodes(ctx context.Context, l *lab.Lab, o siteOptions) error 
 		}
 		s.add(labProcess{p}, n.RunDir)
 	}
-	s.from, s.to = halves[0].self().Addr(), halves[1].self().Addr()
 	return s.ready(ctx)
 }

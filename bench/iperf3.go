@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"math"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"culvert/bench/load"
@@ -18,6 +20,7 @@ import (
 // iperf3 has the program of that name make the traffic, to check the built-in
 // generator against. It measures in whole seconds, and knows streams and
 // datagrams only. What it costs is not measured: it begins and ends by itself.
+// A server of it serves one client, so each sender has one of its own.
 type iperf3 struct{ path string }
 
 const iperf3Port = 5201
@@ -52,20 +55,23 @@ func (g iperf3) measure(ctx context.Context, s *site, w workload, m method) (fig
 	if s.labs == nil {
 		return nil, unavailable("iperf3 runs in a lab only: --generator builtin")
 	}
-	server, err := s.labs.Nodes[1].Start(lab.Command{
-		Name: fmt.Sprintf("iperf3-%d", time.Now().UnixNano()), Path: g.path,
-		Args: []string{"-s", "-1", "-B", s.to.String(), "-p", strconv.Itoa(iperf3Port), "--forceflush"},
-	})
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = server.Stop() }()
-	if _, err := server.WaitLine(ctx, "Server listening"); err != nil {
-		return nil, err
+	senders := s.labs.Nodes[1:]
+	for i := range senders {
+		server, err := s.labs.Nodes[0].Start(lab.Command{
+			Name: fmt.Sprintf("iperf3-%d-%d", time.Now().UnixNano(), i), Path: g.path,
+			Args: []string{"-s", "-1", "-B", s.to.String(), "-p", strconv.Itoa(iperf3Port + i), "--forceflush"},
+		})
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = server.Stop() }()
+		if _, err := server.WaitLine(ctx, "Server listening"); err != nil {
+			return nil, err
+		}
 	}
 
 	whole := func(d time.Duration) string { return strconv.Itoa(int(math.Ceil(d.Seconds()))) }
-	args := []string{"-c", s.to.String(), "-p", strconv.Itoa(iperf3Port), "--json", "-t", whole(m.duration), "-O", whole(m.warmup)}
+	args := []string{"-c", s.to.String(), "--json", "-t", whole(m.duration), "-O", whole(m.warmup)}
 	if w.payload > 0 {
 		args = append(args, "-u", "-b", "0", "-l", strconv.Itoa(w.payload))
 	} else {
@@ -74,16 +80,34 @@ func (g iperf3) measure(ctx context.Context, s *site, w workload, m method) (fig
 			args = append(args, "-R")
 		}
 	}
-	text, err := s.labs.Nodes[0].Run(ctx, g.path, args...)
-	r, perr := parseIPerf3(text, w)
-	if err := errors.Join(perr, err); err != nil {
+	var all sync.WaitGroup
+	values, errs := make([]float64, len(senders)), make([]error, len(senders))
+	for i, n := range senders {
+		all.Go(func() {
+			text, err := n.Run(ctx, g.path, append(slices.Clone(args), "-p", strconv.Itoa(iperf3Port+i))...)
+			r, perr := parseIPerf3(text, w)
+			if errs[i] = errors.Join(perr, err); errs[i] != nil {
+				return
+			}
+			values[i] = r.End.Received.Bits / 1e9
+			if w.payload > 0 {
+				// By the bytes: its count of lost packets has those of the warm-up, too.
+				values[i] = r.End.Received.Bytes / float64(w.payload) / r.End.Received.Seconds / 1e3
+			}
+		})
+	}
+	all.Wait()
+	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	if w.payload > 0 {
-		// By the bytes: its count of lost packets has those of the warm-up, too.
-		return figures{Rate: r.End.Received.Bytes / float64(w.payload) / r.End.Received.Seconds / 1e3}, nil
+	sum := 0.0
+	for _, v := range values {
+		sum += v
 	}
-	return figures{Throughput: r.End.Received.Bits / 1e9}, nil
+	if w.payload > 0 {
+		return figures{Rate: sum}, nil
+	}
+	return figures{Throughput: sum}, nil
 }
 
 func parseIPerf3(text []byte, w workload) (iperf3Report, error) {

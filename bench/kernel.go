@@ -34,32 +34,32 @@ func (k *ownKernel) Close() error {
 	return errors.Join(errs...)
 }
 
-// openOwnKernel opens the half that the datapath's name says.
-func openOwnKernel(h Half, log *slog.Logger) (carrier, error) {
-	format, _, _ := strings.Cut(h.Datapath, "/")
+// openOwnKernel opens the part that the datapath's name says.
+func openOwnKernel(p Part, log *slog.Logger) (carrier, error) {
+	format, _, _ := strings.Cut(p.Datapath, "/")
 	if format != "host-gw" {
 		if err := host.Supports(format); err != nil {
 			return nil, unavailable(err.Error())
 		}
 	}
-	s, under, err := snapshot(h, format)
+	s, under, err := snapshot(p, format)
 	if err != nil {
 		return nil, err
 	}
 	plan := map[string]backend.Plan{"vxlan": vxlan.Plan, "ipip": ipip.Plan, "host-gw": hostgw.Plan}[format]
 	k := &ownKernel{Kernel: backend.NewKernel(backend.KernelOptions{
-		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{h.Underlay[h.Index]}},
+		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}},
 		Format: format, Plan: plan, Why: "culvert bench", Log: log,
 	})}
-	if format == "host-gw" { // there is no device of its own to bear the half's address
-		undo, err := bear(h)
+	if format == "host-gw" { // there is no device of its own to bear the part's address
+		undo, err := bear(p)
 		if err != nil {
 			return nil, err
 		}
 		k.undo = append(k.undo, undo)
 	}
 	if err := k.Apply(context.Background(), s); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", h.Datapath, err), k.Close())
+		return nil, errors.Join(fmt.Errorf("%s: %w", p.Datapath, err), k.Close())
 	}
 	return k, nil
 }

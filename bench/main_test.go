@@ -15,7 +15,7 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestMain makes this test binary the program that carries halves, too, and the
+// TestMain makes this test binary the program that carries parts, too, and the
 // two ends of a measurement between hosts.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == "bench" {
@@ -44,11 +44,11 @@ func play(ctx context.Context, part string, args []string) error {
 	}
 	switch part {
 	case "node":
-		var h Half
-		if err := json.Unmarshal([]byte(args[0]), &h); err != nil {
+		var p Part
+		if err := json.Unmarshal([]byte(args[0]), &p); err != nil {
 			return err
 		}
-		return RunNode(ctx, h, os.Stdout, log)
+		return RunNode(ctx, p, os.Stdout, log)
 	case "server":
 		l, err := net.Listen("tcp", args[0])
 		if err != nil {
@@ -64,7 +64,7 @@ func play(ctx context.Context, part string, args []string) error {
 		defer remote.Close()
 		r, err := Run(ctx, Options{
 			Underlays: []string{Existing}, Datapaths: args[1:], Workloads: []string{"tcp1", "udp64", "rr"},
-			Rounds: 1, Duration: 100 * time.Millisecond, Generator: "builtin", Self: self, Remote: remote,
+			Nodes: 2, Rounds: 1, Duration: 100 * time.Millisecond, Generator: "builtin", Self: self, Remote: remote,
 		})
 		if err != nil {
 			return err
@@ -77,7 +77,7 @@ func play(ctx context.Context, part string, args []string) error {
 	case "victim":
 		_, err := Run(ctx, Options{
 			Underlays: []string{"offload"}, Datapaths: []string{"vxlan/userspace", "vxlan/kernel"}, Workloads: []string{"tcp1"},
-			Rounds: 100, Duration: time.Second, Generator: "builtin", Self: self,
+			Nodes: 2, Rounds: 100, Duration: time.Second, Generator: "builtin", Self: self,
 			Progress: func(p Progress) {
 				if p.Done > 0 {
 					fmt.Println("measuring")

@@ -26,11 +26,14 @@ import (
 type naive struct {
 	name            string
 	device, socket  int
-	wake            netip.Addr // behind the device
+	peers           map[netip.Prefix]unix.Sockaddr // by subnet, all of naiveBits
+	wake            netip.Addr                     // behind the device
 	header          [encap.VXLANHeaderLen]byte
 	egress, ingress naiveCounters
 	stop            atomic.Bool
 }
+
+const naiveBits = 24
 
 type naiveCounters struct{ packets, bytes, syscalls atomic.Uint64 }
 
@@ -38,8 +41,8 @@ func (c *naiveCounters) traffic() api.Traffic {
 	return api.Traffic{Packets: c.packets.Load(), Bytes: c.bytes.Load(), Frames: c.packets.Load(), Syscalls: c.syscalls.Load()}
 }
 
-func openNaive(h Half) (_ carrier, err error) {
-	n := &naive{name: h.device(), device: -1, socket: -1, wake: h.other().Addr().Next()}
+func openNaive(p Part) (_ carrier, err error) {
+	n := &naive{name: p.device(), device: -1, socket: -1, wake: p.others()[0].subnet.Addr().Next(), peers: map[netip.Prefix]unix.Sockaddr{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Close())
@@ -48,15 +51,15 @@ func openNaive(h Half) (_ carrier, err error) {
 	if n.device, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
 		return nil, fmt.Errorf("opening /dev/net/tun: %w", err)
 	}
-	request, err := unix.NewIfreq(h.device())
+	request, err := unix.NewIfreq(p.device())
 	if err != nil {
 		return nil, err
 	}
 	request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
 	if err := unix.IoctlIfreq(n.device, unix.TUNSETIFF, request); err != nil {
-		return nil, fmt.Errorf("making the TUN device %s: %w", h.device(), err)
+		return nil, fmt.Errorf("making the TUN device %s: %w", p.device(), err)
 	}
-	if err := tunDevice(h, 50); err != nil {
+	if err := tunDevice(p, 50); err != nil {
 		return nil, err
 	}
 	if n.socket, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
@@ -67,14 +70,14 @@ func openNaive(h Half) (_ carrier, err error) {
 	if err := unix.SetsockoptTimeval(n.socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 		return nil, os.NewSyscallError("setsockopt", err)
 	}
-	at := func(index int) unix.Sockaddr {
-		return &unix.SockaddrInet4{Addr: h.Underlay[index].As4(), Port: int(h.Port)}
+	at := func(m member) unix.Sockaddr {
+		return &unix.SockaddrInet4{Addr: m.underlay.As4(), Port: int(p.Port)}
 	}
-	if err := unix.Bind(n.socket, at(h.Index)); err != nil {
-		return nil, fmt.Errorf("UDP port %d of %s: %w", h.Port, h.Underlay[h.Index], err)
+	if err := unix.Bind(n.socket, at(p.self())); err != nil {
+		return nil, fmt.Errorf("UDP port %d of %s: %w", p.Port, p.self().underlay, err)
 	}
-	if err := unix.Connect(n.socket, at(1-h.Index)); err != nil {
-		return nil, os.NewSyscallError("connect", err)
+	for _, o := range p.others() {
+		n.peers[o.subnet] = at(o)
 	}
 
 	//  VXLAN (RFC 7348): flag I, VNI 1; then an Ethernet header
@@ -87,13 +90,17 @@ func openNaive(h Half) (_ carrier, err error) {
 	return n, nil
 }
 
-// tunDevice configures the TUN device that a half has made.
-func tunDevice(h Half, cost int) error {
-	dev, err := netlink.LinkByName(h.device())
+// tunDevice configures the TUN device that a part has made.
+func tunDevice(p Part, cost int) error {
+	dev, err := netlink.LinkByName(p.device())
 	if err != nil {
 		return err
 	}
-	return configureDevice(dev, h.Link, cost, h.self().Addr(), h.other())
+	var subnets []netip.Prefix
+	for _, o := range p.others() {
+		subnets = append(subnets, o.subnet)
+	}
+	return configureDevice(dev, p.Link, cost, p.self().subnet.Addr(), subnets...)
 }
 
 func (n *naive) Run(ctx context.Context) error {
@@ -135,13 +142,31 @@ func (n *naive) out() error {
 			}
 			return os.NewSyscallError("reading the device", err)
 		}
-		n.egress.syscalls.Add(2)
-		if _, err := unix.Write(n.socket, buf[:len(n.header)+k]); err == nil {
+		n.egress.syscalls.Add(1)
+		to := n.peerOf(buf[len(n.header):][:k])
+		if to == nil {
+			continue
+		}
+		n.egress.syscalls.Add(1)
+		if err := unix.Sendto(n.socket, buf[:len(n.header)+k], 0, to); err == nil {
 			n.egress.packets.Add(1)
 			n.egress.bytes.Add(uint64(k))
 		}
 	}
 	return nil
+}
+
+// peerOf is where the subnet of a packet's destination is; nil if nowhere.
+func (n *naive) peerOf(packet []byte) unix.Sockaddr {
+	const headerLen = 20 // of IPv4
+	if len(packet) < headerLen {
+		return nil
+	}
+	subnet, err := netip.AddrFrom4([4]byte(packet[16:20])).Prefix(naiveBits)
+	if err != nil {
+		return nil
+	}
+	return n.peers[subnet]
 }
 
 func (n *naive) in() error {

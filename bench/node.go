@@ -20,17 +20,17 @@ import (
 	"culvert/subnet"
 )
 
-// Half is one node's half of a datapath. Both halves follow from it: nothing
-// else is agreed between them.
-type Half struct {
-	Datapath string        `json:"datapath"`
-	Slot     int           `json:"slot"`     // tells datapaths apart that share two nodes
-	Index    int           `json:"index"`    // 0 or 1
-	Link     string        `json:"link"`     // the underlay's
-	Underlay [2]netip.Addr `json:"underlay"` // addresses of both nodes
-	Port     uint16        `json:"port"`     // of the tunnel
-	RunDir   string        `json:"run_dir"`  // for the socket that tells the counters
-	Peers    int           `json:"peers"`    // in the table, one of which is there
+// Part is one node's part of a datapath. All parts follow from it: nothing
+// else is agreed between the nodes.
+type Part struct {
+	Datapath string       `json:"datapath"`
+	Slot     int          `json:"slot"`     // tells datapaths apart that share their nodes
+	Index    int          `json:"index"`    // the node's, in Underlay
+	Link     string       `json:"link"`     // the underlay's
+	Underlay []netip.Addr `json:"underlay"` // addresses of all nodes
+	Port     uint16       `json:"port"`     // of the tunnel
+	RunDir   string       `json:"run_dir"`  // for the socket that tells the counters
+	Absent   int          `json:"absent"`   // peers in the table that are not there
 }
 
 // innerNetwork holds the subnets of all datapaths of a benchmark, and wideNetwork
@@ -40,10 +40,11 @@ var (
 	wideNetwork  = netip.MustParsePrefix("10.192.0.0/10")
 )
 
-// innerSubnet is what a node has of a datapath; its first address is the node's.
-func innerSubnet(slot, index int) netip.Prefix {
+// innerSubnet is the k-th subnet, from 0, of those that nodes have of datapaths;
+// its first address is the node's.
+func innerSubnet(k int) netip.Prefix {
 	a := innerNetwork.Addr().As4()
-	a[2] = byte(2*slot + index + 1)
+	a[2] = byte(k + 1)
 	return netip.PrefixFrom(netip.AddrFrom4(a), 24)
 }
 
@@ -55,11 +56,32 @@ func absentSubnet(k int) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4(a), 24)
 }
 
-func (h Half) self() netip.Prefix  { return innerSubnet(h.Slot, h.Index) }
-func (h Half) other() netip.Prefix { return innerSubnet(h.Slot, 1-h.Index) }
+// member is a node of a datapath.
+type member struct {
+	index    int
+	underlay netip.Addr
+	subnet   netip.Prefix // its first address is the node's
+}
 
-// device is the name of the device that the half makes.
-func (h Half) device() string { return fmt.Sprintf("cvbench%d", h.Slot) }
+func (p Part) member(index int) member {
+	return member{index, p.Underlay[index], innerSubnet(len(p.Underlay)*p.Slot + index)}
+}
+
+func (p Part) self() member { return p.member(p.Index) }
+
+// others are the nodes but this one, sorted by subnet.
+func (p Part) others() []member {
+	var all []member
+	for i := range p.Underlay {
+		if i != p.Index {
+			all = append(all, p.member(i))
+		}
+	}
+	return all
+}
+
+// device is the name of the device that the part makes.
+func (p Part) device() string { return fmt.Sprintf("cvbench%d", p.Slot) }
 
 // ErrUnavailable says that a datapath is not to be had on this machine.
 var ErrUnavailable = errors.New("not available")
@@ -70,7 +92,7 @@ type unavailable string
 func (u unavailable) Error() string { return string(u) }
 func (unavailable) Is(e error) bool { return e == ErrUnavailable }
 
-// carrier is an open half.
+// carrier is an open part.
 type carrier interface {
 	Run(ctx context.Context) error
 	Status() api.Datapath
@@ -83,20 +105,20 @@ const (
 	nodeUnavailable = "unavailable "
 )
 
-// RunNode carries one half of a datapath in the network namespace of this
+// RunNode carries a part of a datapath in the network namespace of this
 // process until ctx ends. It prints "ready" when traffic may come.
-func RunNode(ctx context.Context, h Half, out io.Writer, log *slog.Logger) error {
-	c, err := openCarrier(h, log)
+func RunNode(ctx context.Context, p Part, out io.Writer, log *slog.Logger) error {
+	c, err := openCarrier(p, log)
 	if errors.Is(err, ErrUnavailable) {
 		fmt.Fprintf(out, "%s%s\n", nodeUnavailable, err)
 		return err
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w", h.Datapath, err)
+		return fmt.Errorf("%s: %w", p.Datapath, err)
 	}
 	defer func() { _ = c.Close() }()
 
-	socket, err := api.Listen(h.RunDir)
+	socket, err := api.Listen(p.RunDir)
 	if err != nil {
 		return err
 	}
@@ -104,7 +126,7 @@ func RunNode(ctx context.Context, h Half, out io.Writer, log *slog.Logger) error
 	go func() { _ = server.Serve(socket) }()
 	defer func() { _ = server.Close() }()
 
-	fmt.Fprintf(out, "%s%s\n", nodeReady, h.self().Addr())
+	fmt.Fprintf(out, "%s%s\n", nodeReady, p.self().subnet.Addr())
 	err = c.Run(ctx)
 	if ctx.Err() != nil {
 		return nil
@@ -112,28 +134,28 @@ func RunNode(ctx context.Context, h Half, out io.Writer, log *slog.Logger) error
 	return err
 }
 
-func openCarrier(h Half, log *slog.Logger) (carrier, error) {
-	switch h.Datapath {
+func openCarrier(p Part, log *slog.Logger) (carrier, error) {
+	switch p.Datapath {
 	case "vxlan/userspace", "ipip/userspace":
-		return openUserspace(h, log)
+		return openUserspace(p, log)
 	case "vxlan/kernel", "ipip/kernel", "host-gw":
-		if h.Slot == 0 { // which nobody shares
-			return openOwnKernel(h, log)
+		if p.Slot == 0 { // which nobody shares
+			return openOwnKernel(p, log)
 		}
 	}
-	switch h.Datapath {
+	switch p.Datapath {
 	case "vxlan/kernel":
-		return openKernelVXLAN(h)
+		return openKernelVXLAN(p)
 	case "ipip/kernel":
-		return openKernelIPIP(h)
+		return openKernelIPIP(p)
 	case "host-gw":
-		return openHostGateway(h)
+		return openHostGateway(p)
 	case "naive":
-		return openNaive(h)
+		return openNaive(p)
 	case "wireguard-go":
-		return openWireGuard(h, log)
+		return openWireGuard(p, log)
 	}
-	return nil, fmt.Errorf("no node carries the datapath %q", h.Datapath)
+	return nil, fmt.Errorf("no node carries the datapath %q", p.Datapath)
 }
 
 // userspace is culvert's own userspace datapath.
@@ -141,14 +163,14 @@ type userspace struct{ *tunnel.Tunnel }
 
 func (u userspace) Close() error { return u.Tunnel.Close(backend.Remove) }
 
-func openUserspace(h Half, log *slog.Logger) (carrier, error) {
-	format, _, _ := strings.Cut(h.Datapath, "/")
-	s, under, err := snapshot(h, format)
+func openUserspace(p Part, log *slog.Logger) (carrier, error) {
+	format, _, _ := strings.Cut(p.Datapath, "/")
+	s, under, err := snapshot(p, format)
 	if err != nil {
 		return nil, err
 	}
 	t, err := tunnel.Open(tunnel.Options{
-		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{h.Underlay[h.Index]}},
+		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}},
 		Config: s.Config, Lease: s.Self, Why: "culvert bench", Log: log,
 	})
 	if err != nil {
@@ -160,41 +182,43 @@ func openUserspace(h Half, log *slog.Logger) (carrier, error) {
 	return userspace{t}, nil
 }
 
-// snapshot is what a datapath of culvert's own is given: the other half, and
+// snapshot is what a datapath of culvert's own is given: the other nodes, and
 // the peers that are in the table only.
-func snapshot(h Half, format string) (subnet.Snapshot, host.Underlay, error) {
+func snapshot(p Part, format string) (subnet.Snapshot, host.Underlay, error) {
 	network := innerNetwork
-	if h.Peers > 1 {
+	if p.Absent > 0 {
 		network = wideNetwork
 	}
 	wire := fmt.Sprintf(`{"Type":%q}`, format)
 	if format == "vxlan" {
-		wire = fmt.Sprintf(`{"Type":%q,"Port":%d}`, format, h.Port)
+		wire = fmt.Sprintf(`{"Type":%q,"Port":%d}`, format, p.Port)
 	}
 	cfg, _, err := subnet.ParseConfig(fmt.Appendf(nil, `{"Network":%q,"SubnetLen":24,"Backend":%s}`, network, wire))
 	if err != nil {
 		return subnet.Snapshot{}, host.Underlay{}, err
 	}
-	lease := func(prefix netip.Prefix, public netip.Addr) subnet.Lease {
-		name := "bench-" + prefix.Addr().String()
-		e := subnet.Endpoint{Subnet: prefix, Public: public}
+	lease := func(m member) subnet.Lease {
+		name := "bench-" + m.subnet.Addr().String()
+		e := subnet.Endpoint{Subnet: m.subnet, Public: m.underlay}
 		if format == "vxlan" {
 			e.VTEP = subnet.VTEP{VNI: cfg.Backend.VNI, MAC: subnet.DeriveMAC(name, cfg.Backend.VNI, false)}
 		}
 		return subnet.Lease{Node: name, Backend: format, Endpoints: []subnet.Endpoint{e}}
 	}
-	under, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{h.Underlay[h.Index].String()}})
+	under, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{p.self().underlay.String()}})
 	if err == nil {
 		err = cfg.CheckUnderlay(under.Networks)
 	}
 	if err != nil {
 		return subnet.Snapshot{}, host.Underlay{}, err
 	}
-	s := subnet.Snapshot{Config: cfg, Self: lease(h.self(), h.Underlay[h.Index])}
-	for k := 1; k < h.Peers; k++ {
-		s.Peers = append(s.Peers, lease(absentSubnet(k), absent(k)))
+	s := subnet.Snapshot{Config: cfg, Self: lease(p.self())}
+	for k := 1; k <= p.Absent; k++ {
+		s.Peers = append(s.Peers, lease(member{underlay: absent(k), subnet: absentSubnet(k)}))
 	}
-	s.Peers = append(s.Peers, lease(h.other(), h.Underlay[1-h.Index])) // the last: sorted by subnet
+	for _, o := range p.others() { // after those: sorted by subnet
+		s.Peers = append(s.Peers, lease(o))
+	}
 	return s, under, nil
 }
 
@@ -221,11 +245,11 @@ func (k *kernel) Close() error {
 	return errors.Join(errs...)
 }
 
-// device makes a device with the half's inner address and sets it up.
-func (k *kernel) device(h Half, dev netlink.Link) error {
-	if old, err := netlink.LinkByName(h.device()); err == nil { // of a run that was killed
+// device makes a device with the part's inner address and sets it up.
+func (k *kernel) device(p Part, dev netlink.Link) error {
+	if old, err := netlink.LinkByName(p.device()); err == nil { // of a run that was killed
 		if err := netlink.LinkDel(old); err != nil {
-			return fmt.Errorf("removing an earlier %s: %w", h.device(), err)
+			return fmt.Errorf("removing an earlier %s: %w", p.device(), err)
 		}
 	}
 	if err := netlink.LinkAdd(dev); err != nil {
@@ -238,11 +262,11 @@ func (k *kernel) device(h Half, dev netlink.Link) error {
 		return fmt.Errorf("making a %s device: %w", dev.Type(), err)
 	}
 	k.undo = append(k.undo, func() error { return netlink.LinkDel(dev) })
-	return k.address(h, dev)
+	return k.address(p, dev)
 }
 
-func (k *kernel) address(h Half, dev netlink.Link) error {
-	self := netip.PrefixFrom(h.self().Addr(), 32)
+func (k *kernel) address(p Part, dev netlink.Link) error {
+	self := netip.PrefixFrom(p.self().subnet.Addr(), 32)
 	if err := netlink.AddrAdd(dev, &netlink.Addr{IPNet: host.IPNet(self)}); err != nil {
 		return fmt.Errorf("address %s: %w", self, err)
 	}
@@ -265,45 +289,47 @@ func (k *kernel) route(r *netlink.Route) error {
 	return nil
 }
 
-// openKernelVXLAN makes a vxlan device as flannel does:
+// openKernelVXLAN makes a vxlan device as flannel does, and for each peer:
 //
-//	ip link add cvbench0 type vxlan id 1 local A dev eth0 dstport P nolearning
 //	ip neigh add <peer.0> lladdr <mac> nud permanent dev cvbench0
 //	bridge fdb add <mac> dev cvbench0 dst <B> self permanent
 //	ip route add <peer subnet> via <peer.0> dev cvbench0 onlink
-func openKernelVXLAN(h Half) (carrier, error) {
+func openKernelVXLAN(p Part) (carrier, error) {
 	const vni = 1
 	mac := func(index int) subnet.MAC { return subnet.DeriveMAC(fmt.Sprintf("bench-%d", index), vni, false) }
-	under, err := netlink.LinkByName(h.Link)
+	under, err := netlink.LinkByName(p.Link)
 	if err != nil {
-		return nil, fmt.Errorf("underlay link %s: %w", h.Link, err)
+		return nil, fmt.Errorf("underlay link %s: %w", p.Link, err)
 	}
-	self, peer := mac(h.Index), mac(1-h.Index)
+	self := mac(p.Index)
 	k := &kernel{format: "vxlan"}
 	dev := &netlink.Vxlan{
-		LinkAttrs:    netlink.LinkAttrs{Name: h.device(), MTU: under.Attrs().MTU - 50, HardwareAddr: self[:], TxQLen: 1000},
+		LinkAttrs:    netlink.LinkAttrs{Name: p.device(), MTU: under.Attrs().MTU - 50, HardwareAddr: self[:], TxQLen: 1000},
 		VxlanId:      vni,
 		VtepDevIndex: under.Attrs().Index,
-		SrcAddr:      h.Underlay[h.Index].AsSlice(),
-		Port:         int(h.Port),
+		SrcAddr:      p.self().underlay.AsSlice(),
+		Port:         int(p.Port),
 	}
-	err = k.device(h, dev)
-	if err == nil {
-		err = netlink.NeighSet(&netlink.Neigh{
-			LinkIndex: dev.Index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT, Type: unix.RTN_UNICAST,
-			IP: h.other().Addr().AsSlice(), HardwareAddr: peer[:],
-		})
-	}
-	if err == nil {
-		err = netlink.NeighSet(&netlink.Neigh{
-			LinkIndex: dev.Index, Family: unix.AF_BRIDGE, State: netlink.NUD_PERMANENT, Flags: netlink.NTF_SELF,
-			IP: h.Underlay[1-h.Index].AsSlice(), HardwareAddr: peer[:],
-		})
-	}
-	if err == nil {
-		err = k.route(&netlink.Route{
-			LinkIndex: dev.Index, Dst: host.IPNet(h.other()), Gw: h.other().Addr().AsSlice(), Flags: int(netlink.FLAG_ONLINK),
-		})
+	err = k.device(p, dev)
+	for _, o := range p.others() {
+		peer := mac(o.index)
+		if err == nil {
+			err = netlink.NeighSet(&netlink.Neigh{
+				LinkIndex: dev.Index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT, Type: unix.RTN_UNICAST,
+				IP: o.subnet.Addr().AsSlice(), HardwareAddr: peer[:],
+			})
+		}
+		if err == nil {
+			err = netlink.NeighSet(&netlink.Neigh{
+				LinkIndex: dev.Index, Family: unix.AF_BRIDGE, State: netlink.NUD_PERMANENT, Flags: netlink.NTF_SELF,
+				IP: o.underlay.AsSlice(), HardwareAddr: peer[:],
+			})
+		}
+		if err == nil {
+			err = k.route(&netlink.Route{
+				LinkIndex: dev.Index, Dst: host.IPNet(o.subnet), Gw: o.subnet.Addr().AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+			})
+		}
 	}
 	if err != nil {
 		return nil, errors.Join(err, k.Close())
@@ -311,19 +337,23 @@ func openKernelVXLAN(h Half) (carrier, error) {
 	return k, nil
 }
 
-// openKernelIPIP makes an ipip device:
+// openKernelIPIP makes an ipip device without a remote end, and for each peer:
 //
-//	ip link add cvbench0 type ipip local A remote B
-//	ip route add <peer subnet> dev cvbench0
-func openKernelIPIP(h Half) (carrier, error) {
+//	ip route add <peer subnet> via <B> dev cvbench0 onlink src <subnet.0>
+func openKernelIPIP(p Part) (carrier, error) {
 	k := &kernel{format: "ipip"}
 	dev := &netlink.Iptun{
-		LinkAttrs: netlink.LinkAttrs{Name: h.device(), TxQLen: 1000},
-		Local:     h.Underlay[h.Index].AsSlice(), Remote: h.Underlay[1-h.Index].AsSlice(), PMtuDisc: 1,
+		LinkAttrs: netlink.LinkAttrs{Name: p.device(), TxQLen: 1000},
+		Local:     p.self().underlay.AsSlice(), PMtuDisc: 1,
 	}
-	err := k.device(h, dev)
-	if err == nil {
-		err = k.route(&netlink.Route{LinkIndex: dev.Index, Dst: host.IPNet(h.other()), Src: h.self().Addr().AsSlice()})
+	err := k.device(p, dev)
+	for _, o := range p.others() {
+		if err == nil {
+			err = k.route(&netlink.Route{
+				LinkIndex: dev.Index, Dst: host.IPNet(o.subnet), Gw: o.underlay.AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+				Src: p.self().subnet.Addr().AsSlice(),
+			})
+		}
 	}
 	if err != nil {
 		return nil, errors.Join(err, k.Close())
@@ -331,39 +361,41 @@ func openKernelIPIP(h Half) (carrier, error) {
 	return k, nil
 }
 
-// openHostGateway routes the other subnet to the other node, in no tunnel:
+// openHostGateway routes each peer's subnet to the peer, in no tunnel:
 //
 //	ip addr add <subnet.0>/32 dev lo
 //	ip route add <peer subnet> via B dev eth0 src <subnet.0>
-func openHostGateway(h Half) (carrier, error) {
+func openHostGateway(p Part) (carrier, error) {
 	k := &kernel{format: "host-gw"}
-	under, err := netlink.LinkByName(h.Link)
+	under, err := netlink.LinkByName(p.Link)
 	if err != nil {
-		return nil, fmt.Errorf("underlay link %s: %w", h.Link, err)
+		return nil, fmt.Errorf("underlay link %s: %w", p.Link, err)
 	}
-	undo, err := bear(h)
+	undo, err := bear(p)
 	if err != nil {
 		return nil, err
 	}
 	k.undo = append(k.undo, undo)
-	if err := k.route(&netlink.Route{
-		LinkIndex: under.Attrs().Index, Dst: host.IPNet(h.other()), Gw: h.Underlay[1-h.Index].AsSlice(), Src: h.self().Addr().AsSlice(),
-	}); err != nil {
-		return nil, errors.Join(err, k.Close())
+	for _, o := range p.others() {
+		if err := k.route(&netlink.Route{
+			LinkIndex: under.Attrs().Index, Dst: host.IPNet(o.subnet), Gw: o.underlay.AsSlice(), Src: p.self().subnet.Addr().AsSlice(),
+		}); err != nil {
+			return nil, errors.Join(err, k.Close())
+		}
 	}
 	return k, nil
 }
 
-// bear puts the half's address on the loopback, where there is no device of its
+// bear puts the part's address on the loopback, where there is no device of its
 // own for it.
-func bear(h Half) (undo func() error, err error) {
+func bear(p Part) (undo func() error, err error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return nil, err
 	}
-	self := &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(h.self().Addr(), 32))}
+	self := &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(p.self().subnet.Addr(), 32))}
 	if err := netlink.AddrReplace(lo, self); err != nil {
-		return nil, fmt.Errorf("address %s: %w", h.self().Addr(), err)
+		return nil, fmt.Errorf("address %s: %w", p.self().subnet.Addr(), err)
 	}
 	return func() error { return netlink.AddrDel(lo, self) }, nil
 }

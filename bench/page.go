@@ -8,6 +8,8 @@ import (
 	"maps"
 	"slices"
 	"strings"
+
+	"culvert/internal/lab"
 )
 
 //go:embed page.html
@@ -115,6 +117,7 @@ func (m Machine) facts() []fact {
 		{"load before", fmt.Sprintf("%.2f", m.Load)},
 		{"stolen by the hypervisor", fmt.Sprintf("at most %.1f %%", m.Steal*100)},
 		{"generator", fmt.Sprintf("%s, TCP %s", m.Generator, m.Congestion)},
+		{"nodes", m.joined()},
 		{"each measurement", fmt.Sprintf("%s after %s of warm-up", seconds(m.Duration), seconds(m.Warmup))},
 	}
 	for _, p := range slices.Sorted(maps.Keys(m.Programs)) {
@@ -124,8 +127,19 @@ func (m Machine) facts() []fact {
 		if features, ok := m.Offloads[u]; ok {
 			all = append(all, fact{"off on underlay " + u, off(features)})
 		}
+		if features, ok := m.Bridge[u]; ok {
+			all = append(all, fact{"off at the bridge of " + u, off(features)})
+		}
 	}
 	return all
+}
+
+// joined says how the nodes are joined, and who sends.
+func (m Machine) joined() string {
+	if underlayOf(m.Nodes) == lab.Bridged {
+		return fmt.Sprintf("%d nodes on a bridge, %d of which send to the first at once: not comparable with two", m.Nodes, m.Nodes-1)
+	}
+	return fmt.Sprintf("%d nodes, no bridge between", m.Nodes)
 }
 
 // off lists the offloads that an underlay's profile turned off, of those that

@@ -138,14 +138,14 @@ func expand(text string, n programNode) (string, error) {
 	return b.String(), err
 }
 
-// startProgram starts the program on both nodes.
+// startProgram starts the program on both nodes: it joins no more.
 func (s *site) startProgram(ctx context.Context, l *lab.Lab) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
 	p := s.datapath.Program
 	var ends [2]programEnd
 	for i, n := range l.Nodes {
-		subnet := innerSubnet(0, i)
+		subnet := innerSubnet(i)
 		ends[i] = programEnd{Number: i + 1, Underlay: n.Addrs[0], Inner: subnet.Addr(), Subnet: subnet, Dir: filepath.Join(l.Dir, n.ID)}
 	}
 	etcd := ""
@@ -190,14 +190,17 @@ func (s *site) startProgram(ctx context.Context, l *lab.Lab) error {
 			return err
 		}
 	}
-	s.from, s.to = ends[0].Inner, ends[1].Inner
-	if p.Address != "" {
-		var err error
-		if s.from, err = p.address(ctx, l.Nodes[0], nodes[0]); err != nil {
+	s.to = ends[0].Inner
+	if p.Address == "" {
+		return nil
+	}
+	for i, n := range l.Nodes {
+		inner, err := p.address(ctx, n, nodes[i])
+		if err != nil {
 			return err
 		}
-		if s.to, err = p.address(ctx, l.Nodes[1], nodes[1]); err != nil {
-			return err
+		if i == 0 {
+			s.to = inner
 		}
 	}
 	return nil
@@ -292,8 +295,8 @@ func (s *site) configureProgram(ctx context.Context, n *lab.Node, in programNode
 }
 
 // configureDevice gives a device its MTU, the underlay's less cost, its
-// address, and the route to the other node's subnet.
-func configureDevice(dev netlink.Link, underlay string, cost int, self netip.Addr, other netip.Prefix) error {
+// address, and the routes to the other nodes' subnets.
+func configureDevice(dev netlink.Link, underlay string, cost int, self netip.Addr, others ...netip.Prefix) error {
 	under, err := netlink.LinkByName(underlay)
 	if err != nil {
 		return fmt.Errorf("underlay link %s: %w", underlay, err)
@@ -308,10 +311,12 @@ func configureDevice(dev netlink.Link, underlay string, cost int, self netip.Add
 	if err := netlink.LinkSetUp(dev); err != nil {
 		return fmt.Errorf("setting %s up: %w", name, err)
 	}
-	if err := netlink.RouteReplace(&netlink.Route{
-		LinkIndex: dev.Attrs().Index, Dst: host.IPNet(other), Scope: netlink.SCOPE_LINK, Src: self.AsSlice(),
-	}); err != nil {
-		return fmt.Errorf("route %s by %s: %w", other, name, err)
+	for _, other := range others {
+		if err := netlink.RouteReplace(&netlink.Route{
+			LinkIndex: dev.Attrs().Index, Dst: host.IPNet(other), Scope: netlink.SCOPE_LINK, Src: self.AsSlice(),
+		}); err != nil {
+			return fmt.Errorf("route %s by %s: %w", other, name, err)
+		}
 	}
 	return nil
 }

@@ -20,15 +20,15 @@ import (
 )
 
 // Between two real hosts one is the server and one the client: each carries its
-// half of a datapath, the client dials and keeps the report, and asks the
+// part of a datapath, the client dials and keeps the report, and asks the
 // server for the rest over one TCP connection, a line of JSON each way:
 //
 //	client                                  server
 //	hello                  ->               its machine, its underlay's link
-//	start half             ->               starts `bench node` in its own namespace
+//	start part             ->               starts `bench node` in its own namespace
 //	open, read, close      ->               load.Local
-//	cost of a half         ->               costHere
-//	stop half              ->               ends it
+//	cost of a part         ->               costHere
+//	stop part              ->               ends it
 //
 // When the connection ends, so does everything that the server started for it.
 
@@ -36,11 +36,11 @@ import (
 const DefaultPort = 8475
 
 // protocol is the version of what is said.
-const protocol = 1
+const protocol = 2
 
 type request struct {
 	Do      string    `json:"do"`
-	Half    Half      `json:"half,omitzero"`
+	Part    Part      `json:"part,omitzero"`
 	Spec    load.Spec `json:"spec,omitzero"`
 	Session int       `json:"session,omitempty"`
 }
@@ -90,7 +90,7 @@ func serveOne(ctx context.Context, c net.Conn, self string) error {
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	s := &served{self: self, sessions: map[int]load.Session{}, daemons: map[string][]daemon{}}
 	defer s.close()
-	defer load.Quiet()()
+	defer load.Quiet(mostStreams)()
 	in, out := json.NewDecoder(c), json.NewEncoder(c)
 	for {
 		var q request
@@ -129,15 +129,15 @@ func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, e
 		m := thisMachine()
 		return response{Protocol: protocol, Boot: bootID(), Machine: fmt.Sprintf("Linux %s, %d x %s", m.Kernel, m.CPUs, m.CPU), Link: u.Name}, nil
 	case "start":
-		one := &site{datapath: q.Half.entry()}
-		if err := one.startHere(ctx, q.Half, s.self); err != nil {
+		one := &site{datapath: q.Part.entry()}
+		if err := one.startHere(ctx, q.Part, s.self); err != nil {
 			return response{}, err
 		}
-		s.daemons[q.Half.Datapath] = one.daemons
+		s.daemons[q.Part.Datapath] = one.daemons
 		return response{}, nil
 	case "stop":
-		err := stopAll(s.daemons[q.Half.Datapath])
-		delete(s.daemons, q.Half.Datapath)
+		err := stopAll(s.daemons[q.Part.Datapath])
+		delete(s.daemons, q.Part.Datapath)
 		return response{}, err
 	case "open":
 		x, err := load.Local{Place: load.Here{}}.Open(ctx, q.Spec)
@@ -159,20 +159,20 @@ func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, e
 		r, err := x.Reading()
 		return response{Reading: r}, err
 	case "cost":
-		all, err := costHere(ctx, s.daemons[q.Half.Datapath])
+		all, err := costHere(ctx, s.daemons[q.Part.Datapath])
 		return response{Cost: all}, err
 	}
 	return response{}, fmt.Errorf("a client that wants %q is of another version", q.Do)
 }
 
-// entry is the datapath that the half is of.
-func (h Half) entry() Datapath {
+// entry is the datapath that the part is of.
+func (p Part) entry() Datapath {
 	for _, d := range Datapaths() {
-		if d.Name == h.Datapath {
+		if d.Name == p.Datapath {
 			return d
 		}
 	}
-	return Datapath{Name: h.Datapath}
+	return Datapath{Name: p.Datapath}
 }
 
 func addrOf(a net.Addr) netip.Addr { return a.(*net.TCPAddr).AddrPort().Addr().Unmap() }
@@ -288,19 +288,19 @@ func (s *remoteSession) Close() error {
 	return err
 }
 
-// startExisting starts both halves of a datapath between this host and the
+// startExisting starts both parts of a datapath between this host and the
 // server's, in their own namespaces.
 func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *site, err error) {
-	s := &site{underlay: Existing, datapath: d, near: load.Here{}, far: r, from: r.here, to: r.there}
+	s := &site{underlay: Existing, datapath: d, near: []load.Place{load.Here{}}, far: r, to: r.there}
 	s.farCost = func(ctx context.Context) (cost, error) {
-		a, err := r.ask(ctx, request{Do: "cost", Half: Half{Datapath: d.Name}})
+		a, err := r.ask(ctx, request{Do: "cost", Part: Part{Datapath: d.Name}})
 		if r.same {
 			a.Cost.Machine = CPUTime{}
 		}
 		return a.Cost, err
 	}
 	s.close = func() error {
-		_, err := r.ask(context.Background(), request{Do: "stop", Half: Half{Datapath: d.Name}})
+		_, err := r.ask(context.Background(), request{Do: "stop", Part: Part{Datapath: d.Name}})
 		return errors.Join(stopAll(s.daemons), err)
 	}
 	defer func() {
@@ -313,30 +313,30 @@ func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *
 	case d.Program != nil:
 		return s, unavailable("other programs are measured in a lab only")
 	case !d.none:
-		h := Half{Datapath: d.Name, Slot: datapathOrder(d.Name), Underlay: [2]netip.Addr{r.here, r.there}, Peers: 1}
-		h.Port = tunnelPort + uint16(h.Slot)
-		here, there := h, h
-		here.Link, there.Link = r.link[0], r.link[1]
-		there.Index = 1
-		if _, err := r.ask(ctx, request{Do: "start", Half: there}); err != nil {
+		p := Part{Datapath: d.Name, Slot: datapathOrder(d.Name), Underlay: []netip.Addr{r.there, r.here}}
+		p.Port = tunnelPort + uint16(p.Slot)
+		there, here := p, p
+		there.Link, here.Link = r.link[1], r.link[0]
+		here.Index = 1
+		if _, err := r.ask(ctx, request{Do: "start", Part: there}); err != nil {
 			return s, err
 		}
 		if err := s.startHere(ctx, here, self); err != nil {
 			return s, err
 		}
-		s.from, s.to = here.self().Addr(), there.self().Addr()
+		s.to = there.self().subnet.Addr()
 	}
 	return s, s.reach(ctx)
 }
 
-// startHere carries a half in the namespace of this process.
-func (s *site) startHere(ctx context.Context, h Half, self string) error {
+// startHere carries a part in the namespace of this process.
+func (s *site) startHere(ctx context.Context, part Part, self string) error {
 	dir, err := os.MkdirTemp("", "culvert-bench-")
 	if err != nil {
 		return err
 	}
-	h.RunDir = dir
-	args, err := nodeArgs(h)
+	part.RunDir = dir
+	args, err := nodeArgs(part)
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
 	}

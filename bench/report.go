@@ -215,6 +215,9 @@ func Load(path string) (*Report, error) {
 	if r.Schema != Schema {
 		return nil, fmt.Errorf("%s has schema %d, and this version reads schema %d: measure again, or compare with the version that wrote it", path, r.Schema, Schema)
 	}
+	if r.Machine.Nodes == 0 {
+		r.Machine.Nodes = 2 // what it was before it was said
+	}
 	for i, x := range r.Results {
 		if x.Metric.order() < 0 || len(x.Rounds) == 0 {
 			return nil, fmt.Errorf("%s: result %d (metric %q, %d rounds) is none of schema %d", path, i+1, string(x.Metric), len(x.Rounds), Schema)
@@ -271,11 +274,14 @@ type Machine struct {
 
 	Congestion string  `json:"congestion_control"`
 	Generator  string  `json:"generator"`
+	Nodes      int     `json:"nodes"`            // all but the first sent to that one at once
 	Duration   float64 `json:"duration_seconds"` // of one measurement
 	Warmup     float64 `json:"warmup_seconds"`   // before each
 	// Offloads are the features of the underlay's links, by profile, as they
 	// were read back.
 	Offloads map[string]map[string]bool `json:"offloads,omitempty"`
+	// Bridge are those of the links of the bridge that joins more than two nodes.
+	Bridge map[string]map[string]bool `json:"bridge_offloads,omitempty"`
 	// Programs are the versions of other people's programs that took part.
 	Programs map[string]string `json:"programs,omitempty"`
 }

@@ -20,7 +20,7 @@ func sample() *Report {
 	r := &Report{Schema: Schema, Machine: Machine{
 		Time: time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC), Culvert: "v1.2.3", Go: "go1.26.0", Kernel: "6.18.44",
 		Arch: "amd64", CPU: "AMD EPYC", CPUs: 2, MemoryMB: 24000, Governor: "none", Load: 0.25, Steal: 0.01,
-		Congestion: "cubic", Generator: "builtin", Duration: 1, Warmup: 0.25,
+		Congestion: "cubic", Generator: "builtin", Nodes: 2, Duration: 1, Warmup: 0.25,
 		Offloads: map[string]map[string]bool{"offload": {"rx-gro": true}, "bare": {"rx-gro": false, "tx-udp-segmentation": false}},
 		Programs: map[string]string{"tinc": "tinc version 1.0.36"},
 	}}
@@ -174,7 +174,11 @@ func TestCompare(t *testing.T) {
 		for _, v := range after {
 			b.add("offload", "native", "tcp1", m, v)
 		}
-		return Compare(a, b)
+		c, err := Compare(a, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
 	}
 	for _, c := range []struct {
 		name          string
@@ -225,10 +229,18 @@ func TestCompareTable(t *testing.T) {
 	after.add("cloud", "native", "rr", P99, 3)
 	after.Machine.Kernel = "6.19"
 	var b bytes.Buffer
-	if err := Compare(before, after).Table(&b, 0.10); err != nil {
+	c, err := Compare(before, after)
+	if err == nil {
+		err = c.Table(&b, 0.10)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	golden(t, "compare.table", b.Bytes())
+	after.Machine.Nodes = 3
+	if _, err := Compare(before, after); err == nil || !strings.Contains(err.Error(), "of 2 nodes and the new one of 3") {
+		t.Errorf("other nodes: %v", err)
+	}
 }
 
 func TestPage(t *testing.T) {

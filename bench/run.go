@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 type Options struct {
 	Underlays, Datapaths, Workloads []string // names
 
+	Nodes            int // all but the first send to that one at once
 	Rounds           int
 	Duration, Warmup time.Duration // of each measurement
 	Lossfree         bool          // UDP: search the highest rate without loss too
@@ -42,6 +44,7 @@ func (o *Options) Resume(prior *Report) error {
 		{"culvert", was.Culvert, o.Version},
 		{"kernel", was.Kernel, now.Kernel},
 		{"CPU", was.CPU, now.CPU},
+		{"nodes", strconv.Itoa(was.Nodes), strconv.Itoa(o.Nodes)},
 		{"generator", was.Generator, o.Generator},
 		{"duration", seconds(was.Duration), o.Duration.String()},
 		{"warm-up", seconds(was.Warmup), o.Warmup.String()},
@@ -53,6 +56,9 @@ func (o *Options) Resume(prior *Report) error {
 	o.prior = prior
 	return nil
 }
+
+// MostNodes is how many nodes a lab of Run has at most.
+const MostNodes = 250
 
 // Progress is how far a run has come.
 type Progress struct {
@@ -81,12 +87,16 @@ func (o Options) Check() error {
 		}
 	}
 	switch existing := slices.Contains(o.Underlays, Existing); {
+	case existing && o.Nodes != 2:
+		return fmt.Errorf("the underlay %s joins two hosts: --nodes is for labs", Existing)
 	case existing && len(o.Underlays) > 1:
 		return fmt.Errorf("the underlay %s is measured alone: it is another network than those of labs", Existing)
 	case existing && o.Remote == nil:
 		return fmt.Errorf("the underlay %s needs --server on one host and --client ADDR on the other", Existing)
 	case !existing && o.Remote != nil:
 		return fmt.Errorf("a client measures the underlay %s: --underlay %s", Existing, Existing)
+	case o.Nodes < 2 || o.Nodes > MostNodes:
+		return fmt.Errorf("%d nodes: 2 to %d", o.Nodes, MostNodes)
 	case o.Rounds < 1:
 		return fmt.Errorf("%d rounds: at least 1", o.Rounds)
 	case o.Duration < 50*time.Millisecond:
@@ -131,6 +141,10 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	m.Culvert, m.Congestion = o.Version, load.Congestion
 	m.Generator = r.method.generator.name()
 	m.Duration, m.Warmup = o.Duration.Seconds(), o.Warmup.Seconds()
+	m.Nodes = o.Nodes
+	if underlayOf(o.Nodes) == lab.Bridged {
+		m.Bridge = map[string]map[string]bool{}
+	}
 	m.Programs = versions(o.Datapaths)
 	if o.Generator == "iperf3" {
 		m.Programs["iperf3"] = iperf3Version()
@@ -140,6 +154,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		r.report.Results, r.report.Failed = slices.Clone(o.prior.Results), slices.Clone(o.prior.Failed)
 		m.Time, m.Load, m.Steal = o.prior.Machine.Time, max(m.Load, o.prior.Machine.Load), o.prior.Machine.Steal
 		maps.Copy(m.Offloads, o.prior.Machine.Offloads)
+		maps.Copy(m.Bridge, o.prior.Machine.Bridge)
 		maps.Copy(m.Programs, o.prior.Machine.Programs)
 		// What failed is tried again.
 		for _, u := range o.Underlays {
@@ -150,7 +165,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 			}
 		}
 	}
-	defer load.Quiet()()
+	defer load.Quiet(mostStreams * (o.Nodes - 1))()
 	err := r.run(ctx)
 	r.report.sort()
 	return r.report, err
@@ -229,6 +244,9 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	r.tell(fmt.Sprintf("%s: starting %s", underlay, d.Name))
 	r.report.forgive(underlay, d.Name, "")
 	ok, why := d.Available()
+	if d.Program != nil && r.Nodes > 2 {
+		ok, why = false, "joins two nodes"
+	}
 	if ok && underlay == Existing {
 		ok, why = r.roomFor(d)
 	}
@@ -242,7 +260,7 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	if underlay == Existing {
 		s, err = startExisting(ctx, d, r.Remote, r.Self)
 	} else {
-		s, err = startLab(ctx, d, siteOptions{profile: lab.Profile(underlay), self: r.Self})
+		s, err = startLab(ctx, d, siteOptions{nodes: r.Nodes, profile: lab.Profile(underlay), self: r.Self})
 	}
 	if ctx.Err() != nil {
 		if s != nil && err == nil {
@@ -256,6 +274,9 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 		return nil
 	}
 	r.report.Machine.Offloads[underlay] = s.offloads
+	if s.bridge != nil {
+		r.report.Machine.Bridge[underlay] = s.bridge
+	}
 	r.sites[d.Name] = s
 	return nil
 }

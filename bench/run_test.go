@@ -14,6 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
+	"culvert/bench/load"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
 )
@@ -26,7 +29,7 @@ func options(t *testing.T, datapaths, workloads string) Options {
 	}
 	return Options{
 		Underlays: []string{"offload"}, Datapaths: strings.Split(datapaths, ","), Workloads: strings.Split(workloads, ","),
-		Rounds: 1, Duration: 60 * time.Millisecond, Warmup: 20 * time.Millisecond, Generator: "builtin",
+		Nodes: 2, Rounds: 1, Duration: 60 * time.Millisecond, Warmup: 20 * time.Millisecond, Generator: "builtin",
 		Self: self, Version: "test",
 	}
 }
@@ -380,7 +383,7 @@ func TestScale(t *testing.T) {
 func TestCheckNamesTheChoices(t *testing.T) {
 	good := Options{
 		Underlays: []string{"offload"}, Datapaths: []string{"native"}, Workloads: []string{"rr"},
-		Rounds: 1, Duration: time.Second, Generator: "builtin",
+		Nodes: 2, Rounds: 1, Duration: time.Second, Generator: "builtin",
 	}
 	if err := good.Check(); err != nil {
 		t.Fatal(err)
@@ -390,6 +393,9 @@ func TestCheckNamesTheChoices(t *testing.T) {
 		`there is no datapath "vxlan": native, host-gw, vxlan/kernel`:        func(o *Options) { o.Datapaths = []string{"vxlan"} },
 		`there is no workload "tcp": tcp1, tcp4`:                             func(o *Options) { o.Workloads = []string{"tcp"} },
 		"no workload is chosen: tcp1":                                        func(o *Options) { o.Workloads = nil },
+		"1 nodes: 2 to 250":                                                  func(o *Options) { o.Nodes = 1 },
+		"251 nodes: 2 to 250":                                                func(o *Options) { o.Nodes = 251 },
+		"joins two hosts":                                                    func(o *Options) { o.Underlays, o.Remote, o.Nodes = []string{Existing}, &Remote{}, 3 },
 		"0 rounds: at least 1":                                               func(o *Options) { o.Rounds = 0 },
 		"at least 50ms":                                                      func(o *Options) { o.Duration = time.Microsecond },
 		"a warm-up of -1s":                                                   func(o *Options) { o.Warmup = -time.Second },
@@ -475,4 +481,75 @@ func TestParseCPU(t *testing.T) {
 	if _, err := processRSS(1 << 30); err == nil {
 		t.Error("a process that is not there")
 	}
+}
+
+// TestFanIn has two nodes send to the first at once:
+//
+//	n2 ──┐
+//	     bridge ── n1
+//	n3 ──┘
+func TestFanIn(t *testing.T) {
+	labtest.NeedTUN(t)
+	o := options(t, "native,host-gw,vxlan/kernel,vxlan/userspace,naive,wireguard-go,ipip/userspace,fastd", "tcp1,tcp1-reverse,udp64,rr,crr")
+	o.Nodes, o.Lossfree, o.Underlays = 3, true, []string{"cloud"}
+	if testing.Short() {
+		o.Datapaths = []string{"native", "vxlan/userspace", "naive", "fastd"}
+	}
+	r, err := Run(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range o.Datapaths {
+		if d == "fastd" {
+			if f, ok := r.failed("cloud", d, "rr"); !ok || !f.Unavailable || f.Reason != "joins two nodes" {
+				t.Errorf("%+v", f)
+			}
+			continue
+		}
+		for w, m := range map[string]Metric{"tcp1": Throughput, "tcp1-reverse": Throughput, "udp64": Rate, "rr": P50, "crr": Connections} {
+			if x, ok := r.Find("cloud", d, w, m); !ok || x.Median <= 0 {
+				t.Errorf("%s %s: %+v", d, w, x)
+			}
+		}
+	}
+	if len(r.Failed) != 1 || r.Broken() {
+		t.Errorf("failed: %+v", r.Failed)
+	}
+	if at := r.Machine.Bridge["cloud"]; r.Machine.Nodes != 3 || at["rx-gro"] || at["tx-udp_tnl-segmentation"] || !at["tx-tcp-segmentation"] {
+		t.Errorf("%d nodes, at the bridge %v", r.Machine.Nodes, at)
+	}
+
+	s, err := startLab(t.Context(), Datapath{Name: "vxlan/userspace"}, siteOptions{nodes: 3, profile: lab.Cloud, self: o.Self})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.close() }()
+	defer load.Quiet(mostStreams * 2)()
+	for _, w := range []workload{{streams: 1}, {payload: 64}, {rr: true}, {crr: true}} {
+		before := []uint64{sentPackets(t, s.labs.Nodes[1]), sentPackets(t, s.labs.Nodes[2])}
+		if _, err := (builtin{}).measure(t.Context(), s, w, method{duration: o.Duration}); err != nil {
+			t.Fatal(err)
+		}
+		for i, was := range before {
+			if n := sentPackets(t, s.labs.Nodes[i+1]) - was; n < 20 {
+				t.Errorf("%+v: node %d sent %d packets", w, i+2, n)
+			}
+		}
+	}
+}
+
+func sentPackets(t *testing.T, n *lab.Node) uint64 {
+	t.Helper()
+	var packets uint64
+	err := n.Do(func() error {
+		link, err := netlink.LinkByName(n.Link)
+		if err == nil {
+			packets = link.Attrs().Statistics.TxPackets
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return packets
 }

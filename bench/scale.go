@@ -102,7 +102,7 @@ func Scale(ctx context.Context, o ScaleOptions) (*ScaleReport, error) {
 	for _, n := range o.Peers {
 		r.Scale = append(r.Scale, Scaled{Peers: n})
 	}
-	defer load.Quiet()()
+	defer load.Quiet(1)()
 	err := r.datapath(ctx, o)
 	for i := range r.Scale {
 		if err != nil {
@@ -129,7 +129,7 @@ func (r *ScaleReport) datapath(ctx context.Context, o ScaleOptions) (err error) 
 		}
 	}()
 	for _, n := range o.Peers {
-		s, err := startLab(ctx, Datapath{Name: "vxlan/userspace"}, siteOptions{profile: offloadProfile, self: o.Self, peers: n})
+		s, err := startLab(ctx, Datapath{Name: "vxlan/userspace"}, siteOptions{nodes: 2, profile: offloadProfile, self: o.Self, absent: n - 1})
 		if err != nil {
 			return fmt.Errorf("a table of %d peers: %w", n, err)
 		}
@@ -189,7 +189,7 @@ func (s *Scaled) inLab(ctx context.Context, l *lab.Lab, o ScaleOptions) error {
 		},
 	}}}
 	defer store.client.CloseIdleConnections()
-	far, err := l.Nodes[1].AddHandmadeVXLAN(lab.VXLANOptions{Subnet: innerSubnet(0, 1)})
+	far, err := l.Nodes[1].AddHandmadeVXLAN(lab.VXLANOptions{Subnet: innerSubnet(1)})
 	if err != nil {
 		return err
 	}
@@ -297,7 +297,7 @@ func (s *Scaled) firstPacket(ctx context.Context, l *lab.Lab, store gateway, lea
 		return 0, err
 	}
 	defer far.Close()
-	near, err := load.StartDatagrams(l.Nodes[0].Namespace, far.Addr(), smallPacket, perSecond)
+	near, err := load.StartDatagrams([]load.Place{l.Nodes[0].Namespace}, far.Addr(), smallPacket, perSecond)
 	if err != nil {
 		return 0, err
 	}

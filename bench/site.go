@@ -17,34 +17,36 @@ import (
 // startTime is how long a datapath may take until a packet has passed.
 const startTime = 15 * time.Second
 
-// site is two nodes with a datapath between them.
+// site is nodes with a datapath between them: all but the first send to that
+// one at once.
 type site struct {
 	underlay string
 	datapath Datapath
-	offloads map[string]bool // of the underlay's links
+	offloads map[string]bool // of the nodes' links of the underlay
+	bridge   map[string]bool // of the bridge's, if one lies between
 
-	near     load.Place // what dials
-	far      load.End   // what listens
-	farPlace *lab.Namespace
-	from, to netip.Addr // inner addresses: near, far
-	daemons  []daemon
-	labs     *lab.Lab
-	farCost  func(context.Context) (cost, error) // of another machine; nil for this one
-	steal    float64                             // the highest share of CPU time that the hypervisor took
-	close    func() error
+	near    []load.Place // what dials: all nodes but the first
+	far     load.End     // what listens: the first
+	to      netip.Addr   // the first node's inner address
+	daemons []daemon
+	labs    *lab.Lab
+	farCost func(context.Context) (cost, error) // of another machine; nil for this one
+	steal   float64                             // the highest share of CPU time that the hypervisor took
+	close   func() error
 }
 
 type siteOptions struct {
+	nodes   int
 	profile lab.Profile
 	self    string // this program
-	peers   int    // in the datapath's table
+	absent  int    // peers in the datapath's table that are not there
 }
 
 func localEnd(p load.Place) load.End { return load.Local{Place: p} }
 
-// nodeArgs are the arguments by which this program carries a half.
-func nodeArgs(h Half) ([]string, error) {
-	text, err := json.Marshal(h)
+// nodeArgs are the arguments by which this program carries a part.
+func nodeArgs(p Part) ([]string, error) {
+	text, err := json.Marshal(p)
 	return []string{"bench", "node", string(text)}, err
 }
 
@@ -55,7 +57,7 @@ func (s *site) add(p process, runDir string) {
 	s.daemons = append(s.daemons, daemon{process: p, runDir: runDir})
 }
 
-// ready waits until the halves say that they are.
+// ready waits until the parts say that they are.
 func (s *site) ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
@@ -89,16 +91,18 @@ func said(p process, prefix string) (string, bool) {
 	return "", false
 }
 
-// reach waits until a datagram has passed.
+// reach waits until a datagram from each node has passed.
 func (s *site) reach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
-	err := load.Reach(ctx, s.near, s.far, s.to)
-	if dead := alive(s.daemons); dead != nil {
-		return dead
-	}
-	if err != nil {
-		return fmt.Errorf("nothing has come through to %s: %w", s.to, err)
+	for _, n := range s.near {
+		err := load.Reach(ctx, n, s.far, s.to)
+		if dead := alive(s.daemons); dead != nil {
+			return dead
+		}
+		if err != nil {
+			return fmt.Errorf("nothing has come through to %s: %w", s.to, err)
+		}
 	}
 	return nil
 }
@@ -107,9 +111,9 @@ func (s *site) reach(ctx context.Context) error {
 type cost struct {
 	Machine  CPUTime `json:"machine"`  // of all machines that took part
 	Daemons  float64 `json:"daemons"`  // CPU seconds
-	RSS      float64 `json:"rss"`      // bytes, of the larger daemon
+	RSS      float64 `json:"rss"`      // bytes, of the largest daemon
 	Syscalls uint64  `json:"syscalls"` // of the daemons, where they count them
-	Packets  uint64  `json:"packets"`  // that entered the tunnel, at either end
+	Packets  uint64  `json:"packets"`  // that entered the tunnel, at any node
 }
 
 func (s *site) cost(ctx context.Context) (cost, error) {

@@ -69,6 +69,7 @@ func (r *Report) Table(w io.Writer, reference string) error {
 		m.Culvert, m.Go, m.Kernel, m.CPUs, cmp.Or(m.CPU, m.Arch), m.Governor, m.Load)
 	fmt.Fprintf(&b, "generator %s, TCP %s, %s each after %s; medians, ± half of max - min, x ratio to %s\n",
 		m.Generator, m.Congestion, seconds(m.Duration), seconds(m.Warmup), reference)
+	fmt.Fprintf(&b, "%s\n", m.joined())
 	for _, u := range r.underlays() {
 		for _, s := range sections() {
 			r.section(&b, u, s, reference)

@@ -48,7 +48,7 @@ func TestGeneratorCountsAsTheKernelDoes(t *testing.T) {
 
 	sent, got := udpCounter(t, near, "OutDatagrams"), udpCounter(t, far, "InDatagrams")
 	drain := open(load.Drain)
-	datagrams, err := load.StartDatagrams(near, drain.Addr(), 1400, 0)
+	datagrams, err := load.StartDatagrams([]load.Place{near}, drain.Addr(), 1400, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +66,7 @@ func TestGeneratorCountsAsTheKernelDoes(t *testing.T) {
 
 	before := linkBytes(t, far)
 	sink := open(load.Sink)
-	streams, err := load.StartStreams(near, sink.Addr(), 1, false)
+	streams, err := load.StartStreams([]load.Place{near}, sink.Addr(), 1, false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -34,30 +34,33 @@ func wireGuardKey(index int) (private []byte, public []byte, err error) {
 	return key.Bytes(), key.PublicKey().Bytes(), nil
 }
 
-func openWireGuard(h Half, log *slog.Logger) (carrier, error) {
-	private, _, err := wireGuardKey(h.Index)
+func openWireGuard(p Part, log *slog.Logger) (carrier, error) {
+	private, _, err := wireGuardKey(p.Index)
 	if err != nil {
 		return nil, err
 	}
-	_, peer, err := wireGuardKey(1 - h.Index)
-	if err != nil {
-		return nil, err
+	config := fmt.Sprintf("private_key=%s\nlisten_port=%d\n", hex.EncodeToString(private), p.Port)
+	for _, o := range p.others() {
+		_, peer, err := wireGuardKey(o.index)
+		if err != nil {
+			return nil, err
+		}
+		config += fmt.Sprintf("public_key=%s\nallowed_ip=%s\nendpoint=%s:%d\n", hex.EncodeToString(peer), o.subnet, o.underlay, p.Port)
 	}
-	t, err := tun.CreateTUN(h.device(), device.DefaultMTU)
+	t, err := tun.CreateTUN(p.device(), device.DefaultMTU)
 	if err != nil {
-		return nil, fmt.Errorf("making the TUN device %s: %w", h.device(), err)
+		return nil, fmt.Errorf("making the TUN device %s: %w", p.device(), err)
 	}
-	w := &wireGuard{name: h.device(), device: device.NewDevice(t, conn.NewDefaultBind(), &device.Logger{
+	w := &wireGuard{name: p.device(), device: device.NewDevice(t, conn.NewDefaultBind(), &device.Logger{
 		Verbosef: device.DiscardLogf,
 		Errorf:   func(format string, args ...any) { log.Error("wireguard-go", "reason", fmt.Sprintf(format, args...)) },
 	})}
-	err = w.device.IpcSet(fmt.Sprintf("private_key=%s\nlisten_port=%d\npublic_key=%s\nallowed_ip=%s\nendpoint=%s:%d\n",
-		hex.EncodeToString(private), h.Port, hex.EncodeToString(peer), h.other(), h.Underlay[1-h.Index], h.Port))
+	err = w.device.IpcSet(config)
 	if err == nil {
 		err = w.device.Up()
 	}
 	if err == nil {
-		err = tunDevice(h, 80) // device.DefaultMTU is 1420
+		err = tunDevice(p, 80) // device.DefaultMTU is 1420
 	}
 	if err != nil {
 		return nil, errors.Join(err, w.Close())

@@ -20,11 +20,14 @@ type workload struct {
 	loaded  bool // requests beside one TCP stream
 }
 
+// mostStreams is how many streams a sender has at most.
+const mostStreams = 16
+
 func workloads() []workload {
 	return []workload{
 		{name: "tcp1", about: "one TCP stream", streams: 1},
 		{name: "tcp4", about: "four TCP streams", streams: 4},
-		{name: "tcp16", about: "16 TCP streams", streams: 16},
+		{name: "tcp16", about: "16 TCP streams", streams: mostStreams},
 		{name: "tcp1-reverse", about: "one TCP stream from the end that listens", streams: 1, reverse: true},
 		{name: "udp64", about: "UDP datagrams of 64 bytes", payload: 64},
 		{name: "udp512", about: "UDP datagrams of 512 bytes", payload: 512},
@@ -307,7 +310,7 @@ func (builtin) requests(ctx context.Context, s *site, w workload, m method) (_ f
 }
 
 func (builtin) connections(ctx context.Context, s *site, m method) (_ figures, err error) {
-	far, err := s.far.Open(ctx, load.Spec{Kind: load.Accept, At: s.to})
+	far, err := s.far.Open(ctx, load.Spec{Kind: load.Accept, At: s.to, Near: len(s.near)})
 	if err != nil {
 		return nil, err
 	}

@@ -1,9 +1,10 @@
 // Package load is the generator of the benchmarks' traffic, and its measure:
 // TCP streams, UDP datagrams, requests and connections between two ends.
 //
-// One end listens (Local, or Remote on another machine) and the other dials:
+// One end listens (Local, or Remote on another machine) and the others dial, one
+// or more:
 //
-//	near end                                  far end
+//	near ends                                 far end
 //	Streams, Datagrams, Requests, ...         Local.Open -> Session
 //	  socket in its place  ── the datapath ──  socket in its place
 //	                                          Session.Reading: what came, and when

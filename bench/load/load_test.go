@@ -14,9 +14,12 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var loopback = []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("::1")}
 
+// here are two near ends.
+var here = []Place{Here{}, Here{}}
+
 func openSession(t *testing.T, kind Kind, at netip.Addr) Session {
 	t.Helper()
-	s, err := Local{Here{}}.Open(t.Context(), Spec{Kind: kind, At: at})
+	s, err := Local{Here{}}.Open(t.Context(), Spec{Kind: kind, At: at, Near: len(here)})
 	if err != nil {
 		if at.Is6() {
 			t.Skipf("no IPv6 here: %v", err)
@@ -39,7 +42,7 @@ func TestStreams(t *testing.T) {
 				kind = Source
 			}
 			far := openSession(t, kind, at)
-			near, err := StartStreams(Here{}, far.Addr(), 3, reverse)
+			near, err := StartStreams(here, far.Addr(), 3, reverse)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -67,7 +70,7 @@ func TestPacedDatagrams(t *testing.T) {
 	far := openSession(t, Drain, loopback[0])
 	const perSecond = 5000
 	start := time.Now()
-	near, err := StartDatagrams(Here{}, far.Addr(), 100, perSecond)
+	near, err := StartDatagrams(here, far.Addr(), 100, perSecond)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,12 +98,12 @@ func TestPacedDatagrams(t *testing.T) {
 func TestRequestsAndConnections(t *testing.T) {
 	for _, at := range loopback {
 		far := openSession(t, Echo, at)
-		took, err := Requests(t.Context(), Here{}, far.Addr(), 10*time.Millisecond, 50*time.Millisecond)
+		took, err := Requests(t.Context(), here, far.Addr(), 10*time.Millisecond, 50*time.Millisecond)
 		if err != nil || len(took) < 10 || took[0] <= 0 || took[0] > took[len(took)-1] {
 			t.Fatalf("%d requests: %v", len(took), err)
 		}
 		far = openSession(t, Accept, at)
-		perSecond, err := Connections(t.Context(), Here{}, far.Addr(), 10*time.Millisecond, 100*time.Millisecond)
+		perSecond, err := Connections(t.Context(), here, far.Addr(), 10*time.Millisecond, 100*time.Millisecond)
 		if err != nil || perSecond < 10 {
 			t.Errorf("%g per second: %v", perSecond, err)
 		}
@@ -116,11 +119,11 @@ func TestEndsWithContext(t *testing.T) {
 	defer cancel()
 	far := openSession(t, Echo, loopback[0])
 	start := time.Now()
-	if _, err := Requests(ctx, Here{}, far.Addr(), 0, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := Requests(ctx, here, far.Addr(), 0, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
 	far = openSession(t, Accept, loopback[0])
-	if _, err := Connections(ctx, Here{}, far.Addr(), 0, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := Connections(ctx, here, far.Addr(), 0, time.Minute); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
 	if took := time.Since(start); took > 5*time.Second {
@@ -134,10 +137,10 @@ func TestNobodyThere(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := StartStreams(Here{}, to, 1, false); err == nil {
+	if _, err := StartStreams(here, to, 1, false); err == nil {
 		t.Error("a stream to nobody")
 	}
-	if _, err := Requests(t.Context(), Here{}, to, 0, time.Second); err == nil {
+	if _, err := Requests(t.Context(), here, to, 0, time.Second); err == nil {
 		t.Error("requests to nobody")
 	}
 	if _, err := (Local{Here{}}).Open(t.Context(), Spec{Kind: "teapot", At: loopback[0]}); err == nil {

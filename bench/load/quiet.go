@@ -6,11 +6,12 @@ import (
 )
 
 // Quiet keeps the runtime of this process out of the measurements: there are
-// processors for every thread that sits in a system call, and no collection of
-// garbage while traffic runs. The returned function undoes it.
-func Quiet() (undo func()) {
-	const processors = 48 // two threads per stream of the largest workload, and the rest
-	before := runtime.GOMAXPROCS(processors)
+// processors for every thread that sits in a system call, with so many streams
+// at once, and no collection of garbage while traffic runs. The returned function
+// undoes it.
+func Quiet(streams int) (undo func()) {
+	const rest = 16
+	before := runtime.GOMAXPROCS(2*streams + rest) // a thread at each end
 	collect := debug.SetGCPercent(-1)
 	// Of what is made between the measurements little remains; what does may
 	// grow to this many bytes before it is collected all the same.

@@ -28,7 +28,8 @@ const (
 // Spec asks a far end for a session.
 type Spec struct {
 	Kind Kind       `json:"kind"`
-	At   netip.Addr `json:"at"` // where it listens
+	At   netip.Addr `json:"at"`             // where it listens
+	Near int        `json:"near,omitempty"` // how many dial an Accept at once; 1 if zero
 }
 
 // Reading is what a receiver has got, up to a moment of its own clock.
@@ -150,10 +151,12 @@ func (s *session) listen(p Place) error {
 	if err != nil {
 		return err
 	}
-	if s.spec.Kind == Accept {
-		s.threads.startFar(s.accept)
-	} else {
+	if s.spec.Kind != Accept {
 		s.threads.start(s.accept)
+		return nil
+	}
+	for range max(s.spec.Near, 1) {
+		s.threads.startFar(s.accept)
 	}
 	return nil
 }
@@ -180,7 +183,7 @@ func (s *session) accept() error {
 			return err
 		}
 		if s.spec.Kind == Accept {
-			// One after the other, on this thread: the near end waits for each.
+			// One after the other, on this thread: a near end waits for each.
 			if n, e := c.receiveOne(one); n == 1 && e == 0 && c.sendOne(one) == 0 {
 				s.packets.Add(1)
 				_, _ = c.receiveOne(one) // until the near end closes

@@ -24,7 +24,7 @@ import (
 // benchFlags are the flags of culvert bench.
 type benchFlags struct {
 	underlays, datapaths, workloads []string
-	rounds                          int
+	nodes, rounds                   int
 	duration, warmup                time.Duration
 	quick                           bool
 	generator                       string
@@ -162,6 +162,10 @@ a kind of network (--underlay), and by each datapath in turn. All are measured
 in interleaved rounds, so that a drift of the machine meets all alike; shown are
 medians, and ratios to the reference.
 
+More nodes (--nodes) are joined by a bridge, and all but the first send to that one
+at once: rates are sums, latencies are of all. Such figures are not comparable with
+those of two.
+
 Between two real hosts, on which culvert does not run: --underlay existing, with
 --server on one and --client on the other.
 
@@ -170,6 +174,7 @@ It needs root, or user namespaces and /dev/net/tun; root for real hosts.
 Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 		Example: `  culvert bench --quick
   culvert bench --underlay cloud --datapath vxlan/kernel,vxlan/userspace --workload tcp1,rr
+  culvert bench --nodes 5 --datapath vxlan/kernel,vxlan/userspace
   culvert bench --underlay existing --server
   culvert bench --underlay existing --client 192.0.2.1 --html page.html`,
 		Args: cobra.NoArgs,
@@ -181,6 +186,7 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags.StringSliceVar(&f.underlays, "underlay", bench.Underlays()[:4], "kinds of network")
 	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (all)")
 	flags.StringSliceVar(&f.workloads, "workload", bench.Workloads(), "kinds of traffic")
+	flags.IntVar(&f.nodes, "nodes", 2, fmt.Sprintf("how many, at most %d; all but the first send to that one at once", bench.MostNodes))
 	flags.IntVar(&f.rounds, "rounds", 3, "how often each is measured")
 	flags.DurationVar(&f.duration, "duration", time.Second, "how long each is measured")
 	flags.DurationVar(&f.warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
@@ -190,7 +196,7 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags.BoolVar(&f.server, "server", false, "with --underlay existing: be the far end for a client on another host")
 	flags.StringVar(&f.listen, "listen", fmt.Sprintf(":%d", bench.DefaultPort), "where the server listens; who reaches it may use it")
 	flags.StringVar(&f.client, "client", "", "with --underlay existing: measure between this host and the server at this address")
-	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": {"builtin", "iperf3"}} {
+	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": {"builtin", "iperf3"}, "nodes": {"2", "3", "5", "10"}} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
 	}
 	c.AddCommand(newBenchCompareCommand(), newBenchReportCommand(), newBenchScaleCommand(), newBenchNodeCommand())
@@ -214,7 +220,7 @@ func (f *benchFlags) run(c *cobra.Command) error {
 	}
 	o := bench.Options{
 		Underlays: f.underlays, Datapaths: f.datapaths, Workloads: f.workloads,
-		Rounds: f.rounds, Duration: f.duration, Warmup: f.warmup, Lossfree: !f.quick, Generator: f.generator,
+		Nodes: f.nodes, Rounds: f.rounds, Duration: f.duration, Warmup: f.warmup, Lossfree: !f.quick, Generator: f.generator,
 		Version: Version(), Self: self,
 	}
 	if f.server || f.client != "" {
@@ -254,6 +260,8 @@ func (f *benchFlags) existing(c *cobra.Command, o *bench.Options) error {
 		return usagef("bench: --server and --client are for different hosts")
 	case !slices.Equal(f.underlays, []string{bench.Existing}):
 		return usagef("bench: --server and --client are for --underlay %s", bench.Existing)
+	case f.nodes != 2:
+		return usagef("bench: the underlay %s joins two hosts: --nodes is for labs", bench.Existing)
 	case !lab.Privileged():
 		return errors.New("bench: measuring between real hosts makes devices on them, and needs root")
 	}
@@ -418,7 +426,10 @@ Exit code 1 if a figure got worse by more than --floor.`,
 			if err != nil {
 				return fmt.Errorf("bench compare: %w", err)
 			}
-			changes := bench.Compare(before, after)
+			changes, err := bench.Compare(before, after)
+			if err != nil {
+				return fmt.Errorf("bench compare: %w", err)
+			}
 			if err := changes.Table(c.OutOrStdout(), floor/100); err != nil {
 				return fmt.Errorf("bench compare: %w", err)
 			}
@@ -436,16 +447,16 @@ Exit code 1 if a figure got worse by more than --floor.`,
 // newBenchNodeCommand is what culvert bench starts in its nodes.
 func newBenchNodeCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:    "node HALF",
-		Short:  "Carry one half of a datapath (culvert bench starts this)",
+		Use:    "node PART",
+		Short:  "Carry one node's part of a datapath (culvert bench starts this)",
 		Hidden: true,
 		Args:   cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			var h bench.Half
-			if err := json.Unmarshal([]byte(args[0]), &h); err != nil {
+			var p bench.Part
+			if err := json.Unmarshal([]byte(args[0]), &p); err != nil {
 				return usagef("bench node: %w", err)
 			}
-			return bench.RunNode(c.Context(), h, c.OutOrStdout(), slog.New(slog.NewTextHandler(c.ErrOrStderr(), nil)))
+			return bench.RunNode(c.Context(), p, c.OutOrStdout(), slog.New(slog.NewTextHandler(c.ErrOrStderr(), nil)))
 		},
 	}
 }
