@@ -150,10 +150,12 @@ func (s *site) startProgram(ctx context.Context, l *lab.Lab) error {
 	}
 	etcd := ""
 	if p.Etcd != "" {
-		var err error
-		if etcd, err = startEtcd(ctx, l, p.Etcd); err != nil {
+		store, err := startEtcd(ctx, l, p.Etcd)
+		if err != nil {
 			return err
 		}
+		store.client.CloseIdleConnections()
+		etcd = store.url
 	}
 	var nodes [2]programNode
 	for i, n := range l.Nodes {
@@ -319,30 +321,6 @@ func configureDevice(dev netlink.Link, underlay string, cost int, self netip.Add
 		}
 	}
 	return nil
-}
-
-// startEtcd runs an etcd in the lab's fabric and sets the network configuration.
-func startEtcd(ctx context.Context, l *lab.Lab, config string) (url string, err error) {
-	bin, err := lab.FindBin()
-	if err != nil {
-		return "", err
-	}
-	listen := netip.AddrPortFrom(l.FabricAddrs[0], 2379).String()
-	store, err := l.Fabric.Start(lab.Command{
-		Name: "etcd", Path: filepath.Join(bin, "culvert-etcd"),
-		Args: []string{"--data-dir", filepath.Join(l.Dir, "etcd"), "--listen-client", listen, "--unsafe-no-fsync"},
-	})
-	if err != nil {
-		return "", err
-	}
-	if _, err := store.WaitLine(ctx, "ready "); err != nil {
-		return "", err
-	}
-	url = "http://" + listen
-	if _, err := l.Fabric.Run(ctx, filepath.Join(bin, "culvert"), "config", "set", "--etcd-endpoints", url, config); err != nil {
-		return "", fmt.Errorf("setting the network configuration: %w", err)
-	}
-	return url, nil
 }
 
 // versions returns the versions of the programs among the named datapaths that

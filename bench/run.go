@@ -116,10 +116,11 @@ type runner struct {
 	report *Report
 	sites  map[string]*site // by datapath, of the current underlay
 
-	begun time.Time
-	total time.Duration // of what is to be measured
-	done  time.Duration
-	cells [2]int // done, total
+	cells  [2]int           // done, total
+	plan   [2]time.Duration // of the measurements: of those done, of all
+	spent  time.Duration    // on those done
+	starts [2]int           // of datapaths: done, total
+	waited time.Duration    // for those done
 }
 
 // Run measures. It returns what it has when ctx ends, with ctx's error. What a
@@ -172,12 +173,14 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 }
 
 func (r *runner) run(ctx context.Context) error {
-	r.begun = time.Now()
 	for _, u := range r.Underlays {
 		for _, d := range r.Datapaths {
+			if !r.complete(u, d) {
+				r.starts[1]++
+			}
 			for _, w := range r.chosen() {
 				n := max(r.Rounds-r.report.rounds(u, d, w.name), 0)
-				r.total += time.Duration(n) * r.method.takes(w)
+				r.plan[1] += time.Duration(n) * r.method.takes(w)
 				r.cells[1] += n
 			}
 		}
@@ -243,6 +246,10 @@ func (r *runner) complete(underlay, datapath string) bool {
 func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	r.tell(fmt.Sprintf("%s: starting %s", underlay, d.Name))
 	r.report.forgive(underlay, d.Name, "")
+	defer func(began time.Time) {
+		r.starts[0]++
+		r.waited += time.Since(began)
+	}(time.Now())
 	ok, why := d.Available()
 	if d.Program != nil && r.Nodes > 2 {
 		ok, why = false, "joins two nodes"
@@ -301,7 +308,7 @@ func (r *runner) skip(underlay, datapath string) {
 
 func (r *runner) skipWorkload(underlay, datapath string, w workload) {
 	n := max(r.Rounds-r.report.rounds(underlay, datapath, w.name), 0)
-	r.total -= time.Duration(n) * r.method.takes(w)
+	r.plan[1] -= time.Duration(n) * r.method.takes(w)
 	r.cells[1] -= n
 }
 
@@ -311,6 +318,7 @@ func (r *runner) measure(ctx context.Context, s *site, w workload, round int) er
 	}
 	r.tell(fmt.Sprintf("%s: round %d of %d, %s on %s", s.underlay, round+1, r.Rounds, w.name, s.datapath.Name))
 	// What hangs is not to hang the run.
+	began := time.Now()
 	limited, cancel := context.WithTimeout(ctx, 2*r.method.takes(w)+10*time.Second)
 	f, err := r.method.generator.measure(limited, s, w, r.method)
 	cancel()
@@ -332,7 +340,8 @@ func (r *runner) measure(ctx context.Context, s *site, w workload, round int) er
 			}
 		}
 		r.report.Machine.Steal = max(r.report.Machine.Steal, s.steal)
-		r.done += r.method.takes(w)
+		r.plan[0] += r.method.takes(w)
+		r.spent += time.Since(began)
 		r.cells[0]++
 	}
 	if r.Save != nil {
@@ -345,10 +354,13 @@ func (r *runner) tell(doing string) {
 	if r.Progress == nil {
 		return
 	}
-	left := r.total - r.done
-	if r.done > 0 {
+	left := r.plan[1] - r.plan[0]
+	if r.plan[0] > 0 {
 		// What the machine makes of the plan.
-		left = time.Duration(float64(left) * max(float64(time.Since(r.begun))/float64(r.done), 1))
+		left = time.Duration(float64(left) * float64(r.spent) / float64(r.plan[0]))
+	}
+	if r.starts[0] > 0 {
+		left += r.waited / time.Duration(r.starts[0]) * time.Duration(r.starts[1]-r.starts[0])
 	}
 	r.Progress(Progress{Done: r.cells[0], Total: r.cells[1], Left: left, Doing: doing})
 }

@@ -432,7 +432,7 @@ func TestPrograms(t *testing.T) {
 			t.Errorf("%s lacks something: %+v", p.Name, p)
 		}
 	}
-	for _, want := range []string{"nebula", "tinc", "fastd", "openvpn", "quicktun", "openvswitch", "flannel"} {
+	for _, want := range []string{"nebula", "tinc", "fastd", "openvpn", "quicktun", "openvswitch", "flannel", "flannel-vxlan"} {
 		if !names[want] {
 			t.Errorf("there is no %s", want)
 		}

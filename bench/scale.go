@@ -1,14 +1,11 @@
 package bench
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -179,15 +176,10 @@ func (s *Scaled) control(ctx context.Context, o ScaleOptions) (err error) {
 }
 
 func (s *Scaled) inLab(ctx context.Context, l *lab.Lab, o ScaleOptions) error {
-	url, err := startEtcd(ctx, l, fmt.Sprintf(`{"Network":%q,"SubnetLen":24,"Backend":{"Type":"vxlan"}}`, wideNetwork))
+	store, err := startEtcd(ctx, l, fmt.Sprintf(`{"Network":%q,"SubnetLen":24,"Backend":{"Type":"vxlan"}}`, wideNetwork))
 	if err != nil {
 		return err
 	}
-	store := gateway{url: url, client: &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			return l.Fabric.Dial(ctx, network, address)
-		},
-	}}}
 	defer store.client.CloseIdleConnections()
 	far, err := l.Nodes[1].AddHandmadeVXLAN(lab.VXLANOptions{Subnet: innerSubnet(1)})
 	if err != nil {
@@ -205,7 +197,7 @@ func (s *Scaled) inLab(ctx context.Context, l *lab.Lab, o ScaleOptions) error {
 	n := l.Nodes[0]
 	began := time.Now()
 	daemon, err := n.Start(lab.Command{Name: "culvert", Path: filepath.Join(o.Bin, "culvert"), Args: []string{
-		"run", "--datapath", "userspace", "--node-id", n.ID, "--run-dir", n.RunDir, "--subnet-file", n.SubnetFile(), "--etcd-endpoints", url, "--iface", n.Link,
+		"run", "--datapath", "userspace", "--node-id", n.ID, "--run-dir", n.RunDir, "--subnet-file", n.SubnetFile(), "--etcd-endpoints", store.url, "--iface", n.Link,
 	}})
 	if err != nil {
 		return err
@@ -348,63 +340,6 @@ func (s *Scaled) events(ctx context.Context, n *lab.Node, store gateway, daemon 
 	after, err := processCPU(daemon.PID)
 	s.EventCPU = (after - before) * 1e3 / (2 * times)
 	return err
-}
-
-// gateway writes leases by etcd's JSON gateway, as no node of ours would.
-type gateway struct {
-	url    string
-	client *http.Client
-}
-
-const leaseDirectory = "/coreos.com/network/subnets/"
-
-// put writes leases, as many in a transaction as etcd takes.
-func (g gateway) put(ctx context.Context, leases ...subnet.Lease) error {
-	const most = 128
-	for some := range slices.Chunk(leases, most) {
-		var puts []any
-		for _, l := range some {
-			value, err := l.Value()
-			if err != nil {
-				return err
-			}
-			puts = append(puts, map[string]any{"requestPut": map[string]any{
-				"key": []byte(leaseDirectory + l.Key()), "value": value,
-			}})
-		}
-		if err := g.post(ctx, "/v3/kv/txn", map[string]any{"success": puts}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (g gateway) remove(ctx context.Context, l subnet.Lease) error {
-	return g.post(ctx, "/v3/kv/deleterange", map[string]any{"key": []byte(leaseDirectory + l.Key())})
-}
-
-func (g gateway) post(ctx context.Context, path string, body any) error {
-	text, err := json.Marshal(body)
-	if err != nil {
-		return err
-	}
-	q, err := http.NewRequestWithContext(ctx, http.MethodPost, g.url+path, bytes.NewReader(text))
-	if err != nil {
-		return err
-	}
-	a, err := g.client.Do(q)
-	if err != nil {
-		return fmt.Errorf("writing to etcd: %w", err)
-	}
-	defer a.Body.Close()
-	text, err = io.ReadAll(io.LimitReader(a.Body, 1<<16))
-	if err == nil && a.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s", a.Status, bytes.TrimSpace(text))
-	}
-	if err != nil {
-		return fmt.Errorf("writing to etcd: %w", err)
-	}
-	return nil
 }
 
 // JSON is the report in its documented form.
