@@ -57,6 +57,9 @@ type Snapshot struct {
 	// is missing, invalid, or one that a running node cannot change to. Config
 	// is then the last good one. Empty otherwise.
 	ConfigRefused string
+	// Kept is when the snapshot was put on this node's disk, where it comes from
+	// since the store is away. Zero for one of the store.
+	Kept time.Time
 }
 
 // Rejection is a key of the store that was set aside, and why.

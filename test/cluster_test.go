@@ -10,6 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/netip"
 	"path/filepath"
 	"strconv"
@@ -151,6 +152,28 @@ func (c *cluster) wait(n *lab.Node, what string, is func(api.Status) bool) api.S
 		return nil
 	})
 	return s
+}
+
+// get asks a node's daemon for its health or metrics, over the node's loopback,
+// until it answers.
+func (c *cluster) get(n *lab.Node, path string) (code int, text string) {
+	c.t.Helper()
+	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}, Timeout: 5 * time.Second}
+	eventually(c.t, n.ID+path, func() error {
+		r, err := http.NewRequestWithContext(c.t.Context(), http.MethodGet, "http://127.0.0.1:9472"+path, http.NoBody)
+		if err != nil {
+			return err
+		}
+		answer, err := client.Do(r)
+		if err != nil {
+			return err
+		}
+		defer answer.Body.Close()
+		b, err := io.ReadAll(answer.Body)
+		code, text = answer.StatusCode, string(b)
+		return err
+	})
+	return code, text
 }
 
 func (c *cluster) waitReady(n *lab.Node, peers int) api.Status {

@@ -3,7 +3,6 @@ package test
 import (
 	"context"
 	"fmt"
-	"io"
 	"net/http"
 	"net/netip"
 	"os"
@@ -334,11 +333,11 @@ func (f *faults) away(t *testing.T) {
 			}
 			return nil
 		})
-		if code := f.get(n, "/livez"); code != http.StatusOK {
+		if code, _ := f.get(n, "/livez"); code != http.StatusOK {
 			t.Errorf("/livez of %s: %d", n.ID, code)
 		}
 		eventually(t, "/readyz past the lease's end", func() error {
-			if code := f.get(n, "/readyz"); code != http.StatusServiceUnavailable {
+			if code, _ := f.get(n, "/readyz"); code != http.StatusServiceUnavailable {
 				return fmt.Errorf("it says %d", code)
 			}
 			return nil
@@ -414,19 +413,6 @@ func (f *faults) replaceData(t *testing.T, script string) {
 			t.Fatal(err)
 		}
 	}
-}
-
-// get asks a probe of a node's daemon.
-func (f *faults) get(n *lab.Node, path string) int {
-	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}, Timeout: 5 * time.Second}
-	r, err := client.Get("http://127.0.0.1:9472" + path)
-	if err != nil {
-		f.t.Error(err)
-		return 0
-	}
-	defer r.Body.Close()
-	_, _ = io.Copy(io.Discard, r.Body)
-	return r.StatusCode
 }
 
 // processorTime is what a process has used: proc(5), fields 14 and 15 of stat,

@@ -285,7 +285,7 @@ func (p *player) acquire(ctx context.Context) (subnet.Lease, bool) {
 		p.t.Error(err)
 		return subnet.Lease{}, false
 	}
-	p.registry, err = etcd.New(ctx, etcd.Options{
+	p.registry, err = etcd.New(etcd.Options{
 		Endpoints: p.members.urls(), Prefix: p.prefix, Logger: slog.New(slog.DiscardHandler),
 		RequestTimeout: 2 * time.Second, DialTimeout: 2 * time.Second, Dial: p.line.connect,
 	})
@@ -403,7 +403,7 @@ func (r *round) sample(ctx context.Context) {
 
 // read lists the leases, as an administrator would.
 func (r *round) read(ctx context.Context, reader int) {
-	registry, err := etcd.New(ctx, etcd.Options{Endpoints: r.members.urls(), Prefix: r.prefix, Logger: slog.New(slog.DiscardHandler), RequestTimeout: time.Second, Dial: r.members.dial})
+	registry, err := etcd.New(etcd.Options{Endpoints: r.members.urls(), Prefix: r.prefix, Logger: slog.New(slog.DiscardHandler), RequestTimeout: time.Second, Dial: r.members.dial})
 	if err != nil {
 		r.t.Error(err)
 		return

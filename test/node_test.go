@@ -3,7 +3,6 @@ package test
 import (
 	"context"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -114,26 +113,7 @@ func TestProbes(t *testing.T) {
 	c := newCluster(t, 1)
 	n := c.Nodes[0]
 	c.start(n)
-	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}}
-	get := func(path string) (int, string) {
-		var code int
-		var text string
-		eventually(t, path, func() error {
-			r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://127.0.0.1:9472"+path, http.NoBody)
-			if err != nil {
-				return err
-			}
-			answer, err := client.Do(r)
-			if err != nil {
-				return err
-			}
-			defer answer.Body.Close()
-			b, err := io.ReadAll(answer.Body)
-			code, text = answer.StatusCode, string(b)
-			return err
-		})
-		return code, text
-	}
+	get := func(path string) (int, string) { return c.get(n, path) }
 	if code, text := get("/livez"); code != http.StatusOK {
 		t.Errorf("/livez: %d %s", code, text)
 	}

@@ -182,7 +182,7 @@ func (s *swarm) quantile(q float64) time.Duration {
 func (s *swarm) live(ctx context.Context, i int) {
 	time.Sleep(rand.N(s.jitter))
 	began := time.Now()
-	r, err := etcd.New(ctx, etcd.Options{Endpoints: []string{s.cluster.endpoint}, Logger: slog.New(slog.DiscardHandler), RequestTimeout: 20 * time.Second, Quarantine: time.Hour, Dial: s.dial})
+	r, err := etcd.New(etcd.Options{Endpoints: []string{s.cluster.endpoint}, Logger: slog.New(slog.DiscardHandler), RequestTimeout: 20 * time.Second, Quarantine: time.Hour, Dial: s.dial})
 	if err != nil {
 		s.t.Error(err)
 		return

@@ -61,6 +61,9 @@ type Store struct {
 	Since     time.Time `json:"since,omitzero"` // of the last change of Connected
 	Error     string    `json:"error,omitempty"`
 	Revision  int64     `json:"revision"`
+	// Snapshot is when the leases that this node serves from were put on its
+	// disk, while they come from there: etcd has been away since it started.
+	Snapshot time.Time `json:"snapshot,omitzero"`
 	// ConfigRefused says why the network configuration in etcd is not the one in
 	// use.
 	ConfigRefused string `json:"config_refused,omitempty"`

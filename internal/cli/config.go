@@ -40,7 +40,7 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 	}
 	ctx, cancel := context.WithTimeout(c.Context(), storeTimeout)
 	defer cancel()
-	r, err := etcd.New(ctx, o)
+	r, err := etcd.New(o)
 	if err != nil {
 		return err
 	}

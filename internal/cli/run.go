@@ -224,6 +224,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	}
 	o.Etcd.Quarantine = f.quarantine
 	o.Etcd.StateFile = filepath.Join(f.runDir, "lease.json")
+	o.Etcd.SnapshotFile = filepath.Join(f.runDir, "snapshot.json")
 	if f.embedded {
 		if err := f.embed(&o, c.Flags().Changed("etcd-endpoints")); err != nil {
 			return o, err

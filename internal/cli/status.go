@@ -50,6 +50,9 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 	if !s.Ready {
 		state = "NOT READY: " + s.NotReady
 	}
+	if !s.Store.Snapshot.IsZero() {
+		state += ", serving from the snapshot of " + s.Store.Snapshot.Format(time.RFC3339) + ": etcd is away"
+	}
 	line("node", "%s, culvert %s, up %s", s.Node, s.Version, age(now.Sub(s.Started)))
 	line("state", "%s", state)
 	line("network", "%s", join(s.Networks))

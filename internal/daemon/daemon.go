@@ -112,7 +112,7 @@ func (d *node) run(ctx context.Context) error {
 		}
 		defer embedded.stop()
 	}
-	registry, err := etcd.New(ctx, d.options.Etcd)
+	registry, err := etcd.New(d.options.Etcd)
 	if err != nil {
 		return err
 	}
@@ -163,27 +163,12 @@ func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, pub
 	if err != nil {
 		return subnet.Config{}, subnet.Lease{}, err
 	}
-	if err := config.CheckUnderlay(u.Networks); err != nil {
+	claim, err := d.claim(config, u, publics)
+	if err != nil {
 		return subnet.Config{}, subnet.Lease{}, err
 	}
 	d.health.setConfig(config)
-	claim := subnet.Claim{Node: d.options.Node, Config: config, TTL: d.options.LeaseTTL, Previous: d.previous()}
-	for _, n := range config.Networks {
-		is4 := n.Prefix.Addr().Is4()
-		e := subnet.Endpoint{}
-		for _, a := range publics {
-			if a.Is4() == is4 {
-				e.Public = a
-			}
-		}
-		if !e.Public.IsValid() {
-			return subnet.Config{}, subnet.Lease{}, fmt.Errorf("the network %s needs an underlay address of its family, and %s has none", n.Prefix, u.Name)
-		}
-		if config.Backend.Type == "vxlan" {
-			e.VTEP = subnet.VTEP{VNI: config.Backend.VNI, MAC: subnet.DeriveMAC(d.options.Node, config.Backend.VNI, !is4)}
-		}
-		claim.Ends = append(claim.Ends, e)
-	}
+	claim.Previous = d.previous()
 	d.health.notReady("leasing a subnet")
 	lease, err := r.Acquire(ctx, claim)
 	if errors.Is(err, subnet.ErrExhausted) {
@@ -195,4 +180,30 @@ func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, pub
 	d.log.Info("subnet leased", "subnet", lease.Subnets(), "node", d.options.Node)
 	d.health.setLease(lease)
 	return config, lease, nil
+}
+
+// claim is what this node asks for under a configuration, without the subnets
+// that it had.
+func (d *node) claim(config subnet.Config, u host.Underlay, publics []netip.Addr) (subnet.Claim, error) {
+	if err := config.CheckUnderlay(u.Networks); err != nil {
+		return subnet.Claim{}, err
+	}
+	claim := subnet.Claim{Node: d.options.Node, Config: config, TTL: d.options.LeaseTTL}
+	for _, n := range config.Networks {
+		is4 := n.Prefix.Addr().Is4()
+		e := subnet.Endpoint{}
+		for _, a := range publics {
+			if a.Is4() == is4 {
+				e.Public = a
+			}
+		}
+		if !e.Public.IsValid() {
+			return subnet.Claim{}, fmt.Errorf("the network %s needs an underlay address of its family, and %s has none", n.Prefix, u.Name)
+		}
+		if config.Backend.Type == "vxlan" {
+			e.VTEP = subnet.VTEP{VNI: config.Backend.VNI, MAC: subnet.DeriveMAC(d.options.Node, config.Backend.VNI, !is4)}
+		}
+		claim.Ends = append(claim.Ends, e)
+	}
+	return claim, nil
 }

@@ -136,6 +136,7 @@ func (d *node) lostMeanwhile(ctx context.Context, r *etcd.Registry, at place) (*
 	if err != nil || who == "" {
 		return nil, err
 	}
+	r.Forget()
 	mark := api.Fenced{Subnets: previous, Since: time.Now().UTC(), Reason: who}
 	if err := os.Remove(d.options.SubnetFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("removing the lost subnet's file: %w", err)

@@ -171,10 +171,14 @@ func (h *health) setSnapshot(snapshot subnet.Snapshot, log *slog.Logger) {
 		h.setLease(snapshot.Self)
 	}
 	h.change(func(s *api.Status) {
-		if !s.Store.Connected {
-			s.Store.Connected, s.Store.Since = true, time.Now()
+		s.Store.Snapshot, s.Store.Error = snapshot.Kept, ""
+		if !snapshot.Kept.IsZero() {
+			s.Store.Error = "it was away when this daemon started"
 		}
-		s.Store.Error, s.Store.Revision, s.Store.ConfigRefused = "", snapshot.Revision, snapshot.ConfigRefused
+		if connected := snapshot.Kept.IsZero(); s.Store.Connected != connected || s.Store.Since.IsZero() {
+			s.Store.Connected, s.Store.Since = connected, time.Now()
+		}
+		s.Store.Revision, s.Store.ConfigRefused = snapshot.Revision, snapshot.ConfigRefused
 		s.Peers = make([]api.Peer, 0, len(snapshot.Peers))
 		for _, l := range snapshot.Peers {
 			s.Peers = append(s.Peers, api.Peer{Node: l.Node, Backend: l.Backend, Subnets: l.Subnets(), PublicIPs: l.Publics()})
@@ -301,6 +305,7 @@ type metrics struct{ health *health }
 var (
 	metricReady     = prometheus.NewDesc("culvert_ready", "Whether pods can be added on this node.", nil, nil)
 	metricConnected = prometheus.NewDesc("culvert_store_connected", "Whether etcd is in reach.", nil, nil)
+	metricSnapshot  = prometheus.NewDesc("culvert_serving_from_snapshot", "Whether this node serves from what it keeps on disk, since etcd has been away from its start on.", nil, nil)
 	metricRevision  = prometheus.NewDesc("culvert_store_revision", "Revision of etcd that this node follows.", nil, nil)
 	metricPeers     = prometheus.NewDesc("culvert_peers", "Leases of other nodes in force.", nil, nil)
 	metricRejected  = prometheus.NewDesc("culvert_rejected_leases", "Keys in etcd that were set aside.", nil, nil)
@@ -321,7 +326,7 @@ var (
 // Describe implements prometheus.Collector.
 func (metrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		metricReady, metricConnected, metricRevision, metricPeers, metricRejected, metricFenced, metricExpires, metricUsed, metricCapacity,
+		metricReady, metricConnected, metricSnapshot, metricRevision, metricPeers, metricRejected, metricFenced, metricExpires, metricUsed, metricCapacity,
 		metricPackets, metricBytes, metricSyscalls, metricDrops, metricInfo,
 		metricRepairs, metricWarnings, metricStale,
 	} {
@@ -341,6 +346,7 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	gauge(metricInfo, 1, s.Version, s.Datapath.WireFormat, s.Datapath.Kind)
 	gauge(metricReady, truth(s.Ready))
 	gauge(metricConnected, truth(s.Store.Connected))
+	gauge(metricSnapshot, truth(!s.Store.Snapshot.IsZero()))
 	gauge(metricRevision, float64(s.Store.Revision))
 	gauge(metricPeers, float64(len(s.Peers)))
 	gauge(metricRejected, float64(len(s.Rejected)))

@@ -29,18 +29,15 @@ const releasePatience = 5 * time.Second
 
 // live is the life of a node, from its first lease to its end:
 //
-//	join ── carry ──┬─ told to stop ── (--release-on-exit) ── end
-//	  ▲             └─ another node has the subnet ── fenced ──┐
-//	  └──────────── no pod of the old subnet is left ──────────┘
+//	begin ── carry ──┬─ told to stop ── (--release-on-exit) ── end
+//	  ▲              └─ another node has the subnet ── fenced ──┐
+//	  └───────────── no pod of the old subnet is left ──────────┘
 func (d *node) live(ctx context.Context, r *etcd.Registry, at place) error {
 	if err := d.scatter(ctx); err != nil {
 		return nil
 	}
 	for {
-		if err := d.standFence(ctx, r, at); err != nil {
-			return stopped(ctx, err)
-		}
-		config, lease, err := d.join(ctx, r, at.underlay, at.publics)
+		config, lease, err := d.begin(ctx, r, at)
 		if err != nil {
 			return stopped(ctx, err)
 		}

@@ -57,6 +57,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 				r.revoke(g.id)
 			}
 			r.setHeld(l)
+			r.remember()
 			return l, nil
 		}
 		again := !permanent(err)
@@ -97,6 +98,9 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 	choice, err := r.choose(ctx, c, occupancy, resting(marks, entries, c.Node))
 	if err != nil {
 		return subnet.Lease{}, err
+	}
+	if choice.Keep == nil || len(choice.Drop) > 0 {
+		r.Forget() // a lease that this may end, even if no answer says so
 	}
 	if choice.Keep == nil {
 		// The commit in doubt has not happened. Without its lease it cannot

@@ -28,7 +28,7 @@ func open(t *testing.T, endpoint string, change ...func(*Options)) *Registry {
 	for _, c := range change {
 		c(&o)
 	}
-	r, err := New(t.Context(), o)
+	r, err := New(o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -137,14 +137,16 @@ type watching struct {
 	mu        sync.Mutex
 	snapshots []subnet.Snapshot
 	errs      []error
+	running   sync.WaitGroup
+	stop      func() // ends the watch, which else ends with the test
 }
 
 func watch(t *testing.T, r *Registry, self subnet.Lease) *watching {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	w := &watching{}
-	var running sync.WaitGroup
-	running.Go(func() {
+	w.stop = func() { cancel(); w.running.Wait() }
+	w.running.Go(func() {
 		for s, err := range r.Watch(ctx, self) {
 			w.mu.Lock()
 			if err != nil {
@@ -155,7 +157,7 @@ func watch(t *testing.T, r *Registry, self subnet.Lease) *watching {
 			w.mu.Unlock()
 		}
 	})
-	t.Cleanup(func() { cancel(); running.Wait() })
+	t.Cleanup(w.stop)
 	return w
 }
 

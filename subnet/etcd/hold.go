@@ -35,6 +35,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, subnet.ErrLost):
+			r.Forget()
 			return err
 		case err != nil:
 			if !errors.Is(err, errRace) {
@@ -334,6 +335,7 @@ func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
 	if !ok || held.Key() != l.Key() {
 		held = l
 	}
+	r.Forget()
 	var g grant
 	var pause backoff
 	for {

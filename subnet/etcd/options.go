@@ -36,6 +36,9 @@ type Options struct {
 	// address changed meanwhile. Nothing is kept if it is empty. It should not
 	// outlive the machine's boot nor be copied with an image.
 	StateFile string
+	// SnapshotFile is where the leases are kept as last read, for a start while
+	// etcd is away (Kept); nothing is kept if it is empty. Of one node alone.
+	SnapshotFile string
 	// DialTimeout bounds one attempt to connect; 5 s if zero. RequestTimeout
 	// bounds one request; 5 s if zero.
 	DialTimeout, RequestTimeout time.Duration

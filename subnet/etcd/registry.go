@@ -46,12 +46,16 @@ type Registry struct {
 	kept int64 // the handle in the state file, if this process wrote it; under turn
 	mark int64 // the etcd lease of our subnet's mark, zero if not known; Hold's alone
 
-	mu     sync.Mutex
-	held   subnet.Lease  // as last written or read; without Endpoints: none
-	ttl    time.Duration // as claimed
-	config subnet.Config // the last valid one; without Networks: none
-	text   string        // that config was read from
-	listed *listing      // what Acquire read, for Watch to begin with
+	mu      sync.Mutex
+	held    subnet.Lease  // as last written or read; without Endpoints: none
+	ttl     time.Duration // as claimed
+	config  subnet.Config // the last valid one; without Networks: none
+	text    string        // that config was read from
+	listed  *listing      // what Acquire read, for Watch to begin with
+	resumed *Kept         // for Watch to begin with; nil once etcd was read
+
+	keeping   sync.Mutex // the snapshot's file
+	forgotten bool       // nothing is to be kept any more
 }
 
 // listing is an answer of listAll, and when it was had.
@@ -68,10 +72,9 @@ var (
 	_ subnet.Admin    = (*Registry)(nil)
 )
 
-// New makes a registry. With a user it authenticates first, and waits for etcd
-// until ctx ends; otherwise nothing is sent yet. An error says what in the
-// options cannot work. The caller ends it with Close.
-func New(ctx context.Context, o Options) (*Registry, error) {
+// New makes a registry; nothing is sent yet. An error says what in the options
+// cannot work. The caller ends it with Close.
+func New(o Options) (*Registry, error) {
 	o, err := o.complete()
 	if err != nil {
 		return nil, err
@@ -87,8 +90,6 @@ func New(ctx context.Context, o Options) (*Registry, error) {
 		Endpoints:   o.Endpoints,
 		DialTimeout: o.DialTimeout,
 		TLS:         tlsConfig,
-		Username:    o.User,
-		Password:    o.Password,
 		Logger:      zap.NewNop(),
 		// A silent peer is given up after 15 s, while anything is watched. Servers
 		// refuse pings that come faster than 5 s, and those of idle clients.
@@ -109,21 +110,18 @@ func New(ctx context.Context, o Options) (*Registry, error) {
 		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(&renewedTLS{options: o}))
 	}
 	r := &Registry{opts: o, conns: conns, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
-	var pause backoff
-	away := outage{log: r.log}
-	for {
-		if r.client, err = clientv3.New(cfg); err == nil {
-			away.over()
-			return r, nil
-		}
-		if permanent(err) {
-			return nil, fmt.Errorf("etcd: connect to %s: %w", strings.Join(o.Endpoints, ", "), err)
-		}
-		away.failed("etcd cannot be reached; trying again", fmt.Errorf("connect to %s: %w", strings.Join(o.Endpoints, ", "), err))
-		if err := pause.wait(ctx); err != nil {
-			return nil, fmt.Errorf("etcd: connect to %s: %w", strings.Join(o.Endpoints, ", "), err)
-		}
+	if o.User != "" {
+		// With a user's name the client would be made only once etcd has answered.
+		// With a token it is not, and an invalid one is replaced when it is refused.
+		cfg.Token = "none yet"
 	}
+	if r.client, err = clientv3.New(cfg); err != nil {
+		return nil, fmt.Errorf("etcd: connect to %s: %w", strings.Join(o.Endpoints, ", "), err)
+	}
+	if o.User != "" {
+		r.client.Token, r.client.Username, r.client.Password = "", o.User, o.Password
+	}
+	return r, nil
 }
 
 // Close ends the connection. It does not give the lease back (Release).

@@ -223,9 +223,14 @@ func TestUserAndPassword(t *testing.T) {
 		"unknown user":   {User: "nobody", Password: "x"},
 	} {
 		o.Endpoints, o.Logger = []string{server.URL()}, slog.New(slog.DiscardHandler)
-		if r, err := New(t.Context(), o); err == nil {
-			t.Errorf("%s: %v", name, r.Close())
+		r, err := New(o)
+		if err != nil {
+			t.Fatal(err)
 		}
+		if _, err := r.Config(t.Context()); err == nil || r.Answers(t.Context()) != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		_ = r.Close()
 	}
 	if _, err := open(t, server.URL()).Config(t.Context()); err == nil {
 		t.Error("read without a user")
@@ -276,7 +281,7 @@ func TestOptions(t *testing.T) {
 	} {
 		o := Options{Endpoints: []string{"a"}, Logger: slog.New(slog.DiscardHandler)}
 		c.change(&o)
-		_, err := New(canceled(), o)
+		_, err := New(o)
 		if err == nil || !strings.Contains(err.Error(), c.fault) || strings.Contains(err.Error(), password) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -302,7 +307,7 @@ func TestEtcdAwayAtStart(t *testing.T) {
 	got := make(chan error, 1)
 	go func() {
 		o := Options{Endpoints: []string{server.URL()}, User: "culvert", Password: password, Logger: slog.New(slog.DiscardHandler), DialTimeout: time.Second}
-		r, err := New(t.Context(), o)
+		r, err := New(o)
 		if err == nil {
 			_, err = r.Config(t.Context())
 			_ = r.Close()

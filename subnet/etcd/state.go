@@ -74,7 +74,8 @@ func (r *Registry) dropID() error {
 // replaceFile writes beside the file and renames, so that a reader sees the old
 // or the new content whole.
 func replaceFile(name string, content []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
+	// One name, so that the next attempt overwrites what a crash left.
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+".new"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}

@@ -48,6 +48,7 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 		m := newMirror(r, self)
 		var mirroring sync.WaitGroup
 		mirroring.Go(func() { r.mirror(ctx, m) })
+		mirroring.Go(func() { r.keep(ctx, m) })
 		defer mirroring.Wait()
 		defer cancel()
 		for {
@@ -119,6 +120,9 @@ func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed 
 	}
 	away.over()
 	m.replace(resp)
+	r.mu.Lock()
+	r.resumed = nil
+	r.mu.Unlock()
 
 	wctx, stop := context.WithCancelCause(clientv3.WithRequireLeader(ctx))
 	defer stop(nil)
@@ -190,6 +194,8 @@ func superviseConnection(ctx context.Context, conn *grpc.ClientConn, stop contex
 type mirror struct {
 	r    *Registry
 	news chan struct{} // capacity 1: there is something to take
+	// changed is news for what is kept on disk.
+	changed chan struct{}
 
 	mu       sync.Mutex
 	self     subnet.Lease
@@ -203,15 +209,26 @@ type mirror struct {
 	fresh    bool
 	err      error
 	told     map[string]int64 // ModRevision of the rejections in the log
+	version  int              // counts what was published
+	listed   bool             // etcd was read
+	kept     time.Time        // when what there is was kept, until etcd was read
 }
 
 func newMirror(r *Registry, self subnet.Lease) *mirror {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return &mirror{
-		r: r, news: make(chan struct{}, 1), self: self, config: r.config, settings: r.text,
+	m := &mirror{
+		r: r, news: make(chan struct{}, 1), changed: make(chan struct{}, 1), self: self, config: r.config, settings: r.text,
 		entries: map[string]subnet.Entry{}, missed: map[string]subnet.Entry{}, told: map[string]int64{},
 	}
+	if k := r.resumed; k != nil && k.Lease.Key() == self.Key() {
+		m.revision, m.cluster, m.kept = k.file.Revision, k.file.Cluster, k.Saved
+		for _, e := range k.file.Leases {
+			m.entries[e.Key] = e.entry()
+		}
+		m.publish()
+	}
+	return m
 }
 
 // replace takes over a whole list.
@@ -245,6 +262,7 @@ func (m *mirror) replace(resp *clientv3.TxnResponse) {
 	}
 	delete(m.missed, m.self.Key())
 	first := m.cluster == 0 // and may be of before our own lease
+	m.listed, m.kept = true, time.Time{}
 	m.entries, m.revision, m.cluster = entries, resp.Header.Revision, resp.Header.ClusterId
 	if e, ok := entries[m.self.Key()]; !first && (!ok || !m.current(e)) {
 		m.r.look()
@@ -345,7 +363,12 @@ func (m *mirror) publish() {
 		return
 	}
 	m.fresh, m.err = true, nil
+	m.version++
 	m.wake()
+	select {
+	case m.changed <- struct{}{}:
+	default:
+	}
 }
 
 func (m *mirror) fail(err error) {
@@ -387,7 +410,7 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	if s.Self.ID == self.ID {
 		s.Self.Expires = self.Expires
 	}
-	s.ConfigRefused = m.refused
+	s.ConfigRefused, s.Kept = m.refused, m.kept
 	m.tell(s.Rejected)
 	return s, true, err
 }

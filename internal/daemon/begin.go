@@ -1,0 +1,106 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"time"
+
+	"culvert/subnet"
+	"culvert/subnet/etcd"
+)
+
+// A node that was restarted while etcd is away has on its disk what it last
+// read there, and goes on with it for as long as its lease certainly lasts:
+//
+//	etcd answers ──── standFence ── join ──┐
+//	     │ not within answerPatience       ├── carry
+//	     └── kept on disk ── Resume ───────┘
+//
+// From there on it is as a node that ran all along: Hold takes the lease up
+// again or finds it lost, and the first list replaces what was kept.
+
+const (
+	// answerPatience is how long etcd is waited for before what is kept serves;
+	// one that refuses connections is not waited for at all.
+	answerPatience = 500 * time.Millisecond
+	// joinPatience bounds the way to a lease where there is one on disk already.
+	joinPatience = 5 * time.Second
+)
+
+var errAway = errors.New("etcd is away")
+
+// begin returns the lease to serve: etcd's, or the kept one while etcd is away.
+func (d *node) begin(ctx context.Context, r *etcd.Registry, at place) (subnet.Config, subnet.Lease, error) {
+	if kept, err := d.kept(r, at); kept == nil {
+		if err != nil {
+			d.log.Warn("what is kept for a start without etcd is not used", "file", d.options.Etcd.SnapshotFile, "reason", err)
+		}
+		return d.enter(ctx, r, at)
+	}
+	asking, cancel := context.WithTimeoutCause(ctx, joinPatience, errAway)
+	defer cancel()
+	answering, cancelAnswer := context.WithTimeoutCause(asking, answerPatience, fmt.Errorf("%w: no answer within %s", errAway, answerPatience))
+	defer cancelAnswer()
+	d.health.notReady("asking whether etcd is there")
+	why := r.Answers(answering)
+	if why == nil {
+		config, lease, err := d.enter(asking, r, at)
+		if err == nil || ctx.Err() != nil || asking.Err() == nil {
+			return config, lease, err
+		}
+		why = err
+	}
+	if ctx.Err() != nil {
+		return subnet.Config{}, subnet.Lease{}, ctx.Err()
+	}
+	// Looked at again: what was done meanwhile may have ended it.
+	kept, err := d.kept(r, at)
+	if kept == nil {
+		d.log.Warn("etcd is away, and what was kept does not serve any more", "reason", err)
+		return d.enter(ctx, r, at)
+	}
+	d.log.Warn("etcd is away: serving from the snapshot on disk", "saved", kept.Saved, "subnet", kept.Lease.Subnets(),
+		"leases", kept.Leases(), "until", kept.Lease.Expires, "reason", why)
+	r.Resume(kept, d.options.LeaseTTL)
+	d.health.setConfig(kept.Config)
+	d.health.setLease(kept.Lease)
+	return kept.Config, kept.Lease, nil
+}
+
+// enter is the way through etcd.
+func (d *node) enter(ctx context.Context, r *etcd.Registry, at place) (subnet.Config, subnet.Lease, error) {
+	if err := d.standFence(ctx, r, at); err != nil {
+		return subnet.Config{}, subnet.Lease{}, err
+	}
+	return d.join(ctx, r, at.underlay, at.publics)
+}
+
+// kept returns what an earlier daemon kept if this one could have written it:
+// the same node at the same place, not fenced, whose pods have the kept subnet.
+// Nil without an error is of a node that has kept nothing.
+func (d *node) kept(r *etcd.Registry, at place) (*etcd.Kept, error) {
+	k, err := r.Kept(d.options.Node)
+	if err != nil || k == nil {
+		return nil, err
+	}
+	claim, err := d.claim(k.Config, at.underlay, at.publics)
+	if err != nil {
+		return nil, err
+	}
+	for i, e := range k.Lease.Endpoints { // as many as networks: Admits
+		if e.Subnet = claim.Ends[i].Subnet; e != claim.Ends[i] {
+			return nil, fmt.Errorf("its lease is at %s, and this node at %s", e.Public, claim.Ends[i].Public)
+		}
+	}
+	if _, err := os.Stat(d.fencePath()); !errors.Is(err, fs.ErrNotExist) {
+		return nil, errors.New("this node is fenced")
+	}
+	if previous := d.previous(); !slices.Equal(previous, k.Lease.Subnets()) {
+		return nil, fmt.Errorf("its lease is of %v, and %s says %v", k.Lease.Subnets(), d.options.SubnetFile, previous)
+	}
+	return k, nil
+}

@@ -1,0 +1,336 @@
+package etcd
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"culvert/subnet"
+	"culvert/subnet/etcd/etcdtest"
+	"culvert/subnet/etcd/member"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// withFiles keeps what a daemon does.
+func withFiles(dir string) func(*Options) {
+	return func(o *Options) {
+		o.StateFile, o.SnapshotFile = filepath.Join(dir, "lease.json"), filepath.Join(dir, "snapshot.json")
+	}
+}
+
+// kept is what is kept on disk; there must be something, to be relied on.
+func kept(t *testing.T, r *Registry) *Kept {
+	t.Helper()
+	k, err := r.Kept("node-1")
+	if err != nil || k == nil {
+		t.Fatalf("kept %v, %v", k, err)
+	}
+	return k
+}
+
+// A registry that is made while etcd is away goes on from what is kept, with
+// the lease's own end; the first list then is followed as any other change is,
+// and a store that comes back wiped takes no peer away.
+func TestResume(t *testing.T) {
+	t.Parallel()
+	for name, wipe := range map[string]bool{"the same etcd": false, "wiped": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := etcdtest.StartServer(t, member.Options{})
+			files := withFiles(t.TempDir())
+			before := open(t, server.URL(), files)
+			setConfig(t, before, vxlanConfig)
+			put(t, before, "subnets/10.5.250.0-24", peerValue(1))
+			put(t, before, "subnets/10.5.251.0-24", peerValue(2))
+			put(t, before, "subnets/10.5.252.0-24", "malformed")
+			l := acquire(t, before, claim(t, vxlanConfig, 1))
+			first := watch(t, before, l)
+			eventually(t, "the first snapshot is kept", func() bool { k, err := before.Kept("node-1"); return k != nil && err == nil })
+			put(t, before, "subnets/10.5.251.0-24", peerValue(3))
+			eventually(t, "a change", func() bool {
+				s := first.last()
+				return len(s.Peers) == 2 && s.Peers[1].Publics()[0].String() == "198.51.100.3"
+			})
+			first.stop() // within the pause between two writings
+			held, _ := before.Held()
+			if err := before.Answers(t.Context()); err != nil {
+				t.Errorf("etcd is said to be away: %v", err)
+			}
+
+			server.Stop()
+			r := open(t, server.URL(), files, func(o *Options) { o.Settle = time.Minute })
+			began := time.Now()
+			if err := r.Answers(t.Context()); err == nil || time.Since(began) > time.Second {
+				t.Errorf("etcd is away, %v after %v", err, time.Since(began))
+			}
+			k := kept(t, r)
+			if late := k.Lease.Expires.Sub(held.Expires); k.Lease.Key() != l.Key() || k.Lease.ID != l.ID || late > 0 || late < -time.Second {
+				t.Errorf("kept %+v of %+v, %v late", k.Lease, held, late)
+			}
+			r.Resume(k, time.Minute)
+			w := watch(t, r, k.Lease)
+			lost := hold(t, r, k.Lease)
+			eventually(t, "the kept snapshot", func() bool { s := w.last(); return len(s.Peers) == 2 })
+			if s := w.last(); s.Kept.IsZero() || !s.Self.Expires.Equal(k.Lease.Expires) || s.Peers[1].Publics()[0].String() != "198.51.100.3" {
+				t.Errorf("it is %+v", s)
+			}
+
+			if wipe {
+				server.Wipe()
+			}
+			server.Start()
+			if !wipe {
+				put(t, open(t, server.URL()), "subnets/10.5.250.0-24", peerValue(4))
+			} else {
+				setConfig(t, open(t, server.URL()), vxlanConfig)
+			}
+			eventually(t, "a snapshot of etcd", func() bool { s := w.last(); return s.Kept.IsZero() && s.Revision > 0 })
+			eventually(t, "our lease", func() bool { h, _ := r.Held(); return h.Expires.After(k.Lease.Expires) })
+			stands(t, r, l, lost)
+			if !wipe {
+				eventually(t, "what has changed", func() bool {
+					return len(w.last().Peers) == 2 && w.last().Peers[0].Publics()[0].String() == "198.51.100.4"
+				})
+			} else if n := len(w.last().Peers); n != 2 {
+				t.Errorf("%d peers are left", n)
+			}
+		})
+	}
+}
+
+// What another may have by now is never taken up.
+func TestKeptIsForgotten(t *testing.T) {
+	t.Parallel()
+	endpoint := etcdtest.Start(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "snapshot.json")
+	gone := func(when string) {
+		t.Helper()
+		if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	there := func() bool { _, err := os.Stat(file); return err == nil }
+	r := open(t, endpoint, withFiles(dir))
+	setConfig(t, r, vxlanConfig)
+	c := claim(t, vxlanConfig, 1)
+
+	l := acquire(t, r, c)
+	w := watch(t, r, l)
+	eventually(t, "it is kept", there)
+	if err := r.Release(t.Context(), l); err != nil {
+		t.Fatal(err)
+	}
+	w.stop()
+	gone("after a release")
+
+	l = acquire(t, r, c)
+	w = watch(t, r, l)
+	lost := hold(t, r, l)
+	eventually(t, "it is kept again", there)
+	put(t, r, "subnets/"+l.Key(), peerValue(9))
+	if err := <-lost; !errors.Is(err, subnet.ErrLost) {
+		t.Fatal(err)
+	}
+	w.stop()
+	gone("after a loss")
+
+	// A claim that leaves the kept subnet forgets it before it writes: that the
+	// answer is lost does not bring it back.
+	r = open(t, endpoint, withFiles(dir))
+	l = acquire(t, r, c)
+	w = watch(t, r, l)
+	eventually(t, "it is kept once more", there)
+	w.stop()
+	c.Config.Networks = append(c.Config.Networks[:0:0], c.Config.Networks...)
+	c.Config.Networks[0].SubnetLen = 25
+	r = open(t, endpoint, withFiles(dir))
+	kv := &forgetfulKV{KV: r.client.KV, gone: func() { gone("when another subnet is written") }}
+	r.client.KV = kv
+	if l = acquire(t, r, c); l.Subnets()[0].Bits() != 25 || !kv.wrote {
+		t.Errorf("acquired %s", l)
+	}
+	gone("after a claim of another subnet")
+}
+
+// forgetfulKV looks at the disk before each write.
+type forgetfulKV struct {
+	clientv3.KV
+	gone  func()
+	wrote bool
+}
+
+func (kv *forgetfulKV) Txn(ctx context.Context) clientv3.Txn {
+	return &forgetfulTxn{kv.KV.Txn(ctx), kv}
+}
+
+type forgetfulTxn struct {
+	clientv3.Txn
+	kv *forgetfulKV
+}
+
+func (t *forgetfulTxn) If(ifs ...clientv3.Cmp) clientv3.Txn { t.Txn = t.Txn.If(ifs...); return t }
+
+func (t *forgetfulTxn) Then(ops ...clientv3.Op) clientv3.Txn {
+	if writes(ops) {
+		t.kv.wrote = true
+		t.kv.gone()
+	}
+	t.Txn = t.Txn.Then(ops...)
+	return t
+}
+
+// A lease is believed only while it certainly lasts, whatever was done to the
+// clocks.
+func TestKeptIsBelieved(t *testing.T) {
+	t.Parallel()
+	k, err := parseKept(exampleKept(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	saved := instant{boot: k.file.BootID, up: k.file.SavedUp, wall: k.file.Saved}
+	for _, c := range []struct {
+		name     string
+		boot     string
+		up, wall time.Duration // that have passed since
+		left     time.Duration // 0: it is not believed
+	}{
+		{name: "at once", left: time.Hour},
+		{name: "later", up: 20 * time.Minute, wall: 20 * time.Minute, left: 40 * time.Minute},
+		{name: "at the end", up: time.Hour, wall: time.Hour},
+		{name: "the wall clock stepped back", up: 50 * time.Minute, wall: -24 * time.Hour, left: 10 * time.Minute},
+		{name: "it stepped back, past the end", up: 61 * time.Minute, wall: -24 * time.Hour},
+		{name: "it stepped forth", up: time.Minute, wall: 2 * time.Hour},
+		{name: "the machine was put back", wall: 2 * time.Hour},
+		{name: "before it was saved", up: -time.Second},
+		{name: "another boot", boot: "another", up: time.Minute, wall: time.Minute},
+	} {
+		now := instant{boot: k.file.BootID + c.boot, up: saved.up + c.up, wall: saved.wall.Add(c.wall)}
+		got := *k
+		err := got.believe(now)
+		if left := got.Lease.Expires.Sub(now.wall); (err == nil) != (c.left > 0) || err == nil && left != c.left {
+			t.Errorf("%s: %v left, %v", c.name, left, err)
+		}
+	}
+}
+
+// exampleKept is a file whose lease lasts an hour.
+func exampleKept(t testing.TB) []byte {
+	t.Helper()
+	cfg, _, err := subnet.ParseConfig([]byte(vxlanConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	saved := time.Date(2026, 1, 2, 15, 0, 0, 0, time.UTC)
+	own := `{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"},"NodeID":"node-1"}`
+	text, err := keptFile{
+		Saved: saved, BootID: "boot", SavedUp: time.Hour, Node: "node-1", Prefix: DefaultPrefix, Endpoints: []string{"http://192.0.2.9:2379"},
+		Ends: saved.Add(time.Hour), EndsUp: 2 * time.Hour, Config: cfg, Cluster: 7, Revision: 9,
+		Lease:  keptEntry{"10.5.7.0-24", []byte(own), 3, 4, 5},
+		Leases: []keptEntry{{"10.5.7.0-24", []byte(own), 3, 4, 5}, {"10.5.8.0-24", []byte(peerValue(8)), 6, 6, 7}},
+	}.marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// A file that is cut, changed in any byte, of another version or another's is
+// named for what it is, and ignored.
+func TestKeptIsWhole(t *testing.T) {
+	t.Parallel()
+	text := exampleKept(t)
+	for n := range text {
+		if k, err := parseKept(text[:n]); err == nil {
+			t.Fatalf("%d of %d bytes are taken for %+v", n, len(text), k)
+		}
+		spoilt := bytes.Clone(text)
+		spoilt[n] ^= 1
+		if k, err := parseKept(spoilt); err == nil && n > bytes.IndexByte(text, '\n') {
+			t.Fatalf("with byte %d another it is taken for %+v", n, k)
+		}
+	}
+	newer := bytes.Replace(text, []byte(`"culvert_snapshot":1`), []byte(`"culvert_snapshot":2`), 1)
+	if _, err := parseKept(newer); !contains(err, "version 2") {
+		t.Errorf("a newer one: %v", err)
+	}
+
+	dir := t.TempDir()
+	now, err := readClocks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := parseKept(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := k.file
+	f.BootID, f.SavedUp, f.EndsUp, f.Saved, f.Ends = now.boot, now.up, now.up+time.Hour, now.wall, now.wall.Add(time.Hour)
+	for name, c := range map[string]struct {
+		change func(*keptFile, *Options)
+		node   string
+		fault  string
+	}{
+		"ours":            {func(*keptFile, *Options) {}, "node-1", ""},
+		"another node":    {func(*keptFile, *Options) {}, "node-2", `of the node "node-1"`},
+		"another prefix":  {func(_ *keptFile, o *Options) { o.Prefix = "/elsewhere" }, "node-1", "the network at"},
+		"another etcd":    {func(f *keptFile, _ *Options) { f.Endpoints = []string{"http://192.0.2.10:2379"} }, "node-1", "another etcd"},
+		"another lease":   {func(_ *keptFile, o *Options) { o.StateFile = filepath.Join(dir, "absent") }, "node-1", "another lease since"},
+		"another boot":    {func(f *keptFile, _ *Options) { f.BootID = "x" }, "node-1", "booted since"},
+		"no boot":         {func(f *keptFile, _ *Options) { f.BootID = "" }, "node-1", "when it holds"},
+		"no end":          {func(f *keptFile, _ *Options) { f.EndsUp = 0 }, "node-1", "when it holds"},
+		"another's lease": {func(f *keptFile, _ *Options) { f.Lease = f.Leases[1] }, "node-1", "not the node"},
+	} {
+		file, o := f, Options{Prefix: DefaultPrefix, Endpoints: f.Endpoints, SnapshotFile: filepath.Join(dir, "snapshot.json")}
+		c.change(&file, &o)
+		text, err := file.marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := replaceFile(o.SnapshotFile, text); err != nil {
+			t.Fatal(err)
+		}
+		k, err := (&Registry{opts: o}).Kept(c.node)
+		if c.fault == "" && (err != nil || k == nil) || c.fault != "" && (!contains(err, c.fault) || k != nil) {
+			t.Errorf("%s: %v, %v", name, k, err)
+		}
+	}
+	o := Options{SnapshotFile: dir}
+	if _, err := (&Registry{opts: o}).Kept("node-1"); err == nil {
+		t.Error("a directory was read")
+	}
+	o.SnapshotFile = filepath.Join(dir, "absent.json")
+	if k, err := (&Registry{opts: o}).Kept("node-1"); k != nil || err != nil {
+		t.Errorf("of nothing %v, %v", k, err)
+	}
+}
+
+// FuzzKept has the reader take whatever a disk may hold; what it accepts says
+// the same once it is written again.
+func FuzzKept(f *testing.F) {
+	text := exampleKept(f)
+	_, body, _ := strings.Cut(string(text), "\n")
+	f.Add([]byte(body))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		_, _ = parseKept(body) // with whatever first line
+		k, err := parseKept(withSum(body))
+		if err != nil {
+			return
+		}
+		text, err := k.file.marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := parseKept(text)
+		if err != nil || again.Lease.String() != k.Lease.String() || len(again.file.Leases) != len(k.file.Leases) || again.file.EndsUp != k.file.EndsUp {
+			t.Errorf("%+v became %+v, %v", k, again, err)
+		}
+	})
+}

@@ -1,0 +1,257 @@
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"culvert/cni"
+	"culvert/internal/api"
+	"culvert/internal/lab"
+	"culvert/internal/lab/labtest"
+)
+
+// TestRestartWithoutEtcd restarts daemons while etcd is away, under a ping 100
+// times a second and a TCP flow: they go on with what they have on disk, until
+// the end that their lease had before, and follow etcd when it is back.
+//
+//	pod ── n1 (userspace) ── fabric ── n2 (kernel) ── pod
+//	         SIGTERM, SIGKILL    │         SIGKILL
+//	                         n3, n4, n5: an etcd of three
+func TestRestartWithoutEtcd(t *testing.T) {
+	labtest.NeedTUN(t)
+	l := labtest.New(t, lab.Options{Nodes: 5})
+	m := startMembers(t, l)
+	c := &cluster{Lab: l, t: t, bin: labtest.Bin(t), endpoint: strings.Join(m.urls(), ",")}
+	c.setConfig(config)
+	const ttl = 10 * time.Second
+	flags := func(i int) []string { return []string{"--datapath", datapaths[i], "--lease-ttl", ttl.String()} }
+	var daemons []*lab.Process
+	nodes := c.Nodes[:2]
+	for i, n := range nodes {
+		daemons = append(daemons, c.start(n, flags(i)...))
+	}
+	const extra = "/coreos.com/network/subnets/10.5.250.0-30"
+	peer := func(public string) string {
+		return `{"PublicIP":"` + public + `","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:01:01"},"NodeID":"extra"}`
+	}
+	client := m.client()
+	put := func(value string) {
+		t.Helper()
+		eventually(t, "writing to etcd", func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			_, err := client.Put(ctx, extra, value)
+			return err
+		})
+	}
+	put(peer("192.0.2.1"))
+	var before []api.Status
+	var pods []*lab.Pod
+	for _, n := range nodes {
+		before = append(before, c.waitReady(n, 2))
+		pod, err := n.AddPod(t.Context(), "p1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, pod)
+	}
+	ping(t, pods[0], pods[1])
+	flow := startFlow(t, pods[0], pods[1])
+	for _, n := range nodes {
+		c.waitKept(n, 3)
+	}
+
+	for i := range m.procs {
+		m.kill(i)
+	}
+	away := time.Now()
+	for _, step := range []struct {
+		node int
+		stop func(*lab.Process) error
+		name string
+	}{
+		{0, (*lab.Process).Stop, "userspace, SIGTERM"},
+		{0, (*lab.Process).Kill, "userspace, SIGKILL"},
+		{1, (*lab.Process).Kill, "kernel, SIGKILL"},
+	} {
+		n := nodes[step.node]
+		pings := startPings(t, pods[0], pods[1])
+		if err := step.stop(daemons[step.node]); err != nil {
+			t.Fatal(err)
+		}
+		daemons[step.node] = c.start(n, flags(step.node)...)
+		s := c.wait(n, step.name, func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
+		if s.Store.Connected || len(s.Peers) != 2 || s.Lease.Subnets[0] != before[step.node].Lease.Subnets[0] || len(s.Datapath.Repairs) != 0 {
+			t.Errorf("%s: %+v", step.name, s)
+		}
+		if err := cniStatus(t, n); err != nil {
+			t.Errorf("%s: a pod could not be added: %v", step.name, err)
+		}
+		c.goesOn(flow)
+		sent, lost := pings.stop()
+		t.Logf("%s: of %d pings %d lost, %s without an answer at the longest", step.name, sent, lost, pings.gap())
+		if gap := pings.gap(); step.node == 1 && lost > 0 || gap > 5*time.Second {
+			t.Errorf("%s: of %d pings %d were lost, %s long", step.name, sent, lost, gap)
+		}
+		if _, text := c.get(n, "/metrics"); !strings.Contains(text, "\nculvert_serving_from_snapshot 1\n") {
+			t.Errorf("the metric says otherwise: %s", text)
+		}
+	}
+
+	// The end of the lease is the one that it had before.
+	n := nodes[0]
+	s := c.wait(n, "answers", func(api.Status) bool { return true })
+	if lasts := s.Lease.Expires.Sub(away); lasts > ttl || lasts < ttl/3 {
+		t.Errorf("the lease ends %v after etcd did", lasts)
+	}
+	pings := startPings(t, pods[0], pods[1])
+	s = c.wait(n, "does not rely on its lease any longer", func(s api.Status) bool { return !s.Ready })
+	if over := time.Since(s.Lease.Expires); over < 0 || over > 5*time.Second || !strings.Contains(s.NotReady, "ran out") {
+		t.Errorf("%v after the end it says %q", over, s.NotReady)
+	}
+	if err := cniStatus(t, n); err == nil {
+		t.Error("STATUS past the end of the lease")
+	}
+	if env, err := cni.ReadSubnetEnv(n.SubnetFile()); err != nil || !env.Expired(time.Now()) {
+		t.Errorf("subnet.env says %+v (%v)", env, err)
+	}
+
+	// etcd is back: the lease is taken up, and what has changed is followed, and
+	// not a ping is lost.
+	for i := range m.procs {
+		m.start(i)
+	}
+	put(peer("192.0.2.2"))
+	for i, n := range nodes {
+		s := c.wait(n, "follows", func(s api.Status) bool {
+			return s.Ready && s.Store.Connected && s.Store.Snapshot.IsZero() && len(s.Peers) == 2 &&
+				slices.ContainsFunc(s.Peers, func(p api.Peer) bool { return p.PublicIPs[0] == netip.MustParseAddr("192.0.2.2") })
+		})
+		if s.Lease.Subnets[0] != before[i].Lease.Subnets[0] {
+			t.Errorf("%s has %v, and had %v", n.ID, s.Lease.Subnets, before[i].Lease.Subnets)
+		}
+	}
+	if _, text := c.get(n, "/metrics"); !strings.Contains(text, "\nculvert_serving_from_snapshot 0\n") {
+		t.Errorf("the metric says otherwise: %s", text)
+	}
+	c.goesOn(flow)
+	if sent, lost := pings.stop(); lost > 0 {
+		t.Errorf("%d of %d pings were lost", lost, sent)
+	}
+	if _, _, err := flow.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRestartWithoutTrust starts daemons without etcd whose file says nothing
+// that can be relied on: each says why, and waits for etcd; and a lease that
+// another has meanwhile fences the node, whatever is on its disk.
+func TestRestartWithoutTrust(t *testing.T) {
+	c := newCluster(t, 1)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	d := c.start(n, "--lease-ttl", "10m")
+	s := c.waitReady(n, 0)
+	if _, err := n.AddPod(t.Context(), "p1"); err != nil {
+		t.Fatal(err)
+	}
+	c.waitKept(n, 1)
+	stop(t, d)
+	file := filepath.Join(n.RunDir, "snapshot.json")
+	good, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.stopEtcd()
+	for reason, change := range map[string]struct {
+		text  []byte
+		flags []string
+	}{
+		"no snapshot, or a part of one":   {text: good[:20]},
+		"its checksum is another":         {text: good[:len(good)-20]},
+		"it is of version 9":              {text: append([]byte(`{"culvert_snapshot":9,"sha256":""}`+"\n"), good...)},
+		"it is of the node":               {text: good, flags: []string{"--node-id", "other"}},
+		"and this node at 198.18.0.200":   {text: good, flags: []string{"--public-ip", "198.18.0.200"}},
+		"it is of the network at":         {text: good, flags: []string{"--etcd-prefix", "/elsewhere"}},
+		"is not an ordinary file of at m": {},
+	} {
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		if change.text == nil {
+			err = os.Mkdir(file, 0o755)
+		} else {
+			err = os.WriteFile(file, change.text, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := c.start(n, change.flags...)
+		c.wait(n, reason, func(s api.Status) bool { return !s.Ready && strings.Contains(s.NotReady, "etcd") && s.Lease == nil })
+		if log := d.Tail(50); strings.Count(log, "what is kept for a start without etcd is not used") != 1 || !strings.Contains(log, reason) {
+			t.Errorf("the log says nothing of %q:\n%s", reason, log)
+		}
+		stop(t, d)
+	}
+
+	// A thief has the subnet by now: what is kept serves until etcd says so.
+	if err := errors.Join(os.Remove(file), os.WriteFile(file, good, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	d = c.start(n)
+	c.wait(n, "serves from the snapshot", func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
+	if err := d.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	c.continueEtcd()
+	c.put(c.leaseKey(s), thief)
+	if err := d.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	c.wait(n, "fenced", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
+	if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a fenced node keeps its snapshot: %v", err)
+	}
+
+	// Put back, it is not taken for more than it is.
+	if err := os.WriteFile(file, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	c.stopEtcd()
+	c.start(n)
+	c.wait(n, "fenced still", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
+	c.continueEtcd()
+}
+
+// waitKept waits until a node has put so many leases on its disk.
+func (c *cluster) waitKept(n *lab.Node, leases int) {
+	c.t.Helper()
+	eventually(c.t, n.ID+": the snapshot is on disk", func() error {
+		text, err := os.ReadFile(filepath.Join(n.RunDir, "snapshot.json"))
+		if err != nil {
+			return err
+		}
+		_, body, _ := strings.Cut(string(text), "\n")
+		var v struct{ Leases []json.RawMessage }
+		if err := json.Unmarshal([]byte(body), &v); err != nil {
+			return err
+		}
+		if len(v.Leases) != leases {
+			return errors.New(body)
+		}
+		return nil
+	})
+}
