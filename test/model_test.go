@@ -2,12 +2,9 @@ package test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"net"
-	"net/netip"
 	"os"
 	"strconv"
 	"strings"
@@ -22,14 +19,14 @@ import (
 
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
-	"culvert/subnet"
 	"culvert/subnet/etcd"
 )
 
 // The model test: 100 nodes want 50 subnets, of an etcd of three members that
 // are killed, paused, partitioned and compacted meanwhile. Nodes release what
 // they have and ask again; some are cut off until their lease has run out, and
-// come back. Four things are held against what was recorded:
+// come back; of these, some are restarted meanwhile, and go on with what they
+// have on disk. Four things are held against what was recorded:
 //
 //  1. etcd's own history: no key ever goes from one owner to another without
 //     having been deleted, and no node has two.
@@ -88,16 +85,17 @@ func TestModel(t *testing.T) {
 		}
 	}
 	t.Logf("%d rounds: %+v", rounds, sum)
-	if rounds >= 5 && (sum.kills == 0 || sum.pauses == 0 || sum.cuts == 0 || sum.compactions == 0 || sum.expiries == 0) {
+	if rounds >= 5 && (sum.kills == 0 || sum.pauses == 0 || sum.cuts == 0 || sum.compactions == 0 || sum.expiries == 0 || sum.resumed == 0) {
 		t.Error("a kind of fault did not happen")
 	}
 }
 
 // tally is what happened.
-type tally struct{ acquired, exhausted, released, lists, expiries, kills, pauses, cuts, compactions, changes int }
+type tally struct{ acquired, exhausted, released, lists, expiries, resumed, kills, pauses, cuts, compactions, changes int }
 
 func (a *tally) add(b tally) {
 	a.acquired, a.exhausted, a.released, a.lists, a.expiries = a.acquired+b.acquired, a.exhausted+b.exhausted, a.released+b.released, a.lists+b.lists, a.expiries+b.expiries
+	a.resumed += b.resumed
 	a.kills, a.pauses, a.cuts, a.compactions, a.changes = a.kills+b.kills, a.pauses+b.pauses, a.cuts+b.cuts, a.compactions+b.compactions, a.changes+b.changes
 }
 
@@ -155,7 +153,7 @@ func (r *round) play() {
 	ctx, cancel := context.WithTimeout(r.t.Context(), 100*time.Second)
 	defer cancel()
 	r.began = time.Now()
-	resp, err := r.client.Get(ctx, r.prefix) // for the revision
+	resp, err := r.client.Put(ctx, r.prefix+"/config", modelConfig)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -181,6 +179,9 @@ func (r *round) play() {
 	winners := make(chan int, modelNodes)
 	for n := 1; n <= modelNodes; n++ {
 		p := &player{round: r, n: n, random: rand.New(rand.NewPCG(r.random.Uint64(), uint64(n)))}
+		if mortal(n) {
+			p.dir = r.t.TempDir()
+		}
 		nodes.Go(func() {
 			won := p.play(ctx)
 			playing.Done()
@@ -214,166 +215,6 @@ func (r *round) play() {
 		r.t.Errorf("%d winners of %d subnets", len(winners), modelSubnets)
 	}
 	r.judge()
-}
-
-// player is a node.
-type player struct {
-	*round
-	n        int
-	random   *rand.Rand
-	registry *etcd.Registry
-	line     *frozenLine
-	lost     atomic.Bool // says Hold
-	holding  sync.WaitGroup
-	cancel   context.CancelFunc
-}
-
-// play takes part until the faults are over and the node has either a subnet or
-// the word that there is none.
-func (p *player) play(ctx context.Context) (won bool) {
-	p.pause(ctx, 500*time.Millisecond)
-	for ctx.Err() == nil {
-		last := !p.faults.Load()
-		l, ok := p.acquire(ctx)
-		switch {
-		case ctx.Err() != nil:
-			return false
-		case !ok && last:
-			return false
-		case !ok:
-			p.pause(ctx, time.Second)
-			continue
-		}
-		index := int(l.Subnets()[0].Addr().As4()[2])
-		// Some keep what they have; others give it back, or are cut off.
-		for p.faults.Load() && p.random.IntN(3) != 0 {
-			p.pause(ctx, 500*time.Millisecond)
-		}
-		switch {
-		case p.lost.Load():
-		case !p.faults.Load():
-			return true
-		case mortal(p.n):
-			p.isolate(ctx, index)
-		default:
-			p.stopReady()
-			at := p.now()
-			if err := p.registry.Release(ctx, l); err != nil {
-				p.t.Errorf("node %d releases %s: %v", p.n, l, err)
-			}
-			p.record(at, call{kind: "release", node: p.n, subnet: index})
-			p.leave()
-			p.pause(ctx, 300*time.Millisecond)
-		}
-	}
-	return false
-}
-
-func (p *player) pause(ctx context.Context, most time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(time.Duration(p.random.Int64N(int64(most)))):
-	}
-}
-
-// acquire asks for a lease, and holds what it gets.
-func (p *player) acquire(ctx context.Context) (subnet.Lease, bool) {
-	p.leave()
-	p.line = &frozenLine{dial: p.members.dial, thawed: make(chan struct{})}
-	cfg, _, err := subnet.ParseConfig([]byte(modelConfig))
-	if err != nil {
-		p.t.Error(err)
-		return subnet.Lease{}, false
-	}
-	p.registry, err = etcd.New(etcd.Options{
-		Endpoints: p.members.urls(), Prefix: p.prefix, Logger: slog.New(slog.DiscardHandler),
-		RequestTimeout: 2 * time.Second, DialTimeout: 2 * time.Second, Dial: p.line.connect,
-	})
-	if err != nil {
-		p.t.Error(err)
-		return subnet.Lease{}, false
-	}
-	claim := subnet.Claim{Node: nodeName(p.n), Config: cfg, TTL: 10 * time.Minute}
-	if mortal(p.n) {
-		claim.TTL = modelTTL
-	}
-	claim.Ends = []subnet.Endpoint{{Public: netip.AddrFrom4([4]byte{192, 0, 2, byte(p.n)}), VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(claim.Node, 1, false)}}}
-	before, at := p.history.at(), p.now()
-	l, err := p.registry.Acquire(ctx, claim)
-	switch {
-	case ctx.Err() != nil:
-		return l, false
-	case errors.Is(err, subnet.ErrExhausted):
-		p.record(at, call{kind: "exhausted", node: p.n, revision: before})
-		return l, false
-	case err != nil:
-		p.t.Errorf("node %d: %v", p.n, err)
-		return l, false
-	}
-	p.lost.Store(false)
-	p.startReady()
-	p.record(at, call{kind: "acquire", node: p.n, subnet: int(l.Subnets()[0].Addr().As4()[2]), revision: l.CreateRevision})
-	hctx, cancel := context.WithCancel(ctx)
-	p.cancel = cancel
-	registry := p.registry
-	p.holding.Go(func() {
-		if err := registry.Hold(hctx, l); err != nil {
-			p.stopReady()
-			p.lost.Store(true)
-			if !mortal(p.n) && !strings.Contains(err.Error(), "released") {
-				p.t.Errorf("node %d lost %s: %v", p.n, l, err)
-			}
-		}
-	})
-	return l, true
-}
-
-// isolate cuts the node off, as a stopped process is, until its lease has run
-// out and been deleted; it does not notice. Then the process is gone.
-func (p *player) isolate(ctx context.Context, index int) {
-	at := p.now()
-	p.line.freeze()
-	deadline := time.Now().Add(8 * modelTTL)
-	gone := false
-	for !gone && !p.lost.Load() && ctx.Err() == nil && time.Now().Before(deadline) {
-		time.Sleep(20 * time.Millisecond)
-		gone = p.history.deletedSince(index, p.n, p.began.Add(time.Duration(at)))
-	}
-	// Whoever has the subnet now, this node must have stopped to be ready by
-	// itself: the sampler looks at it a little longer.
-	p.pause(ctx, time.Second)
-	p.stopReady()
-	p.leave()
-	if !gone && !p.lost.Load() && ctx.Err() == nil {
-		p.t.Errorf("node %d: the lease of subnet %d did not run out", p.n, index)
-	}
-}
-
-// leave ends the process that the node is.
-func (p *player) leave() {
-	p.stopReady()
-	if p.registry == nil {
-		return
-	}
-	if p.cancel != nil {
-		p.cancel()
-	}
-	p.line.close()
-	p.holding.Wait()
-	_ = p.registry.Close()
-	p.registry, p.cancel = nil, nil
-}
-
-func (p *player) startReady() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.ready[p.n] = p.registry
-}
-
-func (p *player) stopReady() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.ready[p.n] = nil
 }
 
 // sample looks, again and again, for two nodes that would give out addresses of
@@ -491,56 +332,6 @@ func (r *round) break_(ctx context.Context, random *rand.Rand) {
 		}
 		time.Sleep(time.Duration(random.IntN(300)) * time.Millisecond)
 	}
-}
-
-// frozenLine is a node's way to etcd, which can be frozen: nothing goes through
-// any more, and nothing is said of it.
-type frozenLine struct {
-	dial   func(context.Context, string) (net.Conn, error)
-	frozen atomic.Bool
-	thawed chan struct{} // closed at the end
-	once   sync.Once
-}
-
-func (f *frozenLine) freeze() { f.frozen.Store(true) }
-func (f *frozenLine) close()  { f.once.Do(func() { close(f.thawed) }) }
-
-func (f *frozenLine) connect(ctx context.Context, address string) (net.Conn, error) {
-	if f.frozen.Load() {
-		select {
-		case <-f.thawed:
-			return nil, net.ErrClosed
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
-	c, err := f.dial(ctx, address)
-	if err != nil {
-		return nil, err
-	}
-	return frozenConn{c, f}, nil
-}
-
-type frozenConn struct {
-	net.Conn
-	line *frozenLine
-}
-
-func (c frozenConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if c.line.frozen.Load() {
-		<-c.line.thawed
-		return 0, net.ErrClosed
-	}
-	return n, err
-}
-
-func (c frozenConn) Write(b []byte) (int, error) {
-	if c.line.frozen.Load() {
-		<-c.line.thawed
-		return 0, net.ErrClosed
-	}
-	return c.Conn.Write(b)
 }
 
 // judge holds the calls against the history and the model.

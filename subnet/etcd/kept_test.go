@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -333,4 +334,27 @@ func FuzzKept(f *testing.F) {
 			t.Errorf("%+v became %+v, %v", k, again, err)
 		}
 	})
+}
+
+// BenchmarkKeep5000 is one writing of 5,000 leases.
+func BenchmarkKeep5000(b *testing.B) {
+	k, err := parseKept(exampleKept(b))
+	if err != nil {
+		b.Fatal(err)
+	}
+	held := k.Lease
+	held.Expires = time.Now().Add(time.Hour)
+	s := keptState{held: held, config: k.Config, cluster: 1, at: 1}
+	for i := range 5000 {
+		s.entries = append(s.entries, keptEntry{Key: fmt.Sprintf("10.%d.%d.0-24", i/250, i%250), Value: []byte(peerValue(i % 250)), Created: 1, Modified: 1, ID: 1 << 60}.entry())
+	}
+	r := &Registry{opts: Options{SnapshotFile: filepath.Join(b.TempDir(), "snapshot.json")}}
+	for b.Loop() {
+		if err := r.writeKept(s); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if info, err := os.Stat(r.opts.SnapshotFile); err == nil {
+		b.ReportMetric(float64(info.Size()), "bytes")
+	}
 }
