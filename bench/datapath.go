@@ -17,16 +17,22 @@ type Datapath struct {
 	// Program is somebody else's, of which the datapath is made; nil else.
 	Program *Program
 
+	// generator makes its traffic, whichever the run's is; empty: the run's.
+	generator string
 	// none says that traffic goes by the underlay's own addresses.
 	none bool
 	// kernel says that no daemon carries packets.
 	kernel bool
 }
 
+// checkedNative is native with iperf3's traffic.
+const checkedNative = "native/iperf3"
+
 // Datapaths returns all of them, in the order in which they are shown.
 func Datapaths() []Datapath {
 	all := []Datapath{
 		{Name: "native", About: "the underlay itself, no tunnel: the limit", none: true},
+		{Name: checkedNative, About: "the same with iperf3's traffic, to check the built-in generator", none: true, generator: iperf3Name},
 		{Name: "host-gw", About: "routes on the underlay, no tunnel", kernel: true},
 		{Name: "vxlan/kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true},
 		{Name: "vxlan/userspace", About: "culvert's own loop"},
@@ -43,8 +49,11 @@ func Datapaths() []Datapath {
 
 // Available says whether the datapath can be tried here, and if not, why.
 func (d Datapath) Available() (ok bool, why string) {
-	if d.Program != nil {
+	switch {
+	case d.Program != nil:
 		return d.Program.available()
+	case d.generator == iperf3Name:
+		return iperf3{}.available()
 	}
 	return true, ""
 }

@@ -21,19 +21,31 @@ import (
 // generator against. It measures in whole seconds, and knows streams and
 // datagrams only. What it costs is not measured: it begins and ends by itself.
 // A server of it serves one client, so each sender has one of its own.
-type iperf3 struct{ path string }
+type iperf3 struct{}
 
-const iperf3Port = 5201
+const (
+	iperf3Name = "iperf3" // the program's, too
+	iperf3Port = 5201
+)
 
-func newIPerf3() (generator, error) {
-	path, err := exec.LookPath("iperf3")
-	if err != nil {
-		return nil, errors.New("--generator iperf3: iperf3 is not on PATH (apt-get install iperf3), and builtin needs nothing")
+func (iperf3) available() (ok bool, why string) {
+	if _, err := exec.LookPath(iperf3Name); err != nil {
+		return false, "iperf3 is not on PATH"
 	}
-	return iperf3{path}, nil
+	return true, ""
 }
 
-func (iperf3) name() string { return "iperf3" }
+func (iperf3) takes(w workload, m method) time.Duration {
+	if w.rr || w.crr {
+		return 0
+	}
+	const start = 500 * time.Millisecond
+	return wholeSeconds(m.duration) + wholeSeconds(m.warmup) + start
+}
+
+func wholeSeconds(d time.Duration) time.Duration {
+	return time.Duration(math.Ceil(d.Seconds())) * time.Second
+}
 
 // iperf3Report is what is read of `iperf3 --json`.
 type iperf3Report struct {
@@ -48,7 +60,7 @@ type iperf3Report struct {
 	} `json:"end"`
 }
 
-func (g iperf3) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
+func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
 	if w.rr || w.crr {
 		return nil, unavailable("iperf3 has no such workload: --generator builtin")
 	}
@@ -58,7 +70,7 @@ func (g iperf3) measure(ctx context.Context, s *site, w workload, m method) (fig
 	senders := s.labs.Nodes[1:]
 	for i := range senders {
 		server, err := s.labs.Nodes[0].Start(lab.Command{
-			Name: fmt.Sprintf("iperf3-%d-%d", time.Now().UnixNano(), i), Path: g.path,
+			Name: fmt.Sprintf("iperf3-%d-%d", time.Now().UnixNano(), i), Path: iperf3Name,
 			Args: []string{"-s", "-1", "-B", s.to.String(), "-p", strconv.Itoa(iperf3Port + i), "--forceflush"},
 		})
 		if err != nil {
@@ -70,7 +82,7 @@ func (g iperf3) measure(ctx context.Context, s *site, w workload, m method) (fig
 		}
 	}
 
-	whole := func(d time.Duration) string { return strconv.Itoa(int(math.Ceil(d.Seconds()))) }
+	whole := func(d time.Duration) string { return strconv.Itoa(int(wholeSeconds(d).Seconds())) }
 	args := []string{"-c", s.to.String(), "--json", "-t", whole(m.duration), "-O", whole(m.warmup)}
 	if w.payload > 0 {
 		args = append(args, "-u", "-b", "0", "-l", strconv.Itoa(w.payload))
@@ -84,7 +96,7 @@ func (g iperf3) measure(ctx context.Context, s *site, w workload, m method) (fig
 	values, errs := make([]float64, len(senders)), make([]error, len(senders))
 	for i, n := range senders {
 		all.Go(func() {
-			text, err := n.Run(ctx, g.path, append(slices.Clone(args), "-p", strconv.Itoa(iperf3Port+i))...)
+			text, err := n.Run(ctx, iperf3Name, append(slices.Clone(args), "-p", strconv.Itoa(iperf3Port+i))...)
 			r, perr := parseIPerf3(text, w)
 			if errs[i] = errors.Join(perr, err); errs[i] != nil {
 				return
@@ -128,7 +140,7 @@ func parseIPerf3(text []byte, w workload) (iperf3Report, error) {
 
 // iperf3Version is the first line of `iperf3 --version`.
 func iperf3Version() string {
-	text, err := exec.Command("iperf3", "--version").Output()
+	text, err := exec.Command(iperf3Name, "--version").Output()
 	if err != nil {
 		return ""
 	}

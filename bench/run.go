@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,7 +23,7 @@ type Options struct {
 	Rounds           int
 	Duration, Warmup time.Duration // of each measurement
 	Lossfree         bool          // UDP: search the highest rate without loss too
-	Generator        string        // "builtin", or "iperf3"
+	Generator        string        // one of Generators
 	Remote           *Remote       // the other host, for the underlay Existing
 
 	Version string // of culvert
@@ -101,8 +102,8 @@ func (o Options) Check() error {
 		return fmt.Errorf("%d rounds: at least 1", o.Rounds)
 	case o.Duration < 50*time.Millisecond:
 		return fmt.Errorf("a measurement of %s: at least 50ms", o.Duration)
-	case o.Generator != "builtin" && o.Generator != "iperf3":
-		return fmt.Errorf("there is no generator %q: builtin, iperf3", o.Generator)
+	case !slices.Contains(Generators(), o.Generator):
+		return fmt.Errorf("there is no generator %q: %s", o.Generator, strings.Join(Generators(), ", "))
 	case o.Warmup < 0:
 		return fmt.Errorf("a warm-up of %s", o.Warmup)
 	}
@@ -115,6 +116,8 @@ type runner struct {
 	method method
 	report *Report
 	sites  map[string]*site // by datapath, of the current underlay
+
+	generators map[string]generator // by datapath
 
 	cells  [2]int           // done, total
 	plan   [2]time.Duration // of the measurements: of those done, of all
@@ -129,26 +132,25 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	if err := o.Check(); err != nil {
 		return nil, err
 	}
-	r := &runner{Options: o, method: method{warmup: o.Warmup, duration: o.Duration, lossfree: o.Lossfree, generator: builtin{}}}
-	if o.Generator == "iperf3" {
-		g, err := newIPerf3()
-		if err != nil {
-			return nil, err
-		}
-		r.method.generator = g
+	r := &runner{Options: o, method: method{warmup: o.Warmup, duration: o.Duration, lossfree: o.Lossfree}, generators: map[string]generator{}}
+	if ok, why := (iperf3{}).available(); o.Generator == iperf3Name && !ok {
+		return nil, fmt.Errorf("--generator %s: %s (apt-get install iperf3), and %s needs nothing", iperf3Name, why, builtinName)
+	}
+	for _, d := range Datapaths() {
+		r.generators[d.Name] = generatorOf(cmp.Or(d.generator, o.Generator))
 	}
 	r.report = &Report{Schema: Schema, Machine: thisMachine()}
 	m := &r.report.Machine
 	m.Culvert, m.Congestion = o.Version, load.Congestion
-	m.Generator = r.method.generator.name()
+	m.Generator = o.Generator
 	m.Duration, m.Warmup = o.Duration.Seconds(), o.Warmup.Seconds()
 	m.Nodes = o.Nodes
 	if underlayOf(o.Nodes) == lab.Bridged {
 		m.Bridge = map[string]map[string]bool{}
 	}
 	m.Programs = versions(o.Datapaths)
-	if o.Generator == "iperf3" {
-		m.Programs["iperf3"] = iperf3Version()
+	if ok, _ := (iperf3{}).available(); ok && (o.Generator == iperf3Name || slices.Contains(o.Datapaths, checkedNative)) {
+		m.Programs[iperf3Name] = iperf3Version()
 	}
 	m.Offloads = map[string]map[string]bool{}
 	if o.prior != nil {
@@ -180,7 +182,7 @@ func (r *runner) run(ctx context.Context) error {
 			}
 			for _, w := range r.chosen() {
 				n := max(r.Rounds-r.report.rounds(u, d, w.name), 0)
-				r.plan[1] += time.Duration(n) * r.method.takes(w)
+				r.plan[1] += time.Duration(n) * r.takes(d, w)
 				r.cells[1] += n
 			}
 		}
@@ -306,9 +308,14 @@ func (r *runner) skip(underlay, datapath string) {
 	}
 }
 
+// takes is about how long a measurement is.
+func (r *runner) takes(datapath string, w workload) time.Duration {
+	return r.generators[datapath].takes(w, r.method)
+}
+
 func (r *runner) skipWorkload(underlay, datapath string, w workload) {
 	n := max(r.Rounds-r.report.rounds(underlay, datapath, w.name), 0)
-	r.plan[1] -= time.Duration(n) * r.method.takes(w)
+	r.plan[1] -= time.Duration(n) * r.takes(datapath, w)
 	r.cells[1] -= n
 }
 
@@ -319,8 +326,8 @@ func (r *runner) measure(ctx context.Context, s *site, w workload, round int) er
 	r.tell(fmt.Sprintf("%s: round %d of %d, %s on %s", s.underlay, round+1, r.Rounds, w.name, s.datapath.Name))
 	// What hangs is not to hang the run.
 	began := time.Now()
-	limited, cancel := context.WithTimeout(ctx, 2*r.method.takes(w)+10*time.Second)
-	f, err := r.method.generator.measure(limited, s, w, r.method)
+	limited, cancel := context.WithTimeout(ctx, 2*r.takes(s.datapath.Name, w)+10*time.Second)
+	f, err := r.generators[s.datapath.Name].measure(limited, s, w, r.method)
 	cancel()
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -340,7 +347,7 @@ func (r *runner) measure(ctx context.Context, s *site, w workload, round int) er
 			}
 		}
 		r.report.Machine.Steal = max(r.report.Machine.Steal, s.steal)
-		r.plan[0] += r.method.takes(w)
+		r.plan[0] += r.takes(s.datapath.Name, w)
 		r.spent += time.Since(began)
 		r.cells[0]++
 	}

@@ -389,20 +389,20 @@ func TestCheckNamesTheChoices(t *testing.T) {
 		t.Fatal(err)
 	}
 	for want, change := range map[string]func(*Options){
-		`there is no underlay "wifi": offload, cloud, plain, bare, existing`: func(o *Options) { o.Underlays = []string{"wifi"} },
-		`there is no datapath "vxlan": native, host-gw, vxlan/kernel`:        func(o *Options) { o.Datapaths = []string{"vxlan"} },
-		`there is no workload "tcp": tcp1, tcp4`:                             func(o *Options) { o.Workloads = []string{"tcp"} },
-		"no workload is chosen: tcp1":                                        func(o *Options) { o.Workloads = nil },
-		"1 nodes: 2 to 250":                                                  func(o *Options) { o.Nodes = 1 },
-		"251 nodes: 2 to 250":                                                func(o *Options) { o.Nodes = 251 },
-		"joins two hosts":                                                    func(o *Options) { o.Underlays, o.Remote, o.Nodes = []string{Existing}, &Remote{}, 3 },
-		"0 rounds: at least 1":                                               func(o *Options) { o.Rounds = 0 },
-		"at least 50ms":                                                      func(o *Options) { o.Duration = time.Microsecond },
-		"a warm-up of -1s":                                                   func(o *Options) { o.Warmup = -time.Second },
-		`there is no generator "netperf": builtin, iperf3`:                   func(o *Options) { o.Generator = "netperf" },
-		"needs --server on one host":                                         func(o *Options) { o.Underlays = []string{Existing} },
-		"is measured alone":                                                  func(o *Options) { o.Underlays = []string{Existing, "bare"} },
-		"--underlay existing":                                                func(o *Options) { o.Remote = &Remote{} },
+		`there is no underlay "wifi": offload, cloud, plain, bare, existing`:         func(o *Options) { o.Underlays = []string{"wifi"} },
+		`there is no datapath "vxlan": native, native/iperf3, host-gw, vxlan/kernel`: func(o *Options) { o.Datapaths = []string{"vxlan"} },
+		`there is no workload "tcp": tcp1, tcp4`:                                     func(o *Options) { o.Workloads = []string{"tcp"} },
+		"no workload is chosen: tcp1":                                                func(o *Options) { o.Workloads = nil },
+		"1 nodes: 2 to 250":                                                          func(o *Options) { o.Nodes = 1 },
+		"251 nodes: 2 to 250":                                                        func(o *Options) { o.Nodes = 251 },
+		"joins two hosts":                                                            func(o *Options) { o.Underlays, o.Remote, o.Nodes = []string{Existing}, &Remote{}, 3 },
+		"0 rounds: at least 1":                                                       func(o *Options) { o.Rounds = 0 },
+		"at least 50ms":                                                              func(o *Options) { o.Duration = time.Microsecond },
+		"a warm-up of -1s":                                                           func(o *Options) { o.Warmup = -time.Second },
+		`there is no generator "netperf": builtin, iperf3`:                           func(o *Options) { o.Generator = "netperf" },
+		"needs --server on one host":                                                 func(o *Options) { o.Underlays = []string{Existing} },
+		"is measured alone":                                                          func(o *Options) { o.Underlays = []string{Existing, "bare"} },
+		"--underlay existing":                                                        func(o *Options) { o.Remote = &Remote{} },
 	} {
 		o := good
 		change(&o)

@@ -52,26 +52,29 @@ func Workloads() []string {
 type method struct {
 	warmup, duration time.Duration
 	lossfree         bool // search for the highest rate without loss
-	generator        generator
 }
 
 // generator makes the traffic of a workload and measures it.
 type generator interface {
 	measure(ctx context.Context, s *site, w workload, m method) (figures, error)
-	name() string
+	// takes is about how long that is.
+	takes(w workload, m method) time.Duration
+}
+
+// Generators returns the names of the generators.
+func Generators() []string { return []string{builtinName, iperf3Name} }
+
+const builtinName = "builtin"
+
+func generatorOf(name string) generator {
+	if name == iperf3Name {
+		return iperf3{}
+	}
+	return builtin{}
 }
 
 // figures are the values of one measurement.
 type figures map[Metric]float64
-
-// takes is about how long a measurement is.
-func (m method) takes(w workload) time.Duration {
-	t := m.warmup + m.duration
-	if w.payload > 0 && m.lossfree {
-		t += lossfreeSteps * (m.probe() + m.probe()/4)
-	}
-	return t + 20*time.Millisecond
-}
 
 // measured runs fn for the duration of the method after the warm-up, and adds
 // what it cost to the figures. Between two readings of the receiver fn sleeps.
@@ -134,7 +137,13 @@ func sleep(ctx context.Context, d time.Duration) error {
 // builtin is the generator of package load.
 type builtin struct{}
 
-func (builtin) name() string { return "builtin" }
+func (builtin) takes(w workload, m method) time.Duration {
+	t := m.warmup + m.duration
+	if w.payload > 0 && m.lossfree {
+		t += lossfreeSteps * (m.probe() + m.probe()/4)
+	}
+	return t + 20*time.Millisecond
+}
 
 func (b builtin) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
 	switch {

@@ -190,13 +190,13 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags.IntVar(&f.rounds, "rounds", 3, "how often each is measured")
 	flags.DurationVar(&f.duration, "duration", time.Second, "how long each is measured")
 	flags.DurationVar(&f.warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
-	flags.StringVar(&f.generator, "generator", "builtin", "what makes the traffic: builtin or iperf3")
+	flags.StringVar(&f.generator, "generator", "builtin", "what makes the traffic: "+strings.Join(bench.Generators(), " or "))
 	flags.StringVar(&f.resume, "resume", "", "keep the report in this file as JSON, and go on with what it has already")
 	f.out.addTo(c)
 	flags.BoolVar(&f.server, "server", false, "with --underlay existing: be the far end for a client on another host")
 	flags.StringVar(&f.listen, "listen", fmt.Sprintf(":%d", bench.DefaultPort), "where the server listens; who reaches it may use it")
 	flags.StringVar(&f.client, "client", "", "with --underlay existing: measure between this host and the server at this address")
-	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": {"builtin", "iperf3"}, "nodes": {"2", "3", "5", "10"}} {
+	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": bench.Generators(), "nodes": {"2", "3", "5", "10"}} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
 	}
 	c.AddCommand(newBenchCompareCommand(), newBenchReportCommand(), newBenchScaleCommand(), newBenchNodeCommand())
