@@ -96,11 +96,11 @@ test-vm: build
 		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestIPIP"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
 
 .PHONY: bench
-## bench: every datapath, workload and underlay (45 minutes; resumes), into docs/benchmarks.md
+## bench: every datapath, workload and underlay (35 minutes; resumes), into docs/benchmarks.md
 bench: build
 	@mkdir -p bench/results
 	test -e bench/results/scale.json || bin/culvert bench scale --json=bench/results/scale.json --docs docs
-	bin/culvert bench --resume bench/results/full.json --duration 700ms --html bench/results/full.html --docs docs $(BENCH_FLAGS)
+	bin/culvert bench --resume bench/results/full.json --duration 400ms --warmup 150ms --html bench/results/full.html --docs docs $(BENCH_FLAGS)
 
 MICRO := CGO_ENABLED=0 $(GO) test ./encap -run '^$$' -bench . -benchtime 200ms -count 6
 

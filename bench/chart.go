@@ -89,6 +89,9 @@ func (r *Report) draw(c column, names []string) (string, error) {
 	}
 	p.NominalX(names...)
 	p.X.Tick.Label.Rotation = math.Pi / 8
+	if len(names) > 10 { // else they touch
+		p.X.Tick.Label.Rotation = math.Pi / 5
+	}
 	p.X.Tick.Label.XAlign, p.X.Tick.Label.YAlign = draw.XRight, draw.YTop
 	bars := &bars{label: p.Y.Tick.Label}
 	bars.label.XAlign, bars.label.YAlign = draw.XCenter, draw.YBottom

@@ -136,7 +136,11 @@ func (c Comparison) Table(w io.Writer, floor float64) error {
 		}
 		_ = t.Flush()
 	}
-	fmt.Fprintf(&b, "%d figures changed by %.0f %% or more beyond the spread of their rounds; %d did not.\n", len(c.Changes), EffectFloor*100, c.Same)
+	plural := "s"
+	if len(c.Changes) == 1 {
+		plural = ""
+	}
+	fmt.Fprintf(&b, "%d figure%s changed by %.0f %% or more beyond the spread of their rounds; %d did not.\n", len(c.Changes), plural, EffectFloor*100, c.Same)
 	if c.OnlyOld+c.OnlyNew > 0 {
 		fmt.Fprintf(&b, "%d are in the old report only, %d in the new one only.\n", c.OnlyOld, c.OnlyNew)
 	}

@@ -139,7 +139,7 @@ func (m Machine) joined() string {
 	if underlayOf(m.Nodes) == lab.Bridged {
 		return fmt.Sprintf("%d nodes on a bridge, %d of which send to the first at once: not comparable with two", m.Nodes, m.Nodes-1)
 	}
-	return fmt.Sprintf("%d nodes, no bridge between", m.Nodes)
+	return fmt.Sprintf("%d nodes", m.Nodes)
 }
 
 // off lists the offloads that an underlay's profile turned off, of those that
