@@ -93,7 +93,7 @@ func FuzzQuote(f *testing.F) {
 		c := &common{offload: allOn()}
 		c.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
 		q := &errorQueue{common: c}
-		q.narrower(peer.Underlay.Addr(), quote, mtu)
+		q.narrower(peer.Underlay.Addr(), netip.Addr{}, quote, mtu)
 		limit := peer.limit()
 		if limit == 0 {
 			return

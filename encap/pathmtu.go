@@ -30,24 +30,31 @@ const (
 	tooBigPause = time.Millisecond
 )
 
-// pathMTU is what is known of the way to a peer.
-type pathMTU struct {
-	mtu   int // of inner packets
-	until time.Time
+// PathMTU is what the network said of the way to a peer.
+type PathMTU struct {
+	MTU          int        // of inner packets, in bytes
+	By           netip.Addr // whose ICMP error said so; invalid if not known
+	Since, Until time.Time  // from when, and how long, it is believed
+}
+
+// PathMTU returns what is known of the way there, and whether anything is.
+func (p *Peer) PathMTU() (PathMTU, bool) {
+	k := p.path.Load()
+	if k == nil {
+		return PathMTU{}, false
+	}
+	if time.Now().After(k.Until) {
+		p.path.CompareAndSwap(k, nil)
+		return PathMTU{}, false
+	}
+	return *k, true
 }
 
 // limit is the longest inner packet that reaches the peer, or 0 if nothing is
 // known.
 func (p *Peer) limit() int {
-	k := p.path.Load()
-	if k == nil {
-		return 0
-	}
-	if time.Now().After(k.until) {
-		p.path.CompareAndSwap(k, nil)
-		return 0
-	}
-	return k.mtu
+	k, _ := p.PathMTU()
+	return k.MTU
 }
 
 // inheritPaths keeps what is known of the ways to the peers of an older table.
@@ -83,37 +90,38 @@ func (q *errorQueue) drain(fd uintptr) {
 			return
 		}
 		to, ok := address(q.name[:h.Namelen])
-		if mtu := tooBig(q.control[:h.Controllen]); ok && mtu > 0 {
-			q.narrower(to, q.quote[:n], mtu)
+		if mtu, by := tooBig(q.control[:h.Controllen]); ok && mtu > 0 {
+			q.narrower(to, by, q.quote[:n], mtu)
 		}
 	}
 }
 
-// tooBig returns the MTU that an ICMP error gives, of the outer packet, or 0 if
-// it is about something else.
-func tooBig(control []byte) int {
+// tooBig returns the MTU that an ICMP error gives, of the outer packet, and who
+// sent it; or 0 if it is about something else.
+func tooBig(control []byte) (mtu int, by netip.Addr) {
 	const originICMP, originICMP6 = 2, 3 // linux/errqueue.h
 	for len(control) >= unix.SizeofCmsghdr {
 		n := int(binary.NativeEndian.Uint64(control))
 		if n < unix.SizeofCmsghdr || n > len(control) {
-			return 0
+			return 0, by
 		}
 		level, kind := binary.NativeEndian.Uint32(control[8:]), binary.NativeEndian.Uint32(control[12:])
 		e := control[unix.SizeofCmsghdr:n]
 		ours := level == unix.SOL_IP && kind == unix.IP_RECVERR || level == unix.SOL_IPV6 && kind == unix.IPV6_RECVERR
 		if ours && len(e) >= 16 && (e[4] == originICMP || e[4] == originICMP6) &&
 			unix.Errno(binary.NativeEndian.Uint32(e)) == unix.EMSGSIZE {
-			return int(binary.NativeEndian.Uint32(e[8:]))
+			by, _ = address(e[16:]) // SO_EE_OFFENDER
+			return int(binary.NativeEndian.Uint32(e[8:])), by
 		}
 		control = control[min((n+7)&^7, len(control)):]
 	}
-	return 0
+	return 0, by
 }
 
-// narrower believes that the way to a peer takes outer packets of mtu bytes, if
+// narrower believes by that the way to a peer takes outer packets of mtu bytes, if
 // what is quoted is a packet of ours. The quote begins with the tunnel's
 // header.
-func (q *errorQueue) narrower(to netip.Addr, quote []byte, mtu int) {
+func (q *errorQueue) narrower(to, by netip.Addr, quote []byte, mtu int) {
 	table := q.table.Load()
 	var p packet
 	lead := 0
@@ -138,7 +146,8 @@ func (q *errorQueue) narrower(to netip.Addr, quote []byte, mtu int) {
 	}
 	limit := max(mtu-cost, least)
 	if known := peer.limit(); known == 0 || limit < known {
-		peer.path.Store(&pathMTU{limit, time.Now().Add(pathMTULife)})
+		now := time.Now()
+		peer.path.Store(&PathMTU{MTU: limit, By: by, Since: now, Until: now.Add(pathMTULife)})
 	}
 }
 

@@ -24,7 +24,7 @@ type Peer struct {
 	// super is the way of super-frames, nil while there is none.
 	super atomic.Pointer[superPath]
 	// path is what the network said of the way there; nil if nothing.
-	path atomic.Pointer[pathMTU]
+	path atomic.Pointer[PathMTU]
 }
 
 // NewPeer returns the peer that leases subnet and is reached at underlay. The

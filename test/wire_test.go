@@ -1,14 +1,11 @@
 package test
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"testing"
-	"time"
 
 	"github.com/safchain/ethtool"
 	"golang.org/x/sys/unix"
@@ -253,106 +250,6 @@ func interfaceIndex(name string) (int, error) {
 		return 0, err
 	}
 	return link.Index, nil
-}
-
-// TestPathMTU answers a node's packets as a router with a narrower link behind
-// it would: the sending pod gets its own ICMP error and sends less. An error
-// that quotes what the node never sent changes nothing.
-func TestPathMTU(t *testing.T) {
-	o := newOracle(t)
-	o.start(o.Nodes[0], "--iface", o.Nodes[0].Link, "--df", "--no-super-frame")
-	o.waitReady(o.Nodes[0], 1)
-	here, there := o.pod.Addr(true), o.there[0]
-	server, client := udpPair(t, o.pod.Namespace, o.kernel.Namespace, here, there)
-	send := func(size int) error {
-		_, err := client.WriteTo(pattern(size), server.LocalAddr())
-		return err
-	}
-	// discover is how the pod sends: with DF, told by its kernel what fits, or not.
-	discover := func(how int) {
-		t.Helper()
-		raw, err := client.(*net.UDPConn).SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		var failure error
-		err = raw.Control(func(fd uintptr) { failure = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_MTU_DISCOVER, how) })
-		if err := errors.Join(err, failure); err != nil {
-			t.Fatal(err)
-		}
-	}
-	discover(unix.IP_PMTUDISC_DO)
-	wire := sniff(t, o.kernel)
-	if err := send(1300); err != nil {
-		t.Fatal(err)
-	}
-	large := func(p ip) bool { return p.protocol == unix.IPPROTO_UDP && len(p.payload) > 1300 }
-	outer := wire.next(t, large)
-
-	const narrow = 1000 // bytes of an outer packet
-	answer := func(change int) {
-		t.Helper()
-		quote := append(append([]byte{}, outer.header...), outer.payload[:100]...)
-		if change >= 0 {
-			quote[change] ^= 0xff
-		}
-		icmp := append([]byte{3, 4, 0, 0, 0, 0, narrow >> 8, narrow & 0xff}, quote...)
-		binary.BigEndian.PutUint16(icmp[2:], ^onesSum(icmp))
-		err := o.kernel.Do(func() error {
-			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
-			if err != nil {
-				return err
-			}
-			defer unix.Close(fd)
-			return unix.Sendto(fd, icmp, 0, &unix.SockaddrInet4{Addr: outer.from.As4()})
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
-	vxlan := len(outer.header) + 8 // where that header begins in the quote
-	for name, change := range map[string]int{"VNI": vxlan + 6, "MAC": vxlan + 10, "inner source": vxlan + 22 + 13} {
-		answer(change)
-		for range 2 { // the first would be the one that is answered
-			if err := send(1300); err != nil {
-				t.Errorf("an error that quotes another %s was believed: %v", name, err)
-			}
-			wire.next(t, large)
-		}
-	}
-	answer(-1)
-	eventually(t, "the pod is told", func() error {
-		if err := send(1300); !errors.Is(err, unix.EMSGSIZE) {
-			return fmt.Errorf("it sent 1300 bytes: %w", err)
-		}
-		return nil
-	})
-	if err := send(narrow - 50 - 28); err != nil {
-		t.Errorf("what fits is refused: %v", err)
-	}
-	wire.next(t, func(p ip) bool { return len(p.header)+len(p.payload) == narrow })
-	transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 1<<20)
-
-	// What may be fragmented is.
-	discover(unix.IP_PMTUDISC_OMIT)
-	const marked = 1299
-	if err := send(marked); err != nil {
-		t.Fatal(err)
-	}
-	got := make([]byte, 2048)
-	for n := 0; n != marked; {
-		if err := server.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
-			t.Fatal(err)
-		}
-		var err error
-		if n, _, err = server.ReadFrom(got); err != nil {
-			t.Fatalf("the fragments did not arrive: %v", err)
-		}
-	}
-	if !bytes.Equal(got[:marked], pattern(marked)) {
-		t.Error("what arrived in fragments is not what was sent")
-	}
 }
 
 // next waits for a packet.

@@ -337,6 +337,14 @@ func (t *Tunnel) Status() api.Datapath {
 		}
 	}
 	slices.SortStableFunc(s.Drops, func(a, b api.Drop) int { return cmp.Compare(b.Packets, a.Packets) })
+	for _, p := range t.loop.Table().All() {
+		if k, ok := p.PathMTU(); ok {
+			s.NarrowPaths = append(s.NarrowPaths, api.NarrowPath{
+				Subnet: p.Subnet, PublicIP: p.Underlay.Addr(), MTU: k.MTU, By: k.By, Since: k.Since, Until: k.Until,
+			})
+		}
+	}
+	slices.SortFunc(s.NarrowPaths, func(a, b api.NarrowPath) int { return a.Subnet.Compare(b.Subnet) })
 	backend.Describe(&s, t.keeper.Standing())
 	return s
 }

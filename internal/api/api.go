@@ -95,6 +95,19 @@ type Datapath struct {
 	Warnings []string `json:"warnings,omitempty"`
 	// StalePods are the host ends of pods that were made for another MTU.
 	StalePods []string `json:"stale_pods,omitempty"`
+	// NarrowPaths are the peers, by subnet, whose path takes less than MTU, as
+	// routers on it said.
+	NarrowPaths []NarrowPath `json:"narrow_paths,omitempty"`
+}
+
+// NarrowPath is what is known of the way to a peer's subnet.
+type NarrowPath struct {
+	Subnet   netip.Prefix `json:"subnet"`
+	PublicIP netip.Addr   `json:"public_ip"`
+	MTU      int          `json:"mtu"` // of pods' packets
+	By       netip.Addr   `json:"by,omitzero"`
+	Since    time.Time    `json:"since"`
+	Until    time.Time    `json:"until"` // it is believed
 }
 
 // Mechanism is one of the kernel's offers that make the datapath fast.

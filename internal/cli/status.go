@@ -101,7 +101,7 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	return writePeers(w, s)
+	return writePeers(w, s, now)
 }
 
 func writeStore(line func(name, format string, args ...any), s api.Store, now time.Time) {
@@ -119,7 +119,7 @@ func writeStore(line func(name, format string, args ...any), s api.Store, now ti
 	}
 }
 
-func writePeers(w io.Writer, s api.Status) error {
+func writePeers(w io.Writer, s api.Status, now time.Time) error {
 	fmt.Fprintf(w, "\n%d peers\n", len(s.Peers))
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	if len(s.Peers) > 0 {
@@ -130,6 +130,13 @@ func writePeers(w io.Writer, s api.Status) error {
 	}
 	if err := t.Flush(); err != nil {
 		return err
+	}
+	for _, p := range s.Datapath.NarrowPaths {
+		by := ""
+		if p.By.IsValid() {
+			by = ", says " + p.By.String()
+		}
+		fmt.Fprintf(w, "narrow path: %s at %s takes %d bytes%s (for %s)\n", p.Subnet, p.PublicIP, p.MTU, by, age(now.Sub(p.Since)))
 	}
 	for _, r := range s.Rejected {
 		fmt.Fprintf(w, "set aside: %s: %s\n", r.Key, r.Reason)

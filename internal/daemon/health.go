@@ -320,6 +320,7 @@ var (
 	metricRepairs   = prometheus.NewDesc("culvert_repairs_total", "What others did to this host's network and was undone, by kind.", []string{"kind"}, nil)
 	metricWarnings  = prometheus.NewDesc("culvert_datapath_warnings", "What keeps packets from being carried, or may; the status has the words.", nil, nil)
 	metricStale     = prometheus.NewDesc("culvert_stale_pods", "Pods that were made for another MTU.", nil, nil)
+	metricNarrow    = prometheus.NewDesc("culvert_narrow_paths", "Peers whose path takes less than the pods' MTU, as routers on it said.", nil, nil)
 	metricInfo      = prometheus.NewDesc("culvert_info", "What runs here.", []string{"version", "wire_format", "datapath"}, nil)
 )
 
@@ -328,7 +329,7 @@ func (metrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		metricReady, metricConnected, metricSnapshot, metricRevision, metricPeers, metricRejected, metricFenced, metricExpires, metricUsed, metricCapacity,
 		metricPackets, metricBytes, metricSyscalls, metricDrops, metricInfo,
-		metricRepairs, metricWarnings, metricStale,
+		metricRepairs, metricWarnings, metricStale, metricNarrow,
 	} {
 		c <- d
 	}
@@ -368,6 +369,7 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	}
 	gauge(metricWarnings, float64(len(s.Datapath.Warnings)))
 	gauge(metricStale, float64(len(s.Datapath.StalePods)))
+	gauge(metricNarrow, float64(len(s.Datapath.NarrowPaths)))
 	for _, d := range s.Datapath.Drops {
 		counter(metricDrops, d.Packets, d.Reason)
 	}

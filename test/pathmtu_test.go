@@ -1,0 +1,190 @@
+package test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+)
+
+// family is how one IP version says that a packet is too long.
+type family struct {
+	name            string
+	index           int // among a node's addresses
+	outer, inner    int // bytes that the tunnel adds, and of a pod's IP and UDP headers
+	narrow          int // bytes of an outer packet
+	source          int // a byte of the inner source's prefix
+	level, discover int
+	icmp            func(mtu int, quote []byte) []byte
+	socket          [2]int
+	to              func(netip.Addr) unix.Sockaddr
+}
+
+var families = []family{
+	{
+		name: "ipv4", index: 0, outer: 50, inner: 28, narrow: 1000, source: 13,
+		level: unix.SOL_IP, discover: unix.IP_MTU_DISCOVER,
+		icmp: func(mtu int, quote []byte) []byte { // RFC 792, RFC 1191
+			b := append([]byte{3, 4, 0, 0, 0, 0, byte(mtu >> 8), byte(mtu)}, quote...)
+			binary.BigEndian.PutUint16(b[2:], ^onesSum(b))
+			return b
+		},
+		socket: [2]int{unix.AF_INET, unix.IPPROTO_ICMP},
+		to:     func(a netip.Addr) unix.Sockaddr { return &unix.SockaddrInet4{Addr: a.As4()} },
+	},
+	{
+		name: "ipv6", index: 1, outer: 70, inner: 48, narrow: 1360, source: 9,
+		level: unix.SOL_IPV6, discover: unix.IPV6_MTU_DISCOVER,
+		icmp: func(mtu int, quote []byte) []byte { // RFC 4443; the kernel adds the checksum
+			return append([]byte{2, 0, 0, 0, 0, 0, byte(mtu >> 8), byte(mtu)}, quote...)
+		},
+		socket: [2]int{unix.AF_INET6, unix.IPPROTO_ICMPV6},
+		to:     func(a netip.Addr) unix.Sockaddr { return &unix.SockaddrInet6{Addr: a.As16()} },
+	},
+}
+
+// TestPathMTU answers a node's packets as a router with a narrower link behind
+// it would: the sending pod gets its own ICMP error and sends less. An error
+// that quotes what the node never sent changes nothing.
+func TestPathMTU(t *testing.T) {
+	o := newOracle(t)
+	o.start(o.Nodes[0], "--iface", o.Nodes[0].Link, "--df", "--no-super-frame")
+	o.waitReady(o.Nodes[0], 1)
+	// With br_netfilter the host puts a pod's IPv6 fragments together, and forgets
+	// how long they were (docs/backends.md).
+	if err := o.Nodes[0].Do(func() error {
+		err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-ip6tables", []byte("0"), 0o644)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) { o.pathMTU(t, f) })
+	}
+}
+
+func (o *oracle) pathMTU(t *testing.T, f family) {
+	here, there := o.pod.Addr(f.index == 0), o.there[f.index]
+	server, client := udpPair(t, o.pod.Namespace, o.kernel.Namespace, here, there)
+	limit := f.narrow - f.outer - f.inner // of what a pod sends
+	long := limit + 70
+	send := func(size int) error {
+		_, err := client.WriteTo(pattern(size), server.LocalAddr())
+		return err
+	}
+	// discover is how the pod sends: with DF, told by its kernel what fits, or not.
+	discover := func(how int) {
+		t.Helper()
+		raw, err := client.(*net.UDPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var failure error
+		err = raw.Control(func(fd uintptr) { failure = unix.SetsockoptInt(int(fd), f.level, f.discover, how) })
+		if err := errors.Join(err, failure); err != nil {
+			t.Fatal(err)
+		}
+	}
+	discover(unix.IP_PMTUDISC_DO) // the values are IPv6's too
+	wire := sniff(t, o.kernel)
+	if err := send(long); err != nil {
+		t.Fatal(err)
+	}
+	large := func(p ip) bool {
+		return p.from == o.Nodes[0].Addrs[f.index] && p.protocol == unix.IPPROTO_UDP && len(p.payload) > long
+	}
+	outer := wire.next(t, large)
+
+	answer := func(change int) {
+		t.Helper()
+		quote := append(append([]byte{}, outer.header...), outer.payload[:100]...)
+		if change >= 0 {
+			quote[change] ^= 0xff
+		}
+		err := o.kernel.Do(func() error {
+			fd, err := unix.Socket(f.socket[0], unix.SOCK_RAW|unix.SOCK_CLOEXEC, f.socket[1])
+			if err != nil {
+				return err
+			}
+			defer unix.Close(fd)
+			return unix.Sendto(fd, f.icmp(f.narrow, quote), 0, f.to(outer.from))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	vxlan := len(outer.header) + 8 // where that header begins in the quote
+	for name, change := range map[string]int{"VNI": vxlan + 6, "MAC": vxlan + 10, "inner source": vxlan + 22 + f.source} {
+		answer(change)
+		for range 2 { // the first would be the one that is answered
+			if err := send(long); err != nil {
+				t.Errorf("an error that quotes another %s was believed: %v", name, err)
+			}
+			wire.next(t, large)
+		}
+	}
+	answer(-1)
+	eventually(t, "the pod is told", func() error {
+		if err := send(long); !errors.Is(err, unix.EMSGSIZE) {
+			return fmt.Errorf("it sent %d bytes: %w", long, err)
+		}
+		return nil
+	})
+	if err := send(limit); err != nil {
+		t.Errorf("what fits is refused: %v", err)
+	}
+	wire.next(t, func(p ip) bool { return len(p.header)+len(p.payload) == f.narrow })
+	transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 1<<20)
+
+	// The status has it.
+	s := o.wait(o.Nodes[0], "says so", func(s api.Status) bool { return len(s.Datapath.NarrowPaths) == f.index+1 })
+	by := o.kernel.Addrs[f.index]
+	if p := s.Datapath.NarrowPaths[f.index]; !p.Subnet.Contains(there) || p.PublicIP != by || p.By != by || p.MTU != f.narrow-f.outer || time.Since(p.Since) > time.Minute {
+		t.Errorf("the status says %+v", p)
+	}
+	if _, text := o.get(o.Nodes[0], "/metrics"); !strings.Contains(text, fmt.Sprintf("\nculvert_narrow_paths %d\n", f.index+1)) {
+		t.Errorf("the metrics do not say it")
+	}
+
+	// What may be fragmented is: on its way with IPv4, by the pod with IPv6.
+	how := unix.IP_PMTUDISC_OMIT
+	if f.index == 1 {
+		how = unix.IPV6_PMTUDISC_WANT
+	}
+	discover(how)
+	marked := long - 1
+	got := make([]byte, 2048)
+	eventually(t, "the fragments arrive", func() error {
+		if err := send(marked); err != nil {
+			return err
+		}
+		if err := server.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
+			return err
+		}
+		for n := 0; n != marked; {
+			var err error
+			if n, _, err = server.ReadFrom(got); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if !bytes.Equal(got[:marked], pattern(marked)) {
+		t.Error("what arrived in fragments is not what was sent")
+	}
+}
