@@ -227,7 +227,7 @@ func appendControl(b []byte, level, kind int32, n int) []byte {
 // mayCut says whether a message that was refused may be sent datagram by
 // datagram.
 func (b *sendBatch) mayCut(i int, errno unix.Errno) bool {
-	return b.runs[i].segments > 1 && (errno == unix.EIO || errno == unix.EINVAL)
+	return b.runs[i].segments > 1 && (errno == unix.EIO || errno == unix.EINVAL || errno == unix.EMSGSIZE)
 }
 
 // reset forgets what was sent.

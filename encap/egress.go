@@ -300,8 +300,9 @@ func (e *egress) send(socket socketID, from, to int) {
 
 // refused deals with a message that the kernel would not send. A run that it
 // would not cut up is sent again, one datagram at a time: EIO says that the
-// link cannot checksum (Linux before 6.11), which will not change; EINVAL that
-// the route's MTU is too small for the run's datagrams.
+// link cannot checksum (Linux before 6.11), which will not change; EINVAL or
+// EMSGSIZE that the route's MTU is too small for the run's datagrams, which are
+// fragmented if they come alone and without DF.
 func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
 	r := &e.batch.runs[i]
 	if e.batch.mayCut(i, errno) {

@@ -73,8 +73,13 @@ func (g *ingress) drain(all bool) (much bool, err error) {
 				return false, nil
 			}
 			continue
-		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH:
-			continue // an ICMP error about something sent earlier
+		case unix.EINTR:
+			continue
+		case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EMSGSIZE, unix.ENOPROTOOPT, unix.EPROTO,
+			unix.EACCES, unix.EHOSTDOWN, unix.ENONET, unix.EOPNOTSUPP:
+			// An ICMP error about something sent earlier, said once: icmp_err_convert
+			// in net/ipv4/icmp.c, icmpv6_err_convert in net/ipv6/icmp.c.
+			continue
 		case unix.EINVAL:
 			if g.format == FormatIPIP {
 				// A packet socket before Linux 6.2 cannot say how a UDP super-frame

@@ -10,7 +10,7 @@ import (
 )
 
 // Where the outer packets bear DF, a narrower link on the way answers with an
-// ICMP error instead of a fragment. The loop then knows the peer's MTU, for a
+// ICMP error instead of a fragment; so it does where they are IPv6. The loop then knows the peer's MTU, for a
 // while, and tells the pods that send more, in an ICMP error of its own:
 //
 //	router ── ICMP too big ── socket's error queue ── Peer.mtu
@@ -168,8 +168,8 @@ func (p *packet) parseQuoted(b []byte) bool {
 // to the peer takes, and returns false if it is to be sent all the same.
 func (e *egress) tooLong(peer *Peer, b []byte, p *packet, n int) bool {
 	limit := peer.limit()
-	if limit == 0 || n <= limit {
-		return false
+	if limit == 0 || n <= limit || e.format == FormatVXLAN && !e.dontFragment {
+		return false // the outer packet is fragmented
 	}
 	const dontFragment = 0x40
 	if p.is4 && b[6]&dontFragment == 0 && n == p.length {

@@ -178,6 +178,9 @@ func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int)
 	if e.superSent++; e.superSent%superKeep == 0 {
 		return false
 	}
+	if limit := peer.limit(); limit != 0 && p.headLen+size > limit {
+		return false // the kernel fragments what it is given, not what the uplink cuts
+	}
 	payload := p.length - p.headLen
 	segments := (payload + size - 1) / size
 	id := e.socket(peer, e.slab[at:], p)

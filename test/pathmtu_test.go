@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
+	"culvert/internal/lab"
 )
 
 // family is how one IP version says that a packet is too long.
@@ -109,25 +110,7 @@ func (o *oracle) pathMTU(t *testing.T, f family) {
 	}
 	outer := wire.next(t, large)
 
-	answer := func(change int) {
-		t.Helper()
-		quote := append(append([]byte{}, outer.header...), outer.payload[:100]...)
-		if change >= 0 {
-			quote[change] ^= 0xff
-		}
-		err := o.kernel.Do(func() error {
-			fd, err := unix.Socket(f.socket[0], unix.SOCK_RAW|unix.SOCK_CLOEXEC, f.socket[1])
-			if err != nil {
-				return err
-			}
-			defer unix.Close(fd)
-			return unix.Sendto(fd, f.icmp(f.narrow, quote), 0, f.to(outer.from))
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
+	answer := func(change int) { o.tooBig(t, f, outer, change) }
 	vxlan := len(outer.header) + 8 // where that header begins in the quote
 	for name, change := range map[string]int{"VNI": vxlan + 6, "MAC": vxlan + 10, "inner source": vxlan + 22 + f.source} {
 		answer(change)
@@ -186,5 +169,66 @@ func (o *oracle) pathMTU(t *testing.T, f family) {
 	})
 	if !bytes.Equal(got[:marked], pattern(marked)) {
 		t.Error("what arrived in fragments is not what was sent")
+	}
+}
+
+// tooBig answers an outer packet as a router with a narrower link behind it, with
+// one byte of its quote changed if that is not -1.
+func (o *oracle) tooBig(t *testing.T, f family, outer ip, change int) {
+	t.Helper()
+	quote := append(append([]byte{}, outer.header...), outer.payload[:100]...)
+	if change >= 0 {
+		quote[change] ^= 0xff
+	}
+	err := o.kernel.Do(func() error {
+		fd, err := unix.Socket(f.socket[0], unix.SOCK_RAW|unix.SOCK_CLOEXEC, f.socket[1])
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, f.icmp(f.narrow, quote), 0, f.to(outer.from))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond)
+}
+
+// TestNarrowPathWithoutDF is the same without --df: the outer packets are
+// fragmented, whatever they leave by, and pods notice nothing.
+func TestNarrowPathWithoutDF(t *testing.T) {
+	o := newOracle(t)
+	if _, err := o.SetProfile(lab.Offload); err != nil {
+		t.Fatal(err)
+	}
+	n := o.Nodes[0]
+	o.start(n, "--iface", n.Link)
+	o.waitReady(n, 1)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			here, there := o.pod.Addr(f.index == 0), o.there[f.index]
+			server, client := udpPair(t, o.pod.Namespace, o.kernel.Namespace, here, there)
+			wire := sniff(t, o.kernel)
+			if _, err := client.WriteTo(pattern(1300), server.LocalAddr()); err != nil {
+				t.Fatal(err)
+			}
+			outer := wire.next(t, func(p ip) bool {
+				return p.from == n.Addrs[f.index] && p.protocol == unix.IPPROTO_UDP && len(p.payload) > 1300
+			})
+			transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 5<<20)
+			o.tooBig(t, f, outer, -1)
+			before := o.wait(n, "answers", func(api.Status) bool { return true })
+			transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 5<<20)
+			datagrams(t, o.pod.Namespace, o.kernel.Namespace, here, there)
+			after := o.wait(n, "answers", func(api.Status) bool { return true })
+			whole := after.Datapath.Egress.SuperFrames - before.Datapath.Egress.SuperFrames
+			t.Logf("%d super-frames before, %d after; %+v", before.Datapath.Egress.SuperFrames, whole, mechanism(after, "super-frame"))
+			if len(after.Datapath.NarrowPaths) != f.index || f.index == 1 && whole > 0 {
+				t.Errorf("narrow paths %+v, and %d super-frames that nobody fragments", after.Datapath.NarrowPaths, whole)
+			}
+			if d := dropped(after); len(d) > 0 {
+				t.Errorf("dropped %v", d)
+			}
+		})
 	}
 }

@@ -49,9 +49,11 @@ func listenUDP(at netip.AddrPort, shared, df bool) (fd int, port uint16, err err
 // joined when received (UDP_GRO, Linux 5.0), and the outer traffic class told.
 //
 // Without df, as with the kernel's vxlan device, the outer packet may be
-// fragmented where the path is narrower than the link. With it the loop follows
-// what the network says of the path, from the socket's error queue; the kernel's
-// own memory of it, which believes anybody, is left out (PMTUDISC_PROBE).
+// fragmented where the path is narrower than the link: IPv4 by routers, IPv6 by
+// the kernel here, which remembers what they say, and the loop hears it too, for
+// its super-frames, which the kernel does not see. With df the loop follows what
+// the network says of the path, from the socket's error queue; the kernel's own
+// memory of it, which believes anybody, is left out (PMTUDISC_PROBE).
 func setOptions(fd int, is4, df bool) error {
 	if err := setBuffers(fd); err != nil {
 		return fmt.Errorf("setting the socket's buffers: %w", err)
@@ -64,7 +66,10 @@ func setOptions(fd int, is4, df bool) error {
 	}
 	how, tell := unix.IP_PMTUDISC_DONT, 0 // the same values for IPv6
 	if df {
-		how, tell = unix.IP_PMTUDISC_PROBE, 1
+		how = unix.IP_PMTUDISC_PROBE
+	}
+	if df || !is4 {
+		tell = 1
 	}
 	for _, o := range []struct {
 		what        string
