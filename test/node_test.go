@@ -147,7 +147,10 @@ func TestEmbeddedEtcd(t *testing.T) {
 	c := &cluster{Lab: l, t: t, bin: bin}
 	listen := netip.AddrPortFrom(l.Nodes[0].Addrs[0], 2379).String()
 	c.endpoint = "http://" + listen
-	first := c.start(l.Nodes[0], "--embedded-etcd", "--etcd-listen", listen, "--etcd-data-dir", filepath.Join(l.Dir, "embedded"))
+	startFirst := func() *lab.Process {
+		return c.start(l.Nodes[0], "--datapath", "userspace", "--embedded-etcd", "--etcd-listen", listen, "--etcd-data-dir", filepath.Join(l.Dir, "embedded"))
+	}
+	first := startFirst()
 	c.wait(l.Nodes[0], "waits for a configuration", func(s api.Status) bool { return strings.Contains(s.NotReady, "culvert config set") })
 	c.start(l.Nodes[1])
 	c.setConfig(config)
@@ -166,6 +169,23 @@ func TestEmbeddedEtcd(t *testing.T) {
 	})
 	c.put("/coreos.com/network/subnets/10.5.99.0-24", "{")
 	c.wait(l.Nodes[1], "hears from etcd again", func(s api.Status) bool { return len(s.Rejected) == 1 && len(s.Peers) == 1 && s.Ready })
+
+	// A daemon that is started again does not wait for the server that it starts.
+	pods := c.pods()
+	ping(t, pods[0], pods[1])
+	c.waitKept(l.Nodes[0], 2)
+	pings := startPings(t, pods[0], pods[1])
+	if err := first.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	first = startFirst()
+	c.wait(l.Nodes[0], "ready again", func(s api.Status) bool { return s.Ready && s.Store.Connected && len(s.Peers) == 1 })
+	sent, lost := pings.stop()
+	t.Logf("of %d pings %d lost, %s without an answer at the longest", sent, lost, pings.gap())
+	if log := first.Tail(50); !strings.Contains(log, "serving from the snapshot on disk") {
+		t.Errorf("it has waited for its own etcd:\n%s", log)
+	}
+
 	server = childOf(t, first.PID, "culvert-etcd")
 	if err := first.Kill(); err != nil {
 		t.Fatal(err)

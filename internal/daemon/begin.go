@@ -20,6 +20,8 @@ import (
 //	     │ not within answerPatience       ├── carry
 //	     └── kept on disk ── Resume ───────┘
 //
+// So does a node that carries etcd along, which starts with it.
+//
 // From there on it is as a node that ran all along: Hold takes the lease up
 // again or finds it lost, and the first list replaces what was kept.
 
@@ -71,8 +73,14 @@ func (d *node) begin(ctx context.Context, r *etcd.Registry, at place) (subnet.Co
 	return kept.Config, kept.Lease, nil
 }
 
-// enter is the way through etcd.
+// enter is the way through etcd. A server that is carried along is waited for:
+// one that does not start ends a daemon that has nothing else to go by.
 func (d *node) enter(ctx context.Context, r *etcd.Registry, at place) (subnet.Config, subnet.Lease, error) {
+	if d.embedded != nil {
+		if err := d.embedded.await(ctx); err != nil {
+			return subnet.Config{}, subnet.Lease{}, err
+		}
+	}
 	if err := d.standFence(ctx, r, at); err != nil {
 		return subnet.Config{}, subnet.Lease{}, err
 	}

@@ -96,6 +96,8 @@ type node struct {
 	log     *slog.Logger
 	health  *health
 	store   *fdStore
+	// embedded is the etcd server that is carried along, nil if there is none.
+	embedded *supervised
 }
 
 // run goes through the start in the order in which things need each other, and
@@ -106,11 +108,8 @@ func (d *node) run(ctx context.Context) error {
 		return err
 	}
 	if d.options.Embedded != nil {
-		embedded, err := d.options.Embedded.start(ctx, d.log)
-		if err != nil {
-			return err
-		}
-		defer embedded.stop()
+		d.embedded = d.options.Embedded.start(ctx, d.log)
+		defer d.embedded.stop()
 	}
 	registry, err := etcd.New(d.options.Etcd)
 	if err != nil {

@@ -47,16 +47,17 @@ const (
 type supervised struct {
 	cancel context.CancelFunc
 	done   chan struct{}
+	first  chan struct{} // closed when the first server serves, or has ended
+	err    error         // why it ended, then
 }
 
-// start starts the server, waits until it serves, and keeps it running: it is
-// started anew when it ends.
-func (e EmbeddedEtcd) start(ctx context.Context, log *slog.Logger) (*supervised, error) {
+// start starts the server, and keeps it running: it is started anew when it
+// ends.
+func (e EmbeddedEtcd) start(ctx context.Context, log *slog.Logger) *supervised {
 	// The server outlives ctx: the daemon gives its last word to etcd while
 	// stopping, and stops it last.
 	running, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	s := &supervised{cancel: cancel, done: make(chan struct{})}
-	ready := make(chan error, 1)
+	s := &supervised{cancel: cancel, done: make(chan struct{}), first: make(chan struct{})}
 	go func() {
 		defer close(s.done)
 		// The server is told to end when the thread that started it does
@@ -64,44 +65,46 @@ func (e EmbeddedEtcd) start(ctx context.Context, log *slog.Logger) (*supervised,
 		// kept for as long as it supervises.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		e.supervise(running, log, ready)
+		s.supervise(running, e, log)
 	}()
+	return s
+}
+
+// await waits until the server serves. One that ended before it ever did is an
+// error.
+func (s *supervised) await(ctx context.Context) error {
 	var err error
 	select {
-	case err = <-ready:
+	case <-s.first:
+		err = s.err
 	case <-time.After(etcdStart):
 		err = fmt.Errorf("it does not serve after %s", etcdStart)
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}
 	if err != nil {
-		s.stop()
-		return nil, fmt.Errorf("starting the embedded etcd: %w", err)
+		return fmt.Errorf("starting the embedded etcd: %w", err)
 	}
-	return s, nil
+	return nil
 }
 
-// supervise runs the server again and again until ctx ends. It tells ready once
-// when the server serves; a server that ends before it ever served is told
-// there too, and given up.
-func (e EmbeddedEtcd) supervise(ctx context.Context, log *slog.Logger, ready chan<- error) {
-	served := false
+// supervise runs the server again and again until ctx ends.
+func (s *supervised) supervise(ctx context.Context, e EmbeddedEtcd, log *slog.Logger) {
+	told := false
+	tell := func(err error) {
+		if !told {
+			told, s.err = true, err
+			close(s.first)
+		}
+	}
 	pause := time.Second
 	for {
 		began := time.Now()
-		err := e.runOnce(ctx, log, func() {
-			if !served {
-				ready <- nil
-			}
-			served = true
-		})
+		err := e.runOnce(ctx, log, func() { tell(nil) })
 		if ctx.Err() != nil {
 			return
 		}
-		if !served {
-			ready <- err
-			return
-		}
+		tell(err)
 		if time.Since(began) > time.Minute {
 			pause = time.Second
 		}
