@@ -207,18 +207,18 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 		case <-tick.C:
 		}
 		began := time.Now()
-		state, ok := m.state()
-		if ok && state.differs(written, began) {
+		state, news := m.state(written)
+		if news {
 			if err := r.writeKept(state); err != nil {
 				away.failed("what etcd says cannot be kept for a start without it", err)
 			} else {
-				written = state
+				written, written.entries = state, nil
 			}
 		}
 		if last {
 			return
 		}
-		if took := time.Since(began); ok && sleep(ctx, max(keepEvery, 50*took)) != nil {
+		if took := time.Since(began); news && sleep(ctx, max(keepEvery, 50*took)) != nil {
 			continue // to the last writing
 		}
 	}
@@ -234,9 +234,9 @@ type keptState struct {
 	entries []subnet.Entry
 }
 
-// state returns what there is to keep; nothing before etcd has been read, nor
-// without a lease whose end is known.
-func (m *mirror) state() (keptState, bool) {
+// state returns what there is to keep, if it is worth writing; nothing before
+// etcd has been read, nor without a lease whose end is known.
+func (m *mirror) state(written keptState) (keptState, bool) {
 	held, ok := m.r.Held()
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -244,6 +244,9 @@ func (m *mirror) state() (keptState, bool) {
 		return keptState{}, false
 	}
 	s := keptState{version: m.version, held: held, config: m.config, cluster: m.cluster, at: m.revision}
+	if !s.differs(written) {
+		return keptState{}, false
+	}
 	for _, entries := range []map[string]subnet.Entry{m.entries, m.missed} {
 		for _, e := range entries {
 			if _, err := e.Lease(); err == nil {
@@ -256,7 +259,7 @@ func (m *mirror) state() (keptState, bool) {
 
 // differs says whether it is worth writing: as soon as a lease is another, and
 // when our own lasts an eighth longer.
-func (s keptState) differs(written keptState, now time.Time) bool {
+func (s keptState) differs(written keptState) bool {
 	return s.version != written.version || s.held.ID != written.held.ID || s.held.ModRevision != written.held.ModRevision ||
-		s.held.Expires.Sub(written.held.Expires).Abs() > s.held.Expires.Sub(now).Abs()/8
+		s.held.Expires.Sub(written.held.Expires).Abs() > time.Until(s.held.Expires).Abs()/8
 }
