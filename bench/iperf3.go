@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"os/exec"
 	"slices"
 	"strconv"
@@ -85,9 +86,11 @@ func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figur
 	whole := func(d time.Duration) string { return strconv.Itoa(int(wholeSeconds(d).Seconds())) }
 	args := []string{"-c", s.to.String(), "--json", "-t", whole(m.duration), "-O", whole(m.warmup)}
 	if w.payload > 0 {
-		args = append(args, "-u", "-b", "0", "-l", strconv.Itoa(w.payload))
+		args = append(args, "-u", "-b", "0", "-l", strconv.Itoa(w.payload), "-w", strconv.Itoa(socketBuffer(load.UDPBuffer)))
 	} else {
-		args = append(args, "-C", load.Congestion, "-P", strconv.Itoa(w.streams))
+		// Without -N (TCP_NODELAY, which the built-in streams have) the tails of
+		// writes wait and come in bursts, of which the receiver's link loses some.
+		args = append(args, "-C", load.Congestion, "-N", "-P", strconv.Itoa(w.streams))
 		if w.reverse {
 			args = append(args, "-R")
 		}
@@ -120,6 +123,18 @@ func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figur
 		return figures{Rate: sum}, nil
 	}
 	return figures{Throughput: sum}, nil
+}
+
+// socketBuffer is the largest buffer, up to want bytes, that a program may ask
+// for; iperf3 takes no less than it asks for.
+func socketBuffer(want int) int {
+	for _, limit := range []string{"rmem_max", "wmem_max"} {
+		text, err := os.ReadFile("/proc/sys/net/core/" + limit)
+		if n, nerr := strconv.Atoi(strings.TrimSpace(string(text))); err == nil && nerr == nil {
+			want = min(want, n)
+		}
+	}
+	return want
 }
 
 func parseIPerf3(text []byte, w workload) (iperf3Report, error) {

@@ -209,8 +209,8 @@ func (s *session) accept() error {
 func (s *session) drain(p Place) error {
 	var err error
 	s.socket, err = open(p, unix.SOCK_DGRAM, s.spec.At, func(u *socket) error {
-		if unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, udpBuffer) != nil {
-			_ = unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, udpBuffer) // as much as one may
+		if unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, UDPBuffer) != nil {
+			_ = unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, UDPBuffer) // as much as one may
 		}
 		err := u.bind(netip.AddrPortFrom(s.spec.At, 0))
 		if err == nil {

@@ -32,9 +32,9 @@ const Congestion = "cubic"
 const (
 	// chunk is how much one read or write of a TCP stream moves: as iperf3's.
 	chunk = 128 << 10
-	// udpBuffer is the receive buffer of UDP sockets, in bytes: enough for
+	// UDPBuffer is the receive buffer of UDP sockets, in bytes: enough for
 	// what arrives while the receiver waits for a core.
-	udpBuffer = 4 << 20
+	UDPBuffer = 4 << 20
 	// nap is how long a blocked call sleeps before it looks whether to stop.
 	nap = 100 * time.Millisecond
 )
