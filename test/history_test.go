@@ -109,21 +109,17 @@ func (h *history) count() int {
 	return len(h.changes)
 }
 
-// deletedSince says whether the node's subnet was deleted, as was seen since.
-func (h *history) deletedSince(index, node int, since time.Time) bool {
+// has says whether the subnet is the node's, as far as has been read.
+func (h *history) has(index, node int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	owner := 0
 	for _, c := range h.changes {
-		if c.subnet != index {
-			continue
+		if c.subnet == index {
+			owner = c.owner
 		}
-		if c.owner == 0 && owner == node && c.seen.After(since) {
-			return true
-		}
-		owner = c.owner
 	}
-	return false
+	return owner == node
 }
 
 // ownersAt is who had what at a revision.

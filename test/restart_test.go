@@ -89,7 +89,8 @@ func TestRestartWithoutEtcd(t *testing.T) {
 		if err := step.stop(daemons[step.node]); err != nil {
 			t.Fatal(err)
 		}
-		daemons[step.node] = c.start(n, flags(step.node)...)
+		// The jitter is for nodes that are booted.
+		daemons[step.node] = c.start(n, append(flags(step.node), "--start-jitter", "1h")...)
 		s := c.wait(n, step.name, func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
 		if s.Store.Connected || len(s.Peers) != 2 || s.Lease.Subnets[0] != before[step.node].Lease.Subnets[0] || len(s.Datapath.Repairs) != 0 {
 			t.Errorf("%s: %+v", step.name, s)

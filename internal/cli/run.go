@@ -134,7 +134,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	addQuarantine(flags, &f.quarantine)
 	flags.StringVar(&f.onLost, "on-lost", string(daemon.Fence), "when another node has our subnet: fence (stay out until the pods of it are gone) or release (lease anew at once)")
 	flags.BoolVar(&f.release, "release-on-exit", false, "give the lease back when told to stop: for a node that will not be back")
-	flags.DurationVar(&f.jitter, "start-jitter", 0, "wait a random part of this before asking etcd, where thousands of nodes start at one moment")
+	flags.DurationVar(&f.jitter, "start-jitter", 0, "wait a random part of this before asking etcd, where thousands of nodes are booted at one moment")
 	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "who carries the packets: auto, userspace or kernel")
 	flags.BoolVar(&f.takeOver, "take-over-flannel", false, "remove flannel's device once the lease is held, and carry on in its place (stop flanneld first)")
 	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")

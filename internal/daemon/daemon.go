@@ -49,7 +49,8 @@ type Options struct {
 	// node that is drained and will not be back.
 	ReleaseOnExit bool
 	// StartJitter bounds a random pause before etcd is first asked, for sites
-	// where thousands of nodes start at one moment.
+	// where thousands of nodes are booted at one moment; a node that has a
+	// snapshot on its disk does not wait.
 	StartJitter time.Duration
 	Datapath    Datapath
 	// TakeOverFlannel removes flannel's device where ours cannot be beside it.

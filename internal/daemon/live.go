@@ -33,8 +33,12 @@ const releasePatience = 5 * time.Second
 //	  ▲              └─ another node has the subnet ── fenced ──┐
 //	  └───────────── no pod of the old subnet is left ──────────┘
 func (d *node) live(ctx context.Context, r *etcd.Registry, at place) error {
-	if err := d.scatter(ctx); err != nil {
-		return nil
+	// What is kept is of this boot: the node was restarted, and not all of them
+	// by a power cut.
+	if kept, _ := d.kept(r, at); kept == nil {
+		if err := d.scatter(ctx); err != nil {
+			return nil
+		}
 	}
 	for {
 		config, lease, err := d.begin(ctx, r, at)
