@@ -11,7 +11,8 @@ import (
 // undoes it.
 func Quiet(streams int) (undo func()) {
 	const rest = 16
-	before := runtime.GOMAXPROCS(2*streams + rest) // a thread at each end
+	const most = 1024                                         // more cost the runtime more than they save
+	before := runtime.GOMAXPROCS(min(2*streams, most) + rest) // a thread at each end
 	collect := debug.SetGCPercent(-1)
 	// Of what is made between the measurements little remains; what does may
 	// grow to this many bytes before it is collected all the same.
