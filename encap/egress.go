@@ -58,6 +58,7 @@ func newEgress(c *common, sources [2][]Source, counters *Counters) *egress {
 		cut:      newSegmenter(),
 		used:     slabStart,
 		scratch:  make([]byte, 0, maxFrame),
+		patience: c.patience(lookingBetween),
 	}
 }
 

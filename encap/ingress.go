@@ -48,6 +48,7 @@ func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu in
 		join:     newCoalescer(c.offload, 2*ingressMessages),
 		cut:      newSegmenter(),
 		asks:     ingressMessages,
+		patience: c.patience(lookingBetween),
 	}
 	g.pieces[0] = iovecOf(make([]byte, vnetHeaderLen))
 	return g

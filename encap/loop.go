@@ -84,6 +84,8 @@ type Options struct {
 	// CopyDSCP has the outer header bear the inner one's DSCP (RFC 2983, the
 	// uniform model, outwards alone); else it is 0.
 	CopyDSCP bool
+	// NoBusyPoll has threads sleep as soon as there is nothing to carry.
+	NoBusyPoll bool
 	// DontFragment says that the sockets set DF, so that large frames must, too.
 	DontFragment bool
 	Offload      *Offload
@@ -103,12 +105,13 @@ type common struct {
 	offload  *Offload
 	format   Format
 	stopping atomic.Bool // the context has ended
+	busyPoll bool
 }
 
 // NewLoop returns a loop with an empty table: it drops everything until
 // SetTable.
 func NewLoop(o Options) *Loop {
-	l := &Loop{options: o, common: common{offload: o.Offload, format: o.Format}}
+	l := &Loop{options: o, common: common{offload: o.Offload, format: o.Format, busyPoll: !o.NoBusyPoll}}
 	l.table.Store(NewTable(nil, nil))
 	return l
 }

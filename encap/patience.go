@@ -6,24 +6,42 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// patience decides whether a direction that has run dry looks again before it
-// sleeps. Falling asleep and being woken costs more than many looks: in bulk
-// transfer a sixth of all CPU time. But looking in vain costs too, so only a
-// direction that would have been woken at once looks again, and between looks
-// it yields its core to whoever wants it.
+// patience decides whether who has run dry looks again before it sleeps.
+// Falling asleep and being woken costs more than many looks: in bulk transfer a
+// sixth of all CPU time, and of a request and its answer half the time, since a
+// core that has nothing to do sleeps too. But looking in vain costs as well, so
+// only who would have been woken soon looks again, and between looks it yields
+// its core to whoever wants it.
 type patience struct {
-	busy  bool      // the last sleep was short, or the last looking found something
-	dry   time.Time // since when there has been nothing; zero if there has been
-	slept time.Time // when it went to sleep last
+	looking time.Duration // how long it looks before it sleeps; 0: not at all
+
+	busy    bool      // the last sleep was short, or the last looking found something
+	dry     time.Time // since when there has been nothing; zero if there has been
+	slept   time.Time // when it went to sleep last
+	crowded time.Time // when it was last kept waiting for its core
 }
 
 const (
-	// looking is how long a busy direction looks before it sleeps.
-	looking = 20 * time.Microsecond
-	// shortSleep is what looking would have bridged, a woken thread's own start
-	// included.
-	shortSleep = 40 * time.Microsecond
+	// lookingBetween is for a thread of one direction, which looks between the
+	// frames of a transfer.
+	lookingBetween = 20 * time.Microsecond
+	// lookingAlone is for a thread that serves both directions, which looks
+	// between a request and its answer.
+	lookingAlone = 50 * time.Microsecond
+
+	// Who yields a core that others want for long gets it back later than who
+	// is woken. After having waited for longWait it does not look for shyness.
+	longWait = time.Millisecond
+	shyness  = 200 * time.Millisecond
 )
+
+// patience returns one that looks for that long, if at all.
+func (c *common) patience(looking time.Duration) patience {
+	if !c.busyPoll {
+		looking = 0
+	}
+	return patience{looking: looking}
+}
 
 // fed notes that there was something to carry.
 func (p *patience) fed() { p.dry = time.Time{} }
@@ -37,18 +55,30 @@ func (p *patience) again() bool {
 	if p.dry.IsZero() {
 		p.dry = now
 	}
-	if now.Sub(p.dry) < looking {
-		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
-		return true
+	if now.Sub(p.dry) >= p.looking {
+		p.busy = false
+		return false
 	}
-	p.busy = false
-	return false
+	_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+	p.yielded(now)
+	return true
+}
+
+// yielded notes that the core is back, which was given away at a time.
+func (p *patience) yielded(at time.Time) {
+	if now := time.Now(); now.Sub(at) > longWait {
+		p.crowded = now
+		p.busy = false
+	}
 }
 
 // sleeps and woken stand around a sleep.
 func (p *patience) sleeps() { p.slept = time.Now() }
 
+// woken finds a sleep short that looking would have bridged, a woken thread's
+// own start included.
 func (p *patience) woken() {
 	p.dry = time.Time{}
-	p.busy = !p.slept.IsZero() && time.Since(p.slept) < shortSleep
+	now := time.Now()
+	p.busy = !p.slept.IsZero() && now.Sub(p.slept) < 2*p.looking && now.Sub(p.crowded) > shyness
 }

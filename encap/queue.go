@@ -24,6 +24,8 @@ type queue struct {
 	out    *egress
 	in     []*ingress
 
+	patience patience // of the first goroutine, while it serves all
+
 	split atomic.Bool // the second goroutine has the device
 	turn  eventfd     // says to the second that it is to take over
 	kick  eventfd     // says to the first that the device is its own again
@@ -38,7 +40,10 @@ type queue struct {
 const dozing = 5 * time.Millisecond
 
 func newQueue(c *common, device uintptr, out *egress, in []*ingress) (*queue, error) {
-	q := &queue{common: c, device: device, out: out, in: in, errors: errorQueue{common: c}}
+	q := &queue{
+		common: c, device: device, out: out, in: in, errors: errorQueue{common: c},
+		patience: c.patience(lookingAlone),
+	}
 	var err error
 	if q.turn, err = newEventfd(0); err != nil {
 		return nil, err
@@ -90,11 +95,8 @@ func (q *queue) serve() error {
 		if !alone {
 			polls = polls[:len(polls)-1]
 		}
-		for _, g := range q.in {
-			g.patience.sleeps()
-		}
-		if !doze(polls) && alone {
-			sleep(polls)
+		if !alone || !q.look(polls) {
+			q.await(polls, alone)
 		}
 		if polls[0].Revents != 0 {
 			q.kick.drain()
@@ -136,6 +138,31 @@ func (q *queue) serve() error {
 	return nil
 }
 
+// look looks again and again, as long as something can be expected soon, and
+// says whether one of the descriptors is ready.
+func (q *queue) look(polls []unix.PollFd) (ready bool) {
+	for q.patience.again() {
+		if wait(polls, 0) {
+			q.patience.fed()
+			return true
+		}
+	}
+	return false
+}
+
+// await sleeps until one of the descriptors is ready; if others are served
+// elsewhere, perhaps less long.
+func (q *queue) await(polls []unix.PollFd, alone bool) {
+	q.patience.sleeps()
+	for _, g := range q.in {
+		g.patience.sleeps()
+	}
+	if !wait(polls, dozing) && alone {
+		sleep(polls)
+	}
+	q.patience.woken()
+}
+
 // serveDevice carries what goes to the underlay whenever it is its turn.
 func (q *queue) serveDevice() error {
 	device := []unix.PollFd{{Fd: int32(q.device), Events: unix.POLLIN}}
@@ -150,7 +177,7 @@ func (q *queue) serveDevice() error {
 				return err
 			}
 			q.out.patience.sleeps()
-			if !doze(device) {
+			if !wait(device, dozing) {
 				break
 			}
 			q.out.counters.Waits.Add(1)
@@ -160,16 +187,16 @@ func (q *queue) serveDevice() error {
 	}
 }
 
-// doze sleeps until one of the descriptors is ready, and returns false if none
-// was for a while. Woken so, a goroutine runs at once, on its own thread: the
+// wait sleeps until one of the descriptors is ready, and returns false if none
+// was for a time of at most dozing. Woken so, a goroutine runs at once, on its own thread: the
 // scheduler has no part in it. The price is that it keeps its processor while
 // it dozes, so there must be one for it besides those that the rest of the
 // program is to use (Loop.Run).
 //
 // Whoever needs the processor, the garbage collector above all, asks for it by
 // a signal, which ends the system call; Gosched then gives it away.
-func doze(polls []unix.PollFd) (ready bool) {
-	timeout := unix.NsecToTimespec(int64(dozing))
+func wait(polls []unix.PollFd, atMost time.Duration) (ready bool) {
+	timeout := unix.NsecToTimespec(int64(atMost))
 	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&polls[0])), uintptr(len(polls)), uintptr(unsafe.Pointer(&timeout)), 0, 0, 0)
 	if errno != 0 {
 		clearEvents(polls)
@@ -194,7 +221,7 @@ func clearEvents(polls []unix.PollFd) {
 
 // awaitRoom waits a while until a socket takes more.
 func awaitRoom(fd uintptr) {
-	_ = doze([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}})
+	_ = wait([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, dozing)
 }
 
 // eventfd is a counter to wait for (eventfd(2)).

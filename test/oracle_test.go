@@ -33,7 +33,7 @@ var killSwitches = [][]string{
 	{"--no-super-frame"},
 	{"--no-gso"},
 	{"--no-gro"},
-	{"--no-uso", "--no-super-frame"},
+	{"--no-uso", "--no-super-frame", "--no-busy-poll"},
 	{"--no-gso", "--no-gro"},
 	{"--queues", "2", "--source-ports", "4", "--copy-dscp"},
 }

@@ -50,7 +50,7 @@ type Options struct {
 type Tuning struct {
 	// The kill switches: each turns one mechanism off that would be used wherever
 	// the kernel has it.
-	NoGSO, NoGRO, NoUSO, NoSuperFrame, NoMultiQueue bool
+	NoGSO, NoGRO, NoUSO, NoSuperFrame, NoMultiQueue, NoBusyPoll bool
 
 	Queues      int  // of the device, each with threads of its own; 0: by the processors
 	SourcePorts int  // that flows are spread over, at most 16; 0: by the processors
@@ -127,7 +127,7 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
-		Format: format, MTU: t.mtu, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment,
+		Format: format, MTU: t.mtu, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment, NoBusyPoll: o.NoBusyPoll,
 		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
 	}
 	for _, fd := range t.device.queues {
@@ -329,6 +329,7 @@ func (t *Tunnel) Status() api.Datapath {
 			mechanism("uso", t.offload.USO.Load(), t.options.NoUSO || t.options.NoGRO, t.device.uso),
 			t.superMechanism(),
 			t.queueMechanism(),
+			mechanism("busy-poll", !t.options.NoBusyPoll, t.options.NoBusyPoll, true),
 		},
 	}
 	for _, r := range encap.Reasons() {
