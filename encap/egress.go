@@ -19,13 +19,12 @@ type egress struct {
 
 	dontFragment bool // super-frames bear DF
 
-	slab     []byte
-	used     int // bytes of the slab that hold packets of the batch
-	batch    *sendBatch
-	cut      *segmenter
-	route    route
-	tally    tally
-	patience patience
+	slab  []byte
+	used  int // bytes of the slab that hold packets of the batch
+	batch *sendBatch
+	cut   *segmenter
+	route route
+	tally tally
 
 	superID   uint16 // IPv4 identification of the next super-frame's first segment
 	superSent uint64
@@ -58,52 +57,38 @@ func newEgress(c *common, sources [2][]Source, counters *Counters) *egress {
 		cut:      newSegmenter(),
 		used:     slabStart,
 		scratch:  make([]byte, 0, maxFrame),
-		patience: c.patience(lookingBetween),
 	}
 }
 
-// What one wake-up may bring before it counts as much.
+// What is sent before the other direction has its turn.
 const (
-	muchFrames = 8
-	muchBytes  = 64 << 10
+	turnFrames = 64
+	turnBytes  = 64 << 10
 )
 
-// drain sends what the device holds. With all set it returns when the device
-// has been empty for a moment; else after a few frames, and says whether there
-// was much.
-func (e *egress) drain(device uintptr, all bool) (much bool, err error) {
-	frames, bytes := 0, 0
-	defer e.tally.publish(e.counters)
-	for {
+// drain sends what the device holds, or as much as is one turn's.
+func (e *egress) drain(device uintptr) error {
+	defer e.flush()
+	for frames, bytes := 0, 0; frames < turnFrames && bytes < turnBytes; {
 		at := e.used + frameHeadroom
 		n, errno := read(device, e.slab[at:at+maxFrame])
 		e.tally.syscalls++
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
-			if e.flush(); !all || e.stopping.Load() || !e.patience.again() {
-				return false, nil
-			}
-			continue
+			return nil
 		case unix.EINTR:
 			continue
 		default:
-			return false, fmt.Errorf("reading the tunnel device: %w", errno)
+			return fmt.Errorf("reading the tunnel device: %w", errno)
 		}
-		e.patience.fed()
 		if big := e.add(at, n); big || e.batch.full() || e.used+frameHeadroom+maxFrame > len(e.slab) {
 			e.flush()
 		}
-		if all {
-			continue
-		}
 		frames++
 		bytes += n
-		if frames >= muchFrames || bytes >= muchBytes {
-			e.flush()
-			return true, nil
-		}
 	}
+	return nil
 }
 
 // add puts the frame of n bytes at slab[at:] into the batch: a virtio header
@@ -225,6 +210,7 @@ func (e *egress) socket(peer *Peer, b []byte, p *packet) socketID {
 
 // flush sends the batch.
 func (e *egress) flush() {
+	defer e.tally.publish(e.counters)
 	if len(e.batch.runs) == 0 {
 		return
 	}
@@ -238,13 +224,8 @@ func (e *egress) flush() {
 		e.send(socket, i, end)
 		i = end
 	}
-	e.clear()
-}
-
-func (e *egress) clear() {
 	e.batch.reset()
 	e.used = slabStart
-	e.tally.publish(e.counters)
 }
 
 // family is the index of the peer's underlay family: 0 for IPv4, 1 for IPv6.
@@ -255,8 +236,8 @@ func (p *Peer) family() int {
 	return 1
 }
 
-// send sends the messages [from, to) through one socket. A full socket is waited
-// for, which lets the device's own queue fill and drop, as a full link would.
+// send sends the messages [from, to) through one socket. What a full socket does
+// not take is lost, as it would be to a full link.
 func (e *egress) send(socket socketID, from, to int) {
 	family, number := socket/socketsPerFamily, int(socket%socketsPerFamily)
 	if number >= len(e.sources[family]) {
@@ -272,12 +253,6 @@ func (e *egress) send(socket socketID, from, to int) {
 		e.tally.syscalls++
 		switch errno {
 		case 0:
-		case unix.EAGAIN:
-			if e.stopping.Load() {
-				return
-			}
-			awaitRoom(fd)
-			continue
 		case unix.EINTR:
 			continue
 		default:
@@ -314,8 +289,11 @@ func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
 		return
 	}
 	reason := EgressSend
-	if errno == unix.EMSGSIZE {
+	switch errno {
+	case unix.EMSGSIZE:
 		reason = EgressTooBig
+	case unix.EAGAIN:
+		reason = EgressFull
 	}
 	e.tally.dropN(reason, r.segments)
 }

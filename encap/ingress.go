@@ -29,8 +29,7 @@ type ingress struct {
 	route  route
 	tally  tally
 
-	asks     int // messages that the next receive may fill
-	patience patience
+	asks int // messages that the next receive may fill
 }
 
 func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu int, counters *Counters) *ingress {
@@ -48,7 +47,6 @@ func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu in
 		join:     newCoalescer(c.offload, 2*ingressMessages),
 		cut:      newSegmenter(),
 		asks:     ingressMessages,
-		patience: c.patience(lookingBetween),
 	}
 	g.pieces[0] = iovecOf(make([]byte, vnetHeaderLen))
 	return g
@@ -58,62 +56,44 @@ func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu in
 // the network joins none, or up to 4 MB where it does.
 const ingressMessages = 64
 
-// drain delivers what the socket holds. With all set it returns when the
-// socket has been empty for a moment; else after one batch, and says whether
-// there was much.
-func (g *ingress) drain(all bool) (much bool, err error) {
-	for {
-		asked := g.asks
-		n, errno := g.batch.receive(g.socket, asked)
-		g.tally.syscalls++
-		switch errno {
-		case 0:
-		case unix.EAGAIN:
-			g.tally.publish(g.counters)
-			if !all || g.stopping.Load() || !g.patience.again() {
-				return false, nil
-			}
-			continue
-		case unix.EINTR:
-			continue
-		case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EMSGSIZE, unix.ENOPROTOOPT, unix.EPROTO,
-			unix.EACCES, unix.EHOSTDOWN, unix.ENONET, unix.EOPNOTSUPP:
-			// An ICMP error about something sent earlier, said once: icmp_err_convert
-			// in net/ipv4/icmp.c, icmpv6_err_convert in net/ipv6/icmp.c.
-			continue
-		case unix.EINVAL:
-			if g.format == FormatIPIP {
-				// A packet socket before Linux 6.2 cannot say how a UDP super-frame
-				// is cut, and has thrown it away. Only links that carry such frames
-				// whole, as veth does, show it.
-				g.tally.drop(IngressUncut)
-				continue
-			}
-			return false, fmt.Errorf("receiving from the underlay: %w", errno)
-		default:
-			return false, fmt.Errorf("receiving from the underlay: %w", errno)
+// drain delivers one batch of what the socket holds.
+func (g *ingress) drain() error {
+	defer g.tally.publish(g.counters)
+	n, errno := g.batch.receive(g.socket, g.asks)
+	g.tally.syscalls++
+	switch errno {
+	case 0:
+	case unix.EAGAIN, unix.EINTR:
+		return nil
+	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EMSGSIZE, unix.ENOPROTOOPT, unix.EPROTO,
+		unix.EACCES, unix.EHOSTDOWN, unix.ENONET, unix.EOPNOTSUPP:
+		// An ICMP error about something sent earlier, said once: icmp_err_convert
+		// in net/ipv4/icmp.c, icmpv6_err_convert in net/ipv6/icmp.c.
+		return nil
+	case unix.EINVAL:
+		if g.format == FormatIPIP {
+			// A packet socket before Linux 6.2 cannot say how a UDP super-frame
+			// is cut, and has thrown it away. Only links that carry such frames
+			// whole, as veth does, show it.
+			g.tally.drop(IngressUncut)
+			return nil
 		}
-		table := g.table.Load()
-		before := g.tally.bytes
-		for i := range n {
-			if m := g.batch.message(i); g.format == FormatIPIP {
-				g.ipipMessage(table, m)
-			} else {
-				g.message(table, m)
-			}
-		}
-		bytes := g.tally.bytes - before
-		g.asks = asksFor(n, bytes)
-		g.flush()
-		g.tally.publish(g.counters)
-		if !all {
-			return n >= muchFrames || bytes >= muchBytes, nil
-		}
-		g.patience.fed()
-		if n < asked && !g.patience.busy || g.stopping.Load() {
-			return false, nil // the socket is empty; what comes later wakes us
+		return fmt.Errorf("receiving from the underlay: %w", errno)
+	default:
+		return fmt.Errorf("receiving from the underlay: %w", errno)
+	}
+	table := g.table.Load()
+	before := g.tally.bytes
+	for i := range n {
+		if m := g.batch.message(i); g.format == FormatIPIP {
+			g.ipipMessage(table, m)
+		} else {
+			g.message(table, m)
 		}
 	}
+	g.asks = asksFor(n, g.tally.bytes-before)
+	g.flush()
+	return nil
 }
 
 // asksFor says how many messages the next receive may fill, by what the last

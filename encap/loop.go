@@ -142,7 +142,7 @@ func (l *Loop) Run(ctx context.Context) error {
 		}
 		queues = append(queues, q)
 	}
-	defer reserveProcessors(2 * len(queues))() // both goroutines of each may doze
+	defer reserveProcessors(len(queues))()
 	l.stopping.Store(false)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -156,7 +156,6 @@ func (l *Loop) Run(ctx context.Context) error {
 	})
 	for _, q := range queues {
 		running.Go(func() { cancel(q.serve()) })
-		running.Go(func() { cancel(q.serveDevice()) })
 	}
 	running.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {

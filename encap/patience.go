@@ -22,46 +22,30 @@ type patience struct {
 }
 
 const (
-	// lookingBetween is for a thread of one direction, which looks between the
-	// frames of a transfer.
-	lookingBetween = 20 * time.Microsecond
-	// lookingAlone is for a thread that serves both directions, which looks
-	// between a request and its answer.
-	lookingAlone = 50 * time.Microsecond
-
+	// looking is how long a busy thread looks before it sleeps.
+	looking = 50 * time.Microsecond
 	// Who yields a core that others want for long gets it back later than who
 	// is woken. After having waited for longWait it does not look for shyness.
 	longWait = time.Millisecond
 	shyness  = 200 * time.Millisecond
 )
 
-// patience returns one that looks for that long, if at all.
-func (c *common) patience(looking time.Duration) patience {
-	if !c.busyPoll {
-		looking = 0
-	}
-	return patience{looking: looking}
-}
-
 // fed notes that there was something to carry.
 func (p *patience) fed() { p.dry = time.Time{} }
 
-// again says whether to look again; if not, the direction is to sleep.
-func (p *patience) again() bool {
-	if !p.busy {
-		return false
-	}
+// look gives the core to whoever wants it before the next look, or says by busy
+// that it has looked for long enough.
+func (p *patience) look() {
 	now := time.Now()
 	if p.dry.IsZero() {
 		p.dry = now
 	}
 	if now.Sub(p.dry) >= p.looking {
 		p.busy = false
-		return false
+		return
 	}
 	_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	p.yielded(now)
-	return true
 }
 
 // yielded notes that the core is back, which was given away at a time.

@@ -6,65 +6,67 @@ import (
 	"time"
 )
 
-// TestPatience walks a direction through a burst, a pause and a trickle: it
-// looks again only where it would have been woken at once.
+// TestPatience walks a thread through a burst, a pause, a trickle and a crowd:
+// it looks again only where it would have been woken soon and nobody else wants
+// its core.
 func TestPatience(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		const looking = lookingBetween
 		p := patience{looking: looking}
 		sleep := func(d time.Duration) {
 			p.sleeps()
 			time.Sleep(d)
 			p.woken()
 		}
-		p.woken() // the start
-		if p.again() {
-			t.Error("it looks again before anything ever came")
+		// looks says whether it is ready to look, does so, and lets time pass.
+		looks := func(d time.Duration) bool {
+			if !p.busy {
+				return false
+			}
+			p.look()
+			time.Sleep(d)
+			return true
+		}
+		if looks(0) {
+			t.Error("it looks before anything ever came")
 		}
 		sleep(looking)
-		p.fed()
-		if !p.again() {
-			t.Error("after a short sleep it does not look again")
+		if !looks(looking / 2) {
+			t.Error("after a short sleep it does not look")
 		}
-		time.Sleep(looking / 2)
-		if !p.again() {
+		if !looks(0) {
 			t.Error("it gives up too early")
 		}
 		p.fed()
-		time.Sleep(looking)
-		if !p.again() {
+		if !looks(looking) || !looks(0) {
 			t.Error("what it was fed does not begin a new look")
 		}
-		time.Sleep(looking)
-		if p.again() {
+		if looks(0) {
 			t.Error("it never gives up")
 		}
 		sleep(20 * looking)
-		p.fed()
-		if p.again() {
+		if looks(0) {
 			t.Error("a trickle keeps it awake")
 		}
 
 		sleep(looking)
 		p.yielded(time.Now().Add(-2 * longWait))
-		if p.again() {
+		if looks(0) {
 			t.Error("it looks on a core that others want")
 		}
 		sleep(looking)
-		if p.again() {
-			t.Error("it looks again on a core that others wanted a moment ago")
+		if looks(0) {
+			t.Error("it looks on a core that others wanted a moment ago")
 		}
 		time.Sleep(shyness)
 		sleep(looking)
-		if !p.again() {
+		if !looks(0) {
 			t.Error("it never looks again on a core that others wanted once")
 		}
-		if p = (patience{}); p.again() {
-			t.Error("it looks though it is not to")
-		}
+
+		p = patience{}
 		sleep(0)
-		if p.again() {
-			t.Error("it looks after a sleep though it is not to")
+		if looks(0) {
+			t.Error("it looks though it is not to")
 		}
 	})
 }

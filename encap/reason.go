@@ -16,6 +16,7 @@ const (
 	EgressSource    // the inner source is not in this node's subnet
 	EgressLinkLocal // what the kernel says on every link, for no peer
 	EgressTooBig    // it does not fit the path to the peer
+	EgressFull      // the socket's buffer, and so the link, is full
 	EgressSend      // the kernel refused to send it
 
 	IngressTruncated // longer than any datagram may be
@@ -38,7 +39,7 @@ const (
 
 var reasonNames = [reasons]string{
 	"accepted",
-	"egress-malformed", "egress-no-peer", "egress-source", "egress-link-local", "egress-too-big", "egress-send",
+	"egress-malformed", "egress-no-peer", "egress-source", "egress-link-local", "egress-too-big", "egress-full", "egress-send",
 	"ingress-truncated", "ingress-short", "ingress-uncut", "ingress-fragment", "ingress-flags", "ingress-vni", "ingress-stranger",
 	"ingress-mac", "ingress-protocol", "ingress-malformed", "ingress-source", "ingress-not-ours",
 	"ingress-ecn", "ingress-write",

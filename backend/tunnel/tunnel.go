@@ -52,7 +52,7 @@ type Tuning struct {
 	// the kernel has it.
 	NoGSO, NoGRO, NoUSO, NoSuperFrame, NoMultiQueue, NoBusyPoll bool
 
-	Queues      int  // of the device, each with threads of its own; 0: by the processors
+	Queues      int  // of the device, each with a thread of its own; 0: by the processors
 	SourcePorts int  // that flows are spread over, at most 16; 0: by the processors
 	CopyDSCP    bool // the outer header bears the inner one's DSCP
 	// DontFragment has VXLAN packets bear DF, and the loop follow what the network
@@ -60,8 +60,7 @@ type Tuning struct {
 	DontFragment bool
 }
 
-// queues returns how many there are to be. On two processors more than one
-// would only make threads compete.
+// queues returns how many there are to be: one processor stays with the pods.
 func (t Tuning) queues() int {
 	switch {
 	case t.NoMultiQueue:
@@ -69,7 +68,7 @@ func (t Tuning) queues() int {
 	case t.Queues > 0:
 		return t.Queues
 	}
-	return min(max(runtime.NumCPU()/2, 1), 8)
+	return min(max(runtime.NumCPU()-1, 1), 8)
 }
 
 func (t Tuning) sourcePorts() int {

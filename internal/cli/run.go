@@ -146,7 +146,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.tunnel.NoSuperFrame, "no-super-frame", false, "do not leave it to the uplink to cut large frames")
 	flags.BoolVar(&f.tunnel.NoMultiQueue, "no-multi-queue", false, "give the tunnel device one queue, whatever the number of processors")
 	flags.BoolVar(&f.tunnel.NoBusyPoll, "no-busy-poll", false, "sleep as soon as there is nothing to carry, which costs latency and saves processor time")
-	flags.IntVar(&f.tunnel.Queues, "queues", 0, "queues of the tunnel device, each with threads of its own (default: one for two processors, at most 8)")
+	flags.IntVar(&f.tunnel.Queues, "queues", 0, "queues of the tunnel device, each with a thread of its own (default: one less than there are processors, at most 8)")
 	flags.IntVar(&f.tunnel.SourcePorts, "source-ports", 0, "UDP source ports that flows are spread over (default: 8, on two processors 1)")
 	flags.BoolVar(&f.tunnel.CopyDSCP, "copy-dscp", false, "have the outer packet bear the inner one's DSCP")
 	flags.BoolVar(&f.tunnel.DontFragment, "df", false, "send VXLAN packets that are not to be fragmented (DF), and follow the MTU of the path")
