@@ -10,10 +10,19 @@ import (
 // the byte order of the packet as loaded natively, 64 bits wide, and folded
 // and swapped at the end.
 
+// blockSize is how many bytes sumBlocks adds at a time.
+const blockSize = 128
+
 // sum adds b to the running sum. Between calls the data must be an even
 // number of bytes long, except for the last.
 func sum(b []byte, acc uint64) uint64 {
 	var carry uint64
+	if hasSumBlocks && len(b) >= 2*blockSize {
+		n := len(b) &^ (blockSize - 1)
+		acc, carry = bits.Add64(acc, sumBlocks(b[:n]), 0)
+		acc += carry
+		b = b[n:]
+	}
 	for len(b) >= 64 {
 		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b), 0)
 		acc, carry = bits.Add64(acc, binary.NativeEndian.Uint64(b[8:]), carry)
