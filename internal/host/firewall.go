@@ -103,16 +103,18 @@ func (t Tunnel) received() []rule {
 	named := map[bool]string{true: "meta nfproto ipv4", false: "meta nfproto ipv6"}
 	is := all(familyIs(is4, named[is4]), t.is())
 	if t.Port == 0 {
-		return []rule{all(is, innerDestination(t.Network), t.notOf(), drop("ingress-source"))}
+		return []rule{all(is, innerDestination(t.Network), t.peers(false), drop("ingress-source"))}
 	}
 	is = all(is, transport(vxlanVNI, 3, true, []byte{byte(t.VNI >> 16), byte(t.VNI >> 8), byte(t.VNI)}))
 	ethertype := []byte{0x08, 0x00}
 	if !is4 {
 		ethertype = []byte{0x86, 0xdd}
 	}
+	right := transport(vxlanEtherType, 2, true, ethertype)
 	return []rule{
-		all(is, transport(vxlanEtherType, 2, false, ethertype), drop("ingress-protocol")),
-		all(is, t.notOf(), drop("ingress-source")),
+		all(is, right, t.peers(true), leave()), // nearly all packets get no further
+		all(is, right, drop("ingress-source")),
+		all(is, drop("ingress-protocol")),
 	}
 }
 

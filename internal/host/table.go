@@ -129,19 +129,22 @@ func (c chain) nft() (*nftables.Chain, string) {
 
 func masqueradeExprs() []expr.Any { return []expr.Any{&expr.Masq{FullyRandom: true}} }
 
-// notOf matches packets whose outer source and inner source are no pair of the
-// set.
-func (t Tunnel) notOf() rule {
+// peers matches packets whose outer source and inner source are a pair of the
+// set, or are none.
+func (t Tunnel) peers(are bool) rule {
 	is4 := t.Network.Addr().Is4()
 	n, second := uint32(4), uint32(unix.NFT_REG32_01)
 	if !is4 {
 		n, second = 16, unix.NFT_REG_2
 	}
-	text := fmt.Sprintf("%s != @%s", t.set().keyText(), t.setName())
+	text := fmt.Sprintf("%s @%s", t.set().keyText(), t.setName())
+	if !are {
+		text = fmt.Sprintf("%s != @%s", t.set().keyText(), t.setName())
+	}
 	return rule{text, []expr.Any{
 		&expr.Payload{DestRegister: unix.NFT_REG_1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset("saddr", is4), Len: n},
 		&expr.Payload{DestRegister: second, Base: expr.PayloadBaseTransportHeader, Offset: t.set().offset, Len: n},
-		&expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: t.setName(), Invert: true},
+		&expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: t.setName(), Invert: !are},
 	}, ""}
 }
 
