@@ -1,7 +1,10 @@
 package host
 
 import (
+	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables/expr"
 )
@@ -93,7 +96,8 @@ func (t Tunnel) is() rule {
 
 // received returns the lines that drop what may not come in: packets that a
 // kernel device would take, but of strangers, or of a peer with an inner source
-// that is not in its subnet.
+// that is not in its subnet. What belongs to a peer leaves by the first line, or
+// where peers lease subnets of several sizes by one of the first.
 //
 // They stand in the input hook, where fragments are whole again and the device
 // has not seen the packet. IPIP has no number of its own like the VNI: its packets are ours
@@ -102,20 +106,26 @@ func (t Tunnel) received() []rule {
 	is4 := t.Network.Addr().Is4()
 	named := map[bool]string{true: "meta nfproto ipv4", false: "meta nfproto ipv6"}
 	is := all(familyIs(is4, named[is4]), t.is())
+	var right rule
 	if t.Port == 0 {
-		return []rule{all(is, innerDestination(t.Network), t.peers(false), drop("ingress-source"))}
+		right = innerDestination(t.Network)
+	} else {
+		ethertype := []byte{0x08, 0x00}
+		if !is4 {
+			ethertype = []byte{0x86, 0xdd}
+		}
+		is = all(is, transport(vxlanVNI, 3, true, []byte{byte(t.VNI >> 16), byte(t.VNI >> 8), byte(t.VNI)}))
+		right = transport(vxlanEtherType, 2, true, ethertype)
 	}
-	is = all(is, transport(vxlanVNI, 3, true, []byte{byte(t.VNI >> 16), byte(t.VNI >> 8), byte(t.VNI)}))
-	ethertype := []byte{0x08, 0x00}
-	if !is4 {
-		ethertype = []byte{0x86, 0xdd}
+	var lines []rule
+	for _, s := range t.sets() {
+		lines = append(lines, all(is, right, s.pair(), leave()))
 	}
-	right := transport(vxlanEtherType, 2, true, ethertype)
-	return []rule{
-		all(is, right, t.peers(true), leave()), // nearly all packets get no further
-		all(is, right, drop("ingress-source")),
-		all(is, drop("ingress-protocol")),
+	lines = append(lines, all(is, right, drop("ingress-source")))
+	if t.Port != 0 {
+		lines = append(lines, all(is, drop("ingress-protocol")))
 	}
+	return lines
 }
 
 // taken returns the line that keeps IPIP packets from the kernel where a process
@@ -139,22 +149,26 @@ func (t Tunnel) sent() rule {
 	return all(familyIs(is4, ""), address("saddr", true, t.Network), address("daddr", false, t.Network), t.is(), drop("egress-encapsulated"))
 }
 
-// setName is the name of the set of the peers' Sources.
-func (t Tunnel) setName() string {
-	if t.Network.Addr().Is4() {
-		return "peers4"
-	}
-	return "peers6"
-}
-
-// set is the set of the peers' Sources.
-func (t Tunnel) set() set {
+// sets are the sets of the peers' Sources: one for each length of their prefixes,
+// nearly always one in all, in the order of the lengths.
+func (t Tunnel) sets() []set {
 	is4 := t.Network.Addr().Is4()
-	s := set{name: t.setName(), is4: is4, offset: addressOffset("saddr", is4), elements: t.Peers}
-	if t.Port != 0 {
-		s.offset += vxlanInner
+	offset, name := addressOffset("saddr", is4), "peers4"
+	if !is4 {
+		name = "peers6"
 	}
-	return s
+	if t.Port != 0 {
+		offset += vxlanInner
+	}
+	byBits := make(map[int][]Source)
+	for _, p := range t.Peers {
+		byBits[p.Inner.Bits()] = append(byBits[p.Inner.Bits()], p)
+	}
+	var sets []set
+	for _, bits := range slices.Sorted(maps.Keys(byBits)) {
+		sets = append(sets, set{name: fmt.Sprintf("%s_%d", name, bits), is4: is4, bits: bits, offset: offset, elements: byBits[bits]})
+	}
+	return sets
 }
 
 // table returns the whole table, or nil if nothing of it is wanted.
@@ -175,7 +189,7 @@ func (f Firewall) table() *table {
 		if tunnel.Device != "" {
 			in = append(in, tunnel.received()...)
 			inner = append(inner, tunnel.unpacked())
-			t.sets = append(t.sets, tunnel.set())
+			t.sets = append(t.sets, tunnel.sets()...)
 		}
 		out = append(out, tunnel.sent())
 	}

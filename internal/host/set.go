@@ -3,31 +3,72 @@ package host
 import (
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// set is a set of Sources: an outer source address, and a range of what stands
-// at an offset above IP.
+// set is a set of Sources whose inner prefixes are of one length. An element is
+// the outer source address and, from what stands at an offset above IP, the
+// inner one less its last bits. So a look-up is of one exact key: the kernel
+// keeps such a set as a hash table (nft_set_hash.c), where a set of ranges would
+// be compared field by field, 4 bits at a time (nft_set_pipapo.c).
 type set struct {
 	name     string
 	is4      bool
+	bits     int    // of the inner prefixes
 	offset   uint32 // of the inner source, bytes from the transport header
 	elements []Source
 	// foreign says that, of a set that was read, an element is none of ours.
 	foreign bool
+	// unlike says that a set that was read is not of the kind that add makes,
+	// such as one of ranges, whatever its name.
+	unlike bool
+}
+
+// setOf is a set that was read, less its elements.
+func setOf(n *nftables.Set) set {
+	_, length, _ := strings.Cut(n.Name, "_")
+	bits, err := strconv.Atoi(length)
+	if err != nil {
+		bits = -1
+	}
+	s := set{name: n.Name, is4: n.KeyType.Bytes == 2*4, bits: bits}
+	s.unlike = n.KeyType.Bytes != 2*s.width() || n.Interval || n.IsMap || n.Constant || n.Dynamic || n.HasTimeout || n.Size != 0
+	return s
 }
 
 // keyText is what the set holds, in the words of nft: of the two the second has
 // no name there.
 func (s set) keyText() string {
 	return fmt.Sprintf("%s saddr . @th,%d,%d", family(s.is4), s.offset*8, s.width()*8)
+}
+
+// pair matches packets whose outer source and inner source are a pair of the
+// set.
+func (s set) pair() rule {
+	n, second := s.width(), uint32(unix.NFT_REG32_01)
+	if !s.is4 {
+		second = unix.NFT_REG_2
+	}
+	text := s.keyText()
+	exprs := []expr.Any{
+		&expr.Payload{DestRegister: unix.NFT_REG_1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset("saddr", s.is4), Len: n},
+		&expr.Payload{DestRegister: second, Base: expr.PayloadBaseTransportHeader, Offset: s.offset, Len: n},
+	}
+	if mask := net.CIDRMask(s.bits, int(n)*8); s.bits < int(n)*8 {
+		text += fmt.Sprintf(" & 0x%x", []byte(mask))
+		exprs = append(exprs, &expr.Bitwise{SourceRegister: second, DestRegister: second, Len: n, Mask: mask, Xor: make([]byte, n)})
+	}
+	return rule{text + " @" + s.name, append(exprs, &expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: s.name}), ""}
 }
 
 func (s set) width() uint32 {
@@ -42,7 +83,7 @@ func (s set) nft() *nftables.Set { return &nftables.Set{Table: ourTable(), Name:
 // addSteps make the set.
 func (s set) addStep() step {
 	return step{
-		Change: Change{KindNFTables, fmt.Sprintf("nft add set inet %s %s { typeof %s; flags interval; }", TableName, s.name, s.keyText())},
+		Change: Change{KindNFTables, fmt.Sprintf("nft add set inet %s %s { typeof %s; }", TableName, s.name, s.keyText())},
 		do:     func(*writer) error { return s.add() },
 	}
 }
@@ -55,23 +96,10 @@ func (s set) add() error {
 	e.ByteOrder = binary.BigEndian
 	e.String(unix.NFTA_SET_TABLE, TableName)
 	e.String(unix.NFTA_SET_NAME, s.name)
-	const concatenation = 0x80 // NFT_SET_CONCAT
-	e.Uint32(unix.NFTA_SET_FLAGS, unix.NFT_SET_INTERVAL|concatenation)
+	e.Uint32(unix.NFTA_SET_FLAGS, 0)
 	e.Uint32(unix.NFTA_SET_KEY_TYPE, s.keyType())
 	e.Uint32(unix.NFTA_SET_KEY_LEN, 2*s.width())
 	e.Uint32(unix.NFTA_SET_ID, 1)
-	e.Nested(unix.NFTA_SET_DESC, func(desc *netlink.AttributeEncoder) error {
-		desc.Nested(nftables.NFTA_SET_DESC_CONCAT, func(fields *netlink.AttributeEncoder) error {
-			for range 2 {
-				fields.Nested(unix.NFTA_LIST_ELEM, func(field *netlink.AttributeEncoder) error {
-					field.Uint32(1, s.width()) // NFTA_SET_FIELD_LEN
-					return nil
-				})
-			}
-			return nil
-		})
-		return nil
-	})
 	e.Bytes(unix.NFTA_SET_USERDATA, s.typeof())
 	attrs, err := e.Encode()
 	if err != nil {
@@ -207,44 +235,25 @@ func diffElements(s set, have set) []step {
 func elementsText(all []Source) string {
 	words := make([]string, len(all))
 	for i, e := range all {
-		words[i] = fmt.Sprintf("%s . 0x%x-0x%x", e.Outer, e.Inner.Masked().Addr().AsSlice(), lastOf(e.Inner))
+		words[i] = fmt.Sprintf("%s . 0x%x", e.Outer, e.Inner.Masked().Addr().AsSlice())
 	}
 	return "{ " + strings.Join(words, ", ") + " }"
 }
 
-// elements are ranges in each field, both ends included.
 func elements(all []Source) []nftables.SetElement {
 	list := make([]nftables.SetElement, len(all))
 	for i, e := range all {
-		outer := e.Outer.AsSlice()
-		list[i] = nftables.SetElement{
-			Key:    append(slices.Clip(outer), e.Inner.Masked().Addr().AsSlice()...),
-			KeyEnd: append(slices.Clip(outer), lastOf(e.Inner)...),
-		}
+		list[i] = nftables.SetElement{Key: append(e.Outer.AsSlice(), e.Inner.Masked().Addr().AsSlice()...)}
 	}
 	return list
 }
 
-func lastOf(p netip.Prefix) []byte {
-	b := p.Masked().Addr().AsSlice()
-	for i := p.Bits(); i < len(b)*8; i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	return b
-}
-
-// sourceOf reads an element; false if it is none that elements makes.
-func sourceOf(e nftables.SetElement) (Source, bool) {
+// sourceOf reads an element of a set for inner prefixes of so many bits; false
+// if it is none that elements makes.
+func sourceOf(e nftables.SetElement, bits int) (Source, bool) {
 	n := len(e.Key) / 2
-	outer, ok := netip.AddrFromSlice(e.Key[:n])
-	if !ok || len(e.KeyEnd) != 2*n || string(e.Key[:n]) != string(e.KeyEnd[:n]) {
-		return Source{}, false
-	}
-	first, _ := netip.AddrFromSlice(e.Key[n:])
-	bits := 0
-	for bits < 8*n && (e.Key[n+bits/8]^e.KeyEnd[n+bits/8])&(0x80>>(bits%8)) == 0 {
-		bits++
-	}
-	s := Source{outer, netip.PrefixFrom(first, bits)}
-	return s, s.Inner == s.Inner.Masked() && string(lastOf(s.Inner)) == string(e.KeyEnd[n:])
+	outer, ok1 := netip.AddrFromSlice(e.Key[:n])
+	inner, ok2 := netip.AddrFromSlice(e.Key[n:])
+	s := Source{outer, netip.PrefixFrom(inner, bits)}
+	return s, ok1 && ok2 && len(e.KeyEnd) == 0 && s.Inner.IsValid() && s.Inner == s.Inner.Masked()
 }

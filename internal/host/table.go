@@ -67,7 +67,13 @@ func diffTable(have, want *table) []step {
 	case want == nil:
 		add(func(c *nftables.Conn) error { c.DelTable(ourTable()); return nil }, "delete table inet %s", TableName)
 		return steps
-	case have == nil:
+	case have != nil && slices.ContainsFunc(want.sets, have.mistakable):
+		// The kernel keeps a set's kind for as long as it lives, and its rules keep
+		// the set.
+		steps = append(steps, step{Change: Change{KindNFTables, "nft delete table inet " + TableName}, do: func(*writer) error { return deleteTable() }})
+		have = nil
+	}
+	if have == nil {
 		add(func(c *nftables.Conn) error { c.AddTable(ourTable()); return nil }, "add table inet %s", TableName)
 		have = &table{}
 	}
@@ -106,6 +112,23 @@ func diffTable(have, want *table) []step {
 	return steps
 }
 
+// mistakable says whether the table holds a set by the name of a wanted one that
+// is of another kind. No version of culvert made such.
+func (t *table) mistakable(wanted set) bool {
+	s, there := t.set(wanted.name)
+	return there && (s.unlike || s.is4 != wanted.is4)
+}
+
+// deleteTable deletes the table in a transaction of its own.
+func deleteTable() error {
+	c, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("opening nftables: %w", err)
+	}
+	c.DelTable(ourTable())
+	return c.Flush()
+}
+
 func ourTable() *nftables.Table {
 	return &nftables.Table{Family: nftables.TableFamilyINet, Name: TableName}
 }
@@ -128,25 +151,6 @@ func (c chain) nft() (*nftables.Chain, string) {
 }
 
 func masqueradeExprs() []expr.Any { return []expr.Any{&expr.Masq{FullyRandom: true}} }
-
-// peers matches packets whose outer source and inner source are a pair of the
-// set, or are none.
-func (t Tunnel) peers(are bool) rule {
-	is4 := t.Network.Addr().Is4()
-	n, second := uint32(4), uint32(unix.NFT_REG32_01)
-	if !is4 {
-		n, second = 16, unix.NFT_REG_2
-	}
-	text := fmt.Sprintf("%s @%s", t.set().keyText(), t.setName())
-	if !are {
-		text = fmt.Sprintf("%s != @%s", t.set().keyText(), t.setName())
-	}
-	return rule{text, []expr.Any{
-		&expr.Payload{DestRegister: unix.NFT_REG_1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset("saddr", is4), Len: n},
-		&expr.Payload{DestRegister: second, Base: expr.PayloadBaseTransportHeader, Offset: t.set().offset, Len: n},
-		&expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: t.setName(), Invert: !are},
-	}, ""}
-}
 
 // readFirewall reads culvert's table and other programs' FORWARD chains.
 func (r *reading) readFirewall() error {
@@ -188,9 +192,9 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 		if err != nil {
 			return t, err
 		}
-		got := set{name: s.Name}
+		got := setOf(s)
 		for _, e := range list {
-			source, ok := sourceOf(e)
+			source, ok := sourceOf(e, got.bits)
 			got.elements = append(got.elements, source)
 			got.foreign = got.foreign || !ok
 		}

@@ -31,7 +31,8 @@ func DeviceTraffic(names ...string) Traffic {
 }
 
 // Drops returns how many packets culvert's nftables rules have dropped, by
-// reason. They count from the table's making.
+// reason. They count from the making of the chains: a peer with a subnet of a
+// size that no other has replaces them.
 func Drops(f Firewall) map[string]uint64 {
 	t := f.table()
 	if t == nil {
