@@ -84,7 +84,13 @@ func sequence(t testing.TB) (names []string, snapshots []subnet.Snapshot) {
 	add("one moves, the other's device is another", c, moved, renamed)
 	add("one goes", c, renamed)
 	add("other options", config(t, `,"GBP":true,"Port":4789`), renamed)
-	add("a smaller underlay", config(t, `,"GBP":true,"Port":4789,"MTU":1400`), renamed)
+	c = config(t, `,"GBP":true,"Port":4789,"MTU":1400`)
+	add("a smaller underlay", c, renamed)
+	wide := lease(4)
+	wide.Endpoints[0].Subnet = netip.MustParsePrefix("10.5.4.0/23")
+	wide.Endpoints[1].Subnet = netip.MustParsePrefix("fd00:5:0:10::/60")
+	add("in its place one with larger subnets", c, wide)
+	add("it is back", c, renamed, wide)
 	return names, snapshots
 }
 

@@ -1,0 +1,255 @@
+package host_test
+
+import (
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"culvert/internal/host"
+	"culvert/internal/lab"
+	"culvert/internal/lab/labtest"
+)
+
+func source(outer, inner string) host.Source {
+	return host.Source{Outer: netip.MustParseAddr(outer), Inner: netip.MustParsePrefix(inner)}
+}
+
+// tunnels are one of each kind, on a node that is 192.0.2.1 and 2001:db8:1::1.
+func tunnels() map[string]host.Tunnel {
+	net4, net6 := netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")
+	sub4, sub6 := netip.MustParsePrefix("10.5.7.0/24"), netip.MustParsePrefix("fd00:5:0:7::/64")
+	peers4 := []host.Source{
+		source("192.0.2.2", "10.5.2.0/24"), source("192.0.2.2", "10.5.32.0/20"), source("192.0.2.2", "10.5.9.9/32"),
+		source("192.0.2.3", "10.5.3.0/24"),
+	}
+	peers6 := []host.Source{
+		source("2001:db8:1::2", "fd00:5:0:2::/64"), source("2001:db8:1::2", "fd00:5:0:80::/57"), source("2001:db8:1::2", "fd00:5:0:9::9/128"),
+		source("2001:db8:1::3", "fd00:5:0:3::/64"),
+	}
+	return map[string]host.Tunnel{
+		"vxlan4": {Port: 8472, VNI: 1, Network: net4, Device: "cvt.1", Subnet: sub4, Peers: peers4},
+		"vxlan6": {Port: 8472, VNI: 1, Network: net6, Device: "cvt6.1", Subnet: sub6, Peers: peers6},
+		"ipip":   {Network: net4, Device: "cvt.ipip", Subnet: sub4, Peers: peers4},
+	}
+}
+
+func firewall(t host.Tunnel) host.State {
+	return host.State{Firewall: host.Firewall{Tunnels: []host.Tunnel{t}}}
+}
+
+// packet is what stands above the outer IP header: VXLAN, Ethernet, or neither,
+// and an inner IP header.
+func packet(t host.Tunnel, inner string) []byte {
+	from, to := netip.MustParseAddr(inner), t.Subnet.Addr().Next()
+	ip := make([]byte, 20)
+	ethertype := []byte{0x08, 0x00}
+	if from.Is4() {
+		ip[0] = 0x45
+		copy(ip[12:], from.AsSlice())
+		copy(ip[16:], to.AsSlice())
+	} else {
+		ethertype = []byte{0x86, 0xdd}
+		ip = append([]byte{0x60}, make([]byte, 39)...)
+		copy(ip[8:], from.AsSlice())
+		copy(ip[24:], to.AsSlice())
+	}
+	if t.Port == 0 {
+		return ip
+	}
+	return slices.Concat([]byte{8, 0, 0, 0, 0, 0, 1, 0}, make([]byte, 12), ethertype, ip)
+}
+
+// TestOnlyPairsArrive sends encapsulated packets to a node whose peers lease
+// subnets of several sizes: those of a pair arrive, the others are counted.
+func TestOnlyPairsArrive(t *testing.T) {
+	l := labtest.New(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:1::/64")}})
+	for name, tunnel := range tunnels() {
+		t.Run(name, func(t *testing.T) {
+			at, network := "192.0.2.1:8472", "udp4"
+			right := []string{"10.5.2.1", "10.5.2.255", "10.5.32.0", "10.5.47.255", "10.5.9.9"}
+			wrong := []string{"10.5.1.255", "10.5.3.1", "10.5.31.255", "10.5.48.0", "10.5.9.8", "10.5.9.10", "192.0.2.2"}
+			switch name {
+			case "ipip":
+				at, network = "192.0.2.1", "ip4:4"
+			case "vxlan6":
+				at, network = "[2001:db8:1::1]:8472", "udp6"
+				right = []string{"fd00:5:0:2::1", "fd00:5:0:2:ffff:ffff:ffff:ffff", "fd00:5:0:80::", "fd00:5:0:ff::1", "fd00:5:0:9::9"}
+				wrong = []string{"fd00:5:0:1::1", "fd00:5:0:3::1", "fd00:5:0:7f::1", "fd00:5:0:100::1", "fd00:5:0:9::8", "fd00:5:0:9::a", "2001:db8:1::2"}
+			}
+			apply(t, l.Nodes[0], firewall(tunnel))
+			var in net.PacketConn
+			var out net.Conn
+			inside(t, l.Nodes[0], func() (err error) { in, err = net.ListenPacket(network, at); return err })
+			defer func() { _ = in.Close() }()
+			inside(t, l.Nodes[1], func() (err error) { out, err = net.Dial(network, at); return err })
+			defer func() { _ = out.Close() }()
+
+			// A packet of a pair follows each other one: they come in order.
+			buf := make([]byte, 2048)
+			arrives := func(inner string) {
+				t.Helper()
+				p := packet(tunnel, inner)
+				if _, err := out.Write(p); err != nil {
+					t.Fatal(err)
+				}
+				if err := in.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+					t.Fatal(err)
+				}
+				n, _, err := in.ReadFrom(buf)
+				if err != nil || string(buf[:n]) != string(p) {
+					t.Fatalf("of the packet from %s arrived %x (%v)", inner, buf[:n], err)
+				}
+			}
+			for _, inner := range right {
+				arrives(inner)
+			}
+			for i, inner := range wrong {
+				if _, err := out.Write(packet(tunnel, inner)); err != nil {
+					t.Fatal(err)
+				}
+				arrives(right[0])
+				inside(t, l.Nodes[0], func() error {
+					if got := host.Drops(firewall(tunnel).Firewall); got["ingress-source"] != uint64(i+1) {
+						t.Errorf("after one from %s there are the drops %v", inner, got)
+					}
+					return nil
+				})
+			}
+
+			tunnel.Peers = nil
+			apply(t, l.Nodes[0], firewall(tunnel))
+			if _, err := out.Write(packet(tunnel, right[0])); err != nil {
+				t.Fatal(err)
+			}
+			if err := in.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+				t.Fatal(err)
+			}
+			if n, _, err := in.ReadFrom(buf); err == nil {
+				t.Errorf("without peers arrived %x", buf[:n])
+			}
+			apply(t, l.Nodes[0], host.State{})
+		})
+	}
+}
+
+// TestSetsFollow changes the peers: elements alone where the sizes of their
+// subnets stay, and otherwise the sets that are there are those of the sizes.
+func TestSetsFollow(t *testing.T) {
+	n := node(t)
+	tunnel := tunnels()["vxlan4"]
+	for _, c := range []struct {
+		peers []host.Source
+		alone bool // only elements change
+		sets  string
+	}{
+		{nil, false, ""},
+		{[]host.Source{source("192.0.2.2", "10.5.2.0/24")}, false, "peers4_24"},
+		{[]host.Source{source("192.0.2.2", "10.5.2.0/24"), source("192.0.2.3", "10.5.3.0/24")}, true, "peers4_24"},
+		{[]host.Source{source("192.0.2.2", "10.5.16.0/20"), source("192.0.2.3", "10.5.3.0/24")}, false, "peers4_20 peers4_24"},
+		{[]host.Source{source("192.0.2.2", "10.5.3.0/24"), source("192.0.2.3", "10.5.16.0/20")}, true, "peers4_20 peers4_24"},
+		{[]host.Source{source("192.0.2.2", "10.5.16.0/20")}, false, "peers4_20"},
+	} {
+		tunnel.Peers = c.peers
+		changes := apply(t, n, firewall(tunnel))
+		alone := !slices.ContainsFunc(changes, func(s string) bool { return !strings.Contains(s, " element ") })
+		if alone != c.alone {
+			t.Errorf("%v: changed %q", c.peers, changes)
+		}
+		settled(t, n, tunnel, c.sets)
+	}
+}
+
+// settled fails if there is anything left to change, or there are other sets.
+func settled(t *testing.T, n *lab.Node, tunnel host.Tunnel, want string) {
+	t.Helper()
+	if again := apply(t, n, firewall(tunnel)); len(again) > 0 {
+		t.Errorf("a second time changed %q", again)
+	}
+	inside(t, n, func() error {
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		sets, err := c.GetSets(&nftables.Table{Family: nftables.TableFamilyINet, Name: host.TableName})
+		if err != nil {
+			return err
+		}
+		var names []string
+		for _, s := range sets {
+			names = append(names, s.Name)
+			if s.Interval {
+				t.Errorf("%s is a set of ranges", s.Name)
+			}
+		}
+		slices.Sort(names)
+		if got := strings.Join(names, " "); got != want {
+			t.Errorf("the sets are %q, want %q", got, want)
+		}
+		return nil
+	})
+}
+
+// TestOtherSets finds a table of an older version, with a set of ranges, then
+// such a set by the name of one of ours, then an element of nobody's.
+func TestOtherSets(t *testing.T) {
+	tunnel := tunnels()["vxlan4"]
+	tunnel.Peers = tunnel.Peers[:1]
+	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: host.TableName}
+	for _, c := range []struct{ name, set, first string }{
+		{"older version", "peers4", "nft add set "},
+		{"same name", "peers4_24", "nft delete table "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n := node(t)
+			inside(t, n, func() error {
+				conn, err := nftables.New()
+				if err != nil {
+					return err
+				}
+				conn.AddTable(table)
+				kind := nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInteger)
+				s := &nftables.Set{Table: table, Name: c.set, KeyType: kind, Concatenation: true, Interval: true}
+				key := []byte{192, 0, 2, 2, 10, 5, 2, 0}
+				if err := conn.AddSet(s, []nftables.SetElement{{Key: key, KeyEnd: []byte{192, 0, 2, 2, 10, 5, 2, 255}}}); err != nil {
+					return err
+				}
+				chain := conn.AddChain(&nftables.Chain{
+					Name: "input", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter,
+				})
+				conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 8},
+					&expr.Lookup{SourceRegister: 1, SetName: c.set},
+				}})
+				return conn.Flush()
+			})
+			if changes := apply(t, n, firewall(tunnel)); len(changes) == 0 || !strings.HasPrefix(changes[0], c.first) {
+				t.Errorf("changed %q", changes)
+			}
+			settled(t, n, tunnel, "peers4_24")
+		})
+	}
+
+	n := node(t)
+	apply(t, n, firewall(tunnel))
+	inside(t, n, func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		if err := conn.SetAddElements(&nftables.Set{Table: table, Name: "peers4_24"}, []nftables.SetElement{{Key: []byte{192, 0, 2, 66, 10, 5, 2, 1}}}); err != nil {
+			return err
+		}
+		return conn.Flush()
+	})
+	want := []string{"nft flush set inet culvert peers4_24", "nft add element inet culvert peers4_24 { 192.0.2.2 . 0x0a050200 }"}
+	if changes := apply(t, n, firewall(tunnel)); !slices.Equal(changes, want) {
+		t.Errorf("changed %q, want %q", changes, want)
+	}
+	settled(t, n, tunnel, "peers4_24")
+}
