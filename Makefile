@@ -101,7 +101,7 @@ bench: build
 	@mkdir -p bench/results
 # docs change at the end only: a changed tree is another version, whose report is not resumed.
 	bin/culvert bench --resume bench/results/full.json --duration 400ms --warmup 150ms $(BENCH_FLAGS); failed=$$?; \
-	test -e bench/results/scale.json || bin/culvert bench scale --json=bench/results/scale.json --docs docs || exit; \
+	test -e bench/results/scale.json || bin/culvert bench scale --rounds 7 --json=bench/results/scale.json --docs docs || exit; \
 	bin/culvert bench report bench/results/full.json --html bench/results/full.html --docs docs >/dev/null && exit $$failed
 
 MICRO := CGO_ENABLED=0 $(GO) test ./encap -run '^$$' -bench . -benchtime 200ms -count 6
