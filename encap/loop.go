@@ -189,7 +189,8 @@ func (l *Loop) open(i int) (*queue, error) {
 }
 
 // reserveProcessors adds n to those that the runtime may use at once, for
-// goroutines that doze, and returns what takes them away again.
+// goroutines that keep one while they wait, and returns what takes them away
+// again.
 func reserveProcessors(n int) (undo func()) {
 	processors.Lock()
 	defer processors.Unlock()

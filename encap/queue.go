@@ -136,10 +136,10 @@ func (q *queue) sleep() {
 }
 
 // wait waits until one of the descriptors is ready, and returns false if none
-// was for a time of at most dozing. Woken so, a goroutine runs at once, on its own thread: the
-// scheduler has no part in it. The price is that it keeps its processor while
-// it waits, so there must be one for it besides those that the rest of the
-// program is to use (Loop.Run).
+// was for a time of at most dozing. Woken so, a goroutine runs at once, on its
+// own thread: the scheduler has no part in it. The price is that it keeps its
+// processor while it waits, so there must be one for it besides those that the
+// rest of the program is to use (Loop.Run).
 //
 // Whoever needs the processor, the garbage collector above all, asks for it by
 // a signal, which ends the system call; Gosched then gives it away.
