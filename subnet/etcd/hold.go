@@ -112,7 +112,7 @@ func (r *Registry) renew(ctx context.Context, k *keeping) error {
 // keepAlive renews an etcd lease once, and returns its lifetime. ErrLeaseNotFound
 // says that there is nothing to renew.
 func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, error) {
-	rctx, cancel := r.request(ctx)
+	rctx, cancel := r.brief(ctx)
 	defer cancel()
 	asked := time.Now()
 	resp, err := r.client.KeepAliveOnce(rctx, clientv3.LeaseID(id))
@@ -145,7 +145,7 @@ func (r *Registry) verify(ctx context.Context, g *grant) error {
 
 // repair is verify for the lease as it should be. The caller has the turn.
 func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) error {
-	rctx, cancel := r.request(ctx)
+	rctx, cancel := r.brief(ctx)
 	defer cancel()
 	resp, err := r.client.Get(rctx, r.subnetsDir()+want.Key())
 	if err != nil {

@@ -157,6 +157,14 @@ func (r *Registry) request(ctx context.Context) (context.Context, context.Cancel
 	return context.WithTimeout(clientv3.WithRequireLeader(ctx), r.opts.RequestTimeout)
 }
 
+// brief gives a request that a lease hangs on a tenth of its lifetime, if that is
+// less: requests go to the members in turn, and where all connections have died
+// without a word each has to be tried before it is known of.
+func (r *Registry) brief(ctx context.Context) (context.Context, context.CancelFunc) {
+	most := min(max(r.lifetime()/10, time.Second), r.opts.RequestTimeout)
+	return context.WithTimeout(clientv3.WithRequireLeader(ctx), most)
+}
+
 // entries reads all keys under subnets/ at one revision.
 func (r *Registry) entries(ctx context.Context) ([]subnet.Entry, int64, error) {
 	rctx, cancel := r.request(ctx)
