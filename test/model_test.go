@@ -378,6 +378,7 @@ func (r *round) unasked() []porcupine.Operation {
 	}
 	var out []porcupine.Operation
 	var o owners
+	var stray [modelSubnets + 1]bool // owned by a node that was not told so
 	for _, ch := range r.history.changes {
 		was := o[ch.subnet]
 		o[ch.subnet] = ch.owner
@@ -386,8 +387,17 @@ func (r *round) unasked() []porcupine.Operation {
 		case ch.owner == 0 && mortal(was):
 			c.kind, c.node = "expire", was
 			r.tally.expiries++
-		case ch.owner == 0 || ch.owner == was || asked[ch.revision]:
+		case ch.owner == 0 && stray[ch.subnet]:
+			// A commit in doubt came after all, and its node, which had seen that
+			// it had not yet, has revoked it.
+			c.kind, c.node = "expire", was
+		case ch.owner == 0 || ch.owner == was:
 			continue
+		case asked[ch.revision]:
+			stray[ch.subnet] = false
+			continue
+		default:
+			stray[ch.subnet] = !mortal(ch.owner)
 		}
 		after := int64(0)
 		for _, l := range r.calls {
