@@ -105,13 +105,12 @@ type common struct {
 	offload  *Offload
 	format   Format
 	stopping atomic.Bool // the context has ended
-	busyPoll bool
 }
 
 // NewLoop returns a loop with an empty table: it drops everything until
 // SetTable.
 func NewLoop(o Options) *Loop {
-	l := &Loop{options: o, common: common{offload: o.Offload, format: o.Format, busyPoll: !o.NoBusyPoll}}
+	l := &Loop{options: o, common: common{offload: o.Offload, format: o.Format}}
 	l.table.Store(NewTable(nil, nil))
 	return l
 }
@@ -182,10 +181,16 @@ func (l *Loop) open(i int) (*queue, error) {
 		out.classes = 0xff
 	}
 	q, err := newQueue(&l.common, device, out, in)
-	if err == nil && i == 0 {
+	if err != nil {
+		return nil, err
+	}
+	if !o.NoBusyPoll {
+		q.patience.looking = looking
+	}
+	if i == 0 {
 		q.watchErrors(o)
 	}
-	return q, err
+	return q, nil
 }
 
 // reserveProcessors adds n to those that the runtime may use at once, for

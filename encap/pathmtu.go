@@ -10,8 +10,9 @@ import (
 )
 
 // Where the outer packets bear DF, a narrower link on the way answers with an
-// ICMP error instead of a fragment; so it does where they are IPv6. The loop then knows the peer's MTU, for a
-// while, and tells the pods that send more, in an ICMP error of its own:
+// ICMP error instead of a fragment; so it does where they are IPv6. The loop
+// then knows the peer's MTU, for a while, and tells the pods that send more, in
+// an ICMP error of its own:
 //
 //	router ── ICMP too big ── socket's error queue ── Peer.mtu
 //	pod ◄── TUN ── ICMP too big, from the peer's VTEP address ── packet that is longer
@@ -118,9 +119,9 @@ func tooBig(control []byte) (mtu int, by netip.Addr) {
 	return 0, by
 }
 
-// narrower believes by that the way to a peer takes outer packets of mtu bytes, if
-// what is quoted is a packet of ours. The quote begins with the tunnel's
-// header.
+// narrower believes what by says, that the way to a peer takes outer packets of
+// mtu bytes, if what is quoted is a packet of ours. The quote begins with the
+// tunnel's header.
 func (q *errorQueue) narrower(to, by netip.Addr, quote []byte, mtu int) {
 	table := q.table.Load()
 	var p packet

@@ -39,9 +39,6 @@ func newQueue(c *common, device uintptr, out *egress, in []*ingress) (*queue, er
 		return nil, err
 	}
 	q := &queue{common: c, device: device, out: out, in: in, stop: stop, errors: errorQueue{common: c}}
-	if c.busyPoll {
-		q.patience.looking = looking
-	}
 	q.polls = append(q.polls, unix.PollFd{Fd: int32(q.stop), Events: unix.POLLIN})
 	for _, g := range in {
 		q.polls = append(q.polls, unix.PollFd{Fd: int32(g.socket), Events: unix.POLLIN})
