@@ -14,8 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"culvert/bench/load"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
@@ -526,30 +524,14 @@ func TestFanIn(t *testing.T) {
 	defer func() { _ = s.close() }()
 	defer load.Quiet(mostStreams * 2)()
 	for _, w := range []workload{{streams: 1}, {payload: 64}, {rr: true}, {crr: true}} {
-		before := []uint64{sentPackets(t, s.labs.Nodes[1]), sentPackets(t, s.labs.Nodes[2])}
+		before := []uint64{linkCounters(t, s.labs.Nodes[1]).TxPackets, linkCounters(t, s.labs.Nodes[2]).TxPackets}
 		if _, err := (builtin{}).measure(t.Context(), s, w, method{duration: o.Duration}); err != nil {
 			t.Fatal(err)
 		}
 		for i, was := range before {
-			if n := sentPackets(t, s.labs.Nodes[i+1]) - was; n < 20 {
+			if n := linkCounters(t, s.labs.Nodes[i+1]).TxPackets - was; n < 20 {
 				t.Errorf("%+v: node %d sent %d packets", w, i+2, n)
 			}
 		}
 	}
-}
-
-func sentPackets(t *testing.T, n *lab.Node) uint64 {
-	t.Helper()
-	var packets uint64
-	err := n.Do(func() error {
-		link, err := netlink.LinkByName(n.Link)
-		if err == nil {
-			packets = link.Attrs().Statistics.TxPackets
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return packets
 }

@@ -64,7 +64,7 @@ func TestGeneratorCountsAsTheKernelDoes(t *testing.T) {
 		t.Errorf("%+v received, the kernel counts %d", r, n)
 	}
 
-	before := linkBytes(t, far)
+	before := linkCounters(t, far).RxBytes
 	sink := open(load.Sink)
 	streams, err := load.StartStreams([]load.Place{near}, sink.Addr(), 1, false)
 	if err != nil {
@@ -76,7 +76,7 @@ func TestGeneratorCountsAsTheKernelDoes(t *testing.T) {
 	}
 	r = settled(sink)
 	// The headers of a packet are 66 of at least 1,514 bytes.
-	if n := linkBytes(t, far) - before; r.Bytes == 0 || n < r.Bytes || float64(n) > 1.1*float64(r.Bytes) {
+	if n := linkCounters(t, far).RxBytes - before; r.Bytes == 0 || n < r.Bytes || float64(n) > 1.1*float64(r.Bytes) {
 		t.Errorf("%d bytes of the stream, %d of the link", r.Bytes, n)
 	}
 }
@@ -115,19 +115,19 @@ func udpCounter(t *testing.T, n *lab.Node, name string) uint64 {
 	return value
 }
 
-// linkBytes is what the node's underlay link has received.
-func linkBytes(t *testing.T, n *lab.Node) uint64 {
+// linkCounters are those of the node's underlay link.
+func linkCounters(t *testing.T, n *lab.Node) netlink.LinkStatistics {
 	t.Helper()
-	var total uint64
+	var counters netlink.LinkStatistics
 	err := n.Do(func() error {
 		link, err := netlink.LinkByName(n.Link)
 		if err == nil {
-			total = link.Attrs().Statistics.RxBytes
+			counters = *link.Attrs().Statistics
 		}
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return total
+	return counters
 }
