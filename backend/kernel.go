@@ -54,7 +54,7 @@ func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
 		defer k.mu.Unlock()
 		for _, warning := range w.Warnings {
 			if !slices.Contains(k.wanted.Warnings, warning) {
-				k.options.Log.Warn(warning)
+				k.options.Log.Warn(warning.Text, "check", warning.Check, "fix", warning.Fix)
 			}
 		}
 		k.wanted = w
@@ -107,7 +107,7 @@ func Describe(s *api.Datapath, standing host.Standing) {
 	}
 	s.Warnings = append(s.Warnings, standing.Obstacles...)
 	if standing.Err != nil {
-		s.Warnings = append(s.Warnings, "the host is not as it should be: "+strings.ReplaceAll(standing.Err.Error(), "\n", "; "))
+		s.Warnings = append(s.Warnings, api.Warning{Check: "host-state", Text: "the host cannot be made as it should be: " + strings.ReplaceAll(standing.Err.Error(), "\n", "; ")})
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 
+	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -17,8 +18,8 @@ type Plan func(n Node, s subnet.Snapshot, v host.View) (Wanted, error)
 type Wanted struct {
 	State host.State
 	MTU   int // of pods
-	// Warnings are what cannot be carried, and why.
-	Warnings []string
+	// Warnings say what cannot be carried, and why.
+	Warnings []api.Warning
 }
 
 // Base is what every datapath wants of the host: the part of the cluster

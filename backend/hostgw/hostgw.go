@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"culvert/backend"
+	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -29,7 +30,11 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	for _, self := range s.Self.Endpoints {
 		for _, p := range backend.Peers(s, self.Subnet.Addr().Is4()) {
 			if !v.OnLink(p.Public) {
-				w.Warnings = append(w.Warnings, fmt.Sprintf("%s at %s is not on the link of %s: host-gw cannot reach it (vxlan with DirectRouting can)", p.Subnet, p.Public, v.Underlay.Name))
+				w.Warnings = append(w.Warnings, api.Warning{
+					Check: "peer-off-link",
+					Text:  fmt.Sprintf("%s at %s is not on the link of %s, and host-gw cannot reach it", p.Subnet, p.Public, v.Underlay.Name),
+					Fix:   "use vxlan with DirectRouting",
+				})
 				continue
 			}
 			w.State.Routes = append(w.State.Routes, host.Route{To: p.Subnet, Via: p.Public, Link: v.Underlay.Name})

@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -98,7 +97,7 @@ func TestOnLink(t *testing.T) {
 			}
 			route(netlink.RouteDel)
 			if got := routes(); !slices.Equal(got, c.before) {
-				t.Errorf("no longer on the link, routes %q: %s", got, strings.Join(wanted.Warnings, "; "))
+				t.Errorf("no longer on the link, routes %q: %s", got, fmt.Sprint(wanted.Warnings))
 			}
 			if err := n.Do(func() error { _, err := host.Apply(host.State{}); return err }); err != nil {
 				t.Fatal(err)

@@ -29,6 +29,8 @@ type Status struct {
 	Fenced *Fenced `json:"fenced,omitempty"`
 	// Usage is how full the cluster networks are.
 	Usage []Usage `json:"usage,omitempty"`
+	// Warnings are conditions that keep packets from being carried, or may.
+	Warnings []Warning `json:"warnings,omitempty"`
 }
 
 // Fenced is the state of a node whose subnet is another's.
@@ -91,8 +93,8 @@ type Datapath struct {
 	Drops      []Drop      `json:"drops"`
 	// Repairs counts, by kind, what others did to the host and was undone.
 	Repairs map[string]uint64 `json:"repairs,omitempty"`
-	// Warnings are what keeps packets from being carried, or may.
-	Warnings []string `json:"warnings,omitempty"`
+	// Warnings are the datapath's share of Status.Warnings.
+	Warnings []Warning `json:"-"`
 	// StalePods are the host ends of pods that were made for another MTU.
 	StalePods []string `json:"stale_pods,omitempty"`
 	// NarrowPaths are the peers, by subnet, whose path takes less than MTU, as

@@ -91,12 +91,12 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 		if r := repairs(d.Repairs); r != "" {
 			line("repaired", "%s", r)
 		}
-		for _, w := range d.Warnings {
-			line("WARNING", "%s", w)
-		}
 		if len(d.StalePods) > 0 {
 			line("stale pods", "%d were made for another MTU (make them anew): %s", len(d.StalePods), strings.Join(d.StalePods, ", "))
 		}
+	}
+	for _, w := range s.Warnings {
+		line("WARNING", "%s (%s)", w, w.Check)
 	}
 	if err := t.Flush(); err != nil {
 		return err

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -31,11 +32,13 @@ type health struct {
 	path backend.Backend
 	// repairs are those of earlier datapaths.
 	repairs map[string]uint64
-	warned  map[netip.Prefix]float64 // the shares in use that were warned of; the follower's
+	// warnings are the daemon's own, by the part of it that reports them.
+	warnings map[string][]api.Warning
+	warned   map[netip.Prefix]float64 // the shares in use that were warned of; the follower's
 }
 
 func newHealth(o Options) *health {
-	return &health{warned: map[netip.Prefix]float64{}, said: api.Status{
+	return &health{warned: map[netip.Prefix]float64{}, warnings: map[string][]api.Warning{}, said: api.Status{
 		Version: o.Version, Node: o.Node, Started: time.Now(), SubnetFile: o.SubnetFile,
 		NotReady: "starting",
 		Store:    api.Store{Endpoints: o.Etcd.Endpoints, Prefix: o.Etcd.Prefix},
@@ -120,6 +123,13 @@ func (h *health) setFenced(f *api.Fenced) {
 	})
 }
 
+// setWarnings replaces the warnings of one part of the daemon; part names it.
+func (h *health) setWarnings(part string, all ...api.Warning) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.warnings[part] = all
+}
+
 // refuseConfig notes that the configuration in the store cannot be followed.
 func (h *health) refuseConfig(why error) {
 	h.change(func(s *api.Status) { s.Store.ConfigRefused = why.Error() })
@@ -144,17 +154,25 @@ func (h *health) setNetworks(networks []netip.Prefix) {
 // twentieth.
 func (h *health) setUsage(usage []subnet.Usage, log *slog.Logger) {
 	const step = 0.05
+	const fix = "make room with `culvert config set` and a Network that contains the present one, or see `culvert lease check`"
+	var full []api.Warning
 	for _, u := range usage {
 		share, warned := u.Share(), h.warned[u.Network]
+		if share >= subnet.NearlyFull {
+			full = append(full, api.Warning{
+				Check: "network-nearly-full", Fix: fix,
+				Text: fmt.Sprintf("%d of %d subnets in %s are leased or reserved", u.Used, u.Capacity, u.Network),
+			})
+		}
 		switch {
 		case share < subnet.NearlyFull:
 			delete(h.warned, u.Network)
 		case share >= warned+step:
 			h.warned[u.Network] = share
-			log.Warn("the cluster network is nearly full: make room with `culvert config set` and a Network that contains the present one, or see `culvert lease check`",
-				"network", u.Network, "used", u.Used, "capacity", u.Capacity)
+			log.Warn("the cluster network is nearly full: "+fix, "network", u.Network, "used", u.Used, "capacity", u.Capacity)
 		}
 	}
+	h.setWarnings("usage", full...)
 	h.change(func(s *api.Status) {
 		s.Usage = nil
 		for _, u := range usage {
@@ -205,6 +223,7 @@ func (h *health) storeLost(err error) {
 func (h *health) status() api.Status {
 	h.mu.Lock()
 	s, path, earlier := h.said, h.path, maps.Clone(h.repairs)
+	s.Warnings = slices.Concat(slices.Collect(maps.Values(h.warnings))...)
 	h.mu.Unlock()
 	// The datapath asks the kernel, which may take its time.
 	if path != nil {
@@ -219,6 +238,7 @@ func (h *health) status() api.Status {
 			s.Datapath.Repairs[kind] += n
 		}
 	}
+	s.Warnings = api.SortWarnings(append(s.Warnings, s.Datapath.Warnings...))
 	if s.Fenced != nil {
 		s.Ready = false
 	} else if why := ranOut(s, time.Now()); why != "" {
@@ -318,7 +338,7 @@ var (
 	metricSyscalls  = prometheus.NewDesc("culvert_syscalls_total", "System calls of the packet loop, waits apart.", []string{"direction"}, nil)
 	metricDrops     = prometheus.NewDesc("culvert_drops_total", "Packets dropped, by reason.", []string{"reason"}, nil)
 	metricRepairs   = prometheus.NewDesc("culvert_repairs_total", "What others did to this host's network and was undone, by kind.", []string{"kind"}, nil)
-	metricWarnings  = prometheus.NewDesc("culvert_datapath_warnings", "What keeps packets from being carried, or may; the status has the words.", nil, nil)
+	metricWarnings  = prometheus.NewDesc("culvert_warnings", "Conditions that keep packets from being carried, or may, by check; the status says what and how to mend it.", []string{"check"}, nil)
 	metricStale     = prometheus.NewDesc("culvert_stale_pods", "Pods that were made for another MTU.", nil, nil)
 	metricNarrow    = prometheus.NewDesc("culvert_narrow_paths", "Peers whose path takes less than the pods' MTU, as routers on it said.", nil, nil)
 	metricInfo      = prometheus.NewDesc("culvert_info", "What runs here.", []string{"version", "wire_format", "datapath"}, nil)
@@ -367,7 +387,13 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	for _, kind := range host.Kinds() {
 		counter(metricRepairs, s.Datapath.Repairs[string(kind)], string(kind))
 	}
-	gauge(metricWarnings, float64(len(s.Datapath.Warnings)))
+	warnings := make(map[string]int)
+	for _, w := range s.Warnings {
+		warnings[w.Check]++
+	}
+	for check, n := range warnings {
+		gauge(metricWarnings, float64(n), check)
+	}
 	gauge(metricStale, float64(len(s.Datapath.StalePods)))
 	gauge(metricNarrow, float64(len(s.Datapath.NarrowPaths)))
 	for _, d := range s.Datapath.Drops {

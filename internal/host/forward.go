@@ -10,6 +10,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
+
+	"culvert/internal/api"
 )
 
 // An accept in our own table cannot override a drop in another's: every table
@@ -29,8 +31,8 @@ const forwardComment = "culvert"
 type forwardReading struct {
 	// chains are those that can be mended: one per address family at most.
 	chains []forwardChain
-	// obstacles are those that cannot, in words.
-	obstacles []string
+	// obstacles are those that cannot.
+	obstacles []api.Warning
 }
 
 // forwardChain is the chain of iptables that an accept belongs in.
@@ -90,7 +92,11 @@ func readForward(c *nftables.Conn, chains []*nftables.Chain) (forwardReading, er
 			continue
 		}
 		if drops {
-			r.obstacles = append(r.obstacles, fmt.Sprintf("the nftables table %s, chain %s, drops forwarded packets: accept the cluster network there", t.Name, ch.Name))
+			r.obstacles = append(r.obstacles, api.Warning{
+				Check: "forward-drop",
+				Text:  fmt.Sprintf("the nftables table %s, chain %s, drops forwarded packets", t.Name, ch.Name),
+				Fix:   "accept the cluster network there",
+			})
 		}
 	}
 	r.obstacles = append(r.obstacles, legacy()...)
@@ -98,12 +104,16 @@ func readForward(c *nftables.Conn, chains []*nftables.Chain) (forwardReading, er
 }
 
 // legacy looks for the iptables of old, whose tables nftables does not show.
-func legacy() []string {
-	var all []string
+func legacy() []api.Warning {
+	var all []api.Warning
 	for _, f := range [][2]string{{"/proc/thread-self/net/ip_tables_names", "iptables"}, {"/proc/thread-self/net/ip6_tables_names", "ip6tables"}} {
 		b, err := os.ReadFile(f[0])
 		if err == nil && slices.Contains(strings.Fields(string(b)), "filter") {
-			all = append(all, fmt.Sprintf("the legacy %s is in use, which cannot be read here: see that its FORWARD chain lets the cluster network through (`%s-legacy -S FORWARD`)", f[1], f[1]))
+			all = append(all, api.Warning{
+				Check: "forward-unreadable",
+				Text:  fmt.Sprintf("the legacy %s is in use, which cannot be read here", f[1]),
+				Fix:   fmt.Sprintf("see that its FORWARD chain accepts the cluster network (`%s-legacy -S FORWARD`)", f[1]),
+			})
 		}
 	}
 	return all

@@ -1,6 +1,7 @@
 package host_test
 
 import (
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -196,7 +197,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 			return host.State{Firewall: host.Firewall{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}}}, nil
 		})
 	})
-	got := strings.Join(k.Standing().Obstacles, "; ")
+	got := fmt.Sprint(k.Standing().Obstacles)
 	for _, w := range want {
 		if !strings.Contains(got, w) {
 			t.Errorf("%q is not named in %q", w, got)

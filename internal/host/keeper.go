@@ -9,6 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"culvert/internal/api"
 )
 
 // Plan computes, purely, what the host must be like, given what is true of it.
@@ -35,7 +37,7 @@ type Standing struct {
 	View    View            // as seen last
 	Repairs map[Kind]uint64 // changes that others made necessary
 	// Obstacles are what stands in the packets' way and is not ours to remove.
-	Obstacles []string
+	Obstacles []api.Warning
 	// Err is why the kernel is not as it should be; nil if it is.
 	Err error
 	// Writes counts all changes since the start.
@@ -155,10 +157,10 @@ func (k *Keeper) reconcile() (err error) {
 	return err
 }
 
-func (k *Keeper) obstacles(now []string) {
+func (k *Keeper) obstacles(now []api.Warning) {
 	if !reflect.DeepEqual(now, k.said.Obstacles) {
 		for _, o := range now {
-			k.log.Warn("forwarded packets may be dropped", "by", o)
+			k.log.Warn(o.Text, "check", o.Check, "fix", o.Fix)
 		}
 	}
 	k.said.Obstacles = now
