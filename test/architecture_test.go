@@ -21,7 +21,7 @@ import (
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
 	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd"},
-	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
+	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "subnet/kept", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
 	"culvert/internal/host":            {"internal/api"},
@@ -36,7 +36,8 @@ var allowed = map[string][]string{
 	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "encap", "subnet", "subnet/etcd"},
 	"culvert/bench/load":               {},
 	"culvert/subnet":                   {},
-	"culvert/subnet/etcd":              {"subnet"},
+	"culvert/subnet/etcd":              {"subnet", "subnet/kept"},
+	"culvert/subnet/kept":              {"subnet"},
 	"culvert/subnet/etcd/member":       {},
 	"culvert/subnet/etcd/etcdtest":     {"subnet/etcd/member"},
 	"culvert/subnet/etcd/culvert-etcd": {"subnet/etcd/member"},

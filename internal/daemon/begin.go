@@ -10,15 +10,15 @@ import (
 	"time"
 
 	"culvert/subnet"
-	"culvert/subnet/etcd"
+	"culvert/subnet/kept"
 )
 
-// A node that was restarted while etcd is away has on its disk what it last
+// A node that was restarted while the store is unreachable has on its disk what it last
 // read there, and goes on with it for as long as its lease certainly lasts:
 //
-//	etcd answers ──── standFence ── join ──┐
-//	     │ not within answerPatience       ├── carry
-//	     └── kept on disk ── Resume ───────┘
+//	the store answers ── standFence ── join ──┐
+//	     │ not within answerPatience        ├── carry
+//	     └── kept on disk ── Resume ────────┘
 //
 // So does a node that carries etcd along, which starts with it.
 //
@@ -26,20 +26,21 @@ import (
 // again or finds it lost, and the first list replaces what was kept.
 
 const (
-	// answerPatience is how long etcd is waited for before what is kept serves;
+	// answerPatience is how long the store is waited for before what is kept serves;
 	// one that refuses connections is not waited for at all.
 	answerPatience = 500 * time.Millisecond
 	// joinPatience bounds the way to a lease where there is one on disk already.
 	joinPatience = 5 * time.Second
 )
 
-var errAway = errors.New("etcd is away")
+var errAway = errors.New("the store is unreachable")
 
-// begin returns the lease to serve: etcd's, or the kept one while etcd is away.
-func (d *node) begin(ctx context.Context, r *etcd.Registry, at place) (subnet.Config, subnet.Lease, error) {
-	if kept, err := d.kept(r, at); kept == nil {
+// begin returns the lease to serve: the store's, or the kept one while the store
+// is unreachable.
+func (d *node) begin(ctx context.Context, r store, at place) (subnet.Config, subnet.Lease, error) {
+	if k, err := d.kept(r, at); k == nil {
 		if err != nil {
-			d.log.Warn("what is kept for a start without etcd is not used", "file", d.options.Etcd.SnapshotFile, "reason", err)
+			d.log.Warn("what is kept for a start without "+d.options.storeName()+" is not used", "file", d.options.snapshotFile(), "reason", err)
 		}
 		return d.enter(ctx, r, at)
 	}
@@ -47,7 +48,7 @@ func (d *node) begin(ctx context.Context, r *etcd.Registry, at place) (subnet.Co
 	defer cancel()
 	answering, cancelAnswer := context.WithTimeoutCause(asking, answerPatience, fmt.Errorf("%w: no answer within %s", errAway, answerPatience))
 	defer cancelAnswer()
-	d.health.notReady("asking whether etcd is there")
+	d.health.notReady("asking whether " + d.options.storeName() + " is there")
 	why := r.Answers(answering)
 	if why == nil {
 		config, lease, err := d.enter(asking, r, at)
@@ -60,22 +61,22 @@ func (d *node) begin(ctx context.Context, r *etcd.Registry, at place) (subnet.Co
 		return subnet.Config{}, subnet.Lease{}, ctx.Err()
 	}
 	// Looked at again: what was done meanwhile may have ended it.
-	kept, err := d.kept(r, at)
-	if kept == nil {
-		d.log.Warn("etcd is away, and what was kept does not serve any more", "reason", err)
+	k, err := d.kept(r, at)
+	if k == nil {
+		d.log.Warn(d.options.storeName()+" is unreachable, and what was kept does not serve any more", "reason", err)
 		return d.enter(ctx, r, at)
 	}
-	d.log.Warn("etcd is away: serving from the snapshot on disk", "saved", kept.Saved, "subnet", kept.Lease.Subnets(),
-		"leases", kept.Leases(), "until", kept.Lease.Expires, "reason", why)
-	r.Resume(kept, d.options.LeaseTTL)
-	d.health.setConfig(kept.Config)
-	d.health.setLease(kept.Lease)
-	return kept.Config, kept.Lease, nil
+	d.log.Warn(d.options.storeName()+" is unreachable: serving from the snapshot on disk", "saved", k.Saved, "subnet", k.Lease.Subnets(),
+		"leases", len(k.Entries), "until", k.Lease.Expires, "reason", why)
+	r.Resume(k, d.options.LeaseTTL)
+	d.health.setConfig(k.Config)
+	d.health.setLease(k.Lease)
+	return k.Config, k.Lease, nil
 }
 
-// enter is the way through etcd. A server that is carried along is waited for:
+// enter is the way through the store. A server that is carried along is waited for:
 // one that does not start ends a daemon that has nothing else to go by.
-func (d *node) enter(ctx context.Context, r *etcd.Registry, at place) (subnet.Config, subnet.Lease, error) {
+func (d *node) enter(ctx context.Context, r store, at place) (subnet.Config, subnet.Lease, error) {
 	if d.embedded != nil {
 		if err := d.embedded.await(ctx); err != nil {
 			return subnet.Config{}, subnet.Lease{}, err
@@ -90,7 +91,7 @@ func (d *node) enter(ctx context.Context, r *etcd.Registry, at place) (subnet.Co
 // kept returns what an earlier daemon kept if this one could have written it:
 // the same node at the same place, not fenced, whose pods have the kept subnet.
 // Nil without an error is of a node that has kept nothing.
-func (d *node) kept(r *etcd.Registry, at place) (*etcd.Kept, error) {
+func (d *node) kept(r store, at place) (*kept.State, error) {
 	k, err := r.Kept(d.options.Node)
 	if err != nil || k == nil {
 		return nil, err

@@ -3,10 +3,10 @@
 //
 // A lease event takes one way through it:
 //
-//	etcd ── Registry.Watch ── Snapshot ── Backend.Apply ── kernel or peer table
+//	store ── Registry.Watch ── Snapshot ── Backend.Apply ── kernel or peer table
 //
-// and the same way serves the start, every change, and the return of etcd
-// after an absence, since a snapshot is always whole.
+// and the same way serves the start, every change, and the return of the
+// store after an absence, since a snapshot is always whole.
 package daemon
 
 import (
@@ -112,7 +112,7 @@ func (d *node) run(ctx context.Context) error {
 		d.embedded = d.options.Embedded.start(ctx, d.log)
 		defer d.embedded.stop()
 	}
-	registry, err := etcd.New(d.options.Etcd)
+	registry, err := d.options.openStore()
 	if err != nil {
 		return err
 	}

@@ -14,7 +14,6 @@ import (
 	"culvert/cni"
 	"culvert/internal/api"
 	"culvert/internal/host"
-	"culvert/subnet/etcd"
 )
 
 // OnLost is what a node does when another node has its subnet.
@@ -80,7 +79,7 @@ func (d *node) loadFence() (*api.Fenced, error) {
 
 // standFence waits while this node is fenced: by a mark, or because another has
 // the subnet that pods here still use, since this daemon did not run.
-func (d *node) standFence(ctx context.Context, r *etcd.Registry, at place) error {
+func (d *node) standFence(ctx context.Context, r store, at place) error {
 	mark, err := d.loadFence()
 	if err == nil && mark == nil {
 		mark, err = d.lostMeanwhile(ctx, r, at)
@@ -123,7 +122,7 @@ func (d *node) standFence(ctx context.Context, r *etcd.Registry, at place) error
 
 // lostMeanwhile looks, before a lease is asked for, whether the subnet of the
 // pods that are here became another's while no daemon held it.
-func (d *node) lostMeanwhile(ctx context.Context, r *etcd.Registry, at place) (*api.Fenced, error) {
+func (d *node) lostMeanwhile(ctx context.Context, r store, at place) (*api.Fenced, error) {
 	previous := d.previous()
 	if len(previous) == 0 {
 		return nil, nil
@@ -131,7 +130,7 @@ func (d *node) lostMeanwhile(ctx context.Context, r *etcd.Registry, at place) (*
 	if pods, err := host.PodsIn(previous); err != nil || pods == 0 {
 		return nil, err
 	}
-	d.health.notReady("asking etcd whether the subnet of this node's pods is still its own")
+	d.health.notReady("asking " + d.options.storeName() + " whether the subnet of this node's pods is still its own")
 	who, err := r.TakenBy(ctx, d.options.Node, at.publics, previous)
 	if err != nil || who == "" {
 		return nil, err

@@ -15,7 +15,6 @@ import (
 	"culvert/backend"
 	"culvert/internal/host"
 	"culvert/subnet"
-	"culvert/subnet/etcd"
 )
 
 // place is where a node is on the underlay.
@@ -24,7 +23,7 @@ type place struct {
 	publics  []netip.Addr // what others send to, at most one per family
 }
 
-// releasePatience is the daemon's patience with etcd while it stops.
+// releasePatience is the daemon's patience with the store while it stops.
 const releasePatience = 5 * time.Second
 
 // live is the life of a node, from its first lease to its end:
@@ -32,7 +31,7 @@ const releasePatience = 5 * time.Second
 //	begin ── carry ──┬─ told to stop ── (--release-on-exit) ── end
 //	  ▲              └─ another node has the subnet ── fenced ──┐
 //	  └───────────── no pod of the old subnet is left ──────────┘
-func (d *node) live(ctx context.Context, r *etcd.Registry, at place) error {
+func (d *node) live(ctx context.Context, r store, at place) error {
 	// What is kept is of this boot: the node was restarted, and not all of them
 	// by a power cut.
 	if kept, _ := d.kept(r, at); kept == nil {
@@ -66,7 +65,7 @@ func (d *node) scatter(ctx context.Context) error {
 	}
 	wait := rand.N(d.options.StartJitter)
 	d.health.notReady("waiting for this node's turn to start (--start-jitter)")
-	d.log.Info("waiting before etcd is asked", "wait", wait.Round(time.Millisecond), "jitter", d.options.StartJitter)
+	d.log.Info("waiting before the store is asked", "wait", wait.Round(time.Millisecond), "jitter", d.options.StartJitter)
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
@@ -87,7 +86,7 @@ const brokenSoon = time.Second
 // carry opens the datapath and serves the lease, with another datapath whenever
 // the underlay has changed, until ctx ends (nil), the lease is lost, or the node
 // cannot go on. The lease's subnets stay as they are.
-func (d *node) carry(ctx context.Context, r *etcd.Registry, config subnet.Config, lease subnet.Lease, at place) error {
+func (d *node) carry(ctx context.Context, r store, config subnet.Config, lease subnet.Lease, at place) error {
 	s := &session{node: d, registry: r, lease: lease, file: &subnetFile{path: d.options.SubnetFile}}
 	opened := false
 	for {
@@ -150,7 +149,7 @@ func (d *node) carry(ctx context.Context, r *etcd.Registry, config subnet.Config
 
 // release gives the lease back. A failure is told and changes nothing: the lease
 // then runs out by itself.
-func (d *node) release(ctx context.Context, r *etcd.Registry, l subnet.Lease) error {
+func (d *node) release(ctx context.Context, r store, l subnet.Lease) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releasePatience)
 	defer cancel()
 	if err := r.Release(ctx, l); err != nil {
@@ -177,7 +176,7 @@ func atPlace(l subnet.Lease, at place) subnet.Lease {
 // underlay changes.
 type session struct {
 	*node
-	registry *etcd.Registry
+	registry store
 	lease    subnet.Lease
 	at       place
 	path     backend.Backend
@@ -222,7 +221,7 @@ func (s *session) serve(ctx context.Context) error {
 }
 
 // follow makes the datapath equal to each snapshot. A datapath that replaces
-// another begins with the other's last one, whether etcd is there or not.
+// another begins with the other's last one, whether the store is there or not.
 func (s *session) follow(ctx context.Context) error {
 	if s.last != nil {
 		snapshot := *s.last
@@ -310,7 +309,7 @@ func (s *session) awaitMove(ctx context.Context) error {
 const publishAgain = 10 * time.Second
 
 // publish tells the others our address, where it is another than the lease in
-// etcd says.
+// the store says.
 func (s *session) publish(ctx context.Context) error {
 	for {
 		held, ok := s.registry.Held()

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"culvert/subnet"
+	"culvert/subnet/kept"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/connectivity"
 )
 
@@ -23,111 +23,40 @@ import (
 //	                   keep ▼  │ Resume: the first list, of a start without etcd
 //	                        file
 //
-// The lease in it is ours for as long as it certainly has not run out, by the
-// two clocks that can be asked after a restart: the one that counts since this
-// boot, suspended or not, whatever is done to the wall clock; and the wall
-// clock, which alone notices that a virtual machine was put back to an earlier
-// state. It is written at most once a second, beside and then over the old one.
+// Package kept has the file, and says for how long it is believed. It is
+// written at most once a second.
 
 // keepEvery is the least time between two writings; a large file waits longer,
 // so that writing takes a fiftieth of a core at most.
 const keepEvery = time.Second
 
-// Kept is a lease, and the leases around it, as an earlier process of this node
-// last had them from etcd.
-type Kept struct {
-	Config subnet.Config
-	Lease  subnet.Lease // Expires is when it may run out
-	Saved  time.Time    // when it was written
-	file   keptFile
-}
-
-// Leases is how many there are, our own among them.
-func (k *Kept) Leases() int { return len(k.file.Leases) }
-
-// instant is a moment, as the clocks have it that outlive a process.
-type instant struct {
-	boot string        // random(4): another for each boot
-	up   time.Duration // since then, suspended or not (CLOCK_BOOTTIME)
-	wall time.Time
-}
-
-// readClocks reads the clock that a lifetime counts from last, so that a
-// process that is stopped in between takes it for shorter.
-func readClocks() (instant, error) {
-	now := instant{wall: time.Now()}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return instant{}, fmt.Errorf("asking which boot this is: %w", err)
-	}
-	var up unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err != nil {
-		return instant{}, fmt.Errorf("reading CLOCK_BOOTTIME: %w", err)
-	}
-	now.boot, now.up = string(boot), time.Duration(up.Nano())
-	return now, nil
-}
-
 // Kept returns what is kept on disk of this node, nil if there is nothing, or
 // the reason why it cannot be relied on.
-func (r *Registry) Kept(node string) (*Kept, error) {
+func (r *Registry) Kept(node string) (*kept.State, error) {
 	if r.opts.SnapshotFile == "" {
 		return nil, nil
 	}
-	text, err := readBounded(r.opts.SnapshotFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
+	k, err := kept.Read(r.opts.SnapshotFile)
+	if err != nil || k == nil {
 		return nil, err
 	}
-	k, err := parseKept(text)
-	if err != nil {
-		return nil, err
-	}
-	now, err := readClocks()
-	if err != nil {
-		return nil, err
-	}
-	if err := k.believe(now); err != nil {
-		return nil, err
-	}
-	switch f := k.file; {
-	case f.Node != node:
-		return nil, fmt.Errorf("it is of the node %q", f.Node)
-	case f.Prefix != r.opts.Prefix:
-		return nil, fmt.Errorf("it is of the network at %s", f.Prefix)
-	case !slices.ContainsFunc(f.Endpoints, func(e string) bool { return slices.Contains(r.opts.Endpoints, e) }):
-		return nil, fmt.Errorf("it is of another etcd, at %v", f.Endpoints)
+	switch {
+	case k.Node != node:
+		return nil, fmt.Errorf("it is of the node %q", k.Node)
+	case k.Prefix != r.opts.Prefix:
+		return nil, fmt.Errorf("it is of the network at %s", k.Prefix)
+	case !slices.ContainsFunc(k.Endpoints, func(e string) bool { return slices.Contains(r.opts.Endpoints, e) }):
+		return nil, fmt.Errorf("it is of another etcd, at %v", k.Endpoints)
 	case k.Lease.ID != 0 && r.opts.StateFile != "" && r.savedID() != k.Lease.ID:
 		return nil, errors.New("this node has had another lease since")
 	}
 	return k, nil
 }
 
-// believe says why the lease may have run out, or gives it its end.
-func (k *Kept) believe(now instant) error {
-	f := k.file
-	switch {
-	case f.BootID != now.boot:
-		return errors.New("the machine was booted since")
-	case now.up < f.SavedUp:
-		return errors.New("the clock since the boot goes back")
-	case k.Lease.ID == 0: // never ends
-		return nil
-	}
-	left := min(f.EndsUp-now.up, f.Ends.Sub(now.wall.Round(0)))
-	if left <= 0 {
-		return fmt.Errorf("its lease of %v may have run out at %s", k.Lease.Subnets(), f.Ends.Format(time.RFC3339))
-	}
-	k.Lease.Expires = now.wall.Add(left)
-	return nil
-}
-
 // Resume has the registry hold the kept lease, and the next Watch begin with the
 // kept leases, as though this process had read them. What has changed since is
 // found as after any absence: by Hold and by the first list.
-func (r *Registry) Resume(k *Kept, ttl time.Duration) {
+func (r *Registry) Resume(k *kept.State, ttl time.Duration) {
 	r.rememberConfig(k.Config, "")
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -222,6 +151,19 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 			continue // to the last writing
 		}
 	}
+}
+
+// writeKept writes the state, unless the lease was lost or given back meanwhile.
+func (r *Registry) writeKept(s keptState) error {
+	r.keeping.Lock()
+	defer r.keeping.Unlock()
+	if r.forgotten {
+		return nil
+	}
+	return kept.Write(r.opts.SnapshotFile, kept.State{
+		Node: s.held.Node, Prefix: r.opts.Prefix, Endpoints: r.opts.Endpoints,
+		Config: s.config, Lease: s.held, Cluster: s.cluster, Revision: s.at, Entries: s.entries,
+	})
 }
 
 // keptState is what there is to keep.

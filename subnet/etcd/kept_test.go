@@ -1,20 +1,19 @@
 package etcd
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
 	"culvert/subnet"
 	"culvert/subnet/etcd/etcdtest"
 	"culvert/subnet/etcd/member"
+	"culvert/subnet/kept"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -26,8 +25,8 @@ func withFiles(dir string) func(*Options) {
 	}
 }
 
-// kept is what is kept on disk; there must be something, to be relied on.
-func kept(t *testing.T, r *Registry) *Kept {
+// onDisk is what is kept; there must be something, to be relied on.
+func onDisk(t *testing.T, r *Registry) *kept.State {
 	t.Helper()
 	k, err := r.Kept("node-1")
 	if err != nil || k == nil {
@@ -71,7 +70,7 @@ func TestResume(t *testing.T) {
 			if err := r.Answers(t.Context()); err == nil || time.Since(began) > time.Second {
 				t.Errorf("etcd is away, %v after %v", err, time.Since(began))
 			}
-			k := kept(t, r)
+			k := onDisk(t, r)
 			if late := k.Lease.Expires.Sub(held.Expires); k.Lease.Key() != l.Key() || k.Lease.ID != l.ID || late > 0 || late < -time.Second {
 				t.Errorf("kept %+v of %+v, %v late", k.Lease, held, late)
 			}
@@ -188,114 +187,44 @@ func (t *forgetfulTxn) Then(ops ...clientv3.Op) clientv3.Txn {
 	return t
 }
 
-// A lease is believed only while it certainly lasts, whatever was done to the
-// clocks.
-func TestKeptIsBelieved(t *testing.T) {
+// What another node, network, etcd or lease has left is named for what it is,
+// and ignored.
+func TestKeptIsOurs(t *testing.T) {
 	t.Parallel()
-	k, err := parseKept(exampleKept(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	saved := instant{boot: k.file.BootID, up: k.file.SavedUp, wall: k.file.Saved}
-	for _, c := range []struct {
-		name     string
-		boot     string
-		up, wall time.Duration // that have passed since
-		left     time.Duration // 0: it is not believed
-	}{
-		{name: "at once", left: time.Hour},
-		{name: "later", up: 20 * time.Minute, wall: 20 * time.Minute, left: 40 * time.Minute},
-		{name: "at the end", up: time.Hour, wall: time.Hour},
-		{name: "the wall clock stepped back", up: 50 * time.Minute, wall: -24 * time.Hour, left: 10 * time.Minute},
-		{name: "it stepped back, past the end", up: 61 * time.Minute, wall: -24 * time.Hour},
-		{name: "it stepped forth", up: time.Minute, wall: 2 * time.Hour},
-		{name: "the machine was put back", wall: 2 * time.Hour},
-		{name: "before it was saved", up: -time.Second},
-		{name: "another boot", boot: "another", up: time.Minute, wall: time.Minute},
-	} {
-		now := instant{boot: k.file.BootID + c.boot, up: saved.up + c.up, wall: saved.wall.Add(c.wall)}
-		got := *k
-		err := got.believe(now)
-		if left := got.Lease.Expires.Sub(now.wall); (err == nil) != (c.left > 0) || err == nil && left != c.left {
-			t.Errorf("%s: %v left, %v", c.name, left, err)
-		}
-	}
-}
-
-// exampleKept is a file whose lease lasts an hour.
-func exampleKept(t testing.TB) []byte {
-	t.Helper()
 	cfg, _, err := subnet.ParseConfig([]byte(vxlanConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
-	saved := time.Date(2026, 1, 2, 15, 0, 0, 0, time.UTC)
-	own := `{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"},"NodeID":"node-1"}`
-	text, err := keptFile{
-		Saved: saved, BootID: "boot", SavedUp: time.Hour, Node: "node-1", Prefix: DefaultPrefix, Endpoints: []string{"http://192.0.2.9:2379"},
-		Ends: saved.Add(time.Hour), EndsUp: 2 * time.Hour, Config: cfg, Cluster: 7, Revision: 9,
-		Lease:  keptEntry{"10.5.7.0-24", []byte(own), 3, 4, 5},
-		Leases: []keptEntry{{"10.5.7.0-24", []byte(own), 3, 4, 5}, {"10.5.8.0-24", []byte(peerValue(8)), 6, 6, 7}},
-	}.marshal()
+	own := subnet.NewEntry(subnet.Entry{
+		Key: "10.5.7.0-24", CreateRevision: 3, ModRevision: 4, ID: 5,
+		Value: []byte(`{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"},"NodeID":"node-1"}`),
+	})
+	lease, err := own.Lease()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return text
-}
-
-// A file that is cut, changed in any byte, of another version or another's is
-// named for what it is, and ignored.
-func TestKeptIsWhole(t *testing.T) {
-	t.Parallel()
-	text := exampleKept(t)
-	for n := range text {
-		if k, err := parseKept(text[:n]); err == nil {
-			t.Fatalf("%d of %d bytes are taken for %+v", n, len(text), k)
-		}
-		spoilt := bytes.Clone(text)
-		spoilt[n] ^= 1
-		if k, err := parseKept(spoilt); err == nil && n > bytes.IndexByte(text, '\n') {
-			t.Fatalf("with byte %d another it is taken for %+v", n, k)
-		}
-	}
-	newer := bytes.Replace(text, []byte(`"culvert_snapshot":1`), []byte(`"culvert_snapshot":2`), 1)
-	if _, err := parseKept(newer); !contains(err, "version 2") {
-		t.Errorf("a newer one: %v", err)
-	}
-
+	lease.Expires = time.Now().Add(time.Hour)
 	dir := t.TempDir()
-	now, err := readClocks()
-	if err != nil {
-		t.Fatal(err)
+	good := kept.State{
+		Node: "node-1", Prefix: DefaultPrefix, Endpoints: []string{"http://192.0.2.9:2379"}, Config: cfg, Lease: lease,
+		Cluster: 7, Revision: 9, Entries: []subnet.Entry{own},
 	}
-	k, err := parseKept(text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f := k.file
-	f.BootID, f.SavedUp, f.EndsUp, f.Saved, f.Ends = now.boot, now.up, now.up+time.Hour, now.wall, now.wall.Add(time.Hour)
 	for name, c := range map[string]struct {
-		change func(*keptFile, *Options)
+		change func(*kept.State, *Options)
 		node   string
 		fault  string
 	}{
-		"ours":            {func(*keptFile, *Options) {}, "node-1", ""},
-		"another node":    {func(*keptFile, *Options) {}, "node-2", `of the node "node-1"`},
-		"another prefix":  {func(_ *keptFile, o *Options) { o.Prefix = "/elsewhere" }, "node-1", "the network at"},
-		"another etcd":    {func(f *keptFile, _ *Options) { f.Endpoints = []string{"http://192.0.2.10:2379"} }, "node-1", "another etcd"},
-		"another lease":   {func(_ *keptFile, o *Options) { o.StateFile = filepath.Join(dir, "absent") }, "node-1", "another lease since"},
-		"another boot":    {func(f *keptFile, _ *Options) { f.BootID = "x" }, "node-1", "booted since"},
-		"no boot":         {func(f *keptFile, _ *Options) { f.BootID = "" }, "node-1", "when it holds"},
-		"no end":          {func(f *keptFile, _ *Options) { f.EndsUp = 0 }, "node-1", "when it holds"},
-		"another's lease": {func(f *keptFile, _ *Options) { f.Lease = f.Leases[1] }, "node-1", "not the node"},
+		"ours":            {func(*kept.State, *Options) {}, "node-1", ""},
+		"another node":    {func(*kept.State, *Options) {}, "node-2", `of the node "node-1"`},
+		"another prefix":  {func(_ *kept.State, o *Options) { o.Prefix = "/elsewhere" }, "node-1", "the network at"},
+		"another etcd":    {func(s *kept.State, _ *Options) { s.Endpoints = []string{"http://192.0.2.10:2379"} }, "node-1", "another etcd"},
+		"another lease":   {func(_ *kept.State, o *Options) { o.StateFile = filepath.Join(dir, "absent") }, "node-1", "another lease since"},
+		"run out":         {func(s *kept.State, _ *Options) { s.Lease.Expires = time.Now().Add(-time.Second) }, "node-1", "may have run out"},
+		"another's lease": {func(s *kept.State, _ *Options) { s.Lease.Node = "node-3" }, "node-1", "not the node"},
 	} {
-		file, o := f, Options{Prefix: DefaultPrefix, Endpoints: f.Endpoints, SnapshotFile: filepath.Join(dir, "snapshot.json")}
-		c.change(&file, &o)
-		text, err := file.marshal()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := replaceFile(o.SnapshotFile, text); err != nil {
+		state, o := good, Options{Prefix: DefaultPrefix, Endpoints: good.Endpoints, SnapshotFile: filepath.Join(dir, "snapshot.json")}
+		c.change(&state, &o)
+		if err := kept.Write(o.SnapshotFile, state); err != nil {
 			t.Fatal(err)
 		}
 		k, err := (&Registry{opts: o}).Kept(c.node)
@@ -313,40 +242,21 @@ func TestKeptIsWhole(t *testing.T) {
 	}
 }
 
-// FuzzKept has the reader take whatever a disk may hold; what it accepts says
-// the same once it is written again.
-func FuzzKept(f *testing.F) {
-	text := exampleKept(f)
-	_, body, _ := strings.Cut(string(text), "\n")
-	f.Add([]byte(body))
-	f.Fuzz(func(t *testing.T, body []byte) {
-		_, _ = parseKept(body) // with whatever first line
-		k, err := parseKept(withSum(body))
-		if err != nil {
-			return
-		}
-		text, err := k.file.marshal()
-		if err != nil {
-			t.Fatal(err)
-		}
-		again, err := parseKept(text)
-		if err != nil || again.Lease.String() != k.Lease.String() || len(again.file.Leases) != len(k.file.Leases) || again.file.EndsUp != k.file.EndsUp {
-			t.Errorf("%+v became %+v, %v", k, again, err)
-		}
-	})
-}
-
 // BenchmarkKeep5000 is one writing of 5,000 leases.
 func BenchmarkKeep5000(b *testing.B) {
-	k, err := parseKept(exampleKept(b))
+	cfg, _, err := subnet.ParseConfig([]byte(vxlanConfig))
 	if err != nil {
 		b.Fatal(err)
 	}
-	held := k.Lease
+	held, err := subnet.ParseLease("10.5.7.0-24", []byte(peerValue(7)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	held.Node, held.ID = "node-1", 5
 	held.Expires = time.Now().Add(time.Hour)
-	s := keptState{held: held, config: k.Config, cluster: 1, at: 1}
+	s := keptState{held: held, config: cfg, cluster: 1, at: 1}
 	for i := range 5000 {
-		s.entries = append(s.entries, keptEntry{Key: fmt.Sprintf("10.%d.%d.0-24", i/250, i%250), Value: []byte(peerValue(i % 250)), Created: 1, Modified: 1, ID: 1 << 60}.entry())
+		s.entries = append(s.entries, subnet.NewEntry(subnet.Entry{Key: fmt.Sprintf("10.%d.%d.0-24", i/250, i%250), Value: []byte(peerValue(i % 250)), CreateRevision: 1, ModRevision: 1, ID: 1 << 60}))
 	}
 	r := &Registry{opts: Options{SnapshotFile: filepath.Join(b.TempDir(), "snapshot.json")}}
 	for b.Loop() {

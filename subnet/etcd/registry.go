@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"culvert/subnet"
+	"culvert/subnet/kept"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -52,7 +53,7 @@ type Registry struct {
 	config  subnet.Config // the last valid one; without Networks: none
 	text    string        // that config was read from
 	listed  *listing      // what Acquire read, for Watch to begin with
-	resumed *Kept         // for Watch to begin with; nil once etcd was read
+	resumed *kept.State   // for Watch to begin with; nil once etcd was read
 
 	keeping   sync.Mutex // the snapshot's file
 	forgotten bool       // nothing is to be kept any more

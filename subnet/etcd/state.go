@@ -6,8 +6,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
+
+	"culvert/subnet/kept"
 )
 
 // state is what is kept beside etcd: by the handle a daemon knows its lease
@@ -51,7 +52,7 @@ func (r *Registry) saveID(node string, id int64) {
 	}
 	text, err := json.Marshal(state{Node: node, LeaseID: strconv.FormatInt(id, 16)})
 	if err == nil {
-		err = replaceFile(r.opts.StateFile, append(text, '\n'))
+		err = kept.Replace(r.opts.StateFile, append(text, '\n'))
 	}
 	if err != nil {
 		r.log.Warn("the lease handle cannot be kept; a restart goes by identity and address", "file", r.opts.StateFile, "error", err)
@@ -69,30 +70,4 @@ func (r *Registry) dropID() error {
 		return fmt.Errorf("forget the lease handle: %w", err)
 	}
 	return nil
-}
-
-// replaceFile writes beside the file and renames, so that a reader sees the old
-// or the new content whole.
-func replaceFile(name string, content []byte) (err error) {
-	// One name, so that the next attempt overwrites what a crash left.
-	f, err := os.OpenFile(filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+".new"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(content)
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), name)
 }

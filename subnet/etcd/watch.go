@@ -222,9 +222,9 @@ func newMirror(r *Registry, self subnet.Lease) *mirror {
 		entries: map[string]subnet.Entry{}, missed: map[string]subnet.Entry{}, told: map[string]int64{},
 	}
 	if k := r.resumed; k != nil && k.Lease.Key() == self.Key() {
-		m.revision, m.cluster, m.kept = k.file.Revision, k.file.Cluster, k.Saved
-		for _, e := range k.file.Leases {
-			m.entries[e.Key] = e.entry()
+		m.revision, m.cluster, m.kept = k.Revision, k.Cluster, k.Saved
+		for _, e := range k.Entries {
+			m.entries[e.Key] = e
 		}
 		m.publish()
 	}

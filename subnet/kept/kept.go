@@ -1,0 +1,145 @@
+// Package kept is the node's copy of the leases on its disk: what a daemon that
+// is restarted while the store is unreachable goes on with.
+//
+// The lease in the file is the node's for as long as it certainly has not run
+// out, by the two clocks that can be asked after a restart: the one that counts
+// since this boot, suspended or not, whatever is done to the wall clock; and the
+// wall clock, which alone notices that a virtual machine was put back to an
+// earlier state.
+package kept
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"culvert/subnet"
+
+	"golang.org/x/sys/unix"
+)
+
+// State is a lease, and the leases around it, as a process of this node last had
+// them from the store.
+type State struct {
+	Node      string
+	Prefix    string   // the network's place in the store
+	Endpoints []string // where the store was reached
+	Config    subnet.Config
+	// Lease is the node's own. Expires is when it may run out; a lease without
+	// an ID never does.
+	Lease    subnet.Lease
+	Cluster  uint64 // identity of the store, never zero
+	Revision int64  // of the store
+	// Entries are all leases that can be read, the node's own among them.
+	Entries []subnet.Entry
+	Saved   time.Time // when it was written; Write sets it
+}
+
+// Read returns what the file holds if its lease has certainly not run out; nil
+// without an error if there is no file.
+func Read(name string) (*State, error) {
+	text, err := readBounded(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	f, s, err := parse(text)
+	if err != nil {
+		return nil, err
+	}
+	now, err := readClocks()
+	if err != nil {
+		return nil, err
+	}
+	if s.Lease.Expires, err = f.believe(s.Lease, now); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// Write replaces the file in one step.
+func Write(name string, s State) error {
+	// The clocks first, so that a process which is stopped here writes too early
+	// an end.
+	at, err := readClocks()
+	if err != nil {
+		return err
+	}
+	text, err := marshal(s, at)
+	if err != nil {
+		return err
+	}
+	return Replace(name, text)
+}
+
+// instant is a moment, as the clocks have it that outlive a process.
+type instant struct {
+	boot string        // random(4): another for each boot
+	up   time.Duration // since then, suspended or not (CLOCK_BOOTTIME)
+	wall time.Time
+}
+
+// readClocks reads the clock that a lifetime counts from last, so that a
+// process that is stopped in between takes it for shorter.
+func readClocks() (instant, error) {
+	now := instant{wall: time.Now()}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return instant{}, fmt.Errorf("asking which boot this is: %w", err)
+	}
+	var up unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err != nil {
+		return instant{}, fmt.Errorf("reading CLOCK_BOOTTIME: %w", err)
+	}
+	now.boot, now.up = string(boot), time.Duration(up.Nano())
+	return now, nil
+}
+
+// believe returns when the lease may run out (zero for never), or why it may
+// have run out already.
+func (f file) believe(l subnet.Lease, now instant) (time.Time, error) {
+	switch {
+	case f.BootID != now.boot:
+		return time.Time{}, errors.New("the machine was booted since")
+	case now.up < f.SavedUp:
+		return time.Time{}, errors.New("the clock since the boot goes back")
+	case l.ID == 0: // never ends
+		return time.Time{}, nil
+	}
+	left := min(f.EndsUp-now.up, f.Ends.Sub(now.wall.Round(0)))
+	if left <= 0 {
+		return time.Time{}, fmt.Errorf("its lease of %v may have run out at %s", l.Subnets(), f.Ends.Format(time.RFC3339))
+	}
+	return now.wall.Add(left), nil
+}
+
+// Replace writes beside the file and renames, so that a reader sees the old or
+// the new content whole.
+func Replace(name string, content []byte) (err error) {
+	// One name, so that the next attempt overwrites what a crash left.
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+".new"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name())
+		}
+	}()
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Sync()
+	}
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), name)
+}

@@ -1,0 +1,109 @@
+package kept
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+
+	"culvert/subnet"
+)
+
+// A lease is believed only while it certainly lasts, whatever was done to the
+// clocks.
+func TestBelieve(t *testing.T) {
+	t.Parallel()
+	f, s, err := parse(example(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	saved := instant{boot: f.BootID, up: f.SavedUp, wall: f.Saved}
+	for _, c := range []struct {
+		name     string
+		boot     string
+		up, wall time.Duration // that have passed since
+		left     time.Duration // 0: it is not believed
+	}{
+		{name: "at once", left: time.Hour},
+		{name: "later", up: 20 * time.Minute, wall: 20 * time.Minute, left: 40 * time.Minute},
+		{name: "at the end", up: time.Hour, wall: time.Hour},
+		{name: "the wall clock stepped back", up: 50 * time.Minute, wall: -24 * time.Hour, left: 10 * time.Minute},
+		{name: "it stepped back, past the end", up: 61 * time.Minute, wall: -24 * time.Hour},
+		{name: "it stepped forth", up: time.Minute, wall: 2 * time.Hour},
+		{name: "the machine was put back", wall: 2 * time.Hour},
+		{name: "before it was saved", up: -time.Second},
+		{name: "another boot", boot: "another", up: time.Minute, wall: time.Minute},
+	} {
+		now := instant{boot: f.BootID + c.boot, up: saved.up + c.up, wall: saved.wall.Add(c.wall)}
+		ends, err := f.believe(s.Lease, now)
+		if left := ends.Sub(now.wall); (err == nil) != (c.left > 0) || err == nil && left != c.left {
+			t.Errorf("%s: %v left, %v", c.name, left, err)
+		}
+	}
+}
+
+// example is a file whose lease lasts an hour.
+func example(t testing.TB) []byte {
+	t.Helper()
+	cfg, _, err := subnet.ParseConfig([]byte(`{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	saved := time.Date(2026, 1, 2, 15, 0, 0, 0, time.UTC)
+	own := `{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:01"},"NodeID":"node-1"}`
+	peer := `{"PublicIP":"198.51.100.8","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:01:08"}}`
+	text, err := file{
+		Saved: saved, BootID: "boot", SavedUp: time.Hour, Node: "node-1", Prefix: "/coreos.com/network", Endpoints: []string{"http://192.0.2.9:2379"},
+		Ends: saved.Add(time.Hour), EndsUp: 2 * time.Hour, Config: cfg, Cluster: 7, Revision: 9,
+		Lease:  entry{"10.5.7.0-24", []byte(own), 3, 4, 5},
+		Leases: []entry{{"10.5.7.0-24", []byte(own), 3, 4, 5}, {"10.5.8.0-24", []byte(peer), 6, 6, 7}},
+	}.marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// A file that is cut, changed in any byte, of another version or another's is
+// named for what it is.
+func TestWhole(t *testing.T) {
+	t.Parallel()
+	text := example(t)
+	for n := range text {
+		if _, k, err := parse(text[:n]); err == nil {
+			t.Fatalf("%d of %d bytes are taken for %+v", n, len(text), k)
+		}
+		spoilt := bytes.Clone(text)
+		spoilt[n] ^= 1
+		if _, k, err := parse(spoilt); err == nil && n > bytes.IndexByte(text, '\n') {
+			t.Fatalf("with byte %d another it is taken for %+v", n, k)
+		}
+	}
+	newer := bytes.Replace(text, []byte(`"culvert_snapshot":1`), []byte(`"culvert_snapshot":2`), 1)
+	if _, _, err := parse(newer); err == nil || !strings.Contains(err.Error(), "version 2") {
+		t.Errorf("a newer one: %v", err)
+	}
+}
+
+// FuzzParse has the reader take whatever a disk may hold; what it accepts says
+// the same once it is written again.
+func FuzzParse(f *testing.F) {
+	text := example(f)
+	_, body, _ := strings.Cut(string(text), "\n")
+	f.Add([]byte(body))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		_, _, _ = parse(body) // with whatever first line
+		got, k, err := parse(withSum(body))
+		if err != nil {
+			return
+		}
+		text, err := got.marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		againFile, again, err := parse(text)
+		if err != nil || again.Lease.String() != k.Lease.String() || len(again.Entries) != len(k.Entries) || againFile.EndsUp != got.EndsUp {
+			t.Errorf("%+v became %+v, %v", k, again, err)
+		}
+	})
+}
