@@ -1,144 +1,374 @@
 package host
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
-	"strings"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
+	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
 )
 
 // An accept in our own table cannot override a drop in another's: every table
-// must let a packet through. So where the FORWARD chain of the iptables
-// (iptables-nft) drops, which Docker makes it do, the accept is inserted there,
-// through nftables, as iptables itself would write it:
+// must let a packet through. So other programs' chains are walked with the packets
+// that must pass (evaluate.go). Where a chain of the iptables (iptables-nft) drops
+// them, which Docker and ufw make it do, an accept is inserted there, before the
+// rule that drops, through nftables, as iptables itself would write it:
 //
 //	iptables -A FORWARD -s 10.5.0.0/16 -m comment --comment culvert -j ACCEPT
+//	iptables -A INPUT -p udp --dport 8472 -m comment --comment culvert -j ACCEPT
 //
 // The matches are of the kinds that iptables-save prints: a look-up in an nft
-// set there would be saved as a rule that accepts everything.
+// set there would be saved as a rule that accepts everything. So the accept on
+// INPUT cannot name thousands of peers; what strangers send is dropped, and
+// counted, behind it.
+//
+// What drops elsewhere, what cannot be read, and what names the cluster network
+// or the tunnel itself, since somebody wants that, is left, and named.
 
 // forwardComment marks our rules in others' chains.
 const forwardComment = "culvert"
 
-// forwardReading is what the FORWARD chains of other programs do.
-type forwardReading struct {
-	// chains are those that can be mended: one per address family at most.
-	chains []forwardChain
-	// obstacles are those that cannot.
-	obstacles []api.Warning
-}
-
-// forwardChain is the chain of iptables that an accept belongs in.
-type forwardChain struct {
-	table  *nftables.Table
-	name   string
+// passage is a kind of packet that must pass a hook.
+type passage struct {
+	hook   *nftables.ChainHook
+	chain  string // of the iptables, at that hook
 	is4    bool
-	drops  bool   // FORWARD does, by policy or at its end
-	docker bool   // the chain is DOCKER-USER
-	before uint64 // handle of the rule to stand before; 0 for the end
-	ours   []forwardRule
+	probes []probe
+	// each, if it is not empty, is probes for every peer by itself.
+	each    []probe
+	accepts []accept
+	check   string // of a warning
 }
 
-type forwardRule struct {
-	text   string
-	handle uint64
-	chain  string
+// accept is a rule of ours in a chain of the iptables.
+type accept struct {
+	text  string // as iptables takes it
+	nft   string // as nft takes it
+	exprs []expr.Any
 }
 
-// readForward looks at every filter chain in the forward hook.
-func readForward(c *nftables.Conn, chains []*nftables.Chain) (forwardReading, error) {
-	var r forwardReading
-	for _, ch := range chains {
-		t := ch.Table
-		if ch.Hooknum == nil || *ch.Hooknum != *nftables.ChainHookForward || ch.Type != nftables.ChainTypeFilter || t.Name == TableName ||
-			t.Family != nftables.TableFamilyIPv4 && t.Family != nftables.TableFamilyIPv6 && t.Family != nftables.TableFamilyINet {
-			continue
-		}
-		rules, err := c.GetRules(t, ch)
-		if err != nil {
-			return r, fmt.Errorf("reading the chain %s of the nftables table %s: %w", ch.Name, t.Name, err)
-		}
-		drops := ch.Policy != nil && *ch.Policy == nftables.ChainPolicyDrop
-		last := uint64(0)
-		for _, rule := range rules {
-			if dropsAll(rule.Exprs) {
-				drops, last = true, rule.Handle
-				break
+// surroundings are the links that a packet of the cluster network meets.
+type surroundings struct {
+	underlay iface
+	pods     iface // what pods are attached to
+	tunnels  map[netip.Prefix]iface
+}
+
+// surroundings are those of the cluster networks in want.
+func (r reading) surroundings(want State) surroundings {
+	s := surroundings{
+		underlay: iface{r.view.Underlay.Name, r.view.Underlay.Index},
+		pods:     iface{name: defaultBridge}, tunnels: make(map[netip.Prefix]iface),
+	}
+	for _, n := range want.Firewall.Forward {
+		for _, b := range r.bearers {
+			if n.Contains(b.addr.Addr()) && !b.addr.IsSingleIP() {
+				s.pods = b.iface
 			}
 		}
-		if t.Name == "filter" && ch.Name == "FORWARD" && t.Family != nftables.TableFamilyINet {
-			f := forwardChain{table: t, name: ch.Name, is4: t.Family == nftables.TableFamilyIPv4, drops: drops, before: last}
-			f.gather(rules, ch.Name)
-			if i := slices.IndexFunc(chains, func(o *nftables.Chain) bool {
-				return o.Table.Name == t.Name && o.Table.Family == t.Family && o.Name == "DOCKER-USER"
-			}); i >= 0 && jumps(rules, "DOCKER-USER") {
-				if rules, err = c.GetRules(t, chains[i]); err != nil {
-					return r, fmt.Errorf("reading the chain DOCKER-USER: %w", err)
-				}
-				f.name, f.docker, f.before = "DOCKER-USER", true, 0
-				if len(rules) > 0 {
-					f.before = rules[0].Handle
-				}
-				f.gather(rules, f.name)
+		for _, route := range want.Routes {
+			if route.Link != "" && n.Contains(route.To.Addr()) && (!s.tunnels[n].known() || Ours(route.Link)) {
+				s.tunnels[n] = iface{route.Link, r.indexes[route.Link]}
 			}
-			r.chains = append(r.chains, f)
-			continue
 		}
-		if drops {
-			r.obstacles = append(r.obstacles, api.Warning{
-				Check: "forward-drop",
-				Text:  fmt.Sprintf("the nftables table %s, chain %s, drops forwarded packets", t.Name, ch.Name),
-				Fix:   "accept the cluster network there",
-			})
+		for _, t := range want.Firewall.Tunnels {
+			if t.Network == n && t.Device != "" {
+				s.tunnels[n] = iface{t.Device, r.indexes[t.Device]}
+			}
 		}
 	}
-	r.obstacles = append(r.obstacles, legacy()...)
-	return r, nil
+	return s
 }
 
-// legacy looks for the iptables of old, whose tables nftables does not show.
-func legacy() []api.Warning {
-	var all []api.Warning
-	for _, f := range [][2]string{{"/proc/thread-self/net/ip_tables_names", "iptables"}, {"/proc/thread-self/net/ip6_tables_names", "ip6tables"}} {
-		b, err := os.ReadFile(f[0])
-		if err == nil && slices.Contains(strings.Fields(string(b)), "filter") {
-			all = append(all, api.Warning{
-				Check: "forward-unreadable",
-				Text:  fmt.Sprintf("the legacy %s is in use, which cannot be read here", f[1]),
-				Fix:   fmt.Sprintf("see that its FORWARD chain accepts the cluster network (`%s-legacy -S FORWARD`)", f[1]),
+// defaultBridge is where pods are attached unless an address says otherwise.
+const defaultBridge = "cni0"
+
+// passages are what must pass other programs' chains.
+func (f Firewall) passages(s surroundings) []passage {
+	var all []passage
+	for _, n := range f.Forward {
+		is4 := n.Addr().Is4()
+		p := passage{hook: nftables.ChainHookForward, chain: "FORWARD", is4: is4, check: "forward-drop"}
+		p.probes = forwarded(n, s.pods, s.tunnels[n])
+		for _, flag := range []string{"-d", "-s"} {
+			field := forwardFlags[flag]
+			p.accepts = append(p.accepts, accept{
+				flag + " " + n.Masked().String(), fmt.Sprintf("%s %s %s", family(is4), field, n.Masked()), forwardMatch(field, n),
 			})
+		}
+		all = append(all, p)
+		all = append(all, p.at(nftables.ChainHookPrerouting), p.at(nftables.ChainHookPostrouting))
+	}
+	for _, t := range f.Tunnels {
+		is4 := t.Network.Addr().Is4()
+		in := passage{hook: nftables.ChainHookInput, chain: "INPUT", is4: is4, check: "input-drop", accepts: []accept{t.accept()}}
+		out := passage{hook: nftables.ChainHookOutput, chain: "OUTPUT", is4: is4, check: "output-drop", accepts: in.accepts}
+		in.probes, out.probes = t.probes(s.underlay, commonPrefix(t.Peers))
+		if len(t.Peers) > 1 {
+			for _, p := range t.Peers {
+				i, o := t.probes(s.underlay, netip.PrefixFrom(p.Outer, p.Outer.BitLen()))
+				in.each, out.each = append(in.each, i...), append(out.each, o...)
+			}
+		}
+		all = append(all, out, out.at(nftables.ChainHookPostrouting))
+		if t.Device != "" || t.Port != 0 { // else a packet socket takes them before any hook
+			all = append(all, in, in.at(nftables.ChainHookPrerouting))
 		}
 	}
 	return all
 }
 
-// dropsAll says whether a rule drops or rejects whatever reaches it.
-func dropsAll(exprs []expr.Any) bool {
-	for _, e := range exprs {
-		switch e := e.(type) {
-		case *expr.Counter:
-		case *expr.Reject:
-			return true
-		case *expr.Target:
-			return e.Name == "REJECT"
-		case *expr.Verdict:
-			return e.Kind == expr.VerdictDrop
-		default:
-			return false
+// forwarded are packets between pods of this node and pods of others.
+func forwarded(n netip.Prefix, pods, tunnel iface) []probe {
+	coarse, protos := max(24, min(n.Bits()+8, 30)), []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMP}
+	if !n.Addr().Is4() {
+		coarse, protos[2] = max(64, min(n.Bits()+8, 112)), unix.IPPROTO_ICMPV6
+	}
+	address := prefixField(n, coarse)
+	var all []probe
+	for _, direction := range [][2]iface{{pods, tunnel}, {tunnel, pods}} {
+		for _, proto := range protos {
+			p := newProbe("packets of the cluster network "+n.String(), proto, address, address, [2]field{free(2), free(2)})
+			p.in, p.out, p.names = direction[0], direction[1], n.Bits()
+			all = append(all, p)
 		}
 	}
-	return false
+	return all
 }
 
-func jumps(rules []*nftables.Rule, to string) bool {
-	return slices.ContainsFunc(rules, func(r *nftables.Rule) bool {
+// at is the passage at another hook, where nothing is mended.
+func (p passage) at(hook *nftables.ChainHook) passage {
+	p.hook, p.chain = hook, ""
+	return p
+}
+
+// probes are the tunnel's packets from and to peers within a prefix; the zero
+// Prefix is any.
+func (t Tunnel) probes(underlay iface, peers netip.Prefix) (in, out []probe) {
+	n := 4
+	if !t.Network.Addr().Is4() {
+		n = 16
+	}
+	proto, ports, names := byte(unix.IPPROTO_IPIP), [2]field{free(2), free(2)}, 8
+	if t.Port != 0 {
+		proto, names = unix.IPPROTO_UDP, 16
+		ports[1] = known(binaryutil.BigEndian.PutUint16(t.Port)...)
+	}
+	peer := dark(n)
+	if peers.IsValid() {
+		peer = prefixField(peers, n*8)
+	}
+	i := newProbe("the tunnel's packets ("+t.packets()+") from peers", proto, peer, dark(n), ports)
+	i.in, i.local, i.names = underlay, true, names
+	o := newProbe("the tunnel's packets ("+t.packets()+") to peers", proto, dark(n), peer, ports)
+	o.out, o.names = underlay, names
+	return []probe{i}, []probe{o}
+}
+
+// commonPrefix is the longest prefix that has all peers' addresses; the zero Prefix
+// if there is none.
+func commonPrefix(peers []Source) netip.Prefix {
+	if len(peers) == 0 {
+		return netip.Prefix{}
+	}
+	common := netip.PrefixFrom(peers[0].Outer, peers[0].Outer.BitLen())
+	for _, p := range peers[1:] {
+		for !common.Contains(p.Outer) {
+			if common.Bits() == 0 || common.Addr().Is4() != p.Outer.Is4() {
+				return netip.Prefix{}
+			}
+			common = netip.PrefixFrom(common.Addr(), common.Bits()-1).Masked()
+		}
+	}
+	return common
+}
+
+// packets says which the tunnel's are.
+func (t Tunnel) packets() string {
+	if t.Port == 0 {
+		return "IP protocol 4"
+	}
+	return fmt.Sprintf("UDP port %d", t.Port)
+}
+
+// accept is the rule that lets the tunnel's packets in, or out.
+func (t Tunnel) accept() accept {
+	is4 := t.Network.Addr().Is4()
+	if t.Port == 0 {
+		return accept{"-p 4", "ip protocol 4", protocolMatch(unix.IPPROTO_IPIP, is4)}
+	}
+	udp := &xt.Udp{SrcPorts: [2]uint16{0, 0xffff}, DstPorts: [2]uint16{t.Port, t.Port}}
+	return accept{
+		fmt.Sprintf("-p udp --dport %d", t.Port), fmt.Sprintf("udp dport %d", t.Port),
+		append(protocolMatch(unix.IPPROTO_UDP, is4), &expr.Match{Name: "udp", Info: udp}),
+	}
+}
+
+// protocolMatch matches a protocol as iptables has always done.
+func protocolMatch(number byte, is4 bool) []expr.Any {
+	compare := &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{number}}
+	if is4 {
+		return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 9, Len: 1}, compare}
+	}
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare}
+}
+
+// findings are where the passage's packets may be lost. Peers are looked at one by
+// one only if a rule may tell them apart.
+func (p passage) findings(s ruleset) (found []finding) {
+	for _, probe := range p.probes {
+		found = append(found, s.evaluate(*p.hook, probe)...)
+	}
+	if len(found) == 0 || len(p.each) == 0 {
+		return found
+	}
+	for _, probe := range p.each {
+		if found = s.evaluate(*p.hook, probe); len(found) > 0 {
+			break
+		}
+	}
+	return found
+}
+
+// ourRule is a rule of ours in somebody's chain.
+type ourRule struct {
+	text   string
+	handle uint64
+	family nftables.TableFamily
+	table  string
+	chain  string
+	after  int // others' rules that stand before it
+}
+
+// isOurs says whether a rule of the iptables bears our comment.
+func isOurs(r *nftables.Rule) bool {
+	return slices.ContainsFunc(r.Exprs, func(e expr.Any) bool {
+		m, ok := e.(*expr.Match)
+		if !ok || m.Name != "comment" {
+			return false
+		}
+		text, ok := m.Info.(*xt.Comment)
+		return ok && *text == forwardComment
+	})
+}
+
+// diffOthers returns the steps that put our accepts into the chains of the
+// iptables that would drop what must pass, and take away any other of ours; and
+// the warnings about what they cannot mend.
+func diffOthers(have otherRules, want Firewall, s surroundings) (steps []step, warnings []api.Warning) {
+	keep := make(map[ourRule]bool)
+	var added []step
+	for _, p := range want.passages(s) {
+		found := p.findings(have.set)
+		spot, ok := have.spot(p, found)
+		if ok {
+			for _, a := range p.accepts {
+				there := false
+				for _, r := range have.ours {
+					if !there && spot.holds(r) && r.text == a.text && !keep[r] {
+						there, keep[r] = true, true
+					}
+				}
+				if !there {
+					added = append(added, spot.addStep(a))
+				}
+			}
+		}
+		for _, f := range found {
+			if !ok || !spot.covers(f) {
+				warnings = append(warnings, p.warning(f))
+			}
+		}
+	}
+	for _, r := range have.ours {
+		if !keep[r] {
+			steps = append(steps, r.deleteStep())
+		}
+	}
+	return append(steps, added...), api.SortWarnings(append(warnings, have.warnings...))
+}
+
+// spot is where accepts go in the iptables of a family.
+type spot struct {
+	family nftables.TableFamily
+	base   string // the chain of the hook
+	chain  string // base, or DOCKER-USER, which is the administrator's
+	jump   int    // in base, where the latter is jumped to
+	before uint64 // handle of the rule to stand before; 0 for the end
+	limit  int    // so many of others' rules may stand before
+}
+
+// spot returns where accepts for the passage go; false if none are needed, or
+// there is no such place.
+func (o otherRules) spot(p passage, found []finding) (spot, bool) {
+	s := spot{family: nftables.TableFamilyIPv4, base: p.chain, chain: p.chain}
+	if !p.is4 {
+		s.family = nftables.TableFamilyIPv6
+	}
+	i := slices.IndexFunc(o.set.chains, func(c ruleChain) bool {
+		return c.base && c.family == s.family && c.table == "filter" && c.name == p.chain && c.hook == *p.hook
+	})
+	if p.chain == "" || i < 0 {
+		return s, false
+	}
+	base := o.set.chains[i]
+	at, drops := len(base.rules), false
+	var first finding
+	for _, f := range found {
+		if f.base.family != base.family || f.base.table != base.table || f.base.name != base.name || !f.certain || f.meant {
+			continue
+		}
+		if !drops || f.at() < at {
+			at, first = f.at(), f
+		}
+		drops = true
+	}
+	if p.chain == "FORWARD" {
+		if jump := jumpsTo(base.rules, "DOCKER-USER"); jump >= 0 && jump <= at {
+			if user, ok := o.set.chain(base, "DOCKER-USER"); ok {
+				s.chain, s.jump, s.limit = user.name, jump, len(user.rules)
+				if len(user.rules) > 0 {
+					s.before = user.rules[0].Handle
+				}
+				if drops && at == jump && len(first.path) > 1 {
+					s.limit = first.path[1].index
+				}
+				return s, true
+			}
+		}
+	}
+	s.limit = at
+	if at < len(base.rules) {
+		s.before = base.rules[at].Handle
+	}
+	return s, drops
+}
+
+// holds says whether a rule of ours is where it does its work.
+func (s spot) holds(r ourRule) bool {
+	return r.family == s.family && r.table == "filter" && r.chain == s.chain && r.after <= s.limit
+}
+
+// covers says whether accepts at the spot keep the packets from what was found.
+func (s spot) covers(f finding) bool {
+	if f.base.family != s.family || f.base.table != "filter" || f.base.name != s.base {
+		return false
+	}
+	if s.chain != s.base {
+		return f.at() > s.jump || f.at() == s.jump && (len(f.path) < 2 || f.path[1].index >= s.limit)
+	}
+	return f.at() >= s.limit
+}
+
+func jumpsTo(rules []*nftables.Rule, to string) int {
+	return slices.IndexFunc(rules, func(r *nftables.Rule) bool {
 		return slices.ContainsFunc(r.Exprs, func(e expr.Any) bool {
 			v, ok := e.(*expr.Verdict)
 			return ok && v.Kind == expr.VerdictJump && v.Chain == to
@@ -146,19 +376,61 @@ func jumps(rules []*nftables.Rule, to string) bool {
 	})
 }
 
-// gather finds our own rules among a chain's.
-func (f *forwardChain) gather(rules []*nftables.Rule, chain string) {
-	for _, r := range rules {
-		for _, e := range r.Exprs {
-			m, ok := e.(*expr.Match)
-			if !ok || m.Name != "comment" {
-				continue
-			}
-			if text, ok := m.Info.(*xt.Comment); ok && *text == forwardComment {
-				f.ours = append(f.ours, forwardRule{matchText(r.Exprs, f.is4), r.Handle, chain})
-			}
-		}
+func (s spot) addStep(a accept) step {
+	comment := xt.Comment(forwardComment)
+	table := &nftables.Table{Family: s.family, Name: "filter"}
+	rule := &nftables.Rule{
+		Table: table, Chain: &nftables.Chain{Table: table, Name: s.chain}, Position: s.before,
+		Exprs: append(slices.Clip(a.exprs), &expr.Match{Name: "comment", Info: &comment}, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept}),
 	}
+	flag := "-A"
+	if s.before != 0 {
+		flag = "-I"
+	}
+	return step{
+		Change: Change{KindForward, forwardCommand(s.family, flag, s.chain, a.text)},
+		nft: func(c *nftables.Conn) error {
+			if rule.Position != 0 {
+				c.InsertRule(rule)
+			} else {
+				c.AddRule(rule)
+			}
+			return nil
+		},
+	}
+}
+
+func (r ourRule) deleteStep() step {
+	table := &nftables.Table{Family: r.family, Name: r.table}
+	old := &nftables.Rule{Table: table, Chain: &nftables.Chain{Table: table, Name: r.chain}, Handle: r.handle}
+	return step{
+		Change: Change{KindForward, forwardCommand(r.family, "-D", r.chain, r.text)},
+		nft:    func(c *nftables.Conn) error { return c.DelRule(old) },
+	}
+}
+
+func forwardCommand(f nftables.TableFamily, flag, chain, match string) string {
+	return fmt.Sprintf("%s %s %s %s -m comment --comment %s -j ACCEPT", iptablesProgram(f, "filter"), flag, chain, match, forwardComment)
+}
+
+// warning says what was found, and what mends it.
+func (p passage) warning(f finding) api.Warning {
+	w := api.Warning{Check: p.check, Text: f.String()}
+	for i, a := range p.accepts {
+		if i > 0 {
+			w.Fix += "; "
+		}
+		if program := iptablesProgram(f.base.family, f.base.table); program != "" {
+			table := ""
+			if f.base.table != "filter" {
+				table = " -t " + f.base.table
+			}
+			w.Fix += fmt.Sprintf("%s%s -I %s %s -j ACCEPT", program, table, f.base.name, a.text)
+			continue
+		}
+		w.Fix += fmt.Sprintf("nft insert rule %s %s %s %s accept", familyText(f.base.family), f.base.table, f.base.name, a.nft)
+	}
+	return w
 }
 
 // forwardMatch matches an address as iptables does: where the prefix ends with a
@@ -174,115 +446,61 @@ func forwardMatch(field string, n netip.Prefix) []expr.Any {
 	return []expr.Any{&load, &compare}
 }
 
-// matchText reads the prefix of a rule of ours back, as iptables' flag: "-s
-// 10.5.0.0/16", or "" if it is not as we, or iptables-restore, write it.
+// forwardFlags are iptables' flags for the fields of addresses.
+var forwardFlags = map[string]string{"-s": "saddr", "-d": "daddr"}
+
+// matchText reads a rule of ours back, as iptables' flags: "-s 10.5.0.0/16", or
+// "-p udp --dport 8472"; "" if it is not as we, or iptables-restore, write it.
 func matchText(exprs []expr.Any, is4 bool) string {
 	var load *expr.Payload
-	var compare *expr.Cmp
-	bits := -1
+	var meta *expr.Meta
+	bits, proto, text := -1, byte(0), ""
 	for _, e := range exprs {
 		switch e := e.(type) {
 		case *expr.Payload:
-			load = e
+			load, meta, bits = e, nil, -1
+		case *expr.Meta:
+			load, meta = nil, e
 		case *expr.Bitwise:
-			bits = 0
-			for _, m := range e.Mask {
-				for ; m&0x80 != 0; m <<= 1 {
-					bits++
-				}
+			bits = ones(e.Mask)
+		case *expr.Match:
+			if udp, ok := e.Info.(*xt.Udp); ok && udp.DstPorts[0] == udp.DstPorts[1] && udp.InvFlags == 0 && udp.SrcPorts == [2]uint16{0, 0xffff} {
+				text = fmt.Sprintf("-p udp --dport %d", udp.DstPorts[0])
 			}
 		case *expr.Cmp:
-			compare = e
+			switch {
+			case e.Op != expr.CmpOpEq:
+				return ""
+			case len(e.Data) == 1 && (meta != nil && meta.Key == expr.MetaKeyL4PROTO || is4 && load != nil && load.Base == expr.PayloadBaseNetworkHeader && load.Offset == 9):
+				if proto = e.Data[0]; proto == unix.IPPROTO_IPIP {
+					text = "-p 4"
+				}
+			case load != nil && load.Base == expr.PayloadBaseTransportHeader && load.Offset == 2 && len(e.Data) == 2 && proto == unix.IPPROTO_UDP:
+				text = fmt.Sprintf("-p udp --dport %d", binary.BigEndian.Uint16(e.Data))
+			case load != nil && load.Base == expr.PayloadBaseNetworkHeader:
+				text = addressText(load.Offset, bits, e.Data, is4)
+			default:
+				return ""
+			}
 		}
 	}
-	if load == nil || compare == nil || compare.Op != expr.CmpOpEq {
-		return ""
-	}
+	return text
+}
+
+func addressText(offset uint32, bits int, data []byte, is4 bool) string {
 	if bits < 0 {
-		bits = 8 * len(compare.Data)
+		bits = 8 * len(data)
 	}
 	full := make([]byte, 16)
 	if is4 {
 		full = full[:4]
 	}
-	copy(full, compare.Data)
+	copy(full, data)
 	a, _ := netip.AddrFromSlice(full)
 	for flag, field := range forwardFlags {
-		if load.Offset == addressOffset(field, is4) {
+		if offset == addressOffset(field, is4) {
 			return flag + " " + netip.PrefixFrom(a, bits).String()
 		}
 	}
 	return ""
-}
-
-// forwardFlags are iptables' flags for the fields of addresses.
-var forwardFlags = map[string]string{"-s": "saddr", "-d": "daddr"}
-
-// diffForward returns the steps that put an accept for each network where its
-// packets would be dropped, and take away any other of ours.
-func diffForward(have forwardReading, networks []netip.Prefix) []step {
-	var steps []step
-	for _, f := range have.chains {
-		var want []string
-		exprs := make(map[string][]expr.Any)
-		if f.drops || f.docker {
-			for _, n := range networks {
-				if n.Addr().Is4() != f.is4 {
-					continue
-				}
-				for flag, field := range forwardFlags {
-					text := flag + " " + n.Masked().String()
-					want = append(want, text)
-					exprs[text] = forwardMatch(field, n)
-				}
-			}
-			slices.Sort(want)
-		}
-		there := make(map[string]bool)
-		for _, r := range f.ours {
-			if slices.Contains(want, r.text) && !there[r.text] && r.chain == f.name {
-				there[r.text] = true
-				continue
-			}
-			old := &nftables.Rule{Table: f.table, Chain: &nftables.Chain{Table: f.table, Name: r.chain}, Handle: r.handle}
-			steps = append(steps, step{
-				Change: Change{KindForward, f.command("-D", r.chain, r.text)},
-				nft:    func(c *nftables.Conn) error { return c.DelRule(old) },
-			})
-		}
-		for _, text := range want {
-			if there[text] {
-				continue
-			}
-			comment := xt.Comment(forwardComment)
-			rule := &nftables.Rule{
-				Table: f.table, Chain: &nftables.Chain{Table: f.table, Name: f.name}, Position: f.before,
-				Exprs: append(exprs[text], &expr.Match{Name: "comment", Info: &comment}, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept}),
-			}
-			flag := "-A"
-			if f.before != 0 {
-				flag = "-I"
-			}
-			steps = append(steps, step{
-				Change: Change{KindForward, f.command(flag, f.name, text)},
-				nft: func(c *nftables.Conn) error {
-					if rule.Position != 0 {
-						c.InsertRule(rule)
-					} else {
-						c.AddRule(rule)
-					}
-					return nil
-				},
-			})
-		}
-	}
-	return steps
-}
-
-func (f forwardChain) command(flag, chain, match string) string {
-	program := "iptables"
-	if !f.is4 {
-		program = "ip6tables"
-	}
-	return fmt.Sprintf("%s %s %s %s -m comment --comment %s -j ACCEPT", program, flag, chain, match, forwardComment)
 }

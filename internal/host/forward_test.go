@@ -182,7 +182,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 		})
 		return c.Flush()
 	})
-	want := []string{"the nftables table castle, chain fence, drops"}
+	want := []string{"nftables, table inet castle, chain fence, by its policy drops packets of the cluster network 10.5.0.0/16"}
 	if _, err := exec.LookPath("iptables-legacy"); err == nil {
 		inside(t, n, func() error {
 			if exec.Command("iptables-legacy", "-P", "FORWARD", "DROP").Run() == nil { // the kernel may lack it

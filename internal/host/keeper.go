@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -134,7 +135,8 @@ func (k *Keeper) reconcile() (err error) {
 	repair := k.planned && reflect.DeepEqual(want, k.said.State)
 	k.said.State, k.planned = want, true
 	if len(want.Firewall.Forward) > 0 {
-		k.obstacles(have.forward.obstacles)
+		_, warnings := diffOthers(have.firewalls, want.Firewall, have.surroundings(want))
+		k.obstacles(warnings)
 	}
 	steps := diff(have, want)
 	done, err := write(have, steps)
@@ -158,8 +160,8 @@ func (k *Keeper) reconcile() (err error) {
 }
 
 func (k *Keeper) obstacles(now []api.Warning) {
-	if !reflect.DeepEqual(now, k.said.Obstacles) {
-		for _, o := range now {
+	for _, o := range now {
+		if !slices.Contains(k.said.Obstacles, o) {
 			k.log.Warn(o.Text, "check", o.Check, "fix", o.Fix)
 		}
 	}

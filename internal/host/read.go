@@ -21,7 +21,15 @@ type reading struct {
 	// kernel does not have are missing.
 	settings map[string]string
 	table    *table // culvert's nftables table; nil if there is none
-	forward  forwardReading
+	// firewalls are other programs' rules.
+	firewalls otherRules
+	bearers   []bearer // the addresses of devices that are not culvert's
+}
+
+// bearer is a device that has an address.
+type bearer struct {
+	iface
+	addr netip.Prefix
 }
 
 // device is a device of culvert's as it is.
@@ -89,6 +97,11 @@ func read(underlay string) (reading, error) {
 		}
 		if !Ours(name) {
 			r.others[name] = true
+			for _, a := range addrs {
+				if p, ok := prefixOf(a.IPNet); ok && a.LinkIndex == l.Attrs().Index {
+					r.bearers = append(r.bearers, bearer{iface{name, a.LinkIndex}, p})
+				}
+			}
 			continue
 		}
 		link, dev := linkOf(l, names)

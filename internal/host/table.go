@@ -53,7 +53,8 @@ func (t *table) set(name string) (set, bool) {
 // replaced, where only elements do, they are; either in one transaction.
 func diffFirewall(have reading, want State) []step {
 	steps := diffTable(have.table, want.Firewall.table())
-	return append(steps, diffForward(have.forward, want.Firewall.Forward)...)
+	others, _ := diffOthers(have.firewalls, want.Firewall, have.surroundings(want))
+	return append(steps, others...)
 }
 
 func diffTable(have, want *table) []step {
@@ -152,7 +153,7 @@ func (c chain) nft() (*nftables.Chain, string) {
 
 func masqueradeExprs() []expr.Any { return []expr.Any{&expr.Masq{FullyRandom: true}} }
 
-// readFirewall reads culvert's table and other programs' FORWARD chains.
+// readFirewall reads culvert's table and other programs' rules.
 func (r *reading) readFirewall() error {
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
@@ -169,7 +170,7 @@ func (r *reading) readFirewall() error {
 	if r.table, err = readTable(c, chains); err != nil {
 		return fmt.Errorf("reading the nftables table %s: %w", TableName, err)
 	}
-	r.forward, err = readForward(c, chains)
+	r.firewalls, err = readOthers(c, chains)
 	return err
 }
 

@@ -1,0 +1,793 @@
+package host
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
+	"golang.org/x/sys/unix"
+)
+
+// ruleset is what other programs have in nftables, iptables-nft among them: the
+// chains that a packet may pass through, and the sets that their rules look in.
+type ruleset struct {
+	chains []ruleChain
+	sets   []ruleSet
+}
+
+type ruleChain struct {
+	family nftables.TableFamily
+	table  string
+	name   string
+	base   bool // the kernel calls it, at a hook
+	hook   nftables.ChainHook
+	// atIngress says that the hook is that of the links alone, before the one that
+	// hook names.
+	atIngress bool
+	links     []string
+	drops     bool // by policy
+	rules     []*nftables.Rule
+}
+
+type ruleSet struct {
+	family   nftables.TableFamily
+	table    string
+	name     string
+	interval bool
+	elements []nftables.SetElement
+}
+
+// findings are the places where a probe may be dropped.
+type finding struct {
+	probe probe
+	base  ruleChain
+	// path leads from the base chain to the rule that drops: each but the last
+	// is a jump. Empty if the base chain's policy does.
+	path []place
+	// certain says that every packet of the probe's kind that comes there is
+	// dropped: all matches on the way could be read.
+	certain bool
+	// meant says that a rule on the way names the packets of the cluster network,
+	// or of the tunnel: somebody wants this.
+	meant bool
+}
+
+type place struct {
+	chain  string
+	index  int // of the rule in the chain, from 0
+	handle uint64
+	does   string
+}
+
+// at is the index of the base chain's rule by which the probe is lost, or the number of its
+// rules.
+func (f finding) at() int {
+	if len(f.path) == 0 {
+		return len(f.base.rules)
+	}
+	return f.path[0].index
+}
+
+// String says what drops which packets.
+func (f finding) String() string {
+	verb := "drops"
+	if !f.certain {
+		verb = "may drop"
+	}
+	where := fmt.Sprintf("%s, chain %s", tableText(f.base.family, f.base.table), f.base.name)
+	if len(f.path) == 0 {
+		return fmt.Sprintf("%s, by its policy %s %s", where, verb, f.probe.what)
+	}
+	for i, p := range f.path {
+		if i > 0 {
+			where += ", chain " + p.chain
+		}
+		where += fmt.Sprintf(", rule %d (%s, handle %d)", p.index+1, p.does, p.handle)
+	}
+	return fmt.Sprintf("%s, %s %s", where, verb, f.probe.what)
+}
+
+// tableText names a table as the operator knows it.
+func tableText(family nftables.TableFamily, table string) string {
+	if program := iptablesProgram(family, table); program != "" {
+		return program + ", table " + table
+	}
+	return "nftables, table " + familyText(family) + " " + table
+}
+
+func familyText(f nftables.TableFamily) string {
+	switch f {
+	case nftables.TableFamilyIPv4:
+		return "ip"
+	case nftables.TableFamilyIPv6:
+		return "ip6"
+	case nftables.TableFamilyINet:
+		return "inet"
+	case nftables.TableFamilyNetdev:
+		return "netdev"
+	}
+	return fmt.Sprintf("family %d", f)
+}
+
+// iptablesProgram is the program whose table it is; empty if it is nft's.
+func iptablesProgram(family nftables.TableFamily, table string) string {
+	if !slices.Contains([]string{"filter", "mangle", "raw", "security", "nat"}, table) {
+		return ""
+	}
+	switch family {
+	case nftables.TableFamilyIPv4:
+		return "iptables"
+	case nftables.TableFamilyIPv6:
+		return "ip6tables"
+	}
+	return ""
+}
+
+// evaluate walks, purely, the chains at a hook with a probe, and returns where
+// it may be lost. Each base chain has its say, in whichever order: what one
+// accepts another may drop.
+func (s ruleset) evaluate(hook nftables.ChainHook, p probe) []finding {
+	var all []finding
+	for _, c := range s.chains {
+		if !c.base || c.hook != hook || !c.sees(p) {
+			continue
+		}
+		w := walker{set: s, base: c, probe: p}
+		if w.walk(c, arrival{sure: every}) > none && c.drops {
+			w.found = append(w.found, finding{probe: p, base: c, certain: true})
+		}
+		all = append(all, w.found...)
+	}
+	return all
+}
+
+// sees says whether packets of the probe's family pass the chain.
+func (c ruleChain) sees(p probe) bool {
+	if c.atIngress {
+		return slices.Contains(c.links, p.in.name)
+	}
+	switch c.family {
+	case nftables.TableFamilyINet:
+		return true
+	case nftables.TableFamilyIPv4:
+		return p.is4
+	case nftables.TableFamilyIPv6:
+		return !p.is4
+	}
+	return false
+}
+
+// walker walks a probe through one base chain.
+type walker struct {
+	set   ruleset
+	base  ruleChain
+	probe probe
+	found []finding
+
+	registers [64]cell
+	named     [64]int // bits of an address, or port, of the probe that the register holds
+	marked    bool    // a rule may have set the mark
+	meant     bool    // the rule at hand names the probe's packets
+}
+
+// maxDepth bounds the jumps; the kernel allows 16.
+const maxDepth = 16
+
+// arrival is how the probe comes to a chain.
+type arrival struct {
+	sure  match // whether the matches of the jumps hold that led there
+	meant bool  // one of them names the probe's packets
+	path  []place
+}
+
+// walk walks one chain and returns whether any packet comes out at its end.
+func (w *walker) walk(c ruleChain, came arrival) match {
+	returned := none
+	for i, r := range c.rules {
+		for _, o := range w.rule(r) {
+			if o.match <= few {
+				continue
+			}
+			at := arrival{
+				sure: min(came.sure, o.match), meant: came.meant || w.meant,
+				path: append(slices.Clip(came.path), place{chain: c.name, index: i, handle: r.Handle, does: o.text()}),
+			}
+			goesOn := none // some packet that the rule matches, to the next one
+			switch o.verdict.Kind {
+			case expr.VerdictDrop:
+				w.lost(at)
+			case expr.VerdictQueue:
+				at.sure = some
+				w.lost(at)
+			case expr.VerdictAccept, expr.VerdictStolen, expr.VerdictStop:
+			case expr.VerdictReturn:
+				returned = every
+			case expr.VerdictJump, expr.VerdictGoto:
+				goesOn = every
+				if target, ok := w.set.chain(c, o.verdict.Chain); ok && len(came.path) < maxDepth {
+					goesOn = w.walk(target, at)
+				}
+				if o.verdict.Kind == expr.VerdictGoto {
+					returned, goesOn = max(returned, goesOn), none
+				}
+			default:
+				goesOn = every
+			}
+			if goesOn == none && o.match == every {
+				return returned
+			}
+		}
+	}
+	return every
+}
+
+func (w *walker) lost(a arrival) {
+	w.found = append(w.found, finding{probe: w.probe, base: w.base, path: a.path, certain: a.sure == every, meant: a.meant})
+}
+
+// chain finds a chain of the same table.
+func (s ruleset) chain(of ruleChain, name string) (ruleChain, bool) {
+	i := slices.IndexFunc(s.chains, func(c ruleChain) bool { return c.family == of.family && c.table == of.table && c.name == name })
+	if i < 0 {
+		return ruleChain{}, false
+	}
+	return s.chains[i], true
+}
+
+// outcome is what a rule does with the part of the packets that it matches.
+type outcome struct {
+	match   match
+	verdict expr.Verdict
+	word    string // for a verdict that is not nftables' own
+}
+
+func (o outcome) text() string {
+	switch {
+	case o.word != "":
+		return o.word
+	case o.verdict.Kind == expr.VerdictJump:
+		return "jump " + o.verdict.Chain
+	case o.verdict.Kind == expr.VerdictGoto:
+		return "goto " + o.verdict.Chain
+	case o.verdict.Kind == expr.VerdictDrop:
+		return "drop"
+	case o.verdict.Kind == expr.VerdictQueue:
+		return "queue"
+	}
+	return "rule"
+}
+
+// rule returns what a rule does: nothing, one thing, or with a verdict map
+// several.
+func (w *walker) rule(r *nftables.Rule) []outcome {
+	w.registers, w.named, w.meant = [64]cell{}, [64]int{}, false
+	for i := range w.registers {
+		w.registers[i].dark = 0xff
+	}
+	m := every
+	for _, e := range r.Exprs {
+		switch e := e.(type) {
+		case *expr.Verdict:
+			return []outcome{{match: m, verdict: *e}}
+		case *expr.Reject:
+			return []outcome{{m, expr.Verdict{Kind: expr.VerdictDrop}, "reject"}}
+		case *expr.Queue:
+			return []outcome{{m, expr.Verdict{Kind: expr.VerdictQueue}, "queue"}}
+		case *expr.Target:
+			switch e.Name {
+			case "REJECT", "DROP", "TARPIT", "STEAL":
+				return []outcome{{m, expr.Verdict{Kind: expr.VerdictDrop}, e.Name}}
+			case "NFQUEUE":
+				return []outcome{{m, expr.Verdict{Kind: expr.VerdictQueue}, e.Name}}
+			case "MARK", "CONNMARK":
+				w.marked = w.marked || m > few
+			}
+		case *expr.Match:
+			m = min(m, w.extension(e))
+		case *expr.Cmp:
+			m = min(m, w.compare(e))
+		case *expr.Range:
+			f := w.load(e.Register, len(e.FromData))
+			in := f.between(e.FromData, e.ToData)
+			if e.Op == expr.CmpOpNeq {
+				in = in.not()
+			}
+			m = min(m, in)
+		case *expr.Lookup:
+			if e.IsDestRegSet && e.DestRegister == unix.NFT_REG_VERDICT {
+				return w.verdicts(e, m)
+			}
+			m = min(m, w.lookup(e))
+		case *expr.Limit, *expr.Quota, *expr.Connlimit, *expr.Dynset:
+			m = min(m, some)
+		default:
+			w.compute(e, m)
+		}
+		if m == none {
+			return nil
+		}
+	}
+	return nil
+}
+
+// slot is where a register's bytes are (nf_tables.h, enum nft_registers: four of
+// 16 bytes, or 16 of four).
+func slot(register uint32) int {
+	if register >= unix.NFT_REG32_00 {
+		return int(register-unix.NFT_REG32_00) * 4
+	}
+	return max(int(register)-1, 0) * 16
+}
+
+func (w *walker) load(register uint32, n int) field {
+	at := min(slot(register), len(w.registers))
+	return w.registers[at:min(at+n, len(w.registers))]
+}
+
+// store puts a field into a register; named is how many of its bits name the
+// probe's packets.
+func (w *walker) store(register uint32, f field, named int) {
+	at := min(slot(register), len(w.registers))
+	copy(w.registers[at:], f)
+	if at < len(w.named) {
+		w.named[at] = named
+	}
+}
+
+// compute is what an expression puts into a register.
+func (w *walker) compute(e expr.Any, m match) {
+	p := w.probe
+	switch e := e.(type) {
+	case *expr.Payload:
+		if e.OperationType != expr.PayloadLoad {
+			return
+		}
+		f, named := p.payload(e)
+		w.store(e.DestRegister, f, named)
+	case *expr.Meta:
+		if e.SourceRegister {
+			w.marked = w.marked || e.Key == expr.MetaKeyMARK && m > few
+			return
+		}
+		f := p.meta(e.Key)
+		if e.Key == expr.MetaKeyMARK && w.marked {
+			f = dark(4)
+		}
+		named := 0
+		if e.Key == expr.MetaKeyL4PROTO && p.proto == unix.IPPROTO_IPIP {
+			named = 8
+		}
+		w.store(e.Register, f, named)
+	case *expr.Ct:
+		if !e.SourceRegister {
+			w.store(e.Register, p.conntrack(e.Key), 0)
+		}
+	case *expr.Fib:
+		w.store(e.Register, p.fib(e), 0)
+	case *expr.Immediate:
+		w.store(e.Register, known(e.Data...), 0)
+	case *expr.Bitwise:
+		at := min(slot(e.SourceRegister), len(w.named)-1)
+		named := 0
+		if w.named[at] > 0 {
+			named = min(w.named[at], ones(e.Mask))
+		}
+		w.store(e.DestRegister, w.load(e.SourceRegister, int(e.Len)).and(e.Mask, e.Xor), named)
+	case *expr.Numgen:
+		w.store(e.Register, dark(4), 0)
+	case *expr.Hash:
+		w.store(e.DestRegister, dark(4), 0)
+	}
+}
+
+func ones(b []byte) int {
+	n := 0
+	for _, v := range b {
+		for ; v != 0; v &= v - 1 {
+			n++
+		}
+	}
+	return n
+}
+
+// payload is a part of the packet.
+func (p probe) payload(e *expr.Payload) (f field, named int) {
+	var of field
+	switch e.Base {
+	case expr.PayloadBaseNetworkHeader:
+		of = p.ip
+		for _, name := range []string{"saddr", "daddr"} {
+			if e.Offset == addressOffset(name, p.is4) {
+				named = int(e.Len) * 8
+			}
+		}
+		if p.is4 && e.Offset == 9 && p.proto == unix.IPPROTO_IPIP {
+			named = 8
+		}
+	case expr.PayloadBaseTransportHeader:
+		of = p.transport
+		if e.Offset == 2 && e.Len == 2 {
+			named = 16
+		}
+	default:
+		return dark(int(e.Len)), 0
+	}
+	end := int(e.Offset + e.Len)
+	if end > len(of) {
+		return dark(int(e.Len)), 0
+	}
+	return of[e.Offset:end], named
+}
+
+func (p probe) meta(key expr.MetaKey) field {
+	switch key {
+	case expr.MetaKeyNFPROTO:
+		if p.is4 {
+			return known(unix.NFPROTO_IPV4)
+		}
+		return known(unix.NFPROTO_IPV6)
+	case expr.MetaKeyPROTOCOL:
+		if p.is4 {
+			return known(0x08, 0x00)
+		}
+		return known(0x86, 0xdd)
+	case expr.MetaKeyL4PROTO:
+		return known(p.proto)
+	case expr.MetaKeyIIFNAME:
+		return p.in.field()
+	case expr.MetaKeyOIFNAME:
+		return p.out.field()
+	case expr.MetaKeyIIF:
+		return p.in.number()
+	case expr.MetaKeyOIF:
+		return p.out.number()
+	case expr.MetaKeyMARK:
+		return known(binaryutil.NativeEndian.PutUint32(p.mark)...)
+	case expr.MetaKeyPKTTYPE:
+		return known(unix.PACKET_HOST)
+	case expr.MetaKeyLEN:
+		return free(4)
+	}
+	return dark(16)
+}
+
+// state is what conntrack says of the packet, as a bit (nf_conntrack_common.h).
+func (p probe) state() uint32 {
+	if p.stateNew {
+		return expr.CtStateBitNEW
+	}
+	return expr.CtStateBitESTABLISHED
+}
+
+func (p probe) conntrack(key expr.CtKey) field {
+	switch key {
+	case expr.CtKeySTATE:
+		return known(binaryutil.NativeEndian.PutUint32(p.state())...)
+	case expr.CtKeyDIRECTION:
+		return known(0)
+	case expr.CtKeySTATUS: // no translation has been done
+		f := dark(4)
+		const translated = 1<<4 | 1<<5 // IPS_SRC_NAT, IPS_DST_NAT (nf_conntrack_common.h)
+		for i, b := range binaryutil.NativeEndian.PutUint32(translated) {
+			f[i] = cell{known: b, dark: ^b}
+		}
+		return f
+	case expr.CtKeyMARK:
+		return known(0, 0, 0, 0)
+	case expr.CtKeyPROTOCOL:
+		return known(p.proto)
+	}
+	return dark(16)
+}
+
+// fib is what the routing table says of the packet: it comes from where answers
+// would go.
+func (p probe) fib(e *expr.Fib) field {
+	switch {
+	case e.ResultADDRTYPE:
+		kind := uint32(unix.RTN_UNICAST)
+		if e.FlagDADDR && p.local {
+			kind = unix.RTN_LOCAL
+		}
+		return known(binaryutil.NativeEndian.PutUint32(kind)...)
+	case e.FlagPRESENT:
+		return known(1)
+	case e.ResultOIF:
+		return known(0xff, 0xff, 0xff, 0x7f) // anything but 0
+	}
+	return dark(16)
+}
+
+// compare is one comparison.
+func (w *walker) compare(e *expr.Cmp) match {
+	f := w.load(e.Register, len(e.Data))
+	named := w.named[min(slot(e.Register), len(w.named)-1)]
+	least, most := make([]byte, len(e.Data)), bytes.Repeat([]byte{0xff}, len(e.Data))
+	switch e.Op {
+	case expr.CmpOpEq:
+		m := f.equal(e.Data)
+		w.names(m, min(named, len(e.Data)*8))
+		return m
+	case expr.CmpOpNeq:
+		return f.equal(e.Data).not()
+	case expr.CmpOpLte:
+		return f.between(least, e.Data)
+	case expr.CmpOpGt:
+		return f.between(least, e.Data).not()
+	case expr.CmpOpGte:
+		return f.between(e.Data, most)
+	case expr.CmpOpLt:
+		return f.between(e.Data, most).not()
+	}
+	return some
+}
+
+// names notes that a rule that matches says so many bits of an address or port of
+// the probe's.
+func (w *walker) names(m match, bits int) {
+	least := w.probe.names
+	if m >= some && bits > 0 && bits >= least {
+		w.meant = true
+	}
+}
+
+// lookup is a look into a set.
+func (w *walker) lookup(e *expr.Lookup) match {
+	if e.IsDestRegSet { // a map's value
+		w.store(e.DestRegister, dark(16), 0)
+		return some
+	}
+	set, ok := w.set.find(w.base, e.SetName)
+	if !ok {
+		return some
+	}
+	m := none
+	for _, r := range set.ranges() {
+		m = max(m, r.holds(w.load(e.SourceRegister, len(r.from))))
+	}
+	w.names(m, w.named[min(slot(e.SourceRegister), len(w.named)-1)])
+	if e.Invert {
+		return m.not()
+	}
+	return m
+}
+
+// verdicts is a look into a verdict map.
+func (w *walker) verdicts(e *expr.Lookup, m match) []outcome {
+	set, ok := w.set.find(w.base, e.SetName)
+	if !ok {
+		return []outcome{{min(m, some), expr.Verdict{Kind: expr.VerdictDrop}, "verdict map " + e.SetName}}
+	}
+	var all []outcome
+	for _, r := range set.ranges() {
+		if r.verdict == nil {
+			continue
+		}
+		holds := r.holds(w.load(e.SourceRegister, len(r.from)))
+		if holds > few {
+			all = append(all, outcome{match: min(m, holds), verdict: *r.verdict})
+		}
+	}
+	return all
+}
+
+func (s ruleset) find(of ruleChain, name string) (ruleSet, bool) {
+	i := slices.IndexFunc(s.sets, func(t ruleSet) bool { return t.family == of.family && t.table == of.table && t.name == name })
+	if i < 0 {
+		return ruleSet{}, false
+	}
+	return s.sets[i], true
+}
+
+// keyRange is an element of a set: the keys from one to the other.
+type keyRange struct {
+	from, to []byte
+	concat   bool // several fields, each with a range of its own
+	verdict  *expr.Verdict
+}
+
+func (r keyRange) holds(f field) match {
+	if !r.concat || len(f) != len(r.from) {
+		return f.between(r.from, r.to)
+	}
+	// Where the fields begin is not kept: what is not one value may be any.
+	m := every
+	for i := range r.from {
+		if r.from[i] == r.to[i] {
+			m = min(m, f[i:].equal(r.from[i:i+1]))
+		} else {
+			m = min(m, some)
+		}
+	}
+	return m
+}
+
+// ranges are the set's elements. A set of intervals holds the beginning of each,
+// and what comes after its end.
+func (s ruleSet) ranges() []keyRange {
+	var all []keyRange
+	if !s.interval || slices.ContainsFunc(s.elements, func(e nftables.SetElement) bool { return len(e.KeyEnd) > 0 }) {
+		for _, e := range s.elements {
+			r := keyRange{from: e.Key, to: e.Key, verdict: e.VerdictData}
+			if len(e.KeyEnd) == len(e.Key) {
+				r.to, r.concat = e.KeyEnd, true
+			}
+			all = append(all, r)
+		}
+		return all
+	}
+	sorted := slices.SortedStableFunc(slices.Values(s.elements), func(a, b nftables.SetElement) int {
+		if c := bytes.Compare(a.Key, b.Key); c != 0 {
+			return c
+		}
+		switch {
+		case a.IntervalEnd == b.IntervalEnd:
+			return 0
+		case a.IntervalEnd:
+			return -1
+		}
+		return 1
+	})
+	for i, e := range sorted {
+		if e.IntervalEnd {
+			continue
+		}
+		r := keyRange{from: e.Key, to: bytes.Repeat([]byte{0xff}, len(e.Key)), verdict: e.VerdictData}
+		if i+1 < len(sorted) {
+			r.to = before(sorted[i+1].Key)
+		}
+		all = append(all, r)
+	}
+	return all
+}
+
+// before is the number before b.
+func before(b []byte) []byte {
+	out := slices.Clone(b)
+	for i := len(out) - 1; i >= 0; i-- {
+		out[i]--
+		if out[i] != 0xff {
+			break
+		}
+	}
+	return out
+}
+
+// extension is a match of iptables' own kind. What is not read here may match.
+func (w *walker) extension(e *expr.Match) match {
+	p := w.probe
+	yes := func(b, invert bool) match {
+		if b != invert {
+			return every
+		}
+		return none
+	}
+	port := func(at int, ports [2]uint16, invert bool) match {
+		if ports == [2]uint16{0, 0xffff} {
+			return every
+		}
+		f := p.transport[at : at+2]
+		m := f.between(binaryutil.BigEndian.PutUint16(ports[0]), binaryutil.BigEndian.PutUint16(ports[1]))
+		if at == 2 && !invert && ports[0] == ports[1] {
+			w.names(m, 16)
+		}
+		if invert {
+			return m.not()
+		}
+		return m
+	}
+	switch i := e.Info.(type) {
+	case *xt.Comment:
+		return every
+	case *xt.ConntrackMtinfo1:
+		return w.conntrackMatch(i.MatchFlags, i.InvertFlags, uint32(i.StateMask))
+	case *xt.ConntrackMtinfo2:
+		return w.conntrackMatch(i.MatchFlags, i.InvertFlags, uint32(i.StateMask))
+	case *xt.ConntrackMtinfo3:
+		return w.conntrackMatch(i.MatchFlags, i.InvertFlags, uint32(i.StateMask))
+	case *xt.Udp:
+		return min(yes(p.proto == unix.IPPROTO_UDP, false), port(0, i.SrcPorts, i.InvFlags&1 != 0), port(2, i.DstPorts, i.InvFlags&2 != 0))
+	case *xt.Tcp:
+		m := min(yes(p.proto == unix.IPPROTO_TCP, false), port(0, i.SrcPorts, i.InvFlags&1 != 0), port(2, i.DstPorts, i.InvFlags&2 != 0))
+		if i.FlagsMask != 0 {
+			m = min(m, yes(tcpSYN&i.FlagsMask == i.FlagsCmp, i.InvFlags&4 != 0))
+		}
+		if i.Option != 0 {
+			m = min(m, some)
+		}
+		return m
+	case *xt.AddrTypeV1:
+		kind := uint16(1 << unix.RTN_UNICAST)
+		to := kind
+		if p.local {
+			to = 1 << unix.RTN_LOCAL
+		}
+		m := every
+		if i.Source != 0 {
+			m = min(m, yes(i.Source&kind != 0, i.Flags&1 != 0))
+		}
+		if i.Dest != 0 {
+			m = min(m, yes(i.Dest&to != 0, i.Flags&2 != 0))
+		}
+		return m
+	case *xt.Unknown:
+		return w.raw(e.Name, e.Rev, *i, yes)
+	}
+	return some
+}
+
+// tcpSYN are the flags of the packet that opens a connection.
+const tcpSYN = 0x02
+
+// conntrackMatch is xt_conntrack's.
+func (w *walker) conntrackMatch(flags, invert uint16, states uint32) match {
+	m := every
+	if flags&uint16(xt.ConntrackState) != 0 {
+		if (w.probe.state()&states != 0) == (invert&uint16(xt.ConntrackState) != 0) {
+			m = none
+		}
+	}
+	if flags&^uint16(xt.ConntrackState|xt.ConntrackStateAlias) != 0 {
+		m = min(m, some)
+	}
+	return m
+}
+
+// raw reads extensions that the library does not (linux/netfilter/xt_*.h).
+func (w *walker) raw(name string, rev uint32, b []byte, yes func(is, invert bool) match) match {
+	p := w.probe
+	u32 := func(at int) uint32 { return binary.NativeEndian.Uint32(b[at:]) }
+	switch {
+	case name == "mark" && rev == 1 && len(b) >= 9:
+		if w.marked {
+			return some
+		}
+		return yes(p.mark&u32(4) == u32(0), b[8] != 0)
+	case name == "state" && len(b) >= 4:
+		return yes(p.state()&u32(0) != 0, false)
+	case name == "pkttype" && len(b) >= 8:
+		return yes(u32(0) == unix.PACKET_HOST, u32(4) != 0)
+	case name == "rpfilter" && len(b) >= 1: // its answer would go where it came from
+		return yes(true, b[0]&8 != 0)
+	case (name == "icmp" || name == "icmp6") && len(b) >= 4:
+		echo := byte(8)
+		if name == "icmp6" {
+			echo = 128
+		}
+		return yes(b[0] == 0xff && name == "icmp" || b[0] == echo, b[3]&1 != 0)
+	case name == "multiport" && rev == 1 && len(b) >= 48:
+		if p.proto != unix.IPPROTO_TCP && p.proto != unix.IPPROTO_UDP {
+			return none
+		}
+		m := none
+		for i := 0; i < min(int(b[1]), 15); i++ {
+			lo := binary.NativeEndian.Uint16(b[2+2*i:])
+			hi := lo
+			if b[32+i] != 0 && i+1 < 15 {
+				hi = binary.NativeEndian.Uint16(b[2+2*(i+1):])
+				i++
+			}
+			in := func(at int) match {
+				return p.transport[at:at+2].between(binaryutil.BigEndian.PutUint16(lo), binaryutil.BigEndian.PutUint16(hi))
+			}
+			switch b[0] {
+			case 0:
+				m = max(m, in(0))
+			case 1:
+				m = max(m, in(2))
+			default:
+				m = max(m, in(0), in(2))
+			}
+		}
+		if b[47] != 0 {
+			return m.not()
+		}
+		return m
+	}
+	return some
+}

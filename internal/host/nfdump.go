@@ -1,0 +1,167 @@
+package host
+
+import (
+	"encoding/binary"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// nfDump asks nftables for what google/nftables does not decode: the verdicts of
+// maps, the counters of elements, and the links of the ingress hooks.
+func nfDump(kind uint16, family nftables.TableFamily, names map[uint16]string) ([]netlink.Message, error) {
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.Close() }()
+	e := netlink.NewAttributeEncoder()
+	for attr, name := range names {
+		e.String(attr, name)
+	}
+	attrs, err := e.Encode()
+	if err != nil {
+		return nil, err
+	}
+	return c.Execute(netlink.Message{
+		Header: netlink.Header{Type: netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind), Flags: netlink.Request | netlink.Dump},
+		Data:   append([]byte{byte(family), unix.NFNETLINK_V0, 0, 0}, attrs...),
+	})
+}
+
+// nfAttrs decodes the attributes of a message, or nested ones.
+func nfAttrs(b []byte, each func(d *netlink.AttributeDecoder)) error {
+	d, err := netlink.NewAttributeDecoder(b)
+	if err != nil {
+		return err
+	}
+	d.ByteOrder = binary.BigEndian
+	for d.Next() {
+		each(d)
+	}
+	return d.Err()
+}
+
+// nfNested is nfAttrs for an attribute's own.
+func nfNested(d *netlink.AttributeDecoder, each func(d *netlink.AttributeDecoder)) {
+	d.Do(func(b []byte) error { return nfAttrs(b, each) })
+}
+
+// setElements reads a set's elements, with verdicts and counters.
+func setElements(family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
+	messages, err := nfDump(unix.NFT_MSG_GETSETELEM, family, map[uint16]string{unix.NFTA_SET_ELEM_LIST_TABLE: table, unix.NFTA_SET_ELEM_LIST_SET: set})
+	if err != nil {
+		return nil, err
+	}
+	var all []nftables.SetElement
+	for _, m := range messages {
+		if len(m.Data) < 4 {
+			continue
+		}
+		if err := nfAttrs(m.Data[4:], func(d *netlink.AttributeDecoder) {
+			if d.Type() != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				return
+			}
+			nfNested(d, func(d *netlink.AttributeDecoder) {
+				var e nftables.SetElement
+				nfNested(d, func(d *netlink.AttributeDecoder) { decodeSetElement(d, &e) })
+				all = append(all, e)
+			})
+		}); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+func decodeSetElement(d *netlink.AttributeDecoder, e *nftables.SetElement) {
+	const keyEnd = 10 // NFTA_SET_ELEM_KEY_END
+	value := func(to *[]byte) {
+		nfNested(d, func(d *netlink.AttributeDecoder) {
+			switch d.Type() {
+			case unix.NFTA_DATA_VALUE:
+				*to = slices.Clone(d.Bytes())
+			case unix.NFTA_DATA_VERDICT:
+				v := &expr.Verdict{}
+				nfNested(d, func(d *netlink.AttributeDecoder) {
+					switch d.Type() {
+					case unix.NFTA_VERDICT_CODE:
+						v.Kind = expr.VerdictKind(int32(d.Uint32()))
+					case unix.NFTA_VERDICT_CHAIN:
+						v.Chain = d.String()
+					}
+				})
+				e.VerdictData = v
+			}
+		})
+	}
+	switch d.Type() {
+	case unix.NFTA_SET_ELEM_KEY:
+		value(&e.Key)
+	case keyEnd:
+		value(&e.KeyEnd)
+	case unix.NFTA_SET_ELEM_DATA:
+		value(&e.Val)
+	case unix.NFTA_SET_ELEM_FLAGS:
+		e.IntervalEnd = d.Uint32()&unix.NFT_SET_ELEM_INTERVAL_END != 0
+	case unix.NFTA_SET_ELEM_EXPR:
+		nfNested(d, func(d *netlink.AttributeDecoder) {
+			if d.Type() != unix.NFTA_EXPR_DATA {
+				return
+			}
+			c := &expr.Counter{}
+			nfNested(d, func(d *netlink.AttributeDecoder) {
+				switch d.Type() {
+				case unix.NFTA_COUNTER_BYTES:
+					c.Bytes = d.Uint64()
+				case unix.NFTA_COUNTER_PACKETS:
+					c.Packets = d.Uint64()
+				}
+			})
+			e.Counter = c
+		})
+	}
+}
+
+// hookLinks are the links whose ingress hooks chains are at, by table and chain.
+func hookLinks(family nftables.TableFamily) (map[[2]string][]string, error) {
+	messages, err := nfDump(unix.NFT_MSG_GETCHAIN, family, nil)
+	if err != nil {
+		return nil, err
+	}
+	const hookDevs = 4 // NFTA_HOOK_DEVS
+	all := make(map[[2]string][]string)
+	for _, m := range messages {
+		if len(m.Data) < 4 {
+			continue
+		}
+		var key [2]string
+		var links []string
+		add := func(name string) { links = append(links, strings.TrimRight(name, "\x00")) }
+		if err := nfAttrs(m.Data[4:], func(d *netlink.AttributeDecoder) {
+			switch d.Type() {
+			case unix.NFTA_CHAIN_TABLE:
+				key[0] = d.String()
+			case unix.NFTA_CHAIN_NAME:
+				key[1] = d.String()
+			case unix.NFTA_CHAIN_HOOK:
+				nfNested(d, func(d *netlink.AttributeDecoder) {
+					switch d.Type() {
+					case unix.NFTA_HOOK_DEV:
+						add(d.String())
+					case hookDevs:
+						nfNested(d, func(d *netlink.AttributeDecoder) { add(d.String()) })
+					}
+				})
+			}
+		}); err != nil {
+			return nil, err
+		}
+		all[key] = links
+	}
+	return all, nil
+}

@@ -1,0 +1,154 @@
+package host
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"culvert/internal/api"
+)
+
+// otherRules is what other programs have in nftables, and what of it is ours.
+type otherRules struct {
+	set  ruleset   // less our own rules
+	ours []ourRule // in the chains of the iptables
+	// warnings are about what cannot be read.
+	warnings []api.Warning
+}
+
+// hookOf says at which of the hooks that concern us the chain is; false if at none.
+func hookOf(ch *nftables.Chain) (nftables.ChainHook, bool) {
+	if ch.Hooknum == nil || ch.Type != nftables.ChainTypeFilter && ch.Type != nftables.ChainTypeRoute {
+		return 0, false
+	}
+	hook := *ch.Hooknum
+	switch ch.Table.Family {
+	case nftables.TableFamilyIPv4, nftables.TableFamilyIPv6:
+		return hook, hook <= *nftables.ChainHookPostrouting
+	case nftables.TableFamilyINet:
+		const ingress = 5 // NF_INET_INGRESS
+		if hook == ingress {
+			return *nftables.ChainHookPrerouting, true
+		}
+		return hook, hook <= *nftables.ChainHookPostrouting
+	case nftables.TableFamilyNetdev:
+		// What passes there passes the prerouting hook next.
+		return *nftables.ChainHookPrerouting, hook == *nftables.ChainHookIngress
+	}
+	return 0, false
+}
+
+// readOthers reads the chains at the hooks, and whatever they lead to.
+func readOthers(c *nftables.Conn, chains []*nftables.Chain) (otherRules, error) {
+	o := otherRules{warnings: legacy()}
+	type name struct {
+		family       nftables.TableFamily
+		table, chain string
+	}
+	byName := make(map[name]*nftables.Chain, len(chains))
+	var next []*nftables.Chain
+	for _, ch := range chains {
+		if ch.Table.Name == TableName && ch.Table.Family == nftables.TableFamilyINet {
+			continue
+		}
+		byName[name{ch.Table.Family, ch.Table.Name, ch.Name}] = ch
+		if _, ok := hookOf(ch); ok {
+			next = append(next, ch)
+		}
+	}
+	seen := make(map[*nftables.Chain]bool)
+	sets := make(map[name]bool)
+	for len(next) > 0 {
+		ch := next[0]
+		next = next[1:]
+		if seen[ch] {
+			continue
+		}
+		seen[ch] = true
+		rules, err := c.GetRules(ch.Table, ch)
+		if err != nil {
+			return o, fmt.Errorf("reading the chain %s of the nftables table %s: %w", ch.Name, ch.Table.Name, err)
+		}
+		read := ruleChain{family: ch.Table.Family, table: ch.Table.Name, name: ch.Name}
+		read.hook, read.base = hookOf(ch)
+		if read.atIngress = read.base && read.hook != *ch.Hooknum || read.family == nftables.TableFamilyNetdev; read.atIngress {
+			links, err := hookLinks(read.family)
+			if err != nil {
+				return o, fmt.Errorf("reading the links of the chain %s of the nftables table %s: %w", ch.Name, ch.Table.Name, err)
+			}
+			read.links = links[[2]string{read.table, read.name}]
+		}
+		read.drops = ch.Policy != nil && *ch.Policy == nftables.ChainPolicyDrop
+		for _, r := range rules {
+			if isOurs(r) {
+				o.ours = append(o.ours, ourRule{
+					text: matchText(r.Exprs, read.family == nftables.TableFamilyIPv4), handle: r.Handle,
+					family: read.family, table: read.table, chain: read.name, after: len(read.rules),
+				})
+				continue
+			}
+			read.rules = append(read.rules, r)
+			for _, e := range r.Exprs {
+				switch e := e.(type) {
+				case *expr.Verdict:
+					if to := byName[name{read.family, read.table, e.Chain}]; to != nil {
+						next = append(next, to)
+					}
+				case *expr.Lookup:
+					key := name{read.family, read.table, e.SetName}
+					if sets[key] {
+						continue
+					}
+					sets[key] = true
+					s, err := readSet(c, ch.Table, e.SetName)
+					if err != nil {
+						continue // gone meanwhile, or of a kind that the library does not know: it may match
+					}
+					o.set.sets = append(o.set.sets, s)
+					for _, element := range s.elements {
+						if element.VerdictData == nil {
+							continue
+						}
+						if to := byName[name{read.family, read.table, element.VerdictData.Chain}]; to != nil {
+							next = append(next, to)
+						}
+					}
+				}
+			}
+		}
+		o.set.chains = append(o.set.chains, read)
+	}
+	return o, nil
+}
+
+func readSet(c *nftables.Conn, t *nftables.Table, name string) (ruleSet, error) {
+	s, err := c.GetSetByName(t, name)
+	if err != nil {
+		return ruleSet{}, err
+	}
+	elements, err := setElements(t.Family, t.Name, name)
+	if err != nil {
+		return ruleSet{}, err
+	}
+	return ruleSet{family: t.Family, table: t.Name, name: name, interval: s.Interval, elements: elements}, nil
+}
+
+// legacy looks for the iptables of old, whose tables nftables does not show.
+func legacy() []api.Warning {
+	var all []api.Warning
+	for _, f := range [][2]string{{"/proc/thread-self/net/ip_tables_names", "iptables"}, {"/proc/thread-self/net/ip6_tables_names", "ip6tables"}} {
+		b, err := os.ReadFile(f[0])
+		if err == nil && slices.Contains(strings.Fields(string(b)), "filter") {
+			all = append(all, api.Warning{
+				Check: "forward-unreadable",
+				Text:  fmt.Sprintf("the legacy %s is in use, which cannot be read here", f[1]),
+				Fix:   fmt.Sprintf("see that its FORWARD chain accepts the cluster network, and INPUT the tunnel (`%s-legacy -S`)", f[1]),
+			})
+		}
+	}
+	return all
+}
