@@ -82,11 +82,14 @@ func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) 
 	return write(have, steps)
 }
 
+// probeDevice is the name of the device that Supports makes and removes.
+const probeDevice = "cvt.probe"
+
 // Supports says whether the kernel can make devices of a type, vxlan or ipip,
 // by making one. The error says why not.
 func Supports(kind string) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "cvt.0"
+	attrs.Name = probeDevice // no VNI: cvt.0 is that of a network with VNI 0
 	var dev netlink.Link
 	switch kind {
 	case "vxlan":

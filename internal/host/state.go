@@ -183,7 +183,7 @@ func flag(on bool, name string) string {
 // Ours says whether a device bears one of culvert's names: culvert0, cvt.<VNI>,
 // cvt6.<VNI>, cvt.ipip.
 func Ours(device string) bool {
-	if device == "culvert0" || device == "cvt.ipip" {
+	if device == "culvert0" || device == "cvt.ipip" || device == probeDevice {
 		return true
 	}
 	vni, ok := strings.CutPrefix(device, "cvt.")
