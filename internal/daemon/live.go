@@ -138,7 +138,9 @@ func (d *node) carry(ctx context.Context, r store, config subnet.Config, lease s
 		}
 		switch {
 		case errors.Is(err, subnet.ErrLost):
-			return errors.Join(err, path.Close(backend.Remove), d.keepInside())
+			// Not Remove: for a moment the cluster network would be the default
+			// route's. keepInside takes away all but the word that it is unreachable.
+			return errors.Join(err, path.Close(backend.Keep), d.keepInside())
 		case ctx.Err() != nil && d.options.ReleaseOnExit:
 			return errors.Join(stopped(ctx, err), s.file.remove(), path.Close(backend.Remove), d.release(ctx, r, s.lease))
 		}
