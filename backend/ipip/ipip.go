@@ -46,6 +46,9 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 		}
 		state.Routes = append(state.Routes, r)
 	}
-	state.Firewall.Tunnels = []host.Tunnel{{Network: network, Device: DeviceName, Subnet: self.Subnet, Peers: backend.Sources(peers)}}
+	state.Firewall.Tunnels = []host.Tunnel{{
+		Network: network, Device: DeviceName, Subnet: self.Subnet, Peers: backend.Sources(peers),
+		Underlay: v.Underlay.Name, Local: local, NoFIB: v.NoFIB,
+	}}
 	return w, nil
 }

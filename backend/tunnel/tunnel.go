@@ -239,7 +239,7 @@ func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 	}
 	t.loop.SetTable(table)
 	t.once.Do(func() { close(t.applied) })
-	return t.keeper.Apply(func(host.View) (host.State, error) { return t.state(s), nil })
+	return t.keeper.Apply(func(v host.View) (host.State, error) { return t.state(s, v), nil })
 }
 
 // table is the loop's view of a snapshot.
@@ -268,7 +268,7 @@ func (t *Tunnel) table(s subnet.Snapshot) *encap.Table {
 
 // state is what the host must be like, given a snapshot: the cluster network is
 // reached through the device, and is unreachable while it is gone.
-func (t *Tunnel) state(s subnet.Snapshot) host.State {
+func (t *Tunnel) state(s subnet.Snapshot, v host.View) host.State {
 	state := backend.Base(t.options.Node, s)
 	link := host.Link{Name: DeviceName, MTU: t.mtu, GSOMaxSegs: gsoMaxSegments}
 	for _, e := range t.options.Lease.Endpoints {
@@ -278,7 +278,11 @@ func (t *Tunnel) state(s subnet.Snapshot) host.State {
 		}
 		link.Addrs = append(link.Addrs, backend.HostAddrs(e)...)
 		state.Routes = append(state.Routes, host.Route{To: network, Link: DeviceName, Source: e.Subnet.Addr()})
-		guard := host.Tunnel{Network: network} // of IPIP, which has no port
+		is4 := network.Addr().Is4()
+		guard := host.Tunnel{ // of IPIP, which has no port
+			Network: network, Subnet: e.Subnet, Peers: backend.Sources(backend.Peers(s, is4)),
+			Underlay: cmp.Or(v.Underlay.Name, t.options.Node.Underlay.Name), Local: t.options.Node.Underlay.Addr(is4), NoFIB: v.NoFIB,
+		}
 		if t.format == encap.FormatVXLAN {
 			guard.Port, guard.VNI = t.options.Config.Backend.Port, e.VTEP.VNI
 		}
@@ -331,12 +335,23 @@ func (t *Tunnel) Status() api.Datapath {
 			mechanism("busy-poll", !t.options.NoBusyPoll, t.options.NoBusyPoll, true),
 		},
 	}
+	standing := t.keeper.Standing()
+	// What the loop dropped, and what our nftables rules did, which pods' forged
+	// packets never pass.
+	filtered := host.Drops(standing.State.Firewall)
 	for _, r := range encap.Reasons() {
-		if n := t.egress.Drops[r].Load() + t.ingress.Drops[r].Load(); n != 0 {
+		n := t.egress.Drops[r].Load() + t.ingress.Drops[r].Load() + filtered[r.String()]
+		delete(filtered, r.String())
+		if n != 0 {
 			s.Drops = append(s.Drops, api.Drop{Reason: r.String(), Packets: n})
 		}
 	}
-	slices.SortStableFunc(s.Drops, func(a, b api.Drop) int { return cmp.Compare(b.Packets, a.Packets) })
+	for reason, n := range filtered {
+		s.Drops = append(s.Drops, api.Drop{Reason: reason, Packets: n})
+	}
+	slices.SortFunc(s.Drops, func(a, b api.Drop) int {
+		return cmp.Or(cmp.Compare(b.Packets, a.Packets), cmp.Compare(a.Reason, b.Reason))
+	})
 	for _, p := range t.loop.Table().All() {
 		if k, ok := p.PathMTU(); ok {
 			s.NarrowPaths = append(s.NarrowPaths, api.NarrowPath{
@@ -345,7 +360,7 @@ func (t *Tunnel) Status() api.Datapath {
 		}
 	}
 	slices.SortFunc(s.NarrowPaths, func(a, b api.NarrowPath) int { return a.Subnet.Compare(b.Subnet) })
-	backend.Describe(&s, t.keeper.Standing())
+	backend.Describe(&s, standing)
 	return s
 }
 

@@ -59,6 +59,7 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 		}
 		state.Firewall.Tunnels = append(state.Firewall.Tunnels, host.Tunnel{
 			Port: link.VXLAN.Port, VNI: link.VXLAN.VNI, Network: network, Device: link.Name, Subnet: self.Subnet, Peers: backend.Sources(peers),
+			Underlay: v.Underlay.Name, Local: link.VXLAN.Local, NoFIB: v.NoFIB,
 		})
 	}
 	return w, nil

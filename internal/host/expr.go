@@ -132,11 +132,53 @@ func innerDestination(p netip.Prefix) rule {
 
 // inputDevice matches what came in by a device.
 func inputDevice(name string) rule {
+	return meta("iifname "+name, expr.MetaKeyIIFNAME, expr.CmpOpEq, nameBytes(name))
+}
+
+func notInputDevice(name string) rule {
+	return meta("iifname != "+name, expr.MetaKeyIIFNAME, expr.CmpOpNeq, nameBytes(name))
+}
+
+// inputKind matches what came in by a device of a kind (IFLA_INFO_KIND), which a
+// physical one has not.
+func inputKind(kind string) rule {
+	const iifkind = 26 // NFT_META_IIFKIND (Linux 5.0), which x/sys/unix lacks
+	return meta(fmt.Sprintf("meta iifkind %q", kind), iifkind, expr.CmpOpEq, nameBytes(kind))
+}
+
+// someInput matches what did not begin on this node. A kernel before 5.7 does
+// not tell in the postrouting hook, and there it matches nothing.
+func someInput() rule { return meta("iif != 0", expr.MetaKeyIIF, expr.CmpOpNeq, make([]byte, 4)) }
+
+func meta(text string, key expr.MetaKey, op expr.CmpOp, data []byte) rule {
+	return rule{text, []expr.Any{
+		&expr.Meta{Key: key, Register: 1},
+		&expr.Cmp{Op: op, Register: 1, Data: data},
+	}, ""}
+}
+
+func nameBytes(name string) []byte {
 	data := make([]byte, unix.IFNAMSIZ)
 	copy(data, name)
-	return rule{"iifname " + name, []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data},
+	return data
+}
+
+// notTheWayBack matches what came in by a link by which no packet to its source
+// would leave. A local address has no such link.
+func notTheWayBack() rule {
+	return rule{"fib saddr . iif oif 0", []expr.Any{
+		&expr.Fib{Register: 1, ResultOIF: true, FlagSADDR: true, FlagIIF: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: make([]byte, 4)},
+	}, ""}
+}
+
+// translated matches what had another destination when it came.
+func translated() rule {
+	status := binaryutil.NativeEndian.PutUint32(1 << 5) // IPS_DST_NAT (nf_conntrack_common.h)
+	return rule{"ct status dnat", []expr.Any{
+		&expr.Ct{Register: 1, Key: expr.CtKeySTATUS},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: status, Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 	}, ""}
 }
 

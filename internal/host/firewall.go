@@ -31,7 +31,7 @@ type Masquerade struct {
 	Except []netip.Prefix
 }
 
-// Tunnel says which encapsulated packets are to be.
+// Tunnel is what the rules must know of the tunnel's encapsulated packets.
 type Tunnel struct {
 	Port    uint16       // UDP, of VXLAN; 0 for IPIP
 	VNI     uint32       // of VXLAN
@@ -39,8 +39,14 @@ type Tunnel struct {
 	// Device is the kernel's that takes packets off the wire. It checks nothing:
 	// these rules do. Empty where a process takes them.
 	Device string
-	Subnet netip.Prefix // this node's, if there is a Device
-	Peers  []Source     // if there is a Device
+	Subnet netip.Prefix // this node's
+	Peers  []Source
+	// Underlay is the link that tunnel packets come in by, and Local this node's
+	// own address there: the outer source of what it sends.
+	Underlay string
+	Local    netip.Addr
+	// NoFIB says that the kernel lacks nftables' fib expression.
+	NoFIB bool
 }
 
 // Source is a pair that belongs together: a peer's underlay address and the
@@ -103,9 +109,7 @@ func (t Tunnel) is() rule {
 // has not seen the packet. IPIP has no number of its own like the VNI: its packets are ours
 // if they lead into the cluster network.
 func (t Tunnel) received() []rule {
-	is4 := t.Network.Addr().Is4()
-	named := map[bool]string{true: "meta nfproto ipv4", false: "meta nfproto ipv6"}
-	is := all(familyIs(is4, named[is4]), t.is())
+	is4, is := t.is4(), t.isNamed()
 	var right rule
 	if t.Port == 0 {
 		right = innerDestination(t.Network)
@@ -142,11 +146,102 @@ func (t Tunnel) unpacked() rule {
 	return all(inputDevice(t.Device), familyIs(t.Network.Addr().Is4(), ""), address("daddr", false, t.Subnet), drop("ingress-destination"))
 }
 
-// sent returns the line that drops tunnel packets that a pod makes itself: with
-// the node's address on them, peers would take them for the node's.
-func (t Tunnel) sent() rule {
-	is4 := t.Network.Addr().Is4()
-	return all(familyIs(is4, ""), address("saddr", true, t.Network), address("daddr", false, t.Network), t.is(), drop("egress-encapsulated"))
+// A receiver knows a peer by the outer source alone. So each node keeps its own
+// pods, and whatever else it forwards packets for, from sending tunnel packets
+// with a node's address as the source:
+//
+//	forward      pod's own source, towards the underlay      egress-encapsulated
+//	             a node's address, from where it is not       egress-forged
+//	postrouting  translated to this node's address           egress-encapsulated
+//	input        the same as in forward, to this node's port
+//	             translated to this node's port               ingress-translated
+//
+// The input and forward hooks come after DNAT, so what a Service leads to a
+// tunnel port is seen as such. A later fragment has no ports, but without its
+// first one it is nothing.
+
+// forwarded returns the lines of the forward hook. Most packets are those of the
+// first line.
+func (t Tunnel) forwarded() []rule {
+	lines := []rule{
+		all(familyIs(t.is4(), ""), address("saddr", true, t.Network), address("daddr", true, t.Network), leave()),
+		all(familyIs(t.is4(), ""), address("saddr", true, t.Network), address("daddr", false, t.Network), t.is(), drop("egress-encapsulated")),
+	}
+	return append(lines, t.forged()...)
+}
+
+// arriving returns the lines of the input hook that drop what does not come from
+// the underlay, or only by a translation.
+func (t Tunnel) arriving() []rule {
+	// A sender that may not send to our port could have a port translated to it.
+	lines := []rule{all(t.isNamed(), translated(), drop("ingress-translated"))}
+	if t.Subnet.IsValid() {
+		lines = append(lines, all(familyIs(t.is4(), ""), address("saddr", true, t.Subnet), t.is(), drop("egress-encapsulated")))
+	}
+	return append(lines, t.forged()...)
+}
+
+// forged returns the lines that drop tunnel packets with a node's address as the
+// source that come in by a bridge or a veth, and not by the link that leads to
+// that address. A node may be a virtual machine or a container behind this
+// host's bridge: then that is the link. Physical links are left alone, since the
+// ways there and back may differ.
+func (t Tunnel) forged() []rule {
+	if !t.Local.IsValid() {
+		return nil
+	}
+	var lines []rule
+	for _, kind := range []string{"bridge", "veth"} {
+		parts := []rule{t.isNamed(), inputKind(kind)}
+		if t.Underlay != "" {
+			parts = append(parts, notInputDevice(t.Underlay))
+		}
+		parts = append(parts, t.nodes().holds("saddr"))
+		if !t.NoFIB {
+			parts = append(parts, notTheWayBack())
+		}
+		lines = append(lines, all(append(parts, drop("egress-forged"))...))
+	}
+	return lines
+}
+
+// departed returns the line that drops forwarded tunnel packets to which a
+// translation, whoever's, gave this node's address. What the kernel's own device
+// makes has come in by that device; what a process sends, by none.
+func (t Tunnel) departed() (line rule, ok bool) {
+	if !t.Local.IsValid() {
+		return line, false
+	}
+	parts := []rule{familyIs(t.is4(), ""), address("saddr", true, netip.PrefixFrom(t.Local, t.Local.BitLen())), t.is(), someInput()}
+	if t.Device != "" {
+		parts = append(parts, notInputDevice(t.Device))
+	}
+	return all(append(parts, drop("egress-encapsulated"))...), true
+}
+
+func (t Tunnel) is4() bool { return t.Network.Addr().Is4() }
+
+// isNamed is is for a line that compares no address of the family.
+func (t Tunnel) isNamed() rule {
+	named := map[bool]string{true: "meta nfproto ipv4", false: "meta nfproto ipv6"}
+	return all(familyIs(t.is4(), named[t.is4()]), t.is())
+}
+
+// nodes is the set of the underlay addresses of all nodes, this one's included.
+func (t Tunnel) nodes() set {
+	s := set{name: "nodes4", is4: t.is4(), bits: nodesOnly}
+	if !t.is4() {
+		s.name = "nodes6"
+	}
+	addrs := map[netip.Addr]bool{t.Local: true}
+	s.elements = []Source{{Outer: t.Local}}
+	for _, p := range t.Peers {
+		if !addrs[p.Outer] {
+			addrs[p.Outer] = true
+			s.elements = append(s.elements, Source{Outer: p.Outer})
+		}
+	}
+	return s
 }
 
 // sets are the sets of the peers' Sources: one for each length of their prefixes,
@@ -181,8 +276,9 @@ func (f Firewall) table() *table {
 		}
 		t.chains = append(t.chains, chain{"postrouting", lines})
 	}
-	var in, inner, out []rule
+	var in, inner, out, departed []rule
 	for _, tunnel := range f.Tunnels {
+		in = append(in, tunnel.arriving()...)
 		if tunnel.Device == "" && tunnel.Port == 0 {
 			in = append(in, tunnel.taken())
 		}
@@ -191,7 +287,11 @@ func (f Firewall) table() *table {
 			inner = append(inner, tunnel.unpacked())
 			t.sets = append(t.sets, tunnel.sets()...)
 		}
-		out = append(out, tunnel.sent())
+		out = append(out, tunnel.forwarded()...)
+		if line, ok := tunnel.departed(); ok {
+			departed = append(departed, line)
+			t.sets = append(t.sets, tunnel.nodes())
+		}
 	}
 	if len(in) > 0 {
 		t.chains = append(t.chains, chain{"input", in})
@@ -201,6 +301,9 @@ func (f Firewall) table() *table {
 	}
 	if len(out) > 0 {
 		t.chains = append(t.chains, chain{"forward", out})
+	}
+	if len(departed) > 0 {
+		t.chains = append(t.chains, chain{"departed", departed})
 	}
 	if len(t.chains) == 0 {
 		return nil

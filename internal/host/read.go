@@ -45,6 +45,8 @@ type device struct {
 // View is what a plan may know of the host: facts that are not culvert's.
 type View struct {
 	Underlay Underlay
+	// NoFIB says that the kernel lacks nftables' fib expression.
+	NoFIB bool
 	// direct are the main table's routes less ours, by longest prefix: whether
 	// what they lead to is on the underlay's link.
 	direct []onLink
@@ -121,6 +123,7 @@ func read(underlay string) (reading, error) {
 			}
 		}
 	}
+	r.view.NoFIB = !offersFIB()
 	r.note(forwardingKey(true))
 	r.note(forwardingKey(false))
 	if err := r.readRoutes(names, r.indexes[underlay]); err != nil {

@@ -34,8 +34,16 @@ type set struct {
 	unlike bool
 }
 
+// nodesOnly, as a set's bits, says that its elements are outer addresses alone.
+const nodesOnly = -2
+
 // setOf is a set that was read, less its elements.
 func setOf(n *nftables.Set) set {
+	if strings.HasPrefix(n.Name, "nodes") {
+		s := set{name: n.Name, is4: n.KeyType.Bytes == 4, bits: nodesOnly}
+		s.unlike = n.KeyType.Bytes != s.width() || n.Interval || n.IsMap || n.Constant || n.Dynamic || n.HasTimeout || n.Size != 0
+		return s
+	}
 	_, length, _ := strings.Cut(n.Name, "_")
 	bits, err := strconv.Atoi(length)
 	if err != nil {
@@ -49,6 +57,9 @@ func setOf(n *nftables.Set) set {
 // keyText is what the set holds, in the words of nft: of the two the second has
 // no name there.
 func (s set) keyText() string {
+	if s.bits == nodesOnly {
+		return family(s.is4) + " saddr"
+	}
 	return fmt.Sprintf("%s saddr . @th,%d,%d", family(s.is4), s.offset*8, s.width()*8)
 }
 
@@ -71,11 +82,28 @@ func (s set) pair() rule {
 	return rule{text + " @" + s.name, append(exprs, &expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: s.name}), ""}
 }
 
+// holds matches packets of which an address (saddr or daddr) is in a set of
+// outer addresses.
+func (s set) holds(field string) rule {
+	return rule{family(s.is4) + " " + field + " @" + s.name, []expr.Any{
+		&expr.Payload{DestRegister: unix.NFT_REG_1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset(field, s.is4), Len: s.width()},
+		&expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: s.name},
+	}, ""}
+}
+
 func (s set) width() uint32 {
 	if s.is4 {
 		return 4
 	}
 	return 16
+}
+
+// keyLen is the bytes of an element's key.
+func (s set) keyLen() uint32 {
+	if s.bits == nodesOnly {
+		return s.width()
+	}
+	return 2 * s.width()
 }
 
 func (s set) nft() *nftables.Set { return &nftables.Set{Table: ourTable(), Name: s.name} }
@@ -98,7 +126,7 @@ func (s set) add() error {
 	e.String(unix.NFTA_SET_NAME, s.name)
 	e.Uint32(unix.NFTA_SET_FLAGS, 0)
 	e.Uint32(unix.NFTA_SET_KEY_TYPE, s.keyType())
-	e.Uint32(unix.NFTA_SET_KEY_LEN, 2*s.width())
+	e.Uint32(unix.NFTA_SET_KEY_LEN, s.keyLen())
 	e.Uint32(unix.NFTA_SET_ID, 1)
 	e.Bytes(unix.NFTA_SET_USERDATA, s.typeof())
 	attrs, err := e.Encode()
@@ -147,7 +175,12 @@ const (
 )
 
 func (s set) keyType() uint32 {
-	if s.is4 {
+	switch {
+	case s.bits == nodesOnly && s.is4:
+		return nftIPv4
+	case s.bits == nodesOnly:
+		return nftIPv6
+	case s.is4:
 		return nftIPv4<<6 | nftInteger
 	}
 	return nftIPv6<<6 | nftInteger
@@ -163,6 +196,8 @@ func (s set) typeof() []byte {
 		fieldSource4            = 11
 		fieldSource6            = 8
 		baseTransport           = 3
+		keyByteOrder, keyTypeof = 0, 3 // NFTNL_UDATA_SET_...
+		byteOrderBig            = 2
 	)
 	desc, field := uint32(descIP), uint32(fieldSource4)
 	if !s.is4 {
@@ -172,8 +207,10 @@ func (s set) typeof() []byte {
 		return slices.Concat(udata32(0, exprPayload), udata(1, description...))
 	}
 	named := payload(udata32(0, desc), udata32(1, field))
+	if s.bits == nodesOnly {
+		return slices.Concat(udata32(keyByteOrder, byteOrderBig), udata(keyTypeof, named))
+	}
 	nameless := payload(udata32(0, 0), udata32(1, 0), udata32(2, baseTransport), udata32(3, s.offset*8), udata32(4, s.width()*8))
-	const keyByteOrder, keyTypeof = 0, 3 // NFTNL_UDATA_SET_...
 	return slices.Concat(udata32(keyByteOrder, 0),
 		udata(keyTypeof, udata32(0, exprConcat), udata(1, udata(0, named), udata(1, nameless))))
 }
@@ -235,6 +272,10 @@ func diffElements(s set, have set) []step {
 func elementsText(all []Source) string {
 	words := make([]string, len(all))
 	for i, e := range all {
+		if !e.Inner.IsValid() {
+			words[i] = e.Outer.String()
+			continue
+		}
 		words[i] = fmt.Sprintf("%s . 0x%x", e.Outer, e.Inner.Masked().Addr().AsSlice())
 	}
 	return "{ " + strings.Join(words, ", ") + " }"
@@ -243,6 +284,10 @@ func elementsText(all []Source) string {
 func elements(all []Source) []nftables.SetElement {
 	list := make([]nftables.SetElement, len(all))
 	for i, e := range all {
+		if !e.Inner.IsValid() {
+			list[i] = nftables.SetElement{Key: e.Outer.AsSlice()}
+			continue
+		}
 		list[i] = nftables.SetElement{Key: append(e.Outer.AsSlice(), e.Inner.Masked().Addr().AsSlice()...)}
 	}
 	return list
@@ -251,6 +296,10 @@ func elements(all []Source) []nftables.SetElement {
 // sourceOf reads an element of a set for inner prefixes of so many bits; false
 // if it is none that elements makes.
 func sourceOf(e nftables.SetElement, bits int) (Source, bool) {
+	if bits == nodesOnly {
+		outer, ok := netip.AddrFromSlice(e.Key)
+		return Source{Outer: outer}, ok && len(e.KeyEnd) == 0
+	}
 	n := len(e.Key) / 2
 	outer, ok1 := netip.AddrFromSlice(e.Key[:n])
 	inner, ok2 := netip.AddrFromSlice(e.Key[n:])

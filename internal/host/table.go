@@ -147,6 +147,9 @@ func (c chain) nft() (*nftables.Chain, string) {
 		return n, "type filter hook prerouting priority raw;"
 	case "forward":
 		n.Hooknum = nftables.ChainHookForward
+	case "departed": // after any translation of the source
+		n.Hooknum, n.Priority = nftables.ChainHookPostrouting, nftables.ChainPriorityRef(300)
+		return n, "type filter hook postrouting priority 300;"
 	}
 	return n, "type filter hook " + c.name + " priority filter;"
 }
@@ -218,10 +221,12 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 	return t, nil
 }
 
-// label is what a line's comment says: the line, or where nft would not read
-// so long a comment, its beginning and a hash.
+// label is what a line's comment says: the line without quotes, which nft does
+// not read in a comment, or where it is too long for one, its beginning and a
+// hash.
 func label(text string) string {
 	const most = 127
+	text = strings.ReplaceAll(text, `"`, "")
 	if len(text) <= most {
 		return text
 	}
