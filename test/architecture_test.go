@@ -20,10 +20,11 @@ import (
 // only.
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
-	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd"},
+	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd"},
 	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "subnet/kept", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
+	"culvert/internal/echo":            {},
 	"culvert/internal/host":            {"internal/api"},
 	"culvert/internal/api":             {"internal/api/readiness"},
 	"culvert/internal/api/readiness":   {},

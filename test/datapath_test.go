@@ -36,14 +36,7 @@ func TestMixedCluster(t *testing.T) {
 	}
 	hand := c.addHandmade(c.Nodes[2], "10.5.250.0/24", "fd00:5:0:fa::/64")
 	for i, s := range ours {
-		for k, p := range s.Lease.Subnets {
-			if err := hand[k].AddPeer(subnet.Endpoint{
-				Subnet: p, Public: c.Nodes[i].Addrs[k],
-				VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(c.Nodes[i].ID, 1, p.Addr().Is6())},
-			}); err != nil {
-				t.Fatal(err)
-			}
-		}
+		c.introduce(hand, c.Nodes[i], s)
 		c.waitReady(c.Nodes[i], 2)
 	}
 	type end struct {
@@ -99,6 +92,20 @@ func (c *cluster) addHandmade(n *lab.Node, subnets ...string) []*lab.HandmadeVXL
 	}
 	c.put("/coreos.com/network/subnets/"+lease.Key(), string(value))
 	return devices
+}
+
+// introduce enters a node as a peer of the devices that were made by hand, as
+// flannel would from its lease.
+func (c *cluster) introduce(hand []*lab.HandmadeVXLAN, n *lab.Node, s api.Status) {
+	c.t.Helper()
+	for k, p := range s.Lease.Subnets {
+		if err := hand[k].AddPeer(subnet.Endpoint{
+			Subnet: p, Public: n.Addrs[k],
+			VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(n.ID, 1, p.Addr().Is6())},
+		}); err != nil {
+			c.t.Fatal(err)
+		}
+	}
 }
 
 func drops(s api.Status, reason string) uint64 {

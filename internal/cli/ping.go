@@ -1,0 +1,356 @@
+package cli
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"culvert/internal/api"
+	"culvert/internal/echo"
+)
+
+// pingOptions are the flags of culvert ping.
+type pingOptions struct {
+	runDir   string
+	all      bool
+	count    int
+	interval time.Duration
+	patience time.Duration
+	noMTU    bool
+	out      output
+}
+
+func newPingCommand() *cobra.Command {
+	var o pingOptions
+	c := &cobra.Command{
+		Use:   "ping {NODE|SUBNET|ADDRESS...|--all}",
+		Short: "Measure the way to nodes and pods through the tunnel",
+		Long: `Send ICMP echo requests through the tunnel, from this node's address in its own
+subnet, and show round-trip time, loss, and the largest packet that passes. A
+node is named by its identity, its subnet or its underlay address; its tunnel
+device answers, whether the node runs culvert or flannel. Any other address of
+the cluster network, such as a pod's, is asked itself.
+
+Where the tunnel does not answer the underlay is asked too, so that a broken
+tunnel and a node that is down can be told apart.
+
+Exit code 1: something did not answer, or does not take packets as large as
+pods may send.`,
+		Example: `  culvert ping n2
+  culvert ping 10.5.19.7
+  culvert ping --all -o json`,
+		RunE: func(c *cobra.Command, args []string) error {
+			if o.all == (len(args) > 0) {
+				return usagef("ping what? Name nodes or addresses, or use --all")
+			}
+			if o.count < 1 || o.interval < 0 || o.patience <= 0 {
+				return usagef("--count needs 1 or more, and --timeout a positive time")
+			}
+			asking, cancel := context.WithTimeout(c.Context(), 5*time.Second)
+			defer cancel()
+			s, err := api.GetStatus(asking, o.runDir)
+			if err != nil {
+				return err
+			}
+			targets, err := pingTargets(s, args)
+			if err != nil {
+				return err
+			}
+			results, err := o.pingAll(c.Context(), s, targets)
+			if err != nil {
+				return err
+			}
+			if err := o.out.write(c.OutOrStdout(), results, func(w io.Writer) error { return writePings(w, results) }); err != nil {
+				return err
+			}
+			if slices.ContainsFunc(results, func(r pingResult) bool { return r.Problem != "" }) {
+				return errReported
+			}
+			return nil
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
+	f.BoolVar(&o.all, "all", false, "ping every node")
+	f.IntVarP(&o.count, "count", "c", 3, "requests to each")
+	f.DurationVarP(&o.interval, "interval", "i", 200*time.Millisecond, "time from one request to the next")
+	f.DurationVar(&o.patience, "timeout", time.Second, "how long an answer may take")
+	f.BoolVar(&o.noMTU, "no-mtu", false, "do not measure the largest packet that passes")
+	o.out.addTo(f)
+	return c
+}
+
+// pingTarget is what is asked, and the node that it belongs to.
+type pingTarget struct {
+	Node   string       `json:"node,omitempty"`
+	Subnet netip.Prefix `json:"subnet,omitzero"`
+	Addr   netip.Addr   `json:"address"`
+	Public netip.Addr   `json:"public_ip,omitzero"` // of the node, on the underlay
+}
+
+// pingResult is what the requests to one target came to. Times are in
+// nanoseconds, sizes in bytes of the inner IP packet.
+type pingResult struct {
+	pingTarget
+	echo.Summary
+	MTU     int    `json:"mtu,omitempty"`      // the largest packet that passed; 0 if not measured
+	WantMTU int    `json:"want_mtu,omitempty"` // what pods may send
+	Problem string `json:"problem,omitempty"`
+}
+
+// pingTargets finds what the arguments name; none mean every node.
+func pingTargets(s api.Status, args []string) ([]pingTarget, error) {
+	var targets []pingTarget
+	if len(args) == 0 {
+		for _, p := range s.Peers {
+			targets = append(targets, peerTargets(s, p)...)
+		}
+		return targets, nil
+	}
+	for _, arg := range args {
+		found, err := pingTargetsOf(s, arg)
+		if err != nil {
+			return nil, err
+		}
+		targets = append(targets, found...)
+	}
+	return targets, nil
+}
+
+func pingTargetsOf(s api.Status, arg string) ([]pingTarget, error) {
+	addr, notAddr := netip.ParseAddr(arg)
+	prefix, notPrefix := netip.ParsePrefix(arg)
+	for _, p := range s.Peers {
+		switch {
+		case arg == p.Node && arg != "",
+			notPrefix == nil && slices.Contains(p.Subnets, prefix),
+			notAddr == nil && slices.Contains(p.PublicIPs, addr):
+			return peerTargets(s, p), nil
+		case notAddr != nil:
+			continue
+		}
+		for i, subnet := range p.Subnets {
+			if subnet.Contains(addr) {
+				return []pingTarget{{Node: p.Node, Subnet: subnet, Addr: addr, Public: publicOf(p, i)}}, nil
+			}
+		}
+	}
+	switch {
+	case notAddr == nil && s.Lease != nil && slices.ContainsFunc(s.Lease.Subnets, func(n netip.Prefix) bool { return n.Contains(addr) }):
+		return []pingTarget{{Node: s.Node, Addr: addr}}, nil
+	case notAddr == nil && slices.ContainsFunc(s.Networks, func(n netip.Prefix) bool { return n.Contains(addr) }):
+		return nil, fmt.Errorf("no node leases a subnet with %s: see `culvert status`", addr)
+	case notAddr == nil:
+		return nil, fmt.Errorf("%s is not in the cluster network (%s)", addr, join(s.Networks))
+	case arg == s.Node:
+		return nil, fmt.Errorf("%s is this node: name another, or the address of a pod", arg)
+	}
+	return nil, fmt.Errorf("no node has the name, subnet or address %q: see `culvert status`", arg)
+}
+
+// peerTargets are a node's addresses on its tunnel devices, which bear the
+// first address of the subnet, with flannel too. A node that is reached by
+// plain routes alone has none; its underlay address answers.
+func peerTargets(s api.Status, p api.Peer) []pingTarget {
+	var targets []pingTarget
+	for i, subnet := range p.Subnets {
+		t := pingTarget{Node: p.Node, Subnet: subnet, Addr: subnet.Masked().Addr(), Public: publicOf(p, i)}
+		if s.Datapath.WireFormat == "host-gw" {
+			t.Addr = t.Public
+		}
+		targets = append(targets, t)
+	}
+	return targets
+}
+
+// publicOf returns the underlay address that the peer's i-th subnet is behind:
+// of the same family as the subnet, as leases have them.
+func publicOf(p api.Peer, i int) netip.Addr {
+	for _, a := range p.PublicIPs {
+		if a.Is4() == p.Subnets[i].Addr().Is4() {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+// pingWorkers bounds how many targets are measured at once.
+const pingWorkers = 256
+
+// pingAll measures every target, in the order of its addresses.
+func (o pingOptions) pingAll(ctx context.Context, s api.Status, targets []pingTarget) ([]pingResult, error) {
+	pingers, err := openPingers(s, targets)
+	defer func() {
+		for _, p := range pingers {
+			_ = p.Close()
+		}
+	}()
+	if err != nil {
+		return nil, err
+	}
+	results := make([]pingResult, len(targets))
+	var group sync.WaitGroup
+	tokens := make(chan struct{}, pingWorkers)
+	for i, t := range targets {
+		tokens <- struct{}{}
+		group.Go(func() {
+			defer func() { <-tokens }()
+			results[i] = o.ping(ctx, s, t, pingers)
+		})
+	}
+	group.Wait()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	slices.SortFunc(results, func(a, b pingResult) int {
+		return cmp.Or(cmp.Compare(a.Node, b.Node), a.Addr.Compare(b.Addr))
+	})
+	return results, nil
+}
+
+// from says which socket asks what: through the tunnel from this node's own
+// subnet, on the underlay from its own address there.
+type from struct{ is4, tunnel bool }
+
+// openPingers opens the sockets that the targets need.
+func openPingers(s api.Status, targets []pingTarget) (map[from]*echo.Pinger, error) {
+	pingers := make(map[from]*echo.Pinger)
+	for _, t := range targets {
+		for _, f := range []from{{t.Addr.Is4(), true}, {t.Addr.Is4(), false}} {
+			if pingers[f] != nil {
+				continue
+			}
+			p, err := echo.Open(sourceOf(s, f))
+			if err != nil {
+				// The tunnel device may be missing, which the requests will tell.
+				p, err = echo.Open(unspecified(f.is4))
+			}
+			if err != nil {
+				return pingers, fmt.Errorf("%w (this needs root)", err)
+			}
+			pingers[f] = p
+		}
+	}
+	return pingers, nil
+}
+
+func sourceOf(s api.Status, f from) netip.Addr {
+	if f.tunnel && s.Lease != nil && s.Datapath.WireFormat != "host-gw" {
+		for _, n := range s.Lease.Subnets {
+			if n.Addr().Is4() == f.is4 {
+				return n.Masked().Addr()
+			}
+		}
+	}
+	if !f.tunnel {
+		for _, a := range s.Underlay.Addrs {
+			if a.Is4() == f.is4 {
+				return a
+			}
+		}
+	}
+	return unspecified(f.is4)
+}
+
+func unspecified(is4 bool) netip.Addr {
+	if is4 {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+// ping measures one target.
+func (o pingOptions) ping(ctx context.Context, s api.Status, t pingTarget, pingers map[from]*echo.Pinger) pingResult {
+	r := pingResult{pingTarget: t}
+	tunnel := pingers[from{t.Addr.Is4(), true}]
+	r.Summary, _ = tunnel.Series(ctx, t.Addr, o.count, 0, o.interval, o.patience)
+	if r.Answered == 0 {
+		r.Problem = o.silence(ctx, t, r.Err, pingers[from{t.Addr.Is4(), false}])
+		return r
+	}
+	if r.Answered < r.Sent {
+		r.Problem = fmt.Sprintf("%d of %d requests were lost", r.Sent-r.Answered, r.Sent)
+	}
+	if want := s.Datapath.MTU; !o.noMTU && want > 0 {
+		r.WantMTU = want
+		// What loses packets for another reason needs more patience than a
+		// round trip, and no more than was given to the small ones.
+		patience := min(o.patience, max(100*time.Millisecond, 20*r.Times[len(r.Times)-1]))
+		low := 576
+		if !t.Addr.Is4() {
+			low = 1280
+		}
+		r.MTU, _ = tunnel.PathMTU(ctx, t.Addr, min(low, want), want, patience)
+		if r.MTU < want {
+			lost := fmt.Sprintf("packets of more than %d bytes do not pass, and pods send up to %d: lower the MTU (Backend.MTU), or mend the path", r.MTU, want)
+			if r.MTU == 0 {
+				lost = fmt.Sprintf("no packet of %d bytes or more passes", min(low, want))
+			}
+			r.Problem = strings.TrimPrefix(r.Problem+"; "+lost, "; ")
+		}
+	}
+	return r
+}
+
+// silence says why the tunnel may not answer, by asking the underlay too.
+func (o pingOptions) silence(ctx context.Context, t pingTarget, why error, underlay *echo.Pinger) string {
+	words := "no answer"
+	if why != nil {
+		words = why.Error()
+	}
+	var refused echo.Refused
+	if errors.As(why, &refused) || !t.Public.IsValid() || t.Public.Is4() != t.Addr.Is4() {
+		return words
+	}
+	if s, _ := underlay.Series(ctx, t.Public, 2, 0, 0, o.patience); s.Answered > 0 {
+		return fmt.Sprintf("%s through the tunnel, while %s answers on the underlay in %s: a firewall drops the tunnel's packets on the way or there, or no daemon serves there",
+			words, t.Public, milliseconds(s.Median()))
+	}
+	return fmt.Sprintf("%s, nor does %s on the underlay: the node is down, or the underlay does not reach it", words, t.Public)
+}
+
+// milliseconds shows a round-trip time.
+func milliseconds(d time.Duration) string {
+	return fmt.Sprintf("%.2f ms", float64(d)/float64(time.Millisecond))
+}
+
+func writePings(w io.Writer, results []pingResult) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "NODE\tADDRESS\tANSWERED\tMIN\tMEDIAN\tMAX\tLARGEST")
+	bad := 0
+	for _, r := range results {
+		line := []string{cmp.Or(r.Node, "-"), r.Addr.String(), fmt.Sprintf("%d of %d", r.Answered, r.Sent), "-", "-", "-", "-"}
+		if r.Answered > 0 {
+			line[3], line[4], line[5] = milliseconds(r.Times[0]), milliseconds(r.Median()), milliseconds(r.Times[len(r.Times)-1])
+		}
+		if r.WantMTU > 0 {
+			line[6] = fmt.Sprintf("%d of %d bytes", r.MTU, r.WantMTU)
+		}
+		fmt.Fprintln(t, strings.Join(line, "\t"))
+		if r.Problem != "" {
+			bad++
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, r := range results {
+		if r.Problem != "" {
+			fmt.Fprintf(w, "BAD %s: %s\n", strings.TrimSpace(r.Node+" "+r.Addr.String()), r.Problem)
+		}
+	}
+	if bad > 0 || len(results) > 1 {
+		fmt.Fprintf(w, "%d of %d answer in full\n", len(results)-bad, len(results))
+	}
+	return nil
+}

@@ -1,0 +1,79 @@
+package cli
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"culvert/internal/api"
+	"culvert/internal/echo"
+)
+
+func TestWritePings(t *testing.T) {
+	var b strings.Builder
+	if err := writePings(&b, []pingResult{
+		{
+			pingTarget: pingTarget{Node: "n2", Addr: netip.MustParseAddr("10.5.19.0")},
+			Summary:    echo.Summary{Sent: 3, Answered: 3, Times: []time.Duration{110 * time.Microsecond, 140 * time.Microsecond, 1200 * time.Microsecond}},
+			MTU:        1450, WantMTU: 1450,
+		},
+		{
+			pingTarget: pingTarget{Addr: netip.MustParseAddr("10.5.140.0")},
+			Summary:    echo.Summary{Sent: 3},
+			Problem:    "no answer, nor does 192.0.2.3 on the underlay: the node is down, or the underlay does not reach it",
+		},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	const want = `NODE  ADDRESS     ANSWERED  MIN      MEDIAN   MAX      LARGEST
+n2    10.5.19.0   3 of 3    0.11 ms  0.14 ms  1.20 ms  1450 of 1450 bytes
+-     10.5.140.0  0 of 3    -        -        -        -
+BAD 10.5.140.0: no answer, nor does 192.0.2.3 on the underlay: the node is down, or the underlay does not reach it
+1 of 2 answer in full
+`
+	if b.String() != want {
+		t.Errorf("%s\nwant\n%s", b.String(), want)
+	}
+}
+
+func TestPingTargets(t *testing.T) {
+	prefix, addr := netip.MustParsePrefix, netip.MustParseAddr
+	s := api.Status{
+		Node: "n1", Networks: []netip.Prefix{prefix("10.5.0.0/16"), prefix("fd00:5::/48")},
+		Lease: &api.Lease{Subnets: []netip.Prefix{prefix("10.5.1.0/24"), prefix("fd00:5:0:1::/64")}},
+		Peers: []api.Peer{{
+			Node: "n2", Subnets: []netip.Prefix{prefix("10.5.2.0/24"), prefix("fd00:5:0:2::/64")},
+			PublicIPs: []netip.Addr{addr("192.0.2.2"), addr("2001:db8::2")},
+		}},
+	}
+	for _, c := range []struct {
+		format, arg string
+		want        string // addresses, or part of an error
+	}{
+		{"vxlan", "n2", "10.5.2.0 fd00:5:0:2::"},
+		{"host-gw", "n2", "192.0.2.2 2001:db8::2"},
+		{"vxlan", "192.0.2.2", "10.5.2.0 fd00:5:0:2::"},
+		{"vxlan", "fd00:5:0:2::/64", "10.5.2.0 fd00:5:0:2::"},
+		{"vxlan", "10.5.2.9", "10.5.2.9"},
+		{"vxlan", "fd00:5:0:2::9", "fd00:5:0:2::9"},
+		{"vxlan", "10.5.1.9", "10.5.1.9"}, // a pod of this node
+		{"vxlan", "10.5.3.9", "no node leases"},
+		{"vxlan", "198.51.100.1", "not in the cluster network"},
+		{"vxlan", "n1", "this node"},
+		{"vxlan", "", "no node has"},
+	} {
+		s.Datapath.WireFormat = c.format
+		targets, err := pingTargets(s, []string{c.arg})
+		var got []string
+		for _, target := range targets {
+			got = append(got, target.Addr.String())
+		}
+		if err != nil {
+			got = []string{err.Error()}
+		}
+		if !strings.Contains(strings.Join(got, " "), c.want) {
+			t.Errorf("%q: %q, want %q", c.arg, got, c.want)
+		}
+	}
+}

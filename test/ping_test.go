@@ -1,0 +1,121 @@
+package test
+
+import (
+	"bytes"
+	"encoding/json"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"culvert/internal/lab"
+)
+
+// TestPing has `culvert ping` measure a kernel node, one that is made by hand
+// as flannel makes it, and a pod, from a userspace node and from a kernel node:
+// whole, then with each thing broken that it tells apart.
+func TestPing(t *testing.T) {
+	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
+	c.setConfig(dual)
+	n1, n2 := c.Nodes[0], c.Nodes[1]
+	c.start(n1, "--datapath", "userspace")
+	n2Daemon := c.start(n2, "--datapath", "kernel")
+	self := c.waitReady(n1, 1)
+	c.introduce(c.addHandmade(c.Nodes[2], "10.5.250.0/24", "fd00:5:0:fa::/64"), n1, self)
+	c.waitReady(n1, 2)
+	c.waitReady(n2, 2)
+	pod, err := n2.AddPod(t.Context(), "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	type result struct {
+		Node     string     `json:"node"`
+		Address  netip.Addr `json:"address"`
+		Sent     int        `json:"sent"`
+		Answered int        `json:"answered"`
+		MTU      int        `json:"mtu"`
+		Problem  string     `json:"problem"`
+	}
+	ping := func(from *lab.Node, args ...string) ([]result, error) {
+		t.Helper()
+		args = append([]string{"ping", "--run-dir", from.RunDir, "-i", "10ms", "--timeout", "300ms", "-o", "json"}, args...)
+		out, err := from.Run(t.Context(), filepath.Join(c.bin, "culvert"), args...)
+		var results []result
+		if len(bytes.TrimSpace(out)) > 0 {
+			if err := json.Unmarshal(out, &results); err != nil {
+				t.Fatalf("%s\n%v", out, err)
+			}
+		}
+		return results, err
+	}
+	well := func(r result) bool { return r.Answered == 3 && r.Problem == "" && r.MTU == self.Datapath.MTU }
+
+	if got, err := ping(n1, "--all"); err != nil || len(got) != 4 || !slices.ContainsFunc(got, well) || slices.ContainsFunc(got, func(r result) bool { return !well(r) }) {
+		t.Errorf("n1 pings all: %+v, %v", got, err)
+	}
+	// n3's administrator has entered n1 alone, not n2.
+	if got, err := ping(n2, "n1"); err != nil || len(got) != 2 || slices.ContainsFunc(got, func(r result) bool { return !well(r) || r.Node != "n1" }) {
+		t.Errorf("n2 pings n1: %+v, %v", got, err)
+	}
+	if got, err := ping(n1, pod.Addrs[0].String(), pod.Addrs[1].String()); err != nil || len(got) != 2 || slices.ContainsFunc(got, func(r result) bool { return !well(r) }) {
+		t.Errorf("n1 pings a pod: %+v, %v", got, err)
+	}
+	for arg, want := range map[string]string{
+		"n9": "no node has the name", "10.5.249.1": "no node leases", "192.0.2.1": "not in the cluster network", "n1": "this node",
+	} {
+		if _, err := ping(n1, arg); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("ping %s: %v", arg, err)
+		}
+	}
+
+	// A link on the way that silently takes less than the nodes' own links.
+	setMTU := func(mtu int) {
+		t.Helper()
+		if err := c.Fabric.Do(func() error {
+			link, err := netlink.LinkByName(n2.ID)
+			if err != nil {
+				return err
+			}
+			return netlink.LinkSetMTU(link, mtu)
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	setMTU(1400)
+	n2Address := c.waitReady(n2, 2).Lease.Subnets[0].Addr()
+	got, err := ping(n1, n2.Addrs[0].String())
+	if err == nil || len(got) != 2 || got[0].Answered != 3 || got[0].MTU >= self.Datapath.MTU || got[0].MTU < 1250 || !strings.Contains(got[0].Problem, "do not pass") {
+		t.Errorf("over a narrow link: %+v, %v", got, err)
+	}
+	setMTU(1500)
+
+	// A node without its tunnel.
+	if err := n2Daemon.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n2.Run(t.Context(), filepath.Join(c.bin, "culvert"), "cleanup", "--run-dir", n2.RunDir); err != nil {
+		t.Fatal(err)
+	}
+	got, err = ping(n1, n2Address.String())
+	if err == nil || len(got) != 1 || got[0].Answered != 0 || !strings.Contains(got[0].Problem, "answers on the underlay") {
+		t.Errorf("a node without its tunnel: %+v, %v", got, err)
+	}
+	// A node that is down.
+	if err := n2.Do(func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetDown(link)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	got, err = ping(n1, n2Address.String())
+	if err == nil || len(got) != 1 || !strings.Contains(got[0].Problem, "the node is down") {
+		t.Errorf("a node that is down: %+v, %v", got, err)
+	}
+}
