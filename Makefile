@@ -104,6 +104,13 @@ bench: build
 	test -e bench/results/scale.json || bin/culvert bench scale --rounds 7 --json=bench/results/scale.json --docs docs || exit; \
 	bin/culvert bench report bench/results/full.json --html bench/results/full.html --docs docs >/dev/null && exit $$failed
 
+.PHONY: bench-fast-path
+## bench-fast-path: what the fast path gives, with pods as ends (10 minutes; resumes), into docs/benchmarks.md
+bench-fast-path: build
+	@mkdir -p bench/results
+	bin/culvert bench --preset fast-path --resume bench/results/fast-path.json $(BENCH_FLAGS) && \
+	bin/culvert bench report bench/results/fast-path.json --html bench/results/fast-path.html --docs docs >/dev/null
+
 MICRO := CGO_ENABLED=0 $(GO) test ./encap -run '^$$' -bench . -benchtime 200ms -count 6
 
 .PHONY: bench-micro

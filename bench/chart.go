@@ -56,11 +56,7 @@ const paletteDark = `--ink:#e6edf3;--grid:#3d444d;--paper:#0d1117;--soft:#151b23
 func (r *Report) charts() ([]chart, error) {
 	var all []chart
 	for _, c := range mainColumns() {
-		names := slices.DeleteFunc(datapathNames(), func(d string) bool {
-			return !slices.ContainsFunc(r.Results, func(x Result) bool {
-				return x.Datapath == d && x.Workload == c.workload && x.Metric == c.metric
-			})
-		})
+		names := r.datapathsOf(func(x Result) bool { return x.Workload == c.workload && x.Metric == c.metric })
 		if len(names) == 0 {
 			continue
 		}

@@ -41,6 +41,9 @@ func Compare(before, after *Report) (Comparison, error) {
 	if a, b := before.Machine.Nodes, after.Machine.Nodes; a != b {
 		return c, fmt.Errorf("the old report is of %d nodes and the new one of %d: these cannot be compared (--nodes %d measures anew)", a, b, a)
 	}
+	if a, b := before.Machine.Ends, after.Machine.Ends; a != b {
+		return c, fmt.Errorf("the ends in the old report are %s and in the new one %s: these cannot be compared (--ends %s measures anew)", a, b, a)
+	}
 	old := map[key]Result{}
 	for _, x := range before.Results {
 		old[x.key()] = x

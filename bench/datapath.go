@@ -1,10 +1,13 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"culvert/internal/lab"
@@ -23,7 +26,16 @@ type Datapath struct {
 	none bool
 	// kernel says that no daemon carries packets.
 	kernel bool
+	// culvert says that culvert's daemon drives it, which then it does where the
+	// ends are pods.
+	culvert bool
+	// fast says that the daemon has its fast path on, for which there is always
+	// a daemon; without it, off.
+	fast bool
 }
+
+// fastSuffix ends the name of a datapath of culvert's with the fast path on.
+const fastSuffix = "+fast"
 
 // checkedNative is native with iperf3's traffic.
 const checkedNative = "native/iperf3"
@@ -33,11 +45,13 @@ func Datapaths() []Datapath {
 	all := []Datapath{
 		{Name: "native", About: "the underlay itself, no tunnel: the limit", none: true},
 		{Name: checkedNative, About: "the same with iperf3's traffic, to check the built-in generator", none: true, generator: iperf3Name},
-		{Name: "host-gw", About: "routes on the underlay, no tunnel", kernel: true},
-		{Name: "vxlan/kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true},
-		{Name: "vxlan/userspace", About: "culvert's own loop"},
-		{Name: "ipip/kernel", About: "the Linux kernel's ipip device, as culvert drives it", kernel: true},
-		{Name: "ipip/userspace", About: "culvert's own loop"},
+		{Name: "host-gw", About: "routes on the underlay, no tunnel", kernel: true, culvert: true},
+		{Name: "vxlan/kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true, culvert: true},
+		{Name: "vxlan/kernel" + fastSuffix, About: "the same below culvert's fast path", kernel: true, culvert: true, fast: true},
+		{Name: "vxlan/userspace", About: "culvert's own loop", culvert: true},
+		{Name: "vxlan/userspace" + fastSuffix, About: "the same below culvert's fast path", culvert: true, fast: true},
+		{Name: "ipip/kernel", About: "the Linux kernel's ipip device, as culvert drives it", kernel: true, culvert: true},
+		{Name: "ipip/userspace", About: "culvert's own loop", culvert: true},
 		{Name: "naive", About: "VXLAN with one packet per system call: the floor"},
 		{Name: "wireguard-go", About: "the library, which encrypts"},
 	}
@@ -58,6 +72,33 @@ func (d Datapath) Available() (ok bool, why string) {
 	return true, ""
 }
 
+// again separates the name of a datapath from the number of its instance:
+// "vxlan/kernel#2" is vxlan/kernel once more, with nodes of its own. Two
+// instances of one datapath show what a difference means that there is not.
+const again = "#"
+
+// FindDatapath returns the datapath of a name, which may be one instance of
+// several: "vxlan/kernel#2".
+func FindDatapath(name string) (Datapath, bool) {
+	base, number, numbered := strings.Cut(name, again)
+	if n, err := strconv.Atoi(number); numbered && (err != nil || n < 2) {
+		return Datapath{}, false
+	}
+	for _, d := range Datapaths() {
+		if d.Name == base {
+			d.Name = name
+			return d, true
+		}
+	}
+	return Datapath{}, false
+}
+
+// base is the datapath's name without the number of its instance.
+func (d Datapath) base() string {
+	base, _, _ := strings.Cut(d.Name, again)
+	return base
+}
+
 func datapathNames() []string {
 	var names []string
 	for _, d := range Datapaths() {
@@ -66,7 +107,16 @@ func datapathNames() []string {
 	return names
 }
 
-func datapathOrder(name string) int { return slices.Index(datapathNames(), name) }
+// compareDatapaths orders names as Datapaths does, and instances of one by
+// their numbers.
+func compareDatapaths(a, b string) int {
+	aBase, aNumber, _ := strings.Cut(a, again)
+	bBase, bNumber, _ := strings.Cut(b, again)
+	names := datapathNames()
+	return cmp.Or(
+		cmp.Compare(slices.Index(names, aBase), slices.Index(names, bBase)),
+		cmp.Compare(len(aNumber), len(bNumber)), cmp.Compare(aNumber, bNumber))
+}
 
 // Underlays returns the names of the underlays.
 func Underlays() []string {
@@ -131,9 +181,9 @@ func cause(err error) error {
 
 func lastLine(p process) string { return p.Tail(1) }
 
-// startLab makes the nodes of a lab and the datapath between them.
+// startLab makes the nodes of a lab, the datapath between them, and the ends.
 func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err error) {
-	l, err := lab.New(lab.Options{Nodes: o.nodes, Underlay: underlayOf(o.nodes)})
+	l, err := lab.New(lab.Options{Nodes: o.nodes, Underlay: underlayOf(o.nodes), Bin: o.bin})
 	if err != nil {
 		return nil, err
 	}
@@ -152,16 +202,27 @@ func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err erro
 		s.bridge = bridge[0].Features
 	}
 	s.labs = l
-	s.far, s.to = localEnd(l.Nodes[0].Namespace), l.Nodes[0].Addrs[0]
-	for _, n := range l.Nodes[1:] {
-		s.near = append(s.near, n.Namespace)
+	s.to = l.Nodes[0].Addrs[0]
+	for i, n := range l.Nodes {
+		s.ends, s.subnets = append(s.ends, n.Namespace), append(s.subnets, innerSubnet(i))
 	}
 	switch {
+	case d.none && o.ends == Pods:
+		err = s.routeSubnets(l)
 	case d.none:
 	case d.Program != nil:
-		err = s.startProgram(ctx, l)
+		err = s.startProgram(ctx, l, o)
+	case d.fast || d.culvert && o.ends == Pods:
+		err = s.startDaemons(ctx, l, o)
 	default:
 		err = s.startNodes(ctx, l, o)
+	}
+	if err == nil && o.ends == Pods {
+		err = s.addPods(ctx, l)
+	}
+	s.far = localEnd(s.ends[0])
+	for _, e := range s.ends[1:] {
+		s.near = append(s.near, e)
 	}
 	if err == nil {
 		err = s.reach(ctx)
@@ -182,7 +243,7 @@ func underlayOf(nodes int) lab.Underlay {
 
 // startNodes starts one process per node that carries its part.
 func (s *site) startNodes(ctx context.Context, l *lab.Lab, o siteOptions) error {
-	part := Part{Datapath: s.datapath.Name, Port: tunnelPort, Absent: o.absent}
+	part := Part{Datapath: s.datapath.base(), Port: tunnelPort, Absent: o.absent}
 	for _, n := range l.Nodes {
 		part.Underlay = append(part.Underlay, n.Addrs[0])
 	}

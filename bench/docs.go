@@ -15,6 +15,8 @@ const DocsFile = "benchmarks.md"
 const (
 	docsBegin      = "<!-- results: written by culvert bench --docs; do not edit -->"
 	docsEnd        = "<!-- end of results -->"
+	docsPodsBegin  = "<!-- pods: written by culvert bench --ends pods --docs; do not edit -->"
+	docsPodsEnd    = "<!-- end of pods -->"
 	docsScaleBegin = "<!-- scale: written by culvert bench scale --docs; do not edit -->"
 	docsScaleEnd   = "<!-- end of scale -->"
 )
@@ -35,16 +37,21 @@ func between(dir, begin, end, text string) error {
 }
 
 // Docs puts the results into benchmarks.md of a directory, between two marks,
-// and the charts beside it, in place of earlier ones.
+// and the charts beside it, in place of earlier ones. Results with pods as ends
+// have a place of their own.
 func (r *Report) Docs(dir, reference string) error {
 	charts, err := r.charts()
 	if err != nil {
 		return err
 	}
-	if err := between(dir, docsBegin, docsEnd, r.markdown(charts, reference)); err != nil {
+	begin, end, charted := docsBegin, docsEnd, "charts"
+	if r.Machine.Ends == Pods {
+		begin, end, charted = docsPodsBegin, docsPodsEnd, "charts/pods"
+	}
+	if err := between(dir, begin, end, r.markdown(charts, charted, reference)); err != nil {
 		return err
 	}
-	pictures := filepath.Join(dir, "charts")
+	pictures := filepath.Join(dir, charted)
 	if err := os.MkdirAll(pictures, 0o755); err != nil {
 		return err
 	}
@@ -85,11 +92,30 @@ func (r *Report) standalone(c chart) string {
 	return c.SVG[:end] + "\n" + style + c.SVG[end:]
 }
 
-func (r *Report) markdown(charts []chart, reference string) string {
+// markdownRatios writes what users feel first, as ratios.
+func (r *Report) markdownRatios(b *strings.Builder, reference string) {
+	rows := r.ratioRows(reference)
+	if len(rows) == 0 {
+		return
+	}
+	underlays := r.underlays()
+	fmt.Fprintf(b, "\n### Ratios to %s\n\n%s\n", reference, r.howRatios(reference))
+	last := ""
+	for _, row := range rows {
+		if row.Datapath != last {
+			fmt.Fprintf(b, "\n| %s | %s |\n| --- |%s\n", row.Datapath, strings.Join(underlays, " | "), strings.Repeat(" ---: |", len(underlays)))
+			last = row.Datapath
+		}
+		fmt.Fprintf(b, "| %s | %s |\n", row.Title, strings.Join(row.Cells, " | "))
+	}
+}
+
+func (r *Report) markdown(charts []chart, charted, reference string) string {
 	var b strings.Builder
 	for _, f := range r.Machine.facts() {
 		fmt.Fprintf(&b, "- %s: %s\n", f.Name, f.Value)
 	}
+	r.markdownRatios(&b, reference)
 	fmt.Fprintf(&b, "\nMedians, half of the span between the least and the greatest round, and the ratio to %s;\na ? marks a ratio that the rounds' spread makes worthless.\n", reference)
 	colours := []string{"blue", "orange", "green", "violet", "grey"}
 	var keys []string
@@ -136,7 +162,7 @@ func (r *Report) markdown(charts []chart, reference string) string {
 	}
 	fmt.Fprintf(&b, "\n### Charts\n")
 	for _, c := range charts {
-		fmt.Fprintf(&b, "\n![%s](charts/%s.svg)\n", c.Title, c.Name)
+		fmt.Fprintf(&b, "\n![%s](%s/%s.svg)\n", c.Title, charted, c.Name)
 	}
 	return b.String()
 }

@@ -37,7 +37,7 @@ func (iperf3) available() (ok bool, why string) {
 }
 
 func (iperf3) takes(w workload, m method) time.Duration {
-	if w.rr || w.crr {
+	if !w.plain() {
 		return 0
 	}
 	const start = 500 * time.Millisecond
@@ -62,15 +62,15 @@ type iperf3Report struct {
 }
 
 func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
-	if w.rr || w.crr {
+	if !w.plain() {
 		return nil, unavailable("iperf3 has no such workload: --generator builtin")
 	}
 	if s.labs == nil {
 		return nil, unavailable("iperf3 runs in a lab only: --generator builtin")
 	}
-	senders := s.labs.Nodes[1:]
+	senders := s.ends[1:]
 	for i := range senders {
-		server, err := s.labs.Nodes[0].Start(lab.Command{
+		server, err := s.ends[0].Start(lab.Command{
 			Name: fmt.Sprintf("iperf3-%d-%d", time.Now().UnixNano(), i), Path: iperf3Name,
 			Args: []string{"-s", "-1", "-B", s.to.String(), "-p", strconv.Itoa(iperf3Port + i), "--forceflush"},
 		})

@@ -34,7 +34,7 @@ func (r *Report) CSV(w io.Writer) error {
 func (r *Report) GoBench(w io.Writer) error {
 	var b strings.Builder
 	m := r.Machine
-	fmt.Fprintf(&b, "goos: linux\ngoarch: %s\ncpu: %s\nkernel: %s\nculvert: %s\nnodes: %d\n", m.Arch, m.CPU, m.Kernel, m.Culvert, m.Nodes)
+	fmt.Fprintf(&b, "goos: linux\ngoarch: %s\ncpu: %s\nkernel: %s\nculvert: %s\nnodes: %d\nends: %s\n", m.Arch, m.CPU, m.Kernel, m.Culvert, m.Nodes, m.Ends)
 	for _, d := range metrics {
 		better := "lower"
 		if d.higher {

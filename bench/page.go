@@ -118,6 +118,7 @@ func (m Machine) facts() []fact {
 		{"stolen by the hypervisor", fmt.Sprintf("at most %.1f %%", m.Steal*100)},
 		{"generator", fmt.Sprintf("%s, TCP %s", m.Generator, m.Congestion)},
 		{"nodes", m.joined()},
+		{"ends", m.between()},
 		{"each measurement", fmt.Sprintf("%s after %s of warm-up", seconds(m.Duration), seconds(m.Warmup))},
 	}
 	for _, p := range slices.Sorted(maps.Keys(m.Programs)) {
@@ -140,6 +141,14 @@ func (m Machine) joined() string {
 		return fmt.Sprintf("%d nodes on a bridge, %d of which send to the first at once: not comparable with two", m.Nodes, m.Nodes-1)
 	}
 	return fmt.Sprintf("%d nodes", m.Nodes)
+}
+
+// between says what sends and receives.
+func (m Machine) between() string {
+	if m.Ends == Pods {
+		return "pods, each behind a veth on the bridge of its node, which forwards"
+	}
+	return "nodes: sockets on the nodes themselves"
 }
 
 // off lists the offloads that an underlay's profile turned off, of those that

@@ -74,6 +74,7 @@ func (d *duration) UnmarshalText(text []byte) error {
 type programNode struct {
 	Self, Peer, First programEnd
 	Link              string // the underlay's
+	Pods              bool   // are the ends
 	Device            string
 	Port              uint16
 	Etcd              string // URL
@@ -139,7 +140,7 @@ func expand(text string, n programNode) (string, error) {
 }
 
 // startProgram starts the program on both nodes: it joins no more.
-func (s *site) startProgram(ctx context.Context, l *lab.Lab) error {
+func (s *site) startProgram(ctx context.Context, l *lab.Lab, o siteOptions) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
 	p := s.datapath.Program
@@ -161,7 +162,7 @@ func (s *site) startProgram(ctx context.Context, l *lab.Lab) error {
 	for i, n := range l.Nodes {
 		nodes[i] = programNode{
 			Self: ends[i], Peer: ends[1-i], First: ends[0],
-			Link: n.Link, Device: p.Device, Port: tunnelPort, Etcd: etcd,
+			Link: n.Link, Pods: o.ends == Pods, Device: p.Device, Port: tunnelPort, Etcd: etcd,
 		}
 		if err := p.write(nodes[i]); err != nil {
 			return err
@@ -203,6 +204,9 @@ func (s *site) startProgram(ctx context.Context, l *lab.Lab) error {
 		}
 		if i == 0 {
 			s.to = inner
+		}
+		if s.subnets[i], err = inner.Prefix(s.subnets[i].Bits()); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -315,7 +319,9 @@ func configureDevice(dev netlink.Link, underlay string, cost int, self netip.Add
 	}
 	for _, other := range others {
 		if err := netlink.RouteReplace(&netlink.Route{
-			LinkIndex: dev.Attrs().Index, Dst: host.IPNet(other), Scope: netlink.SCOPE_LINK, Src: self.AsSlice(),
+			LinkIndex: dev.Attrs().Index, Dst: host.IPNet(other), Src: self.AsSlice(),
+			// The node answers for its pods, where the device has neighbours.
+			Gw: other.Addr().AsSlice(), Flags: int(netlink.FLAG_ONLINK),
 		}); err != nil {
 			return fmt.Errorf("route %s by %s: %w", other, name, err)
 		}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -167,10 +168,8 @@ func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, e
 
 // entry is the datapath that the part is of.
 func (p Part) entry() Datapath {
-	for _, d := range Datapaths() {
-		if d.Name == p.Datapath {
-			return d
-		}
+	if d, ok := FindDatapath(p.Datapath); ok {
+		return d
 	}
 	return Datapath{Name: p.Datapath}
 }
@@ -312,8 +311,12 @@ func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *
 	switch {
 	case d.Program != nil:
 		return s, unavailable("other programs are measured in a lab only")
+	case d.fast:
+		return s, unavailable("the fast path is measured in a lab only")
+	case d.base() != d.Name:
+		return s, unavailable("a second instance is measured in a lab only")
 	case !d.none:
-		p := Part{Datapath: d.Name, Slot: datapathOrder(d.Name), Underlay: []netip.Addr{r.there, r.here}}
+		p := Part{Datapath: d.Name, Slot: slices.Index(datapathNames(), d.Name), Underlay: []netip.Addr{r.there, r.here}}
 		p.Port = tunnelPort + uint16(p.Slot)
 		there, here := p, p
 		there.Link, here.Link = r.link[1], r.link[0]

@@ -60,6 +60,9 @@ const (
 	P99               Metric = "p99"
 	P999              Metric = "p999"
 	Connections       Metric = "connections"
+	Jain              Metric = "jain"
+	LeastShare        Metric = "share_min"
+	MostShare         Metric = "share_max"
 	CPUPerGB          Metric = "cpu_seconds_per_gb"
 	DaemonCPUPerGB    Metric = "daemon_cpu_seconds_per_gb"
 	RSS               Metric = "rss_mb"
@@ -80,6 +83,9 @@ var metrics = []struct {
 	{P99, "us", false},
 	{P999, "us", false},
 	{Connections, "1/s", true},
+	{Jain, "1", true},
+	{LeastShare, "1", true},
+	{MostShare, "1", false},
 	{CPUPerGB, "s/GB", false},
 	{DaemonCPUPerGB, "s/GB", false},
 	{RSS, "MB", false},
@@ -196,7 +202,7 @@ func (r *Report) sort() {
 	slices.SortStableFunc(r.Results, func(a, b Result) int {
 		return cmp.Or(
 			cmp.Compare(slices.Index(Underlays(), a.Underlay), slices.Index(Underlays(), b.Underlay)),
-			cmp.Compare(datapathOrder(a.Datapath), datapathOrder(b.Datapath)),
+			compareDatapaths(a.Datapath, b.Datapath),
 			cmp.Compare(slices.Index(Workloads(), a.Workload), slices.Index(Workloads(), b.Workload)),
 			cmp.Compare(a.Metric.order(), b.Metric.order()))
 	})
@@ -218,6 +224,7 @@ func Load(path string) (*Report, error) {
 	if r.Machine.Nodes == 0 {
 		r.Machine.Nodes = 2 // what it was before it was said
 	}
+	r.Machine.Ends = cmp.Or(r.Machine.Ends, Nodes) // the same
 	for i, x := range r.Results {
 		if x.Metric.order() < 0 || len(x.Rounds) == 0 {
 			return nil, fmt.Errorf("%s: result %d (metric %q, %d rounds) is none of schema %d", path, i+1, string(x.Metric), len(x.Rounds), Schema)
@@ -275,6 +282,7 @@ type Machine struct {
 	Congestion string  `json:"congestion_control"`
 	Generator  string  `json:"generator"`
 	Nodes      int     `json:"nodes"`            // all but the first sent to that one at once
+	Ends       string  `json:"ends"`             // Nodes or Pods: what sent and received
 	Duration   float64 `json:"duration_seconds"` // of one measurement
 	Warmup     float64 `json:"warmup_seconds"`   // before each
 	// Offloads are the features of the underlay's links, by profile, as they

@@ -20,7 +20,7 @@ func sample() *Report {
 	r := &Report{Schema: Schema, Machine: Machine{
 		Time: time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC), Culvert: "v1.2.3", Go: "go1.26.0", Kernel: "6.18.44",
 		Arch: "amd64", CPU: "AMD EPYC", CPUs: 2, MemoryMB: 24000, Governor: "none", Load: 0.25, Steal: 0.01,
-		Congestion: "cubic", Generator: "builtin", Nodes: 2, Duration: 1, Warmup: 0.25,
+		Congestion: "cubic", Generator: "builtin", Nodes: 2, Ends: Nodes, Duration: 1, Warmup: 0.25,
 		Offloads: map[string]map[string]bool{"offload": {"rx-gro": true}, "bare": {"rx-gro": false, "tx-udp-segmentation": false}},
 		Programs: map[string]string{"tinc": "tinc version 1.0.36"},
 	}}
@@ -85,6 +85,11 @@ func TestForms(t *testing.T) {
 	golden(t, "report.csv", csv.Bytes())
 	golden(t, "report.gobench", gobench.Bytes())
 	golden(t, "report.json", text)
+	var ratios bytes.Buffer
+	if err := r.Ratios(&ratios, "vxlan/kernel"); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "report.ratios", ratios.Bytes())
 
 	// benchstat reads what it is given.
 	read, units := benchfmt.NewReader(&gobench, "report"), 0
@@ -237,6 +242,10 @@ func TestCompareTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	golden(t, "compare.table", b.Bytes())
+	after.Machine.Ends = Pods
+	if _, err := Compare(before, after); err == nil || !strings.Contains(err.Error(), "old report are nodes and in the new one pods") {
+		t.Errorf("other ends: %v", err)
+	}
 	after.Machine.Nodes = 3
 	if _, err := Compare(before, after); err == nil || !strings.Contains(err.Error(), "of 2 nodes and the new one of 3") {
 		t.Errorf("other nodes: %v", err)
@@ -271,12 +280,18 @@ func TestDocs(t *testing.T) {
 	if err := sample().Docs(dir, "vxlan/kernel"); err == nil {
 		t.Error("no page, and no error")
 	}
-	page := "# Page\n" + docsScaleBegin + "\nold scale\n" + docsScaleEnd + "\nbetween\n" + docsBegin + "\nold results\n" + docsEnd + "\nend\n"
+	page := "# Page\n" + docsScaleBegin + "\nold scale\n" + docsScaleEnd + "\nbetween\n" + docsBegin + "\nold results\n" + docsEnd + "\npods\n" + docsPodsBegin + "\nold pods\n" + docsPodsEnd + "\nend\n"
 	if err := os.WriteFile(path, []byte(page), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 { // a second time in place of the first
 		if err := sample().Docs(dir, "vxlan/kernel"); err != nil {
+			t.Fatal(err)
+		}
+		pods := sample()
+		pods.Machine.Ends = Pods
+		pods.Results = pods.Results[:1]
+		if err := pods.Docs(dir, "vxlan/kernel"); err != nil {
 			t.Fatal(err)
 		}
 		if err := (&ScaleReport{Scale: []Scaled{{Peers: 7, ReadyMS: 12}}}).Docs(dir); err != nil {
@@ -290,14 +305,17 @@ func TestDocs(t *testing.T) {
 	got := string(text)
 	for want, times := range map[string]int{
 		"# Page\n": 1, "\nbetween\n": 1, "\nend\n": 1, "old": 0, "| 7 | - | - | - | 12.0 | - |": 1,
-		"| vxlan/userspace | 11.0 ±61% x0.50? |": 1, "](charts/tcp1-throughput.svg)": 1,
+		"| vxlan/userspace | 11.0 ±61% x0.50? |": 1, "](charts/tcp1-throughput.svg)": 1, "](charts/pods/tcp1-throughput.svg)": 1,
+		"- ends: nodes": 1, "- ends: pods, each behind a veth": 1,
 	} {
 		if n := strings.Count(got, want); n != times {
 			t.Errorf("%q stands there %d times:\n%s", want, n, got)
 		}
 	}
 	charts, _ := filepath.Glob(filepath.Join(dir, "charts", "*.svg"))
-	if len(charts) != strings.Count(got, "](charts/") {
+	pods, _ := filepath.Glob(filepath.Join(dir, "charts", "pods", "*.svg"))
+	charts = append(charts, pods...)
+	if len(pods) != 1 || len(charts) != strings.Count(got, "](charts/") {
 		t.Errorf("the charts are %v", charts)
 	}
 }
@@ -308,7 +326,7 @@ func TestDocsOfThisProject(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, mark := range []string{docsBegin, docsEnd, docsScaleBegin, docsScaleEnd} {
+	for _, mark := range []string{docsBegin, docsEnd, docsPodsBegin, docsPodsEnd, docsScaleBegin, docsScaleEnd} {
 		if strings.Count(string(text), mark) != 1 {
 			t.Errorf("%s has not one line %q", DocsFile, mark)
 		}

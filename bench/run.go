@@ -19,7 +19,8 @@ import (
 type Options struct {
 	Underlays, Datapaths, Workloads []string // names
 
-	Nodes            int // all but the first send to that one at once
+	Nodes            int    // all but the first send to that one at once
+	Ends             string // one of Ends; Nodes if empty
 	Rounds           int
 	Duration, Warmup time.Duration // of each measurement
 	Lossfree         bool          // UDP: search the highest rate without loss too
@@ -28,6 +29,7 @@ type Options struct {
 
 	Version string // of culvert
 	Self    string // path of the program that has `bench node`
+	Bin     string // directory of culvert's programs, for ends that are pods and for the fast path; empty: lab.FindBin
 	// Progress is called before each measurement.
 	Progress func(Progress)
 	// Save is called after each measurement.
@@ -46,6 +48,7 @@ func (o *Options) Resume(prior *Report) error {
 		{"kernel", was.Kernel, now.Kernel},
 		{"CPU", was.CPU, now.CPU},
 		{"nodes", strconv.Itoa(was.Nodes), strconv.Itoa(o.Nodes)},
+		{"ends", was.Ends, cmp.Or(o.Ends, Nodes)},
 		{"generator", was.Generator, o.Generator},
 		{"duration", seconds(was.Duration), o.Duration.String()},
 		{"warm-up", seconds(was.Warmup), o.Warmup.String()},
@@ -82,7 +85,7 @@ func (o Options) Check() error {
 			return fmt.Errorf("no %s is chosen: %s", c.what, strings.Join(c.choices, ", "))
 		}
 		for _, name := range c.given {
-			if !slices.Contains(c.choices, name) {
+			if _, ok := FindDatapath(name); !slices.Contains(c.choices, name) && !(c.what == "datapath" && ok) {
 				return fmt.Errorf("there is no %s %q: %s", c.what, name, strings.Join(c.choices, ", "))
 			}
 		}
@@ -98,6 +101,10 @@ func (o Options) Check() error {
 		return fmt.Errorf("a client measures the underlay %s: --underlay %s", Existing, Existing)
 	case o.Nodes < 2 || o.Nodes > MostNodes:
 		return fmt.Errorf("%d nodes: 2 to %d", o.Nodes, MostNodes)
+	case o.Ends != "" && !slices.Contains(Ends(), o.Ends):
+		return fmt.Errorf("there are no ends %q: %s", o.Ends, strings.Join(Ends(), ", "))
+	case existing && o.Ends == Pods:
+		return fmt.Errorf("the ends on the underlay %s are the hosts: --ends %s is for labs", Existing, Pods)
 	case o.Rounds < 1:
 		return fmt.Errorf("%d rounds: at least 1", o.Rounds)
 	case o.Duration < 50*time.Millisecond:
@@ -132,19 +139,23 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	if err := o.Check(); err != nil {
 		return nil, err
 	}
+	o.Ends = cmp.Or(o.Ends, Nodes)
+	slices.SortFunc(o.Datapaths, compareDatapaths)
+	o.Datapaths = slices.Compact(o.Datapaths)
 	r := &runner{Options: o, method: method{warmup: o.Warmup, duration: o.Duration, lossfree: o.Lossfree}, generators: map[string]generator{}}
 	if ok, why := (iperf3{}).available(); o.Generator == iperf3Name && !ok {
 		return nil, fmt.Errorf("--generator %s: %s (apt-get install iperf3), and %s needs nothing", iperf3Name, why, builtinName)
 	}
-	for _, d := range Datapaths() {
-		r.generators[d.Name] = generatorOf(cmp.Or(d.generator, o.Generator))
+	for _, name := range o.Datapaths {
+		d, _ := FindDatapath(name)
+		r.generators[name] = generatorOf(cmp.Or(d.generator, o.Generator))
 	}
 	r.report = &Report{Schema: Schema, Machine: thisMachine()}
 	m := &r.report.Machine
 	m.Culvert, m.Congestion = o.Version, load.Congestion
 	m.Generator = o.Generator
 	m.Duration, m.Warmup = o.Duration.Seconds(), o.Warmup.Seconds()
-	m.Nodes = o.Nodes
+	m.Nodes, m.Ends = o.Nodes, o.Ends
 	if underlayOf(o.Nodes) == lab.Bridged {
 		m.Bridge = map[string]map[string]bool{}
 	}
@@ -213,19 +224,21 @@ func (r *runner) underlay(ctx context.Context, underlay string) (err error) {
 			err = errors.Join(err, s.close())
 		}
 	}()
-	for _, d := range Datapaths() {
-		if !slices.Contains(r.Datapaths, d.Name) || r.complete(underlay, d.Name) {
+	for _, name := range r.Datapaths {
+		if r.complete(underlay, name) {
 			continue
 		}
+		d, _ := FindDatapath(name)
 		if err := r.start(ctx, underlay, d); err != nil {
 			return err
 		}
 	}
 	for round := range r.Rounds {
 		for _, w := range r.chosen() {
-			for _, d := range Datapaths() {
-				s := r.sites[d.Name]
-				if s == nil || r.report.rounds(underlay, d.Name, w.name) > round {
+			for _, i := range balanced(len(r.Datapaths), round) {
+				name := r.Datapaths[i]
+				s := r.sites[name]
+				if s == nil || r.report.rounds(underlay, name, w.name) > round {
 					continue
 				}
 				if err := r.measure(ctx, s, w, round); err != nil {
@@ -235,6 +248,25 @@ func (r *runner) underlay(ctx context.Context, underlay string) (err error) {
 		}
 	}
 	return nil
+}
+
+// balanced is the order of n datapaths in a round: a Latin square (E. J.
+// Williams, 1949), in which over n rounds, or 2n where n is odd, each has each
+// place and comes after each other one equally often. What one leaves behind in
+// caches, and what the first in a row has by being first, so meets all alike.
+func balanced(n, round int) []int {
+	order := make([]int, n)
+	for i := range order {
+		zigzag := (i + 1) / 2 // 0, 1, n-1, 2, n-2, ...
+		if i%2 == 0 {
+			zigzag = -zigzag
+		}
+		order[i] = ((zigzag+round)%n + n) % n
+	}
+	if n%2 == 1 && round/n%2 == 1 {
+		slices.Reverse(order)
+	}
+	return order
 }
 
 func (r *runner) complete(underlay, datapath string) bool {
@@ -269,7 +301,7 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	if underlay == Existing {
 		s, err = startExisting(ctx, d, r.Remote, r.Self)
 	} else {
-		s, err = startLab(ctx, d, siteOptions{nodes: r.Nodes, profile: lab.Profile(underlay), self: r.Self})
+		s, err = startLab(ctx, d, siteOptions{nodes: r.Nodes, profile: lab.Profile(underlay), ends: r.Ends, self: r.Self, bin: r.Bin})
 	}
 	if ctx.Err() != nil {
 		if s != nil && err == nil {

@@ -25,9 +25,11 @@ type site struct {
 	offloads map[string]bool // of the nodes' links of the underlay
 	bridge   map[string]bool // of the bridge's, if one lies between
 
-	near    []load.Place // what dials: all nodes but the first
-	far     load.End     // what listens: the first
-	to      netip.Addr   // the first node's inner address
+	near    []load.Place     // what dials: the ends at all nodes but the first
+	far     load.End         // what listens: the one at the first
+	to      netip.Addr       // that one's address
+	ends    []*lab.Namespace // in a lab: the nodes', or those of their pods
+	subnets []netip.Prefix   // in a lab: the nodes'
 	daemons []daemon
 	labs    *lab.Lab
 	farCost func(context.Context) (cost, error) // of another machine; nil for this one
@@ -38,7 +40,9 @@ type site struct {
 type siteOptions struct {
 	nodes   int
 	profile lab.Profile
+	ends    string // Nodes or Pods
 	self    string // this program
+	bin     string // directory of culvert's programs; empty: found when it is needed
 	absent  int    // peers in the datapath's table that are not there
 }
 

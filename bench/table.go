@@ -36,6 +36,7 @@ func sections() []section {
 	var tcp, udp, latency, loaded []column
 	for _, w := range workloads() {
 		switch {
+		case !w.plain():
 		case w.streams > 0:
 			tcp = append(tcp, column{w.name, Throughput, w.name + " Gbit/s"})
 		case w.payload > 0:
@@ -44,7 +45,14 @@ func sections() []section {
 	}
 	for _, m := range []Metric{P50, P90, P99, P999} {
 		latency = append(latency, column{"rr", m, fmt.Sprintf("rr %s us", m)})
-		loaded = append(loaded, column{"rr-loaded", m, fmt.Sprintf("rr-loaded %s us", m)})
+	}
+	for _, w := range workloads() {
+		if w.loaded {
+			for _, m := range []Metric{P50, P90, P99, P999} {
+				loaded = append(loaded, column{w.name, m, fmt.Sprintf("%s %s us", w.name, m)})
+			}
+			loaded = append(loaded, column{w.name, Throughput, w.name + " Gbit/s"})
+		}
 	}
 	latency = append(latency, column{"crr", Connections, "crr 1/s"})
 	return []section{
@@ -52,6 +60,14 @@ func sections() []section {
 		{"Packets received", udp},
 		{"Latency", latency},
 		{"Latency under load", loaded},
+		{"Fairness", []column{
+			{"fair8", Throughput, "fair8 Gbit/s"},
+			{"fair8", Jain, "fair8 Jain's index"},
+			{"fair8", LeastShare, "fair8 least share"},
+			{"fair8", MostShare, "fair8 greatest share"},
+			{"tcp1-flooded", Throughput, "tcp1-flooded Gbit/s"},
+			{"tcp1-flooded", Rate, "tcp1-flooded kpps"},
+		}},
 		{"Cost of throughput", costs("tcp1")},
 		{"Cost of small packets", costs("udp64")},
 	}
@@ -64,12 +80,8 @@ const worthless = 0.25
 // ratio to the reference datapath's.
 func (r *Report) Table(w io.Writer, reference string) error {
 	var b strings.Builder
-	m := r.Machine
-	fmt.Fprintf(&b, "culvert %s, %s, Linux %s, %d x %s, governor %s, load %.2f\n",
-		m.Culvert, m.Go, m.Kernel, m.CPUs, cmp.Or(m.CPU, m.Arch), m.Governor, m.Load)
-	fmt.Fprintf(&b, "generator %s, TCP %s, %s each after %s; medians, ± half of max - min, x ratio to %s\n",
-		m.Generator, m.Congestion, seconds(m.Duration), seconds(m.Warmup), reference)
-	fmt.Fprintf(&b, "%s\n", m.joined())
+	r.head(&b)
+	fmt.Fprintf(&b, "medians, ± half of max - min, x ratio to %s\n", reference)
 	for _, u := range r.underlays() {
 		for _, s := range sections() {
 			r.section(&b, u, s, reference)
@@ -78,6 +90,15 @@ func (r *Report) Table(w io.Writer, reference string) error {
 	r.notes(&b, reference)
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// head says what was measured on, and how.
+func (r *Report) head(b *strings.Builder) {
+	m := r.Machine
+	fmt.Fprintf(b, "culvert %s, %s, Linux %s, %d x %s, governor %s, load %.2f\n",
+		m.Culvert, m.Go, m.Kernel, m.CPUs, cmp.Or(m.CPU, m.Arch), m.Governor, m.Load)
+	fmt.Fprintf(b, "generator %s, TCP %s, %s each after %s\n", m.Generator, m.Congestion, seconds(m.Duration), seconds(m.Warmup))
+	fmt.Fprintf(b, "%s; the ends are %s\n", m.joined(), m.between())
 }
 
 func (r *Report) section(b *strings.Builder, underlay string, s section, reference string) {
@@ -163,6 +184,13 @@ func (r *Report) doubtful(x, ref Result) bool {
 }
 
 func (r *Report) notes(b *strings.Builder, reference string) {
+	r.missing(b)
+	r.doubts(b, reference)
+	r.disturbed(b)
+}
+
+// missing lists what has no result.
+func (r *Report) missing(b *strings.Builder) {
 	if len(r.Failed) > 0 {
 		fmt.Fprintf(b, "\nWithout a result:\n")
 		t := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
@@ -171,6 +199,10 @@ func (r *Report) notes(b *strings.Builder, reference string) {
 		}
 		_ = t.Flush()
 	}
+}
+
+// doubts lists the ratios that say nothing.
+func (r *Report) doubts(b *strings.Builder, reference string) {
 	var doubts []string
 	for _, x := range r.Results {
 		if ref, ok := r.Find(x.Underlay, reference, x.Workload, x.Metric); ok && r.doubtful(x, ref) {
@@ -189,6 +221,10 @@ func (r *Report) notes(b *strings.Builder, reference string) {
 			fmt.Fprintf(b, "  %s\n", d)
 		}
 	}
+}
+
+// disturbed says what of the machine disturbed the measurements.
+func (r *Report) disturbed(b *strings.Builder) {
 	const muchSteal = 0.05
 	if r.Machine.Steal > muchSteal {
 		fmt.Fprintf(b, "\nWarning: the hypervisor took up to %.0f %% of the CPU time during a measurement.\n", r.Machine.Steal*100)
@@ -220,9 +256,19 @@ func (r *Report) underlays() []string {
 
 // datapaths returns those with a result, or a failure of a part, on the underlay, in order.
 func (r *Report) datapaths(underlay string) []string {
-	return slices.DeleteFunc(datapathNames(), func(d string) bool {
-		return !slices.ContainsFunc(r.Results, func(x Result) bool { return x.Underlay == underlay && x.Datapath == d })
-	})
+	return r.datapathsOf(func(x Result) bool { return x.Underlay == underlay })
+}
+
+// datapathsOf returns those with a result that is wanted, in order.
+func (r *Report) datapathsOf(wanted func(Result) bool) []string {
+	var names []string
+	for _, x := range r.Results {
+		if wanted(x) && !slices.Contains(names, x.Datapath) {
+			names = append(names, x.Datapath)
+		}
+	}
+	slices.SortFunc(names, compareDatapaths)
+	return names
 }
 
 // figure shows a value with three digits that matter.

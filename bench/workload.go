@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"culvert/bench/load"
@@ -17,8 +19,13 @@ type workload struct {
 	reverse bool // TCP from the far end to the near one
 	payload int  // bytes of UDP
 	rr, crr bool
-	loaded  bool // requests beside one TCP stream
+	loaded  bool // requests beside one TCP stream, which is reverse or not
+	fair    bool // the streams' shares count
+	flood   int  // bytes of UDP datagrams that are sent beside the streams, as fast as can be
 }
+
+// plain says that there is nothing but streams, or datagrams.
+func (w workload) plain() bool { return !w.rr && !w.crr && !w.fair && w.flood == 0 }
 
 // mostStreams is how many streams a sender has at most.
 const mostStreams = 16
@@ -34,6 +41,9 @@ func workloads() []workload {
 		{name: "udp1400", about: "UDP datagrams of 1400 bytes", payload: 1400},
 		{name: "rr", about: "one byte there and back over TCP, one at a time", rr: true},
 		{name: "rr-loaded", about: "the same beside one TCP stream", rr: true, loaded: true},
+		{name: "rr-loaded-reverse", about: "the same beside one TCP stream from the end that listens", rr: true, loaded: true, reverse: true},
+		{name: "fair8", about: "eight TCP streams, and how even their shares are", streams: 8, fair: true},
+		{name: "tcp1-flooded", about: "one TCP stream beside UDP datagrams of 1400 bytes at full speed", streams: 1, flood: 1400},
 		{name: "crr", about: "TCP connections, one at a time", crr: true},
 	}
 }
@@ -153,6 +163,8 @@ func (b builtin) measure(ctx context.Context, s *site, w workload, m method) (fi
 		return b.connections(ctx, s, m)
 	case w.payload > 0:
 		return b.datagrams(ctx, s, w, m)
+	case w.flood > 0:
+		return b.flooded(ctx, s, w, m)
 	}
 	return b.streams(ctx, s, w, m)
 }
@@ -176,12 +188,90 @@ func (builtin) streams(ctx context.Context, s *site, w workload, m method) (_ fi
 	if w.reverse {
 		read = near.Reading
 	}
-	f, bytes, _, err := measured(ctx, s, m, read)
+	var readings []load.Reading
+	f, bytes, _, err := measured(ctx, s, m, func() (load.Reading, error) {
+		r, err := read()
+		readings = append(readings, r)
+		return r, err
+	})
 	if err != nil {
 		return nil, err
 	}
 	f[Throughput] = bytes * 8 / 1e9
+	if w.fair {
+		maps.Copy(f, fairness(readings[0], readings[1], w.streams*len(s.near)))
+	}
 	return f, nil
+}
+
+// fairness says how evenly n streams shared what they carried between two
+// readings: Jain's index, (sum x)^2 / (n sum x^2), which is 1 if all had the same
+// and 1/n if one had all (R. Jain, DEC-TR-301, 1984), and the least and the
+// greatest share as a multiple of an even one.
+func fairness(before, after load.Reading, n int) figures {
+	shares := make([]float64, max(n, len(after.Streams)))
+	sum, squares := 0.0, 0.0
+	for i, bytes := range after.Streams {
+		if i < len(before.Streams) {
+			bytes -= before.Streams[i]
+		}
+		shares[i] = float64(bytes)
+		sum += shares[i]
+		squares += shares[i] * shares[i]
+	}
+	if sum == 0 {
+		return figures{}
+	}
+	even := sum / float64(len(shares))
+	return figures{
+		Jain:       sum * sum / (float64(len(shares)) * squares),
+		LeastShare: slices.Min(shares) / even, MostShare: slices.Max(shares) / even,
+	}
+}
+
+// flooded measures what a TCP stream gets beside a flood of datagrams, which may
+// be nothing, and what arrives of those.
+func (builtin) flooded(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+	sink, err := s.far.Open(ctx, load.Spec{Kind: load.Sink, At: s.to})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, sink.Close()) }()
+	drain, err := s.far.Open(ctx, load.Spec{Kind: load.Drain, At: s.to})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, drain.Close()) }()
+	streams, err := load.StartStreams(s.near, sink.Addr(), w.streams, false)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, streams.Close()) }()
+	flood, err := load.StartDatagrams(s.near, drain.Addr(), w.flood, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, flood.Close()) }()
+	if err := sleep(ctx, m.warmup); err != nil {
+		return nil, err
+	}
+	var readings [4]load.Reading
+	for i, far := range []load.Session{sink, drain, sink, drain} {
+		if i == 2 {
+			if err := sleep(ctx, m.duration); err != nil {
+				return nil, err
+			}
+		}
+		if readings[i], err = far.Reading(); err != nil {
+			return nil, err
+		}
+	}
+	bytes, _ := readings[2].Since(readings[0])
+	_, packets := readings[3].Since(readings[1])
+	if bytes == 0 && packets == 0 {
+		return nil, errors.New("nothing arrived")
+	}
+	return figures{Throughput: bytes * 8 / 1e9, Rate: packets / 1e3}, nil
 }
 
 func (b builtin) datagrams(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
@@ -290,17 +380,42 @@ func settle(ctx context.Context, far load.Session) error {
 }
 
 func (builtin) requests(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+	f := figures{}
 	if w.loaded {
-		sink, err := s.far.Open(ctx, load.Spec{Kind: load.Sink, At: s.to})
+		kind := load.Sink
+		if w.reverse {
+			kind = load.Source
+		}
+		bulk, err := s.far.Open(ctx, load.Spec{Kind: kind, At: s.to})
 		if err != nil {
 			return nil, err
 		}
-		defer func() { err = errors.Join(err, sink.Close()) }()
-		stream, err := load.StartStreams(s.near, sink.Addr(), 1, false)
+		defer func() { err = errors.Join(err, bulk.Close()) }()
+		stream, err := load.StartStreams(s.near, bulk.Addr(), 1, w.reverse)
 		if err != nil {
 			return nil, err
 		}
 		defer func() { err = errors.Join(err, stream.Close()) }()
+		read := bulk.Reading
+		if w.reverse {
+			read = stream.Reading
+		}
+		before, err := read()
+		if err != nil {
+			return nil, err
+		}
+		// What the stream carries meanwhile, the requests' warm-up included: a
+		// datapath that answers quickly by starving it is not to look good.
+		defer func() {
+			if err != nil {
+				return
+			}
+			var after load.Reading
+			if after, err = read(); err == nil {
+				bytes, _ := after.Since(before)
+				f[Throughput] = bytes * 8 / 1e9
+			}
+		}()
 	}
 	far, err := s.far.Open(ctx, load.Spec{Kind: load.Echo, At: s.to})
 	if err != nil {
@@ -311,7 +426,6 @@ func (builtin) requests(ctx context.Context, s *site, w workload, m method) (_ f
 	if err != nil {
 		return nil, err
 	}
-	f := figures{}
 	for metric, q := range map[Metric]float64{P50: 0.5, P90: 0.9, P99: 0.99, P999: 0.999} {
 		f[metric] = float64(load.Quantile(took, q).Nanoseconds()) / 1e3
 	}

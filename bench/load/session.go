@@ -38,6 +38,8 @@ type Reading struct {
 	Bytes       uint64 `json:"bytes"`
 	Packets     uint64 `json:"packets"`
 	First       int64  `json:"first"` // when the first datagram came, by the same clock
+	// Streams are the bytes of each stream that a Sink has accepted, in that order.
+	Streams []uint64 `json:"streams,omitempty"`
 }
 
 // Since returns bytes and packets per second from an earlier reading on.
@@ -84,6 +86,7 @@ type session struct {
 
 	mu    sync.Mutex
 	conns []*socket
+	own   []*atomic.Uint64 // of each stream of a Sink: its bytes
 }
 
 // counter is what receiving threads add to.
@@ -116,7 +119,15 @@ func (l Local) Open(_ context.Context, spec Spec) (Session, error) {
 
 func (s *session) Addr() netip.AddrPort { return s.at }
 
-func (s *session) Reading() (Reading, error) { return s.reading(), s.threads.err() }
+func (s *session) Reading() (Reading, error) {
+	r := s.reading()
+	s.mu.Lock()
+	for _, own := range s.own {
+		r.Streams = append(r.Streams, own.Load())
+	}
+	s.mu.Unlock()
+	return r, s.threads.err()
+}
 
 // Close ends the session and waits for its threads.
 func (s *session) Close() error {
@@ -191,12 +202,16 @@ func (s *session) accept() error {
 			c.close()
 			continue
 		}
+		own := &atomic.Uint64{}
 		s.mu.Lock()
 		s.conns = append(s.conns, c)
+		if s.spec.Kind == Sink {
+			s.own = append(s.own, own)
+		}
 		s.mu.Unlock()
 		switch s.spec.Kind {
 		case Sink:
-			s.threads.start(func() error { return receiveStream(c, &s.stop, &s.counter, nil) })
+			s.threads.start(func() error { return receiveStream(c, &s.stop, &s.counter, own) })
 		case Source:
 			s.threads.start(func() error { return sendStream(c, &s.stop) })
 		case Echo:

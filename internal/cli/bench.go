@@ -25,8 +25,10 @@ import (
 type benchFlags struct {
 	underlays, datapaths, workloads []string
 	nodes, rounds                   int
+	ends                            string
 	duration, warmup                time.Duration
 	quick                           bool
+	preset                          string
 	generator                       string
 	resume                          string
 	server                          bool
@@ -40,6 +42,7 @@ type benchOutput struct {
 	reference                string
 	json, csv, gobench, html string
 	docs                     string
+	ratios                   bool
 }
 
 func (o *benchOutput) addTo(c *cobra.Command) {
@@ -56,13 +59,14 @@ func (o *benchOutput) addTo(c *cobra.Command) {
 		flags.StringVar(f.value, f.name, "", f.usage)
 		flags.Lookup(f.name).NoOptDefVal = "-"
 	}
+	flags.BoolVar(&o.ratios, "ratios", false, "show one table: what users feel first, as ratios to the reference")
 	flags.StringVar(&o.html, "html", "", "write it as one page with charts to this file")
 	flags.StringVar(&o.docs, "docs", "", "put results and charts into benchmarks.md of this directory")
 	_ = c.RegisterFlagCompletionFunc("reference", cobra.FixedCompletions(benchDatapaths(), cobra.ShellCompDirectiveNoFileComp))
 }
 
 func (o *benchOutput) check() error {
-	if !slices.Contains(benchDatapaths(), o.reference) {
+	if _, ok := bench.FindDatapath(o.reference); !ok {
 		return usagef("bench: --reference %s: %s", o.reference, strings.Join(benchDatapaths(), ", "))
 	}
 	// Found out before an hour of measuring, not after.
@@ -121,7 +125,11 @@ func (o *benchOutput) write(out io.Writer, r *bench.Report) error {
 	if o.docs != "" {
 		errs = append(errs, r.Docs(o.docs, o.reference))
 	}
-	if !shown {
+	switch {
+	case shown:
+	case o.ratios:
+		errs = append(errs, r.Ratios(out, o.reference))
+	default:
 		errs = append(errs, r.Table(out, o.reference))
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -138,17 +146,41 @@ func writeFile(path string, write func(io.Writer) error) error {
 	return errors.Join(write(f), f.Close())
 }
 
-// What --quick chooses.
-var (
-	quickUnderlays = []string{"offload", "cloud"}
-	quickDatapaths = []string{"native", "vxlan/kernel", "vxlan/userspace"}
-	quickWorkloads = []string{"tcp1", "udp64", "rr"}
-)
+// benchPreset is what --preset chooses; each flag that is given goes before it.
+type benchPreset struct {
+	name, about                     string
+	underlays, datapaths, workloads []string
+	ends                            string
+	rounds                          int
+	duration, warmup                time.Duration
+	ratios                          bool
+}
 
-const (
-	quickDuration = 600 * time.Millisecond
-	quickWarmup   = 150 * time.Millisecond
-)
+// quick is the preset that --quick names.
+const quick = "quick"
+
+var benchPresets = []benchPreset{
+	{
+		name: quick, about: "the few that matter most, within a minute",
+		underlays: []string{"offload", "cloud"}, datapaths: []string{"native", "vxlan/kernel", "vxlan/userspace"},
+		workloads: []string{"tcp1", "udp64", "rr"}, ends: bench.Nodes, rounds: 3, duration: 600 * time.Millisecond, warmup: 150 * time.Millisecond,
+	},
+	{
+		name: "fast-path", about: "with pods as ends, what the fast path gives in ratios to the kernel's vxlan device, within ten minutes",
+		underlays: []string{"offload", "cloud", "plain", "bare"},
+		datapaths: []string{"vxlan/kernel", "vxlan/kernel+fast", "vxlan/userspace", "vxlan/userspace+fast", "flannel-vxlan"},
+		workloads: []string{"tcp1", "tcp4", "rr", "rr-loaded", "rr-loaded-reverse", "udp64", "crr"},
+		ends:      bench.Pods, rounds: 5, duration: 400 * time.Millisecond, warmup: 150 * time.Millisecond, ratios: true,
+	},
+}
+
+func presetNames() []string {
+	var names []string
+	for _, p := range benchPresets {
+		names = append(names, p.name)
+	}
+	return names
+}
 
 func newBenchCommand() *cobra.Command {
 	var f benchFlags
@@ -162,6 +194,10 @@ a kind of network (--underlay), and by each datapath in turn. All are measured
 in interleaved rounds, so that a drift of the machine meets all alike; shown are
 medians, and ratios to the reference.
 
+What sends and receives are sockets on the nodes, or in pods of theirs (--ends pods):
+behind a veth, on a bridge, of nodes that forward and that run culvert's daemon, as
+users have them.
+
 More nodes (--nodes) are joined by a bridge, and all but the first send to that one
 at once: rates are sums, latencies are of all. Such figures are not comparable with
 those of two.
@@ -174,6 +210,8 @@ It needs root, or user namespaces and /dev/net/tun; root for real hosts.
 Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 		Example: `  culvert bench --quick
   culvert bench --underlay cloud --datapath vxlan/kernel,vxlan/userspace --workload tcp1,rr
+  culvert bench --ends pods --datapath vxlan/kernel,vxlan/kernel#2,ipip/userspace
+  culvert bench --preset fast-path
   culvert bench --nodes 5 --datapath vxlan/kernel,vxlan/userspace
   culvert bench --underlay existing --server
   culvert bench --underlay existing --client 192.0.2.1 --html page.html`,
@@ -182,11 +220,13 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	}
 	flags := c.Flags()
 	flags.SortFlags = false
-	flags.BoolVar(&f.quick, "quick", false, "the few that matter most, within a minute")
+	flags.BoolVar(&f.quick, "quick", false, "the few that matter most, within a minute: --preset quick")
+	flags.StringVar(&f.preset, "preset", "", "a choice of all below: "+presetUsage())
 	flags.StringSliceVar(&f.underlays, "underlay", bench.Underlays()[:4], "kinds of network")
-	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (all)")
+	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (all); NAME#2 is one once more, which shows what noise is")
 	flags.StringSliceVar(&f.workloads, "workload", bench.Workloads(), "kinds of traffic")
 	flags.IntVar(&f.nodes, "nodes", 2, fmt.Sprintf("how many, at most %d; all but the first send to that one at once", bench.MostNodes))
+	flags.StringVar(&f.ends, "ends", bench.Nodes, "what sends and receives: "+strings.Join(bench.Ends(), " or "))
 	flags.IntVar(&f.rounds, "rounds", 3, "how often each is measured")
 	flags.DurationVar(&f.duration, "duration", time.Second, "how long each is measured")
 	flags.DurationVar(&f.warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
@@ -196,20 +236,46 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags.BoolVar(&f.server, "server", false, "with --underlay existing: be the far end for a client on another host")
 	flags.StringVar(&f.listen, "listen", fmt.Sprintf(":%d", bench.DefaultPort), "where the server listens; who reaches it may use it")
 	flags.StringVar(&f.client, "client", "", "with --underlay existing: measure between this host and the server at this address")
-	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": bench.Generators(), "nodes": {"2", "3", "5", "10"}} {
+	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": bench.Generators(), "nodes": {"2", "3", "5", "10"}, "ends": bench.Ends(), "preset": presetNames()} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
 	}
 	c.AddCommand(newBenchCompareCommand(), newBenchReportCommand(), newBenchScaleCommand(), newBenchNodeCommand())
 	return c
 }
 
+func presetUsage() string {
+	var all []string
+	for _, p := range benchPresets {
+		all = append(all, p.name+" ("+p.about+")")
+	}
+	return strings.Join(all, "; ")
+}
+
+// take makes the preset's choices where no flag made one.
+func (p benchPreset) take(c *cobra.Command, f *benchFlags) {
+	choose(c, "underlay", &f.underlays, p.underlays)
+	choose(c, "datapath", &f.datapaths, p.datapaths)
+	choose(c, "workload", &f.workloads, p.workloads)
+	choose(c, "ends", &f.ends, p.ends)
+	choose(c, "rounds", &f.rounds, p.rounds)
+	choose(c, "duration", &f.duration, p.duration)
+	choose(c, "warmup", &f.warmup, p.warmup)
+	choose(c, "ratios", &f.out.ratios, p.ratios)
+}
+
 func (f *benchFlags) run(c *cobra.Command) error {
 	if f.quick {
-		choose(c, "underlay", &f.underlays, quickUnderlays)
-		choose(c, "datapath", &f.datapaths, quickDatapaths)
-		choose(c, "workload", &f.workloads, quickWorkloads)
-		choose(c, "duration", &f.duration, quickDuration)
-		choose(c, "warmup", &f.warmup, quickWarmup)
+		if f.preset != "" && f.preset != quick {
+			return usagef("bench: --quick and --preset %s are two presets", f.preset)
+		}
+		f.preset = quick
+	}
+	if f.preset != "" {
+		i := slices.Index(presetNames(), f.preset)
+		if i < 0 {
+			return usagef("bench: there is no preset %q: %s", f.preset, strings.Join(presetNames(), ", "))
+		}
+		benchPresets[i].take(c, f)
 	}
 	if len(f.datapaths) == 0 {
 		f.datapaths = benchDatapaths()
@@ -220,7 +286,7 @@ func (f *benchFlags) run(c *cobra.Command) error {
 	}
 	o := bench.Options{
 		Underlays: f.underlays, Datapaths: f.datapaths, Workloads: f.workloads,
-		Nodes: f.nodes, Rounds: f.rounds, Duration: f.duration, Warmup: f.warmup, Lossfree: !f.quick, Generator: f.generator,
+		Nodes: f.nodes, Ends: f.ends, Rounds: f.rounds, Duration: f.duration, Warmup: f.warmup, Lossfree: f.preset == "", Generator: f.generator,
 		Version: Version(), Self: self,
 	}
 	if f.server || f.client != "" {

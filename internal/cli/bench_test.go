@@ -30,7 +30,7 @@ func TestBench(t *testing.T) {
 	if err := json.Unmarshal(text, &r); err != nil {
 		t.Fatal(err)
 	}
-	for _, d := range quickDatapaths {
+	for _, d := range benchPresets[0].datapaths {
 		for w, m := range map[string]bench.Metric{"tcp1": bench.Throughput, "rr": bench.P50} {
 			if x, ok := r.Find("cloud", d, w, m); !ok || x.Median <= 0 {
 				t.Errorf("%s %s: %+v", d, w, x)

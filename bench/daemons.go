@@ -1,0 +1,148 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+)
+
+// fastFlag is the daemon's flag that has or has not the fast path.
+const fastFlag = "--fast-path"
+
+// programs that know the flag, by path: asked once each.
+var fastPrograms sync.Map
+
+// hasFastPath asks a program whether its daemon knows the flag.
+func hasFastPath(ctx context.Context, program string) (bool, error) {
+	if known, ok := fastPrograms.Load(program); ok {
+		return known.(bool), nil
+	}
+	text, err := exec.CommandContext(ctx, program, "run", "--help").CombinedOutput()
+	if err != nil {
+		return false, fmt.Errorf("%s run --help: %w", program, err)
+	}
+	known := strings.Contains(string(text), fastFlag)
+	fastPrograms.Store(program, known)
+	return known, nil
+}
+
+// daemonArgs are what a daemon is told beside where it runs.
+func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
+	format, kind, _ := strings.Cut(strings.TrimSuffix(d.base(), fastSuffix), "/")
+	if format == "host-gw" {
+		kind = "auto"
+	}
+	args := []string{"--datapath", kind}
+	switch {
+	case d.fast && !hasFlag:
+		return nil, unavailable("the program has no fast path")
+	case d.fast:
+		args = append(args, fastFlag+"=on")
+	case hasFlag:
+		args = append(args, fastFlag+"=off")
+	}
+	return args, nil
+}
+
+// networkConfig is the network configuration that the datapath's daemons read
+// from etcd.
+func (d Datapath) networkConfig() string {
+	format, _, _ := strings.Cut(d.base(), "/")
+	wire := fmt.Sprintf(`{"Type":%q}`, format)
+	if format == "vxlan" {
+		wire = fmt.Sprintf(`{"Type":%q,"Port":%d}`, format, tunnelPort)
+	}
+	return fmt.Sprintf(`{"Network":%q,"SubnetLen":24,"Backend":%s}`, innerNetwork, wire)
+}
+
+// startDaemons runs culvert's daemon on every node, and an etcd in the fabric,
+// as users do: with the daemon's defaults, save what the datapath's name says.
+func (s *site) startDaemons(ctx context.Context, l *lab.Lab, o siteOptions) error {
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	if format, _, _ := strings.Cut(s.datapath.base(), "/"); s.datapath.kernel && format != "host-gw" {
+		if err := host.Supports(format); err != nil {
+			return unavailable(err.Error())
+		}
+	}
+	bin := o.bin
+	if bin == "" {
+		var err error
+		if bin, err = lab.FindBin(); err != nil {
+			return err
+		}
+	}
+	program := filepath.Join(bin, "culvert")
+	hasFlag, err := hasFastPath(ctx, program)
+	if err != nil {
+		return err
+	}
+	args, err := s.datapath.daemonArgs(hasFlag)
+	if err != nil {
+		return err
+	}
+	store, err := startEtcd(ctx, l, s.datapath.networkConfig())
+	if err != nil {
+		return err
+	}
+	store.client.CloseIdleConnections()
+	for _, n := range l.Nodes {
+		p, err := n.Start(lab.Command{Name: n.ID, Path: program, Args: append([]string{
+			"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--subnet-file", n.SubnetFile(),
+			"--etcd-endpoints", store.url, "--iface", n.Link, "--metrics", "",
+		}, args...)})
+		if err != nil {
+			return err
+		}
+		s.add(labProcess{p}, n.RunDir)
+	}
+	for i, n := range l.Nodes {
+		status, err := s.awaitDaemon(ctx, n, s.daemons[i], len(l.Nodes)-1)
+		if err != nil {
+			return err
+		}
+		own, ok := subnetOf(status)
+		if !ok {
+			return fmt.Errorf("the daemon of %s has no lease", n.ID)
+		}
+		s.subnets[i] = own
+		// What a kernel's datapath costs is the kernel's cost.
+		s.daemons[i].idle = s.datapath.kernel
+	}
+	s.to = s.subnets[0].Addr()
+	return nil
+}
+
+// awaitDaemon waits until the daemon is ready and knows all peers.
+func (s *site) awaitDaemon(ctx context.Context, n *lab.Node, d daemon, peers int) (api.Status, error) {
+	for {
+		status, err := api.GetStatus(ctx, n.RunDir)
+		if err == nil && status.Ready && status.Datapath.Peers == peers {
+			return status, nil
+		}
+		select {
+		case <-d.process.Exited():
+			why, ok := said(d.process, nodeFailed)
+			if !ok {
+				return status, alive([]daemon{d})
+			}
+			// A kernel that lacks what the fast path needs is no failure of it.
+			if s.datapath.fast && strings.Contains(why, "fast path") {
+				return status, unavailable(why)
+			}
+			return status, errors.New(why)
+		case <-ctx.Done():
+			return status, fmt.Errorf("the daemon of %s knows %d peers and not %d: %w: %s", n.ID, status.Datapath.Peers, peers, ctx.Err(), d.process.Tail(3))
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,174 @@
+package bench
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+)
+
+// felt are the figures that users feel first, in the words of a table of ratios.
+var felt = []struct {
+	title    string
+	workload string
+	metric   Metric
+}{
+	{"TCP, 1 stream", "tcp1", Throughput},
+	{"TCP, 4 streams", "tcp4", Throughput},
+	{"request and answer, p50", "rr", P50},
+	{"the same beside a bulk stream", "rr-loaded", P50},
+	{"the same against a bulk stream", "rr-loaded-reverse", P50},
+	{"UDP of 64 bytes, received", "udp64", Rate},
+	{"connections", "crr", Connections},
+	{"CPU time per gigabyte", "tcp1", CPUPerGB},
+	{"8 TCP streams, Jain's index", "fair8", Jain},
+	{"8 TCP streams, least share", "fair8", LeastShare},
+	{"TCP beside a UDP flood", "tcp1-flooded", Throughput},
+}
+
+// Ratio is a figure's to the same figure of another datapath: that of the
+// medians, and the least and the greatest of the rounds' own. Two figures of one
+// round were measured one soon after the other, so these say more of the
+// difference than the spread of each figure does, which has the machine's drift.
+type Ratio struct {
+	Median, Min, Max float64
+	Rounds           int
+}
+
+func ratioOf(x, ref Result) (Ratio, bool) {
+	if ref.Median == 0 {
+		return Ratio{}, false
+	}
+	var rounds []float64
+	for i := range min(len(x.Rounds), len(ref.Rounds)) {
+		if ref.Rounds[i] != 0 {
+			rounds = append(rounds, x.Rounds[i]/ref.Rounds[i])
+		}
+	}
+	if len(rounds) == 0 {
+		return Ratio{}, false
+	}
+	return Ratio{Median: x.Median / ref.Median, Min: slices.Min(rounds), Max: slices.Max(rounds), Rounds: len(rounds)}, true
+}
+
+// enoughRounds is how many rounds have to agree: that five lie on one side by
+// chance happens once in 16 times, and that two do, every second time.
+const enoughRounds = 5
+
+// verdict is "+" where every round was better than the reference's, "-" where
+// every one was worse, and "." where the rounds disagree or are too few.
+func (q Ratio) verdict(higher bool) string {
+	better, worse := q.Min > 1, q.Max < 1
+	if !higher {
+		better, worse = worse, better
+	}
+	switch {
+	case q.Rounds < enoughRounds:
+	case better:
+		return "+"
+	case worse:
+		return "-"
+	}
+	return "."
+}
+
+// ratioRow is one of what users feel first, of one datapath, with a cell for each
+// underlay.
+type ratioRow struct {
+	Datapath, Title string
+	Cells           []string
+}
+
+// ratioRows is a table of what users feel first: the reference's own figures, then
+// every other datapath's ratios to them.
+func (r *Report) ratioRows(reference string) []ratioRow {
+	var rows []ratioRow
+	for _, d := range r.ratioOrder(reference) {
+		for _, f := range felt {
+			row, found := ratioRow{Datapath: d, Title: f.title}, false
+			for _, u := range r.underlays() {
+				cell := r.ratioCell(u, d, f.workload, f.metric, reference)
+				found = found || cell != ""
+				row.Cells = append(row.Cells, cell)
+			}
+			if found {
+				rows = append(rows, row)
+			}
+		}
+	}
+	return rows
+}
+
+// howRatios explains the cells of ratioRows.
+func (r *Report) howRatios(reference string) string {
+	return fmt.Sprintf("Ratios to %s, and the least and the greatest of the %d rounds' own ratios; + each round was better, - each was worse, . they disagree or are fewer than %d.",
+		reference, r.mostRounds(), enoughRounds)
+}
+
+// Ratios writes one table for a person: of each datapath what users feel first, as
+// ratios to the reference's, by underlay. The reference's own figures come first.
+func (r *Report) Ratios(w io.Writer, reference string) error {
+	var b strings.Builder
+	r.head(&b)
+	fmt.Fprintf(&b, "%s\n\n", r.howRatios(reference))
+	underlays := r.underlays()
+	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "\t%s\n", strings.Join(underlays, "\t"))
+	last := ""
+	for _, row := range r.ratioRows(reference) {
+		if row.Datapath != last {
+			fmt.Fprintf(t, "%s%s\n", row.Datapath, strings.Repeat("\t", len(underlays)))
+			last = row.Datapath
+		}
+		fmt.Fprintf(t, "  %s\t%s\n", row.Title, strings.Join(row.Cells, "\t"))
+	}
+	_ = t.Flush()
+	r.missing(&b)
+	r.disturbed(&b)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// ratioOrder is the datapaths of the report, the reference first.
+func (r *Report) ratioOrder(reference string) []string {
+	names := r.datapathsOf(func(Result) bool { return true })
+	if i := slices.Index(names, reference); i > 0 {
+		names = slices.Insert(slices.Delete(names, i, i+1), 0, reference)
+	}
+	return names
+}
+
+func (r *Report) ratioCell(underlay, datapath, workload string, m Metric, reference string) string {
+	x, ok := r.Find(underlay, datapath, workload, m)
+	if !ok {
+		if f, failed := r.failed(underlay, datapath, workload); failed && !f.Unavailable {
+			return "FAILED"
+		}
+		return ""
+	}
+	if datapath == reference {
+		unit := ""
+		if m.Unit() != "1" {
+			unit = " " + m.Unit()
+		}
+		return fmt.Sprintf("%s%s%s", figure(x.Median), unit, spread(x))
+	}
+	ref, ok := r.Find(underlay, reference, workload, m)
+	if !ok {
+		return ""
+	}
+	q, ok := ratioOf(x, ref)
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf("%.2f %s (%.2f-%.2f)", q.Median, q.verdict(m.Higher()), q.Min, q.Max)
+}
+
+func (r *Report) mostRounds() int {
+	most := 0
+	for _, x := range r.Results {
+		most = max(most, len(x.Rounds))
+	}
+	return most
+}
