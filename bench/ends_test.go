@@ -113,7 +113,9 @@ func TestRunWithPods(t *testing.T) {
 			"fair8": {Throughput, Jain, LeastShare, MostShare}, "tcp1-flooded": {Throughput, Rate},
 		} {
 			for _, m := range wanted {
-				if x, ok := r.Find("offload", d, w, m); !ok || len(x.Rounds) != 2 || x.Max <= 0 {
+				// In so short a time a stream may get nothing, or all beside a flood.
+				may := m == LeastShare || w == "tcp1-flooded"
+				if x, ok := r.Find("offload", d, w, m); !ok || len(x.Rounds) != 2 || x.Max <= 0 && !may {
 					t.Errorf("%s %s %s: %+v", d, w, m, x)
 				}
 			}
