@@ -56,6 +56,9 @@ type Node struct {
 	// NoMasq are destinations outside of it that see the pods' own addresses
 	// all the same.
 	NoMasq []netip.Prefix
+	// TakeOver says that another program's routes to the leased subnets are to go
+	// where the lease shows them to be that program's or stale.
+	TakeOver bool
 }
 
 // Public returns the leased underlay address of a family, or the zero Addr.

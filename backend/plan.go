@@ -34,6 +34,14 @@ func Base(n Node, s subnet.Snapshot) host.State {
 			continue
 		}
 		state.Routes = append(state.Routes, host.Route{To: network, Metric: host.UnreachableMetric})
+		state.Subnets = append(state.Subnets, e.Subnet)
+		if n.TakeOver {
+			// flannel's host-gw: a peer's subnet by that peer, or this node's by the one
+			// that had it before.
+			for _, p := range Peers(s, e.Subnet.Addr().Is4()) {
+				state.Stale = append(state.Stale, host.StaleRoute{To: p.Subnet, Via: p.Public}, host.StaleRoute{To: e.Subnet, Via: p.Public})
+			}
+		}
 		if n.IPMasq {
 			m := host.Masquerade{Network: network, Subnet: e.Subnet}
 			for _, p := range n.NoMasq {

@@ -92,7 +92,7 @@ func (d *node) carry(ctx context.Context, r store, config subnet.Config, lease s
 	for {
 		s.at, s.backend = at, config.Backend
 		path, err := d.open(config, s.lease, backend.Node{
-			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq,
+			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel,
 		})
 		if err != nil && opened && config.Backend != s.worked.Backend {
 			// The others use it, and so should we: but not at the cost of carrying

@@ -15,6 +15,7 @@ import (
 type step struct {
 	Change
 	link    string // the device that it needs, if it needs one of ours
+	caution bool   // a setting that may fail
 	do      func(*writer) error
 	message func(*writer) (netlink.Message, error)
 	nft     func(*nftables.Conn) error
@@ -26,27 +27,20 @@ type step struct {
 //  1. forwarding, and the routes that catch what others miss
 //  2. routes, FDB entries and neighbours that nobody wants
 //  3. devices that nobody wants, or that are not as wanted
-//  4. devices, their addresses, FDB entries, neighbours, then the routes
+//  4. devices, their addresses, FDB entries, neighbours, then the routes; stale
+//     ones of other programs
 //  5. nftables, in one transaction of its own
 func diff(have reading, want State) []step {
 	var d differ
 	d.forwarding(have, want)
 	gone := d.condemned(have, want)
 	d.routes(have, want, gone)
-	return slices.Concat(d.before, d.down, d.links(have, want, gone), d.up, d.after, diffFirewall(have, want))
+	stale, _ := foreignRoutes(have, want)
+	return slices.Concat(d.before, d.down, d.links(have, want, gone), d.up, d.after, stale, diffFirewall(have, want))
 }
 
 // differ gathers the steps around the change of devices.
 type differ struct{ before, down, up, after []step }
-
-func (d *differ) forwarding(have reading, want State) {
-	for _, is4 := range []bool{true, false} {
-		if slices.ContainsFunc(want.Routes, func(r Route) bool { return r.To.Addr().Is4() == is4 }) {
-			// It is never turned off: others may need it.
-			d.before = append(d.before, have.setting(forwardingKey(is4), "1", "")...)
-		}
-	}
-}
 
 // setting returns the step that sets a kernel setting, if it is to be set.
 // One that the kernel does not have is left.
@@ -199,7 +193,7 @@ func (d *differ) links(have reading, want State, gone map[string]bool) []step {
 	for _, w := range want.Links {
 		i := slices.IndexFunc(have.Links, func(h Link) bool { return h.Name == w.Name })
 		if i < 0 || gone[w.Name] {
-			steps = append(steps, createSteps(w)...)
+			steps = append(steps, createSteps(have, w)...)
 			continue
 		}
 		steps = append(steps, adjustSteps(have, have.Links[i], w)...)
@@ -208,9 +202,9 @@ func (d *differ) links(have reading, want State, gone map[string]bool) []step {
 }
 
 // createSteps make a device, and set it up from nothing.
-func createSteps(w Link) []step {
+func createSteps(have reading, w Link) []step {
 	steps := []step{{Change: Change{KindLink, w.addCommand()}, link: w.Name, do: func(wr *writer) error { return wr.addLink(w) }}}
-	return append(steps, adjustSteps(reading{}, Link{Name: w.Name, MTU: w.MTU, GSOMaxSegs: w.GSOMaxSegs, VXLAN: w.VXLAN}, w)...)
+	return append(steps, adjustSteps(reading{settings: have.newDevice(w.Name)}, Link{Name: w.Name, MTU: w.MTU, GSOMaxSegs: w.GSOMaxSegs, VXLAN: w.VXLAN}, w)...)
 }
 
 // adjustSteps lead a device to what is wanted, where it can be changed.
@@ -219,8 +213,11 @@ func adjustSteps(have reading, h, w Link) []step {
 	add := func(kind Kind, do func(*writer) error, format string, args ...any) {
 		steps = append(steps, step{Change: Change{kind, fmt.Sprintf(format, args...)}, link: w.Name, do: do})
 	}
-	for _, s := range deviceSettings(w.Name) {
-		steps = append(steps, have.setting(s[0], s[1], w.Name)...)
+	for _, s := range deviceSettings(w, have.settings) {
+		for _, step := range have.setting(s.key, s.value, w.Name) {
+			step.caution = s.caution
+			steps = append(steps, step)
+		}
 	}
 	if w.VXLAN != nil && h.VXLAN != nil && h.VXLAN.MAC != w.VXLAN.MAC {
 		add(KindLink, func(wr *writer) error { return wr.setMAC(w.Name, w.VXLAN.MAC) }, "ip link set %s address %s", w.Name, w.VXLAN.MAC)
@@ -319,8 +316,8 @@ func observe(s State) reading {
 	}
 	for i, l := range s.Links {
 		r.devices[l.Name] = device{index: i + 1, up: true, plain: true}
-		for _, set := range deviceSettings(l.Name) {
-			r.settings[set[0]] = set[1]
+		for _, set := range deviceSettings(l, r.settings) {
+			r.settings[set.key] = set.value
 		}
 	}
 	return r

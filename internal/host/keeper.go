@@ -136,7 +136,8 @@ func (k *Keeper) reconcile() (err error) {
 	k.said.State, k.planned = want, true
 	if len(want.Firewall.Forward) > 0 {
 		_, warnings := diffOthers(have.firewalls, want.Firewall, have.surroundings(want))
-		k.obstacles(warnings)
+		_, routes := foreignRoutes(have, want)
+		k.obstacles(append(warnings, routes...))
 	}
 	steps := diff(have, want)
 	done, err := write(have, steps)

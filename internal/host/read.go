@@ -24,6 +24,11 @@ type reading struct {
 	// firewalls are other programs' rules.
 	firewalls otherRules
 	bearers   []bearer // the addresses of devices that are not culvert's
+	foreign   []foreignRoute
+	// advertisers are links that take, or may take, router advertisements, of
+	// which advertisedBy, by index, have routes from there.
+	advertisers  []string
+	advertisedBy map[int]bool
 }
 
 // bearer is a device that has an address.
@@ -77,7 +82,7 @@ func (v View) OnLink(a netip.Addr) bool {
 func read(underlay string) (reading, error) {
 	r := reading{
 		devices: make(map[string]device), indexes: make(map[string]int), others: make(map[string]bool),
-		settings: make(map[string]string),
+		settings: make(map[string]string), advertisedBy: make(map[int]bool),
 	}
 	links, err := Retry(netlink.LinkList)
 	if err != nil {
@@ -114,9 +119,6 @@ func read(underlay string) (reading, error) {
 		}
 		r.Links = append(r.Links, link)
 		r.devices[name] = dev
-		for _, s := range deviceSettings(name) {
-			r.note(s[0])
-		}
 		if link.VXLAN != nil {
 			if err := r.readPeers(name, dev.index); err != nil {
 				return r, err
@@ -124,9 +126,11 @@ func read(underlay string) (reading, error) {
 		}
 	}
 	r.view.NoFIB = !offersFIB()
-	r.note(forwardingKey(true))
-	r.note(forwardingKey(false))
 	if err := r.readRoutes(names, r.indexes[underlay]); err != nil {
+		return r, err
+	}
+	r.advertisers = r.advertised(names)
+	if err := r.readSettings(names); err != nil {
 		return r, err
 	}
 	return r, r.readFirewall()
@@ -209,12 +213,18 @@ func (r *reading) readRoutes(names map[int]string, underlay int) error {
 	if err != nil {
 		return fmt.Errorf("listing the routes: %w", err)
 	}
+	ours := make(map[netip.Prefix]bool)
 	for _, route := range all {
 		if route.Protocol == RouteProtocol {
 			if got, ok := routeOf(route, names); ok {
 				r.Routes = append(r.Routes, got)
+				ours[got.To] = true
 			}
 			continue
+		}
+		r.noteForeign(route, names, ours)
+		if route.Protocol == unix.RTPROT_RA {
+			r.advertisedBy[route.LinkIndex] = true
 		}
 		to, ok := prefixOf(route.Dst)
 		if !ok || underlay == 0 {

@@ -31,7 +31,11 @@ const RouteProtocol = 67
 type State struct {
 	// Replaces names devices of other programs that go just before ours come,
 	// because the two cannot exist together.
-	Replaces   []string
+	Replaces []string
+	// Subnets are this node's own.
+	Subnets []netip.Prefix
+	// Stale are routes of other programs that go.
+	Stale      []StaleRoute
 	Links      []Link
 	Routes     []Route
 	Neighbours []Neighbour

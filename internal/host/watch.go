@@ -95,6 +95,9 @@ func concernsRoute(w *watched, m netlink.Message) bool {
 		}
 		return w.indexes[binary.NativeEndian.Uint32(d[4:])] || w.named(d[unix.SizeofIfInfomsg:])
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR, unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH: // struct ifaddrmsg, ndmsg
+		if m.Header.Type == unix.RTM_NEWADDR && len(d) >= 8 && d[0] == unix.AF_INET {
+			return true // perhaps the pods' bridge has come
+		}
 		return len(d) >= 8 && w.indexes[binary.NativeEndian.Uint32(d[4:])]
 	}
 	return true // of the forwarding switch

@@ -32,8 +32,8 @@ func write(have reading, steps []step) ([]Change, error) {
 		case err == nil:
 			done = append(done, s.Change)
 			return
-		case s.Kind == KindSysctl && s.link != "" && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EROFS)):
-			return // a kernel without IPv6, or a container that may not: it is caution, no need
+		case s.caution && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EROFS) || errors.Is(err, fs.ErrPermission)):
+			return // a kernel without IPv6, or a container that may not
 		case s.Kind == KindLink:
 			w.failed[s.link] = true
 		}

@@ -1,0 +1,135 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+)
+
+// foreignRoute is a route of another program's in the main table.
+type foreignRoute struct {
+	Route
+	kind  int  // RTN_UNICAST, or one that drops
+	hops  bool // it has several ways
+	proto int  // rtm_protocol
+	first bool // it stands before a route of ours for the same prefix, if there is one
+	index int  // of its link
+}
+
+// StaleRoute is a route that another program has left and that is known to be
+// wrong, whoever made it: the store says who has the subnet now.
+type StaleRoute struct {
+	To  netip.Prefix
+	Via netip.Addr
+}
+
+// noteForeign keeps a route that is not ours, if it may be within a cluster
+// network.
+func (r *reading) noteForeign(raw netlink.Route, names map[int]string, ours map[netip.Prefix]bool) {
+	to, ok := prefixOf(raw.Dst)
+	if !ok || to.Bits() == 0 || raw.Protocol == unix.RTPROT_KERNEL || raw.Protocol == unix.RTPROT_RA {
+		return
+	}
+	f := foreignRoute{
+		Route: Route{To: to.Masked(), Metric: raw.Priority, Link: names[raw.LinkIndex]},
+		kind:  raw.Type, hops: len(raw.MultiPath) > 0, proto: int(raw.Protocol), first: !ours[to.Masked()], index: raw.LinkIndex,
+	}
+	if a, ok := netip.AddrFromSlice(raw.Gw); ok {
+		f.Via = a.Unmap()
+	}
+	r.foreign = append(r.foreign, f)
+}
+
+// String is the route as `ip route del` takes it.
+func (f foreignRoute) String() string {
+	s := f.To.String()
+	switch f.kind {
+	case unix.RTN_UNREACHABLE:
+		s = "unreachable " + s
+	case unix.RTN_BLACKHOLE:
+		s = "blackhole " + s
+	case unix.RTN_PROHIBIT:
+		s = "prohibit " + s
+	}
+	if f.Via.IsValid() {
+		s += " via " + f.Via.String()
+	}
+	if f.Link != "" && f.kind == unix.RTN_UNICAST {
+		s += " dev " + f.Link
+	}
+	s += fmt.Sprintf(" proto %d", f.proto)
+	if f.Metric != 0 {
+		s += fmt.Sprintf(" metric %d", f.Metric)
+	}
+	return s
+}
+
+// foreignRoutes returns the steps that remove the routes that are known to be
+// stale, and names the others that lead packets for this node's pods, or for
+// peers', elsewhere.
+func foreignRoutes(have reading, want State) (steps []step, warnings []api.Warning) {
+	for _, f := range have.foreign {
+		what := want.shadowed(f, have.view.Underlay.Name)
+		if what == "" {
+			continue
+		}
+		if slices.Contains(want.Stale, StaleRoute{f.To, f.Via}) {
+			steps = append(steps, step{Change: Change{KindRoute, "ip route del " + f.String()}, do: func(*writer) error { return f.delete() }})
+			continue
+		}
+		warnings = append(warnings, api.Warning{
+			Check: "foreign-route",
+			Text:  fmt.Sprintf("the route %s is not culvert's, and takes the packets for %s", f, what),
+			Fix:   "ip route del " + f.String(),
+		})
+	}
+	return steps, warnings
+}
+
+func (f foreignRoute) delete() error {
+	r := &netlink.Route{Dst: IPNet(f.To), Gw: f.Via.AsSlice(), LinkIndex: f.index, Priority: f.Metric, Protocol: netlink.RouteProtocol(f.proto)}
+	if err := netlink.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	return nil
+}
+
+// shadowed says whose packets a foreign route takes; "" if nobody's. Pods are
+// reached without a gateway, by a link of their own.
+func (s State) shadowed(f foreignRoute, underlay string) string {
+	within := slices.ContainsFunc(s.Firewall.Forward, func(n netip.Prefix) bool { return n.Bits() <= f.To.Bits() && n.Contains(f.To.Addr()) })
+	if !within {
+		return ""
+	}
+	for _, own := range s.Subnets {
+		if own.Bits() > f.To.Bits() || !own.Contains(f.To.Addr()) {
+			continue
+		}
+		local := f.kind == unix.RTN_UNICAST && !f.Via.IsValid() && !f.hops && f.Link != underlay && !Ours(f.Link)
+		const connected6 = 256 // metric of a route by an address (IP6_RT_PRIO_ADDRCONF)
+		if local || f.To == own && f.Metric > 0 && (own.Addr().Is4() || f.Metric > connected6) {
+			return ""
+		}
+		return "this node's own pods in " + own.String()
+	}
+	// Whom ours of the same length, or the next shorter one, leads to.
+	best := Route{}
+	for _, r := range s.Routes {
+		if r = r.normal(); r.Link != "" && r.To.Bits() <= f.To.Bits() && r.To.Contains(f.To.Addr()) && (best.Link == "" || r.To.Bits() > best.To.Bits()) {
+			best = r
+		}
+	}
+	if best.Link == "" || f.Link == best.Link && f.Via == best.Via && f.kind == unix.RTN_UNICAST {
+		return ""
+	}
+	if f.To == best.To && (f.Metric > best.Metric || f.Metric == best.Metric && f.To.Addr().Is4() && !f.first) {
+		return ""
+	}
+	return "pods of other nodes in " + f.To.String()
+}
