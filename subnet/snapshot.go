@@ -31,6 +31,11 @@ func NewEntry(e Entry) Entry {
 	return e
 }
 
+// BadEntry is an entry that is no lease, for a reason that the store found.
+func BadEntry(key string, reason error) Entry {
+	return Entry{Key: key, err: reason, read: true}
+}
+
 // Lease returns the entry as a lease, or why it is none. A malformed value
 // still has its subnets where the key can be read (ParseKey).
 func (e Entry) Lease() (Lease, error) {

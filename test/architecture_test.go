@@ -39,6 +39,7 @@ var allowed = map[string][]string{
 	"culvert/subnet":                   {},
 	"culvert/subnet/etcd":              {"subnet", "subnet/kept"},
 	"culvert/subnet/kept":              {"subnet"},
+	"culvert/subnet/kube":              {"subnet", "subnet/kept"},
 	"culvert/subnet/etcd/member":       {},
 	"culvert/subnet/etcd/etcdtest":     {"subnet/etcd/member"},
 	"culvert/subnet/etcd/culvert-etcd": {"subnet/etcd/member"},

@@ -1,0 +1,428 @@
+//go:build kubernetes
+
+package kube
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"culvert/subnet"
+	"culvert/subnet/contract"
+	"culvert/subnet/kube/kubetest"
+)
+
+// running is a registry that holds and watches, as a daemon's does.
+type running struct {
+	*Registry
+	lease subnet.Lease
+	lost  chan error
+	stop  func()
+
+	mu       sync.Mutex
+	snapshot subnet.Snapshot
+	err      error
+}
+
+func (c *cluster) join(t *testing.T, node string, change ...func(*Options)) *running {
+	t.Helper()
+	r := c.open(t, node, change...)
+	cfg, err := r.Config(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	claim := contract.Claim(cfg, 1)
+	claim.Node = node
+	claim.Ends[0].VTEP.MAC = subnet.DeriveMAC(node, 1, false)
+	if cfg.Backend.Type != "vxlan" {
+		claim.Ends[0].VTEP = subnet.VTEP{}
+	}
+	l, err := r.Acquire(t.Context(), claim)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := &running{Registry: r, lease: l, lost: make(chan error, 1)}
+	ctx, cancel := context.WithCancel(t.Context())
+	var parts sync.WaitGroup
+	parts.Go(func() {
+		if err := r.Hold(ctx, l); err != nil {
+			x.lost <- err
+		}
+	})
+	parts.Go(func() {
+		for snapshot, err := range r.Watch(ctx, l) {
+			x.mu.Lock()
+			if x.err = err; err == nil {
+				x.snapshot = snapshot
+			}
+			x.mu.Unlock()
+		}
+	})
+	x.stop = func() {
+		cancel()
+		parts.Wait()
+	}
+	t.Cleanup(x.stop)
+	return x
+}
+
+func (x *running) await(t *testing.T, what string, ok func(subnet.Snapshot, error) bool) {
+	t.Helper()
+	eventually(t, what, func() bool {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		return ok(x.snapshot, x.err)
+	})
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+	}
+}
+
+const prefix = "flannel.alpha.coreos.com/"
+
+// TestNode is a node's life in the cluster: each part is one that flannel does
+// not follow.
+func TestNode(t *testing.T) {
+	c := start(t)
+
+	t.Run("podCIDR waited for", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		var mu sync.Mutex
+		var waits []string
+		waiting := func(part string) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return len(waits) > 0 && strings.Contains(waits[len(waits)-1], part)
+		}
+		r := c.open(t, "a", func(o *Options) {
+			o.Waiting = func(why string) {
+				mu.Lock()
+				defer mu.Unlock()
+				waits = append(waits, why)
+			}
+		})
+		got := make(chan subnet.Lease, 1)
+		cfg, err := r.Config(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		claim := contract.Claim(cfg, 1)
+		claim.Node = "a"
+		ctx, cancel := context.WithCancel(t.Context())
+		var acquiring sync.WaitGroup
+		defer acquiring.Wait()
+		defer cancel()
+		acquiring.Go(func() {
+			if l, err := r.Acquire(ctx, claim); err == nil {
+				got <- l
+			}
+		})
+		eventually(t, "the missing Node is named", func() bool { return waiting(`there is no Node "a"`) })
+		c.PutNode("a", nil, nil)
+		eventually(t, "the missing podCIDR is named", func() bool { return waiting("--allocate-node-cidrs") })
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		select {
+		case l := <-got:
+			if l.Subnets()[0].String() != "10.5.1.0/24" {
+				t.Errorf("leased %v", l)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("the podCIDR is not taken")
+		}
+		n := c.GetNode("a")
+		if n.Metadata.Annotations[prefix+"public-ip"] != "192.0.2.1" || n.Metadata.Annotations[prefix+"backend-type"] != "vxlan" ||
+			n.Metadata.Annotations[prefix+"kube-subnet-manager"] != "true" || n.Metadata.Annotations[podCIDRsAnnotation] != n.Metadata.UID+" 10.5.1.0/24" {
+			t.Errorf("annotations: %v", n.Metadata.Annotations)
+		}
+		if len(n.Status.Conditions) != 0 {
+			t.Errorf("before there is a datapath: %v", n.Status.Conditions)
+		}
+	})
+
+	t.Run("Node deleted and made anew with its podCIDR", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		x := c.join(t, "a")
+		x.await(t, "a snapshot", func(s subnet.Snapshot, _ error) bool { return s.Revision > 0 })
+		eventually(t, "the condition", func() bool {
+			n := c.GetNode("a")
+			return len(n.Status.Conditions) == 1 && n.Status.Conditions[0].Type == "NetworkUnavailable" && n.Status.Conditions[0].Status == "False"
+		})
+		c.DeleteNode("a")
+		x.await(t, "no new pods", func(s subnet.Snapshot, _ error) bool { return !s.Self.Expires.IsZero() })
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		x.await(t, "pods again", func(s subnet.Snapshot, _ error) bool { return s.Self.Expires.IsZero() })
+		eventually(t, "annotations and condition again", func() bool {
+			n := c.GetNode("a")
+			return n.Metadata.Annotations[prefix+"public-ip"] == "192.0.2.1" && len(n.Status.Conditions) == 1
+		})
+		select {
+		case err := <-x.lost:
+			t.Errorf("lost: %v", err)
+		default:
+		}
+	})
+
+	t.Run("Node made anew with another podCIDR", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		x := c.join(t, "a")
+		x.await(t, "a snapshot", func(s subnet.Snapshot, _ error) bool { return s.Revision > 0 })
+		c.DeleteNode("a")
+		c.PutNode("a", []string{"10.5.2.0/24"}, nil)
+		x.awaitLost(t, "10.5.2.0/24")
+		if who, err := x.TakenBy(t.Context(), "a", nil, x.lease.Subnets()); err != nil || !strings.Contains(who, "10.5.2.0/24") {
+			t.Errorf("taken by %q, %v", who, err)
+		}
+		if who, err := x.TakenBy(t.Context(), "a", nil, []netip.Prefix{netip.MustParsePrefix("10.5.2.0/24")}); err != nil || who != "" {
+			t.Errorf("its own is taken by %q, %v", who, err)
+		}
+	})
+
+	t.Run("our podCIDR becomes another Node's", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		x := c.join(t, "a")
+		x.await(t, "a snapshot", func(s subnet.Snapshot, _ error) bool { return s.Revision > 0 })
+		c.DeleteNode("a")
+		x.await(t, "no new pods", func(s subnet.Snapshot, _ error) bool { return !s.Self.Expires.IsZero() })
+		c.PutNode("b", []string{"10.5.1.0/24"}, flannel("192.0.2.2", "02:00:00:00:00:02"))
+		x.awaitLost(t, "the Node b")
+		if who, err := x.TakenBy(t.Context(), "a", nil, x.lease.Subnets()); err != nil || !strings.Contains(who, "the Node b") {
+			t.Errorf("taken by %q, %v", who, err)
+		}
+	})
+
+	t.Run("a peer's podCIDR changes", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		x := c.join(t, "a")
+		same := flannel("192.0.2.2", "02:00:00:00:00:02")
+		c.PutNode("b", []string{"10.5.7.0/24"}, same)
+		only := func(p string) func(subnet.Snapshot, error) bool {
+			return func(s subnet.Snapshot, _ error) bool { return len(s.Peers) == 1 && s.Peers[0].Subnets()[0].String() == p }
+		}
+		x.await(t, "the peer", only("10.5.7.0/24"))
+		// All that flannel compares is as before.
+		c.DeleteNode("b")
+		c.PutNode("b", []string{"10.5.8.0/24"}, same)
+		x.await(t, "the peer's new subnet, and not the old one", only("10.5.8.0/24"))
+	})
+
+	t.Run("annotations spoilt and withdrawn", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		x := c.join(t, "a")
+		x.await(t, "a snapshot", func(s subnet.Snapshot, _ error) bool { return s.Revision > 0 })
+		public := func(want string) func() bool {
+			return func() bool { return c.GetNode("a").Metadata.Annotations[prefix+"public-ip"] == want }
+		}
+		c.PutNode("a", nil, map[string]any{prefix + "public-ip": "203.0.113.1", prefix + "backend-data": nil})
+		eventually(t, "ours is written anew", func() bool {
+			n := c.GetNode("a").Metadata.Annotations
+			return n[prefix+"public-ip"] == "192.0.2.1" && n[prefix+"backend-data"] != ""
+		})
+		c.PutNode("a", nil, map[string]any{prefix + "public-ip-overwrite": "203.0.113.9"})
+		eventually(t, "the overwrite", public("203.0.113.9"))
+		c.PutNode("a", nil, map[string]any{prefix + "public-ip-overwrite": "nonsense"})
+		x.await(t, "nonsense is named", func(_ subnet.Snapshot, err error) bool {
+			return err != nil && strings.Contains(err.Error(), "public-ip-overwrite")
+		})
+		if !public("203.0.113.9")() {
+			t.Error("nonsense took the last good address away")
+		}
+		c.PutNode("a", nil, map[string]any{prefix + "public-ip-overwrite": nil})
+		eventually(t, "the overwrite ends with its setting", public("192.0.2.1"))
+	})
+
+	t.Run("one family of two changes", func(t *testing.T) {
+		c.empty(t).SetConfig(t, `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"host-gw"}}`)
+		c.PutNode("a", []string{"10.5.1.0/24", "fd00:5:0:1::/64"}, nil)
+		r := c.open(t, "a")
+		cfg, err := r.Config(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := r.Acquire(t.Context(), subnet.Claim{Node: "a", Config: cfg, Ends: []subnet.Endpoint{{Public: netip.MustParseAddr("192.0.2.1")}, {Public: netip.MustParseAddr("2001:db8::1")}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		annotations := map[string]any{
+			prefix + "kube-subnet-manager": "true", prefix + "backend-type": "host-gw", prefix + "backend-data": "null",
+			prefix + "public-ip": "192.0.2.2", prefix + "public-ipv6": "2001:db8::2", prefix + "backend-v6-data": "null",
+		}
+		c.PutNode("b", []string{"10.5.2.0/24", "fd00:5:0:2::/64"}, annotations)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		for s, err := range r.Watch(ctx, l) {
+			if err != nil || len(s.Peers) == 0 {
+				continue
+			}
+			switch s.Peers[0].Publics()[0].String() {
+			case "192.0.2.2":
+				c.PutNode("b", nil, map[string]any{prefix + "public-ip": "192.0.2.3"})
+				continue
+			case "192.0.2.3":
+				if p := s.Peers[0]; len(p.Endpoints) != 2 || p.Publics()[1].String() != "2001:db8::2" {
+					t.Errorf("%v", p)
+				}
+			}
+			cancel()
+		}
+		if !errors.Is(ctx.Err(), context.Canceled) {
+			t.Error("the changed half is not seen")
+		}
+	})
+
+	t.Run("token wrong and renewed", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		x := c.join(t, "a")
+		x.await(t, "a snapshot", func(s subnet.Snapshot, _ error) bool { return s.Revision > 0 })
+		c.setToken(t, "wrong")
+		x.c.mu.Lock()
+		x.c.read = time.Time{} // ten seconds later
+		x.c.mu.Unlock()
+		x.c.breakAll()
+		x.await(t, "it is named", func(s subnet.Snapshot, err error) bool { return err != nil && strings.Contains(err.Error(), "401") })
+		c.setToken(t, kubetest.CulvertToken)
+		c.PutNode("b", []string{"10.5.8.0/24"}, flannel("192.0.2.2", "02:00:00:00:00:02"))
+		x.await(t, "the renewed one is used", func(s subnet.Snapshot, err error) bool { return err == nil && len(s.Peers) == 1 })
+	})
+
+	t.Run("rights too small", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		c.setToken(t, kubetest.NobodyToken)
+		named := make(chan string, 100)
+		r := c.open(t, "a", func(o *Options) {
+			o.Waiting = func(why string) {
+				select {
+				case named <- why:
+				default:
+				}
+			}
+		})
+		cfg, err := r.Config(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		if l, err := r.Acquire(ctx, contract.Claim(cfg, 1)); err == nil {
+			t.Errorf("leased %v", l)
+		}
+		if why := <-named; !strings.Contains(why, "403") || !strings.Contains(why, "ClusterRole") {
+			t.Errorf("it waits for %q", why)
+		}
+	})
+
+	t.Run("the rights shipped allow no more than is needed", func(t *testing.T) {
+		r := c.open(t, "a")
+		for path, method := range map[string]string{
+			"/api/v1/pods": http.MethodGet, "/api/v1/secrets": http.MethodGet, "/api/v1/configmaps": http.MethodGet,
+			"/api/v1/nodes/a": http.MethodPatch, "/api/v1/namespaces": http.MethodGet,
+		} {
+			err := r.c.call(t.Context(), request{method: method, path: path, accept: whole, contentType: "application/merge-patch+json", body: []byte("{}")}, nil)
+			if !has(err, http.StatusForbidden) {
+				t.Errorf("%s %s: %v", method, path, err)
+			}
+		}
+	})
+
+	t.Run("410 Gone", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		r := c.open(t, "a")
+		// A restart has the API server forget all revisions that went before.
+		c.Stop(t)
+		c.Start(t)
+		err := r.c.watch(t.Context(), "1", time.Minute, func() {}, func(*event) error { return errors.New("an event") })
+		if !has(err, http.StatusGone) {
+			t.Errorf("a watch from revision 1: %v", err)
+		}
+	})
+
+	t.Run("the API server is restarted with many changes", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		for n := range 40 { // more than are read one by one
+			c.PutNode("p"+string(rune('0'+n/10))+string(rune('0'+n%10)), []string{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(100 + n), 0}), 24).String()},
+				flannel(netip.AddrFrom4([4]byte{198, 51, 100, byte(n + 1)}).String(), subnet.DeriveMAC("p", uint32(n), false).String()))
+		}
+		x := c.join(t, "a")
+		x.await(t, "all peers", func(s subnet.Snapshot, _ error) bool { return len(s.Peers) == 40 })
+		c.Stop(t)
+		x.await(t, "it is told", func(s subnet.Snapshot, err error) bool { return err != nil && len(s.Peers) == 40 })
+		c.Start(t)
+		c.DeleteNode("p00")
+		x.await(t, "what changed", func(s subnet.Snapshot, err error) bool { return err == nil && len(s.Peers) == 39 })
+	})
+}
+
+func (x *running) awaitLost(t *testing.T, part string) {
+	t.Helper()
+	select {
+	case err := <-x.lost:
+		if !errors.Is(err, subnet.ErrLost) || !strings.Contains(err.Error(), part) {
+			t.Errorf("lost: %v", err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the loss is not seen")
+	}
+}
+
+// TestOlderState restores the store to an earlier state: the peers stand while
+// their nodes come back, and the watch is not silent at a revision of the future.
+func TestOlderState(t *testing.T) {
+	c := start(t)
+	c.SetConfig(t, contract.Config)
+	c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+	c.PutNode("b", []string{"10.5.8.0/24"}, flannel("192.0.2.2", "02:00:00:00:00:02"))
+	dir := t.TempDir()
+	x := c.join(t, "a", func(o *Options) {
+		o.Settle, o.SnapshotFile = 3*time.Second, filepath.Join(dir, "snapshot.json")
+	})
+	x.await(t, "the peer", func(s subnet.Snapshot, _ error) bool { return len(s.Peers) == 1 })
+	for range 50 { // so that the fresh store's revision stays behind
+		c.PutNode("b", nil, map[string]any{"x": time.Now().String()})
+	}
+	x.await(t, "their revision", func(s subnet.Snapshot, _ error) bool { return x.mirrorRevision() > 50 })
+
+	c.Stop(t)
+	fresh := kubetest.Start(t, "")
+	fresh.Stop()
+	c.Become(fresh)
+	x.await(t, "it is told", func(_ subnet.Snapshot, err error) bool { return err != nil })
+	c.Start(t)
+	c.grant(t)
+	c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+	eventually(t, "our annotations", func() bool { return c.GetNode("a").Metadata.Annotations[prefix+"public-ip"] == "192.0.2.1" })
+	c.PutNode("d", []string{"10.5.9.0/24"}, flannel("192.0.2.4", "02:00:00:00:00:04"))
+	x.await(t, "the old peer beside the new one", func(s subnet.Snapshot, err error) bool { return err == nil && len(s.Peers) == 2 })
+	x.await(t, "it is gone once it had its time", func(s subnet.Snapshot, err error) bool {
+		return err == nil && len(s.Peers) == 1 && s.Peers[0].Node == "d"
+	})
+}
+
+func (x *running) mirrorRevision() int64 {
+	x.Registry.mu.Lock()
+	m := x.mirror
+	x.Registry.mu.Unlock()
+	if m == nil {
+		return 0
+	}
+	return m.last()
+}

@@ -1,0 +1,333 @@
+package kube
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"culvert/subnet"
+)
+
+// DefaultPrefix is flannel's prefix of annotations.
+const DefaultPrefix = "flannel.alpha.coreos.com"
+
+// podCIDRsAnnotation is the one annotation that flannel does not have: the
+// Node's UID and its podCIDRs, for those who watch metadata alone.
+const podCIDRsAnnotation = "culvert/pod-cidrs"
+
+// names are the keys of flannel's annotations.
+type names struct {
+	managed, backend             string
+	data, public, overwrite      string // IPv4
+	dataV6, publicV6, overwrite6 string // IPv6
+}
+
+// newNames completes a prefix as flannel does: without a slash one is added, and
+// a hyphen after a prefix that ends in neither.
+func newNames(prefix string) names {
+	if !strings.Contains(prefix, "/") {
+		prefix += "/"
+	}
+	if !strings.HasSuffix(prefix, "/") && !strings.HasSuffix(prefix, "-") {
+		prefix += "-"
+	}
+	return names{
+		managed: prefix + "kube-subnet-manager", backend: prefix + "backend-type",
+		data: prefix + "backend-data", public: prefix + "public-ip", overwrite: prefix + "public-ip-overwrite",
+		dataV6: prefix + "backend-v6-data", publicV6: prefix + "public-ipv6", overwrite6: prefix + "public-ipv6-overwrite",
+	}
+}
+
+// object is what is read of a Node. In a list or watch of metadata the spec and
+// the status are empty.
+type object struct {
+	Metadata struct {
+		Name              string            `json:"name"`
+		UID               string            `json:"uid"`
+		ResourceVersion   string            `json:"resourceVersion"`
+		CreationTimestamp time.Time         `json:"creationTimestamp"`
+		Annotations       map[string]string `json:"annotations"`
+	} `json:"metadata"`
+	Spec struct {
+		PodCIDR  string   `json:"podCIDR"`
+		PodCIDRs []string `json:"podCIDRs"`
+	} `json:"spec"`
+	Status struct {
+		Conditions []struct {
+			Type   string `json:"type"`
+			Status string `json:"status"`
+		} `json:"conditions"`
+	} `json:"status"`
+}
+
+// revision is the resource version as a number, zero if it is none.
+func revision(text string) int64 {
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// podCIDRs are the Node's subnets, IPv4 first; none yet is no error.
+func (o *object) podCIDRs() ([]netip.Prefix, error) {
+	texts := o.Spec.PodCIDRs
+	if len(texts) == 0 && o.Spec.PodCIDR != "" {
+		texts = []string{o.Spec.PodCIDR}
+	}
+	return parseCIDRs(texts)
+}
+
+// parseCIDRs allows one prefix of each family.
+func parseCIDRs(texts []string) ([]netip.Prefix, error) {
+	if len(texts) > 2 {
+		return nil, fmt.Errorf("%d podCIDRs, where one of each address family is understood", len(texts))
+	}
+	var all []netip.Prefix
+	for _, text := range texts {
+		p, err := netip.ParsePrefix(text)
+		switch {
+		case err != nil || p.Addr().Is4In6() || p.Bits() == 0:
+			return nil, fmt.Errorf("podCIDR %q is no subnet", text)
+		case p != p.Masked():
+			return nil, fmt.Errorf("podCIDR %s has host bits set", p)
+		case len(all) == 1 && all[0].Addr().Is4() == p.Addr().Is4():
+			return nil, fmt.Errorf("podCIDRs %s and %s are of one address family", all[0], p)
+		}
+		all = append(all, p)
+	}
+	slices.SortFunc(all, func(a, b netip.Prefix) int { return cmp.Compare(a.Addr().BitLen(), b.Addr().BitLen()) })
+	return all, nil
+}
+
+// facts is what is kept of a Node.
+type facts struct {
+	uid      string
+	created  int64 // Unix time; the earlier of two that exclude each other stands
+	revision int64
+	cidrs    []netip.Prefix // of all families; none: not known
+	managed  bool           // flannel or culvert runs there
+	notes    notes
+}
+
+// notes are the values of the annotations that matter.
+type notes struct {
+	backend                      string
+	data, public, overwrite      string
+	dataV6, publicV6, overwrite6 string
+	podCIDRs                     string
+}
+
+// facts reads the metadata, and the spec where there is one.
+func (n names) facts(o *object) (facts, error) {
+	a := o.Metadata.Annotations
+	f := facts{
+		uid: o.Metadata.UID, created: o.Metadata.CreationTimestamp.Unix(), revision: revision(o.Metadata.ResourceVersion),
+		managed: a[n.managed] == "true",
+		notes: notes{
+			backend: a[n.backend], data: a[n.data], public: a[n.public], overwrite: a[n.overwrite],
+			dataV6: a[n.dataV6], publicV6: a[n.publicV6], overwrite6: a[n.overwrite6],
+			podCIDRs: a[podCIDRsAnnotation],
+		},
+	}
+	var err error
+	if f.cidrs, err = o.podCIDRs(); err != nil || len(f.cidrs) > 0 {
+		return f, err
+	}
+	// Repeated by the node itself. One that names another UID was copied from
+	// another Node, such as this one's predecessor.
+	uid, list, _ := strings.Cut(f.notes.podCIDRs, " ")
+	if uid == f.uid && list != "" {
+		f.cidrs, err = parseCIDRs(strings.Split(list, ","))
+	}
+	return f, err
+}
+
+// podCIDRsNote is the value of podCIDRsAnnotation.
+func podCIDRsNote(uid string, cidrs []netip.Prefix) string {
+	texts := make([]string, len(cidrs))
+	for i, c := range cidrs {
+		texts[i] = c.String()
+	}
+	return uid + " " + strings.Join(texts, ",")
+}
+
+// leaseValue is a lease as flannel writes it to etcd, which subnet.ParseLease
+// reads.
+type leaseValue struct {
+	PublicIP      string          `json:",omitempty"`
+	PublicIPv6    *string         `json:",omitempty"`
+	BackendType   string          `json:",omitempty"`
+	BackendData   json.RawMessage `json:",omitempty"`
+	BackendV6Data json.RawMessage `json:",omitempty"`
+	NodeID        string
+}
+
+var errNoPodCIDR = errors.New("it has flannel's annotations, and no podCIDR")
+
+// entry returns a managed Node as an entry with a lease of the configuration's
+// families, or with the reason why there is none. A family without an address is
+// left out, as in a cluster where the other nodes have not got it yet.
+func (f facts) entry(name string, cfg subnet.Config) subnet.Entry {
+	e := subnet.Entry{CreateRevision: f.created, ModRevision: f.revision}
+	if len(f.cidrs) == 0 {
+		return subnet.BadEntry(name, errNoPodCIDR)
+	}
+	v := leaseValue{BackendType: f.notes.backend, NodeID: name}
+	var subnets []netip.Prefix
+	for _, c := range f.cidrs {
+		is4 := c.Addr().Is4()
+		if _, ok := cfg.Network(is4); !ok {
+			continue
+		}
+		public, data := f.notes.public, f.notes.data
+		if !is4 {
+			public, data = f.notes.publicV6, f.notes.dataV6
+		}
+		if public == "" {
+			continue
+		}
+		var raw json.RawMessage
+		if data != "" {
+			if !json.Valid([]byte(data)) {
+				return subnet.BadEntry(name, fmt.Errorf("its backend data %.80q is not JSON", data))
+			}
+			raw = json.RawMessage(data)
+		}
+		subnets = append(subnets, c)
+		if is4 {
+			v.PublicIP, v.BackendData = public, raw
+		} else {
+			v.PublicIPv6, v.BackendV6Data = &public, raw
+		}
+	}
+	switch {
+	case len(subnets) == 0:
+		return subnet.BadEntry(name, fmt.Errorf("of its podCIDRs %v none has an address of a family that the network has", f.cidrs))
+	case v.BackendType == "": // would be a reservation
+		return subnet.BadEntry(name, errors.New("it has no backend type"))
+	}
+	var err error
+	if e.Value, err = json.Marshal(v); err != nil {
+		return subnet.BadEntry(name, err)
+	}
+	e.Key = subnet.FormatKey(subnets)
+	e = subnet.NewEntry(e)
+	if _, err := e.Lease(); err != nil {
+		return subnet.BadEntry(name, err)
+	}
+	return e
+}
+
+// vxlanData is flannel's vxlanLeaseAttrs (pkg/backend/vxlan/vxlan.go).
+type vxlanData struct {
+	VNI     uint32
+	VtepMAC string
+}
+
+// annotations are what the lease's Node is to have: flannel's, byte for byte,
+// and ours. An overwrite takes the place of the node's own address, for as long
+// as it stands.
+func (n names) annotations(l subnet.Lease, f facts) (map[string]string, error) {
+	want := map[string]string{
+		n.managed: "true", n.backend: l.Backend, podCIDRsAnnotation: podCIDRsNote(f.uid, f.cidrs),
+	}
+	for _, e := range l.Endpoints {
+		data := "null"
+		if l.Backend == "vxlan" {
+			text, err := json.Marshal(vxlanData{e.VTEP.VNI, e.VTEP.MAC.String()})
+			if err != nil {
+				return nil, err
+			}
+			data = string(text)
+		}
+		is4 := e.Subnet.Addr().Is4()
+		dataKey, publicKey, overwriteKey, overwrite := n.data, n.public, n.overwrite, f.notes.overwrite
+		if !is4 {
+			dataKey, publicKey, overwriteKey, overwrite = n.dataV6, n.publicV6, n.overwrite6, f.notes.overwrite6
+		}
+		want[dataKey], want[publicKey] = data, e.Public.String()
+		if overwrite != "" {
+			a, err := netip.ParseAddr(overwrite)
+			if err != nil || a.Is4() != is4 || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
+				return nil, fmt.Errorf("the annotation %s is %.80q, which is no address of its family: correct or remove it", overwriteKey, overwrite)
+			}
+			want[publicKey] = a.String()
+		}
+	}
+	return want, nil
+}
+
+// condition is the Node's NetworkUnavailable. While it is True, or missing where
+// a cloud provider set the taint, nothing is scheduled there.
+type condition struct {
+	Type               string    `json:"type"`
+	Status             string    `json:"status"`
+	Reason             string    `json:"reason"`
+	Message            string    `json:"message"`
+	LastTransitionTime time.Time `json:"lastTransitionTime"`
+	LastHeartbeatTime  time.Time `json:"lastHeartbeatTime"`
+}
+
+// patch is the body of a strategic merge patch of a Node's status. The UID has
+// the API server refuse it for a Node that was made anew meanwhile.
+type patch struct {
+	Metadata struct {
+		UID         string             `json:"uid"`
+		Annotations map[string]*string `json:"annotations,omitempty"` // nil removes
+	} `json:"metadata"`
+	Status *patchStatus `json:"status,omitempty"`
+}
+
+type patchStatus struct {
+	Conditions []condition `json:"conditions"`
+}
+
+// newPatch returns what makes the annotations those wanted, and whether there is
+// anything to do.
+func newPatch(o *object, want map[string]string) (patch, bool) {
+	var p patch
+	p.Metadata.UID = o.Metadata.UID
+	p.Metadata.Annotations = map[string]*string{}
+	for key, value := range want {
+		if is, ok := o.Metadata.Annotations[key]; !ok || is != value {
+			p.Metadata.Annotations[key] = &value
+		}
+	}
+	return p, len(p.Metadata.Annotations) > 0
+}
+
+// withdraw returns what removes all that newPatch ever wrote. Overwrites are the
+// administrator's.
+func (n names) withdraw(o *object) (patch, bool) {
+	var p patch
+	p.Metadata.UID = o.Metadata.UID
+	p.Metadata.Annotations = map[string]*string{}
+	for _, key := range []string{n.managed, n.backend, n.data, n.public, n.dataV6, n.publicV6, podCIDRsAnnotation} {
+		if _, ok := o.Metadata.Annotations[key]; ok {
+			p.Metadata.Annotations[key] = nil
+		}
+	}
+	return p, len(p.Metadata.Annotations) > 0
+}
+
+// networkUp adds the condition to the patch, unless the Node has it.
+func (p *patch) networkUp(o *object, now time.Time) bool {
+	for _, c := range o.Status.Conditions {
+		if c.Type == "NetworkUnavailable" && c.Status == "False" {
+			return false
+		}
+	}
+	now = now.UTC().Truncate(time.Second)
+	p.Status = &patchStatus{[]condition{{
+		Type: "NetworkUnavailable", Status: "False", Reason: "CulvertIsUp", Message: "culvert is running on this node",
+		LastTransitionTime: now, LastHeartbeatTime: now,
+	}}}
+	return true
+}

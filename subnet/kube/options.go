@@ -1,0 +1,226 @@
+package kube
+
+import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"sigs.k8s.io/yaml"
+)
+
+// DefaultNetConf is where flannel's manifests mount its ConfigMap.
+const DefaultNetConf = "/etc/kube-flannel/net-conf.json"
+
+// ServiceAccountDir is where Kubernetes mounts a pod's token and the CA.
+const ServiceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// Options say how to reach the API server. A token is shown in no form of them.
+type Options struct {
+	// Server is the API server's URL. If it is empty, Kubeconfig says it, and
+	// without that the environment of a pod.
+	Server string
+	// Kubeconfig is a file whose current context is used; none if empty.
+	Kubeconfig string
+	// Node is the name of this node's Node; required.
+	Node string
+	// Prefix is that of the annotations; DefaultPrefix if empty.
+	Prefix string
+	// NetConf is the file with the network configuration; DefaultNetConf if
+	// empty. It is read again while the node runs.
+	NetConf string
+	// NetworkUnavailable is whether to set that condition of the Node to False.
+	NetworkUnavailable bool
+	// SnapshotFile is where the leases are kept as last read, for a start while
+	// the API server is unreachable (Kept); nothing is kept if it is empty.
+	SnapshotFile string
+	// RequestTimeout bounds one request; 10 s if zero. A list has six times that.
+	RequestTimeout time.Duration
+	// Settle is how long the peers of the last good snapshot are kept when the
+	// API server comes back at an older state; 2 minutes if zero.
+	Settle time.Duration
+	// Waiting is told what Config and Acquire wait for, and what would help; nil
+	// for nobody.
+	Waiting func(why string) `json:"-"`
+	// Logger is required.
+	Logger *slog.Logger
+}
+
+// InCluster reports whether this process has a service account's token and the
+// API server's address, as in a pod.
+func InCluster() bool {
+	_, err := os.Stat(filepath.Join(ServiceAccountDir, "token"))
+	return err == nil && os.Getenv("KUBERNETES_SERVICE_HOST") != ""
+}
+
+// access is where the API server is and how to be known there. Files are read
+// again, since all of them are renewed in place.
+type access struct {
+	server     *url.URL
+	serverName string // in its certificate, if not the URL's host
+	insecure   bool   // do not verify it
+
+	ca, cert, key             []byte // PEM
+	caFile, certFile, keyFile string
+	token, tokenFile          string
+}
+
+// complete checks the options and fills in the defaults.
+func (o Options) complete() (Options, access, error) {
+	if o.Logger == nil {
+		return o, access{}, errors.New("kubernetes: no logger")
+	}
+	for _, d := range []struct {
+		value *string
+		usual string
+	}{{&o.Prefix, DefaultPrefix}, {&o.NetConf, DefaultNetConf}} {
+		if *d.value == "" {
+			*d.value = d.usual
+		}
+	}
+	if o.RequestTimeout == 0 {
+		o.RequestTimeout = 10 * time.Second
+	}
+	if o.Settle == 0 {
+		o.Settle = 2 * time.Minute
+	}
+	if o.Waiting == nil {
+		o.Waiting = func(string) {}
+	}
+	a, err := o.access()
+	return o, a, err
+}
+
+func (o Options) access() (access, error) {
+	var a access
+	server := o.Server
+	switch {
+	case o.Kubeconfig != "":
+		var err error
+		if a, err = readKubeconfig(o.Kubeconfig); err != nil {
+			return a, fmt.Errorf("--kubeconfig-file %s: %w", o.Kubeconfig, err)
+		}
+	case InCluster():
+		a.tokenFile, a.caFile = filepath.Join(ServiceAccountDir, "token"), filepath.Join(ServiceAccountDir, "ca.crt")
+		a.server = &url.URL{Scheme: "https", Host: net.JoinHostPort(os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT"))}
+	case server == "":
+		return a, fmt.Errorf("kubernetes: no API server: in a pod a service account must be mounted at %s; elsewhere give --kubeconfig-file", ServiceAccountDir)
+	}
+	if server != "" {
+		u, err := url.Parse(server)
+		if err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https" || u.User != nil {
+			return a, fmt.Errorf("--kube-api-url %s: not a URL such as https://10.0.0.1:6443", server)
+		}
+		a.server = u
+	}
+	if a.server == nil {
+		return a, errors.New("kubernetes: the kubeconfig names no server")
+	}
+	a.server.Path = strings.TrimSuffix(a.server.Path, "/")
+	return a, nil
+}
+
+// kubeconfig is the part of the file that is understood.
+type kubeconfig struct {
+	CurrentContext string `json:"current-context"`
+	Contexts       []struct {
+		Name    string `json:"name"`
+		Context struct {
+			Cluster string `json:"cluster"`
+			User    string `json:"user"`
+		} `json:"context"`
+	} `json:"contexts"`
+	Clusters []struct {
+		Name    string `json:"name"`
+		Cluster struct {
+			Server     string `json:"server"`
+			CA         string `json:"certificate-authority"`
+			CAData     string `json:"certificate-authority-data"`
+			ServerName string `json:"tls-server-name"`
+			Insecure   bool   `json:"insecure-skip-tls-verify"`
+		} `json:"cluster"`
+	} `json:"clusters"`
+	Users []struct {
+		Name string `json:"name"`
+		User struct {
+			Token     string `json:"token"`
+			TokenFile string `json:"tokenFile"`
+			Cert      string `json:"client-certificate"`
+			CertData  string `json:"client-certificate-data"`
+			Key       string `json:"client-key"`
+			KeyData   string `json:"client-key-data"`
+			Exec      any    `json:"exec"`
+			Provider  any    `json:"auth-provider"`
+		} `json:"user"`
+	} `json:"users"`
+}
+
+func readKubeconfig(name string) (access, error) {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return access{}, err
+	}
+	a, err := parseKubeconfig(text)
+	if err != nil {
+		return access{}, err
+	}
+	// As kubectl does, names are those beside the file.
+	for _, f := range []*string{&a.caFile, &a.certFile, &a.keyFile, &a.tokenFile} {
+		if *f != "" && !filepath.IsAbs(*f) {
+			*f = filepath.Join(filepath.Dir(name), *f)
+		}
+	}
+	return a, nil
+}
+
+func parseKubeconfig(text []byte) (access, error) {
+	var k kubeconfig
+	if err := yaml.Unmarshal(text, &k); err != nil {
+		return access{}, fmt.Errorf("it is no kubeconfig: %w", err)
+	}
+	var a access
+	for _, c := range k.Contexts {
+		if c.Name != k.CurrentContext {
+			continue
+		}
+		for _, l := range k.Clusters {
+			if l.Name != c.Context.Cluster {
+				continue
+			}
+			u, err := url.Parse(l.Cluster.Server)
+			if err != nil || u.Hostname() == "" {
+				return access{}, fmt.Errorf("the server of its cluster %q is no URL", l.Name)
+			}
+			a.server, a.caFile, a.serverName, a.insecure = u, l.Cluster.CA, l.Cluster.ServerName, l.Cluster.Insecure
+			if a.ca, err = base64.StdEncoding.DecodeString(l.Cluster.CAData); err != nil {
+				return access{}, fmt.Errorf("the certificate-authority-data of its cluster %q: %w", l.Name, err)
+			}
+		}
+		for _, u := range k.Users {
+			if u.Name != c.Context.User {
+				continue
+			}
+			if u.User.Exec != nil || u.User.Provider != nil {
+				return access{}, fmt.Errorf("its user %q gets credentials from a program, which a daemon has none of: use a service account's token or a client certificate", u.Name)
+			}
+			a.token, a.tokenFile, a.certFile, a.keyFile = u.User.Token, u.User.TokenFile, u.User.Cert, u.User.Key
+			var err error
+			if a.cert, err = base64.StdEncoding.DecodeString(u.User.CertData); err == nil {
+				a.key, err = base64.StdEncoding.DecodeString(u.User.KeyData)
+			}
+			if err != nil {
+				return access{}, fmt.Errorf("the client certificate of its user %q: %w", u.Name, err)
+			}
+		}
+	}
+	if a.server == nil {
+		return access{}, fmt.Errorf("its current context %q names no cluster in it", k.CurrentContext)
+	}
+	return a, nil
+}

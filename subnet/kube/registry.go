@@ -1,0 +1,594 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"culvert/subnet"
+	"culvert/subnet/kept"
+)
+
+// Registry is one node's way to the Nodes. Its methods may be called at one
+// time.
+type Registry struct {
+	c    *client
+	opts Options
+	keys names
+	log  *slog.Logger
+
+	// turn is taken by whoever writes our Node, over all of its requests.
+	turn chan struct{}
+	// poke tells Hold to look at our Node.
+	poke chan struct{}
+
+	mu      sync.Mutex
+	held    subnet.Lease  // without Endpoints: none. Its addresses are the node's own, not an overwrite
+	config  subnet.Config // the last valid one; without Networks: none
+	text    string        // that config was read from
+	resumed *kept.State   // for Watch to begin with; nil once the API server was read
+	mirror  *mirror       // of the Watch that runs, or nil
+
+	keeping   sync.Mutex // the snapshot's file
+	forgotten bool       // nothing is to be kept any more
+}
+
+var _ subnet.Registry = (*Registry)(nil)
+
+// New makes a registry; nothing is sent yet. An error says what in the options
+// cannot work. The caller ends it with Close.
+func New(o Options) (*Registry, error) {
+	o, a, err := o.complete()
+	if err != nil {
+		return nil, err
+	}
+	if o.Node == "" {
+		return nil, errors.New("kubernetes: the name of this node's Node is not known; set NODE_NAME, or POD_NAME and POD_NAMESPACE")
+	}
+	c, err := newClient(a, o.RequestTimeout)
+	if err != nil {
+		return nil, err
+	}
+	return &Registry{
+		c: c, opts: o, keys: newNames(o.Prefix), log: o.Logger,
+		turn: make(chan struct{}, 1), poke: make(chan struct{}, 1),
+	}, nil
+}
+
+// Close ends the connections. It does not give the lease back (Release).
+func (r *Registry) Close() error {
+	r.c.http.CloseIdleConnections()
+	r.c.breakAll()
+	return nil
+}
+
+// Reconnect breaks the connections to the API server, for them to be made anew:
+// after this node's address has changed.
+func (r *Registry) Reconnect() { r.c.breakAll() }
+
+// Server is the API server's URL.
+func (r *Registry) Server() string { return r.c.access.server.String() }
+
+// Held returns the lease that this registry holds, and whether there is one.
+// Expires is zero while our Node has the subnets; else it is when that was found
+// not to be so.
+func (r *Registry) Held() (subnet.Lease, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.held, len(r.held.Endpoints) > 0
+}
+
+func (r *Registry) setHeld(l subnet.Lease) {
+	r.mu.Lock()
+	changed := r.held.Expires != l.Expires
+	r.held = l
+	m := r.mirror
+	r.mu.Unlock()
+	if changed && m != nil {
+		m.refresh()
+	}
+}
+
+// NodeName asks the API server on which Node a pod is, as flannel does where
+// nobody says the Node's name.
+func NodeName(ctx context.Context, o Options, namespace, pod string) (string, error) {
+	o, a, err := o.complete()
+	if err != nil {
+		return "", err
+	}
+	c, err := newClient(a, o.RequestTimeout)
+	if err != nil {
+		return "", err
+	}
+	defer c.http.CloseIdleConnections()
+	var p struct {
+		Spec struct {
+			NodeName string `json:"nodeName"`
+		} `json:"spec"`
+	}
+	err = c.call(ctx, request{method: http.MethodGet, path: "/api/v1/namespaces/" + namespace + "/pods/" + pod, accept: whole}, &p)
+	if err == nil && p.Spec.NodeName == "" {
+		err = errors.New("it is on none yet")
+	}
+	if err != nil {
+		return "", fmt.Errorf("asking which Node the pod %s/%s is on: %w (or set NODE_NAME)", namespace, pod, err)
+	}
+	return p.Spec.NodeName, nil
+}
+
+// Config implements subnet.Registry.
+func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
+	said := reminder{}
+	for {
+		text, err := os.ReadFile(r.opts.NetConf)
+		if err == nil {
+			var cfg subnet.Config
+			var warnings []subnet.Warning
+			if cfg, warnings, err = subnet.ParseConfig(text); err == nil {
+				r.warn(warnings)
+				r.rememberConfig(cfg, string(text))
+				return cfg, nil
+			}
+			err = fmt.Errorf("the network configuration in %s is refused: %w", r.opts.NetConf, err)
+		} else {
+			err = fmt.Errorf("%w: mount the ConfigMap with net-conf.json there, or say where it is with --net-config-path", err)
+		}
+		r.opts.Waiting("waiting for a network configuration: " + err.Error())
+		if said.due() {
+			r.log.Warn("waiting for a network configuration", "file", r.opts.NetConf, "error", err)
+		}
+		if err := sleep(ctx, readConfigEvery); err != nil {
+			return subnet.Config{}, fmt.Errorf("wait for the network configuration: %w", err)
+		}
+	}
+}
+
+// readConfigEvery is how often the file is read. The kubelet takes a minute to
+// renew it.
+const readConfigEvery = time.Second
+
+func (r *Registry) warn(warnings []subnet.Warning) {
+	for _, w := range warnings {
+		r.log.Warn("network configuration", "key", w.Key, "warning", w.Message)
+	}
+}
+
+func (r *Registry) rememberConfig(cfg subnet.Config, text string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.config, r.text = cfg, text
+}
+
+// Acquire implements subnet.Registry: it waits until our Node has podCIDRs that
+// fit the configuration, and writes its annotations.
+func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
+	done, err := r.takeTurn(ctx)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	defer done()
+	var pause backoff
+	said := reminder{}
+	for {
+		l, err := r.claim(ctx, c)
+		if err == nil {
+			r.remember()
+			r.setHeld(l)
+			return l, nil
+		}
+		if ctx.Err() != nil {
+			return subnet.Lease{}, fmt.Errorf("wait for the Node's podCIDRs: %w", err)
+		}
+		r.opts.Waiting("waiting for this node's subnet: " + err.Error())
+		if said.due() {
+			r.log.Warn("waiting for this node's subnet", "node", r.opts.Node, "error", err)
+		}
+		if pause.wait(ctx, err) != nil {
+			return subnet.Lease{}, fmt.Errorf("wait for the Node's podCIDRs: %w", err)
+		}
+	}
+}
+
+func (r *Registry) claim(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
+	o, err := r.c.node(ctx, r.opts.Node, "")
+	if has(err, http.StatusNotFound) {
+		return subnet.Lease{}, fmt.Errorf("there is no Node %q: the kubelet has not registered it, or the name is another (NODE_NAME)", r.opts.Node)
+	}
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	l, err := leaseFor(o, c)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	return l, r.annotate(ctx, o, l, false)
+}
+
+// leaseFor is the lease that a Node's podCIDRs give the claimant.
+func leaseFor(o *object, c subnet.Claim) (subnet.Lease, error) {
+	cidrs, err := o.podCIDRs()
+	if err != nil {
+		return subnet.Lease{}, fmt.Errorf("the Node %s: %w", o.Metadata.Name, err)
+	}
+	if len(cidrs) == 0 {
+		return subnet.Lease{}, fmt.Errorf("the Node %s has no podCIDR yet: kube-controller-manager gives it one if it runs with --allocate-node-cidrs and --cluster-cidr (kubeadm: --pod-network-cidr)", o.Metadata.Name)
+	}
+	l := subnet.Lease{
+		Node: c.Node, Backend: c.Config.Backend.Type,
+		CreateRevision: o.Metadata.CreationTimestamp.Unix(), ModRevision: revision(o.Metadata.ResourceVersion),
+	}
+	for i, n := range c.Config.Networks {
+		e := c.Ends[i]
+		for _, p := range cidrs {
+			if p.Addr().Is4() == n.Prefix.Addr().Is4() {
+				e.Subnet = p
+			}
+		}
+		if !e.Subnet.IsValid() {
+			return subnet.Lease{}, fmt.Errorf("the Node %s has the podCIDRs %v, of which none is for the network %s: give kube-controller-manager a --cluster-cidr of each family", o.Metadata.Name, cidrs, n.Prefix)
+		}
+		l.Endpoints = append(l.Endpoints, e)
+	}
+	if err := c.Config.Admits(l); err != nil {
+		return subnet.Lease{}, fmt.Errorf("the podCIDRs %v of the Node %s do not fit net-conf.json: %w; its Network and kube-controller-manager's --cluster-cidr must be the same", cidrs, o.Metadata.Name, err)
+	}
+	return l, nil
+}
+
+// annotate makes our Node's annotations those of the lease; and its condition,
+// once the datapath is there.
+func (r *Registry) annotate(ctx context.Context, o *object, l subnet.Lease, up bool) error {
+	f, err := r.keys.facts(o)
+	if err != nil {
+		return err
+	}
+	want, err := r.keys.annotations(l, f)
+	if err != nil {
+		return err
+	}
+	p, changed := newPatch(o, want)
+	if up && r.opts.NetworkUnavailable {
+		changed = p.networkUp(o, time.Now()) || changed
+	}
+	if !changed {
+		return nil
+	}
+	if err := r.c.patchStatus(ctx, r.opts.Node, p); err != nil {
+		return err
+	}
+	r.log.Info("our Node's annotations are written", "node", r.opts.Node, "subnet", l.Key(), "public", want[r.keys.public], "public6", want[r.keys.publicV6])
+	return nil
+}
+
+const (
+	// lookEvery is how often Hold compares our Node even if nothing points at a
+	// change; Watch points at one at once.
+	lookEvery = time.Minute
+	// orphanEvery is that while there is no Node of ours.
+	orphanEvery = 5 * time.Second
+)
+
+// Hold implements subnet.Registry. While the API server is unreachable it waits:
+// only its answer that our Node has other podCIDRs, or that another has ours
+// while there is no Node of ours, is a loss.
+func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
+	if held, ok := r.Held(); !ok || held.Key() != l.Key() {
+		r.setHeld(l)
+	}
+	var pause backoff
+	away := outage{log: r.log.With("node", r.opts.Node)}
+	wasUID := ""
+	for {
+		uid, err := r.verify(ctx, wasUID)
+		wait := lookEvery/2 + rand.N(lookEvery)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, subnet.ErrLost):
+			r.Forget()
+			return err
+		case errors.Is(err, errOrphan):
+			away.over()
+			pause.reset()
+			r.log.Warn("the lease is in doubt: no new pods", "subnet", l.Key(), "reason", err)
+			wait = orphanEvery
+		case err != nil:
+			away.failed("our Node cannot be looked after for now; holding on to its subnet", err)
+			r.complain(err)
+			if pause.wait(ctx, err) != nil {
+				return nil
+			}
+			continue
+		default:
+			away.over()
+			pause.reset()
+			wasUID = uid
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+		case <-r.poke:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// errOrphan says that our Node is not there, or has no podCIDR yet.
+var errOrphan = errors.New("this node's Node is gone")
+
+func (r *Registry) verify(ctx context.Context, wasUID string) (string, error) {
+	done, err := r.takeTurn(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer done()
+	held, ok := r.Held()
+	if !ok {
+		return "", fmt.Errorf("%w: it was released", subnet.ErrLost)
+	}
+	return r.repair(ctx, held, wasUID)
+}
+
+// repair makes our Node say what the lease does, and returns its UID. Another
+// than wasUID is a Node whose condition is not ours yet. The caller has the turn.
+func (r *Registry) repair(ctx context.Context, want subnet.Lease, wasUID string) (string, error) {
+	o, err := r.c.node(ctx, r.opts.Node, "")
+	if has(err, http.StatusNotFound) {
+		return "", r.orphaned(want, fmt.Sprintf("there is no Node %s in the cluster: restart its kubelet to register it again", r.opts.Node))
+	}
+	if err != nil {
+		return "", err
+	}
+	cidrs, err := o.podCIDRs()
+	if err != nil {
+		return "", fmt.Errorf("the Node %s: %w", r.opts.Node, err)
+	}
+	if len(cidrs) == 0 {
+		return "", r.orphaned(want, fmt.Sprintf("the Node %s was made anew and has no podCIDR yet", r.opts.Node))
+	}
+	if slices.ContainsFunc(want.Subnets(), func(p netip.Prefix) bool { return !slices.Contains(cidrs, p) }) {
+		return "", fmt.Errorf("%w: the Node %s has the podCIDRs %v now, and its pods here are of %v", subnet.ErrLost, r.opts.Node, cidrs, want.Subnets())
+	}
+	if err := r.annotate(ctx, o, want, o.Metadata.UID != wasUID); err != nil {
+		return "", err
+	}
+	want.CreateRevision, want.ModRevision = o.Metadata.CreationTimestamp.Unix(), revision(o.Metadata.ResourceVersion)
+	if !want.Expires.IsZero() {
+		r.log.Info("our Node is back with the same podCIDRs", "node", r.opts.Node, "subnet", want.Key())
+		want.Expires = time.Time{}
+	}
+	r.setHeld(want)
+	return o.Metadata.UID, nil
+}
+
+// orphaned notes since when the subnet has not been ours: no new pods get its
+// addresses, and those that are here keep theirs until another Node has it.
+func (r *Registry) orphaned(l subnet.Lease, why string) error {
+	if l.Expires.IsZero() {
+		l.Expires = time.Now()
+		r.setHeld(l)
+	}
+	r.mu.Lock()
+	m := r.mirror
+	r.mu.Unlock()
+	if m != nil {
+		if who := m.owner(l); who != "" {
+			return fmt.Errorf("%w: %s, and %s has its subnet now", subnet.ErrLost, why, who)
+		}
+	}
+	return fmt.Errorf("%w: %s", errOrphan, why)
+}
+
+// complain has a Watch that runs say what is wrong.
+func (r *Registry) complain(err error) {
+	r.mu.Lock()
+	m := r.mirror
+	r.mu.Unlock()
+	if m != nil {
+		m.fail(err)
+	}
+}
+
+// Update implements subnet.Registry. The subnets stay as they are. It waits
+// while the API server is unreachable.
+func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, error) {
+	done, err := r.takeTurn(ctx)
+	if err != nil {
+		return subnet.Lease{}, err
+	}
+	defer done()
+	held, ok := r.Held()
+	if !ok || held.Key() != l.Key() {
+		return subnet.Lease{}, fmt.Errorf("update lease %s: %w: this registry does not hold it", l, subnet.ErrLost)
+	}
+	held.Backend, held.Endpoints = l.Backend, slices.Clone(l.Endpoints)
+	if _, err := held.Value(); err != nil {
+		return subnet.Lease{}, fmt.Errorf("update: %w", err)
+	}
+	r.setHeld(held)
+	var pause backoff
+	for {
+		_, err := r.repair(ctx, held, "")
+		if err == nil || errors.Is(err, errOrphan) { // Hold writes it once our Node is back
+			after, _ := r.Held()
+			return after, nil
+		}
+		if errors.Is(err, subnet.ErrLost) || pause.wait(ctx, err) != nil {
+			return subnet.Lease{}, fmt.Errorf("update lease %s: %w", l, err)
+		}
+	}
+}
+
+// Release implements subnet.Registry: it removes our annotations, so that nobody
+// sends to this node. The podCIDRs stay the Node's.
+func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
+	done, err := r.takeTurn(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	r.Forget()
+	var pause backoff
+	for {
+		err := r.withdraw(ctx)
+		if err == nil || has(err, http.StatusNotFound) {
+			break
+		}
+		if pause.wait(ctx, err) != nil {
+			return fmt.Errorf("release lease %s: %w", l, err)
+		}
+	}
+	r.setHeld(subnet.Lease{})
+	r.look()
+	return nil
+}
+
+func (r *Registry) withdraw(ctx context.Context) error {
+	o, err := r.c.node(ctx, r.opts.Node, "")
+	if err != nil {
+		return err
+	}
+	if p, changed := r.keys.withdraw(o); changed {
+		return r.c.patchStatus(ctx, r.opts.Node, p)
+	}
+	return nil
+}
+
+// TakenBy says, as a sentence, whose the subnets are if they are not this node's
+// any more: our own Node has others, or another Node has one of them. It waits
+// while the API server is unreachable.
+func (r *Registry) TakenBy(ctx context.Context, node string, _ []netip.Addr, subnets []netip.Prefix) (string, error) {
+	var pause backoff
+	away := outage{log: r.log.With("node", node)}
+	for {
+		who, err := r.takenBy(ctx, node, subnets)
+		if err == nil || ctx.Err() != nil {
+			return who, err
+		}
+		away.failed("whose our subnet is cannot be read; trying again", err)
+		r.opts.Waiting("asking the API server whether the subnet of this node's pods is still its own: " + err.Error())
+		if err := pause.wait(ctx, err); err != nil {
+			return "", err
+		}
+	}
+}
+
+func (r *Registry) takenBy(ctx context.Context, node string, subnets []netip.Prefix) (string, error) {
+	o, err := r.c.node(ctx, node, "")
+	if err != nil && !has(err, http.StatusNotFound) {
+		return "", err
+	}
+	if err == nil {
+		cidrs, err := o.podCIDRs()
+		if err != nil {
+			return "", fmt.Errorf("the Node %s: %w", node, err)
+		}
+		if len(cidrs) > 0 {
+			for _, s := range subnets {
+				if !slices.Contains(cidrs, s) {
+					return fmt.Sprintf("the Node %s has the podCIDRs %v now", node, cidrs), nil
+				}
+			}
+			return "", nil
+		}
+	}
+	who := ""
+	_, err = r.c.list(ctx, whole, nil, func(o *object) {
+		cidrs, err := o.podCIDRs()
+		if err == nil && o.Metadata.Name != node && slices.ContainsFunc(cidrs, func(p netip.Prefix) bool { return slices.ContainsFunc(subnets, p.Overlaps) }) {
+			who = fmt.Sprintf("the Node %s has the podCIDRs %v", o.Metadata.Name, cidrs)
+		}
+	})
+	return who, err
+}
+
+// takeTurn returns the function that ends the turn.
+func (r *Registry) takeTurn(ctx context.Context) (func(), error) {
+	select {
+	case r.turn <- struct{}{}:
+		return func() { <-r.turn }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// look asks Hold to compare our Node with what it should be.
+func (r *Registry) look() {
+	select {
+	case r.poke <- struct{}{}:
+	default:
+	}
+}
+
+// outage says in the log that the API server fails: at once, then once a minute,
+// and when it does no more.
+type outage struct {
+	log   *slog.Logger
+	since time.Time
+	said  reminder
+}
+
+func (o *outage) failed(message string, err error) {
+	if o.since.IsZero() {
+		o.since = time.Now()
+	}
+	if o.said.due() {
+		o.log.Warn(message, "error", err)
+	}
+}
+
+func (o *outage) over() {
+	if !o.since.IsZero() {
+		o.log.Info("the API server answers again", "after", time.Since(o.since).Round(time.Millisecond))
+		o.since, o.said = time.Time{}, reminder{}
+	}
+}
+
+// reminder is due at first, and then once a minute.
+type reminder struct{ last time.Time }
+
+func (r *reminder) due() bool {
+	if !r.last.IsZero() && time.Since(r.last) < time.Minute {
+		return false
+	}
+	r.last = time.Now()
+	return true
+}
+
+// backoff is a pause that doubles from 100 ms to 10 s, each cut by up to a half
+// so that nodes that failed together do not return together.
+type backoff struct{ next time.Duration }
+
+const (
+	pauseFirst   = 100 * time.Millisecond
+	pauseCeiling = 10 * time.Second
+)
+
+// wait returns ctx's error if it ends first. A server that asked to be left
+// alone is, for as long as it said.
+func (b *backoff) wait(ctx context.Context, err error) error {
+	b.next = min(max(b.next*2, pauseFirst), pauseCeiling)
+	return sleep(ctx, retryAfter(err)+b.next/2+rand.N(b.next/2+1))
+}
+
+func (b *backoff) reset() { b.next = 0 }
+
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}
