@@ -38,8 +38,8 @@ demo: build
 ## check: the quick gate: format, vet, staticcheck, tidiness, race detector (needs a C compiler)
 check: build
 	@test -z "$$($(TOOL) gofumpt -l . | tee /dev/stderr)" || { echo 'run: make format' >&2; exit 1; }
-	$(GO) vet -tags system ./...
-	$(TOOL) staticcheck -tags system ./...
+	$(GO) vet -tags "system kubernetes" ./...
+	$(TOOL) staticcheck -tags "system kubernetes" ./...
 	$(GO) mod tidy -diff
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -race -short $$($(GO) list ./... | grep -v '^culvert/test$$')
 	$(GO) test -run 'Imports|PackagesSay' ./test
@@ -94,6 +94,21 @@ test-vm: build
 	CGO_ENABLED=0 $(GO) test -c -o bin/vm/ipip.test ./backend/ipip
 	cd test && ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin sh -c \
 		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestIPIP"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
+
+KUBERNETES := bin/kubernetes
+
+.PHONY: kubernetes
+## kubernetes: kube-apiserver and kubectl from their Go modules, into bin/kubernetes (10 minutes of one core, then cached)
+kubernetes:
+	@mkdir -p $(KUBERNETES)
+	cd internal/tools/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.34.2' \
+		-o $(CURDIR)/$(KUBERNETES)/ k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubectl
+
+.PHONY: test-kubernetes
+## test-kubernetes: Kubernetes as the store, over a real API server, with the rights of the manifests
+test-kubernetes: build kubernetes
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -p 1 -count 1 -timeout 15m ./subnet/kube ./deploy
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -count 1 -timeout 15m -run Kubernetes ./test
 
 .PHONY: bench
 ## bench: every datapath, workload and underlay (35 minutes; resumes), into docs/benchmarks.md

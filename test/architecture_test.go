@@ -20,8 +20,8 @@ import (
 // only.
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
-	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd"},
-	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "subnet/kept", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
+	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
+	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
 	"culvert/internal/echo":            {},
@@ -40,6 +40,8 @@ var allowed = map[string][]string{
 	"culvert/subnet/etcd":              {"subnet", "subnet/kept"},
 	"culvert/subnet/kept":              {"subnet"},
 	"culvert/subnet/kube":              {"subnet", "subnet/kept"},
+	"culvert/subnet/kube/kubetest":     {"subnet/etcd/etcdtest"},
+	"culvert/subnet/contract":          {"subnet", "subnet/kept"},
 	"culvert/subnet/etcd/member":       {},
 	"culvert/subnet/etcd/etcdtest":     {"subnet/etcd/member"},
 	"culvert/subnet/etcd/culvert-etcd": {"subnet/etcd/member"},

@@ -57,6 +57,7 @@ type Lease struct {
 
 // Store is the state of the contact with etcd.
 type Store struct {
+	Kind      string    `json:"kind"` // etcd or kubernetes
 	Endpoints []string  `json:"endpoints"`
 	Prefix    string    `json:"prefix"`
 	Connected bool      `json:"connected"`
@@ -64,11 +65,20 @@ type Store struct {
 	Error     string    `json:"error,omitempty"`
 	Revision  int64     `json:"revision"`
 	// Snapshot is when the leases that this node serves from were put on its
-	// disk, while they come from there: etcd has been away since it started.
+	// disk, while they come from there: the store has been unreachable since it
+	// started.
 	Snapshot time.Time `json:"snapshot,omitzero"`
-	// ConfigRefused says why the network configuration in etcd is not the one in
-	// use.
+	// ConfigRefused says why the network configuration in the store is not the one
+	// in use.
 	ConfigRefused string `json:"config_refused,omitempty"`
+}
+
+// Name is what the store is called in a message.
+func (s Store) Name() string {
+	if s.Kind == "kubernetes" {
+		return "the API server"
+	}
+	return "etcd"
 }
 
 // Underlay is what tunnel packets leave by.

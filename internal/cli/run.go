@@ -66,6 +66,8 @@ func addQuarantine(flags *pflag.FlagSet, d *time.Duration) {
 type runFlags struct {
 	etcd        etcdFlags
 	node        string
+	store       string
+	kube        kubeFlags
 	runDir      string
 	subnetFile  string
 	iface       []string
@@ -97,8 +99,9 @@ func newRunCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "run",
 		Short: "Run the node daemon",
-		Long: `Run the node daemon: lease a subnet from etcd, tell the CNI plugin about it in
-subnet.env, and carry pods' packets to the other nodes.
+		Long: `Run the node daemon: lease a subnet from etcd, or take the podCIDR that
+Kubernetes gave this node, tell the CNI plugin about it in subnet.env, and carry
+pods' packets to the other nodes.
 
 Every flag can be given as an environment variable: --etcd-endpoints is
 CULVERT_ETCD_ENDPOINTS.`,
@@ -120,7 +123,9 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags := c.Flags()
 	flags.SortFlags = false
 	f.etcd.addTo(flags)
-	flags.StringVar(&f.node, "node-id", "", "stable identity of this node (default: the machine id)")
+	flags.StringVar(&f.store, "store", "auto", "where the leases are: etcd, kubernetes (as flannel's --kube-subnet-mgr) or auto, which is kubernetes in a pod with a service account, unless etcd's endpoints are given")
+	f.kube.addTo(flags)
+	flags.StringVar(&f.node, "node-id", "", "stable identity of this node (default: the machine id; with --store=kubernetes NODE_NAME, or the Node of POD_NAME in POD_NAMESPACE)")
 	flags.StringSliceVar(&f.iface, "iface", nil, "underlay interface, by name or address; the first that exists is used")
 	flags.StringSliceVar(&f.ifaceRegex, "iface-regex", nil, "underlay interface, by a regular expression on its name or address")
 	flags.StringVar(&f.canReach, "iface-can-reach", "", "underlay interface: the one that reaches this address")
@@ -157,7 +162,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.etcdServer.key, "etcd-server-keyfile", "", "its key (PEM)")
 	flags.StringVar(&f.etcdServer.clientCA, "etcd-server-client-cafile", "", "CA that the embedded etcd demands client certificates of (PEM)")
 	for name, values := range map[string][]string{
-		"datapath": {"auto", "userspace", "kernel"}, "on-lost": {"fence", "release"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
+		"store": {"auto", "etcd", "kubernetes"}, "datapath": {"auto", "userspace", "kernel"}, "on-lost": {"fence", "release"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 	}
@@ -208,6 +213,15 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 			return o, usagef("--no-masq-cidrs: %w", err)
 		}
 		o.NoMasq = append(o.NoMasq, p.Masked())
+	}
+	inKubernetes, err := f.inKubernetes(c)
+	if err != nil {
+		return o, err
+	}
+	if inKubernetes {
+		if o.Kubernetes, err = f.kube.options(c.Context(), &o, log); err != nil {
+			return o, err
+		}
 	}
 	if o.Node == "" {
 		if o.Node, err = machineID(); err != nil {

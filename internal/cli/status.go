@@ -51,7 +51,7 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 		state = "NOT READY: " + s.NotReady
 	}
 	if !s.Store.Snapshot.IsZero() {
-		state += ", serving from the snapshot of " + s.Store.Snapshot.Format(time.RFC3339) + ": etcd is away"
+		state += ", serving from the snapshot of " + s.Store.Snapshot.Format(time.RFC3339) + ": " + s.Store.Name() + " is away"
 	}
 	line("node", "%s, culvert %s, up %s", s.Node, s.Version, age(now.Sub(s.Started)))
 	line("state", "%s", state)
@@ -105,17 +105,20 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 }
 
 func writeStore(line func(name, format string, args ...any), s api.Store, now time.Time) {
-	where := strings.Join(s.Endpoints, ", ") + s.Prefix
+	where, name, config := strings.Join(s.Endpoints, ", ")+s.Prefix, "etcd", "the one in etcd"
+	if s.Kind == "kubernetes" {
+		where, name, config = strings.Join(s.Endpoints, ", ")+", annotations "+s.Prefix, s.Kind, "net-conf.json"
+	}
 	switch {
 	case s.Connected:
-		line("etcd", "%s, connected for %s, revision %d", where, age(now.Sub(s.Since)), s.Revision)
+		line(name, "%s, connected for %s, revision %d", where, age(now.Sub(s.Since)), s.Revision)
 	case s.Since.IsZero():
-		line("etcd", "%s, not reached yet", where)
+		line(name, "%s, not reached yet", where)
 	default:
-		line("etcd", "%s, OUT OF REACH for %s: %s", where, age(now.Sub(s.Since)), s.Error)
+		line(name, "%s, OUT OF REACH for %s: %s", where, age(now.Sub(s.Since)), s.Error)
 	}
 	if s.ConfigRefused != "" {
-		line("configuration", "the one in etcd is REFUSED, the last one stands: %s", s.ConfigRefused)
+		line("configuration", "%s is REFUSED, the last one stands: %s", config, s.ConfigRefused)
 	}
 }
 

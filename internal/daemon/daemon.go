@@ -26,6 +26,7 @@ import (
 	"culvert/internal/host"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
+	"culvert/subnet/kube"
 )
 
 // Options is everything that a daemon is told. Every field is required unless
@@ -36,6 +37,8 @@ type Options struct {
 	RunDir     string // of the socket and the state
 	SubnetFile string // where the CNI plugin looks for subnet.env
 	Etcd       etcd.Options
+	// Kubernetes is where the leases are instead of in etcd, or nil.
+	Kubernetes *kube.Options
 	Underlay   host.UnderlaySelector
 	// PublicIPs are what other nodes send to, where that is not the underlay's
 	// own address; empty, or at most one per family.
@@ -48,7 +51,7 @@ type Options struct {
 	// ReleaseOnExit gives the lease back when the daemon is told to stop, for a
 	// node that is drained and will not be back.
 	ReleaseOnExit bool
-	// StartJitter bounds a random pause before etcd is first asked, for sites
+	// StartJitter bounds a random pause before the store is first asked, for sites
 	// where thousands of nodes are booted at one moment; a node that has a
 	// snapshot on its disk does not wait.
 	StartJitter time.Duration
@@ -75,7 +78,7 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	// What is asked about is served from the first moment to the last, in a
-	// context of its own: while waiting for etcd is when people ask.
+	// context of its own: while waiting for the store is when people ask.
 	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var servers errgroup.Group
 	servers.Go(func() error { return serve(serving, socket, d.health.socket()) })
@@ -112,7 +115,7 @@ func (d *node) run(ctx context.Context) error {
 		d.embedded = d.options.Embedded.start(ctx, d.log)
 		defer d.embedded.stop()
 	}
-	registry, err := d.options.openStore()
+	registry, err := d.openStore()
 	if err != nil {
 		return err
 	}
@@ -158,7 +161,7 @@ func (d *node) publics(u host.Underlay) []netip.Addr {
 
 // join waits for a network configuration and leases a subnet under it.
 func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, publics []netip.Addr) (subnet.Config, subnet.Lease, error) {
-	d.health.notReady("waiting for the network configuration in etcd: set one with `culvert config set`")
+	d.health.notReady("waiting for the network configuration in " + d.options.configPlace())
 	config, err := r.Config(ctx)
 	if err != nil {
 		return subnet.Config{}, subnet.Lease{}, err

@@ -41,7 +41,7 @@ func newHealth(o Options) *health {
 	return &health{warned: map[netip.Prefix]float64{}, warnings: map[string][]api.Warning{}, said: api.Status{
 		Version: o.Version, Node: o.Node, Started: time.Now(), SubnetFile: o.SubnetFile,
 		NotReady: "starting",
-		Store:    api.Store{Endpoints: o.Etcd.Endpoints, Prefix: o.Etcd.Prefix},
+		Store:    o.describeStore(),
 		Peers:    []api.Peer{},
 		Networks: []netip.Prefix{},
 	}}
@@ -255,7 +255,9 @@ func ranOut(s api.Status, now time.Time) string {
 	}
 	why := "it was not renewed"
 	if s.Store.Error != "" {
-		why = "etcd is out of reach: " + s.Store.Error
+		why = s.Store.Name() + " is out of reach: " + s.Store.Error
+	} else if s.Store.Kind == "kubernetes" {
+		why = "there is no Node " + s.Node + " with these podCIDRs"
 	}
 	return fmt.Sprintf("the lease of %v ran out at %s (%s): its addresses may be another node's; the pods that are here keep theirs",
 		s.Lease.Subnets, s.Lease.Expires.Format(time.RFC3339), why)
@@ -305,8 +307,8 @@ func probes(h *health) http.Handler {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), metrics{h})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	// Alive is a daemon that can answer: etcd's absence is no reason to restart
-	// it, and a restart would not bring etcd back.
+	// Alive is a daemon that can answer: an unreachable store is no reason to
+	// restart it, and a restart would not bring the store back.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if s := h.status(); !s.Ready {
@@ -324,11 +326,11 @@ type metrics struct{ health *health }
 
 var (
 	metricReady     = prometheus.NewDesc("culvert_ready", "Whether pods can be added on this node.", nil, nil)
-	metricConnected = prometheus.NewDesc("culvert_store_connected", "Whether etcd is in reach.", nil, nil)
-	metricSnapshot  = prometheus.NewDesc("culvert_serving_from_snapshot", "Whether this node serves from what it keeps on disk, since etcd has been away from its start on.", nil, nil)
-	metricRevision  = prometheus.NewDesc("culvert_store_revision", "Revision of etcd that this node follows.", nil, nil)
+	metricConnected = prometheus.NewDesc("culvert_store_connected", "Whether the store (etcd, or the Kubernetes API) is in reach.", nil, nil)
+	metricSnapshot  = prometheus.NewDesc("culvert_serving_from_snapshot", "Whether this node serves from what it keeps on disk, since the store has been unreachable from its start on.", nil, nil)
+	metricRevision  = prometheus.NewDesc("culvert_store_revision", "Revision of the store that this node follows.", nil, nil)
 	metricPeers     = prometheus.NewDesc("culvert_peers", "Leases of other nodes in force.", nil, nil)
-	metricRejected  = prometheus.NewDesc("culvert_rejected_leases", "Keys in etcd that were set aside.", nil, nil)
+	metricRejected  = prometheus.NewDesc("culvert_rejected_leases", "Keys in etcd, or Nodes, that were set aside.", nil, nil)
 	metricFenced    = prometheus.NewDesc("culvert_fenced", "Whether another has the subnet that this node had.", nil, nil)
 	metricExpires   = prometheus.NewDesc("culvert_lease_expires_seconds", "When the lease ends unless it is renewed, in Unix time.", nil, nil)
 	metricUsed      = prometheus.NewDesc("culvert_subnets_used", "Subnets of the cluster network that are leased or reserved.", []string{"network"}, nil)

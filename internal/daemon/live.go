@@ -155,6 +155,9 @@ func (d *node) release(ctx context.Context, r store, l subnet.Lease) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releasePatience)
 	defer cancel()
 	if err := r.Release(ctx, l); err != nil {
+		if d.options.Kubernetes != nil {
+			return fmt.Errorf("--release-on-exit: %w (the annotations stay until the Node is deleted)", err)
+		}
 		return fmt.Errorf("--release-on-exit: %w (it runs out by itself, or `culvert lease release %s` ends it)", err, l.Subnets()[0])
 	}
 	d.log.Info("lease given back", "subnet", l.Subnets())

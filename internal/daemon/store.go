@@ -5,9 +5,11 @@ import (
 	"net/netip"
 	"time"
 
+	"culvert/internal/api"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
 	"culvert/subnet/kept"
+	"culvert/subnet/kube"
 )
 
 // store is what the daemon needs of where the leases are, beyond the leases
@@ -49,12 +51,43 @@ type connection interface {
 }
 
 // openStore makes the store that the options name.
-func (o Options) openStore() (store, error) {
-	return etcd.New(o.Etcd)
+func (d *node) openStore() (store, error) {
+	if d.options.Kubernetes == nil {
+		return etcd.New(d.options.Etcd)
+	}
+	o := *d.options.Kubernetes
+	o.Waiting = d.health.notReady
+	r, err := kube.New(o)
+	if err != nil {
+		return nil, err
+	}
+	d.health.change(func(s *api.Status) { s.Store.Endpoints = []string{r.Server()} })
+	return r, nil
+}
+
+// describeStore is the store in the status, before it is reached.
+func (o Options) describeStore() api.Store {
+	if o.Kubernetes != nil {
+		return api.Store{Kind: "kubernetes", Prefix: o.Kubernetes.Prefix}
+	}
+	return api.Store{Kind: "etcd", Endpoints: o.Etcd.Endpoints, Prefix: o.Etcd.Prefix}
 }
 
 // storeName is the store in a message.
-func (o Options) storeName() string { return "etcd" }
+func (o Options) storeName() string { return o.describeStore().Name() }
+
+// configPlace is where the network configuration is, and how to set one.
+func (o Options) configPlace() string {
+	if o.Kubernetes != nil {
+		return o.Kubernetes.NetConf + ": mount the ConfigMap that has it"
+	}
+	return "etcd: set one with `culvert config set`"
+}
 
 // snapshotFile is where the store keeps its copy of the leases.
-func (o Options) snapshotFile() string { return o.Etcd.SnapshotFile }
+func (o Options) snapshotFile() string {
+	if o.Kubernetes != nil {
+		return o.Kubernetes.SnapshotFile
+	}
+	return o.Etcd.SnapshotFile
+}

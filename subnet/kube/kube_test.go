@@ -212,7 +212,9 @@ func TestNode(t *testing.T) {
 		same := flannel("192.0.2.2", "02:00:00:00:00:02")
 		c.PutNode("b", []string{"10.5.7.0/24"}, same)
 		only := func(p string) func(subnet.Snapshot, error) bool {
-			return func(s subnet.Snapshot, _ error) bool { return len(s.Peers) == 1 && s.Peers[0].Subnets()[0].String() == p }
+			return func(s subnet.Snapshot, _ error) bool {
+				return len(s.Peers) == 1 && s.Peers[0].Subnets()[0].String() == p
+			}
 		}
 		x.await(t, "the peer", only("10.5.7.0/24"))
 		// All that flannel compares is as before.

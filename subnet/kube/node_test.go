@@ -252,13 +252,13 @@ func TestPatch(t *testing.T) {
 func TestDecodeList(t *testing.T) {
 	for text, want := range map[string]string{
 		`{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[{"metadata":{"name":"a"}},{"metadata":{"name":"b"}}]}`: "7 a b",
-		`{"items":[],"metadata":{"resourceVersion":"8"}}`:                               "8",
-		`{"metadata":{"resourceVersion":"9"},"items":null}`:                             "9",
-		`{"metadata":{},"items":[]}`:                                                    "!",
-		`{"metadata":{"resourceVersion":"9"},"items":[{"metadata":{"name":"a"}}`:        "!",
-		`{"metadata":{"resourceVersion":"9"},"items":{}}`:                               "!",
-		`[]`:                                                                            "!",
-		``:                                                                              "!",
+		`{"items":[],"metadata":{"resourceVersion":"8"}}`:                        "8",
+		`{"metadata":{"resourceVersion":"9"},"items":null}`:                      "9",
+		`{"metadata":{},"items":[]}`:                                             "!",
+		`{"metadata":{"resourceVersion":"9"},"items":[{"metadata":{"name":"a"}}`: "!",
+		`{"metadata":{"resourceVersion":"9"},"items":{}}`:                        "!",
+		`[]`: "!",
+		``:   "!",
 		`{"metadata":{"resourceVersion":"9"},"items":[{"spec":{"podCIDRs":"nonsense"}}`: "!",
 	} {
 		got := ""
