@@ -38,6 +38,7 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 	for _, ch := range change {
 		ch(&o)
 	}
+	o.FailFast = true
 	ctx, cancel := context.WithTimeout(c.Context(), storeTimeout)
 	defer cancel()
 	r, err := etcd.New(o)
@@ -46,10 +47,11 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 	}
 	defer func() { _ = r.Close() }()
 	err = do(ctx, r)
-	if errors.Is(err, context.DeadlineExceeded) {
+	explained := r.Explain(c.Context(), err)
+	if errors.Is(err, context.DeadlineExceeded) && r.Trouble() == nil {
 		return fmt.Errorf("etcd does not answer (%s): is it running there, and is the address right?: %w", o, err)
 	}
-	return err
+	return explained
 }
 
 func newConfigCommand() *cobra.Command {

@@ -62,7 +62,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 		}
 		again := !permanent(err)
 		if again && !errors.Is(err, errRace) {
-			away.failed("no lease yet; trying again", r.explain(ctx, err))
+			away.failed("no lease yet; trying again", r.Explain(ctx, err))
 		}
 		if again && pause.wait(ctx) == nil {
 			continue
@@ -166,7 +166,7 @@ func (r *Registry) TakenBy(ctx context.Context, node string, publics []netip.Add
 		if permanent(err) || ctx.Err() != nil {
 			return "", err
 		}
-		away.failed("whose our subnet is cannot be read; trying again", r.explain(ctx, err))
+		away.failed("whose our subnet is cannot be read; trying again", r.Explain(ctx, err))
 		if err := pause.wait(ctx); err != nil {
 			return "", err
 		}

@@ -25,7 +25,7 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 		switch {
 		case err != nil:
 			if permanent(err) || ctx.Err() != nil {
-				return subnet.Config{}, err
+				return subnet.Config{}, r.Explain(ctx, err)
 			}
 		case revision != 0:
 			var cfg subnet.Config
@@ -43,7 +43,7 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 		}
 		if said.IsZero() || time.Since(said) >= remindEvery {
 			said = time.Now()
-			r.log.Warn("waiting for a network configuration", "key", r.configKey(), "error", r.explain(ctx, err), "set_it_with", HowToSetConfig)
+			r.log.Warn("waiting for a network configuration", "key", r.configKey(), "error", r.Explain(ctx, err), "set_it_with", HowToSetConfig)
 		}
 		if at != 0 { // etcd answered
 			pause.reset()

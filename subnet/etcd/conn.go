@@ -2,24 +2,44 @@ package etcd
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"io"
 	"net"
 	"sync"
+	"syscall"
 
 	"google.golang.org/grpc/credentials"
 )
 
 // renewedTLS reads the CA, the certificate and the key anew for each
 // connection, so that what was renewed on disk comes into use.
-type renewedTLS struct{ options Options }
+type renewedTLS struct {
+	options Options
+	contact *contact
+}
 
 // ClientHandshake implements credentials.TransportCredentials.
 func (c *renewedTLS) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	to := authority
+	if one, ok := conn.(*connection); ok {
+		to = one.address
+	}
 	cfg, err := c.options.tls()
 	if err != nil {
 		_ = conn.Close()
+		c.contact.note(to, err)
 		return nil, nil, err
 	}
-	return credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
+	secured, info, err := credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
+	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+		err = fmt.Errorf("%w: %w", errHandshake, err)
+	}
+	if err != nil {
+		c.contact.note(to, err)
+		return nil, nil, err
+	}
+	return &listening{Conn: secured, address: to, contact: c.contact}, info, nil
 }
 
 // ServerHandshake implements credentials.TransportCredentials; there is no
@@ -32,7 +52,9 @@ func (c *renewedTLS) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthI
 func (c *renewedTLS) Info() credentials.ProtocolInfo { return credentials.NewTLS(nil).Info() }
 
 // Clone implements credentials.TransportCredentials.
-func (c *renewedTLS) Clone() credentials.TransportCredentials { return &renewedTLS{options: c.options} }
+func (c *renewedTLS) Clone() credentials.TransportCredentials {
+	return &renewedTLS{c.options, c.contact}
+}
 
 // OverrideServerName implements credentials.TransportCredentials, which calls it
 // deprecated; nobody here does.
@@ -41,28 +63,41 @@ func (c *renewedTLS) OverrideServerName(string) error { return nil }
 // connections are the open ones to etcd, so that they can be broken: one from an
 // address that this host no longer has would only time out.
 type connections struct {
-	dial func(ctx context.Context, address string) (net.Conn, error)
+	dial    dial
+	contact *contact
+	plain   bool // no TLS
 
 	mu   sync.Mutex
 	open map[*connection]bool
 }
 
-func newConnections(dial func(context.Context, string) (net.Conn, error)) *connections {
-	if dial == nil {
-		dial = func(ctx context.Context, address string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "tcp", address)
-		}
+type dial = func(ctx context.Context, address string) (net.Conn, error)
+
+// dialer returns the way to open connections, the system's if it is nil.
+func dialer(d dial) dial {
+	if d != nil {
+		return d
 	}
-	return &connections{dial: dial, open: map[*connection]bool{}}
+	return func(ctx context.Context, address string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "tcp", address)
+	}
+}
+
+func newConnections(o Options, c *contact, plain bool) *connections {
+	return &connections{dial: dialer(o.Dial), contact: c, plain: plain, open: map[*connection]bool{}}
 }
 
 func (c *connections) connect(ctx context.Context, address string) (net.Conn, error) {
 	conn, err := c.dial(ctx, address)
 	if err != nil {
+		c.contact.note(address, err)
 		return nil, err
 	}
-	one := &connection{conn, c}
+	if c.plain {
+		conn = &listening{Conn: conn, address: address, contact: c.contact, plain: true}
+	}
+	one := &connection{conn, address, c}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.open[one] = true
@@ -79,7 +114,8 @@ func (c *connections) breakAll() {
 
 type connection struct {
 	net.Conn
-	of *connections
+	address string
+	of      *connections
 }
 
 // Close implements net.Conn.

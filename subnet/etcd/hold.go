@@ -39,7 +39,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 			return err
 		case err != nil:
 			if !errors.Is(err, errRace) {
-				away.failed("the lease cannot be renewed for now; holding on to it", r.explain(ctx, err))
+				away.failed("the lease cannot be renewed for now; holding on to it", r.Explain(ctx, err))
 			}
 			if pause.wait(ctx) != nil {
 				return nil

@@ -75,7 +75,11 @@ func (r *Registry) Answers(ctx context.Context) error {
 		defer close(watched)
 		for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
 			if state == connectivity.TransientFailure {
-				stop(fmt.Errorf("no server of %v can be reached", r.opts.Endpoints))
+				why := r.Trouble()
+				if why == nil {
+					why = fmt.Errorf("no server of %v can be reached", r.opts.Endpoints)
+				}
+				stop(why)
 				return
 			}
 			if !conn.WaitForStateChange(ctx, state) {

@@ -28,9 +28,11 @@ type Options struct {
 	// if empty. CertFile and KeyFile are the client's own, both or neither. All
 	// are read again for each connection, so that what is renewed comes into use.
 	CAFile, CertFile, KeyFile string
-	// User and Password are for etcd's own authentication.
-	User     string
-	Password string `json:"-"`
+	// User and Password are for etcd's own authentication. PasswordFile holds
+	// the password instead; it is read again whenever etcd is asked for a token.
+	User         string
+	Password     string `json:"-"`
+	PasswordFile string
 	// StateFile is where the handle of the held lease is kept (replaced in one
 	// step), so that a restarted daemon knows its own lease even if its
 	// address changed meanwhile. Nothing is kept if it is empty. It should not
@@ -42,6 +44,9 @@ type Options struct {
 	// DialTimeout bounds one attempt to connect; 5 s if zero. RequestTimeout
 	// bounds one request; 5 s if zero.
 	DialTimeout, RequestTimeout time.Duration
+	// FailFast has a request fail as soon as no server can be reached, for who
+	// would rather be told than wait.
+	FailFast bool
 	// Settle is how long the peers of the last good snapshot are kept when the
 	// store comes back wiped or at an older revision, while their nodes write
 	// their leases anew; 2 minutes if zero.
@@ -78,14 +83,27 @@ func (o Options) complete() (Options, error) {
 	if o.Logger == nil {
 		return o, errors.New("etcd: no logger")
 	}
-	if len(o.Endpoints) == 0 {
+	// Lists that people write have blanks after their commas, and a last comma.
+	var given []string
+	for _, e := range o.Endpoints {
+		if e = strings.TrimSpace(e); e != "" {
+			given = append(given, e)
+		}
+	}
+	if o.Endpoints = given; len(given) == 0 {
 		return o, errors.New("etcd: no endpoint; give one with --etcd-endpoints")
 	}
 	if (o.CertFile == "") != (o.KeyFile == "") {
 		return o, errors.New("etcd: a client certificate needs its key, and a key its certificate")
 	}
-	if (o.User == "") != (o.Password == "") {
+	if o.Password != "" && o.PasswordFile != "" {
+		return o, errors.New("etcd: a password and a file that holds it: give one of them")
+	}
+	if (o.User == "") != (o.Password == "" && o.PasswordFile == "") {
 		return o, errors.New("etcd: a user needs a password, and a password its user")
+	}
+	if _, err := o.password(); err != nil {
+		return o, err
 	}
 	if o.Prefix == "" {
 		o.Prefix = DefaultPrefix

@@ -37,8 +37,10 @@ import (
 type Registry struct {
 	client *clientv3.Client
 	conns  *connections
-	opts   Options
-	log    *slog.Logger
+	// contact is how the attempts to reach the servers went.
+	contact *contact
+	opts    Options
+	log     *slog.Logger
 
 	// turn is taken by whoever writes our own key, over all of its requests.
 	turn chan struct{}
@@ -105,22 +107,22 @@ func New(o Options) (*Registry, error) {
 			MinConnectTimeout: o.DialTimeout,
 		})},
 	}
-	conns := newConnections(o.Dial)
+	reached := newContact(o)
+	conns := newConnections(o, reached, tlsConfig == nil)
 	cfg.DialOptions = append(cfg.DialOptions, grpc.WithContextDialer(conns.connect))
 	if tlsConfig != nil {
-		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(&renewedTLS{options: o}))
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(&renewedTLS{o, reached}))
 	}
-	r := &Registry{opts: o, conns: conns, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
+	r := &Registry{opts: o, conns: conns, contact: reached, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
+	if o.FailFast {
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithChainUnaryInterceptor(failFast))
+	}
 	if o.User != "" {
-		// With a user's name the client would be made only once etcd has answered.
-		// With a token it is not, and an invalid one is replaced when it is refused.
-		cfg.Token = "none yet"
+		auth := newAuthentication(o)
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithChainUnaryInterceptor(auth.unary), grpc.WithChainStreamInterceptor(auth.stream))
 	}
 	if r.client, err = clientv3.New(cfg); err != nil {
 		return nil, fmt.Errorf("etcd: connect to %s: %w", strings.Join(o.Endpoints, ", "), err)
-	}
-	if o.User != "" {
-		r.client.Token, r.client.Username, r.client.Password = "", o.User, o.Password
 	}
 	return r, nil
 }
@@ -262,14 +264,47 @@ func unwrapAll(err error) error {
 // expired reports whether etcd says that it has no such lease.
 func expired(err error) bool { return errors.Is(err, rpctypes.ErrLeaseNotFound) }
 
-// explain gives the reason of a request that had no answer in its time, which
-// is otherwise no more than "context deadline exceeded".
-func (r *Registry) explain(ctx context.Context, err error) error {
-	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-		return fmt.Errorf("no answer from %s within %v: %w", strings.Join(r.opts.Endpoints, ", "), r.opts.RequestTimeout, err)
+// failFast has requests fail when no server can be reached.
+func failFast(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	return invoke(ctx, method, req, reply, conn, append(opts, grpc.WaitForReady(false))...)
+}
+
+// Trouble says why etcd cannot be reached, on one line, with what to do about
+// it; nil while a server answers, or if none has been tried.
+func (r *Registry) Trouble() error { return r.contact.trouble() }
+
+// Explain puts a failed request in words: why etcd was not reached, where the
+// client says no more than "context deadline exceeded", and what to do about a
+// refusal. The error stays what it is to errors.Is. ctx is the caller's, without
+// the request's own limit.
+func (r *Registry) Explain(ctx context.Context, err error) error {
+	server := strings.Join(r.opts.Endpoints, ", ")
+	switch {
+	case errors.Is(err, rpctypes.ErrAuthFailed):
+		return worded{fmt.Errorf("etcd at %s refuses the user %q or its password: give the right ones with --etcd-username and --etcd-password-file", server, r.opts.User), err}
+	case errors.Is(err, rpctypes.ErrUserEmpty):
+		return worded{fmt.Errorf("etcd at %s asks for a user: give one with --etcd-username and --etcd-password-file", server), err}
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		return worded{fmt.Errorf("etcd at %s does not let the user %q at %s: grant its role readwrite on the prefix %s/", server, r.opts.User, r.opts.Prefix, r.opts.Prefix), err}
+	}
+	code := status.Code(unwrapAll(err))
+	if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) && code != codes.Unavailable && code != codes.DeadlineExceeded {
+		return err
+	}
+	if why := r.Trouble(); why != nil {
+		return worded{why, err}
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("no answer from %s within %v: %w", server, r.opts.RequestTimeout, err)
 	}
 	return err
 }
+
+// worded is err in other words.
+type worded struct{ words, err error }
+
+func (w worded) Error() string { return w.words.Error() }
+func (w worded) Unwrap() error { return w.err }
 
 // outage says in the log that etcd does not answer: at once, then once a
 // minute, and when it does again.

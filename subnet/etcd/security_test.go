@@ -14,8 +14,11 @@ import (
 	"log/slog"
 	"math/big"
 	"net"
+	nethttp "net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -327,5 +330,99 @@ func TestEtcdAwayAtStart(t *testing.T) {
 	}
 	if _, err := open(t, "127.0.0.1:1").Acquire(ctx, claim(t, vxlanConfig, 1)); err == nil {
 		t.Error("leased by nobody")
+	}
+}
+
+// What keeps a client from its servers is said in one line, and at once.
+func TestD8TroubleIsNamed(t *testing.T) {
+	t.Parallel()
+	a, stranger := newAuthority(t), newAuthority(t)
+	a.issue(t, "server", a)
+	plain := etcdtest.StartServer(t, member.Options{})
+	secured := etcdtest.StartServer(t, member.Options{CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem")})
+	demanding := etcdtest.StartServer(t, member.Options{CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem")})
+	http := httptest.NewServer(nethttp.NotFoundHandler())
+	defer http.Close()
+	swap := func(url, scheme string) string { _, host, _ := strings.Cut(url, "://"); return scheme + "://" + host }
+	secure(t, plain.URL())
+	for name, c := range map[string]struct {
+		url    string
+		change func(*Options)
+		says   string
+	}{
+		"wrong CA":              {secured.URL(), func(o *Options) { o.CAFile = stranger.path("ca.pem") }, "not signed by the CA in " + stranger.path("ca.pem")},
+		"no CA":                 {secured.URL(), func(*Options) {}, "give the CA with --etcd-cafile"},
+		"http to https":         {swap(secured.URL(), "http"), func(*Options) {}, "it speaks TLS: write https://"},
+		"https to http":         {swap(plain.URL(), "https"), func(o *Options) { o.CAFile = a.path("ca.pem") }, "it does not speak TLS: write http://"},
+		"no client certificate": {demanding.URL(), func(o *Options) { o.CAFile = a.path("ca.pem") }, "give a certificate that it accepts"},
+		"another name":          {strings.Replace(secured.URL(), "127.0.0.1", "localhost", 1), func(o *Options) { o.CAFile = a.path("ca.pem") }, "use an address that the certificate names"},
+		"a web server":          {http.URL, func(*Options) {}, "is this the port where etcd serves clients?"},
+		"nobody":                {"http://127.0.0.1:1", func(*Options) {}, "connection refused: is etcd running there"},
+		"wrong password":        {plain.URL(), func(o *Options) { o.User, o.Password = "culvert", "wrong" }, "give the right ones with --etcd-username"},
+		"another prefix":        {plain.URL(), func(o *Options) { o.User, o.Password, o.Prefix = "culvert", password, "/elsewhere" }, "grant its role readwrite on the prefix /elsewhere/"},
+		"no user":               {plain.URL(), func(*Options) {}, "asks for a user: give one"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := open(t, c.url, func(o *Options) { o.FailFast = true }, c.change)
+			began := time.Now()
+			_, _, err := r.ConfigText(t.Context())
+			if err = r.Explain(t.Context(), err); err == nil || !strings.Contains(err.Error(), c.says) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("said %v", err)
+			}
+			if took := time.Since(began); took > 1500*time.Millisecond {
+				t.Errorf("took %s", took)
+			}
+		})
+	}
+	t.Run("an answer", func(t *testing.T) {
+		r := open(t, plain.URL(), func(o *Options) { o.User, o.Password = "culvert", password })
+		if _, _, err := r.ConfigText(t.Context()); err != nil || r.Trouble() != nil {
+			t.Error(err, r.Trouble())
+		}
+	})
+}
+
+// D2: the file is read again when etcd refuses what it held.
+func TestD2PasswordFileChanges(t *testing.T) {
+	t.Parallel()
+	server := etcdtest.StartServer(t, member.Options{})
+	secure(t, server.URL())
+	file := filepath.Join(t.TempDir(), "password")
+	set := func(text string) {
+		if err := os.WriteFile(file, []byte(text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(password)
+	r, l, w := ready(t, server.URL(), func(o *Options) { o.User, o.PasswordFile = "culvert", file })
+	lost := hold(t, r, l)
+	root, err := clientv3.New(clientv3.Config{Endpoints: []string{server.URL()}, Username: "root", Password: "root"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if _, err := root.UserChangePassword(t.Context(), "culvert", "another"); err != nil {
+		t.Fatal(err)
+	}
+	// etcd is asked with the old password before the file has the new one.
+	server.Stop()
+	server.Start()
+	if _, _, err := r.ConfigText(t.Context()); err == nil {
+		t.Error("the old password serves still")
+	}
+	set("another")
+	put(t, r, "subnets/10.5.1.0-24", peerValue(1))
+	eventually(t, "a peer after the change", func() bool { return len(w.last().Peers) == 1 })
+	stands(t, r, l, lost)
+}
+
+func TestEndpointsAsPeopleWriteThem(t *testing.T) {
+	t.Parallel()
+	o, err := Options{Endpoints: strings.Split(" http://10.0.0.1:2379, http://10.0.0.2:2379 ,,", ","), Logger: slog.New(slog.DiscardHandler)}.complete()
+	if want := []string{"http://10.0.0.1:2379", "http://10.0.0.2:2379"}; err != nil || !slices.Equal(o.Endpoints, want) {
+		t.Error(o.Endpoints, err)
+	}
+	if _, err := (Options{Endpoints: []string{" ", ""}, Logger: slog.New(slog.DiscardHandler)}).complete(); err == nil {
+		t.Error("blanks are endpoints")
 	}
 }

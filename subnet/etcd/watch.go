@@ -90,7 +90,7 @@ func (r *Registry) mirror(ctx context.Context, m *mirror) {
 		if errors.Is(err, errCompacted) || errors.Is(err, errFlapped) || errors.Is(err, errSilent) {
 			r.log.Info("reading all leases anew", "reason", err)
 		} else {
-			err = r.explain(ctx, err)
+			err = r.Explain(ctx, err)
 			away.failed("etcd is out of reach; the last leases stand", err)
 			m.fail(fmt.Errorf("watch the leases: %w", err))
 		}

@@ -1,0 +1,184 @@
+package etcd
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// contact is how the last attempt to reach each server went. gRPC tries again
+// by itself and says no more than that a request had no answer in its time.
+type contact struct {
+	options Options
+
+	mu     sync.Mutex
+	failed map[string]error // by address; those that answered are not in it
+}
+
+func newContact(o Options) *contact { return &contact{options: o, failed: map[string]error{}} }
+
+func (c *contact) note(address string, err error) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, net.ErrClosed) {
+		return // our own doing
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err == nil {
+		delete(c.failed, address)
+	} else {
+		c.failed[address] = err
+	}
+}
+
+// errMute is of a server that closes a connection without having said
+// anything; one that expects TLS does so.
+var errMute = errors.New("it closes the connection without an answer")
+
+// trouble says why no server can be reached, nil if one was at the last attempt
+// or none has been tried.
+func (c *contact) trouble() error {
+	c.mu.Lock()
+	failed := make(map[string]error, len(c.failed))
+	for a, err := range c.failed {
+		failed[a] = err
+	}
+	c.mu.Unlock()
+	if len(failed) < len(c.options.Endpoints) {
+		return nil
+	}
+	var words []string
+	for _, e := range c.options.Endpoints {
+		_, address, _ := strings.Cut(e, "://")
+		if w := e + ": " + c.inWords(address, failed[address]); !slices.Contains(words, w) {
+			words = append(words, w)
+		}
+	}
+	return errors.New("etcd cannot be reached at " + strings.Join(words, "; "))
+}
+
+// inWords says what is wrong, and what to do, in one line.
+func (c *contact) inWords(address string, err error) string {
+	if err == nil {
+		return "no answer"
+	}
+	var unknown x509.UnknownAuthorityError
+	var name x509.HostnameError
+	var invalid x509.CertificateInvalidError
+	var record tls.RecordHeaderError
+	switch {
+	case errors.As(err, &unknown) && c.options.CAFile != "":
+		return fmt.Sprintf("its certificate is not signed by the CA in %s: give the right one with --etcd-cafile", c.options.CAFile)
+	case errors.As(err, &unknown):
+		return "its certificate is signed by a CA that this host does not know: give the CA with --etcd-cafile"
+	case errors.As(err, &name):
+		return fmt.Sprintf("%v: use an address that the certificate names", name)
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return fmt.Sprintf("%v: renew the server's certificate, or set this host's clock", invalid)
+	case errors.As(err, &record), errors.Is(err, errHandshake) && speaksHTTP2(c.options, address):
+		return "it does not speak TLS: write http:// in --etcd-endpoints, and give no CA and no certificate"
+	case strings.Contains(err.Error(), "remote error: tls:"):
+		return fmt.Sprintf("it refuses this client (%v): give a certificate that it accepts with --etcd-certfile and --etcd-keyfile", err)
+	case errors.Is(err, errMute), errors.Is(err, errNotHTTP2):
+		if speaksTLS(c.options, address) {
+			return "it speaks TLS: write https:// in --etcd-endpoints, and give its CA with --etcd-cafile"
+		}
+		return err.Error() + ": is this the port where etcd serves clients?"
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "connection refused: is etcd running there, and is the port right?"
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+		return "no answer to the attempt to connect: is the address right, and does a firewall let it through?"
+	}
+	return err.Error()
+}
+
+// errNotHTTP2 is of a server whose first bytes are not those of HTTP/2.
+var errNotHTTP2 = errors.New("it answers with something else than gRPC")
+
+// errHandshake is of a server that ends the connection in the TLS handshake.
+var errHandshake = errors.New("it closes the connection in the TLS handshake")
+
+// probeLimit bounds the question which protocol a server speaks.
+const probeLimit = time.Second
+
+// speaksHTTP2 says whether a server answers the client's preface without TLS
+// (RFC 9113, 3.4).
+func speaksHTTP2(o Options, address string) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), probeLimit)
+	defer cancel()
+	conn, err := dialer(o.Dial)(ctx, address)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	var frame [9]byte
+	if _, err := conn.Write([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")); err != nil {
+		return false
+	}
+	_, err = io.ReadFull(conn, frame[:])
+	return err == nil && frame[3] == 4
+}
+
+func speaksTLS(o Options, address string) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), probeLimit)
+	defer cancel()
+	conn, err := dialer(o.Dial)(ctx, address)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	// Nothing is sent to whoever answers: it is only asked which protocol it has.
+	err = tls.Client(conn, &tls.Config{InsecureSkipVerify: true}).HandshakeContext(ctx)
+	return err == nil || strings.Contains(err.Error(), "remote error: tls:")
+}
+
+// listening notes what comes of a connection by its first bytes.
+type listening struct {
+	net.Conn
+	address string
+	contact *contact
+	plain   bool // the bytes are HTTP/2's, and not TLS's
+	once    sync.Once
+}
+
+// Read implements net.Conn.
+func (l *listening) Read(b []byte) (int, error) {
+	n, err := l.Conn.Read(b)
+	l.once.Do(func() {
+		switch {
+		// A server's first frame is SETTINGS: a length below 2^16, type 4 (RFC
+		// 9113, 3.4 and 4.1).
+		case n > 0 && l.plain && (b[0] != 0 || n > 3 && b[3] != 4):
+			l.contact.note(l.address, errNotHTTP2)
+		case n > 0:
+			l.contact.note(l.address, nil)
+		case err != nil && strings.Contains(err.Error(), "remote error: tls:"):
+			l.contact.note(l.address, err) // TLS 1.3: the client is refused only now
+		case err != nil && !errors.Is(err, net.ErrClosed) && l.plain:
+			l.contact.note(l.address, errMute)
+		}
+	})
+	return n, err
+}
+
+// Write implements net.Conn. What a server says before it closes, such as that
+// it wants a certificate, may not have been read yet when a write fails.
+func (l *listening) Write(b []byte) (int, error) {
+	n, err := l.Conn.Write(b)
+	if err != nil && !errors.Is(err, net.ErrClosed) {
+		_ = l.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		_, _ = l.Read(make([]byte, 1))
+	}
+	return n, err
+}
