@@ -99,7 +99,6 @@ func TestParseConfigRefusals(t *testing.T) {
 		"\xff{}":                        "not JSON",
 		`{"Network":"10.5.0.0"}`:        "not a network such as",
 		`{"Network":7}`:                 "Network is a string, not number",
-		`{"Network":"10.5.0.7/16"}`:     "host bits set; the network is 10.5.0.0/16",
 		`{"Network":"0.0.0.0/0"}`:       "whole address space",
 		`{"Network":"fd00::/48"}`:       "other address family",
 		`{"Network":"127.0.0.0/8"}`:     "no host may bear",
@@ -151,6 +150,9 @@ func TestParseConfigWarnings(t *testing.T) {
 		`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip","VNI":1}}`:                                                         `[Backend.VNI: has no effect with ipip]`,
 		`{"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","Backend":{"Type":"vxlan"}}`:                                      `[IPv6Network: has no effect without "EnableIPv6": true]`,
 		`{"EnableIPv4":false,"EnableIPv6":true,"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","Backend":{"Type":"vxlan"}}`: `[Network: has no effect while EnableIPv4 is false]`,
+		// What flannel takes, and most people do not mean.
+		`{"Network":"10.5.0.7/16","Backend":{"Type":"VXLAN"}}`:                                           `[Backend.Type: "VXLAN" is taken for "vxlan" Network: 10.5.0.7/16 has host bits set; the network is 10.5.0.0/16]`,
+		`{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::7/48","Backend":{"Type":"Host-GW"}}`: `[Backend.Type: "Host-GW" is taken for "host-gw" IPv6Network: fd00::7/48 has host bits set; the network is fd00::/48]`,
 		`{"Network":"10.5.0.0/16"}`: `[Backend.Type: not set: culvert takes vxlan, where flannel would take udp]`,
 	} {
 		_, warnings, err := subnet.ParseConfig([]byte(text))

@@ -100,20 +100,22 @@ func ParseConfig(text []byte) (Config, []Warning, error) {
 		warnings = append(warnings, Warning{"IPv6Network", "has no effect without \"EnableIPv6\": true"})
 	}
 	if enable4 {
-		n, err := parseNetwork("", v.Network, v.SubnetLen, v.SubnetMin, v.SubnetMax, true)
+		n, hostBits, err := parseNetwork("", v.Network, v.SubnetLen, v.SubnetMin, v.SubnetMax, true)
 		if err != nil {
 			return Config{}, nil, err
 		}
+		warnings = append(warnings, hostBits...)
 		cfg.Networks = append(cfg.Networks, n)
 	}
 	if v.EnableIPv6 {
 		if cfg.Backend.Type == "ipip" {
 			return Config{}, nil, errors.New("EnableIPv6: the ipip backend carries IPv4 alone; vxlan carries both")
 		}
-		n, err := parseNetwork("IPv6", v.IPv6Network, v.IPv6SubnetLen, v.IPv6SubnetMin, v.IPv6SubnetMax, false)
+		n, hostBits, err := parseNetwork("IPv6", v.IPv6Network, v.IPv6SubnetLen, v.IPv6SubnetMin, v.IPv6SubnetMax, false)
 		if err != nil {
 			return Config{}, nil, err
 		}
+		warnings = append(warnings, hostBits...)
 		cfg.Networks = append(cfg.Networks, n)
 		if mtu := cfg.Backend.MTU; mtu != 0 && mtu < 1280 {
 			return Config{}, nil, fmt.Errorf("Backend.MTU is %d; IPv6 needs 1280 (RFC 8200)", mtu)
@@ -186,6 +188,12 @@ func parseBackend(text json.RawMessage) (BackendConfig, []Warning, error) {
 		v.Type = "vxlan"
 		warnings = append(warnings, Warning{"Backend.Type", "not set: culvert takes vxlan, where flannel would take udp"})
 	}
+	if lower := strings.ToLower(v.Type); lower != v.Type {
+		if _, ok := backendKeys[lower]; ok { // flannel's backend.Manager takes either
+			warnings = append(warnings, Warning{"Backend.Type", fmt.Sprintf("%q is taken for %q", v.Type, lower)})
+			v.Type = lower
+		}
+	}
 	known, ok := backendKeys[v.Type]
 	if !ok {
 		hint := ""
@@ -229,23 +237,26 @@ func parseBackend(text json.RawMessage) (BackendConfig, []Warning, error) {
 
 // parseNetwork keeps flannel's rules (CheckNetworkConfig) for one family, whose
 // keys have the prefix family ("" or "IPv6").
-func parseNetwork(family, network string, length int, first, last string, is4 bool) (Network, error) {
+func parseNetwork(family, network string, length int, first, last string, is4 bool) (Network, []Warning, error) {
 	key := func(name string) string { return family + name }
 	if network == "" {
-		return Network{}, fmt.Errorf("%s is missing", key("Network"))
+		return Network{}, nil, fmt.Errorf("%s is missing", key("Network"))
 	}
 	p, err := netip.ParsePrefix(network)
+	var warnings []Warning
+	if err == nil && p != p.Masked() { // which flannel ignores (net.ParseCIDR)
+		warnings = []Warning{{key("Network"), fmt.Sprintf("%s has host bits set; the network is %s", p, p.Masked())}}
+		p = p.Masked()
+	}
 	switch {
 	case err != nil:
-		return Network{}, fmt.Errorf("%s %q is not a network such as 10.5.0.0/16", key("Network"), clip(network))
+		return Network{}, nil, fmt.Errorf("%s %q is not a network such as 10.5.0.0/16", key("Network"), clip(network))
 	case p.Addr().Is4In6() || p.Addr().Is4() != is4:
-		return Network{}, fmt.Errorf("%s %s is of the other address family", key("Network"), p)
-	case p != p.Masked():
-		return Network{}, fmt.Errorf("%s %s has host bits set; the network is %s", key("Network"), p, p.Masked())
+		return Network{}, nil, fmt.Errorf("%s %s is of the other address family", key("Network"), p)
 	case p.Bits() == 0:
-		return Network{}, fmt.Errorf("%s %s is the whole address space", key("Network"), p)
+		return Network{}, nil, fmt.Errorf("%s %s is the whole address space", key("Network"), p)
 	case !usable(p):
-		return Network{}, fmt.Errorf("%s %s holds addresses that no host may bear (loopback, link-local or multicast)", key("Network"), p)
+		return Network{}, nil, fmt.Errorf("%s %s holds addresses that no host may bear (loopback, link-local or multicast)", key("Network"), p)
 	}
 	bits := p.Addr().BitLen()
 	n := Network{Prefix: p, SubnetLen: length}
@@ -255,15 +266,15 @@ func parseNetwork(family, network string, length int, first, last string, is4 bo
 	}
 	switch {
 	case length == 0 && p.Bits() > bits-4:
-		return Network{}, fmt.Errorf("%s %s is too small: four subnets of four addresses need a /%d", key("Network"), p, bits-4)
+		return Network{}, nil, fmt.Errorf("%s %s is too small: four subnets of four addresses need a /%d", key("Network"), p, bits-4)
 	case length == 0 && p.Bits() <= usual-2:
 		n.SubnetLen = usual
 	case length == 0:
 		n.SubnetLen = p.Bits() + 2
 	case length < 0 || length > longest:
-		return Network{}, fmt.Errorf("%s is %d; it is at most %d, since a subnet needs four addresses", key("SubnetLen"), length, longest)
+		return Network{}, nil, fmt.Errorf("%s is %d; it is at most %d, since a subnet needs four addresses", key("SubnetLen"), length, longest)
 	case length < p.Bits()+2:
-		return Network{}, fmt.Errorf("%s is %d: %s must hold at least four subnets, so it is %d or more", key("SubnetLen"), length, p, p.Bits()+2)
+		return Network{}, nil, fmt.Errorf("%s is %d: %s must hold at least four subnets, so it is %d or more", key("SubnetLen"), length, p, p.Bits()+2)
 	}
 
 	size := u128pow2(bits - n.SubnetLen)
@@ -278,20 +289,20 @@ func parseNetwork(family, network string, length int, first, last string, is4 bo
 		}
 		a, err := netip.ParseAddr(bound.text)
 		if err != nil {
-			return Network{}, fmt.Errorf("%s %q is not an IP address", bound.name, clip(bound.text))
+			return Network{}, nil, fmt.Errorf("%s %q is not an IP address", bound.name, clip(bound.text))
 		}
 		if !p.Contains(a) {
-			return Network{}, fmt.Errorf("%s %s is outside %s", bound.name, a, p)
+			return Network{}, nil, fmt.Errorf("%s %s is outside %s", bound.name, a, p)
 		}
 		if aligned := netip.PrefixFrom(a, n.SubnetLen).Masked().Addr(); aligned != a {
-			return Network{}, fmt.Errorf("%s %s is not the first address of a /%d; that is %s", bound.name, a, n.SubnetLen, aligned)
+			return Network{}, nil, fmt.Errorf("%s %s is not the first address of a /%d; that is %s", bound.name, a, n.SubnetLen, aligned)
 		}
 		*bound.into = a
 	}
 	if n.SubnetMax.Less(n.SubnetMin) {
-		return Network{}, fmt.Errorf("%s %s is above %s %s", key("SubnetMin"), n.SubnetMin, key("SubnetMax"), n.SubnetMax)
+		return Network{}, nil, fmt.Errorf("%s %s is above %s %s", key("SubnetMin"), n.SubnetMin, key("SubnetMax"), n.SubnetMax)
 	}
-	return n, nil
+	return n, warnings, nil
 }
 
 var unusable = []netip.Prefix{
