@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,7 +11,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"culvert/internal/api/readiness"
 )
@@ -21,13 +25,48 @@ const DefaultRunDir = "/run/culvert"
 // SocketPath is the daemon's socket within its run directory.
 func SocketPath(runDir string) string { return readiness.SocketPath(runDir) }
 
-// Listen opens the daemon's socket. A socket that a killed daemon left behind
-// is replaced; one that a running daemon answers on is an error.
+// Listen opens the daemon's socket, and locks the run directory until the
+// listener is closed: of daemons that start at one moment, one has it. A socket
+// that a killed daemon left behind is replaced.
 func Listen(runDir string) (net.Listener, error) {
-	path := SocketPath(runDir)
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
 		return nil, err
 	}
+	lock, err := lockDir(runDir)
+	if err != nil {
+		return nil, err
+	}
+	l, err := listen(SocketPath(runDir))
+	if err != nil {
+		_ = lock.Close()
+		return nil, err
+	}
+	return &lockedListener{l, lock}, nil
+}
+
+// lockDir takes the lock of a run directory (flock(2)), which the kernel frees
+// with the process. The file holds the process's id.
+func lockDir(runDir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(runDir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		pid, _ := io.ReadAll(io.LimitReader(f, 20))
+		_ = f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("another daemon (pid %s) has the run directory %s: stop it, or give this one its own --run-dir", bytes.TrimSpace(pid), runDir)
+		}
+		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
+	}
+	if err := f.Truncate(0); err == nil {
+		_, _ = f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
+	}
+	return f, nil
+}
+
+func listen(path string) (net.Listener, error) {
+	// A daemon of a release that knows no lock.
 	if c, err := net.Dial("unix", path); err == nil {
 		_ = c.Close()
 		return nil, fmt.Errorf("another daemon answers on %s: stop it, or give this one its own --run-dir", path)
@@ -45,6 +84,16 @@ func Listen(runDir string) (net.Listener, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+type lockedListener struct {
+	net.Listener
+	lock *os.File
+}
+
+// Close implements net.Listener.
+func (l *lockedListener) Close() error {
+	return errors.Join(l.Listener.Close(), l.lock.Close())
 }
 
 // Handler serves the status.

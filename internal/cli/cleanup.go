@@ -1,18 +1,16 @@
 package cli
 
 import (
-	"context"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"culvert/internal/api"
 	"culvert/internal/host"
 )
 
 func newCleanupCommand() *cobra.Command {
-	var runDir string
 	var force bool
 	c := &cobra.Command{
 		Use:   "cleanup",
@@ -24,10 +22,16 @@ upgrade interrupts nothing.
 While a daemon runs it is refused: the daemon would put everything back.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			ctx, cancel := context.WithTimeout(c.Context(), 2*time.Second)
-			defer cancel()
-			if s, err := api.GetStatus(ctx, runDir); err == nil && !force {
-				return fmt.Errorf("the daemon of %s runs here and would put everything back: stop it first (`systemctl stop culvert`), or --force", s.Node)
+			if err := host.MayConfigure(); err != nil {
+				return err
+			}
+			// Held meanwhile, so that no daemon begins in the middle.
+			release, err := host.Own(host.Owner{PID: os.Getpid(), What: "culvert cleanup", Since: time.Now()})
+			switch {
+			case err == nil:
+				defer release()
+			case !force:
+				return fmt.Errorf("%w (`systemctl stop culvert`), or --force: it would put everything back", err)
 			}
 			changes, err := host.Apply(host.State{})
 			for _, change := range changes {
@@ -36,7 +40,9 @@ While a daemon runs it is refused: the daemon would put everything back.`,
 			return err
 		},
 	}
-	c.Flags().StringVar(&runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
+	var runDir string
+	c.Flags().StringVar(&runDir, "run-dir", "", "")
+	_ = c.Flags().MarkDeprecated("run-dir", "a running daemon is found wherever its directory is")
 	c.Flags().BoolVar(&force, "force", false, "even while a daemon runs")
 	return c
 }

@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"time"
 
@@ -72,6 +73,15 @@ type Tunnel = tunnel.Tuning
 // Run is the daemon. It returns nil after ctx ended and everything has
 // stopped, in order, or the error that made it stop.
 func Run(ctx context.Context, o Options) error {
+	// Before anything is asked of etcd or changed on the host.
+	if err := host.MayConfigure(); err != nil {
+		return err
+	}
+	release, err := host.AwaitOwn(ctx, o.owner(), ownerPatience)
+	if err != nil {
+		return err
+	}
+	defer release()
 	d := &node{options: o, log: o.Log, health: newHealth(o), store: newFDStore()}
 	socket, err := api.Listen(o.RunDir)
 	if err != nil {
@@ -87,11 +97,22 @@ func Run(ctx context.Context, o Options) error {
 	if o.Metrics != "" {
 		l, err := net.Listen("tcp", o.Metrics)
 		if err != nil {
-			return fmt.Errorf("serving metrics: %w (another address with --metrics, or \"\" for none)", err)
+			return fmt.Errorf("serving metrics: %w (take another address with --metrics, or \"\" for none)", err)
 		}
 		servers.Go(func() error { return serve(serving, l, probes(d.health)) })
 	}
 	return d.run(ctx)
+}
+
+// ownerPatience is how long another daemon, or a cleanup, may take to end.
+const ownerPatience = time.Second
+
+// owner is what is said of this daemon to another that is started beside it.
+func (o Options) owner() host.Owner {
+	return host.Owner{
+		PID: os.Getpid(), What: "culvert run", Node: o.Node, RunDir: o.RunDir,
+		Store: fmt.Sprintf("etcd %s at %v", o.Etcd.Prefix, o.Etcd.Endpoints), Since: time.Now(),
+	}
 }
 
 // node is one run of the daemon.
@@ -161,8 +182,11 @@ func (d *node) publics(u host.Underlay) []netip.Addr {
 
 // join waits for a network configuration and leases a subnet under it.
 func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, publics []netip.Addr) (subnet.Config, subnet.Lease, error) {
-	d.health.notReady("waiting for the network configuration in " + d.options.configPlace())
+	waiting := "waiting for the network configuration in " + d.options.configPlace()
+	d.health.notReady(waiting)
+	told := d.tellTrouble(ctx, r, waiting)
 	config, err := r.Config(ctx)
+	told()
 	if err != nil {
 		return subnet.Config{}, subnet.Lease{}, err
 	}
@@ -183,6 +207,48 @@ func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, pub
 	d.log.Info("subnet leased", "subnet", lease.Subnets(), "node", d.options.Node)
 	d.health.setLease(lease)
 	return config, lease, nil
+}
+
+// troubleLook is how often a node that waits for its configuration looks whether
+// the store is reached.
+const troubleLook = 250 * time.Millisecond
+
+// tellTrouble says, in the status and the log, why the store is not reached,
+// until done is called, and otherwise that: what a node waits for at its first start is most often
+// a wrong address or certificate.
+func (d *node) tellTrouble(ctx context.Context, r subnet.Registry, otherwise string) (done func()) {
+	store, ok := r.(interface{ Trouble() error })
+	if !ok {
+		return func() {}
+	}
+	ctx, stop := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(troubleLook)
+		defer tick.Stop()
+		for said := ""; ; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			why := store.Trouble()
+			switch {
+			case why == nil && said != "":
+				said = ""
+				d.health.notReady(otherwise)
+			case why != nil && why.Error() != said:
+				said = why.Error()
+				d.health.notReady(said)
+				d.log.Warn("waiting for the store", "error", said)
+			}
+		}
+	}()
+	return func() {
+		stop()
+		<-ended
+	}
 }
 
 // claim is what this node asks for under a configuration, without the subnets

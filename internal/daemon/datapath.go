@@ -49,7 +49,7 @@ func choose(asked Datapath, format string, supports func(kind string) error) (ki
 	case err == nil:
 		return Kernel, "auto: the kernel has " + format + " devices, and goes on without a daemon", nil
 	case asked == Kernel:
-		return "", "", fmt.Errorf("--datapath=kernel: %w (`--datapath=userspace` needs none)", err)
+		return "", "", fmt.Errorf("--datapath=kernel: %w (`--datapath=userspace` needs no such device)", err)
 	}
 	return Userspace, "auto: " + err.Error(), nil
 }

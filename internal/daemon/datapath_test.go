@@ -19,7 +19,7 @@ func TestChoose(t *testing.T) {
 		{Auto, "ipip", none, Userspace, "auto: the kernel has no ipip devices"},
 		{Auto, "host-gw", none, Kernel, "no tunnel"},
 		{Kernel, "vxlan", nil, Kernel, "--datapath=kernel"},
-		{Kernel, "ipip", none, "", "the kernel has no ipip devices (`--datapath=userspace` needs none)"},
+		{Kernel, "ipip", none, "", "the kernel has no ipip devices (`--datapath=userspace` needs no such device)"},
 		{Userspace, "vxlan", nil, Userspace, "--datapath=userspace"},
 		{Userspace, "host-gw", nil, "", "host-gw has no tunnel"},
 		{"sideways", "vxlan", nil, "", "auto, userspace or kernel"},

@@ -1,0 +1,158 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Owner is the one process that changes what is culvert's in a network
+// namespace: devices, routes and the nftables table have fixed names there, so
+// that two daemons would each undo the other's.
+type Owner struct {
+	PID    int       `json:"pid"`
+	What   string    `json:"what"` // the command, such as "culvert run"
+	Node   string    `json:"node,omitempty"`
+	RunDir string    `json:"run_dir,omitempty"`
+	Store  string    `json:"store,omitempty"` // where its leases are
+	Since  time.Time `json:"since"`
+}
+
+// Same says whether two are daemons of one node, store and run directory: then
+// one is the other's successor.
+func (o Owner) Same(other Owner) bool {
+	return o.What == other.What && o.Node == other.Node && o.RunDir == other.RunDir && o.Store == other.Store
+}
+
+// ownerSocket is the lock: an abstract unix socket (unix(7)). Its name is there
+// once in a network namespace, whatever files the processes see, and the kernel
+// frees it with the process. Whoever connects is told the Owner.
+const ownerSocket = "@culvert-owner"
+
+// OwnedError says that a network namespace is another process's.
+type OwnedError struct {
+	By  Owner // PID as the kernel tells it here; the rest is zero if it does not say
+	UID uint32
+}
+
+// Error implements error.
+func (e *OwnedError) Error() string {
+	if e.By.What == "" {
+		return fmt.Sprintf("the process %d of user %d holds culvert's lock of this network namespace (unix socket %s): end it first", e.By.PID, e.UID, ownerSocket)
+	}
+	who := fmt.Sprintf("pid %d", e.By.PID)
+	if e.By.Node != "" {
+		who += fmt.Sprintf(", node %s, run directory %s", e.By.Node, e.By.RunDir)
+	}
+	return fmt.Sprintf("`%s` is at work in this network namespace (%s), and two would undo each other's changes: stop it first", e.By.What, who)
+}
+
+// Own makes this process the owner of its network namespace until release, or
+// its end. An *OwnedError says that there is one.
+func Own(o Owner) (release func(), err error) {
+	l, err := net.Listen("unix", ownerSocket)
+	if errors.Is(err, unix.EADDRINUSE) {
+		by, err := askOwner()
+		if err != nil {
+			return nil, fmt.Errorf("asking who owns this network namespace: %w", err)
+		}
+		return nil, by
+	}
+	if err != nil {
+		return nil, fmt.Errorf("taking culvert's lock of this network namespace: %w", err)
+	}
+	text, err := json.Marshal(o)
+	if err != nil {
+		_ = l.Close()
+		return nil, err
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			conn, err := l.Accept()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err != nil { // no descriptors, perhaps
+				time.Sleep(100 * time.Millisecond)
+				continue
+			}
+			_ = conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+			_, _ = conn.Write(text) // it fits into the socket's buffer
+			_ = conn.Close()
+		}
+	}()
+	return func() {
+		_ = l.Close()
+		<-ended
+	}, nil
+}
+
+// AwaitOwn is Own for a process that may come while another is just ending.
+func AwaitOwn(ctx context.Context, o Owner, most time.Duration) (release func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	for {
+		release, err = Own(o)
+		if err == nil {
+			return release, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// askOwner asks who holds the lock. Who it is the kernel says; what it does, it
+// says itself.
+func askOwner() (*OwnedError, error) {
+	conn, err := net.DialTimeout("unix", ownerSocket, time.Second)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return nil, err
+	}
+	if credErr != nil {
+		return nil, credErr
+	}
+	owned := &OwnedError{UID: cred.Uid}
+	_ = conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+	if json.NewDecoder(conn).Decode(&owned.By) != nil {
+		owned.By = Owner{}
+	}
+	if cred.Pid != 0 { // 0 is of a process that is not in our PID namespace
+		owned.By.PID = int(cred.Pid)
+	}
+	return owned, nil
+}
+
+// MayConfigure says why this process cannot change the network of its
+// namespace, nil if it can. Nothing is changed: an interface that cannot exist
+// is deleted, and the kernel looks at the right before it looks for it
+// (rtnetlink_rcv_msg).
+func MayConfigure() error {
+	none := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: 1<<31 - 1}}
+	if err := netlink.LinkDel(none); errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
+		return errors.New("culvert needs the right to configure this host's network (CAP_NET_ADMIN): run it as root, such as with `sudo`")
+	}
+	return nil
+}
