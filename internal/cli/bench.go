@@ -52,12 +52,12 @@ func (o *benchOutput) addTo(c *cobra.Command) {
 		value       *string
 		name, usage string
 	}{
-		{&o.json, "json", "write the report as JSON to standard output, or with =FILE to a file"},
+		{&o.json, "json", "write the report as JSON to this file, or without one to standard output"},
 		{&o.csv, "csv", "write it as CSV; the same"},
 		{&o.gobench, "gobench", "write it in Go's benchmark format, for benchstat; the same"},
 	} {
 		flags.StringVar(f.value, f.name, "", f.usage)
-		flags.Lookup(f.name).NoOptDefVal = "-"
+		flags.Lookup(f.name).NoOptDefVal = toStdout
 	}
 	flags.BoolVar(&o.ratios, "ratios", false, "show one table: what users feel first, as ratios to the reference")
 	flags.StringVar(&o.html, "html", "", "write it as one page with charts to this file")

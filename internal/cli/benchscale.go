@@ -47,8 +47,8 @@ first packet through.`,
 	flags.DurationVar(&o.Duration, "duration", time.Second, "how long each time")
 	flags.DurationVar(&o.Warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
 	flags.IntVar(&o.Leases, "leases", 10, "how many leases are timed on their way to the first packet")
-	flags.StringVar(&json, "json", "", "write the report as JSON to standard output, or with =FILE to a file")
-	flags.Lookup("json").NoOptDefVal = "-"
+	flags.StringVar(&json, "json", "", "write the report as JSON to this file, or without one to standard output")
+	flags.Lookup("json").NoOptDefVal = toStdout
 	flags.StringVar(&docs, "docs", "", "put the result into benchmarks.md of this directory")
 	return c
 }

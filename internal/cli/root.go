@@ -43,7 +43,7 @@ func Main(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := newRootCommand()
-	root.SetArgs(args)
+	root.SetArgs(withValues(root, args))
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return exitOK
@@ -58,6 +58,34 @@ func Main(args []string) int {
 	}
 	return exitError
 }
+
+// withValues joins a flag whose value is optional with the word after it, where
+// that is its value: `--json FILE` is `--json=FILE`, as people mean it. pflag takes
+// such a value only after a =, and FILE for an argument.
+func withValues(root *cobra.Command, args []string) []string {
+	cmd, _, err := root.Find(args)
+	if err != nil {
+		return args
+	}
+	var out []string
+	for i := 0; i < len(args); i++ {
+		name, isFlag := strings.CutPrefix(args[i], "--")
+		if isFlag && name == "" { // what follows are arguments
+			return append(out, args[i:]...)
+		}
+		f := cmd.Flags().Lookup(name)
+		if isFlag && f != nil && f.NoOptDefVal == toStdout && i+1 < len(args) && (args[i+1] == "-" || !strings.HasPrefix(args[i+1], "-")) {
+			out = append(out, args[i]+"="+args[i+1])
+			i++
+			continue
+		}
+		out = append(out, args[i])
+	}
+	return out
+}
+
+// toStdout is the value of a flag that names a file, where none is given.
+const toStdout = "-"
 
 // errReported is returned by a command that has said what failed already.
 var errReported = errors.New("reported")

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,14 +46,10 @@ func (f *etcdFlags) options(log *slog.Logger) (etcd.Options, error) {
 	o := etcd.Options{
 		Endpoints: f.endpoints, Prefix: f.prefix,
 		CAFile: f.ca, CertFile: f.cert, KeyFile: f.key,
-		User: f.user, Password: f.password, Logger: log,
+		User: f.user, Password: f.password, PasswordFile: f.passwordFile, Logger: log,
 	}
-	if f.passwordFile != "" {
-		b, err := os.ReadFile(f.passwordFile)
-		if err != nil {
-			return o, fmt.Errorf("--etcd-password-file: %w", err)
-		}
-		o.Password = strings.TrimRight(string(b), "\r\n")
+	if o.PasswordFile != "" {
+		o.Password = "" // from the environment, perhaps: the file wins
 	}
 	return o, nil
 }
@@ -129,8 +126,8 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringSliceVar(&f.iface, "iface", nil, "underlay interface, by name or address; the first that exists is used")
 	flags.StringSliceVar(&f.ifaceRegex, "iface-regex", nil, "underlay interface, by a regular expression on its name or address")
 	flags.StringVar(&f.canReach, "iface-can-reach", "", "underlay interface: the one that reaches this address")
-	flags.StringVar(&f.publicIP, "public-ip", "", "IPv4 address that other nodes send to, if it is not the interface's")
-	flags.StringVar(&f.publicIPv6, "public-ipv6", "", "the same for IPv6")
+	flags.StringVar(&f.publicIP, "public-ip", "", "address that other nodes send to, if it is not the interface's; of either family, or one of each, separated by a comma")
+	flags.StringVar(&f.publicIPv6, "public-ipv6", "", "the IPv6 one, as flannel has it")
 	flags.StringVar(&f.runDir, "run-dir", api.DefaultRunDir, "where the socket, the state and subnet.env live")
 	flags.StringVar(&f.subnetFile, "subnet-file", "", "where to write subnet.env (default: in --run-dir)")
 	flags.BoolVar(&f.ipMasq, "ip-masq", true, "give traffic that leaves the cluster network the node's address")
@@ -289,19 +286,28 @@ func (f *runFlags) underlay(o *daemon.Options) error {
 			return usagef("--iface-can-reach: %w", err)
 		}
 	}
-	for _, p := range []struct {
-		flag, text string
-		is4        bool
-	}{{"public-ip", f.publicIP, true}, {"public-ipv6", f.publicIPv6, false}} {
-		if p.text == "" {
-			continue
+	// --public-ip takes either family, since that is what status.hostIP of a pod
+	// may be, and status.hostIPs both.
+	for _, p := range []struct{ flag, text string }{{"public-ip", f.publicIP}, {"public-ipv6", f.publicIPv6}} {
+		for text := range strings.SplitSeq(p.text, ",") {
+			if text = strings.TrimSpace(text); text == "" {
+				continue
+			}
+			a, err := netip.ParseAddr(text)
+			a = a.Unmap()
+			switch {
+			case err != nil || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() || a.Is6() && a.IsLinkLocalUnicast():
+				return usagef("--%s %s: not an address that other nodes can send to", p.flag, text)
+			case p.flag == "public-ipv6" && a.Is4():
+				return usagef("--public-ipv6 %s: an IPv4 address; give it with --public-ip", text)
+			case slices.ContainsFunc(o.PublicIPs, func(b netip.Addr) bool { return a != b && a.Is4() == b.Is4() }):
+				return usagef("--%s %s: a second address of its family", p.flag, text)
+			case !slices.Contains(o.PublicIPs, a):
+				o.PublicIPs = append(o.PublicIPs, a)
+			}
 		}
-		a, err := netip.ParseAddr(p.text)
-		if err != nil || a.Is4() != p.is4 || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
-			return usagef("--%s %s: not an address of the right family", p.flag, p.text)
-		}
-		o.PublicIPs = append(o.PublicIPs, a)
 	}
+	slices.SortFunc(o.PublicIPs, netip.Addr.Compare) // IPv4 first
 	o.Underlay.PublicIPs = o.PublicIPs
 	return nil
 }
