@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -30,8 +31,18 @@ type authentication struct {
 
 	mu    sync.Mutex
 	token string
-	asked bool // token is what etcd gave, "" if it asks for none
+	asked time.Time // when etcd gave it, "" if it asks for none; zero if there is none
+	// refused is the password that etcd refused last, and when: it is not asked
+	// again at once by each request that waits. Of who has asking.
+	refused   string
+	refusedAt time.Time
 }
+
+// refusedFor is how long a password that was refused is not tried again.
+const refusedFor = time.Second
+
+// tokenFresh is how long after a token was given a stream takes it for valid.
+const tokenFresh = 5 * time.Second
 
 func newAuthentication(o Options) *authentication {
 	return &authentication{options: o, asking: make(chan struct{}, 1)}
@@ -58,13 +69,13 @@ func (a *authentication) unary(ctx context.Context, method string, req, reply an
 }
 
 // stream is the interceptor of streams. etcd refuses a token only by an answer
-// on the stream, which is not seen here: so each stream gets a new token, as the
-// client's own does it.
+// on the stream, which is not seen here: so a stream begins with a new one.
 func (a *authentication) stream(ctx context.Context, desc *grpc.StreamDesc, conn *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	a.mu.Lock()
-	token := a.token
+	if time.Since(a.asked) > tokenFresh {
+		a.token, a.asked = "", time.Time{}
+	}
 	a.mu.Unlock()
-	a.void(token)
 	token, err := a.get(ctx, conn)
 	if err != nil {
 		return nil, err
@@ -83,8 +94,6 @@ func (a *authentication) get(ctx context.Context, conn *grpc.ClientConn) (string
 	case <-ctx.Done():
 		return "", ctx.Err()
 	}
-	ctx, cancel := context.WithTimeout(ctx, a.options.RequestTimeout)
-	defer cancel()
 	if token, ok := a.known(); ok {
 		return token, nil
 	}
@@ -92,23 +101,31 @@ func (a *authentication) get(ctx context.Context, conn *grpc.ClientConn) (string
 	if err != nil {
 		return "", err
 	}
+	if password == a.refused && time.Since(a.refusedAt) < refusedFor {
+		return "", rpctypes.ErrAuthFailed
+	}
+	ctx, cancel := context.WithTimeout(ctx, a.options.RequestTimeout)
+	defer cancel()
 	answer, err := etcdserverpb.NewAuthClient(conn).Authenticate(ctx, &etcdserverpb.AuthenticateRequest{Name: a.options.User, Password: password}, grpc.WaitForReady(!a.options.FailFast))
 	switch err = rpctypes.Error(err); {
 	case errors.Is(err, rpctypes.ErrAuthNotEnabled):
 		answer = &etcdserverpb.AuthenticateResponse{}
+	case errors.Is(err, rpctypes.ErrAuthFailed):
+		a.refused, a.refusedAt = password, time.Now()
+		return "", err
 	case err != nil:
 		return "", err
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.token, a.asked = answer.Token, true
+	a.token, a.asked = answer.Token, time.Now()
 	return a.token, nil
 }
 
 func (a *authentication) known() (string, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.token, a.asked
+	return a.token, !a.asked.IsZero()
 }
 
 // void forgets a token, unless it is another by now.
@@ -116,7 +133,7 @@ func (a *authentication) void(token string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.token == token {
-		a.token, a.asked = "", false
+		a.token, a.asked = "", time.Time{}
 	}
 }
 

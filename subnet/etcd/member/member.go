@@ -44,7 +44,8 @@ type Options struct {
 	// CertFile and KeyFile make the client listener TLS. CAFile, besides, makes
 	// it ask for client certificates and verify them.
 	CertFile, KeyFile, CAFile string
-	// UnsafeNoFsync gives up durability over a power cut for speed.
+	// UnsafeNoFsync gives up durability over a power cut, and strong hashes of
+	// passwords, for speed: for tests.
 	UnsafeNoFsync bool
 	// TickMs is the heartbeat interval in milliseconds, 100 if zero; elections
 	// take ten of them, and no lease is shorter than fifteen.
@@ -143,6 +144,9 @@ func (o Options) config(log io.Writer) (*embed.Config, error) {
 	cfg.Name = orString(o.Name, "culvert")
 	cfg.Dir = o.DataDir
 	cfg.UnsafeNoFsync = o.UnsafeNoFsync
+	if o.UnsafeNoFsync {
+		cfg.BcryptCost = 4 // the least: it is a test's
+	}
 	if o.TickMs != 0 {
 		cfg.TickMs, cfg.ElectionMs = o.TickMs, 10*o.TickMs
 	}
