@@ -1,27 +1,35 @@
 package bench
 
 import (
-	"bytes"
 	"fmt"
-	"image/color"
+	"html"
 	"math"
-	"slices"
 	"strings"
-
-	"gonum.org/v1/plot"
-	"gonum.org/v1/plot/font"
-	"gonum.org/v1/plot/vg"
-	"gonum.org/v1/plot/vg/draw"
-	"gonum.org/v1/plot/vg/vgsvg"
 )
 
-// chart is a picture of one figure: the datapaths side by side, and a bar for
-// each underlay.
+// chart is a picture of one figure: a panel for each underlay, and in it a bar
+// for each datapath, from 1 to its ratio to the reference on a logarithmic scale.
+// A line spans the least to the greatest of the rounds' own ratios.
 type chart struct {
-	Name  string // for a file
-	Title string
-	SVG   string
+	Name   string // for a file
+	Title  string
+	Better string // which way is better
+	Panels []panel
 }
+
+// panel is a drawing of its own, panelWidth wide.
+type panel struct {
+	Underlay string
+	Height   int
+	SVG      string
+}
+
+// In units of the drawing.
+const (
+	panelWidth = 350
+	rowHeight  = 34
+	axisHeight = 20
+)
 
 // mainColumns are the figures worth a picture.
 func mainColumns() []column {
@@ -38,133 +46,211 @@ func mainColumns() []column {
 	return all
 }
 
-// The plot is drawn in these colours, which stand for the page's: a reader's
-// light or dark is not known here.
-var (
-	ink      = color.RGBA{1, 1, 1, 255}
-	grid     = color.RGBA{2, 2, 2, 255}
-	paint    = []color.RGBA{{3, 1, 1, 255}, {3, 2, 2, 255}, {3, 3, 3, 255}, {3, 4, 4, 255}, {3, 5, 5, 255}}
-	standFor = []string{"#010101", "var(--ink)", "#020202", "var(--grid)", "#030101", "var(--c0)", "#030202", "var(--c1)", "#030303", "var(--c2)", "#030404", "var(--c3)", "#030505", "var(--c4)"}
-)
+// palette are the colours, in light and in dark: blue for better, orange for
+// worse, which people who do not see red or green tell apart.
+const palette = `--ink:#1f2328;--quiet:#59636e;--grid:#d1d9e0;--paper:#fff;--soft:#f6f8fa;--better:#0969da;--worse:#bc4c00;--level:#818b98;--link:#0550ae`
 
-// palette are the colours, in light and in dark.
-const palette = `--ink:#1f2328;--grid:#d1d9e0;--paper:#fff;--soft:#f6f8fa;--c0:#0969da;--c1:#bc4c00;--c2:#1a7f37;--c3:#8250df;--c4:#57606a`
-
-const paletteDark = `--ink:#e6edf3;--grid:#3d444d;--paper:#0d1117;--soft:#151b23;--c0:#58a6ff;--c1:#f0883e;--c2:#3fb950;--c3:#bc8cff;--c4:#9198a1`
+const paletteDark = `--ink:#e6edf3;--quiet:#9198a1;--grid:#3d444d;--paper:#0d1117;--soft:#151b23;--better:#4493f8;--worse:#f0883e;--level:#6e7681;--link:#79c0ff`
 
 // charts draws every main figure that the report has.
-func (r *Report) charts() ([]chart, error) {
+func (r *Report) charts(reference string) []chart {
 	var all []chart
 	for _, c := range mainColumns() {
-		names := r.datapathsOf(func(x Result) bool { return x.Workload == c.workload && x.Metric == c.metric })
-		if len(names) == 0 {
-			continue
+		if one := r.chart(c, reference); len(one.Panels) > 0 {
+			all = append(all, one)
 		}
-		svg, err := r.draw(c, names)
-		if err != nil {
-			return nil, fmt.Errorf("drawing %s: %w", c.title, err)
-		}
-		all = append(all, chart{Name: fmt.Sprintf("%s-%s", c.workload, c.metric), Title: c.title, SVG: svg})
 	}
-	return all, nil
+	return all
 }
 
-func (r *Report) draw(c column, names []string) (string, error) {
-	p := plot.New()
-	sans := font.Font{Typeface: "Liberation", Variant: "Sans", Size: vg.Points(11)}
-	for _, style := range []*draw.TextStyle{&p.X.Tick.Label, &p.Y.Tick.Label, &p.X.Label.TextStyle, &p.Y.Label.TextStyle} {
-		style.Font, style.Color = sans, ink
+func (r *Report) chart(c column, reference string) chart {
+	one := chart{
+		Name: fmt.Sprintf("%s-%s", c.workload, c.metric), Title: c.readable(), Better: "less is better: bars to the left",
 	}
-	for _, line := range []*draw.LineStyle{&p.X.LineStyle, &p.Y.LineStyle, &p.X.Tick.LineStyle, &p.Y.Tick.LineStyle} {
-		line.Color = ink
+	if c.metric.Higher() {
+		one.Better = "more is better: bars to the right"
 	}
-	p.BackgroundColor = nil
-	p.Y.Label.Text = c.metric.Unit()
-	if c.metric == SyscallsPerPacket {
-		p.Y.Label.Text = "per packet"
-	}
-	p.NominalX(names...)
-	p.X.Tick.Label.Rotation = math.Pi / 8
-	if len(names) > 10 { // else they touch
-		p.X.Tick.Label.Rotation = math.Pi / 5
-	}
-	p.X.Tick.Label.XAlign, p.X.Tick.Label.YAlign = draw.XRight, draw.YTop
-	bars := &bars{label: p.Y.Tick.Label}
-	bars.label.XAlign, bars.label.YAlign = draw.XCenter, draw.YBottom
-	for j, u := range Underlays() {
-		for i, d := range names {
-			if x, ok := r.Find(u, d, c.workload, c.metric); ok {
-				bars.all = append(bars.all, bar{group: i, series: j, result: x})
-				if !slices.Contains(bars.series, j) {
-					bars.series = append(bars.series, j)
-				}
+	rows := map[string][]judged{}
+	// One scale for all panels, or they could not be compared.
+	scale := scale{low: 0.5, high: 2}
+	for _, u := range r.underlays() {
+		rows[u] = r.judgedOn(u, c, reference)
+		for _, j := range rows[u] {
+			if j.ratio {
+				scale.take(j.q)
 			}
 		}
 	}
-	p.Add(bars)
-	p.Y.Min, p.Y.Max = 0, p.Y.Max*1.1
-	p.X.Min, p.X.Max = -0.6, float64(len(names))-0.4
-
-	canvas := vgsvg.New(vg.Points(540), vg.Points(240))
-	p.Draw(draw.New(canvas))
-	var b bytes.Buffer
-	if _, err := canvas.WriteTo(&b); err != nil {
-		return "", err
-	}
-	svg := b.String()
-	svg = svg[strings.Index(svg, "<svg"):]
-	svg = strings.NewReplacer(standFor...).Replace(svg)
-	svg = strings.ReplaceAll(svg, "font-family:Liberation Sans", "font-family:Liberation Sans,Arial,Helvetica,sans-serif")
-	return strings.Replace(svg, "<svg", fmt.Sprintf("<svg role=%q aria-label=%q", "img", c.title), 1), nil
-}
-
-type bar struct {
-	group, series int
-	result        Result
-}
-
-// bars is a plotter of grouped bars, each with a whisker from the least to the
-// greatest of its rounds.
-type bars struct {
-	series []int
-	all    []bar
-	label  draw.TextStyle // of the figure above a bar
-}
-
-// mostLabels is up to how many bars have room for a figure above each.
-const mostLabels = 14
-
-// DataRange implements plot.DataRanger.
-func (b *bars) DataRange() (xmin, xmax, ymin, ymax float64) {
-	for _, x := range b.all {
-		xmax = max(xmax, float64(x.group))
-		ymax = max(ymax, x.result.Max)
-	}
-	return 0, xmax, 0, ymax
-}
-
-// Plot implements plot.Plotter.
-func (b *bars) Plot(c draw.Canvas, p *plot.Plot) {
-	x, y := p.Transforms(&c)
-	for _, t := range p.Y.Tick.Marker.Ticks(p.Y.Min, p.Y.Max) {
-		if !t.IsMinor() && t.Value > 0 {
-			c.StrokeLine2(draw.LineStyle{Color: grid, Width: vg.Points(0.5)}, c.Min.X, y(t.Value), c.Max.X, y(t.Value))
+	for _, u := range r.underlays() {
+		if len(rows[u]) > 0 && r.has(u, c) {
+			one.Panels = append(one.Panels, draw(u, c, rows[u], scale, reference))
 		}
 	}
-	width := (x(1) - x(0)) * 0.8 / vg.Length(len(b.series))
-	for _, one := range b.all {
-		place := vg.Length(slices.Index(b.series, one.series)) - vg.Length(len(b.series)-1)/2
-		middle := x(float64(one.group)) + place*width
-		left, right := middle-width*0.45, middle+width*0.45
-		r := one.result
-		c.FillPolygon(paint[one.series], []vg.Point{
-			{X: left, Y: y(0)}, {X: left, Y: y(r.Median)}, {X: right, Y: y(r.Median)}, {X: right, Y: y(0)},
-		})
-		if len(r.Rounds) > 1 {
-			c.StrokeLine2(draw.LineStyle{Color: ink, Width: vg.Points(0.8)}, middle, y(r.Min), middle, y(r.Max))
-		}
-		if len(b.all) <= mostLabels {
-			c.FillText(b.label, vg.Point{X: middle, Y: y(r.Max) + vg.Points(2)}, figure(r.Median))
+	return one
+}
+
+func (r *Report) has(underlay string, c column) bool {
+	for _, x := range r.Results {
+		if x.Underlay == underlay && x.Workload == c.workload && x.Metric == c.metric {
+			return true
 		}
 	}
+	return false
+}
+
+// scale is a logarithmic scale of ratios, 1 within it.
+type scale struct{ low, high float64 }
+
+// What lies beyond is drawn at the edge; the figure beside it says how much it is.
+const farthest = 32
+
+func (s *scale) take(q Ratio) {
+	s.low = max(min(s.low, floorPower(q.Min)), 1.0/farthest)
+	s.high = min(max(s.high, 1/floorPower(1/q.Max)), farthest)
+}
+
+// floorPower is the greatest power of two that is not greater.
+func floorPower(v float64) float64 {
+	if v <= 0 {
+		return 1.0 / farthest
+	}
+	return math.Exp2(math.Floor(math.Log2(v) + 1e-9))
+}
+
+// x is where a ratio stands in a panel.
+func (s scale) x(v float64) float64 {
+	const margin = 8
+	at := (math.Log2(min(max(v, s.low), s.high)) - math.Log2(s.low)) / (math.Log2(s.high) - math.Log2(s.low))
+	return margin + at*(panelWidth-2*margin)
+}
+
+// ticks are the powers of two of the scale, as many as have room.
+func (s scale) ticks() []float64 {
+	step := 1.0
+	if octaves := math.Log2(s.high / s.low); octaves > 6 {
+		step = 2
+	}
+	var all []float64
+	for e := math.Ceil(math.Log2(s.low)); e <= math.Log2(s.high)+1e-9; e++ {
+		if math.Mod(e, step) == 0 {
+			all = append(all, math.Exp2(e))
+		}
+	}
+	return all
+}
+
+func tick(v float64) string {
+	if v < 1 {
+		return fmt.Sprintf("1/%g", 1/v)
+	}
+	return fmt.Sprintf("%g", v)
+}
+
+// draw draws a panel: an axis, then two lines for each datapath, its name with its
+// figures and its bar.
+func draw(underlay string, c column, rows []judged, s scale, reference string) panel {
+	height := axisHeight + rowHeight*len(rows) + 4
+	var b strings.Builder
+	var told []string
+	for _, v := range s.ticks() {
+		class := "grid"
+		if v == 1 {
+			class = "one"
+		}
+		// Beside the bars only: a line through the names would make them hard to read.
+		fmt.Fprintf(&b, `<path class="%s" d="M%.1f %dv4`, class, s.x(v), axisHeight-5)
+		for i, j := range rows {
+			if j.ratio {
+				fmt.Fprintf(&b, `M%.1f %dv12`, s.x(v), axisHeight+i*rowHeight+17)
+			}
+		}
+		b.WriteString(`"/>`)
+		anchor := "middle"
+		switch {
+		case s.x(v) < 20:
+			anchor = "start"
+		case s.x(v) > panelWidth-20:
+			anchor = "end"
+		}
+		fmt.Fprintf(&b, `<text class="tick" x="%.1f" y="%d" text-anchor="%s">%s</text>`, s.x(v), axisHeight-8, anchor, tick(v))
+	}
+	b.WriteString("\n")
+	for i, j := range rows {
+		top := axisHeight + i*rowHeight
+		name, value := html.EscapeString(readable(j.name)), ""
+		class := "name"
+		switch {
+		case j.failed:
+			value = "failed"
+		case j.self:
+			value, class = withUnit(j.x)+", the reference", "name self"
+		case j.ratio:
+			value = mark(j.judge) + " " + times(j.q.Median) + "  " + withUnit(j.x)
+		default:
+			value = withUnit(j.x)
+		}
+		fmt.Fprintf(&b, `<text class="%s" x="8" y="%d">%s</text>`, class, top+14, name)
+		fmt.Fprintf(&b, `<text class="figure" x="%d" y="%d" text-anchor="end">%s</text>`, panelWidth-8, top+14, html.EscapeString(value))
+		if j.ratio {
+			left, right := min(s.x(1), s.x(j.q.Median)), max(s.x(1), s.x(j.q.Median))
+			if right-left < 2 {
+				left, right = left-1, left+1
+			}
+			fmt.Fprintf(&b, `<rect class="%s" x="%.1f" y="%d" width="%.1f" height="8"/>`, judgeClass(j.judge), left, top+19, right-left)
+			if j.q.Rounds > 1 && !j.self {
+				fmt.Fprintf(&b, `<path class="span" d="M%.1f %dv6M%.1f %dH%.1fM%.1f %dv6"/>`, s.x(j.q.Min), top+20, s.x(j.q.Min), top+23, s.x(j.q.Max), s.x(j.q.Max), top+20)
+			}
+		}
+		b.WriteString("\n")
+		told = append(told, readable(j.name)+" "+strings.TrimSpace(value))
+	}
+	label := html.EscapeString(fmt.Sprintf("%s on %s, ratios to %s: %s", c.readable(), underlay, readable(reference), strings.Join(told, "; ")))
+	return panel{Underlay: underlay, Height: height, SVG: fmt.Sprintf(
+		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" role="img" aria-label="%s">%s</svg>`, panelWidth, height, label, "\n"+b.String())}
+}
+
+// mark says without colours what the colours say.
+func mark(judge int) string { return [...]string{"▼", "≈", "▲"}[judge+1] }
+
+func judgeClass(judge int) string { return [...]string{"worse", "level", "better"}[judge+1] }
+
+func withUnit(x Result) string {
+	if x.Metric.Unit() == "1" {
+		return figure(x.Median)
+	}
+	return figure(x.Median) + " " + x.Metric.Unit()
+}
+
+// chartStyle is what the classes of a drawing look like.
+const chartStyle = `.grid,.one{stroke:var(--grid);stroke-width:1;fill:none}.one{stroke:var(--ink)}` +
+	`.tick{font-size:11px;fill:var(--quiet)}.name,.figure{font-size:12.5px;fill:var(--ink)}.self{font-weight:600}` +
+	`.figure{font-variant-numeric:tabular-nums;white-space:pre}.span{stroke:var(--ink);stroke-width:1.2;fill:none}` +
+	`.better{fill:var(--better)}.worse{fill:var(--worse)}.level{fill:var(--level)}`
+
+// SVG is the chart as one picture: its panels two by two, with its own colours.
+func (c chart) SVG() string {
+	const gap, title, head = 24, 30, 24
+	var b strings.Builder
+	y := title
+	width := 2*panelWidth + gap
+	if len(c.Panels) == 1 {
+		width = panelWidth
+	}
+	for i := 0; i < len(c.Panels); i += 2 {
+		tallest := 0
+		for k, p := range c.Panels[i:min(i+2, len(c.Panels))] {
+			x := k * (panelWidth + gap)
+			fmt.Fprintf(&b, `<text class="underlay" x="%d" y="%d">%s</text>`+"\n", x+8, y+14, p.Underlay)
+			body := p.SVG[strings.Index(p.SVG, ">")+1 : strings.LastIndex(p.SVG, "</svg>")]
+			fmt.Fprintf(&b, `<svg x="%d" y="%d" width="%d" height="%d">%s</svg>`+"\n", x, y+head, panelWidth, p.Height, body)
+			tallest = max(tallest, p.Height)
+		}
+		y += head + tallest + gap
+	}
+	return fmt.Sprintf(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" role="img" aria-label="%s">
+<style>:root{%s}@media (prefers-color-scheme:dark){:root{%s}}text{font-family:system-ui,-apple-system,"Segoe UI",sans-serif}%s.underlay{font-size:14px;font-weight:600;fill:var(--ink)}</style>
+<rect width="100%%" height="100%%" style="fill:var(--paper)"/>
+<text class="underlay" x="8" y="18">%s</text>
+%s</svg>
+`, width, y, width, y, html.EscapeString(c.Title), palette, paletteDark, chartStyle, html.EscapeString(c.Title+" ("+c.Better+")"), b.String())
 }

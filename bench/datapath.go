@@ -16,6 +16,7 @@ import (
 // Datapath is one way of carrying packets between nodes.
 type Datapath struct {
 	Name  string
+	Title string // for a reader
 	About string
 	// Program is somebody else's, of which the datapath is made; nil else.
 	Program *Program
@@ -43,20 +44,20 @@ const checkedNative = "native/iperf3"
 // Datapaths returns all of them, in the order in which they are shown.
 func Datapaths() []Datapath {
 	all := []Datapath{
-		{Name: "native", About: "the underlay itself, no tunnel: the limit", none: true},
-		{Name: checkedNative, About: "the same with iperf3's traffic, to check the built-in generator", none: true, generator: iperf3Name},
-		{Name: "host-gw", About: "routes on the underlay, no tunnel", kernel: true, culvert: true},
-		{Name: "vxlan/kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true, culvert: true},
-		{Name: "vxlan/kernel" + fastSuffix, About: "the same below culvert's fast path", kernel: true, culvert: true, fast: true},
-		{Name: "vxlan/userspace", About: "culvert's own loop", culvert: true},
-		{Name: "vxlan/userspace" + fastSuffix, About: "the same below culvert's fast path", culvert: true, fast: true},
-		{Name: "ipip/kernel", About: "the Linux kernel's ipip device, as culvert drives it", kernel: true, culvert: true},
-		{Name: "ipip/userspace", About: "culvert's own loop", culvert: true},
-		{Name: "naive", About: "VXLAN with one packet per system call: the floor"},
-		{Name: "wireguard-go", About: "the library, which encrypts"},
+		{Name: "native", Title: "no tunnel", About: "the underlay itself, no tunnel: the limit", none: true},
+		{Name: checkedNative, Title: "no tunnel, traffic by iperf3", About: "the same with iperf3's traffic, to check the built-in generator", none: true, generator: iperf3Name},
+		{Name: "host-gw", Title: "plain routes (host-gw)", About: "routes on the underlay, no tunnel", kernel: true, culvert: true},
+		{Name: "vxlan/kernel", Title: "VXLAN, kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true, culvert: true},
+		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same below culvert's fast path", kernel: true, culvert: true, fast: true},
+		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's own loop", culvert: true},
+		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same below culvert's fast path", culvert: true, fast: true},
+		{Name: "ipip/kernel", Title: "IPIP, kernel", About: "the Linux kernel's ipip device, as culvert drives it", kernel: true, culvert: true},
+		{Name: "ipip/userspace", Title: "IPIP, userspace", About: "culvert's own loop", culvert: true},
+		{Name: "naive", Title: "VXLAN, naive", About: "VXLAN with one packet per system call: the floor"},
+		{Name: "wireguard-go", Title: "WireGuard, userspace", About: "the library, which encrypts"},
 	}
 	for _, p := range programs() {
-		all = append(all, Datapath{Name: p.Name, About: p.About, Program: p})
+		all = append(all, Datapath{Name: p.Name, Title: p.Title, About: p.About, Program: p})
 	}
 	return all
 }

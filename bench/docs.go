@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 )
 
@@ -40,10 +39,7 @@ func between(dir, begin, end, text string) error {
 // and the charts beside it, in place of earlier ones. Results with pods as ends
 // have a place of their own.
 func (r *Report) Docs(dir, reference string) error {
-	charts, err := r.charts()
-	if err != nil {
-		return err
-	}
+	charts := r.charts(reference)
 	begin, end, charted := docsBegin, docsEnd, "charts"
 	if r.Machine.Ends == Pods {
 		begin, end, charted = docsPodsBegin, docsPodsEnd, "charts/pods"
@@ -65,7 +61,7 @@ func (r *Report) Docs(dir, reference string) error {
 		}
 	}
 	for _, c := range charts {
-		if err := os.WriteFile(filepath.Join(pictures, c.Name+".svg"), []byte(r.standalone(c)), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(pictures, c.Name+".svg"), []byte(c.SVG()), 0o644); err != nil {
 			return err
 		}
 	}
@@ -82,14 +78,6 @@ func (r *ScaleReport) Docs(dir string) error {
 		fmt.Fprintf(&b, "| %s |\n", strings.Join(s.cells(), " | "))
 	}
 	return between(dir, docsScaleBegin, docsScaleEnd, b.String())
-}
-
-// standalone is a chart as a file of its own, with its colours and their key.
-func (r *Report) standalone(c chart) string {
-	style := fmt.Sprintf("<style>:root{%s}@media (prefers-color-scheme:dark){:root{%s}}</style>\n<rect width=%q height=%q style=%q/>\n",
-		palette, paletteDark, "100%", "100%", "fill:var(--paper)")
-	end := strings.Index(c.SVG, ">") + 1
-	return c.SVG[:end] + "\n" + style + c.SVG[end:]
 }
 
 // markdownRatios writes what users feel first, as ratios.
@@ -115,16 +103,18 @@ func (r *Report) markdown(charts []chart, charted, reference string) string {
 	for _, f := range r.Machine.facts() {
 		fmt.Fprintf(&b, "- %s: %s\n", f.Name, f.Value)
 	}
-	r.markdownRatios(&b, reference)
-	fmt.Fprintf(&b, "\nMedians, half of the span between the least and the greatest round, and the ratio to %s;\na ? marks a ratio that the rounds' spread makes worthless.\n", reference)
-	colours := []string{"blue", "orange", "green", "violet", "grey"}
-	var keys []string
-	for i, u := range Underlays() {
-		if slices.Contains(r.underlays(), u) {
-			keys = append(keys, colours[i]+" is "+u)
+	if answers := r.answers(); len(answers) > 0 {
+		fmt.Fprintf(&b, "\n### In short\n\n")
+		for _, a := range answers {
+			fmt.Fprintf(&b, "- **%s** %s.", a.Question, a.Pair)
+			for _, s := range a.Says {
+				fmt.Fprintf(&b, " %s: %s.", s.Name, s.Value)
+			}
+			fmt.Fprintln(&b)
 		}
 	}
-	fmt.Fprintf(&b, "In the charts %s.\n", strings.Join(keys, ", "))
+	r.markdownRatios(&b, reference)
+	fmt.Fprintf(&b, "\nMedians, half of the span between the least and the greatest round, and the ratio to %s;\na ? marks a ratio that the rounds' spread makes worthless.\n", reference)
 	for _, u := range r.underlays() {
 		for _, s := range sections() {
 			columns := r.columns(u, s)
@@ -160,7 +150,7 @@ func (r *Report) markdown(charts []chart, charted, reference string) string {
 			fmt.Fprintf(&b, "- %s (%s): %s\n", f.Datapath, where, f.Reason)
 		}
 	}
-	fmt.Fprintf(&b, "\n### Charts\n")
+	fmt.Fprintf(&b, "\n### Charts\n\nEach bar begins at the figure of %s and ends at its own; the thin line spans the rounds' own ratios. Blue is better,\norange worse, grey no clear difference.\n", reference)
 	for _, c := range charts {
 		fmt.Fprintf(&b, "\n![%s](%s/%s.svg)\n", c.Title, charted, c.Name)
 	}

@@ -17,23 +17,37 @@ var pageText string
 
 // pageData is what page.html shows.
 type pageData struct {
-	Palette, PaletteDark template.CSS
-	Reference            string
-	Key                  []pageKey
-	Charts               []pageChart
-	Tables               []pageTable
-	Failed               []Failure
-	Facts                []fact
+	Palette, PaletteDark, ChartStyle template.CSS
+	Heading, Version, Date, Ends     string
+	Rounds                           int
+	Reference                        string
+	Answers                          []answer
+	Underlays, Datapaths, Facts      []fact
+	Sections                         []pageSection
+	Tables                           []pageUnderlay
+	Failed                           []Failure
 }
 
-type pageKey struct {
-	Index int
-	Name  string
+type pageSection struct {
+	ID, Title string
+	Charts    []pageChart
 }
 
 type pageChart struct {
-	Title   string
-	Drawing template.HTML
+	Title, Better string
+	Panels        []pagePanel
+}
+
+type pagePanel struct {
+	Underlay string
+	Drawing  template.HTML
+}
+
+// pageUnderlay are the tables of one underlay.
+type pageUnderlay struct {
+	Title string
+	Open  bool
+	Parts []pageTable
 }
 
 type pageTable struct {
@@ -57,28 +71,54 @@ func (r *Report) HTML(w io.Writer, reference string) error {
 	if err != nil {
 		return err
 	}
-	data := pageData{Palette: palette, PaletteDark: paletteDark, Reference: reference, Failed: grouped(r.Failed), Facts: r.Machine.facts()}
-	for i, u := range Underlays() {
-		if slices.Contains(r.underlays(), u) {
-			data.Key = append(data.Key, pageKey{i, u})
-		}
-	}
-	charts, err := r.charts()
-	if err != nil {
-		return err
-	}
-	for _, c := range charts {
-		// The drawing is our own, and its labels are names of this package.
-		data.Charts = append(data.Charts, pageChart{c.Title, template.HTML(c.SVG)})
+	m := r.Machine
+	data := pageData{
+		Palette: palette, PaletteDark: paletteDark, ChartStyle: chartStyle,
+		Heading: "Container networks, datapath by datapath", Version: m.Culvert, Date: m.Time.Format("2 January 2006"), Ends: m.between(),
+		Rounds: r.mostRounds(), Reference: readable(reference), Answers: r.answers(), Facts: m.facts(), Failed: grouped(r.Failed),
 	}
 	for _, u := range r.underlays() {
+		data.Underlays = append(data.Underlays, fact{u, underlayTitles[u]})
+		under := pageUnderlay{Title: "on underlay " + u, Open: len(data.Tables) == 0}
 		for _, s := range sections() {
 			if table, ok := r.pageTable(u, s, reference); ok {
-				data.Tables = append(data.Tables, table)
+				under.Parts = append(under.Parts, table)
 			}
 		}
+		data.Tables = append(data.Tables, under)
 	}
+	for _, name := range r.datapathsOf(func(Result) bool { return true }) {
+		d, _ := FindDatapath(name)
+		data.Datapaths = append(data.Datapaths, fact{readable(name), name + ": " + d.About})
+	}
+	data.Sections = r.pageSections(reference)
 	return t.Execute(w, data)
+}
+
+func (r *Report) pageSections(reference string) []pageSection {
+	var all []pageSection
+	for _, s := range sections() {
+		section := pageSection{ID: strings.ReplaceAll(strings.ToLower(s.title), " ", "-"), Title: s.title}
+		for _, c := range s.columns {
+			if !slices.Contains(mainColumns(), c) {
+				continue
+			}
+			one := r.chart(c, reference)
+			if len(one.Panels) == 0 {
+				continue
+			}
+			shown := pageChart{Title: one.Title, Better: one.Better}
+			for _, p := range one.Panels {
+				// The drawing is our own, and escapes what it shows.
+				shown.Panels = append(shown.Panels, pagePanel{p.Underlay, template.HTML(p.SVG)})
+			}
+			section.Charts = append(section.Charts, shown)
+		}
+		if len(section.Charts) > 0 {
+			all = append(all, section)
+		}
+	}
+	return all
 }
 
 func (r *Report) pageTable(underlay string, s section, reference string) (pageTable, bool) {

@@ -31,7 +31,8 @@ var peerFiles embed.FS
 // each of two nodes. All texts are templates (see programNode), and commands
 // are the shell's, run in a directory of the node's own.
 type Program struct {
-	Name    string   `json:"-"` // the file's
+	Name    string   `json:"-"`     // the file's
+	Title   string   `json:"title"` // for a reader
 	About   string   `json:"about"`
 	Program string   `json:"program"` // looked for on PATH
 	Also    []string `json:"also"`    // others that are needed

@@ -11,20 +11,21 @@ import (
 // felt are the figures that users feel first, in the words of a table of ratios.
 var felt = []struct {
 	title    string
+	short    string // empty where it is not said in short
 	workload string
 	metric   Metric
 }{
-	{"TCP, 1 stream", "tcp1", Throughput},
-	{"TCP, 4 streams", "tcp4", Throughput},
-	{"request and answer, p50", "rr", P50},
-	{"the same beside a bulk stream", "rr-loaded", P50},
-	{"the same against a bulk stream", "rr-loaded-reverse", P50},
-	{"UDP of 64 bytes, received", "udp64", Rate},
-	{"connections", "crr", Connections},
-	{"CPU time per gigabyte", "tcp1", CPUPerGB},
-	{"8 TCP streams, Jain's index", "fair8", Jain},
-	{"8 TCP streams, least share", "fair8", LeastShare},
-	{"TCP beside a UDP flood", "tcp1-flooded", Throughput},
+	{"TCP, 1 stream", "TCP with one stream", "tcp1", Throughput},
+	{"TCP, 4 streams", "TCP with four streams", "tcp4", Throughput},
+	{"request and answer, p50", "the time of a request", "rr", P50},
+	{"the same beside a bulk stream", "the time of a request beside a bulk stream", "rr-loaded", P50},
+	{"the same against a bulk stream", "", "rr-loaded-reverse", P50},
+	{"UDP of 64 bytes, received", "small packets per second", "udp64", Rate},
+	{"connections", "connections per second", "crr", Connections},
+	{"CPU time per gigabyte", "CPU time per gigabyte", "tcp1", CPUPerGB},
+	{"8 TCP streams, Jain's index", "", "fair8", Jain},
+	{"8 TCP streams, least share", "", "fair8", LeastShare},
+	{"TCP beside a UDP flood", "", "tcp1-flooded", Throughput},
 }
 
 // Ratio is a figure's to the same figure of another datapath: that of the

@@ -2,9 +2,13 @@ package bench
 
 import (
 	"bytes"
+	"encoding/xml"
+	"errors"
 	"flag"
+	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -258,7 +262,12 @@ func TestPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	page := b.String()
-	for _, want := range []string{"<svg", "prefers-color-scheme:dark", "var(--c0)", "the kernel has no ipip device", "x0.50", "vxlan/userspace"} {
+	for _, want := range []string{
+		"<svg", "prefers-color-scheme:dark", "var(--better)", "the kernel has no ipip device", "x0.50", "<code>vxlan/userspace</code>",
+		// What people ask, in words; the reference; a bar's own words.
+		"Userspace or the kernel?", "VXLAN, userspace, against VXLAN, kernel", "<strong>Worse:</strong> the time of a request (1.61×)",
+		"request and answer, p50: worse on offload (1.61×)", "22.0 Gbit/s, the reference", "≈ 0.50×  11.0 Gbit/s", "▲ 2.42×  53.3 Gbit/s",
+	} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page lacks %q", want)
 		}
@@ -267,7 +276,10 @@ func TestPage(t *testing.T) {
 	for _, namespace := range []string{`xmlns="http://www.w3.org/2000/svg"`, `xmlns:xlink="http://www.w3.org/1999/xlink"`} {
 		page = strings.ReplaceAll(page, namespace, "")
 	}
-	for _, bad := range []string{"http:", "https:", "<script", "@import", "src=", "#010101", "#030101", "Liberation Serif"} {
+	if opened, closed := strings.Count(page, "<svg"), strings.Count(page, "</svg>"); opened != closed || opened != strings.Count(page, `role="img" aria-label="`) {
+		t.Errorf("%d drawings begin and %d end, and not each has a label", opened, closed)
+	}
+	for _, bad := range []string{"http:", "https:", "<script", "@import", "src=", "NaN", "Inf", "%!"} {
 		if strings.Contains(page, bad) {
 			t.Errorf("the page has %q", bad)
 		}
@@ -340,5 +352,102 @@ func TestDocsOfThisProject(t *testing.T) {
 		if !strings.Contains(string(text), "`"+string(m.name)+"`") {
 			t.Errorf("%s says nothing of the metric %s", DocsFile, m.name)
 		}
+	}
+}
+
+// TestChartIsXML: a picture of the docs is read by parsers that forgive nothing,
+// and what goes far beyond the scale stays within the drawing.
+func TestChartIsXML(t *testing.T) {
+	r := sample()
+	r.add("offload", "naive", "tcp1", Throughput, 0)
+	r.add("offload", "tinc", "tcp1", Throughput, 1e-6)
+	charts := r.charts("vxlan/kernel")
+	if len(charts) < 4 {
+		t.Fatalf("%d charts", len(charts))
+	}
+	for _, c := range charts {
+		text := c.SVG()
+		for d := xml.NewDecoder(strings.NewReader(text)); ; {
+			token, err := d.Token()
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				t.Fatalf("%s: %v\n%s", c.Name, err, text)
+			}
+			e, ok := token.(xml.StartElement)
+			if !ok || e.Name.Local != "rect" {
+				continue
+			}
+			for _, a := range e.Attr {
+				if v, err := strconv.ParseFloat(a.Value, 64); err == nil && (v < 0 || v > panelWidth) {
+					t.Errorf("%s: a bar with %s=%s", c.Name, a.Name.Local, a.Value)
+				}
+			}
+		}
+	}
+	if none := r.charts("nobody"); len(none) != len(charts) || strings.Contains(none[0].SVG(), "<path class=\"span") {
+		t.Error("without a reference there are figures, and no ratios")
+	}
+}
+
+// TestAgainst: better or worse on every underlay, on some, or on none.
+func TestAgainst(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		x    [2][]float64 // of tcp1, on two underlays; the other has 10 everywhere
+		want string
+	}{
+		{"better", [2][]float64{{20, 20}, {15, 15}}, "Better TCP with one stream (1.50× to 2.00×)"},
+		{"better, and level", [2][]float64{{20, 20}, {10, 10}}, "Better TCP with one stream (1.00× to 2.00×)"},
+		{"worse", [2][]float64{{5, 5}, {5, 5}}, "Worse TCP with one stream (0.50×)"},
+		{"both", [2][]float64{{20, 20}, {5, 5}}, "Depends on the underlay TCP with one stream (0.50× to 2.00×)"},
+		{"small", [2][]float64{{10.4, 10.4}, {9.7, 9.7}}, "No clear difference TCP with one stream (0.97× to 1.04×)"},
+		{"rounds disagree", [2][]float64{{8, 30}, {10, 10}}, "No clear difference TCP with one stream (1.00× to 1.90×)"},
+	} {
+		r := &Report{}
+		for i, u := range []string{"offload", "bare"} {
+			for _, v := range c.x[i] {
+				r.add(u, "vxlan/userspace", "tcp1", Throughput, v)
+				r.add(u, "vxlan/kernel", "tcp1", Throughput, 10)
+			}
+		}
+		says, lines := r.against("vxlan/userspace", "vxlan/kernel")
+		if len(says) != 1 || len(lines) != 1 || says[0].Name+" "+says[0].Value != c.want {
+			t.Errorf("%s: %v %v", c.name, says, lines)
+		}
+	}
+	if says, _ := sample().against("tinc", "native"); len(says) > 0 {
+		t.Errorf("of nothing: %v", says)
+	}
+}
+
+// TestReadableNames: every name of a flag has one for a reader.
+func TestReadableNames(t *testing.T) {
+	seen := map[string]string{}
+	for _, d := range Datapaths() {
+		title := readable(d.Name)
+		if d.Title == "" || d.About == "" || seen[title] != "" {
+			t.Errorf("%s and %s are %q", d.Name, seen[title], title)
+		}
+		seen[title] = d.Name
+	}
+	for _, u := range Underlays() {
+		if underlayTitles[u] == "" {
+			t.Errorf("the underlay %s has no title", u)
+		}
+	}
+	for _, w := range workloads() {
+		if w.title == "" || w.about == "" {
+			t.Errorf("the workload %s has no title", w.name)
+		}
+	}
+	for _, m := range metrics {
+		if metricTitles[m.name] == "" {
+			t.Errorf("the metric %s has no title", m.name)
+		}
+	}
+	if got := readable("vxlan/kernel#2"); got != "VXLAN, kernel, once more (2)" {
+		t.Error(got)
 	}
 }

@@ -14,6 +14,7 @@ import (
 // workload is one kind of traffic.
 type workload struct {
 	name    string
+	title   string // for a reader
 	about   string
 	streams int  // of TCP
 	reverse bool // TCP from the far end to the near one
@@ -32,19 +33,19 @@ const mostStreams = 16
 
 func workloads() []workload {
 	return []workload{
-		{name: "tcp1", about: "one TCP stream", streams: 1},
-		{name: "tcp4", about: "four TCP streams", streams: 4},
-		{name: "tcp16", about: "16 TCP streams", streams: mostStreams},
-		{name: "tcp1-reverse", about: "one TCP stream from the end that listens", streams: 1, reverse: true},
-		{name: "udp64", about: "UDP datagrams of 64 bytes", payload: 64},
-		{name: "udp512", about: "UDP datagrams of 512 bytes", payload: 512},
-		{name: "udp1400", about: "UDP datagrams of 1400 bytes", payload: 1400},
-		{name: "rr", about: "one byte there and back over TCP, one at a time", rr: true},
-		{name: "rr-loaded", about: "the same beside one TCP stream", rr: true, loaded: true},
-		{name: "rr-loaded-reverse", about: "the same beside one TCP stream from the end that listens", rr: true, loaded: true, reverse: true},
-		{name: "fair8", about: "eight TCP streams, and how even their shares are", streams: 8, fair: true},
-		{name: "tcp1-flooded", about: "one TCP stream beside UDP datagrams of 1400 bytes at full speed", streams: 1, flood: 1400},
-		{name: "crr", about: "TCP connections, one at a time", crr: true},
+		{name: "tcp1", title: "TCP, 1 stream", about: "one TCP stream", streams: 1},
+		{name: "tcp4", title: "TCP, 4 streams", about: "four TCP streams", streams: 4},
+		{name: "tcp16", title: "TCP, 16 streams", about: "16 TCP streams", streams: mostStreams},
+		{name: "tcp1-reverse", title: "TCP, 1 stream, reverse", about: "one TCP stream from the end that listens", streams: 1, reverse: true},
+		{name: "udp64", title: "UDP, 64 bytes", about: "UDP datagrams of 64 bytes", payload: 64},
+		{name: "udp512", title: "UDP, 512 bytes", about: "UDP datagrams of 512 bytes", payload: 512},
+		{name: "udp1400", title: "UDP, 1400 bytes", about: "UDP datagrams of 1400 bytes", payload: 1400},
+		{name: "rr", title: "request and answer", about: "one byte there and back over TCP, one at a time", rr: true},
+		{name: "rr-loaded", title: "request and answer beside a bulk stream", about: "the same beside one TCP stream", rr: true, loaded: true},
+		{name: "rr-loaded-reverse", title: "request and answer against a bulk stream", about: "the same beside one TCP stream from the end that listens", rr: true, loaded: true, reverse: true},
+		{name: "fair8", title: "8 TCP streams", about: "eight TCP streams, and how even their shares are", streams: 8, fair: true},
+		{name: "tcp1-flooded", title: "TCP beside a UDP flood", about: "one TCP stream beside UDP datagrams of 1400 bytes at full speed", streams: 1, flood: 1400},
+		{name: "crr", title: "TCP connections", about: "TCP connections, one at a time", crr: true},
 	}
 }
 

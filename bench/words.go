@@ -1,0 +1,218 @@
+package bench
+
+import (
+	"fmt"
+	"math"
+	"strings"
+)
+
+// Names for a reader of a page, where the names of the flags would have to be
+// explained.
+var (
+	underlayTitles = map[string]string{
+		"offload": "everything offloaded: packets of 64 KB cross the link in one piece",
+		"cloud":   "a cloud VM's card: it segments, but not inside tunnels",
+		"plain":   "a simple card: nothing is segmented, the receiver joins packets",
+		"bare":    "the worst case: nothing is segmented or joined",
+		Existing:  "between two hosts",
+	}
+	metricTitles = map[Metric]string{
+		Throughput: "throughput", Rate: "packets received", RateLossfree: "packets without loss",
+		P50: "median latency", P90: "latency, 90 %", P99: "latency, 99 %", P999: "latency, 99.9 %",
+		Connections: "connections per second", Jain: "Jain's index of fairness",
+		LeastShare: "least share of a stream", MostShare: "greatest share of a stream",
+		CPUPerGB: "CPU time per gigabyte", DaemonCPUPerGB: "daemons' CPU time per gigabyte",
+		RSS: "largest daemon's memory", SyscallsPerPacket: "daemons' system calls per packet",
+	}
+)
+
+// readable is the datapath's name for a reader.
+func readable(name string) string {
+	d, ok := FindDatapath(name)
+	title := d.Title
+	if !ok || title == "" {
+		return name
+	}
+	if _, number, numbered := strings.Cut(name, again); numbered {
+		title += ", once more (" + number + ")"
+	}
+	return title
+}
+
+// title is the column's figure for a reader.
+func (c column) readable() string {
+	for _, w := range workloads() {
+		if w.name == c.workload {
+			return w.title + ": " + metricTitles[c.metric]
+		}
+	}
+	return c.title
+}
+
+// A question is what people ask of a benchmark: one datapath against another.
+type question struct {
+	ask string
+	// pairs of a datapath and what it is compared with: the first of which the
+	// report has both.
+	pairs [][2]string
+	note  string
+}
+
+func questions() []question {
+	return []question{
+		{"What does the fast path give?", [][2]string{{"vxlan/kernel+fast", "vxlan/kernel"}}, "Both drive the same device of the kernel's."},
+		{"What does the fast path give below which the loop runs?", [][2]string{{"vxlan/userspace+fast", "vxlan/userspace"}}, ""},
+		{"Userspace or the kernel?", [][2]string{{"vxlan/userspace", "vxlan/kernel"}, {"ipip/userspace", "ipip/kernel"}}, ""},
+		{"What does an overlay cost, against plain routes?", [][2]string{{"vxlan/kernel", "host-gw"}, {"vxlan/userspace", "host-gw"}, {"vxlan/kernel", "native"}, {"vxlan/userspace", "native"}}, "Plain routes need nodes that reach each other without a router between them."},
+		{"IPIP or VXLAN?", [][2]string{{"ipip/kernel", "vxlan/kernel"}, {"ipip/userspace", "vxlan/userspace"}}, ""},
+		{"What does encryption cost?", [][2]string{{"wireguard-go", "vxlan/userspace"}, {"nebula", "vxlan/userspace"}, {"wireguard-go", "vxlan/kernel"}}, "These are two programs, which differ in more than the cipher; both are in userspace."},
+		{"Culvert or flannel, both with the kernel's device?", [][2]string{{"vxlan/kernel", "flannel-vxlan"}}, "Culvert's rules, which drop what no peer may send, are part of this."},
+	}
+}
+
+// answer is what the report says to a question.
+type answer struct {
+	Question, Pair, Note string
+	Says                 []fact   // what is better, worse, and so on
+	Lines                []string // the same by underlay
+}
+
+// answers are those that the report has figures for.
+func (r *Report) answers() []answer {
+	var all []answer
+	for _, q := range questions() {
+		for _, pair := range q.pairs {
+			says, lines := r.against(pair[0], pair[1])
+			if len(says) > 0 {
+				all = append(all, answer{
+					Question: q.ask, Pair: readable(pair[0]) + ", against " + readable(pair[1]),
+					Says: says, Lines: lines, Note: q.note,
+				})
+				break
+			}
+		}
+	}
+	return all
+}
+
+// difference is from what share on a difference is one in words.
+const difference = EffectFloor
+
+// against says in words how one datapath compares with another in what users feel
+// first: in short, and a line for each by underlay.
+func (r *Report) against(datapath, other string) (says []fact, lines []string) {
+	verdicts := map[string][]string{}
+	for _, f := range felt {
+		groups := map[int][]string{}
+		least, most := math.Inf(1), math.Inf(-1)
+		for _, u := range r.underlays() {
+			x, ok := r.Find(u, datapath, f.workload, f.metric)
+			ref, rok := r.Find(u, other, f.workload, f.metric)
+			q, qok := ratioOf(x, ref)
+			if !ok || !rok || !qok {
+				continue
+			}
+			least, most = min(least, q.Median), max(most, q.Median)
+			judge := q.judge(f.metric)
+			groups[judge] = append(groups[judge], fmt.Sprintf("%s (%s)", u, times(q.Median)))
+		}
+		if len(groups) == 0 {
+			continue
+		}
+		var line []string
+		for _, g := range []struct {
+			judge int
+			word  string
+		}{{1, "better on "}, {-1, "worse on "}, {0, "no clear difference on "}} {
+			if len(groups[g.judge]) > 0 {
+				line = append(line, g.word+strings.Join(groups[g.judge], ", "))
+			}
+		}
+		lines = append(lines, f.title+": "+strings.Join(line, "; "))
+		verdict := level
+		switch {
+		case len(groups[1]) > 0 && len(groups[-1]) > 0:
+			verdict = depends
+		case len(groups[1]) > 0:
+			verdict = better
+		case len(groups[-1]) > 0:
+			verdict = worse
+		}
+		if f.short != "" {
+			verdicts[verdict] = append(verdicts[verdict], fmt.Sprintf("%s (%s)", f.short, span(least, most)))
+		}
+	}
+	for _, v := range []string{better, worse, depends, level} {
+		if len(verdicts[v]) > 0 {
+			says = append(says, fact{v, strings.Join(verdicts[v], ", ")})
+		}
+	}
+	return says, lines
+}
+
+// What a comparison over all underlays comes to.
+const (
+	better  = "Better"
+	worse   = "Worse"
+	depends = "Depends on the underlay"
+	level   = "No clear difference"
+)
+
+func times(q float64) string {
+	if q >= 10 {
+		return figure(q) + "×"
+	}
+	return fmt.Sprintf("%.2f×", q)
+}
+
+// span is the least and the greatest ratio, or the one that both are.
+func span(least, most float64) string {
+	if times(least) == times(most) {
+		return times(least)
+	}
+	return times(least) + " to " + times(most)
+}
+
+// judge is 1 where a datapath is better than the reference, -1 where it is worse,
+// and 0 where they hardly differ or their rounds do not agree on it.
+func (q Ratio) judge(m Metric) int {
+	switch {
+	case math.Abs(q.Median-1) < difference || q.Min <= 1 && 1 <= q.Max:
+		return 0
+	case q.Median > 1 == m.Higher():
+		return 1
+	}
+	return -1
+}
+
+// judged is a datapath's figure beside the reference's, for a drawing.
+type judged struct {
+	name   string
+	x      Result
+	q      Ratio
+	ratio  bool // there is one
+	judge  int
+	self   bool // it is the reference
+	failed bool
+}
+
+// judgedOn are the datapaths of an underlay with the figure.
+func (r *Report) judgedOn(underlay string, c column, reference string) []judged {
+	var all []judged
+	ref, _ := r.Find(underlay, reference, c.workload, c.metric)
+	for _, d := range r.datapaths(underlay) {
+		x, ok := r.Find(underlay, d, c.workload, c.metric)
+		if !ok {
+			if r.absent(underlay, d, c) != "-" {
+				all = append(all, judged{name: d, failed: true})
+			}
+			continue
+		}
+		j := judged{name: d, x: x, self: d == reference}
+		if j.q, j.ratio = ratioOf(x, ref); j.ratio {
+			j.judge = j.q.judge(c.metric)
+		}
+		all = append(all, j)
+	}
+	return all
+}
