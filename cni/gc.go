@@ -122,7 +122,19 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 
 	if store, ok, err := n.addressStore(); err != nil {
 		return err
-	} else if ok && valid.certain {
+	} else if ok && !valid.certain {
+		var gone []reservation
+		here, err := s.containers()
+		if err == nil {
+			gone, err = store.releaseEarlierBoot(here, nil)
+		}
+		if err != nil {
+			failed = append(failed, err)
+		}
+		for _, r := range gone {
+			fmt.Fprintf(os.Stderr, "culvert-cni: GC: released address %s of container %q: an earlier boot left it\n", r.Addr, r.Owner.ContainerID)
+		}
+	} else if ok {
 		// A reservation without an owner is one that host-local was killed in.
 		gone, err := store.release(since, func(r reservation) bool {
 			return !valid.has(r.Owner) && !kept[r.Owner]

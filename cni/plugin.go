@@ -72,7 +72,7 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 		}
 		return err
 	}
-	if b, err := n.findStaleBridge(env); err != nil {
+	if b, err := n.findWornBridge(env); err != nil {
 		return err
 	} else if b != nil {
 		if err := b.repair(); err != nil {
@@ -87,22 +87,45 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 	if err := s.clear(r); err != nil {
 		return err
 	}
-	if err := s.save(r); err != nil {
+	ctx := context.Background()
+	result, undone, err := s.attach(ctx, kind, r)
+	if err != nil && undone && noAddressLeft(err) {
+		sum, cause := n.reclaim(ctx, s)
+		if cause != nil {
+			fmt.Fprintf(os.Stderr, "culvert-cni: releasing what is nobody's: %v\n", cause)
+		}
+		if sum.released > 0 {
+			result, _, err = s.attach(ctx, kind, r)
+		}
+		if err != nil {
+			err = exhausted(env, sum)
+		}
+	}
+	if err != nil {
 		return err
 	}
-
-	ctx := context.Background()
-	result, err := invoke.DelegateAdd(ctx, kind, conf, nil)
-	if err != nil {
-		if undo := delegate(ctx, "DEL", a, conf, args.Netns); undo != nil {
-			// The record stays, for the runtime's own DEL to finish.
-			fmt.Fprintf(os.Stderr, "culvert-cni: undoing the failed ADD of %s: %v\n", a.ContainerID, undo)
-		} else if ferr := s.forget(a); ferr != nil {
-			fmt.Fprintf(os.Stderr, "culvert-cni: forgetting the failed ADD of %s: %v\n", a.ContainerID, ferr)
-		}
-		return exhausted(env, wrapped(fmt.Sprintf("delegate %s: ADD", kind), err))
-	}
 	return types.PrintResult(result, n.CNIVersion)
+}
+
+// attach records r and has the delegate carry it out. If that fails the delegate
+// is told to undo it, and undone says that it has.
+func (s state) attach(ctx context.Context, kind string, r record) (result types.Result, undone bool, err error) {
+	if err := s.save(r); err != nil {
+		return nil, false, err
+	}
+	result, err = invoke.DelegateAdd(ctx, kind, r.Delegate, nil)
+	if err == nil {
+		return result, false, nil
+	}
+	if undo := delegate(ctx, "DEL", r.Attachment, r.Delegate, r.NetnsPath); undo != nil {
+		// The record stays, for the runtime's own DEL to finish.
+		fmt.Fprintf(os.Stderr, "culvert-cni: undoing the failed ADD of %s: %v\n", r.ContainerID, undo)
+	} else if ferr := s.forget(r.Attachment); ferr != nil {
+		fmt.Fprintf(os.Stderr, "culvert-cni: forgetting the failed ADD of %s: %v\n", r.ContainerID, ferr)
+	} else {
+		undone = true
+	}
+	return nil, undone, wrapped(fmt.Sprintf("delegate %s: ADD", kind), err)
 }
 
 // checkNamespace refuses an ADD into nothing, or into the node's own
@@ -138,15 +161,17 @@ func (n NetConf) currentSubnet(now time.Time) (SubnetEnv, error) {
 	return env, nil
 }
 
+// noAddressLeft says whether host-local found every address taken.
+func noAddressLeft(err error) bool {
+	var e *types.Error
+	return errors.As(err, &e) && strings.Contains(e.Msg, "no IP addresses available in range set")
+}
+
 // exhausted says plainly that there is no address left, which host-local says
 // of a "range set".
-func exhausted(env SubnetEnv, err error) error {
-	var e *types.Error
-	if !errors.As(err, &e) || !strings.Contains(e.Msg, "no IP addresses available in range set") {
-		return err
-	}
+func exhausted(env SubnetEnv, sum reclaimed) error {
 	return types.NewError(types.ErrTryAgainLater,
-		fmt.Sprintf("the node's subnet %v is exhausted: every address is a pod's", env.Subnets()), e.Msg)
+		fmt.Sprintf("the node's subnet %v is exhausted: every address is a pod's", env.Subnets()), sum.String())
 }
 
 // clear makes way for an ADD of r. The same container, interface and namespace
@@ -158,6 +183,10 @@ func (s state) clear(r record) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
+	case errors.Is(err, errDamaged):
+		// Of a crash long ago: a runtime that adds a container has deleted what it
+		// knew of it. What is delegated now is the best guess at what was then.
+		old = record{Attachment: r.Attachment, Delegate: r.Delegate}
 	case err != nil:
 		return err
 	case old.Netns == r.Netns && old.Boot == r.Boot:

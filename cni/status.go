@@ -98,11 +98,11 @@ func (n NetConf) ready(ctx context.Context, now time.Time) (SubnetEnv, error) {
 	if asked != nil && (!env.Expires.IsZero() || !errors.Is(asked, readiness.ErrNoDaemon)) {
 		return SubnetEnv{}, fmt.Errorf("%w: see `systemctl status culvert` and `culvert status`", asked)
 	}
-	b, err := n.findStaleBridge(env)
+	b, err := n.findWornBridge(env)
 	if err != nil {
 		return SubnetEnv{}, err
 	}
-	if b != nil && b.ports > 0 {
+	if b != nil && !b.repairable() {
 		return SubnetEnv{}, b.err()
 	}
 	return env, nil
