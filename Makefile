@@ -111,7 +111,7 @@ test-kubernetes: build kubernetes
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -count 1 -timeout 15m -run Kubernetes ./test
 
 .PHONY: bench
-## bench: every datapath, workload and underlay (35 minutes; resumes), into docs/benchmarks.md
+## bench: every datapath, workload and underlay (45 minutes; resumes), into docs/benchmarks.md
 bench: build
 	@mkdir -p bench/results
 # docs change at the end only: a changed tree is another version, whose report is not resumed.

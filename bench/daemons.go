@@ -37,6 +37,9 @@ func hasFastPath(ctx context.Context, program string) (bool, error) {
 
 // daemonArgs are what a daemon is told beside where it runs.
 func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
+	if d.auto {
+		return nil, nil
+	}
 	format, kind, _ := strings.Cut(strings.TrimSuffix(d.base(), fastSuffix), "/")
 	if format == "host-gw" {
 		kind = "auto"
@@ -116,7 +119,7 @@ func (s *site) startDaemons(ctx context.Context, l *lab.Lab, o siteOptions) erro
 		}
 		s.subnets[i] = own
 		// What a kernel's datapath costs is the kernel's cost.
-		s.daemons[i].idle = s.datapath.kernel
+		s.daemons[i].idle = status.Datapath.Kind == "kernel"
 	}
 	s.to = s.subnets[0].Addr()
 	return nil

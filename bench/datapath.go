@@ -30,9 +30,10 @@ type Datapath struct {
 	// culvert says that culvert's daemon drives it, which then it does where the
 	// ends are pods.
 	culvert bool
-	// fast says that the daemon has its fast path on, for which there is always
-	// a daemon; without it, off.
+	// fast says that the daemon has its fast path on; without it, off.
 	fast bool
+	// auto leaves it to the daemon what it takes, fast path included.
+	auto bool
 }
 
 // fastSuffix ends the name of a datapath of culvert's with the fast path on.
@@ -47,6 +48,7 @@ func Datapaths() []Datapath {
 		{Name: "native", Title: "no tunnel", About: "the underlay itself, no tunnel: the limit", none: true},
 		{Name: checkedNative, Title: "no tunnel, traffic by iperf3", About: "the same with iperf3's traffic, to check the built-in generator", none: true, generator: iperf3Name},
 		{Name: "host-gw", Title: "plain routes (host-gw)", About: "routes on the underlay, no tunnel", kernel: true, culvert: true},
+		{Name: "vxlan/auto", Title: "VXLAN, culvert's choice", About: "what culvert takes by itself, with all flags left at their defaults", culvert: true, auto: true},
 		{Name: "vxlan/kernel", Title: "VXLAN, kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true, culvert: true},
 		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same below culvert's fast path", kernel: true, culvert: true, fast: true},
 		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's own loop", culvert: true},
@@ -213,7 +215,7 @@ func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err erro
 	case d.none:
 	case d.Program != nil:
 		err = s.startProgram(ctx, l, o)
-	case d.fast || d.culvert && o.ends == Pods:
+	case d.fast || d.auto || d.culvert && o.ends == Pods:
 		err = s.startDaemons(ctx, l, o)
 	default:
 		err = s.startNodes(ctx, l, o)

@@ -23,7 +23,7 @@ import (
 func TestPodsAsEnds(t *testing.T) {
 	labtest.NeedTUN(t)
 	bin := labtest.Bin(t)
-	o := options(t, "native,host-gw,vxlan/kernel,vxlan/userspace,ipip/userspace,naive,wireguard-go", "tcp1,udp64,rr,crr")
+	o := options(t, "native,host-gw,vxlan/auto,vxlan/kernel,vxlan/userspace,ipip/userspace,naive,wireguard-go", "tcp1,udp64,rr,crr")
 	if testing.Short() {
 		o.Datapaths = []string{"native", "vxlan/kernel", "vxlan/userspace"}
 	}
@@ -40,18 +40,21 @@ func TestPodsAsEnds(t *testing.T) {
 		if !s.subnets[0].Contains(s.to) || s.to == s.subnets[0].Addr() {
 			t.Errorf("%s: the traffic goes to %s, of the subnets %s", name, s.to, s.subnets)
 		}
+		var before []netlink.LinkStatistics
+		for _, n := range s.labs.Nodes {
+			before = append(before, podCounters(t, n))
+		}
+		for _, w := range []workload{{streams: 1}, {payload: 64}, {rr: true}, {crr: true}} {
+			if _, err := (builtin{}).measure(t.Context(), s, w, method{duration: o.Duration}); err != nil {
+				t.Errorf("%s %+v: %v", name, w, err)
+			}
+		}
 		for i, n := range s.labs.Nodes {
 			forwards, err := n.Sysctl("net/ipv4/ip_forward")
 			if err != nil || forwards != "1" {
 				t.Errorf("%s: %s forwards: %q: %v", name, n.ID, forwards, err)
 			}
-			before := podCounters(t, n)
-			for _, w := range []workload{{streams: 1}, {payload: 64}, {rr: true}, {crr: true}} {
-				if _, err := (builtin{}).measure(t.Context(), s, w, method{duration: o.Duration}); err != nil {
-					t.Errorf("%s %+v: %v", name, w, err)
-				}
-			}
-			if n := podCounters(t, n).RxPackets - before.RxPackets; n < 100 {
+			if n := podCounters(t, n).RxPackets - before[i].RxPackets; n < 100 {
 				t.Errorf("%s: %d packets came by the bridge of node %d", name, n, i+1)
 			}
 			mtu := 0
@@ -62,7 +65,7 @@ func TestPodsAsEnds(t *testing.T) {
 				}
 				return err
 			})
-			want := map[string]int{"native": 1500, "host-gw": 1500, "vxlan/kernel": 1450, "vxlan/userspace": 1450, "ipip/userspace": 1480, "naive": 1450, "wireguard-go": 1420}[name]
+			want := map[string]int{"native": 1500, "host-gw": 1500, "vxlan/auto": 1450, "vxlan/kernel": 1450, "vxlan/userspace": 1450, "ipip/userspace": 1480, "naive": 1450, "wireguard-go": 1420}[name]
 			if err != nil || mtu != want {
 				t.Errorf("%s: the pod's MTU is %d, want %d: %v", name, mtu, want, err)
 			}
@@ -71,7 +74,7 @@ func TestPodsAsEnds(t *testing.T) {
 			t.Errorf("%s has %d daemons", name, daemons)
 		}
 		// What carries packets in the kernel costs nothing in daemons.
-		if c, err := costHere(t.Context(), s.daemons); err != nil || (c.RSS > 0) == (d.kernel || d.none) {
+		if c, err := costHere(t.Context(), s.daemons); err != nil || (c.RSS > 0) == (d.kernel || d.auto || d.none) {
 			t.Errorf("%s: %+v: %v", name, c, err)
 		}
 		if err := s.close(); err != nil {
@@ -181,7 +184,7 @@ func TestDaemonArgs(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		flag bool
-		want string // empty: unavailable
+		want string // empty: the daemon's defaults, or unavailable
 	}{
 		{"vxlan/kernel", false, "--datapath kernel"},
 		{"vxlan/kernel", true, "--datapath kernel --fast-path=off"},
@@ -192,6 +195,7 @@ func TestDaemonArgs(t *testing.T) {
 		{"vxlan/userspace+fast", true, "--datapath userspace --fast-path=on"},
 		{"ipip/userspace", false, "--datapath userspace"},
 		{"host-gw", false, "--datapath auto"},
+		{"vxlan/auto", true, ""},
 	} {
 		d, ok := FindDatapath(c.name)
 		if !ok {
@@ -199,7 +203,7 @@ func TestDaemonArgs(t *testing.T) {
 			continue
 		}
 		args, err := d.daemonArgs(c.flag)
-		if got := strings.Join(args, " "); got != c.want || (err != nil) != (c.want == "") || err != nil && !errors.Is(err, ErrUnavailable) {
+		if got := strings.Join(args, " "); got != c.want || (err != nil) != (c.want == "" && !d.auto) || err != nil && !errors.Is(err, ErrUnavailable) {
 			t.Errorf("%s: %q, %v", c.name, got, err)
 		}
 	}

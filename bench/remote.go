@@ -311,8 +311,8 @@ func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *
 	switch {
 	case d.Program != nil:
 		return s, unavailable("other programs are measured in a lab only")
-	case d.fast:
-		return s, unavailable("the fast path is measured in a lab only")
+	case d.fast || d.auto:
+		return s, unavailable("culvert's daemon is measured in a lab only")
 	case d.base() != d.Name:
 		return s, unavailable("a second instance is measured in a lab only")
 	case !d.none:

@@ -60,6 +60,7 @@ type question struct {
 
 func questions() []question {
 	return []question{
+		{"What does culvert take by itself, and what does that give?", [][2]string{{"vxlan/auto", "vxlan/kernel"}}, ""},
 		{"What does the fast path give?", [][2]string{{"vxlan/kernel+fast", "vxlan/kernel"}}, "Both drive the same device of the kernel's."},
 		{"What does the fast path give below which the loop runs?", [][2]string{{"vxlan/userspace+fast", "vxlan/userspace"}}, ""},
 		{"Userspace or the kernel?", [][2]string{{"vxlan/userspace", "vxlan/kernel"}, {"ipip/userspace", "ipip/kernel"}}, ""},
