@@ -63,7 +63,11 @@ type run struct {
 // family above, and the number of the source port in it.
 type socketID uint8
 
-const socketsPerFamily = 16
+const (
+	mostSources      = 16
+	fragmentSocket   = mostSources // the number of the one whose datagrams are fragmented
+	socketsPerFamily = mostSources + 1
+)
 
 // controlSpace holds a UDP_SEGMENT and an IP_TOS or IPV6_TCLASS message.
 const controlSpace = 2 * 24

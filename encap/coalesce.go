@@ -17,6 +17,7 @@ import (
 // Packets are borrowed until the frames are written.
 type coalescer struct {
 	offload *Offload
+	peer    *Peer // that sends what is added now; may be nil
 	frames  []frame
 	count   int
 	iovs    []unix.Iovec
@@ -26,18 +27,19 @@ type coalescer struct {
 // the payload of the packets that joined it.
 type frame struct {
 	flow     flow
+	peer     *Peer  // that sent it
 	head     []byte // virtio header (space for it, until finish) and first packet
 	p        packet
 	data     [][]byte // payload of the joined packets
 	length   int      // of the packet, with what joined
 	size     int      // payload bytes of each joined packet but the last
-	segments int
-	nextSeq  uint32 // TCP
-	nextID   uint16 // IPv4: of the packet that may join, if IDs count
-	fixedID  bool   // IPv4 with DF: the sender does not count IDs
-	partial  bool   // the transport checksum is to be completed by the device
-	closed   bool   // nothing may join any more
-	gso      uint8  // how the device is to cut a super-frame that came whole
+	segments int      // packets on the wire
+	nextSeq  uint32   // TCP
+	nextID   uint16   // IPv4: of the packet that may join, if IDs count
+	fixedID  bool     // IPv4 with DF: the sender does not count IDs
+	partial  bool     // the transport checksum is to be completed by the device
+	closed   bool     // nothing may join any more
+	gso      uint8    // how the device is to cut a super-frame that came whole
 }
 
 // flow identifies a transport flow exactly, in words that compare quickly.
@@ -78,13 +80,19 @@ const (
 	checksumVerified                 // covered by a verified outer checksum
 )
 
+// joins says whether packets from the peer may be joined, and joinsUDP whether
+// those of UDP may.
+func (c *coalescer) joins() bool { return c.offload.GRO.Load() && c.peer.allows(refusesGRO) }
+
+func (c *coalescer) joinsUDP() bool { return c.offload.USO.Load() && c.peer.allows(refusesUSO) }
+
 // add adds a packet. lead is the packet with at least vnetHeaderLen bytes
 // before it that may be overwritten; p is its parse. The caller has made sure
 // that there is room (full).
 func (c *coalescer) add(lead []byte, p *packet, state checksum) {
 	head := lead[len(lead)-p.length-vnetHeaderLen:]
 	b := head[vnetHeaderLen:]
-	if !p.transport || !c.offload.GRO.Load() {
+	if !p.transport || !c.joins() {
 		c.alone(head, p, p.transport && isPartial(b, p))
 		return
 	}
@@ -96,7 +104,7 @@ func (c *coalescer) add(lead []byte, p *packet, state checksum) {
 	partial := isPartial(b, p)
 	n := c.begin(head, p, partial)
 	n.flow = f
-	n.open(b, p, state, c.offload)
+	n.open(b, p, state, p.proto != protoUDP || c.joinsUDP())
 }
 
 // alone adds a packet that nothing may join.
@@ -109,7 +117,7 @@ func (c *coalescer) alone(head []byte, p *packet, partial bool) {
 func (c *coalescer) begin(head []byte, p *packet, partial bool) *frame {
 	f := &c.frames[c.count]
 	c.count++
-	*f = frame{head: head, p: *p, data: f.data[:0], length: p.length, segments: 1, partial: partial}
+	*f = frame{peer: c.peer, head: head, p: *p, data: f.data[:0], length: p.length, segments: 1, partial: partial}
 	return f
 }
 
@@ -121,6 +129,7 @@ func (c *coalescer) super(lead []byte, p *packet, size int) {
 	f.flow = flowOf(head[vnetHeaderLen:], p)
 	f.closed = true
 	f.size = size
+	f.segments = segmentsOf(p.length-p.headLen, size)
 	f.gso = p.gsoType()
 }
 
@@ -146,11 +155,12 @@ func flowOf(b []byte, p *packet) flow {
 	return f
 }
 
-// open decides whether other packets may join this one, which begins a frame.
-func (f *frame) open(b []byte, p *packet, state checksum, offload *Offload) {
+// open decides whether other packets may join this one, which begins a frame,
+// if packets of its protocol may be joined.
+func (f *frame) open(b []byte, p *packet, state checksum, may bool) {
 	f.size = p.length - p.headLen
 	f.closed = true
-	if f.size == 0 || p.is4 && p.ipLen != 20 {
+	if !may || f.size == 0 || p.is4 && p.ipLen != 20 {
 		return
 	}
 	switch p.proto {
@@ -160,7 +170,7 @@ func (f *frame) open(b []byte, p *packet, state checksum, offload *Offload) {
 		}
 		f.nextSeq = binary.BigEndian.Uint32(b[p.ipLen+4:]) + uint32(f.size)
 	case protoUDP:
-		if !offload.USO.Load() || !udpJoinable(b, p) {
+		if !udpJoinable(b, p) {
 			return
 		}
 	}

@@ -1,6 +1,7 @@
 package encap
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -11,11 +12,13 @@ import (
 // egress is the sending direction: device to underlay. One goroutine runs it.
 type egress struct {
 	*common
-	sources  [2][]Source // by underlay family, IPv4 first; empty if unused
-	classes  uint8       // the bits of the inner traffic class that the outer one bears
-	super    uintptr     // descriptor of the device that takes super-frames, if Offload says that there is one
-	device   uintptr     // descriptor
-	counters *Counters
+	sources [2][]Source // by underlay family, IPv4 first; empty if unused
+	// fragmenter are the sockets whose datagrams are fragmented, by family.
+	fragmenter [2]Source
+	classes    uint8   // the bits of the inner traffic class that the outer one bears
+	super      uintptr // descriptor of the device that takes super-frames, if Offload says that there is one
+	device     uintptr // descriptor
+	counters   *Counters
 
 	dontFragment bool // super-frames bear DF
 
@@ -25,6 +28,8 @@ type egress struct {
 	cut   *segmenter
 	route route
 	tally tally
+	// failed is the error of a call that cannot be made again.
+	failed error
 
 	superID   uint16 // IPv4 identification of the next super-frame's first segment
 	superSent uint64
@@ -68,19 +73,25 @@ const (
 
 // drain sends what the device holds, or as much as is one turn's.
 func (e *egress) drain(device uintptr) error {
-	defer e.flush()
+	err := e.read(device)
+	e.flush()
+	return errors.Join(err, e.failed)
+}
+
+func (e *egress) read(device uintptr) error {
 	for frames, bytes := 0, 0; frames < turnFrames && bytes < turnBytes; {
 		at := e.used + frameHeadroom
 		n, errno := read(device, e.slab[at:at+maxFrame])
 		e.tally.syscalls++
-		switch errno {
-		case 0:
-		case unix.EAGAIN:
-			return nil
-		case unix.EINTR:
-			continue
-		default:
-			return fmt.Errorf("reading the tunnel device: %w", errno)
+		if errno != 0 {
+			switch deviceRead.of(errno).fault {
+			case faultDry:
+				return nil
+			case faultAgain:
+				continue
+			default:
+				return fmt.Errorf("reading the tunnel device: %w", errno)
+			}
 		}
 		if big := e.add(at, n); big || e.batch.full() || e.used+frameHeadroom+maxFrame > len(e.slab) {
 			e.flush()
@@ -142,7 +153,7 @@ func (e *egress) add(at, n int) (big bool) {
 	start := at + vnetHeaderLen - len(peer.header)
 	datagram := e.slab[start : start+len(peer.header)+len(b)]
 	copy(datagram, peer.header)
-	e.batch.addPacket(peer, e.socket(peer, b, &p), p.class&e.classes, datagram, len(b), e.gso())
+	e.batch.addPacket(peer, e.socket(peer, b, &p), p.class&e.classes, datagram, len(b), e.gso(peer))
 	e.used = (at + n + 63) &^ 63
 	return false
 }
@@ -160,7 +171,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 		e.tally.drop(EgressMalformed)
 		return
 	}
-	if e.offload.SuperFrame.Load() {
+	if e.offload.SuperFrame.Load() && peer.allows(refusesSuper) {
 		// What came before goes before, and leaves its place in the slab.
 		e.flush()
 		if e.superFrame(peer, at, p, kind, size) {
@@ -175,7 +186,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	}
 	length := len(peer.header) + p.headLen + size
 	perRun := 1
-	if e.gso() {
+	if e.gso(peer) {
 		perRun = max(1, min(maxSegments, maxDatagram/length))
 	}
 	socket := e.socket(peer, b, p)
@@ -192,9 +203,11 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	}
 }
 
-// gso says whether many packets may leave in one message: a raw socket cuts up
-// nothing.
-func (e *egress) gso() bool { return e.format == FormatVXLAN && e.offload.GSO.Load() }
+// gso says whether many packets to a peer may leave in one message: a raw socket
+// cuts up nothing, and what is to be fragmented is sent packet by packet.
+func (e *egress) gso(peer *Peer) bool {
+	return e.format == FormatVXLAN && e.offload.GSO.Load() && peer.allows(refusesGSO) && !e.fragments(peer)
+}
 
 // socket chooses the source port of a packet by its flow (RFC 7348, section 5),
 // so that the underlay can spread flows over its paths and the receiver over
@@ -202,6 +215,9 @@ func (e *egress) gso() bool { return e.format == FormatVXLAN && e.offload.GSO.Lo
 func (e *egress) socket(peer *Peer, b []byte, p *packet) socketID {
 	family := peer.family()
 	id := socketID(family * socketsPerFamily)
+	if e.fragments(peer) {
+		return id + fragmentSocket
+	}
 	if n := len(e.sources[family]); n > 1 {
 		id += socketID(p.flowHash(b) % uint32(n))
 	}
@@ -239,23 +255,22 @@ func (p *Peer) family() int {
 // send sends the messages [from, to) through one socket. What a full socket does
 // not take is lost, as it would be to a full link.
 func (e *egress) send(socket socketID, from, to int) {
-	family, number := socket/socketsPerFamily, int(socket%socketsPerFamily)
-	if number >= len(e.sources[family]) {
+	source := e.source(socket)
+	if source.Socket.FD() < 0 {
 		for _, r := range e.batch.runs[from:to] {
-			e.tally.dropN(EgressSend, r.segments)
+			e.tally.dropN(EgressUnreachable, r.segments) // a family that is not used
 		}
 		return
 	}
-	fd := uintptr(e.sources[family][number].Socket.FD())
+	fd := uintptr(source.Socket.FD())
 	again := false
 	for from < to {
 		n, errno := sendmmsg(fd, e.batch.msgs[from:to])
 		e.tally.syscalls++
-		switch errno {
-		case 0:
-		case unix.EINTR:
-			continue
-		default:
+		if errno != 0 {
+			if errno == unix.EINTR {
+				continue
+			}
 			if !again && !e.batch.mayCut(from, errno) {
 				again = true // it may be of an ICMP error about something sent earlier
 				continue
@@ -274,28 +289,44 @@ func (e *egress) send(socket socketID, from, to int) {
 	}
 }
 
+// source is the socket of an ID; the zero Source if there is none.
+func (e *egress) source(id socketID) Source {
+	family, number := id/socketsPerFamily, int(id%socketsPerFamily)
+	switch {
+	case number == fragmentSocket:
+		return e.fragmenter[family]
+	case number < len(e.sources[family]):
+		return e.sources[family][number]
+	}
+	return Source{}
+}
+
 // refused deals with a message that the kernel would not send. A run that it
 // would not cut up is sent again, one datagram at a time: EIO says that the
-// link cannot checksum (Linux before 6.11), which will not change; EINVAL or
-// EMSGSIZE that the route's MTU is too small for the run's datagrams, which are
-// fragmented if they come alone and without DF.
+// link cannot checksum (Linux before 6.11) or that IPsec covers this peer's route,
+// so it is not tried with that peer for a while; EINVAL or EMSGSIZE that the
+// route's MTU is too small for the run's datagrams, which are fragmented if they
+// come alone and without DF.
 func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
 	r := &e.batch.runs[i]
 	if e.batch.mayCut(i, errno) {
 		if errno == unix.EIO {
-			e.offload.GSO.Store(false)
+			r.peer.refuse(refusesGSO)
 		}
 		e.sendSingly(fd, i)
 		return
 	}
-	reason := EgressSend
-	switch errno {
-	case unix.EMSGSIZE:
-		reason = EgressTooBig
-	case unix.EAGAIN:
-		reason = EgressFull
+	e.lost(errno, r.segments)
+}
+
+// lost counts packets that the kernel would not send.
+func (e *egress) lost(errno unix.Errno, n int) {
+	o := socketSend.of(errno)
+	if o.fault != faultCounted {
+		e.failed = fmt.Errorf("sending to the underlay: %w", errno)
+		o.reason = EgressSend
 	}
-	e.tally.dropN(reason, r.segments)
+	e.tally.dropN(o.reason, n)
 }
 
 // sendSingly sends the datagrams of a run one by one.
@@ -309,17 +340,14 @@ func (e *egress) sendSingly(fd uintptr, i int) {
 		e.batch.header(&e.batch.msgs[i].hdr, &one, iovs, i)
 		sent, errno := sendmmsg(fd, e.batch.msgs[i:i+1])
 		e.tally.syscalls++
-		switch {
-		case sent == 1:
-			e.tally.packets++
-			for _, iov := range iovs {
-				e.tally.bytes += iov.Len
-			}
-			e.tally.bytes -= uint64(len(r.peer.header))
-		case errno == unix.EMSGSIZE:
-			e.tally.drop(EgressTooBig)
-		default:
-			e.tally.drop(EgressSend)
+		if sent != 1 {
+			e.lost(errno, 1)
+			continue
 		}
+		e.tally.packets++
+		for _, iov := range iovs {
+			e.tally.bytes += iov.Len
+		}
+		e.tally.bytes -= uint64(len(r.peer.header))
 	}
 }

@@ -30,6 +30,8 @@ type ingress struct {
 	tally  tally
 
 	asks int // messages that the next receive may fill
+	// failed is the error of a call that cannot be made again.
+	failed error
 }
 
 func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu int, counters *Counters) *ingress {
@@ -61,26 +63,16 @@ func (g *ingress) drain() error {
 	defer g.tally.publish(g.counters)
 	n, errno := g.batch.receive(g.socket, g.asks)
 	g.tally.syscalls++
-	switch errno {
-	case 0:
-	case unix.EAGAIN, unix.EINTR:
-		return nil
-	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EMSGSIZE, unix.ENOPROTOOPT, unix.EPROTO,
-		unix.EACCES, unix.EHOSTDOWN, unix.ENONET, unix.EOPNOTSUPP:
-		// An ICMP error about something sent earlier, said once: icmp_err_convert
-		// in net/ipv4/icmp.c, icmpv6_err_convert in net/ipv6/icmp.c.
-		return nil
-	case unix.EINVAL:
-		if g.format == FormatIPIP {
-			// A packet socket before Linux 6.2 cannot say how a UDP super-frame
-			// is cut, and has thrown it away. Only links that carry such frames
-			// whole, as veth does, show it.
-			g.tally.drop(IngressUncut)
+	if errno != 0 {
+		switch o := socketReceive.of(errno); o.fault {
+		case faultDry, faultAgain, faultPast:
 			return nil
+		case faultCounted:
+			g.tally.drop(o.reason)
+			return nil
+		default:
+			return fmt.Errorf("receiving from the underlay: %w", errno)
 		}
-		return fmt.Errorf("receiving from the underlay: %w", errno)
-	default:
-		return fmt.Errorf("receiving from the underlay: %w", errno)
 	}
 	table := g.table.Load()
 	before := g.tally.bytes
@@ -93,7 +85,7 @@ func (g *ingress) drain() error {
 	}
 	g.asks = asksFor(n, g.tally.bytes-before)
 	g.flush()
-	return nil
+	return g.failed
 }
 
 // asksFor says how many messages the next receive may fill, by what the last
@@ -195,6 +187,7 @@ func (g *ingress) deliver(lead []byte, p *packet, state checksum, size int) {
 	if g.join.full() {
 		g.flush()
 	}
+	g.join.peer = g.route.peer
 	payload := p.length - p.headLen
 	switch {
 	case p.transport && size > 0 && payload > size && (p.proto == protoUDP || p.headLen+size <= g.mtu):
@@ -273,10 +266,10 @@ func (g *ingress) superFrame(lead []byte, p *packet, size int) {
 		return
 	}
 	payload := p.length - p.headLen
-	n := (payload + size - 1) / size
+	n := segmentsOf(payload, size)
 	g.tally.packets += uint64(n)
 	g.tally.bytes += uint64(payload + n*p.headLen)
-	if g.offload.GRO.Load() && (p.proto == protoTCP || g.offload.USO.Load()) {
+	if g.join.joins() && (p.proto == protoTCP || g.join.joinsUDP()) {
 		g.join.super(lead, p, size)
 		return
 	}
@@ -289,21 +282,41 @@ func (g *ingress) flush() {
 	for i := range g.join.count {
 		f := &g.join.frames[i]
 		f.finish()
-		switch errno := g.write(g.join.iovec(f)); {
-		case errno == 0:
-		case errno == unix.EINVAL && f.gso != gsoNone:
-			// Some kernels refuse large frames (Linux 6.6.44, 6.10.3).
+		errno := g.write(g.join.iovec(f))
+		if errno == 0 {
+			continue
+		}
+		if f.gso != gsoNone && deviceWrite.of(errno).fault == faultRefused {
+			// It is this peer's frames, or those of all: the others find out by
+			// themselves.
 			if f.gso == gsoUDP {
-				g.offload.USO.Store(false)
+				f.peer.refuse(refusesUSO)
 			} else {
-				g.offload.GRO.Store(false)
+				f.peer.refuse(refusesGRO)
 			}
 			g.replay(f)
-		default:
-			g.tally.dropN(IngressWrite, f.segments)
+			continue
 		}
+		g.refused(errno, f.segments, f.length+(f.segments-1)*f.p.headLen)
 	}
 	g.join.count = 0
+}
+
+// refused counts packets that the device would not take.
+func (g *ingress) refused(errno unix.Errno, packets, bytes int) {
+	o := deviceWrite.of(errno)
+	if o.fault == faultGone || o.fault == faultFatal {
+		g.failed = fmt.Errorf("writing to the tunnel device: %w", errno)
+		o.reason = IngressWrite
+	}
+	g.lost(o.reason, packets, bytes)
+}
+
+// lost counts packets as dropped that have been counted as carried.
+func (g *ingress) lost(r Reason, packets, bytes int) {
+	g.tally.packets -= uint64(packets)
+	g.tally.bytes -= uint64(bytes)
+	g.tally.dropN(r, packets)
 }
 
 // replay writes a frame that the device refused as the packets it was made of.
@@ -314,7 +327,7 @@ func (g *ingress) replay(f *frame) {
 	}
 	var p packet
 	if !p.parse(b) {
-		g.tally.dropN(IngressWrite, f.segments)
+		g.lost(IngressWrite, f.segments, f.length+(f.segments-1)*f.p.headLen)
 		return
 	}
 	g.writeCut(b, &p, f.size)
@@ -322,13 +335,28 @@ func (g *ingress) replay(f *frame) {
 
 // writeCut writes a packet to the device in pieces of size bytes of payload.
 func (g *ingress) writeCut(b []byte, p *packet, size int) {
-	for _, s := range g.cut.cut(nil, b, p, size) {
+	segments := g.cut.cut(nil, b, p, size)
+	if segments == nil {
+		payload := p.length - p.headLen
+		n := segmentsOf(payload, size)
+		g.lost(IngressUncut, n, payload+n*p.headLen)
+		return
+	}
+	for _, s := range segments {
 		g.pieces[1] = iovecOf(s.head)
 		g.pieces[2] = iovecOf(s.data)
 		if errno := g.write(g.pieces[:]); errno != 0 {
-			g.tally.drop(IngressWrite)
+			g.refused(errno, 1, len(s.head)+len(s.data))
 		}
 	}
+}
+
+// segmentsOf is how many packets a payload makes, of size bytes each but the last.
+func segmentsOf(payload, size int) int {
+	if size <= 0 {
+		return 1
+	}
+	return max(1, (payload+size-1)/size)
 }
 
 // write writes one frame, a virtio header and a packet, to the device.

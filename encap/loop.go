@@ -43,6 +43,10 @@ type Underlay struct {
 	// most 16: for VXLAN UDP sockets of different source ports, for IPIP one raw
 	// socket.
 	Send []Source
+	// Fragment is a UDP socket to send from whose datagrams are fragmented, where
+	// those of Send bear DF, for peers whose path is narrower than the least that
+	// pods can be told. May be none.
+	Fragment Source
 
 	VNI uint32 // 24 bits
 	MAC [6]byte
@@ -55,7 +59,8 @@ type Source struct {
 }
 
 // Offload says which of the kernel's batching mechanisms the loop uses. The
-// loop itself turns one off when the kernel refuses it.
+// loop itself does without one for a while with a peer for which the kernel
+// refuses it.
 type Offload struct {
 	GSO atomic.Bool // send many datagrams in one call (UDP_SEGMENT)
 	GRO atomic.Bool // write many packets of a flow to the device as one frame
@@ -174,6 +179,7 @@ func (l *Loop) open(i int) (*queue, error) {
 		}
 	}
 	out := newEgress(&l.common, [2][]Source{o.IPv4.Send, o.IPv6.Send}, o.Egress)
+	out.fragmenter = [2]Source{o.IPv4.Fragment, o.IPv6.Fragment}
 	out.super = uintptr(o.Super.FD())
 	out.device = device
 	out.dontFragment = o.DontFragment

@@ -17,8 +17,17 @@ import (
 //	router ── ICMP too big ── socket's error queue ── Peer.mtu
 //	pod ◄── TUN ── ICMP too big, from the peer's VTEP address ── packet that is longer
 //
-// Anyone can send an ICMP error. One is believed only if it quotes the tunnel's
-// header and an inner packet from this node's pods to the peer's.
+// Anyone can send an ICMP error. One is believed if it quotes the tunnel's header
+// and an inner packet from this node's pods to the peer's. Some routers quote no
+// more than 8 bytes behind the outer IP header (RFC 792): of VXLAN the UDP header,
+// by whose ports the kernel found the socket; of IPIP the length of the inner
+// packet. Such a hint is taken as far as the kernel itself would take it, and no
+// further: only if a packet that long was sent to that peer, for a shorter time,
+// and a few a second.
+//
+// What every pod may send whatever it is told, 1280 bytes in IPv6, may be longer
+// than the path takes. Then the outer packet is fragmented (RFC 2473, section 7.1),
+// by a socket of its own.
 
 const (
 	// pathMTULife is how long a peer's MTU is believed, as the kernel does
@@ -27,13 +36,19 @@ const (
 	// No path is believed to be narrower than every one must be (RFC 791,
 	// RFC 8200).
 	leastMTU4, leastMTU6 = 576, 1280
+	// hintLife is how long an MTU is believed of which the error quoted too little
+	// to prove anything.
+	hintLife = 2 * time.Minute
+	// hintPause is the least time between two such errors that are looked at.
+	hintPause = 100 * time.Millisecond
 	// tooBigPause is the least time between two ICMP errors that are sent.
 	tooBigPause = time.Millisecond
 )
 
 // PathMTU is what the network said of the way to a peer.
 type PathMTU struct {
-	MTU          int        // of inner packets, in bytes
+	MTU          int        // of inner packets, in bytes: what pods are told
+	Fits         int        // the longest inner packet that passes in one piece
 	By           netip.Addr // whose ICMP error said so; invalid if not known
 	Since, Until time.Time  // from when, and how long, it is believed
 }
@@ -58,11 +73,33 @@ func (p *Peer) limit() int {
 	return k.MTU
 }
 
+// fits is the longest inner packet that reaches the peer in one piece, or 0 if
+// nothing is known.
+func (p *Peer) fits() int {
+	k, _ := p.PathMTU()
+	return k.Fits
+}
+
+// fragments says whether packets to the peer are fragmented outside.
+func (e *egress) fragments(peer *Peer) bool {
+	if peer.path.Load() == nil || e.fragmenter[peer.family()].Socket.FD() < 0 {
+		return false
+	}
+	k, ok := peer.PathMTU()
+	return ok && k.Fits < k.MTU
+}
+
 // inheritPaths keeps what is known of the ways to the peers of an older table.
 func (t *Table) inheritPaths(old *Table) {
 	for prefix, p := range t.peers {
-		if before := old.peers[prefix]; before != nil && before.Underlay == p.Underlay {
-			p.path.Store(before.path.Load())
+		before := old.peers[prefix]
+		if before == nil || before.Underlay != p.Underlay {
+			continue
+		}
+		p.path.Store(before.path.Load())
+		p.longest.Store(before.longest.Load())
+		for m := range p.refused {
+			p.refused[m].Store(before.refused[m].Load())
 		}
 	}
 }
@@ -70,6 +107,7 @@ func (t *Table) inheritPaths(old *Table) {
 // errorQueue reads what the network said of packets that a socket has sent.
 type errorQueue struct {
 	*common
+	hinted  time.Time // when the last hint was looked at
 	quote   [576]byte
 	control [256]byte
 	name    [unix.SizeofSockaddrInet6]byte
@@ -88,6 +126,9 @@ func (q *errorQueue) drain(fd uintptr) {
 			continue
 		}
 		if errno != 0 {
+			// Where the queue had no room for an error, the socket still has it, and
+			// would be ready for ever.
+			_, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
 			return
 		}
 		to, ok := address(q.name[:h.Namelen])
@@ -129,7 +170,11 @@ func (q *errorQueue) narrower(to, by netip.Addr, quote []byte, mtu int) {
 	if q.format == FormatVXLAN {
 		lead = VXLANHeaderLen
 	}
-	if len(quote) < lead || !p.parseQuoted(quote[lead:]) {
+	if len(quote) < lead+20 {
+		q.hint(table, to, by, quote, mtu)
+		return
+	}
+	if !p.parseQuoted(quote[lead:]) {
 		return
 	}
 	inner := quote[lead:]
@@ -137,18 +182,66 @@ func (q *errorQueue) narrower(to, by netip.Addr, quote []byte, mtu int) {
 	if peer == nil || peer.Underlay.Addr() != to || !table.isLocal(p.source(inner)) || string(quote[:lead]) != string(peer.header) {
 		return
 	}
-	cost := IPIPCost
+	peer.narrow(mtu-q.cost(to), by, pathMTULife)
+}
+
+// cost is what the tunnel takes of the MTU to an underlay address.
+func (q *errorQueue) cost(to netip.Addr) int {
 	if q.format == FormatVXLAN {
-		cost = VXLANCost(to.Is4())
+		return VXLANCost(to.Is4())
 	}
+	return IPIPCost
+}
+
+// narrow notes that inner packets of n bytes are the longest that pass, unless it
+// is known already.
+func (p *Peer) narrow(n int, by netip.Addr, life time.Duration) {
 	least := leastMTU6
-	if p.is4 {
+	if p.Subnet.Addr().Is4() {
 		least = leastMTU4
 	}
-	limit := max(mtu-cost, least)
-	if known := peer.limit(); known == 0 || limit < known {
-		now := time.Now()
-		peer.path.Store(&PathMTU{MTU: limit, By: by, Since: now, Until: now.Add(pathMTULife)})
+	n = max(n, leastFits)
+	if known := p.fits(); known != 0 && n >= known {
+		return
+	}
+	now := time.Now()
+	p.path.Store(&PathMTU{MTU: max(n, least), Fits: n, By: by, Since: now, Until: now.Add(life)})
+}
+
+// leastFits bounds how far a path is believed to be narrow. The fragments that a
+// socket makes are 1280 bytes long at least over IPv6, which has no narrower links.
+const leastFits = 576 - 70
+
+// hint is narrower for a quote that is too short to prove anything.
+func (q *errorQueue) hint(table *Table, to, by netip.Addr, quote []byte, mtu int) {
+	now := time.Now()
+	if now.Sub(q.hinted) < hintPause {
+		return
+	}
+	q.hinted = now
+	fits := mtu - q.cost(to)
+	if !to.Is4() && mtu < leastMTU6 {
+		return // no link is (RFC 8200, section 5)
+	}
+	for _, peer := range table.outer[to] {
+		longest := int(peer.longest.Load())
+		if fits <= 0 || longest <= fits {
+			continue // nothing was sent that would not have fitted
+		}
+		switch q.format {
+		case FormatVXLAN:
+			if n := min(len(quote), len(peer.header)); string(quote[:n]) != string(peer.header[:n]) {
+				continue
+			}
+		case FormatIPIP:
+			if len(quote) < 8 || quote[0]>>4 != 4 {
+				continue
+			}
+			if n := int(binary.BigEndian.Uint16(quote[2:])); n <= fits || n > longest {
+				continue
+			}
+		}
+		peer.narrow(fits, by, hintLife)
 	}
 }
 
@@ -168,6 +261,9 @@ func (p *packet) parseQuoted(b []byte) bool {
 // tooLong deals with a frame whose packets, of n bytes, are longer than the way
 // to the peer takes, and returns false if it is to be sent all the same.
 func (e *egress) tooLong(peer *Peer, b []byte, p *packet, n int) bool {
+	if longest := &peer.longest; uint32(n) > longest.Load() {
+		longest.Store(uint32(n)) // another queue's may be lost, and come again
+	}
 	limit := peer.limit()
 	if limit == 0 || n <= limit || e.format == FormatVXLAN && !e.dontFragment {
 		return false // the outer packet is fragmented

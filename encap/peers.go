@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,6 +26,65 @@ type Peer struct {
 	super atomic.Pointer[superPath]
 	// path is what the network said of the way there; nil if nothing.
 	path atomic.Pointer[PathMTU]
+	// longest is the bytes of the longest inner packet that was sent there.
+	longest atomic.Uint32
+	// refused is until when the kernel is taken at its word that it does not take
+	// a mechanism with this peer, by the mechanism; 0 if it has not refused.
+	refused [refusals]atomic.Int64
+}
+
+// refusal is a batching mechanism that the kernel can refuse for the packets to
+// or from a peer, although it has it: IPsec on one route has no GSO.
+type refusal uint8
+
+const (
+	refusesGSO refusal = iota
+	refusesSuper
+	refusesGRO
+	refusesUSO
+	refusals
+)
+
+// refusedFor is how long the kernel is taken at its word, before the mechanism is
+// tried again.
+const refusedFor = time.Minute
+
+var start = time.Now() // of what allows compares, which nobody sets as the wall clock is
+
+// allows says whether a mechanism may be used with the peer.
+func (p *Peer) allows(m refusal) bool {
+	if p == nil {
+		return true
+	}
+	until := p.refused[m].Load()
+	if until == 0 {
+		return true
+	}
+	if int64(time.Since(start)) < until {
+		return false
+	}
+	p.refused[m].Store(0)
+	return true
+}
+
+func (p *Peer) refuse(m refusal) {
+	if p != nil {
+		p.refused[m].Store(int64(time.Since(start) + refusedFor))
+	}
+}
+
+// Refused returns how many peers there are with which the kernel refused each
+// mechanism lately.
+func (t *Table) Refused() (gso, superFrame, gro, uso int) {
+	var n [refusals]int
+	for _, p := range t.peers {
+		for m := range refusals {
+			if !p.allows(m) {
+				n[m]++
+			}
+		}
+	}
+	return n[refusesGSO], n[refusesSuper], n[refusesGRO], n[refusesUSO]
 }
 
 // NewPeer returns the peer that leases subnet and is reached at underlay. The
@@ -55,7 +115,7 @@ type Table struct {
 	// bits are the distinct prefix lengths among peers, longest first, by
 	// family; in nearly every cluster there is one.
 	bits4, bits6 []int
-	outer        map[netip.Addr]struct{}
+	outer        map[netip.Addr][]*Peer
 }
 
 // NewTable returns the table of a node that leases the local prefixes. Of two
@@ -64,7 +124,7 @@ func NewTable(local []netip.Prefix, peers []*Peer) *Table {
 	t := &Table{
 		local: local,
 		peers: make(map[netip.Prefix]*Peer, len(peers)),
-		outer: make(map[netip.Addr]struct{}, len(peers)),
+		outer: make(map[netip.Addr][]*Peer, len(peers)),
 	}
 	var seen4, seen6 [129]bool
 	for _, p := range peers {
@@ -72,7 +132,7 @@ func NewTable(local []netip.Prefix, peers []*Peer) *Table {
 			continue
 		}
 		t.peers[p.Subnet] = p
-		t.outer[p.Underlay.Addr()] = struct{}{}
+		t.outer[p.Underlay.Addr()] = append(t.outer[p.Underlay.Addr()], p)
 		if p.Subnet.Addr().Is4() {
 			seen4[p.Subnet.Bits()] = true
 		} else {

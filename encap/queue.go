@@ -53,7 +53,10 @@ func (q *queue) watchErrors(o Options) {
 	device := q.polls[last]
 	q.polls = q.polls[:last]
 	for _, u := range []Underlay{o.IPv4, o.IPv6} {
-		for _, s := range u.Send {
+		for _, s := range append(u.Send[:len(u.Send):len(u.Send)], u.Fragment) {
+			if s.Socket.FD() < 0 {
+				continue
+			}
 			if !slices.Contains(u.Receive, s.Socket) {
 				q.polls = append(q.polls, unix.PollFd{Fd: int32(s.Socket.FD())})
 			}

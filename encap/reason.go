@@ -3,7 +3,8 @@ package encap
 import "sync/atomic"
 
 // Reason says why a packet was dropped. Every drop is counted under exactly
-// one of them.
+// one of them. Where the kernel's datapath drops for the same reason
+// (internal/host, firewall.go), it has the same name there.
 type Reason uint8
 
 // The reasons of the sending side (pod to underlay) come first, then those of
@@ -11,17 +12,20 @@ type Reason uint8
 const (
 	Accepted Reason = iota // not a drop
 
-	EgressMalformed // the device gave a frame that is no whole IP packet
-	EgressNoPeer    // no lease covers the inner destination
-	EgressSource    // the inner source is not in this node's subnet
-	EgressLinkLocal // what the kernel says on every link, for no peer
-	EgressTooBig    // it does not fit the path to the peer
-	EgressFull      // the socket's buffer, and so the link, is full
-	EgressSend      // the kernel refused to send it
+	EgressMalformed   // the device gave a frame that is no whole IP packet
+	EgressNoPeer      // no lease covers the inner destination
+	EgressSource      // the inner source is not in this node's subnet
+	EgressLinkLocal   // what the kernel says on every link, for no peer
+	EgressTooBig      // it does not fit the path to the peer
+	EgressFull        // the socket's buffer, and so the link, is full
+	EgressNoBuffers   // the link's queue is full, or the kernel is short of memory
+	EgressUnreachable // the host has no route to the peer, or its link is down
+	EgressDenied      // the host's own firewall or a prohibit route forbids it
+	EgressSend        // the kernel refused to send it
 
 	IngressTruncated // longer than any datagram may be
 	IngressShort     // shorter than its headers
-	IngressUncut     // a super-frame that the kernel cannot hand over
+	IngressUncut     // a super-frame that the kernel cannot hand over, or that has too many segments
 	IngressFragment  // a fragment of an IPIP packet
 	IngressFlags     // VXLAN without the I flag (RFC 7348, section 5)
 	IngressVNI       // another overlay's VNI
@@ -32,6 +36,8 @@ const (
 	IngressSource    // the inner source is not in the sender's subnet
 	IngressNotOurs   // the inner destination is not in this node's subnet
 	IngressECN       // congestion marked outside, not understood inside (RFC 6040)
+	IngressDown      // the tunnel device is down
+	IngressNoBuffers // the kernel is short of memory
 	IngressWrite     // the device refused it
 
 	reasons // how many there are
@@ -39,10 +45,11 @@ const (
 
 var reasonNames = [reasons]string{
 	"accepted",
-	"egress-malformed", "egress-no-peer", "egress-source", "egress-link-local", "egress-too-big", "egress-full", "egress-send",
+	"egress-malformed", "egress-no-peer", "egress-source", "egress-link-local", "egress-too-big", "egress-full",
+	"egress-no-buffers", "egress-unreachable", "egress-denied", "egress-send",
 	"ingress-truncated", "ingress-short", "ingress-uncut", "ingress-fragment", "ingress-flags", "ingress-vni", "ingress-stranger",
-	"ingress-mac", "ingress-protocol", "ingress-malformed", "ingress-source", "ingress-not-ours",
-	"ingress-ecn", "ingress-write",
+	"ingress-mac", "ingress-protocol", "ingress-malformed", "ingress-source", "ingress-destination",
+	"ingress-ecn", "ingress-down", "ingress-no-buffers", "ingress-write",
 }
 
 func (r Reason) String() string { return reasonNames[r] }

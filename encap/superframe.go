@@ -3,8 +3,6 @@ package encap
 import (
 	"encoding/binary"
 	"net/netip"
-
-	"golang.org/x/sys/unix"
 )
 
 // A super-frame is a TCP or UDP packet of up to 64 KB that is still to be cut,
@@ -178,40 +176,41 @@ func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int)
 	if e.superSent++; e.superSent%superKeep == 0 {
 		return false
 	}
-	if limit := peer.limit(); limit != 0 && p.headLen+size > limit {
+	if fits := peer.fits(); fits != 0 && p.headLen+size > fits {
 		return false // the kernel fragments what it is given, not what the uplink cuts
 	}
 	payload := p.length - p.headLen
 	segments := (payload + size - 1) / size
-	id := e.socket(peer, e.slab[at:], p)
-	sources, number := e.sources[id/socketsPerFamily], int(id%socketsPerFamily)
-	if segments < 2 || number >= len(sources) {
+	source := e.source(e.socket(peer, e.slab[at:], p))
+	if segments < 2 || source.Socket.FD() < 0 || e.fragments(peer) {
 		return false
 	}
 	room := e.slab[at-len(path.head) : at+p.length] // there is room: slabStart
-	fields := outerFields{class: p.class & e.classes, id: e.superID, port: sources[number].Port, df: e.dontFragment}
+	fields := outerFields{class: p.class & e.classes, id: e.superID, port: source.Port, df: e.dontFragment}
 	if !path.stamp(room, p, kind, size, fields) {
 		return false
 	}
 	for {
 		_, errno := write(e.super, room)
 		e.tally.syscalls++
-		switch errno {
-		case 0:
+		if errno == 0 {
 			e.superID += uint16(segments)
 			e.tally.packets += uint64(segments)
 			e.tally.bytes += uint64(payload + segments*p.headLen)
 			e.tally.super++
 			return true
-		case unix.EINTR:
-			continue
-		case unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
-			return false
-		default:
-			// The device is down, or does not take what it promised: what it
-			// refused leaves by the portable way, and so does all that follows.
-			e.offload.SuperFrame.Store(false)
-			return false
 		}
+		switch superWrite.of(errno).fault {
+		case faultAgain:
+			continue
+		case faultPast:
+		case faultRefused:
+			peer.refuse(refusesSuper)
+		default:
+			// The device is down or gone: all leaves by the portable way until
+			// whoever watches the uplink turns it on again.
+			e.offload.SuperFrame.Store(false)
+		}
+		return false
 	}
 }

@@ -106,22 +106,22 @@ func (i *inherited) openDevice(name string, mtu, queues int, log *slog.Logger) (
 }
 
 // listenUDP returns the socket that was left, or a new one.
-func (i *inherited) listenUDP(at netip.AddrPort, shared, df bool) (fd int, port uint16, err error) {
-	fd, ok := i.socket(unix.SOCK_DGRAM, at)
+func (i *inherited) listenUDP(s udpSocket) (fd int, port uint16, err error) {
+	fd, ok := i.socket(unix.SOCK_DGRAM, s.at)
 	if !ok {
-		return listenUDP(at, shared, df)
+		return s.open()
 	}
 	value := 0
-	if shared {
+	if s.shared {
 		value = 1
 	}
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, value); err != nil {
 		return -1, 0, errors.Join(fmt.Errorf("setting SO_REUSEPORT: %w", err), unix.Close(fd))
 	}
-	if err := setOptions(fd, at.Addr().Is4(), df); err != nil {
+	if err := s.setOptions(fd); err != nil {
 		return -1, 0, errors.Join(err, unix.Close(fd))
 	}
-	return fd, at.Port(), nil
+	return fd, s.at.Port(), nil
 }
 
 // close closes what nobody has claimed.

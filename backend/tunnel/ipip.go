@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -40,8 +41,13 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 		if len(t.device.queues) == 1 {
 			packets, ok = t.inherited.packets(link.Index)
 		}
+		if ok { // our address may be another by now
+			if err := onlyIPIP(packets, local); err != nil {
+				return side, errors.Join(err, unix.Close(packets))
+			}
+		}
 		if !ok {
-			if packets, err = openPackets(link.Index); err != nil {
+			if packets, err = openPackets(link.Index, local); err != nil {
 				return side, fmt.Errorf("opening a packet socket: %w", err)
 			}
 		}
@@ -93,24 +99,16 @@ func prepareRaw(fd int, local netip.Addr) error {
 	return unix.Bind(fd, &unix.SockaddrInet4{Addr: local.As4()})
 }
 
-func openPackets(link int) (int, error) {
+// openPackets opens a packet socket for the IPIP packets that arrive on a link for
+// an address. Those for other addresses are the kernel's to forward.
+func openPackets(link int, local netip.Addr) (int, error) {
 	// Bound to no protocol until the filter is there.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
 	}
 	prepare := func() error {
-		const protocol = 0xfff00000 + 9 // SKF_NET_OFF, and where the IPv4 header has it
-		err := attachFilter(fd, []bpf.Instruction{
-			// Not what this host sends, nor what is for another one.
-			bpf.LoadExtension{Num: bpf.ExtType},
-			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.PACKET_HOST, SkipTrue: 3},
-			bpf.LoadAbsolute{Off: protocol, Size: 1},
-			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.IPPROTO_IPIP, SkipTrue: 1},
-			bpf.RetConstant{Val: 1 << 17},
-			bpf.RetConstant{Val: 0},
-		})
-		if err != nil {
+		if err := onlyIPIP(fd, local); err != nil {
 			return err
 		}
 		if err := setBuffers(fd); err != nil {
@@ -126,6 +124,23 @@ func openPackets(link int) (int, error) {
 		return -1, errors.Join(err, unix.Close(fd))
 	}
 	return fd, nil
+}
+
+// onlyIPIP has a packet socket take the IPIP packets that arrive for an address:
+// not what this host sends, nor what is for another one.
+func onlyIPIP(fd int, local netip.Addr) error {
+	const protocol, destination = 0xfff00000 + 9, 0xfff00000 + 16 // SKF_NET_OFF, and where the IPv4 header has them
+	a := local.As4()
+	return attachFilter(fd, []bpf.Instruction{
+		bpf.LoadExtension{Num: bpf.ExtType},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.PACKET_HOST, SkipTrue: 5},
+		bpf.LoadAbsolute{Off: protocol, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.IPPROTO_IPIP, SkipTrue: 3},
+		bpf.LoadAbsolute{Off: destination, Size: 4},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(a[:]), SkipTrue: 1},
+		bpf.RetConstant{Val: 1 << 17},
+		bpf.RetConstant{Val: 0},
+	})
 }
 
 func attachFilter(fd int, program []bpf.Instruction) error {

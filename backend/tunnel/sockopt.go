@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"syscall"
 
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -15,10 +16,19 @@ import (
 // kernel counts its own overhead, and doubles what is asked.
 const socketBuffer = 8 << 20
 
-// listenUDP opens a UDP socket bound to the node's underlay address, or to a
-// port of the kernel's choice if that is 0, and returns its descriptor and
-// port. A shared port is spread over its sockets by flow, by the kernel.
-func listenUDP(at netip.AddrPort, shared, df bool) (fd int, port uint16, err error) {
+// udpSocket is what a UDP socket of the tunnel is for.
+type udpSocket struct {
+	at     netip.AddrPort // the port 0 is one of the kernel's choice
+	shared bool           // the port is spread over its sockets by flow, by the kernel
+	df     bool           // datagrams bear DF
+	// sends says that the socket receives nothing, and fragments that its datagrams
+	// are fragmented to the least that every path takes.
+	sends, fragments bool
+}
+
+// open opens the socket, and returns its descriptor and port.
+func (s udpSocket) open() (fd int, port uint16, err error) {
+	at := s.at
 	network := "udp4"
 	if at.Addr().Is6() {
 		network = "udp6"
@@ -26,10 +36,10 @@ func listenUDP(at netip.AddrPort, shared, df bool) (fd int, port uint16, err err
 	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var failure error
 		err := raw.Control(func(d uintptr) {
-			if shared {
+			if s.shared {
 				failure = unix.SetsockoptInt(int(d), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 			}
-			failure = errors.Join(failure, setOptions(int(d), at.Addr().Is4(), df))
+			failure = errors.Join(failure, s.setOptions(int(d)))
 		})
 		return errors.Join(err, failure)
 	}}
@@ -45,7 +55,7 @@ func listenUDP(at netip.AddrPort, shared, df bool) (fd int, port uint16, err err
 	return fd, port, err
 }
 
-// setOptions prepares a tunnel socket: large buffers, datagrams of one flow
+// setOptions prepares the socket: large buffers, datagrams of one flow
 // joined when received (UDP_GRO, Linux 5.0), and the outer traffic class told.
 //
 // Without df, as with the kernel's vxlan device, the outer packet may be
@@ -54,18 +64,25 @@ func listenUDP(at netip.AddrPort, shared, df bool) (fd int, port uint16, err err
 // its super-frames, which the kernel does not see. With df the loop follows what
 // the network says of the path, from the socket's error queue; the kernel's own
 // memory of it, which believes anybody, is left out (PMTUDISC_PROBE).
-func setOptions(fd int, is4, df bool) error {
+func (s udpSocket) setOptions(fd int) error {
+	is4, df := s.at.Addr().Is4(), s.df
 	if err := setBuffers(fd); err != nil {
 		return fmt.Errorf("setting the socket's buffers: %w", err)
 	}
-	// Without it every datagram comes alone, which is slower and right.
-	_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
+	if s.sends {
+		if err := receiveNothing(fd); err != nil {
+			return err
+		}
+	} else {
+		// Without it every datagram comes alone, which is slower and right.
+		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
+	}
 	level, class, discover, errs := unix.SOL_IP, unix.IP_RECVTOS, unix.IP_MTU_DISCOVER, unix.IP_RECVERR
 	if !is4 {
 		level, class, discover, errs = unix.SOL_IPV6, unix.IPV6_RECVTCLASS, unix.IPV6_MTU_DISCOVER, unix.IPV6_RECVERR
 	}
 	how, tell := unix.IP_PMTUDISC_DONT, 0 // the same values for IPv6
-	if df {
+	if df && !s.fragments {
 		how = unix.IP_PMTUDISC_PROBE
 	}
 	if df || !is4 {
@@ -78,6 +95,27 @@ func setOptions(fd int, is4, df bool) error {
 		if err := unix.SetsockoptInt(fd, level, o.name, o.value); err != nil {
 			return fmt.Errorf("setting %s: %w", o.what, err)
 		}
+	}
+	if s.fragments && !is4 {
+		// Over IPv4 routers fragment further; over IPv6 nobody does.
+		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_MTU, 1280); err != nil {
+			return fmt.Errorf("setting the length of fragments: %w", err)
+		}
+	}
+	return nil
+}
+
+// receiveNothing has a socket that only sends take nothing in: whoever finds its
+// port could pin as much memory as its buffer holds, since nobody reads it. What
+// the network says of packets sent still reaches the error queue, for which there
+// is room.
+func receiveNothing(fd int) error {
+	if err := attachFilter(fd, []bpf.Instruction{bpf.RetConstant{Val: 0}}); err != nil {
+		return err
+	}
+	const room = 64 << 10
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, room); err != nil {
+		return fmt.Errorf("SO_RCVBUF: %w", err)
 	}
 	return nil
 }

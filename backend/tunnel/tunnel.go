@@ -165,7 +165,7 @@ func (t *Tunnel) listen(e subnet.Endpoint) (side encap.Underlay, err error) {
 	side = encap.Underlay{VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
 	at := netip.AddrPortFrom(local, t.options.Config.Backend.Port)
 	for range t.device.queues {
-		socket, _, err := t.openUDP(at, len(t.device.queues) > 1)
+		socket, _, err := t.openUDP(udpSocket{at: at, shared: len(t.device.queues) > 1, df: t.options.DontFragment})
 		if err != nil {
 			return side, err
 		}
@@ -173,18 +173,25 @@ func (t *Tunnel) listen(e subnet.Endpoint) (side encap.Underlay, err error) {
 	}
 	side.Send = []encap.Source{{Socket: side.Receive[0], Port: at.Port()}}
 	for len(side.Send) < t.options.sourcePorts() {
-		socket, port, err := t.openUDP(netip.AddrPortFrom(local, 0), false)
+		socket, port, err := t.openUDP(udpSocket{at: netip.AddrPortFrom(local, 0), df: t.options.DontFragment, sends: true})
 		if err != nil {
 			return side, err
 		}
 		side.Send = append(side.Send, encap.Source{Socket: socket, Port: port})
 	}
+	if t.options.DontFragment {
+		socket, port, err := t.openUDP(udpSocket{at: netip.AddrPortFrom(local, 0), sends: true, fragments: true})
+		if err != nil {
+			return side, err
+		}
+		side.Fragment = encap.Source{Socket: socket, Port: port}
+	}
 	return side, nil
 }
 
 // openUDP returns a socket that the tunnel closes.
-func (t *Tunnel) openUDP(at netip.AddrPort, shared bool) (encap.Descriptor, uint16, error) {
-	fd, port, err := t.inherited.listenUDP(at, shared, t.options.DontFragment)
+func (t *Tunnel) openUDP(s udpSocket) (encap.Descriptor, uint16, error) {
+	fd, port, err := t.inherited.listenUDP(s)
 	if err != nil {
 		return encap.Descriptor{}, 0, err
 	}
@@ -317,6 +324,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 
 // Status says what the datapath does.
 func (t *Tunnel) Status() api.Datapath {
+	gso, super, gro, uso := t.loop.Table().Refused()
 	s := api.Datapath{
 		WireFormat: t.options.Config.Backend.Type,
 		Kind:       "userspace",
@@ -327,12 +335,12 @@ func (t *Tunnel) Status() api.Datapath {
 		Egress:     traffic(&t.egress),
 		Ingress:    traffic(&t.ingress),
 		Mechanisms: []api.Mechanism{
-			mechanism("gso", t.offload.GSO.Load(), t.options.NoGSO, true),
-			mechanism("gro", t.offload.GRO.Load(), t.options.NoGRO, true),
-			mechanism("uso", t.offload.USO.Load(), t.options.NoUSO || t.options.NoGRO, t.device.uso),
-			t.superMechanism(),
+			mechanism("gso", t.offload.GSO.Load(), t.options.NoGSO, gso),
+			mechanism("gro", t.offload.GRO.Load(), t.options.NoGRO, gro),
+			mechanism("uso", t.offload.USO.Load(), t.options.NoUSO || t.options.NoGRO, uso),
+			t.superMechanism(super),
 			t.queueMechanism(),
-			mechanism("busy-poll", !t.options.NoBusyPoll, t.options.NoBusyPoll, true),
+			mechanism("busy-poll", !t.options.NoBusyPoll, t.options.NoBusyPoll, 0),
 		},
 	}
 	standing := t.keeper.Standing()
@@ -364,25 +372,36 @@ func (t *Tunnel) Status() api.Datapath {
 	return s
 }
 
-// mechanism says why one is off: by order, for want of it, or refused in use.
-func mechanism(name string, on, ordered, offered bool) api.Mechanism {
+// mechanism reports whether an offload is on, and if not, why: disabled by flag,
+// or unsupported. With some peers the kernel may have refused it lately.
+func mechanism(name string, on, disabled bool, refused int) api.Mechanism {
 	m := api.Mechanism{Name: name, On: on}
 	switch {
 	case on:
-	case ordered:
+		m.Why = refusedBy(refused)
+	case disabled:
 		m.Why = "turned off by flag"
-	case !offered:
-		m.Why = "the kernel does not offer it"
 	default:
-		m.Why = "the kernel refused it in use"
+		m.Why = "the kernel does not offer it"
 	}
 	return m
 }
 
-func (t *Tunnel) superMechanism() api.Mechanism {
+// refusedBy says with how many peers the kernel has refused a mechanism.
+func refusedBy(peers int) string {
+	if peers == 0 {
+		return ""
+	}
+	return fmt.Sprintf("the kernel refuses it with %d peers, and is asked again within a minute", peers)
+}
+
+func (t *Tunnel) superMechanism(refused int) api.Mechanism {
 	m := api.Mechanism{Name: "super-frame", Why: t.noSuper}
 	if t.uplink != nil {
 		m.On, m.Why = t.uplink.status()
+	}
+	if m.On && refused > 0 {
+		m.Why = refusedBy(refused)
 	}
 	return m
 }

@@ -125,6 +125,13 @@ func (t Tunnel) received() []rule {
 	for _, s := range t.sets() {
 		lines = append(lines, all(is, right, s.pair(), leave()))
 	}
+	if t.Local.IsValid() {
+		ours := is
+		if t.Port == 0 {
+			ours = all(is, right)
+		}
+		lines = append(lines, all(ours, t.nodes().lacks("saddr"), drop("ingress-stranger")))
+	}
 	lines = append(lines, all(is, right, drop("ingress-source")))
 	if t.Port != 0 {
 		lines = append(lines, all(is, drop("ingress-protocol")))

@@ -83,11 +83,19 @@ func (s set) pair() rule {
 }
 
 // holds matches packets of which an address (saddr or daddr) is in a set of
-// outer addresses.
-func (s set) holds(field string) rule {
-	return rule{family(s.is4) + " " + field + " @" + s.name, []expr.Any{
+// outer addresses, and lacks those of which it is not.
+func (s set) holds(field string) rule { return s.lookup(field, false) }
+
+func (s set) lacks(field string) rule { return s.lookup(field, true) }
+
+func (s set) lookup(field string, invert bool) rule {
+	word := ""
+	if invert {
+		word = "!= "
+	}
+	return rule{family(s.is4) + " " + field + " " + word + "@" + s.name, []expr.Any{
 		&expr.Payload{DestRegister: unix.NFT_REG_1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset(field, s.is4), Len: s.width()},
-		&expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: s.name},
+		&expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: s.name, Invert: invert},
 	}, ""}
 }
 
