@@ -20,11 +20,12 @@ import (
 // only.
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
-	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
+	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
 	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
 	"culvert/internal/echo":            {},
+	"culvert/internal/doctor":          {"internal/api", "internal/host"},
 	"culvert/internal/host":            {"internal/api"},
 	"culvert/internal/api":             {"internal/api/readiness"},
 	"culvert/internal/api/readiness":   {},

@@ -72,6 +72,32 @@ func TestPing(t *testing.T) {
 		}
 	}
 
+	// doctor returns the checks with which `culvert doctor` finds something bad.
+	doctor := func(on *lab.Node) (found []string) {
+		t.Helper()
+		out, err := on.Run(t.Context(), filepath.Join(c.bin, "culvert"), "doctor", "--run-dir", on.RunDir, "--no-cni", "-o", "json")
+		var results []struct {
+			Findings []struct{ Severity, Check, Text, Fix string }
+		}
+		if err := json.Unmarshal(out, &results); err != nil {
+			t.Fatalf("%s\n%v", out, err)
+		}
+		for _, r := range results {
+			for _, f := range r.Findings {
+				if f.Severity == "bad" {
+					found = append(found, f.Check)
+				}
+			}
+		}
+		if (err != nil) != (len(found) > 0) {
+			t.Errorf("doctor found %v and ended with %v", found, err)
+		}
+		return found
+	}
+	if found := doctor(n1); len(found) > 0 {
+		t.Errorf("doctor on a healthy node: %v", found)
+	}
+
 	// A link on the way that silently takes less than the nodes' own links.
 	setMTU := func(mtu int) {
 		t.Helper()
@@ -91,6 +117,9 @@ func TestPing(t *testing.T) {
 	if err == nil || len(got) != 2 || got[0].Answered != 3 || got[0].MTU >= self.Datapath.MTU || got[0].MTU < 1250 || !strings.Contains(got[0].Problem, "do not pass") {
 		t.Errorf("over a narrow link: %+v, %v", got, err)
 	}
+	if found := doctor(n1); !slices.Equal(found, []string{"path-mtu", "path-mtu"}) { // one for each family
+		t.Errorf("doctor, over a narrow link: %v", found)
+	}
 	setMTU(1500)
 
 	// A node without its tunnel.
@@ -103,6 +132,12 @@ func TestPing(t *testing.T) {
 	got, err = ping(n1, n2Address.String())
 	if err == nil || len(got) != 1 || got[0].Answered != 0 || !strings.Contains(got[0].Problem, "answers on the underlay") {
 		t.Errorf("a node without its tunnel: %+v, %v", got, err)
+	}
+	if found := doctor(n1); !slices.Equal(found, []string{"peer-unreachable", "peer-unreachable"}) {
+		t.Errorf("doctor, of a node without its tunnel: %v", found)
+	}
+	if found := doctor(n2); !slices.Contains(found, "daemon") {
+		t.Errorf("doctor without a daemon: %v", found)
 	}
 	// A node that is down.
 	if err := n2.Do(func() error {

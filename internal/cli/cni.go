@@ -13,6 +13,9 @@ import (
 	"culvert/cni"
 )
 
+// cniConfName is the file name of our network configuration.
+const cniConfName = "10-culvert.conflist"
+
 func newCNICommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "cni",
@@ -23,7 +26,7 @@ func newCNICommand() *cobra.Command {
 	var i cni.Install
 	c.PersistentFlags().StringVar(&i.BinDir, "bin-dir", "/opt/cni/bin", "where the runtime looks for plugins")
 	c.PersistentFlags().StringVar(&i.ConfDir, "conf-dir", "/etc/cni/net.d", "where the runtime looks for configurations")
-	c.PersistentFlags().StringVar(&i.ConfName, "conf-name", "10-culvert.conflist", "name of the configuration; the first by name is used")
+	c.PersistentFlags().StringVar(&i.ConfName, "conf-name", cniConfName, "name of the configuration; the first by name is used")
 
 	install := &cobra.Command{
 		Use:   "install",

@@ -1,0 +1,291 @@
+package doctor
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"culvert/internal/host"
+)
+
+// daemon passes on what a running daemon says of itself.
+func daemon(_ context.Context, h Host) (string, []Finding) {
+	if h.Status == nil {
+		return "", []Finding{bad("start it: `systemctl start culvert`, or `culvert run`", "no daemon answers: %v", h.NoDaemon)}
+	}
+	var all []Finding
+	if !h.Status.Ready {
+		all = append(all, bad("", "it is not ready: %s", h.Status.NotReady))
+	}
+	for _, w := range h.Status.Warnings {
+		all = append(all, Finding{Bad, w})
+	}
+	for _, r := range h.Status.Rejected {
+		all = append(all, risk("see `culvert lease check`", "the lease %s was set aside: %s", r.Key, r.Reason))
+	}
+	if len(h.Status.Datapath.StalePods) > 0 {
+		all = append(all, risk("make them anew", "pods have another MTU than %d: %s", h.Status.Datapath.MTU, strings.Join(h.Status.Datapath.StalePods, ", ")))
+	}
+	if len(all) > 0 {
+		return "", all
+	}
+	return fmt.Sprintf("ready, %s/%s, %d peers", h.Status.Datapath.WireFormat, h.Status.Datapath.Kind, len(h.Status.Peers)), nil
+}
+
+const (
+	// dialPatience bounds the dialling of one endpoint of the store.
+	dialPatience = 2 * time.Second
+	// slow is a round trip to the store that renewals still stand, and that says
+	// that something is wrong.
+	slow = 200 * time.Millisecond
+)
+
+// store dials each endpoint of the store.
+func store(ctx context.Context, h Host) (string, []Finding) {
+	if len(h.Endpoints) == 0 {
+		return "not dialled: no daemon says where it is, nor does --etcd-endpoints", nil
+	}
+	var all []Finding
+	var seen []string
+	for _, endpoint := range h.Endpoints {
+		at := endpoint
+		if u, err := url.Parse(endpoint); err == nil && u.Host != "" {
+			at = u.Host
+		}
+		dialer := net.Dialer{Timeout: dialPatience}
+		began := time.Now()
+		c, err := dialer.DialContext(ctx, "tcp", at)
+		took := time.Since(began)
+		if err != nil {
+			all = append(all, bad("see that the address is right, the server runs, and no firewall or route of this host is in the way", "%s cannot be reached: %v", endpoint, err))
+			continue
+		}
+		_ = c.Close()
+		if took > slow {
+			all = append(all, risk("", "%s takes %s to accept a connection", endpoint, took.Round(time.Millisecond)))
+			continue
+		}
+		seen = append(seen, fmt.Sprintf("%s in %.1f ms", endpoint, float64(took)/float64(time.Millisecond)))
+	}
+	if h.Status != nil && !h.Status.Store.Connected && h.Status.Store.Error != "" {
+		all = append(all, bad("", "the daemon cannot reach it: %s", h.Status.Store.Error))
+	}
+	return strings.Join(seen, ", "), all
+}
+
+// port looks who has the tunnel's UDP port, if it is neither our socket nor our
+// device.
+func port(_ context.Context, h Host) (string, []Finding) {
+	if h.Status != nil && h.Status.Datapath.WireFormat != "" && h.Status.Datapath.WireFormat != "vxlan" {
+		return "not used by " + h.Status.Datapath.WireFormat, nil
+	}
+	var all []Finding
+	conflicts, err := host.VXLANConflicts(1<<24, h.Port, true) // no VNI: whatever has the port
+	if err != nil {
+		return "", []Finding{bad("", "%v", err)}
+	}
+	for _, c := range conflicts {
+		fix := fmt.Sprintf("ip link del %s, or give the network another port (`culvert config set`)", c.Device)
+		if strings.HasPrefix(c.Device, "flannel") {
+			fix = "stop flanneld, and start culvert with --take-over-flannel"
+		}
+		all = append(all, risk(fix, "%s %s, which keeps the userspace datapath from it", c.Device, c.Why))
+	}
+	holders, err := udpHolders(h.Port)
+	if err != nil {
+		return "", []Finding{risk("", "reading who has UDP port %d: %v", h.Port, err)}
+	}
+	for _, who := range holders {
+		if !strings.HasPrefix(who, "culvert ") {
+			all = append(all, bad(fmt.Sprintf("stop it (`ss -lunp sport = :%d`), or give the network another port (`culvert config set`)", h.Port), "UDP port %d is taken by %s", h.Port, who))
+		}
+	}
+	if len(all) > 0 {
+		return "", all
+	}
+	return fmt.Sprintf("UDP %d is culvert's or free", h.Port), nil
+}
+
+// udpHolders names the processes of this network namespace that have a socket
+// on the port, as "name (pid n)". The kernel's own sockets, of vxlan devices,
+// belong to no process and are left out.
+func udpHolders(port uint16) ([]string, error) {
+	inodes := make(map[string]bool)
+	for _, path := range []string{"/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"} {
+		f, err := os.Open(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // no IPv6
+		} else if err != nil {
+			return nil, err
+		}
+		lines := bufio.NewScanner(f)
+		for lines.Scan() {
+			fields := strings.Fields(lines.Text())
+			if len(fields) < 10 {
+				continue
+			}
+			_, local, ok := strings.Cut(fields[1], ":")
+			if n, err := strconv.ParseUint(local, 16, 16); ok && err == nil && uint16(n) == port && fields[9] != "0" {
+				inodes["socket:["+fields[9]+"]"] = true
+			}
+		}
+		_ = f.Close()
+	}
+	if len(inodes) == 0 {
+		return nil, nil
+	}
+	var holders []string
+	descriptors, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		return nil, err
+	}
+	for _, fd := range descriptors {
+		if target, err := os.Readlink(fd); err != nil || !inodes[target] {
+			continue
+		}
+		pid := strings.Split(fd, "/")[2]
+		name, _ := os.ReadFile("/proc/" + pid + "/comm")
+		if who := fmt.Sprintf("%s (pid %s)", strings.TrimSpace(string(name)), pid); !slices.Contains(holders, who) {
+			holders = append(holders, who)
+		}
+	}
+	if len(holders) == 0 {
+		holders = append(holders, "a process that this one may not see")
+	}
+	return holders, nil
+}
+
+// overlays are the devices that other overlays make, by the beginning of their
+// names.
+var overlays = []struct{ prefix, whose string }{
+	{"flannel", "flannel"},
+	{"vxlan.calico", "Calico"},
+	{"cali", "Calico"},
+	{"cilium_", "Cilium"},
+	{"weave", "Weave Net"},
+	{"kube-bridge", "kube-router"},
+	{"antrea-gw", "Antrea"},
+	{"ovn", "OVN"},
+}
+
+// leftovers names devices of other overlays, which may route the same network.
+func leftovers(_ context.Context, h Host) (string, []Finding) {
+	links, err := host.Retry(netlink.LinkList)
+	if err != nil {
+		return "", []Finding{risk("", "listing the network interfaces: %v", err)}
+	}
+	found := make(map[string][]string)
+	for _, l := range links {
+		for _, o := range overlays {
+			if strings.HasPrefix(l.Attrs().Name, o.prefix) {
+				found[o.whose] = append(found[o.whose], l.Attrs().Name)
+				break
+			}
+		}
+	}
+	var all []Finding
+	for _, o := range overlays {
+		devices, ok := found[o.whose]
+		if !ok {
+			continue
+		}
+		delete(found, o.whose)
+		fix := "remove it, or reboot after it was uninstalled"
+		if o.whose == "flannel" {
+			fix = "stop flanneld, and start culvert with --take-over-flannel"
+		}
+		all = append(all, risk(fix, "devices of %s are here: %s", o.whose, strings.Join(devices, ", ")))
+	}
+	if len(all) > 0 {
+		return "", all
+	}
+	return "none here", nil
+}
+
+// managers looks whether systemd-networkd or NetworkManager runs here and is told
+// to leave culvert's routes and devices alone.
+func managers(_ context.Context, h Host) (string, []Finding) {
+	var all []Finding
+	var seen []string
+	if h.exists("/run/systemd/netif/state") {
+		for _, key := range []string{"ManageForeignRoutes", "ManageForeignRoutingPolicyRules"} {
+			if !h.saysNo("networkd.conf", key) {
+				all = append(all, risk("put "+key+"=no into the [Network] section of /etc/systemd/networkd.conf.d/culvert.conf, and restart systemd-networkd",
+					"systemd-networkd removes what it did not make itself when it restarts (%s)", key))
+			}
+		}
+		seen = append(seen, "systemd-networkd")
+	}
+	if h.exists("/run/NetworkManager") {
+		text := h.configuration("/etc/NetworkManager/NetworkManager.conf", "/etc/NetworkManager/conf.d/*.conf", "/run/NetworkManager/conf.d/*.conf", "/usr/lib/NetworkManager/conf.d/*.conf")
+		unmanaged := slices.ContainsFunc(strings.Split(text, "\n"), func(line string) bool {
+			key, value, _ := strings.Cut(line, "=")
+			return strings.TrimSpace(key) == "unmanaged-devices" && strings.Contains(value, "cvt") && strings.Contains(value, "culvert")
+		})
+		if !unmanaged {
+			all = append(all, risk("put unmanaged-devices=interface-name:cvt*;interface-name:culvert*;interface-name:cni*;interface-name:veth* into the [keyfile] section of /etc/NetworkManager/conf.d/culvert.conf",
+				"NetworkManager may take culvert's devices over"))
+		}
+		seen = append(seen, "NetworkManager")
+	}
+	switch {
+	case len(all) > 0:
+		return "", all
+	case len(seen) == 0:
+		return "none runs here", nil
+	}
+	return strings.Join(seen, " and ") + " leave culvert alone", nil
+}
+
+func (h Host) exists(path string) bool {
+	_, err := os.Stat(h.path(path))
+	return err == nil
+}
+
+// saysNo reads a key of a systemd configuration file and its drop-ins, of which
+// the last one counts.
+func (h Host) saysNo(file, key string) bool {
+	text := h.configuration("/usr/lib/systemd/"+file, "/etc/systemd/"+file,
+		"/usr/lib/systemd/"+file+".d/*.conf", "/run/systemd/"+file+".d/*.conf", "/etc/systemd/"+file+".d/*.conf")
+	no := false
+	for line := range strings.Lines(text) {
+		if k, v, ok := strings.Cut(strings.TrimSpace(line), "="); ok && strings.TrimSpace(k) == key {
+			no = slices.Contains([]string{"no", "false", "off", "0"}, strings.ToLower(strings.TrimSpace(v)))
+		}
+	}
+	return no
+}
+
+// configuration reads files, in order, as one text.
+func (h Host) configuration(patterns ...string) string {
+	var text strings.Builder
+	for _, p := range patterns {
+		files, _ := filepath.Glob(h.path(p)) // a constant pattern: no error
+		for _, f := range files {
+			if b, err := os.ReadFile(f); err == nil {
+				text.Write(b)
+				text.WriteByte('\n')
+			}
+		}
+	}
+	return text.String()
+}
+
+func containers(_ context.Context, h Host) (string, []Finding) {
+	if h.CNI != "" {
+		return "", []Finding{bad("see `culvert cni status`", "no pod can be added: %s", h.CNI)}
+	}
+	return "pods can be added", nil
+}

@@ -1,0 +1,190 @@
+package doctor
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/host"
+)
+
+// capabilities are what the daemon needs, and what it loses without.
+var capabilities = []struct {
+	bit  int
+	name string
+	loss string
+	must bool
+}{
+	{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN", "no device, route or nftables rule can be made", true},
+	{unix.CAP_NET_RAW, "CAP_NET_RAW", "no IPIP in userspace, and no `culvert ping`", false},
+	{unix.CAP_BPF, "CAP_BPF", "a single queue in userspace, and no fast path", false},
+}
+
+// privileges are those of this process, which is usually started as the daemon
+// is.
+func privileges(_ context.Context, _ Host) (string, []Finding) {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return "", []Finding{bad("", "the process's capabilities cannot be read: %v", err)}
+	}
+	var all []Finding
+	for _, c := range capabilities {
+		if data[c.bit/32].Effective&(1<<(c.bit%32)) != 0 {
+			continue
+		}
+		if c.must {
+			all = append(all, bad("run this as root", "%s is missing: %s", c.name, c.loss))
+		} else {
+			all = append(all, risk("run this as root", "%s is missing: %s", c.name, c.loss))
+		}
+	}
+	if len(all) > 0 {
+		return "", all
+	}
+	return "CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF", nil
+}
+
+func kernel(_ context.Context, h Host) (string, []Finding) {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return "", []Finding{bad("", "asking the kernel's version: %v", err)}
+	}
+	release := unix.ByteSliceToString(name.Release[:])
+	seen := []string{"Linux " + release}
+	var major, minor int
+	var all []Finding
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err == nil && (major < 5 || major == 5 && minor < 10) {
+		all = append(all, bad("use Linux 5.10 or later", "Linux %s is older than what culvert is tested with", release))
+	}
+	format := "vxlan"
+	if h.Status != nil && h.Status.Datapath.WireFormat != "" {
+		format = h.Status.Datapath.WireFormat
+	}
+	tun := unix.Access(h.path("/dev/net/tun"), unix.R_OK|unix.W_OK)
+	device := error(nil)
+	if format != "host-gw" {
+		device = host.Supports(format)
+	}
+	switch {
+	case device == nil && format != "host-gw":
+		seen = append(seen, format+" devices")
+	case device != nil && tun != nil:
+		all = append(all, bad("load the module (`modprobe "+format+"`), or `modprobe tun`",
+			"neither datapath can be made: %v, and /dev/net/tun: %v", device, tun))
+	case device != nil:
+		all = append(all, risk("load the module (`modprobe "+format+"`)", "packets cross in userspace: %v", device))
+	}
+	if tun == nil {
+		seen = append(seen, "/dev/net/tun")
+	}
+	return strings.Join(seen, ", "), all
+}
+
+// clock looks whether the wall clock is kept right: leases and certificates end
+// by it.
+func clock(_ context.Context, _ Host) (string, []Finding) {
+	var t unix.Timex
+	state, err := unix.Adjtimex(&t)
+	if err != nil {
+		return "", []Finding{risk("", "asking whether the clock is synchronised: %v", err)}
+	}
+	if state == unix.TIME_ERROR || t.Status&unix.STA_UNSYNC != 0 {
+		return "", []Finding{risk("run chrony or systemd-timesyncd",
+			"nothing synchronises the clock, which says %s: certificates may seem to be invalid", time.Now().UTC().Format(time.RFC3339))}
+	}
+	return "synchronised", nil
+}
+
+// number reads a file with one number.
+func (h Host) number(path string) (int64, error) {
+	b, err := os.ReadFile(h.path(path))
+	if err != nil {
+		return 0, err
+	}
+	var n int64
+	if _, err := fmt.Sscan(string(bytes.TrimSpace(b)), &n); err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return n, nil
+}
+
+// nearlyFull is the share of a table above which a burst may fill it.
+const nearlyFull = 0.9
+
+// conntrack looks at the table of connections: what does not fit is dropped.
+func conntrack(_ context.Context, h Host) (string, []Finding) {
+	count, err := h.number("/proc/sys/net/netfilter/nf_conntrack_count")
+	if err != nil {
+		return "not in use", nil
+	}
+	most, err := h.number("/proc/sys/net/netfilter/nf_conntrack_max")
+	if err != nil || most == 0 {
+		return "no limit", nil
+	}
+	fix := fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%d", 4*most)
+	switch {
+	case count >= most:
+		return "", []Finding{bad(fix, "the connection tracking table is full (%d of %d): packets of new connections are dropped", count, most)}
+	case float64(count) >= nearlyFull*float64(most):
+		return "", []Finding{risk(fix, "the connection tracking table is nearly full (%d of %d)", count, most)}
+	}
+	return fmt.Sprintf("%d of %d connections", count, most), nil
+}
+
+// neighbours looks at the limits of the neighbour tables. Permanent entries, as
+// the kernel datapaths make for each peer, are not counted by the kernel
+// (net/core/neighbour.c, gc_entries), so pods and links alone use them up.
+func neighbours(_ context.Context, h Host) (string, []Finding) {
+	var all []Finding
+	var seen []string
+	for family, table := range map[string]string{"ipv4": "arp_cache", "ipv6": "ndisc_cache"} {
+		most, err := h.number("/proc/sys/net/" + family + "/neigh/default/gc_thresh3")
+		if err != nil {
+			continue
+		}
+		used, overflows := h.neighbourStat(table)
+		fix := fmt.Sprintf("sysctl -w net.%s.neigh.default.gc_thresh3=%d", family, 4*most)
+		switch {
+		case overflows > 0 && float64(used) >= nearlyFull*float64(most):
+			all = append(all, bad(fix, "the %s neighbour table has overflowed %d times (%d of %d entries): new neighbours get no packets", family, overflows, used, most))
+		case float64(used) >= nearlyFull*float64(most):
+			all = append(all, risk(fix, "the %s neighbour table is nearly full (%d of %d entries)", family, used, most))
+		default:
+			seen = append(seen, fmt.Sprintf("%s %d of %d", family, used, most))
+		}
+	}
+	return strings.Join(seen, ", "), all
+}
+
+// neighbourStat reads /proc/net/stat/{arp,ndisc}_cache: hexadecimal columns, one
+// line a processor, of which entries is the whole table's and table_fulls the
+// processor's own.
+func (h Host) neighbourStat(table string) (entries, overflows uint64) {
+	b, err := os.ReadFile(h.path("/proc/net/stat/" + table))
+	if err != nil {
+		return 0, 0
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	names := strings.Fields(lines[0])
+	for _, line := range lines[1:] {
+		for i, field := range strings.Fields(line) {
+			var n uint64
+			if _, err := fmt.Sscanf(field, "%x", &n); err != nil || i >= len(names) {
+				continue
+			}
+			switch names[i] {
+			case "entries":
+				entries = n
+			case "table_fulls":
+				overflows += n
+			}
+		}
+	}
+	return entries, overflows
+}
