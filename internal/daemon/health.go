@@ -310,9 +310,11 @@ func probes(h *health) http.Handler {
 	// Alive is a daemon that can answer: an unreachable store is no reason to
 	// restart it, and a restart would not bring the store back.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	// The same answer as the CNI plugin's, which asks nothing of the datapath: a
+	// probe that waits for a repair would have the pod restarted in the middle.
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if s := h.status(); !s.Ready {
-			http.Error(w, s.NotReady, http.StatusServiceUnavailable)
+		if a := h.readiness(time.Now()); !a.Ready {
+			http.Error(w, a.Reason, http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ok")
