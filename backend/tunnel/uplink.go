@@ -2,14 +2,17 @@ package tunnel
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	netlinkattr "github.com/mdlayher/netlink"
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -33,6 +36,8 @@ type uplink struct {
 	log     *slog.Logger
 
 	routed atomic.Bool // a route has changed
+	// used is what notifications are compared with.
+	used atomic.Pointer[ways]
 
 	mu   sync.Mutex
 	why  string // super-frames are off; "" if they are on
@@ -44,75 +49,112 @@ type uplink struct {
 	neighbours map[netip.Addr][6]byte
 }
 
+// ways are the peers' addresses, and the next hops that lead to them.
+type ways struct {
+	to   []netip.Addr
+	hops map[netip.Addr]bool
+}
+
+// When the uplink is looked at.
 const (
-	// uplinkCheck is how often everything is looked at, notified or not.
+	// uplinkCheck is how often without a word of the kernel; where a look takes
+	// long, at most one part in uplinkShare of the time is spent on it.
 	uplinkCheck = 3 * time.Second
-	// uplinkPause lets notifications gather.
+	uplinkShare = 300
+	// uplinkPause lets notifications gather, which get a part in uplinkBusy.
 	uplinkPause = 50 * time.Millisecond
+	uplinkBusy  = 20
+	// uplinkForget is how often the routes to all peers are asked for again: some
+	// go without a word, as those by a link that goes down do.
+	uplinkForget = time.Minute
 )
 
 // run refreshes until ctx ends.
 func (u *uplink) run(ctx context.Context) error {
-	changed := make(chan struct{}, 1)
-	stop := u.subscribe(changed)
+	changed, stop, err := host.Listen(uplinkGroups, u.matters)
+	if err != nil {
+		u.log.Warn("what the kernel does is seen late", "error", err)
+		changed, stop = nil, func() {}
+	}
 	defer stop()
-	tick := time.NewTicker(uplinkCheck)
-	defer tick.Stop()
+	forget := time.NewTicker(uplinkForget)
+	defer forget.Stop()
+	u.routed.Store(true)
 	for {
+		began := time.Now()
 		u.refresh()
+		took := time.Since(began)
+		timer := time.NewTimer(max(uplinkCheck, uplinkShare*took))
+		pause := time.Duration(0)
 		select {
 		case <-ctx.Done():
-			return nil
-		case <-tick.C:
+		case <-timer.C:
+		case <-forget.C:
 			u.routed.Store(true)
-			continue
 		case <-changed:
+			pause = max(uplinkPause, uplinkBusy*took)
 		}
+		timer.Stop()
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(uplinkPause):
+		case <-time.After(pause):
 		}
 	}
 }
 
-// subscribe has changed filled at each change of a link, a neighbour, an
-// address or a route. What cannot be subscribed to is left to the timer.
-func (u *uplink) subscribe(changed chan<- struct{}) (stop func()) {
-	done := make(chan struct{})
-	notify := func() {
-		select {
-		case changed <- struct{}{}:
-		default:
+const uplinkGroups = unix.RTMGRP_LINK | unix.RTMGRP_NEIGH | unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE |
+	unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR | unix.RTMGRP_IPV4_RULE | 1<<(unix.RTNLGRP_IPV6_RULE-1) | 1<<(unix.RTNLGRP_NEXTHOP-1)
+
+// matters says whether a notification is of the uplink, of a neighbour that
+// leads to a peer, or of a route to one. A busy host has many that are not.
+func (u *uplink) matters(kind uint16, body []byte) bool {
+	index := uint32(u.node.Underlay.Index)
+	if len(body) < 8 {
+		u.routed.Store(true)
+		return true // some were lost
+	}
+	switch kind {
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK: // struct ifinfomsg
+		return binary.NativeEndian.Uint32(body[4:]) == index || u.device.link.Attrs().Index == int(binary.NativeEndian.Uint32(body[4:]))
+	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH: // struct ndmsg
+		return binary.NativeEndian.Uint32(body[4:]) == index && u.leads(body)
+	case unix.RTM_NEWADDR: // struct ifaddrmsg
+		return false
+	case unix.RTM_DELADDR: // whose routes go without a word
+		if binary.NativeEndian.Uint32(body[4:]) != index {
+			return false
+		}
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		to, ok := host.RouteTo(body)
+		if !ok || !u.toPeer(to) {
+			return false
 		}
 	}
-	failed := func(err error) { u.log.Debug("a netlink subscription failed", "error", err) }
-	var all sync.WaitGroup
-	links, neighbours, routes := make(chan netlink.LinkUpdate), make(chan netlink.NeighUpdate), make(chan netlink.RouteUpdate)
-	if err := netlink.LinkSubscribeWithOptions(links, done, netlink.LinkSubscribeOptions{ErrorCallback: failed}); err == nil {
-		all.Go(func() { drain(links, notify) })
-	}
-	if err := netlink.NeighSubscribeWithOptions(neighbours, done, netlink.NeighSubscribeOptions{ErrorCallback: failed}); err == nil {
-		all.Go(func() { drain(neighbours, notify) })
-	}
-	if err := netlink.RouteSubscribeWithOptions(routes, done, netlink.RouteSubscribeOptions{ErrorCallback: failed}); err == nil {
-		all.Go(func() {
-			drain(routes, func() {
-				u.routed.Store(true)
-				notify()
-			})
-		})
-	}
-	return func() {
-		close(done)
-		all.Wait()
-	}
+	u.routed.Store(true)
+	return true
 }
 
-func drain[T any](c <-chan T, notify func()) {
-	for range c {
-		notify()
+// leads says whether a neighbour is the next hop to a peer.
+func (u *uplink) leads(body []byte) bool {
+	attrs, err := netlinkattr.NewAttributeDecoder(body[unix.SizeofNdMsg:])
+	if err != nil {
+		return true
 	}
+	for attrs.Next() {
+		if attrs.Type() == unix.NDA_DST {
+			a, ok := netip.AddrFromSlice(attrs.Bytes())
+			used := u.used.Load()
+			return !ok || used != nil && used.hops[a.Unmap()]
+		}
+	}
+	return false
+}
+
+// toPeer says whether a prefix holds a peer's address.
+func (u *uplink) toPeer(to netip.Prefix) bool {
+	used := u.used.Load()
+	return used != nil && slices.ContainsFunc(used.to, to.Contains)
 }
 
 // refresh looks at the uplink, its neighbours and the routes, and gives the
@@ -186,10 +228,14 @@ func (u *uplink) check() error {
 // as far as they are known.
 func (u *uplink) fill(t *encap.Table) {
 	own := [6]byte(u.link.Attrs().HardwareAddr)
+	used := ways{hops: make(map[netip.Addr]bool)}
+	defer u.used.Store(&used)
 	for _, p := range t.All() {
 		to := p.Underlay.Addr()
 		source := u.node.Underlay.Addr(to.Is4())
-		mac, ok := u.neighbours[u.gateway(to, source)]
+		via := u.gateway(to, source)
+		used.to, used.hops[via] = append(used.to, to), true
+		mac, ok := u.neighbours[via]
 		if !ok {
 			p.SetNextHop(nil)
 			continue

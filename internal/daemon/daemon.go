@@ -111,7 +111,7 @@ const ownerPatience = time.Second
 func (o Options) owner() host.Owner {
 	return host.Owner{
 		PID: os.Getpid(), What: "culvert run", Node: o.Node, RunDir: o.RunDir,
-		Store: fmt.Sprintf("etcd %s at %v", o.Etcd.Prefix, o.Etcd.Endpoints), Since: time.Now(),
+		Store: fmt.Sprint(o.describeStore()), Since: time.Now(),
 	}
 }
 

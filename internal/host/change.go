@@ -49,9 +49,14 @@ func Transition(from, to State) []string {
 // on past an error, since each part stands for itself, and returns all errors
 // together.
 func Apply(s State) ([]Change, error) {
-	have, err := read("")
+	others := &survey{}
+	have, err := read("", others)
 	if err != nil {
 		return nil, err
 	}
+	if err := others.within(s.Firewall.Forward); err != nil {
+		return nil, err
+	}
+	have.foreign = others.foreign
 	return write(have, diff(have, s))
 }

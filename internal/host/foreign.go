@@ -29,21 +29,15 @@ type StaleRoute struct {
 	Via netip.Addr
 }
 
-// noteForeign keeps a route that is not ours, if it may be within a cluster
-// network.
-func (r *reading) noteForeign(raw netlink.Route, names map[int]string, ours map[netip.Prefix]bool) {
-	to, ok := prefixOf(raw.Dst)
-	if !ok || to.Bits() == 0 || raw.Protocol == unix.RTPROT_KERNEL || raw.Protocol == unix.RTPROT_RA {
-		return
+// foreignOf describes a route that is not ours, if somebody can have meant it.
+func foreignOf(r rawRoute, names map[int]string, ours map[netip.Prefix]bool) (foreignRoute, bool) {
+	if r.to.Bits() == 0 || r.proto == unix.RTPROT_KERNEL || r.proto == unix.RTPROT_RA {
+		return foreignRoute{}, false
 	}
-	f := foreignRoute{
-		Route: Route{To: to.Masked(), Metric: raw.Priority, Link: names[raw.LinkIndex]},
-		kind:  raw.Type, hops: len(raw.MultiPath) > 0, proto: int(raw.Protocol), first: !ours[to.Masked()], index: raw.LinkIndex,
-	}
-	if a, ok := netip.AddrFromSlice(raw.Gw); ok {
-		f.Via = a.Unmap()
-	}
-	r.foreign = append(r.foreign, f)
+	return foreignRoute{
+		Route: Route{To: r.to.Masked(), Metric: r.metric, Link: names[r.index], Via: r.via.Unmap()},
+		kind:  int(r.kind), hops: r.hops, proto: int(r.proto), first: !ours[r.to.Masked()], index: r.index,
+	}, true
 }
 
 // String is the route as `ip route del` takes it.

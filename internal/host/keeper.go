@@ -25,11 +25,14 @@ type Keeper struct {
 	underlay string
 	log      *slog.Logger
 	watched  atomic.Pointer[watched]
+	others   survey // what is known of other programs' routes
+	hears    atomic.Bool
 
 	mu      sync.Mutex // one look at the kernel at a time
 	plan    Plan
 	said    Standing
 	planned bool
+	took    time.Duration // the last look
 }
 
 // Standing is what a Keeper has to say.
@@ -69,11 +72,18 @@ func (k *Keeper) Standing() Standing {
 	return s
 }
 
-// How often the kernel is looked at without a word from it, and how long after
-// a word, since changes come in swarms.
+// When the kernel is looked at.
 const (
-	resync = 4 * time.Second
+	// resync is how often without a word from it, since some settings change
+	// without one; where a look takes long, at most one part in resyncShare of the
+	// time is spent on it.
+	resync      = 4 * time.Second
+	resyncShare = 200
+	// settle is how long after a word, since changes come in swarms.
 	settle = 100 * time.Millisecond
+	// share bounds the time that is spent on words: a look that took a
+	// millisecond is followed by another after ten at the earliest.
+	share = 10
 )
 
 // Run repairs until ctx ends. It opens its sockets in the network namespace of
@@ -83,46 +93,70 @@ func (k *Keeper) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer stop()
-	tick := time.NewTicker(resync)
-	defer tick.Stop()
+	k.hears.Store(true)
+	defer func() {
+		k.hears.Store(false)
+		stop()
+	}()
+	k.others.due.Store(true) // for what was not heard
+	timer := time.NewTimer(settle)
+	defer timer.Stop()
 	for {
+		pause := settle
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-timer.C:
+			pause = 0
 		case <-events:
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-time.After(settle):
-			}
-			select { // what was said meanwhile is seen in the same look
-			case <-events:
-			default:
-			}
+			pause = max(settle, share*k.lastTook())
 		}
-		k.repair()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(pause):
+		}
+		select { // what was said meanwhile is seen in the same look
+		case <-events:
+		default:
+		}
+		timer.Reset(k.repair())
 	}
 }
 
-func (k *Keeper) repair() {
+func (k *Keeper) lastTook() time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.took
+}
+
+// repair returns when to look again.
+func (k *Keeper) repair() time.Duration {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.plan == nil {
-		return
+		return resync
 	}
 	before := k.said.Err
 	err := k.reconcile()
 	if err != nil && (before == nil || before.Error() != err.Error()) {
 		k.log.Error("the host cannot be made as it should be", "error", err)
 	}
+	if k.others.putOff {
+		return min(resync, max(settle, surveyShare*k.others.took-time.Since(k.others.at)))
+	}
+	return max(resync, resyncShare*k.took)
 }
 
 // reconcile is the one way from the plan to the kernel.
 func (k *Keeper) reconcile() (err error) {
 	defer func() { k.said.Err = err }()
-	have, err := read(k.underlay)
+	began := time.Now()
+	defer func() { k.took = time.Since(began) }()
+	if !k.hears.Load() { // of changes to them
+		k.others.read = false
+	}
+	have, err := read(k.underlay, &k.others)
 	if err != nil {
 		return err
 	}
@@ -131,6 +165,11 @@ func (k *Keeper) reconcile() (err error) {
 	if err != nil {
 		return err
 	}
+	k.others.end()
+	if err := k.others.within(want.Firewall.Forward); err != nil {
+		return err
+	}
+	have.foreign = k.others.foreign
 	// What changes although the plan did not was somebody else's doing.
 	repair := k.planned && reflect.DeepEqual(want, k.said.State)
 	k.said.State, k.planned = want, true
@@ -142,6 +181,7 @@ func (k *Keeper) reconcile() (err error) {
 	steps := diff(have, want)
 	done, err := write(have, steps)
 	k.watched.Store(newWatched(have, k.underlay))
+	k.reorder(done, want)
 	k.said.Writes += uint64(len(done))
 	message := "host changed"
 	if repair {
@@ -158,6 +198,20 @@ func (k *Keeper) reconcile() (err error) {
 		}
 	}
 	return err
+}
+
+// reorder has the foreign routes read again where ours for the same prefix were
+// changed: which of the two is first may be another now.
+func (k *Keeper) reorder(done []Change, want State) {
+	if len(k.others.foreign) == 0 || !slices.ContainsFunc(done, func(c Change) bool { return c.Kind == KindRoute }) {
+		return
+	}
+	for _, f := range k.others.foreign {
+		if slices.ContainsFunc(want.Routes, func(r Route) bool { return r.To == f.To }) {
+			k.others.due.Store(true)
+			return
+		}
+	}
 }
 
 func (k *Keeper) obstacles(now []api.Warning) {

@@ -51,35 +51,21 @@ type device struct {
 type View struct {
 	Underlay Underlay
 	// NoFIB says that the kernel lacks nftables' fib expression.
-	NoFIB bool
-	// direct are the main table's routes less ours, by longest prefix: whether
-	// what they lead to is on the underlay's link.
-	direct []onLink
+	NoFIB  bool
+	survey *survey
 }
 
 type onLink struct {
-	to     netip.Prefix
 	onLink bool
 	metric int
 }
 
 // OnLink says whether an address is reached by the underlay's link without a
 // gateway between, by the most specific route.
-func (v View) OnLink(a netip.Addr) bool {
-	best, found := onLink{}, false
-	for _, r := range v.direct {
-		if !r.to.Contains(a) {
-			continue
-		}
-		if !found || r.to.Bits() > best.to.Bits() || r.to.Bits() == best.to.Bits() && r.metric < best.metric {
-			best, found = r, true
-		}
-	}
-	return found && best.onLink
-}
+func (v View) OnLink(a netip.Addr) bool { return v.survey != nil && v.survey.onLink(a) }
 
 // read looks at the kernel once. The underlay's name may be empty.
-func read(underlay string) (reading, error) {
+func read(underlay string, others *survey) (reading, error) {
 	r := reading{
 		devices: make(map[string]device), indexes: make(map[string]int), others: make(map[string]bool),
 		settings: make(map[string]string), advertisedBy: make(map[int]bool),
@@ -126,9 +112,11 @@ func read(underlay string) (reading, error) {
 		}
 	}
 	r.view.NoFIB = !offersFIB()
-	if err := r.readRoutes(names, r.indexes[underlay]); err != nil {
+	if err := r.readRoutes(names); err != nil {
 		return r, err
 	}
+	others.begin(names, r.indexes[underlay])
+	r.view.survey = others
 	r.advertisers = r.advertised(names)
 	if err := r.readSettings(names); err != nil {
 		return r, err
@@ -204,58 +192,32 @@ func (r *reading) readPeers(name string, index int) error {
 	return nil
 }
 
-// readRoutes reads our routes, and of the others those that say what is on the
-// underlay's link.
-func (r *reading) readRoutes(names map[int]string, underlay int) error {
-	all, err := Retry(func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, 0)
-	})
+// readRoutes reads our routes, and those that came with router advertisements.
+func (r *reading) readRoutes(names map[int]string) error {
+	ours, err := listRoutes(RouteProtocol, unix.AF_INET, unix.AF_INET6)
 	if err != nil {
-		return fmt.Errorf("listing the routes: %w", err)
+		return err
 	}
-	ours := make(map[netip.Prefix]bool)
-	for _, route := range all {
-		if route.Protocol == RouteProtocol {
-			if got, ok := routeOf(route, names); ok {
-				r.Routes = append(r.Routes, got)
-				ours[got.To] = true
-			}
-			continue
-		}
-		r.noteForeign(route, names, ours)
-		if route.Protocol == unix.RTPROT_RA {
-			r.advertisedBy[route.LinkIndex] = true
-		}
-		to, ok := prefixOf(route.Dst)
-		if !ok || underlay == 0 {
-			continue
-		}
-		r.view.direct = append(r.view.direct, onLink{
-			to: to.Masked(), metric: route.Priority,
-			onLink: route.LinkIndex == underlay && route.Gw == nil && route.Via == nil &&
-				len(route.MultiPath) == 0 && route.Type == unix.RTN_UNICAST,
-		})
+	for _, o := range ours {
+		r.Routes = append(r.Routes, routeOf(o, names))
+	}
+	advertised, err := listRoutes(unix.RTPROT_RA, unix.AF_INET6)
+	if err != nil {
+		return err
+	}
+	for _, a := range advertised {
+		r.advertisedBy[a.index] = true
 	}
 	return nil
 }
 
-func routeOf(r netlink.Route, names map[int]string) (Route, bool) {
-	to, ok := prefixOf(r.Dst)
-	if !ok {
-		return Route{}, false
+func routeOf(r rawRoute, names map[int]string) Route {
+	got := Route{To: r.to, Metric: r.metric, Via: r.via.Unmap(), Source: r.source.Unmap()}
+	if r.kind != unix.RTN_UNREACHABLE {
+		got.Link = names[r.index]
+		got.OnLink = r.flags&unix.RTNH_F_ONLINK != 0
 	}
-	got := Route{To: to, Metric: r.Priority}
-	if r.Type != unix.RTN_UNREACHABLE {
-		got.Link = names[r.LinkIndex]
-		got.OnLink = r.Flags&unix.RTNH_F_ONLINK != 0
-	}
-	if a, ok := netip.AddrFromSlice(r.Gw); ok {
-		got.Via = a.Unmap()
-	}
-	if a, ok := netip.AddrFromSlice(r.Src); ok {
-		got.Source = a.Unmap()
-	}
-	return got, true
+	return got
 }
 
 // ErrNoUnderlay says that the underlay's interface is not there.

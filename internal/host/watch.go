@@ -4,6 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/mdlayher/netlink"
@@ -13,14 +16,27 @@ import (
 // watched is what notifications are compared with.
 type watched struct {
 	indexes  map[uint32]bool // our devices, and the underlay
+	ours     map[uint32]bool // our devices
 	underlay string
+	others   *survey
+	near     []netip.Prefix // the cluster networks
+	asked    []netip.Addr   // whose routes matter
+	links    map[int]bool   // that they lead to
 }
 
 func newWatched(r reading, underlay string) *watched {
-	w := &watched{indexes: make(map[uint32]bool), underlay: underlay}
+	others := r.view.survey
+	w := &watched{
+		indexes: make(map[uint32]bool), ours: make(map[uint32]bool), underlay: underlay,
+		others: others, near: others.near, links: others.links,
+		asked: slices.Collect(maps.Keys(others.asked)),
+	}
 	for name, i := range r.indexes {
 		if Ours(name) || name == underlay {
 			w.indexes[uint32(i)] = true
+		}
+		if Ours(name) {
+			w.ours[uint32(i)] = true
 		}
 	}
 	return w
@@ -30,7 +46,7 @@ func newWatched(r reading, underlay string) *watched {
 const (
 	routeGroups = unix.RTMGRP_LINK | unix.RTMGRP_NEIGH | unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV4_ROUTE |
 		unix.RTMGRP_IPV6_IFADDR | unix.RTMGRP_IPV6_ROUTE |
-		1<<(unix.RTNLGRP_IPV4_NETCONF-1) | 1<<(unix.RTNLGRP_IPV6_NETCONF-1)
+		1<<(unix.RTNLGRP_IPV4_NETCONF-1) | 1<<(unix.RTNLGRP_IPV6_NETCONF-1) | 1<<(unix.RTNLGRP_NEXTHOP-1)
 	nftablesGroups = 1 << (unix.NFNLGRP_NFTABLES - 1)
 )
 
@@ -59,6 +75,10 @@ func (k *Keeper) watch() (events <-chan struct{}, stop func(), err error) {
 					return // closed
 				}
 				w := k.watched.Load()
+				if err != nil && w != nil { // any may have been lost
+					w.others.changed.Store(true)
+					w.others.due.Store(true)
+				}
 				for _, m := range messages {
 					if w != nil && !concerns(w, m) {
 						continue
@@ -87,14 +107,41 @@ func (k *Keeper) watch() (events <-chan struct{}, stop func(), err error) {
 func concernsRoute(w *watched, m netlink.Message) bool {
 	d := m.Data
 	switch m.Header.Type {
-	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE: // struct rtmsg
-		return len(d) >= unix.SizeofRtMsg && (d[5] == RouteProtocol || d[4] == unix.RT_TABLE_MAIN)
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		r, ok := parseRoute(d)
+		if !ok || r.proto == RouteProtocol {
+			return ok
+		}
+		w.others.changed.Store(true)
+		if !w.matters(r) {
+			return false
+		}
+		w.others.due.Store(true)
+		return true
+	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP: // whose routes go without a word
+		w.others.changed.Store(true)
+		w.others.due.Store(true)
+		return true
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK: // struct ifinfomsg
 		if len(d) < unix.SizeofIfInfomsg {
 			return false
 		}
-		return w.indexes[binary.NativeEndian.Uint32(d[4:])] || w.named(d[unix.SizeofIfInfomsg:])
-	case unix.RTM_NEWADDR, unix.RTM_DELADDR, unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH: // struct ifaddrmsg, ndmsg
+		index := binary.NativeEndian.Uint32(d[4:])
+		// The routes by a link that goes down go without a word.
+		if gone := m.Header.Type == unix.RTM_DELLINK || binary.NativeEndian.Uint32(d[8:])&unix.IFF_UP == 0; gone && w.links[int(index)] {
+			w.others.changed.Store(true)
+			w.others.due.Store(true)
+			return true
+		}
+		return w.indexes[index] || w.named(d[unix.SizeofIfInfomsg:])
+	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH: // struct ndmsg
+		return len(d) >= 8 && w.ours[binary.NativeEndian.Uint32(d[4:])]
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR: // struct ifaddrmsg
+		if m.Header.Type == unix.RTM_DELADDR && len(d) >= 8 && w.links[int(binary.NativeEndian.Uint32(d[4:]))] {
+			w.others.changed.Store(true)
+			w.others.due.Store(true)
+			return true
+		}
 		if m.Header.Type == unix.RTM_NEWADDR && len(d) >= 8 && d[0] == unix.AF_INET {
 			return true // perhaps the pods' bridge has come
 		}
@@ -122,4 +169,48 @@ func (w *watched) named(attrs []byte) bool {
 // chain does concerns us too.
 func concernsNFTables(_ *watched, m netlink.Message) bool {
 	return m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN
+}
+
+// Listen returns a channel that is filled when a notification of rtnetlink(7)
+// matters to the caller. groups are the RTMGRP bits. matters gets the message's
+// type and body, and a type of 0 if notifications may have been lost; it is
+// called from one goroutine. The socket is of the calling thread's network
+// namespace.
+func Listen(groups uint32, matters func(kind uint16, body []byte) bool) (events <-chan struct{}, stop func(), err error) {
+	c, err := netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{Groups: groups})
+	if err != nil {
+		return nil, nil, fmt.Errorf("listening to the kernel's changes: %w", err)
+	}
+	told := make(chan struct{}, 1)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			messages, err := c.Receive()
+			if err != nil && !errors.Is(err, unix.ENOBUFS) {
+				return // closed
+			}
+			tell := err != nil && matters(0, nil)
+			for _, m := range messages {
+				tell = matters(uint16(m.Header.Type), m.Data) || tell
+			}
+			if tell {
+				select {
+				case told <- struct{}{}:
+				default:
+				}
+			}
+		}
+	}()
+	return told, func() {
+		_ = c.Close()
+		<-ended
+	}, nil
+}
+
+// RouteTo is the prefix that a notification about a route is of, whatever its
+// table; false of a message that is none, or of a host's own address.
+func RouteTo(body []byte) (netip.Prefix, bool) {
+	r, _ := parseRoute(body)
+	return r.to, r.to.IsValid() && body[4] != unix.RT_TABLE_LOCAL
 }

@@ -1,0 +1,271 @@
+package host
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	vnetlink "github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// rawRoute is what is read of a route in the main table.
+type rawRoute struct {
+	to          netip.Prefix
+	index       int // of its link
+	via, source netip.Addr
+	metric      int
+	kind, proto uint8
+	flags       uint32
+	hops        bool // it has several ways
+	other       bool // a gateway of the other family
+}
+
+// parseRoute reads an rtnetlink message (rtnetlink(7), struct rtmsg). It is false
+// of what is no route of the main table, such as a cached one.
+func parseRoute(d []byte) (rawRoute, bool) {
+	if len(d) < unix.SizeofRtMsg || d[0] != unix.AF_INET && d[0] != unix.AF_INET6 {
+		return rawRoute{}, false
+	}
+	r := rawRoute{proto: d[5], kind: d[7], flags: binary.NativeEndian.Uint32(d[8:])}
+	table := uint32(d[4])
+	to := netip.IPv4Unspecified()
+	if d[0] == unix.AF_INET6 {
+		to = netip.IPv6Unspecified()
+	}
+	attrs, err := netlink.NewAttributeDecoder(d[unix.SizeofRtMsg:])
+	if err != nil || r.flags&unix.RTM_F_CLONED != 0 {
+		return rawRoute{}, false
+	}
+	for attrs.Next() {
+		switch b := attrs.Bytes(); attrs.Type() {
+		case unix.RTA_DST:
+			to, _ = netip.AddrFromSlice(b)
+		case unix.RTA_OIF:
+			r.index = int(attrs.Uint32())
+		case unix.RTA_GATEWAY:
+			r.via, _ = netip.AddrFromSlice(b)
+		case unix.RTA_PREFSRC:
+			r.source, _ = netip.AddrFromSlice(b)
+		case unix.RTA_PRIORITY:
+			r.metric = int(attrs.Uint32())
+		case unix.RTA_TABLE:
+			table = attrs.Uint32()
+		case unix.RTA_MULTIPATH:
+			r.hops = true
+		case unix.RTA_VIA:
+			r.other = true
+		}
+	}
+	r.to = netip.PrefixFrom(to, int(d[1]))
+	return r, attrs.Err() == nil && r.to.IsValid() && table == unix.RT_TABLE_MAIN
+}
+
+// dumpRoutes calls each with the main table's routes of a protocol, 0 for all.
+// The kernel picks them out (NETLINK_GET_STRICT_CHK, Linux 4.20); one that does
+// not sends all, which costs the more time.
+func dumpRoutes(protocol uint8, each func(rawRoute), families ...uint8) error {
+	c, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	_ = c.SetOption(netlink.GetStrictCheck, true)
+	for _, family := range families {
+		header := make([]byte, unix.SizeofRtMsg)
+		header[0], header[4], header[5] = family, unix.RT_TABLE_MAIN, protocol
+		request := netlink.Message{Header: netlink.Header{Type: unix.RTM_GETROUTE, Flags: netlink.Request | netlink.Dump}, Data: header}
+		if _, err := c.Send(request); err != nil {
+			return err
+		}
+		interrupted := false
+		for m, err := range c.ReceiveIter() {
+			if errors.Is(err, unix.ENOENT) {
+				break // the table of this family does not exist yet
+			}
+			if err != nil {
+				return err
+			}
+			interrupted = interrupted || m.Header.Flags&netlink.DumpInterrupted != 0
+			if r, ok := parseRoute(m.Data); ok && m.Header.Type == unix.RTM_NEWROUTE && (protocol == 0 || r.proto == protocol) {
+				each(r)
+			}
+		}
+		if interrupted {
+			return vnetlink.ErrDumpInterrupted
+		}
+	}
+	return nil
+}
+
+// listRoutes is dumpRoutes as a list, repeated while it is interrupted.
+func listRoutes(protocol uint8, families ...uint8) ([]rawRoute, error) {
+	all, err := Retry(func() ([]rawRoute, error) {
+		var all []rawRoute
+		err := dumpRoutes(protocol, func(r rawRoute) { all = append(all, r) }, families...)
+		return all, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing the routes: %w", err)
+	}
+	return all, nil
+}
+
+// survey is what is known of other programs' routes. There may be very many: a
+// table of the Internet has a million. So they are not read at each look, but
+// when one is asked about, and again when one has changed that leads to what was
+// asked about.
+//
+//	notification ── is it about what was asked? ─┬─ no: nothing is done
+//	                                             └─ yes: read anew, at the next look
+type survey struct {
+	// What the watch says. changed is of any route, due of one that matters.
+	changed, due atomic.Bool
+
+	underlay int            // index
+	names    map[int]string // of links
+	read     bool
+	at       time.Time     // of the last reading
+	took     time.Duration // it
+	putOff   bool          // a reading is due, and was too soon
+	foreign  []foreignRoute
+	near     []netip.Prefix // the cluster networks that foreign is within
+	direct   map[netip.Prefix]onLink
+	lengths  map[int]bool // of the prefixes in direct, IPv6's plus 33
+	links    map[int]bool // that routes of either lead to
+	// asked are the addresses that a plan has asked about, asking those of the
+	// present one.
+	asked, asking map[netip.Addr]bool
+}
+
+// begin is called before a plan asks, and end after.
+func (s *survey) begin(names map[int]string, underlay int) {
+	s.read = s.read && s.underlay == underlay
+	s.names, s.underlay, s.asking = names, underlay, make(map[netip.Addr]bool)
+	if s.asked == nil {
+		s.asked = make(map[netip.Addr]bool)
+	}
+}
+
+func (s *survey) end() {
+	if len(s.asked) > len(s.asking) {
+		s.asked = s.asking
+	}
+}
+
+// surveyShare bounds the time that readings take: at most one in so many parts.
+const surveyShare = 50
+
+// refresh reads the routes if that is due and not too soon; now says that there
+// is no using what was read before.
+func (s *survey) refresh(now bool) error {
+	if s.read && !now {
+		if !s.due.Load() {
+			return nil
+		}
+		if s.putOff = time.Since(s.at) < surveyShare*s.took; s.putOff {
+			return nil
+		}
+	}
+	began := time.Now()
+	s.changed.Store(false)
+	s.due.Store(false)
+	_, err := Retry(func() (struct{}, error) {
+		s.foreign, s.direct, s.lengths, s.links = nil, make(map[netip.Prefix]onLink), make(map[int]bool), make(map[int]bool)
+		ours := make(map[netip.Prefix]bool)
+		return struct{}{}, dumpRoutes(0, func(r rawRoute) {
+			if r.proto == RouteProtocol {
+				ours[r.to] = true
+				return
+			}
+			s.note(r, ours)
+		}, unix.AF_INET, unix.AF_INET6)
+	})
+	if err != nil {
+		s.read = false
+		return fmt.Errorf("listing the routes: %w", err)
+	}
+	s.read, s.putOff, s.at, s.took = true, false, time.Now(), time.Since(began)
+	return nil
+}
+
+func (s *survey) note(r rawRoute, ours map[netip.Prefix]bool) {
+	if slices.ContainsFunc(s.near, func(n netip.Prefix) bool { return n.Bits() <= r.to.Bits() && n.Contains(r.to.Addr()) }) {
+		if f, ok := foreignOf(r, s.names, ours); ok {
+			s.foreign = append(s.foreign, f)
+			s.links[r.index] = true
+		}
+	}
+	if len(s.asked) == 0 {
+		return
+	}
+	l := onLink{
+		metric: r.metric,
+		onLink: r.index == s.underlay && !r.via.IsValid() && !r.other && !r.hops && r.kind == unix.RTN_UNICAST,
+	}
+	if have, ok := s.direct[r.to]; !ok || l.metric < have.metric {
+		s.direct[r.to] = l
+		s.lengths[lengthKey(r.to)] = true
+		s.links[r.index] = true
+	}
+}
+
+func lengthKey(p netip.Prefix) int {
+	if p.Addr().Is4() {
+		return p.Bits()
+	}
+	return 33 + p.Bits()
+}
+
+// within has foreign be of the cluster networks.
+func (s *survey) within(networks []netip.Prefix) error {
+	if len(networks) == 0 {
+		s.foreign = nil
+		return nil
+	}
+	other := !slices.Equal(networks, s.near)
+	s.near = slices.Clone(networks)
+	return s.refresh(other)
+}
+
+// onLink says whether an address is on the underlay's link, by the most specific
+// route that is not ours.
+func (s *survey) onLink(a netip.Addr) bool {
+	s.asking[a] = true
+	first := len(s.asked) == 0 // direct was not read yet
+	if !s.asked[a] {
+		s.asked[a] = true
+		if s.changed.Load() {
+			s.due.Store(true)
+		}
+	}
+	if err := s.refresh(first || !s.read); err != nil {
+		return false
+	}
+	for bits := a.BitLen(); bits >= 0; bits-- {
+		p, _ := a.Prefix(bits)
+		if !s.lengths[lengthKey(p)] {
+			continue
+		}
+		if r, ok := s.direct[p]; ok {
+			return r.onLink
+		}
+	}
+	return false
+}
+
+// matters says whether a change of another's route is one that was asked about.
+func (w *watched) matters(r rawRoute) bool {
+	if r.proto == unix.RTPROT_RA {
+		return true
+	}
+	if slices.ContainsFunc(w.near, func(n netip.Prefix) bool { return n.Bits() <= r.to.Bits() && n.Contains(r.to.Addr()) }) {
+		return true
+	}
+	return slices.ContainsFunc(w.asked, r.to.Contains)
+}

@@ -1,0 +1,191 @@
+package test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+)
+
+// A node of a large cluster on a host with a large routing table:
+//
+//	n1: culvert, 1,000 peers       50,000 routes of another program,
+//	                               some of which come and go all the time
+//
+// A daemon that has nothing to do uses next to nothing of a core, and its
+// /readyz answers at once, during a repair too.
+func TestD5IdleDaemon(t *testing.T) {
+	for _, datapath := range []string{"kernel", "userspace"} {
+		t.Run(datapath, func(t *testing.T) { idle(t, datapath) })
+	}
+}
+
+func idle(t *testing.T, datapath string) {
+	const peers, foreign = 1000, 50_000
+	c := newCluster(t, 1)
+	c.datapath = datapath
+	c.setConfig(`{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`)
+	n := c.Nodes[0]
+	c.addPeers(peers)
+	alter(t, n, netlink.RouteAdd, 0, foreign)
+	p := c.start(n)
+	c.waitReady(n, peers)
+	c.settled(n)
+
+	const watch = 13 * time.Second // three looks of the timer at least
+	share := func(over time.Duration, meanwhile func()) float64 {
+		began, before := time.Now(), processorTime(t, p.PID)
+		for end := began.Add(over); time.Now().Before(end); {
+			meanwhile()
+		}
+		return 100 * float64(processorTime(t, p.PID)-before) / float64(time.Since(began))
+	}
+	idle := share(watch, func() { time.Sleep(100 * time.Millisecond) })
+	// 500 foreign routes go and come each second, and none of them matters.
+	swarm := share(watch, func() {
+		alter(t, n, netlink.RouteDel, 0, 50)
+		alter(t, n, netlink.RouteAdd, 0, 50)
+		time.Sleep(200 * time.Millisecond)
+	})
+	quiet, quietMost := c.readyz(n, 200, func() {})
+	writes := func() (sum uint64) {
+		s, err := c.status(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range s.Datapath.Repairs {
+			sum += k
+		}
+		return sum
+	}
+	before := writes()
+	repair, repairMost := c.readyz(n, 200, func() {
+		flush(t, n)
+	})
+	if writes() == before {
+		t.Error("nothing was repaired")
+	}
+	t.Logf("%s: %.2f %% of a core when idle, %.2f %% among 500 foreign route changes a second; /readyz: median %s, at most %s in 99 of 100; during repairs %s, %s",
+		datapath, idle, swarm, quiet, quietMost, repair, repairMost)
+	if idle > 2 { // 1 on a machine of its own (docs/scale.md)
+		t.Errorf("an idle daemon used %.2f %% of a core", idle)
+	}
+	if swarm > 5 {
+		t.Errorf("foreign routes cost %.2f %% of a core", swarm)
+	}
+	// The median, since tests share the machine with others.
+	if quiet > 5*time.Millisecond || repair > 5*time.Millisecond {
+		t.Errorf("/readyz took %s, and %s during a repair", quiet, repair)
+	}
+}
+
+// alter adds or deletes routes as a routing daemon makes them, from the from-th on.
+func alter(t *testing.T, n *lab.Node, do func(*netlink.Route) error, from, count int) {
+	t.Helper()
+	if err := n.Do(func() error {
+		for i := from; i < from+count; i++ {
+			to := netip.PrefixFrom(netip.AddrFrom4([4]byte{20, byte(i >> 16), byte(i >> 8), byte(i)}), 32)
+			if err := do(&netlink.Route{Dst: host.IPNet(to), Gw: net.IPv4(198, 18, 0, 254), Protocol: 186}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// flush deletes culvert's routes.
+func flush(t *testing.T, n *lab.Node) {
+	t.Helper()
+	if err := n.Do(func() error {
+		all, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		for _, r := range all {
+			err = errors.Join(err, netlink.RouteDel(&r))
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// addPeers writes leases of nodes that do not exist.
+func (c *cluster) addPeers(n int) {
+	c.t.Helper()
+	client := c.client()
+	var ops []clientv3.Op
+	for i := range n {
+		key := fmt.Sprintf("/coreos.com/network/subnets/10.%d.%d.0-24", 100+i>>8, i&255)
+		ops = append(ops, clientv3.OpPut(key, fmt.Sprintf(
+			`{"PublicIP":"198.19.%d.%d","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:01:%02x:%02x"},"NodeID":"extra-%d"}`, i>>8, i&255, i>>8, i&255, i)))
+	}
+	for part := range slices.Chunk(ops, 100) {
+		ctx, cancel := context.WithTimeout(c.t.Context(), 10*time.Second)
+		_, err := client.Txn(ctx).Then(part...).Commit()
+		cancel()
+		if err != nil {
+			c.t.Fatal(err)
+		}
+	}
+}
+
+// settled waits until the daemon has carried out what it was told.
+func (c *cluster) settled(n *lab.Node) {
+	var last uint64
+	c.wait(n, "settled", func(s api.Status) bool {
+		var sum uint64
+		for _, k := range s.Datapath.Repairs {
+			sum += k
+		}
+		same := s.Ready && sum == last
+		last = sum
+		return same
+	})
+}
+
+// readyz asks n times over one connection, while something happens five times,
+// and returns what half of the answers took at most, and 99 of 100.
+func (c *cluster) readyz(n *lab.Node, times int, meanwhile func()) (half, most time.Duration) {
+	c.t.Helper()
+	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial}, Timeout: 5 * time.Second}
+	defer client.CloseIdleConnections()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for range 5 {
+			meanwhile()
+			time.Sleep(200 * time.Millisecond)
+		}
+	}()
+	defer func() { <-ended }()
+	var took []time.Duration
+	for range times {
+		began := time.Now()
+		answer, err := client.Get("http://127.0.0.1:9472/readyz")
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, answer.Body)
+		_ = answer.Body.Close()
+		took = append(took, time.Since(began))
+		if answer.StatusCode != http.StatusOK {
+			c.t.Fatalf("/readyz: %s", answer.Status)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	slices.Sort(took[1:]) // the first one makes the connection
+	return took[len(took)/2], took[len(took)*99/100]
+}
