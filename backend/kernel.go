@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"culvert/internal/api"
 	"culvert/internal/host"
@@ -20,6 +21,7 @@ import (
 type Kernel struct {
 	options KernelOptions
 	keeper  *host.Keeper
+	silence Silence
 
 	mu     sync.Mutex
 	wanted Wanted // of the last plan that succeeded
@@ -62,8 +64,56 @@ func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
 	})
 }
 
-// Run repairs what others do to the kernel's half.
-func (k *Kernel) Run(ctx context.Context) error { return k.keeper.Run(ctx) }
+// Run repairs what others do to the kernel's half, and looks for silent peers.
+func (k *Kernel) Run(ctx context.Context) error {
+	if k.options.Format == "vxlan" { // of others the kernel does not say whom it sends to
+		stop, err := k.listen(ctx)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
+	return k.keeper.Run(ctx)
+}
+
+// listen looks for silent peers until stop. It opens its sockets in the network
+// namespace of the calling thread.
+func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
+	watch, err := host.WatchPassed()
+	if err != nil {
+		return nil, err
+	}
+	asker := OpenAsker(k.options.Log)
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() {
+		tick := time.NewTicker(SilenceInterval)
+		defer tick.Stop()
+		last, waiting := "", false
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			k.mu.Lock()
+			tunnels := k.wanted.State.Firewall.Tunnels
+			k.mu.Unlock()
+			passed, err := watch.Look(tunnels, waiting)
+			if err != nil && err.Error() != last { // such as while a device is made anew
+				last = err.Error()
+				k.options.Log.Debug("what has passed with peers cannot be looked at", "error", err)
+			}
+			waiting = k.silence.observe(passed, asker)
+		}
+	})
+	return func() {
+		cancel()
+		running.Wait()
+		_ = watch.Close()
+		asker.Close()
+	}, nil
+}
 
 // Status says what the kernel carries.
 func (k *Kernel) Status() api.Datapath {
@@ -96,6 +146,7 @@ func (k *Kernel) Status() api.Datapath {
 	})
 	s.Warnings = slices.Clone(w.Warnings)
 	Describe(&s, k.keeper.Standing())
+	DescribeSilence(&s, &k.silence, "the tunnel's UDP port")
 	return s
 }
 

@@ -135,6 +135,7 @@ func (e *egress) add(at, n int) (big bool) {
 		return false
 	}
 	e.tally.frames++
+	note(&peer.sent)
 	if kind := v.gsoType &^ gsoECN; kind != gsoNone {
 		if !e.tooLong(peer, b, &p, p.headLen+int(v.gsoSize)) {
 			e.addFrame(peer, at+vnetHeaderLen, &p, kind, int(v.gsoSize))

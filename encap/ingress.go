@@ -238,6 +238,7 @@ func (g *ingress) checkInner(table *Table, b []byte, p *packet, outer netip.Addr
 	if !table.isLocal(p.destination(b)) {
 		return IngressNotOurs
 	}
+	note(&peer.heard)
 	return Accepted
 }
 

@@ -19,6 +19,9 @@ type Peer struct {
 	// header is what stands before every inner packet sent to it: a VXLAN
 	// header, or nothing for IPIP.
 	header []byte
+	// sent and heard say that packets have passed since Passed was asked last. They
+	// are written only where they change.
+	sent, heard atomic.Bool
 	// name is Underlay as the kernel takes it.
 	name    [unix.SizeofSockaddrInet6]byte
 	nameLen uint32
@@ -105,6 +108,17 @@ func NewPeer(subnet netip.Prefix, underlay netip.AddrPort, header []byte) *Peer 
 	copy(b[8:], a[:])
 	p.nameLen = unix.SizeofSockaddrInet6
 	return p
+}
+
+// Passed says whether anything was sent to the peer, and whether anything of it was
+// taken, since it was called last. It may be called at any time.
+func (p *Peer) Passed() (sent, heard bool) { return p.sent.Swap(false), p.heard.Swap(false) }
+
+// note sets a mark that says that something has passed.
+func note(mark *atomic.Bool) {
+	if !mark.Load() {
+		mark.Store(true)
+	}
 }
 
 // Table is every peer, and this node's own subnets, of all address families.

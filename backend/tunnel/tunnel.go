@@ -16,6 +16,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -97,6 +98,7 @@ type Tunnel struct {
 	ingress encap.Counters
 
 	keeper    *host.Keeper
+	silence   backend.Silence
 	inherited inherited
 	applied   chan struct{} // closed by the first Apply
 	once      sync.Once
@@ -308,7 +310,10 @@ func (t *Tunnel) Run(ctx context.Context) error {
 		return nil
 	case <-t.applied:
 	}
+	asker := backend.OpenAsker(t.options.Log)
+	defer asker.Close()
 	parts, ctx := errgroup.WithContext(ctx)
+	parts.Go(func() error { t.listenForPeers(ctx, asker); return nil })
 	parts.Go(func() error {
 		if err := t.loop.Run(ctx); err != nil {
 			return fmt.Errorf("%w: %w", backend.ErrBroken, err)
@@ -320,6 +325,28 @@ func (t *Tunnel) Run(ctx context.Context) error {
 		parts.Go(func() error { return t.uplink.run(ctx) })
 	}
 	return parts.Wait()
+}
+
+// listenForPeers looks for silent peers until ctx ends.
+func (t *Tunnel) listenForPeers(ctx context.Context, asker *backend.Asker) {
+	tick := time.NewTicker(backend.SilenceInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		var all []backend.Exchange
+		for _, p := range t.loop.Table().All() {
+			e := backend.Exchange{Subnet: p.Subnet, Public: p.Underlay.Addr()}
+			e.Sent, e.Received = p.Passed()
+			all = append(all, e)
+		}
+		for _, subnet := range t.silence.Observe(time.Now(), all) {
+			asker.Ask(subnet)
+		}
+	}
 }
 
 // Status says what the datapath does.
@@ -369,6 +396,11 @@ func (t *Tunnel) Status() api.Datapath {
 	}
 	slices.SortFunc(s.NarrowPaths, func(a, b api.NarrowPath) int { return a.Subnet.Compare(b.Subnet) })
 	backend.Describe(&s, standing)
+	packets := fmt.Sprintf("UDP port %d", t.options.Config.Backend.Port)
+	if t.format == encap.FormatIPIP {
+		packets = "IP protocol 4"
+	}
+	backend.DescribeSilence(&s, &t.silence, packets)
 	return s
 }
 

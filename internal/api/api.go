@@ -110,6 +110,15 @@ type Datapath struct {
 	// NarrowPaths are the peers, by subnet, whose path takes less than MTU, as
 	// routers on it said.
 	NarrowPaths []NarrowPath `json:"narrow_paths,omitempty"`
+	// SilentPeers are those to which this node sends and from which nothing comes.
+	SilentPeers []SilentPeer `json:"silent_peers,omitempty"`
+}
+
+// SilentPeer is a peer of which nothing is heard, by subnet.
+type SilentPeer struct {
+	Subnet   netip.Prefix `json:"subnet"`
+	PublicIP netip.Addr   `json:"public_ip"`
+	Since    time.Time    `json:"since"` // of the first packet to it that nothing came after
 }
 
 // NarrowPath is what is known of the way to a peer's subnet.

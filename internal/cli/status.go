@@ -134,6 +134,9 @@ func writePeers(w io.Writer, s api.Status, now time.Time) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
+	for _, p := range s.Datapath.SilentPeers {
+		fmt.Fprintf(w, "silent peer: %s at %s: nothing has come from it for %s, although this node sends to it\n", p.Subnet, p.PublicIP, age(now.Sub(p.Since)))
+	}
 	for _, p := range s.Datapath.NarrowPaths {
 		by := ""
 		if p.By.IsValid() {

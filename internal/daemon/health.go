@@ -345,6 +345,7 @@ var (
 	metricWarnings  = prometheus.NewDesc("culvert_warnings", "Conditions that keep packets from being carried, or may, by check; the status says what and how to mend it.", []string{"check"}, nil)
 	metricStale     = prometheus.NewDesc("culvert_stale_pods", "Pods that were made for another MTU.", nil, nil)
 	metricNarrow    = prometheus.NewDesc("culvert_narrow_paths", "Peers whose path takes less than the pods' MTU, as routers on it said.", nil, nil)
+	metricSilent    = prometheus.NewDesc("culvert_silent_peers", "Peers to which this node sends and from which nothing comes.", nil, nil)
 	metricInfo      = prometheus.NewDesc("culvert_info", "What runs here.", []string{"version", "wire_format", "datapath"}, nil)
 )
 
@@ -353,7 +354,7 @@ func (metrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		metricReady, metricConnected, metricSnapshot, metricRevision, metricPeers, metricRejected, metricFenced, metricExpires, metricUsed, metricCapacity,
 		metricPackets, metricBytes, metricSyscalls, metricDrops, metricInfo,
-		metricRepairs, metricWarnings, metricStale, metricNarrow,
+		metricRepairs, metricWarnings, metricStale, metricNarrow, metricSilent,
 	} {
 		c <- d
 	}
@@ -400,6 +401,7 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	}
 	gauge(metricStale, float64(len(s.Datapath.StalePods)))
 	gauge(metricNarrow, float64(len(s.Datapath.NarrowPaths)))
+	gauge(metricSilent, float64(len(s.Datapath.SilentPeers)))
 	for _, d := range s.Datapath.Drops {
 		counter(metricDrops, d.Packets, d.Reason)
 	}

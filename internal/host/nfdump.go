@@ -19,6 +19,11 @@ func nfDump(kind uint16, family nftables.TableFamily, names map[uint16]string) (
 		return nil, err
 	}
 	defer func() { _ = c.Close() }()
+	return nfDumpBy(c, kind, family, names)
+}
+
+// nfDumpBy is nfDump by a socket that is open.
+func nfDumpBy(c *netlink.Conn, kind uint16, family nftables.TableFamily, names map[uint16]string) ([]netlink.Message, error) {
 	e := netlink.NewAttributeEncoder()
 	for attr, name := range names {
 		e.String(attr, name)
@@ -53,7 +58,17 @@ func nfNested(d *netlink.AttributeDecoder, each func(d *netlink.AttributeDecoder
 
 // setElements reads a set's elements, with verdicts and counters.
 func setElements(family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
-	messages, err := nfDump(unix.NFT_MSG_GETSETELEM, family, map[uint16]string{unix.NFTA_SET_ELEM_LIST_TABLE: table, unix.NFTA_SET_ELEM_LIST_SET: set})
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = c.Close() }()
+	return setElementsBy(c, family, table, set)
+}
+
+// setElementsBy is setElements by a socket that is open.
+func setElementsBy(c *netlink.Conn, family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
+	messages, err := nfDumpBy(c, unix.NFT_MSG_GETSETELEM, family, map[uint16]string{unix.NFTA_SET_ELEM_LIST_TABLE: table, unix.NFTA_SET_ELEM_LIST_SET: set})
 	if err != nil {
 		return nil, err
 	}

@@ -114,12 +114,16 @@ func (s set) keyLen() uint32 {
 	return 2 * s.width()
 }
 
+// counts says whether each element counts the packets that match it: of the peers'
+// pairs, which shows who is heard (PassedWatch).
+func (s set) counts() bool { return s.bits != nodesOnly }
+
 func (s set) nft() *nftables.Set { return &nftables.Set{Table: ourTable(), Name: s.name} }
 
 // addSteps make the set.
 func (s set) addStep() step {
 	return step{
-		Change: Change{KindNFTables, fmt.Sprintf("nft add set inet %s %s { typeof %s; }", TableName, s.name, s.keyText())},
+		Change: Change{KindNFTables, fmt.Sprintf("nft add set inet %s %s { typeof %s;%s }", TableName, s.name, s.keyText(), map[bool]string{true: " counter;"}[s.counts()])},
 		do:     func(*writer) error { return s.add() },
 	}
 }
@@ -137,6 +141,14 @@ func (s set) add() error {
 	e.Uint32(unix.NFTA_SET_KEY_LEN, s.keyLen())
 	e.Uint32(unix.NFTA_SET_ID, 1)
 	e.Bytes(unix.NFTA_SET_USERDATA, s.typeof())
+	if s.counts() {
+		const setExpr = 17 // NFTA_SET_EXPR (Linux 5.7), which each element gets its own of; before, it is ignored
+		e.Nested(setExpr, func(e *netlink.AttributeEncoder) error {
+			e.String(unix.NFTA_EXPR_NAME, "counter")
+			e.Nested(unix.NFTA_EXPR_DATA, func(*netlink.AttributeEncoder) error { return nil })
+			return nil
+		})
+	}
 	attrs, err := e.Encode()
 	if err != nil {
 		return err

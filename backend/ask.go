@@ -1,0 +1,89 @@
+package backend
+
+import (
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+)
+
+// Asker asks peers for an answer: an echo request to the first address of the
+// peer's subnet, which its tunnel device bears, by whatever carries pods' packets.
+// What answers is counted where packets come in; the socket takes nothing.
+type Asker struct {
+	v4, v6 int // descriptors; -1 where there is none
+	sent   uint16
+}
+
+// OpenAsker opens the sockets in the network namespace of the calling thread.
+// Where that is not allowed nobody is asked, and a peer that is only sent to, as
+// by a pod that takes nothing, counts as silent.
+func OpenAsker(log *slog.Logger) *Asker {
+	a, err := newAsker()
+	if err != nil {
+		log.Warn("peers cannot be asked whether they hear this node", "error", err)
+		return &Asker{v4: -1, v6: -1}
+	}
+	return a
+}
+
+func newAsker() (*Asker, error) {
+	a := &Asker{v4: -1, v6: -1}
+	const flags = unix.SOCK_RAW | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK
+	fd, err := unix.Socket(unix.AF_INET, flags, unix.IPPROTO_ICMP)
+	if err != nil {
+		return nil, fmt.Errorf("opening a socket for echo requests: %w", err)
+	}
+	a.v4 = fd
+	const icmpFilter = 1 // ICMP_FILTER (linux/icmp.h): which types are not taken
+	err = unix.SetsockoptInt(fd, unix.SOL_RAW, icmpFilter, -1)
+	if fd, v6 := unix.Socket(unix.AF_INET6, flags, unix.IPPROTO_ICMPV6); v6 == nil {
+		a.v6 = fd
+		all := &unix.ICMPv6Filter{}
+		for i := range all.Data {
+			all.Data[i] = 1<<32 - 1
+		}
+		if err == nil {
+			err = unix.SetsockoptICMPv6Filter(fd, unix.SOL_ICMPV6, unix.ICMPV6_FILTER, all)
+		}
+	}
+	if err != nil {
+		a.Close()
+		return nil, fmt.Errorf("opening a socket for echo requests: %w", err)
+	}
+	return a, nil
+}
+
+// Ask sends a request. What the kernel refuses is lost, as an answer would be.
+func (a *Asker) Ask(subnet netip.Prefix) {
+	a.sent++
+	to := subnet.Masked().Addr()
+	b := make([]byte, 8) // RFC 792, RFC 4443
+	binary.BigEndian.PutUint16(b[4:], 67)
+	binary.BigEndian.PutUint16(b[6:], a.sent)
+	if to.Is4() {
+		b[0] = 8
+		sum := uint32(b[0])<<8 + 67 + uint32(a.sent)
+		sum = sum&0xffff + sum>>16
+		binary.BigEndian.PutUint16(b[2:], ^uint16(sum&0xffff+sum>>16))
+		if a.v4 >= 0 {
+			_ = unix.Sendto(a.v4, b, unix.MSG_DONTWAIT, &unix.SockaddrInet4{Addr: to.As4()})
+		}
+		return
+	}
+	b[0] = 128 // the kernel writes the checksum
+	if a.v6 >= 0 {
+		_ = unix.Sendto(a.v6, b, unix.MSG_DONTWAIT, &unix.SockaddrInet6{Addr: to.As16()})
+	}
+}
+
+// Close closes the sockets.
+func (a *Asker) Close() {
+	for _, fd := range []int{a.v4, a.v6} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+}

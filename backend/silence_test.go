@@ -1,0 +1,65 @@
+package backend_test
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"culvert/backend"
+	"culvert/internal/api"
+)
+
+// TestSilence plays what passes with one peer, look by look: s a packet was sent, r
+// one came, b both, . neither, 5 s apart.
+func TestSilence(t *testing.T) {
+	for _, c := range []struct {
+		looks  string
+		silent bool
+		asked  int
+	}{
+		{"......................", false, 0},
+		{"bbbbbbbbbb", false, 0},
+		{"sssss", false, 3},
+		{"sssssss", true, 5},           // 30 s from the first to the last
+		{"s......", false, 5},          // one packet, and nothing since
+		{"s.s...s", true, 5},           // as a connection is tried again
+		{"bbbbsssssss", true, 5},       // it fell silent
+		{"sssssssr", false, 5},         // it answered
+		{"sssssssrssss", false, 5 + 2}, // and is given as long again
+		{"sssssss........................", true, 5 + 24},
+		{"sssssss.........................", false, 5 + 24}, // for two minutes nobody has wanted anything of it
+	} {
+		var s backend.Silence
+		now, asked := time.Unix(1000, 0), 0
+		for _, look := range c.looks {
+			asked += len(s.Observe(now, []backend.Exchange{{
+				Subnet: netip.MustParsePrefix("10.5.2.0/24"), Public: netip.MustParseAddr("192.168.50.12"),
+				Sent: look == 's' || look == 'b', Received: look == 'r' || look == 'b',
+			}}))
+			now = now.Add(backend.SilenceInterval)
+		}
+		if got := len(s.Peers()) == 1; got != c.silent || asked != c.asked {
+			t.Errorf("%s: silent %t, want %t; asked %d times, want %d", c.looks, got, c.silent, asked, c.asked)
+		}
+		s.Observe(now, nil)
+		if len(s.Peers()) != 0 {
+			t.Errorf("%s: a peer that is gone is silent", c.looks)
+		}
+	}
+	var s backend.Silence
+	for i := range 8 {
+		var all []backend.Exchange
+		for k := range 30 {
+			all = append(all, backend.Exchange{
+				Subnet: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(k), 0}), 24), Public: netip.AddrFrom4([4]byte{192, 168, 50, byte(k)}), Sent: true,
+			})
+		}
+		s.Observe(time.Unix(int64(5*i), 0), all)
+	}
+	var d api.Datapath
+	backend.DescribeSilence(&d, &s, "UDP port 8472")
+	if len(d.SilentPeers) != 30 || len(d.Warnings) != 11 || d.Warnings[10].Text != "nothing has come from 20 more peers to which this node sends" {
+		t.Errorf("%d silent peers, warnings %s", len(d.SilentPeers), fmt.Sprint(d.Warnings))
+	}
+}

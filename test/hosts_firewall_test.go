@@ -1,0 +1,375 @@
+package test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+)
+
+// TestFirewallsAndSettings has a node on a host as they are: with a firewall, and
+// with kernel settings that somebody has changed, before the start and while it
+// runs. Whatever happens, pods of both nodes reach each other in both directions
+// and both families, or the node's status names what keeps them from it.
+//
+//	pod ── n1 ── underlay ── n2 ── pod
+//	       ▲ firewall, settings, routes
+func TestFirewallsAndSettings(t *testing.T) {
+	for _, datapath := range []string{"kernel", "userspace"} {
+		t.Run(datapath, func(t *testing.T) {
+			t.Parallel() // it waits, mostly
+			testWornHost(t, datapath)
+		})
+	}
+}
+
+func testWornHost(t *testing.T, datapath string) {
+	c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:198:18::/64")}})
+	c.datapath = datapath
+	c.setConfig(dual)
+	n := c.Nodes[0]
+	device := map[string]string{"kernel": "cvt.1", "userspace": "culvert0"}[datapath]
+	device6 := map[string]string{"kernel": "cvt6.1", "userspace": "culvert0"}[datapath]
+
+	// Before the start: F1, F3, F4, F7.
+	do := func(t *testing.T, what string, f func() error) {
+		t.Helper()
+		if err := n.Do(f); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+	set := func(key, value string) func() error {
+		return func() error { return os.WriteFile("/proc/sys/"+key, []byte(value), 0) }
+	}
+	ra := "net/ipv6/conf/" + n.Link + "/accept_ra"
+	do(t, "a firewall", iptablesLike(func(x *iptables) {
+		x.chain("ufw-reject-forward", &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH})
+		x.base("FORWARD", nftables.ChainHookForward, nftables.ChainPolicyDrop, []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictJump, Chain: "ufw-reject-forward"}})
+	}))
+	for _, s := range [][2]string{
+		{"net/ipv4/ip_forward", "1"},
+		{"net/ipv4/conf/default/forwarding", "0"},
+		{"net/ipv4/conf/all/rp_filter", "1"},
+		{"net/ipv6/conf/all/forwarding", "0"},
+		{ra, "1"},
+		{"net/ipv6/conf/default/disable_ipv6", "1"},
+	} {
+		do(t, s[0], set(s[0], s[1]))
+	}
+	advertised := &netlink.Route{Dst: &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}, Gw: net.ParseIP("fe80::1"), Protocol: unix.RTPROT_RA, Priority: 512}
+	do(t, "a default route from a router", func() error {
+		l, err := netlink.LinkByName(n.Link)
+		if err != nil {
+			return err
+		}
+		advertised.LinkIndex = l.Attrs().Index
+		return netlink.RouteAdd(advertised)
+	})
+	c.startAll()
+	pods := c.pods()
+	reach := func(t *testing.T) {
+		t.Helper()
+		began := time.Now()
+		eventually(t, "pods reach each other", func() error { return reaches(t, pods) })
+		if took := time.Since(began); took > 7*time.Second {
+			t.Errorf("after %s", took)
+		}
+	}
+	warned := func(s api.Status, check string) (text string) {
+		for _, w := range s.Warnings {
+			if w.Check == check {
+				text += w.Text + " / " + w.Fix + "\n"
+			}
+		}
+		return text
+	}
+	quiet := func(t *testing.T) {
+		t.Helper()
+		c.wait(n, "no warnings", func(s api.Status) bool { return len(s.Warnings) == 0 })
+	}
+	reach(t)
+	quiet(t)
+	if got, err := n.Sysctl(ra); err != nil || got != "2" {
+		t.Errorf("accept_ra is %q (%v)", got, err)
+	}
+	do(t, "the default route", func() error {
+		all, err := netlink.RouteListFiltered(netlink.FAMILY_V6, advertised, netlink.RT_FILTER_GW|netlink.RT_FILTER_PROTOCOL)
+		if len(all) != 1 {
+			err = errors.Join(err, fmt.Errorf("there are %d from the router", len(all)))
+		}
+		return err
+	})
+	self := func() netip.Prefix {
+		s, err := c.status(n)
+		if err != nil || s.Lease == nil {
+			t.Fatal(err)
+		}
+		return s.Lease.Subnets[0]
+	}()
+	stale := func(do func(*netlink.Route) error) func() error {
+		return func() error {
+			l, err := netlink.LinkByName(n.Link)
+			if err != nil {
+				return err
+			}
+			// Two halves, since a route of the same length would give way to cni0's.
+			half := netip.PrefixFrom(self.Masked().Addr(), self.Bits()+1)
+			return do(&netlink.Route{Dst: host.IPNet(half), Gw: c.Nodes[1].Addrs[0].AsSlice(), LinkIndex: l.Attrs().Index, Protocol: unix.RTPROT_BOOT})
+		}
+	}
+	inet := func(policy nftables.ChainPolicy) func() error {
+		return func() error {
+			x, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			established := binaryutil.NativeEndian.PutUint32(expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED)
+			table := x.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "castle"})
+			ch := x.AddChain(&nftables.Chain{Name: "gate", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPrioritySecurity, Policy: &policy})
+			x.AddRule(&nftables.Rule{Table: table, Chain: ch, Exprs: []expr.Any{
+				&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+				&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: established, Xor: make([]byte, 4)},
+				&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+				&expr.Verdict{Kind: expr.VerdictAccept},
+			}})
+			// Neighbours are asked for by ICMPv6.
+			x.AddRule(&nftables.Rule{Table: table, Chain: ch, Exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_ICMPV6}}, &expr.Verdict{Kind: expr.VerdictAccept},
+			}})
+			return x.Flush()
+		}
+	}
+
+	eaten := func(on bool) func() error {
+		return func() error {
+			x, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			table := x.AddTable(&nftables.Table{Family: nftables.TableFamilyNetdev, Name: "moat"})
+			if !on {
+				x.DelTable(table)
+				return x.Flush()
+			}
+			ch := x.AddChain(&nftables.Chain{
+				Name: "bridge", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookIngress, Device: n.Link,
+				Priority: nftables.ChainPriorityFilter,
+			})
+			x.AddRule(&nftables.Rule{Table: table, Chain: ch, Exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(8472)},
+				&expr.Verdict{Kind: expr.VerdictDrop},
+			}})
+			return x.Flush()
+		}
+	}
+
+	for _, e := range []struct {
+		name   string
+		event  func() error
+		repair host.Kind // that is counted; empty if there is none
+		check  string    // of the warning; pods need not reach each other then
+		says   string
+		undo   func() error
+	}{
+		{
+			name: "F2: INPUT drops what is not established",
+			event: iptablesLike(func(x *iptables) {
+				x.base("INPUT", nftables.ChainHookInput, nftables.ChainPolicyDrop,
+					x.state(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED),
+					[]expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_ICMPV6}}, &expr.Verdict{Kind: expr.VerdictAccept}})
+			}),
+			repair: host.KindForward,
+		},
+		{
+			name: "the rules of the firewall are loaded anew, without ours",
+			event: iptablesLike(func(x *iptables) {
+				x.flush("FORWARD")
+				x.flush("INPUT")
+				x.base("FORWARD", nftables.ChainHookForward, nftables.ChainPolicyDrop, []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictJump, Chain: "ufw-reject-forward"}})
+			}),
+			repair: host.KindForward,
+		},
+		{
+			name: "a rule that rejects is put before ours",
+			event: iptablesLike(func(x *iptables) {
+				x.insert("FORWARD", &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH})
+				x.insert("INPUT", &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictJump, Chain: "ufw-reject-forward"})
+			}),
+			repair: host.KindForward,
+			undo: iptablesLike(func(x *iptables) {
+				x.flush("INPUT")
+				x.policy("INPUT", nftables.ChainHookInput, nftables.ChainPolicyAccept)
+			}),
+		},
+		{name: "F3: our device does not forward", event: set("net/ipv4/conf/"+device+"/forwarding", "0"), repair: host.KindSysctl},
+		{name: "F3: the pods' bridge does not forward", event: set("net/ipv4/conf/cni0/forwarding", "0"), repair: host.KindSysctl},
+		{name: "F3: the underlay does not forward", event: set("net/ipv4/conf/"+n.Link+"/forwarding", "0"), repair: host.KindSysctl},
+		{name: "F7: our device without IPv6", event: set("net/ipv6/conf/"+device6+"/disable_ipv6", "1"), repair: host.KindSysctl},
+		{name: "strict reverse paths", event: set("net/ipv4/conf/"+device+"/rp_filter", "1"), repair: host.KindSysctl},
+		{
+			name: "F6: a route for a part of this node's subnet by a peer", event: stale(netlink.RouteAdd), check: "foreign-route",
+			says: "this node's own pods", undo: stale(netlink.RouteDel),
+		},
+		{
+			name: "a rule with the tunnel's port that somebody wants",
+			event: iptablesLike(func(x *iptables) {
+				x.append("INPUT", &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(8472)},
+					&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})
+			}),
+			check: "input-drop", says: "table filter, chain INPUT, rule 1", undo: iptablesLike(func(x *iptables) { x.flush("INPUT") }),
+		},
+		{
+			name: "F2: a table of nftables", event: inet(nftables.ChainPolicyDrop), check: "input-drop",
+			says: "table inet castle, chain gate, by its policy", undo: inet(nftables.ChainPolicyAccept),
+		},
+		{
+			name: "F2: nothing comes in from the peer", event: eaten(true), check: "silent-peer", says: c.Nodes[1].Addrs[0].String(), undo: eaten(false),
+		},
+	} {
+		t.Run(e.name, func(t *testing.T) {
+			before, err := c.status(n)
+			if err != nil {
+				t.Fatal(err)
+			}
+			do(t, "the event", e.event)
+			if e.check == "" {
+				reach(t)
+				s := c.wait(n, "repairs", func(s api.Status) bool {
+					return s.Datapath.Repairs[string(e.repair)] > before.Datapath.Repairs[string(e.repair)]
+				})
+				if len(s.Warnings) > 0 {
+					t.Errorf("warnings: %v", s.Warnings)
+				}
+			} else {
+				// Pods go on to talk, as far as they can.
+				end := time.Now().Add(70 * time.Second)
+				for text := ""; !strings.Contains(text, e.says); time.Sleep(200 * time.Millisecond) {
+					_ = reaches(t, pods)
+					s, err := c.status(n)
+					if err == nil {
+						text = warned(s, e.check)
+					}
+					if time.Now().After(end) {
+						t.Fatalf("it is not said: %v", s.Warnings)
+					}
+				}
+			}
+			if e.check == "silent-peer" {
+				s, err := c.status(n)
+				if err != nil || !strings.Contains(warned(s, "input-drop"), "table netdev moat, chain bridge, rule 1") || len(s.Datapath.SilentPeers) == 0 {
+					t.Errorf("the cause is not named: %v (%v)", s.Warnings, err)
+				}
+				if _, text := c.get(n, "/metrics"); strings.Contains(text, "culvert_silent_peers 0") || !strings.Contains(text, "culvert_silent_peers ") {
+					t.Error("no metric says so")
+				}
+			}
+			if e.undo != nil {
+				do(t, "undoing it", e.undo)
+			}
+			reach(t)
+			quiet(t)
+		})
+	}
+}
+
+// reaches has pods of two nodes ping each other, in both directions and every
+// family.
+func reaches(t *testing.T, pods []*lab.Pod) error {
+	var errs []error
+	for _, way := range [][2]*lab.Pod{{pods[0], pods[1]}, {pods[1], pods[0]}} {
+		for i, a := range way[1].Addrs {
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			_, err := way[0].Ping(ctx, way[0].Addrs[i], a)
+			cancel()
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// iptables writes into the filter tables of both families as iptables-nft does.
+type iptables struct {
+	c      *nftables.Conn
+	tables []*nftables.Table
+}
+
+// iptablesLike is what does so, in one transaction.
+func iptablesLike(f func(*iptables)) func() error {
+	return func() error {
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		x := &iptables{c: c}
+		for _, family := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6} {
+			x.tables = append(x.tables, c.AddTable(&nftables.Table{Family: family, Name: "filter"}))
+		}
+		f(x)
+		return c.Flush()
+	}
+}
+
+func (x *iptables) policy(name string, hook *nftables.ChainHook, policy nftables.ChainPolicy) {
+	for _, t := range x.tables {
+		x.c.AddChain(&nftables.Chain{Name: name, Table: t, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityFilter, Policy: &policy})
+	}
+}
+
+func (x *iptables) base(name string, hook *nftables.ChainHook, policy nftables.ChainPolicy, rules ...[]expr.Any) {
+	x.policy(name, hook, policy)
+	for _, r := range rules {
+		x.append(name, r...)
+	}
+}
+
+func (x *iptables) chain(name string, rule ...expr.Any) {
+	for _, t := range x.tables {
+		x.c.AddChain(&nftables.Chain{Name: name, Table: t})
+	}
+	x.append(name, rule...)
+}
+
+func (x *iptables) append(chain string, rule ...expr.Any) {
+	for _, t := range x.tables {
+		x.c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Table: t, Name: chain}, Exprs: rule})
+	}
+}
+
+func (x *iptables) insert(chain string, rule ...expr.Any) {
+	for _, t := range x.tables {
+		x.c.InsertRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Table: t, Name: chain}, Exprs: rule})
+	}
+}
+
+func (x *iptables) flush(chain string) {
+	for _, t := range x.tables {
+		x.c.FlushChain(&nftables.Chain{Table: t, Name: chain})
+	}
+}
+
+// state accepts by conntrack's state.
+func (*iptables) state(bits uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+		&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept},
+	}
+}
