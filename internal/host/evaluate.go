@@ -31,6 +31,7 @@ type ruleChain struct {
 	atIngress bool
 	links     []string
 	drops     bool // by policy
+	legacy    bool // of x_tables, beside nftables
 	rules     []*nftables.Rule
 }
 
@@ -79,7 +80,7 @@ func (f finding) String() string {
 	if !f.certain {
 		verb = "may drop"
 	}
-	where := fmt.Sprintf("%s, chain %s", tableText(f.base.family, f.base.table), f.base.name)
+	where := fmt.Sprintf("%s, chain %s", tableText(f.base), f.base.name)
 	if len(f.path) == 0 {
 		return fmt.Sprintf("%s, by its policy %s %s", where, verb, f.probe.what)
 	}
@@ -87,17 +88,30 @@ func (f finding) String() string {
 		if i > 0 {
 			where += ", chain " + p.chain
 		}
-		where += fmt.Sprintf(", rule %d (%s, handle %d)", p.index+1, p.does, p.handle)
+		where += fmt.Sprintf(", rule %d (%s", p.index+1, p.does)
+		if p.handle != 0 {
+			where += fmt.Sprintf(", handle %d", p.handle)
+		}
+		where += ")"
 	}
 	return fmt.Sprintf("%s, %s %s", where, verb, f.probe.what)
 }
 
 // tableText names a table as the operator knows it.
-func tableText(family nftables.TableFamily, table string) string {
-	if program := iptablesProgram(family, table); program != "" {
-		return program + ", table " + table
+func tableText(c ruleChain) string {
+	if program := c.program(); program != "" {
+		return program + ", table " + c.table
 	}
-	return "nftables, table " + familyText(family) + " " + table
+	return "nftables, table " + familyText(c.family) + " " + c.table
+}
+
+// program is the one of the iptables whose chain it is; empty if it is nft's.
+func (c ruleChain) program() string {
+	program := iptablesProgram(c.family, c.table)
+	if c.legacy {
+		program += "-legacy"
+	}
+	return program
 }
 
 func familyText(f nftables.TableFamily) string {
@@ -232,7 +246,9 @@ func (w *walker) lost(a arrival) {
 
 // chain finds a chain of the same table.
 func (s ruleset) chain(of ruleChain, name string) (ruleChain, bool) {
-	i := slices.IndexFunc(s.chains, func(c ruleChain) bool { return c.family == of.family && c.table == of.table && c.name == name })
+	i := slices.IndexFunc(s.chains, func(c ruleChain) bool {
+		return c.family == of.family && c.table == of.table && c.name == name && c.legacy == of.legacy
+	})
 	if i < 0 {
 		return ruleChain{}, false
 	}

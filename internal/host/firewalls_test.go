@@ -217,6 +217,36 @@ func TestRealFirewalls(t *testing.T) {
 			},
 		},
 		{
+			name: "the iptables of old",
+			setup: `iptables-legacy -N ufw-reject-forward
+				iptables-legacy -N ufw-skip
+				iptables-legacy -A ufw-skip -p tcp -m tcp --dport 22 -j ACCEPT
+				iptables-legacy -A ufw-reject-forward -s 192.0.2.0/24 -j RETURN
+				iptables-legacy -A ufw-reject-forward -g ufw-skip
+				iptables-legacy -A ufw-reject-forward -j DROP
+				iptables-legacy -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+				iptables-legacy -A FORWARD -i docker0 ! -o docker0 -j DROP
+				iptables-legacy -A FORWARD ! -s 10.0.0.0/8 -j DROP
+				iptables-legacy -A FORWARD -j ufw-reject-forward
+				iptables-legacy -A FORWARD -j REJECT
+				iptables-legacy -A INPUT -i lo -j ACCEPT
+				iptables-legacy -A INPUT -p udp -m udp --dport 53 -j ACCEPT
+				iptables-legacy -P INPUT DROP
+				ip6tables-legacy -P FORWARD DROP`,
+			said: []string{
+				"forward-drop iptables-legacy, table filter, chain FORWARD, rule 5 (REJECT), drops",
+				"input-drop iptables-legacy, table filter, chain INPUT, by its policy drops",
+			},
+		},
+		{
+			name: "the iptables of old, which accept",
+			setup: `iptables-legacy -P FORWARD DROP
+				iptables-legacy -A FORWARD -s 10.5.0.0/16 -d 10.5.0.0/16 -i cni+ -j ACCEPT
+				iptables-legacy -A FORWARD -s 10.5.0.0/16 -d 10.5.0.0/16 -o cni0 -j ACCEPT
+				iptables-legacy -A INPUT -p udp -m multiport --dports 53,8472 -j ACCEPT
+				iptables-legacy -P INPUT DROP`,
+		},
+		{
 			name: "a chain on the wire",
 			setup: `nft add table netdev guard
 				nft add chain netdev guard wire { type filter hook ingress device "eth0" priority 0 ; }
@@ -233,6 +263,9 @@ func TestRealFirewalls(t *testing.T) {
 				}
 				if words[0] == "iptables" {
 					words[0] = "iptables-nft"
+				}
+				if strings.Contains(words[0], "legacy") && !legacy(t, n) {
+					t.Skip("the kernel lacks the iptables of old")
 				}
 				run(t, n, words...)
 			}
@@ -296,6 +329,16 @@ func TestRealFirewalls(t *testing.T) {
 			}
 		})
 	}
+}
+
+// legacy says whether the kernel has the iptables of old.
+func legacy(t *testing.T, n *lab.Node) bool {
+	has := false
+	inside(t, n, func() error {
+		has = exec.Command("iptables-legacy", "-S").Run() == nil
+		return nil
+	})
+	return has
 }
 
 // run runs a program in a node's namespace.

@@ -313,7 +313,7 @@ func (o otherRules) spot(p passage, found []finding) (spot, bool) {
 		s.family = nftables.TableFamilyIPv6
 	}
 	i := slices.IndexFunc(o.set.chains, func(c ruleChain) bool {
-		return c.base && c.family == s.family && c.table == "filter" && c.name == p.chain && c.hook == *p.hook
+		return c.base && !c.legacy && c.family == s.family && c.table == "filter" && c.name == p.chain && c.hook == *p.hook
 	})
 	if p.chain == "" || i < 0 {
 		return s, false
@@ -322,7 +322,7 @@ func (o otherRules) spot(p passage, found []finding) (spot, bool) {
 	at, drops := len(base.rules), false
 	var first finding
 	for _, f := range found {
-		if f.base.family != base.family || f.base.table != base.table || f.base.name != base.name || !f.certain || f.meant {
+		if f.base.family != base.family || f.base.table != base.table || f.base.name != base.name || f.base.legacy || !f.certain || f.meant {
 			continue
 		}
 		if !drops || f.at() < at {
@@ -358,7 +358,7 @@ func (s spot) holds(r ourRule) bool {
 
 // covers says whether accepts at the spot keep the packets from what was found.
 func (s spot) covers(f finding) bool {
-	if f.base.family != s.family || f.base.table != "filter" || f.base.name != s.base {
+	if f.base.legacy || f.base.family != s.family || f.base.table != "filter" || f.base.name != s.base {
 		return false
 	}
 	if s.chain != s.base {
@@ -420,7 +420,7 @@ func (p passage) warning(f finding) api.Warning {
 		if i > 0 {
 			w.Fix += "; "
 		}
-		if program := iptablesProgram(f.base.family, f.base.table); program != "" {
+		if program := f.base.program(); program != "" {
 			table := ""
 			if f.base.table != "filter" {
 				table = " -t " + f.base.table

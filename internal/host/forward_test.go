@@ -186,7 +186,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 	if _, err := exec.LookPath("iptables-legacy"); err == nil {
 		inside(t, n, func() error {
 			if exec.Command("iptables-legacy", "-P", "FORWARD", "DROP").Run() == nil { // the kernel may lack it
-				want = append(want, "the legacy iptables is in use")
+				want = append(want, "iptables-legacy, table filter, chain FORWARD, by its policy drops")
 			}
 			return nil
 		})

@@ -2,9 +2,6 @@ package host
 
 import (
 	"fmt"
-	"os"
-	"slices"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -44,7 +41,8 @@ func hookOf(ch *nftables.Chain) (nftables.ChainHook, bool) {
 
 // readOthers reads the chains at the hooks, and whatever they lead to.
 func readOthers(c *nftables.Conn, chains []*nftables.Chain) (otherRules, error) {
-	o := otherRules{warnings: legacy()}
+	var o otherRules
+	o.set.chains, o.warnings = readLegacy()
 	type name struct {
 		family       nftables.TableFamily
 		table, chain string
@@ -135,20 +133,4 @@ func readSet(c *nftables.Conn, t *nftables.Table, name string) (ruleSet, error) 
 		return ruleSet{}, err
 	}
 	return ruleSet{family: t.Family, table: t.Name, name: name, interval: s.Interval, elements: elements}, nil
-}
-
-// legacy looks for the iptables of old, whose tables nftables does not show.
-func legacy() []api.Warning {
-	var all []api.Warning
-	for _, f := range [][2]string{{"/proc/thread-self/net/ip_tables_names", "iptables"}, {"/proc/thread-self/net/ip6_tables_names", "ip6tables"}} {
-		b, err := os.ReadFile(f[0])
-		if err == nil && slices.Contains(strings.Fields(string(b)), "filter") {
-			all = append(all, api.Warning{
-				Check: "forward-unreadable",
-				Text:  fmt.Sprintf("the legacy %s is in use, which cannot be read here", f[1]),
-				Fix:   fmt.Sprintf("see that its FORWARD chain accepts the cluster network, and INPUT the tunnel (`%s-legacy -S`)", f[1]),
-			})
-		}
-	}
-	return all
 }
