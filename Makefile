@@ -104,9 +104,16 @@ kubernetes:
 	cd internal/tools/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.34.2' \
 		-o $(CURDIR)/$(KUBERNETES)/ k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubectl
 
+.PHONY: manifests
+## manifests: render deploy/kubernetes into single files, after a change there
+manifests: kubernetes
+	$(KUBERNETES)/kubectl kustomize deploy/kubernetes >deploy/kubernetes/culvert.yaml
+	$(KUBERNETES)/kubectl kustomize deploy/kubernetes/etcd >deploy/kubernetes/culvert-etcd.yaml
+
 .PHONY: test-kubernetes
 ## test-kubernetes: Kubernetes as the store, over a real API server, with the rights of the manifests
 test-kubernetes: build kubernetes
+	internal/tools/install-packages util-linux
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -p 1 -count 1 -timeout 15m ./subnet/kube ./deploy
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -count 1 -timeout 15m -run Kubernetes ./test
 
@@ -142,9 +149,9 @@ bench-micro-baseline:
 	$(MICRO) >bench/micro/baseline.txt
 
 .PHONY: image
-## image: the container image, from the binaries in bin/
+## image: the container image, from the binaries in bin/; also under the name that deploy/kubernetes has
 image: build
-	docker build -t culvert:$(VERSION) .
+	docker build -t culvert:$(VERSION) -t culvert:v0.1.0 .
 
 .PHONY: format
 ## format: gofumpt on every file

@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -24,6 +25,11 @@ type Install struct {
 	ConfName string
 	// SubnetFile is written into the configuration unless it is the default.
 	SubnetFile string
+	// Network is the configuration's name, "culvert" if empty: host-local keeps
+	// the addresses in use by it. DataDir is the plugin's records, written unless
+	// it is empty. On a node where pods of flannel's run on, both are flannel's
+	// (cbr0, /var/lib/cni/flannel), so that no address is given out twice.
+	Network, DataDir string
 	// RunDir is the daemon's, written unless it is SubnetFile's directory or
 	// empty.
 	RunDir string
@@ -108,10 +114,13 @@ func (i Install) conflist() ([]byte, error) {
 	if i.RunDir != "" && i.RunDir != filepath.Dir(i.SubnetFile) {
 		plugin["runDir"] = i.RunDir
 	}
+	if i.DataDir != "" && i.DataDir != DefaultsFor(PluginName).DataDir {
+		plugin["dataDir"] = i.DataDir
+	}
 	text, err := json.MarshalIndent(map[string]any{
 		// A runtime that knows cniVersions takes the newest that it has; containerd
 		// before 2.0 has 1.0.0 at most.
-		"name": "culvert", "cniVersion": "1.0.0", "cniVersions": []string{"0.4.0", "1.0.0", "1.1.0"},
+		"name": cmp.Or(i.Network, "culvert"), "cniVersion": "1.0.0", "cniVersions": []string{"0.4.0", "1.0.0", "1.1.0"},
 		"plugins": []any{plugin, map[string]any{"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}},
 	}, "", "  ")
 	return append(text, '\n'), err

@@ -1,6 +1,7 @@
 package cni
 
 import (
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -73,5 +74,22 @@ func TestInstallWithoutThePlugin(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(i.ConfDir); err != nil || len(entries) != 0 {
 		t.Errorf("the configuration directory holds %v (%v)", entries, err)
+	}
+}
+
+// TestInstallBesideFlannelsPods has the configuration use flannel's records of
+// pods and addresses.
+func TestInstallBesideFlannelsPods(t *testing.T) {
+	i := Install{Network: "cbr0", DataDir: "/var/lib/cni/flannel"}
+	text, err := i.conflist()
+	var list struct {
+		Name    string
+		Plugins []struct{ Type, DataDir string }
+	}
+	if err == nil {
+		err = json.Unmarshal(text, &list)
+	}
+	if err != nil || list.Name != "cbr0" || list.Plugins[0].Type != PluginName || list.Plugins[0].DataDir != "/var/lib/cni/flannel" {
+		t.Errorf("%s, %v", text, err)
 	}
 }

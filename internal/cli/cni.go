@@ -52,7 +52,8 @@ func newCNICommand() *cobra.Command {
 	}
 	install.Flags().StringVar(&i.From, "from", "", "directory of culvert-cni and cni/ (default: that of this program)")
 	install.Flags().StringVar(&i.SubnetFile, "subnet-file", cni.DefaultsFor(cni.PluginName).SubnetFile, "the daemon's subnet.env")
-
+	install.Flags().StringVar(&i.Network, "network-name", "culvert", "name of the configuration, which host-local keeps addresses by: flannel's (cbr0) where its pods run on")
+	install.Flags().StringVar(&i.DataDir, "data-dir", "", "the plugin's records: flannel's (/var/lib/cni/flannel) where its pods run on")
 	install.Flags().StringVar(&i.RunDir, "run-dir", "", "the daemon's --run-dir (default: the directory of --subnet-file)")
 
 	var out output

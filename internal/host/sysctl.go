@@ -24,14 +24,20 @@ func sysctl(key string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// setSysctl writes a setting. In a container /proc/sys is often there to be read
-// alone.
+// writableProcSys is where the Kubernetes manifests mount the host's
+// /proc/sys/net. In a container that is not privileged /proc/sys is read-only.
+const writableProcSys = "/host/proc/sys/"
+
+// setSysctl writes a setting.
 func setSysctl(key, value string) error {
 	err := os.WriteFile("/proc/sys/"+key, []byte(value), 0)
-	if errors.Is(err, unix.EROFS) || errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("%w: set it on the host, or give the container a writable /proc/sys (it is %s)", err, sysctl(key))
+	if !errors.Is(err, unix.EROFS) && !errors.Is(err, fs.ErrPermission) {
+		return err
 	}
-	return err
+	if os.WriteFile(writableProcSys+key, []byte(value), 0) == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: set it on the host, or mount the host's /proc/sys/net at %snet in the container (it is %s)", err, writableProcSys, sysctl(key))
 }
 
 func sysctlCommand(key, value string) string {

@@ -38,12 +38,22 @@ func start(t *testing.T) *cluster {
 	return c
 }
 
-// rbac is where the manifests have the rights.
-const rbac = "../../deploy/kubernetes/kubernetes/rbac.yaml"
+// manifests is where the manifests of this store are.
+const manifests = "../../deploy/kubernetes/kubernetes/"
 
-func (c *cluster) grant(t *testing.T) {
+// paths are those of the kinds that apply knows.
+var paths = map[string]string{
+	"ServiceAccount":                   "/api/v1/namespaces/culvert/serviceaccounts/",
+	"ClusterRole":                      "/apis/rbac.authorization.k8s.io/v1/clusterroles/",
+	"ClusterRoleBinding":               "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/",
+	"ValidatingAdmissionPolicy":        "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies/",
+	"ValidatingAdmissionPolicyBinding": "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings/",
+}
+
+// apply applies one of the manifests.
+func (c *cluster) apply(t *testing.T, file string) {
 	t.Helper()
-	text, err := os.ReadFile(rbac)
+	text, err := os.ReadFile(manifests + file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,12 +65,17 @@ func (c *cluster) grant(t *testing.T) {
 		if err := yaml.Unmarshal([]byte(document), &o); err != nil {
 			t.Fatal(err)
 		}
-		path, ok := map[string]string{"ClusterRole": "clusterroles", "ClusterRoleBinding": "clusterrolebindings"}[o.Kind]
-		if !ok {
-			continue
-		}
-		c.Apply("/apis/rbac.authorization.k8s.io/v1/"+path+"/"+o.Metadata.Name, "application/apply-patch+yaml", document)
+		c.Apply(paths[o.Kind]+o.Metadata.Name, "application/apply-patch+yaml", document)
 	}
+}
+
+// grant gives the service account its rights.
+func (c *cluster) grant(t *testing.T) {
+	t.Helper()
+	if _, err := c.Try(http.MethodGet, "/api/v1/namespaces/culvert", "", nil); err != nil {
+		c.Do(http.MethodPost, "/api/v1/namespaces", "application/json", `{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"culvert"}}`)
+	}
+	c.apply(t, "rbac.yaml")
 }
 
 func (c *cluster) setToken(t *testing.T, token string) {

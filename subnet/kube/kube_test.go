@@ -4,6 +4,7 @@ package kube
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"net/http"
 	"net/netip"
@@ -43,7 +44,9 @@ func (c *cluster) join(t *testing.T, node string, change ...func(*Options)) *run
 	if cfg.Backend.Type != "vxlan" {
 		claim.Ends[0].VTEP = subnet.VTEP{}
 	}
-	l, err := r.Acquire(t.Context(), claim)
+	acquiring, cancelAcquire := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancelAcquire()
+	l, err := r.Acquire(acquiring, claim)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -341,6 +344,35 @@ func TestNode(t *testing.T) {
 			if !has(err, http.StatusForbidden) {
 				t.Errorf("%s %s: %v", method, path, err)
 			}
+		}
+	})
+
+	t.Run("a daemon writes its own Node alone", func(t *testing.T) {
+		c.empty(t)
+		c.PutNode("a", nil, nil)
+		c.PutNode("b", nil, nil)
+		c.apply(t, "own-node.yaml")
+		var token struct{ Status struct{ Token string } }
+		answer := c.Do(http.MethodPost, "/api/v1/namespaces/culvert/serviceaccounts/culvert/token", "application/json",
+			`{"apiVersion":"authentication.k8s.io/v1","kind":"TokenRequest","spec":{"boundObjectRef":{"kind":"Node","apiVersion":"v1","name":"a"}}}`)
+		if err := json.Unmarshal(answer, &token); err != nil {
+			t.Fatal(err)
+		}
+		c.setToken(t, token.Status.Token)
+		r := c.open(t, "a")
+		write := func(node string) error {
+			var p patch
+			value := "y"
+			p.Metadata.UID, p.Metadata.Annotations = c.GetNode(node).Metadata.UID, map[string]*string{"x": &value}
+			return r.c.patchStatus(t.Context(), node, p)
+		}
+		// The policy is compiled some time after it was applied.
+		eventually(t, "the other Node is refused", func() bool {
+			err := write("b")
+			return err != nil && strings.Contains(err.Error(), "of the Node that it runs on")
+		})
+		if err := write("a"); err != nil {
+			t.Error(err)
 		}
 	})
 

@@ -15,6 +15,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -62,34 +63,41 @@ func Program(t testing.TB, name string) string {
 }
 
 // Start starts an API server that ends with the test, and waits until it is
-// ready. It has the roles and bindings of the YAML or JSON documents.
+// ready. Its etcd is one of its own if none is named; more are further flags.
 func Start(t testing.TB, etcd string, more ...string) *Server {
 	t.Helper()
 	s := &Server{t: t, dir: t.TempDir(), program: Program(t, "kube-apiserver")}
 	if etcd == "" {
 		etcd = etcdtest.Start(t)
 	}
-	key := filepath.Join(s.dir, "service-account.pem")
-	s.writeKey(key)
-	tokens := filepath.Join(s.dir, "tokens.csv")
-	s.write(tokens, AdminToken+",admin,1,system:masters\n"+
-		CulvertToken+`,system:serviceaccount:culvert:culvert,2,"system:serviceaccounts,system:serviceaccounts:culvert"`+"\n"+
-		NobodyToken+",nobody,3\n")
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	s.port = l.Addr().(*net.TCPAddr).Port
 	_ = l.Close()
-	s.args = append([]string{
-		"--etcd-servers=" + etcd, "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", s.port),
-		"--cert-dir=" + s.dir, "--token-auth-file=" + tokens, "--authorization-mode=RBAC",
-		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file=" + key, "--service-account-signing-key-file=" + key,
-		"--service-cluster-ip-range=10.96.0.0/16", "--allow-privileged=true", "--endpoint-reconciler-type=none",
-	}, more...)
+	s.args = append(Args(t, s.dir, etcd, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), uint16(s.port))), more...)
 	t.Cleanup(s.Stop)
 	s.Run()
 	return s
+}
+
+// Args are those of a kube-apiserver that serves at an address, with its files
+// in a directory.
+func Args(t testing.TB, dir, etcd string, at netip.AddrPort) []string {
+	t.Helper()
+	key := filepath.Join(dir, "service-account.pem")
+	writeKey(t, key)
+	tokens := filepath.Join(dir, "tokens.csv")
+	write(t, tokens, AdminToken+",admin,1,system:masters\n"+
+		CulvertToken+`,system:serviceaccount:culvert:culvert,2,"system:serviceaccounts,system:serviceaccounts:culvert"`+"\n"+
+		NobodyToken+",nobody,3\n")
+	return []string{
+		"--etcd-servers=" + etcd, "--bind-address=" + at.Addr().String(), "--advertise-address=" + at.Addr().String(), fmt.Sprintf("--secure-port=%d", at.Port()),
+		"--cert-dir=" + dir, "--token-auth-file=" + tokens, "--authorization-mode=RBAC",
+		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file=" + key, "--service-account-signing-key-file=" + key,
+		"--service-cluster-ip-range=10.96.0.0/16", "--allow-privileged=true", "--endpoint-reconciler-type=none",
+	}
 }
 
 // URL is where it serves.
@@ -263,20 +271,20 @@ func (s *Server) tail() string {
 	return string(text[max(0, len(text)-4000):])
 }
 
-func (s *Server) write(name, text string) {
-	s.t.Helper()
+func write(t testing.TB, name, text string) {
+	t.Helper()
 	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 }
 
-func (s *Server) writeKey(name string) {
-	s.t.Helper()
+func writeKey(t testing.TB, name string) {
+	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
-	s.write(name, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})))
+	write(t, name, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})))
 }
 
 // Become has this server, which is stopped, take the place of what another has
