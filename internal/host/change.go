@@ -13,11 +13,12 @@ const (
 	KindFDB       Kind = "fdb"
 	KindNFTables  Kind = "nftables"
 	KindForward   Kind = "forward" // the accept in somebody's FORWARD chain
+	KindFastPath  Kind = "fast-path"
 )
 
 // Kinds returns all of them, in the order in which they are applied.
 func Kinds() []Kind {
-	return []Kind{KindSysctl, KindLink, KindAddress, KindFDB, KindNeighbour, KindRoute, KindNFTables, KindForward}
+	return []Kind{KindSysctl, KindLink, KindAddress, KindFDB, KindNeighbour, KindRoute, KindNFTables, KindForward, KindFastPath}
 }
 
 // Change is one thing that was, or would be, changed in the kernel.

@@ -77,7 +77,7 @@ func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) 
 		}
 	}
 	steps := slices.DeleteFunc(diff(have, want), func(s step) bool {
-		return s.Kind != KindRoute && (s.Kind != KindLink || s.link != "")
+		return s.Kind != KindRoute && s.Kind != KindFastPath && (s.Kind != KindLink || s.link != "")
 	})
 	return write(have, steps)
 }

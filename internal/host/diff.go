@@ -24,7 +24,7 @@ type step struct {
 // diff returns, purely, the steps from what is there to what is wanted, in the
 // order in which no packet goes astray:
 //
-//  1. forwarding, and the routes that catch what others miss
+//  1. what is left of a fast path, forwarding, and the routes that catch what others miss
 //  2. routes, FDB entries and neighbours that nobody wants
 //  3. devices that nobody wants, or that are not as wanted
 //  4. devices, their addresses, FDB entries, neighbours, then the routes; stale
@@ -32,6 +32,7 @@ type step struct {
 //  5. nftables, in one transaction of its own
 func diff(have reading, want State) []step {
 	var d differ
+	d.before = filterSteps(have, want)
 	d.forwarding(have, want)
 	gone := d.condemned(have, want)
 	d.routes(have, want, gone)
@@ -79,6 +80,8 @@ func compatible(h, w Link, dev device) bool {
 		a, b := *h.VXLAN, *w.VXLAN
 		a.MAC, b.MAC = MAC{}, MAC{} // this can
 		return a == b
+	case w.Veth != "":
+		return h.Veth == w.Veth
 	case w.IPIP != nil:
 		return h.IPIP != nil && dev.plain && *h.IPIP == *w.IPIP
 	}

@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -22,11 +23,12 @@ type Plan func(View) (State, error)
 // when the kernel says that something changed, and from time to time. All three
 // are the same call.
 type Keeper struct {
-	underlay string
-	log      *slog.Logger
-	watched  atomic.Pointer[watched]
-	others   survey // what is known of other programs' routes
-	hears    atomic.Bool
+	underlay  string
+	log       *slog.Logger
+	followers []Follower
+	watched   atomic.Pointer[watched]
+	others    survey // what is known of other programs' routes
+	hears     atomic.Bool
 
 	mu      sync.Mutex // one look at the kernel at a time
 	plan    Plan
@@ -50,8 +52,8 @@ type Standing struct {
 
 // NewKeeper returns a Keeper that does nothing yet. The underlay is the
 // interface that the plan is told about.
-func NewKeeper(underlay string, log *slog.Logger) *Keeper {
-	return &Keeper{underlay: underlay, log: log, said: Standing{Repairs: make(map[Kind]uint64)}}
+func NewKeeper(underlay string, log *slog.Logger, followers ...Follower) *Keeper {
+	return &Keeper{underlay: underlay, log: log, followers: followers, said: Standing{Repairs: make(map[Kind]uint64)}}
 }
 
 // Apply makes the kernel equal to what the plan wants, now and, while Run runs,
@@ -180,6 +182,10 @@ func (k *Keeper) reconcile() (err error) {
 	}
 	steps := diff(have, want)
 	done, err := write(have, steps)
+	for _, f := range k.followers {
+		changes, failed := f.Follow(want, have.view)
+		done, err = append(done, changes...), errors.Join(err, failed)
+	}
 	k.watched.Store(newWatched(have, k.underlay))
 	k.reorder(done, want)
 	k.said.Writes += uint64(len(done))

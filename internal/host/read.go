@@ -20,7 +20,8 @@ type reading struct {
 	// settings holds the kernel settings that matter, by key; those that the
 	// kernel does not have are missing.
 	settings map[string]string
-	table    *table // culvert's nftables table; nil if there is none
+	table    *table   // culvert's nftables table; nil if there is none
+	filters  []Filter // culvert's
 	// firewalls are other programs' rules.
 	firewalls otherRules
 	bearers   []bearer // the addresses of devices that are not culvert's
@@ -121,6 +122,16 @@ func read(underlay string, others *survey) (reading, error) {
 	if err := r.readSettings(names); err != nil {
 		return r, err
 	}
+	// Once everywhere, since an earlier daemon may have had another underlay.
+	everywhere := underlay == "" || !others.filters
+	others.filters = true
+	var bearing []netlink.Link
+	for _, l := range links {
+		if everywhere || Ours(l.Attrs().Name) || l.Attrs().Name == underlay {
+			bearing = append(bearing, l)
+		}
+	}
+	r.filters = readFilters(bearing)
 	return r, r.readFirewall()
 }
 
@@ -136,6 +147,8 @@ func linkOf(l netlink.Link, names map[int]string) (Link, device) {
 	link := Link{Name: a.Name, MTU: a.MTU, GSOMaxSegs: int(a.GSOMaxSegs)}
 	dev := device{index: a.Index, up: a.RawFlags&unix.IFF_UP != 0, owner: l.Type(), plain: true}
 	switch l := l.(type) {
+	case *netlink.Veth:
+		link.Veth = names[a.ParentIndex]
 	case *netlink.Vxlan:
 		local, _ := netip.AddrFromSlice(l.SrcAddr)
 		v := &VXLAN{

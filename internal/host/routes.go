@@ -124,6 +124,8 @@ func listRoutes(protocol uint8, families ...uint8) ([]rawRoute, error) {
 //	notification ── is it about what was asked? ─┬─ no: nothing is done
 //	                                             └─ yes: read anew, at the next look
 type survey struct {
+	filters bool // culvert's tc filters have been looked for on every link
+
 	// What the watch says. changed is of any route, due of one that matters.
 	changed, due atomic.Bool
 

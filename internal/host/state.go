@@ -41,10 +41,13 @@ type State struct {
 	Neighbours []Neighbour
 	FDB        []FDBEntry
 	Firewall   Firewall
+	// FastPath says that tc filters of culvert's may stay on the links, and on the
+	// uplinks of the vxlan devices. A Follower attaches them.
+	FastPath bool
 }
 
-// Link is a device of culvert's own, and what it should be. Where neither
-// VXLAN nor IPIP is set it is a process's, such as a TUN device: it is set up
+// Link is a device of culvert's own, and what it should be. Where none
+// of VXLAN, IPIP and Veth is set it is a process's, such as a TUN device: it is set up
 // while it exists, and never made.
 type Link struct {
 	Name  string
@@ -55,6 +58,8 @@ type Link struct {
 	GSOMaxSegs int
 	VXLAN      *VXLAN
 	IPIP       *IPIP
+	// Veth is the other end, where the device is one of a pair: a Link too.
+	Veth string
 }
 
 // VXLAN is how a kernel vxlan device is made (RFC 7348). What is not said is
@@ -166,6 +171,8 @@ func (l Link) addCommand() string {
 		return s
 	case l.IPIP != nil:
 		return fmt.Sprintf("ip link add %s mtu %d type ipip local %s", l.Name, l.MTU, l.IPIP.Local)
+	case l.Veth != "":
+		return fmt.Sprintf("ip link add %s mtu %d type veth peer name %s", l.Name, l.MTU, l.Veth)
 	}
 	return "# a process makes " + l.Name
 }
@@ -184,10 +191,16 @@ func flag(on bool, name string) string {
 	return " no" + name
 }
 
+// The pair of veth whose far end joins the segments of bulk flows (GRO).
+const (
+	JoinNear = "cvt.join0"
+	JoinFar  = "cvt.join1"
+)
+
 // Ours says whether a device bears one of culvert's names: culvert0, cvt.<VNI>,
-// cvt6.<VNI>, cvt.ipip.
+// cvt6.<VNI>, cvt.ipip, cvt.join0, cvt.join1.
 func Ours(device string) bool {
-	if device == "culvert0" || device == "cvt.ipip" || device == probeDevice {
+	if device == "culvert0" || device == "cvt.ipip" || device == probeDevice || device == JoinNear || device == JoinFar {
 		return true
 	}
 	vni, ok := strings.CutPrefix(device, "cvt.")

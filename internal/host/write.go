@@ -122,6 +122,12 @@ func (w *writer) addLink(l Link) error {
 		}
 	case l.IPIP != nil:
 		dev = &netlink.Iptun{LinkAttrs: attrs, Local: l.IPIP.Local.AsSlice(), PMtuDisc: 1}
+	case l.Veth != "":
+		if other, err := netlink.LinkByName(l.Name); err == nil { // it came with the other end
+			w.indexes[l.Name] = other.Attrs().Index
+			return nil
+		}
+		dev = &netlink.Veth{LinkAttrs: attrs, PeerName: l.Veth, PeerMTU: uint32(l.MTU)}
 	default:
 		return fmt.Errorf("the device %s is not there: %w", l.Name, fs.ErrNotExist)
 	}

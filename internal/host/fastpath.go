@@ -1,0 +1,140 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Follower is one more thing that a Keeper keeps equal to the state: it is
+// called after each look at the kernel, at the start, for an event and for a
+// repair, when the devices of the state are there.
+type Follower interface {
+	Follow(State, View) ([]Change, error)
+}
+
+// FilterPriority is the priority of culvert's tc filters (`tc filter ... pref`).
+// It comes after those that the kernel gives out by itself, which begin at 49152
+// and go down: who else looks at the packets looks first.
+const FilterPriority = 53248
+
+// Filter is a tc filter of culvert's.
+type Filter struct {
+	Link   string
+	Parent uint32 // netlink.HANDLE_MIN_INGRESS or HANDLE_MIN_EGRESS
+	index  int
+}
+
+func (f Filter) direction() string {
+	if f.Parent == netlink.HANDLE_MIN_EGRESS {
+		return "egress"
+	}
+	return "ingress"
+}
+
+// FilterName is what all of culvert's filters are called, and then by what they
+// do.
+const FilterName = "culvert_"
+
+// readFilters reads culvert's filters on the links that may bear one.
+func readFilters(links []netlink.Link) []Filter {
+	var all []Filter
+	for _, l := range links {
+		parents := []uint32{netlink.HANDLE_MIN_INGRESS}
+		if Ours(l.Attrs().Name) {
+			parents = append(parents, netlink.HANDLE_MIN_EGRESS)
+		}
+		for _, parent := range parents {
+			filters, err := Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
+			if err != nil {
+				break // no qdisc that could have one
+			}
+			if slices.ContainsFunc(filters, OurFilter) {
+				all = append(all, Filter{l.Attrs().Name, parent, l.Attrs().Index})
+			}
+		}
+	}
+	return all
+}
+
+// OurFilter says whether a filter is culvert's.
+func OurFilter(f netlink.Filter) bool {
+	b, ok := f.(*netlink.BpfFilter)
+	return ok && b.Priority == FilterPriority && len(b.Name) > len(FilterName) && b.Name[:len(FilterName)] == FilterName
+}
+
+// wantsFilter says whether a filter may stay.
+func (s State) wantsFilter(f Filter) bool {
+	return s.FastPath && slices.ContainsFunc(s.Links, func(l Link) bool {
+		return l.Name == f.Link || l.VXLAN != nil && l.VXLAN.Device == f.Link
+	})
+}
+
+// filterSteps remove what is left of a fast path, before the devices go that its
+// programs send to.
+func filterSteps(have reading, want State) []step {
+	var steps []step
+	for _, f := range have.filters {
+		if !want.wantsFilter(f) {
+			steps = append(steps, step{
+				Change: Change{KindFastPath, f.DeleteCommand()},
+				do:     func(*writer) error { return RemoveFilter(f) },
+			})
+		}
+	}
+	return steps
+}
+
+// RemoveFilter removes a filter, and the qdisc that bore it if nobody else has a
+// filter there.
+func RemoveFilter(f Filter) error {
+	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: f.Link, Index: f.index}}
+	err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{
+		LinkIndex: f.index, Parent: f.Parent, Priority: FilterPriority, Protocol: unix.ETH_P_ALL, Handle: 1,
+	}})
+	if gone(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		if left, err := netlink.FilterList(link, parent); err != nil || len(left) > 0 {
+			return nil
+		}
+	}
+	qdiscs, err := Retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(link) })
+	if err != nil {
+		return nil
+	}
+	for _, q := range qdiscs {
+		if q.Type() == "clsact" && q.Attrs().LinkIndex == f.index {
+			if err := netlink.QdiscDel(q); !gone(err) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// gone says that what was to be removed is not there, or its link is not.
+func gone(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL)
+}
+
+// Filters returns all tc filters of culvert's on this host.
+func Filters() ([]Filter, error) {
+	links, err := Retry(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("listing the network interfaces: %w", err)
+	}
+	return readFilters(links), nil
+}
+
+// DeleteCommand is how a person would remove the filter.
+func (f Filter) DeleteCommand() string {
+	return fmt.Sprintf("tc filter del dev %s %s pref %d", f.Link, f.direction(), FilterPriority)
+}
