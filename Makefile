@@ -16,7 +16,7 @@ FUZZTIME ?= 3s
 
 # What test-system needs beyond Go: a container engine, and other people's
 # network tools to check ours against.
-SYSTEM_PACKAGES := docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium ethtool tcpdump
+SYSTEM_PACKAGES := docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium ethtool tcpdump clang llvm libbpf-dev gcc libc6-dev
 
 .PHONY: all build
 all: build
@@ -60,6 +60,19 @@ fuzz:
 			tail -n 1 fuzz.log; rm -f fuzz.log; \
 		done; \
 	done
+
+CLANG      ?= clang
+LLVM_STRIP ?= llvm-strip
+BPF_CFLAGS := -O2 -g -Wall -Werror -mcpu=v2 -fdebug-prefix-map=$(CURDIR)=. -I/usr/include/$(shell gcc -print-multiarch 2>/dev/null)
+
+BPF_OUT    ?= backend/fastpath/bpf
+
+.PHONY: bpf
+## bpf: compile the eBPF programs (needs clang, llvm, libbpf-dev); make test-system checks what is committed
+bpf:
+	$(CLANG) $(BPF_CFLAGS) -target bpfel -c backend/fastpath/bpf/fastpath.c -o $(BPF_OUT)/fastpath_el.o
+	$(CLANG) $(BPF_CFLAGS) -target bpfeb -c backend/fastpath/bpf/fastpath.c -o $(BPF_OUT)/fastpath_eb.o
+	$(LLVM_STRIP) -g $(BPF_OUT)/fastpath_el.o $(BPF_OUT)/fastpath_eb.o
 
 NIGHTLY_ROUNDS ?= 200
 # Leases and joining nodes: on two cores more than 300 at once do not end.

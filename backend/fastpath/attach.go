@@ -1,0 +1,183 @@
+package fastpath
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/safchain/ethtool"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/host"
+)
+
+// fill makes the maps equal to what is wanted. Nobody else has them, so what they
+// hold is what was put there.
+func (p *Path) fill(want contents) error {
+	err := errors.Join(
+		fillMap(p.loaded.Maps["peers"], p.held.peers, want.peers),
+		fillMap(p.loaded.Maps["sources"], p.held.sources, want.sources),
+		fillMap(p.loaded.Maps["tunnels"], p.held.tunnels, want.tunnels),
+	)
+	if err != nil {
+		p.held = contents{} // write all of it next time
+		return fmt.Errorf("filling the fast path's maps: %w", err)
+	}
+	p.held = want
+	return nil
+}
+
+func fillMap[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
+	for key := range have {
+		if _, stays := want[key]; !stays {
+			if err := m.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return err
+			}
+		}
+	}
+	for key, value := range want {
+		if old, there := have[key]; there && old == value {
+			continue
+		}
+		if err := m.Put(&key, &value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// occupied says that somebody else has the place of one of our filters.
+type occupied struct{ link, by string }
+
+func (o *occupied) Error() string {
+	return fmt.Sprintf("the tc filter %q of another program has priority %d on %s", o.by, host.FilterPriority, o.link)
+}
+
+// attach sees to it that each program stands in its place, and none of ours in
+// another. One that stands there already, of an earlier daemon, is replaced in
+// one step.
+func (p *Path) attach(hooks []hook) ([]host.Change, error) {
+	var changes []host.Change
+	for _, h := range hooks {
+		if h.program == programJoin {
+			if err := prepareJoin(); err != nil {
+				return changes, err
+			}
+		}
+		at := netlink.FilterAttrs{
+			LinkIndex: h.index, Parent: h.parent, Handle: 1, Priority: host.FilterPriority, Protocol: unix.ETH_P_ALL,
+		}
+		link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: h.link, Index: h.index}}
+		there, err := p.stands(link, h)
+		if err != nil {
+			return changes, err
+		}
+		if there {
+			continue
+		}
+		if err := addClsact(link); err != nil {
+			return changes, err
+		}
+		if err := netlink.FilterReplace(&netlink.BpfFilter{
+			FilterAttrs: at, Fd: p.loaded.Programs[h.program].FD(), Name: h.program, DirectAction: true,
+		}); err != nil {
+			return changes, fmt.Errorf("attaching %s to %s: %w", h.program, h.link, err)
+		}
+		direction := "ingress"
+		if h.parent == netlink.HANDLE_MIN_EGRESS {
+			direction = "egress"
+		}
+		changes = append(changes, host.Change{Kind: host.KindFastPath, Command: fmt.Sprintf(
+			"tc filter replace dev %s %s pref %d handle 1 bpf direct-action # %s", h.link, direction, host.FilterPriority, h.program)})
+	}
+	return changes, nil
+}
+
+// stands says whether our program is in its place.
+func (p *Path) stands(l netlink.Link, h hook) (bool, error) {
+	filters, err := host.Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, h.parent) })
+	if err != nil {
+		return false, nil // there is no qdisc yet
+	}
+	for _, f := range filters {
+		if f.Attrs().Priority != host.FilterPriority {
+			continue
+		}
+		b, ok := f.(*netlink.BpfFilter)
+		if !ok || !host.OurFilter(f) {
+			name := f.Type()
+			if ok {
+				name = b.Name
+			}
+			return false, &occupied{h.link, name}
+		}
+		if b.Handle == 1 && ebpf.ProgramID(b.Id) == p.ids[h.program] {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+func addClsact(l netlink.Link) error {
+	err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}})
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("adding the clsact qdisc to %s: %w", l.Attrs().Name, err)
+	}
+	return nil
+}
+
+// stepBack takes our filters away, the uplink's first.
+func (p *Path) stepBack() ([]host.Change, error) {
+	filters, err := host.Filters()
+	if err != nil {
+		return nil, err
+	}
+	var changes []host.Change
+	var errs []error
+	for _, f := range slices.Backward(filters) {
+		err := host.RemoveFilter(f)
+		if err == nil {
+			changes = append(changes, host.Change{Kind: host.KindFastPath, Command: f.DeleteCommand()})
+		}
+		errs = append(errs, err)
+	}
+	return changes, errors.Join(errs...)
+}
+
+// prepareJoin has the far end join segments. It does so only while the near end
+// does not promise to take large frames itself (veth_skb_is_eligible_for_gro in
+// drivers/net/veth.c).
+func prepareJoin() error {
+	tool, err := ethtool.NewEthtool()
+	if err != nil {
+		return fmt.Errorf("asking for the features of %s: %w", host.JoinNear, err)
+	}
+	defer tool.Close()
+	far := map[string]bool{"rx-gro": true}
+	near := map[string]bool{
+		"tx-tcp-segmentation": false, "tx-tcp6-segmentation": false, "tx-tcp-ecn-segmentation": false, "tx-tcp-mangleid-segmentation": false,
+		"tx-tcp-accecn-segmentation": false,
+	}
+	for name, want := range map[string]map[string]bool{host.JoinFar: far, host.JoinNear: near} {
+		have, err := tool.Features(name)
+		if err != nil {
+			return fmt.Errorf("asking for the features of %s: %w", name, err)
+		}
+		maps.DeleteFunc(want, func(feature string, on bool) bool {
+			now, known := have[feature]
+			return !known || now == on
+		})
+		if len(want) == 0 {
+			continue
+		}
+		if err := tool.Change(name, want); err != nil {
+			return fmt.Errorf("setting the features of %s: %w", name, err)
+		}
+	}
+	return nil
+}

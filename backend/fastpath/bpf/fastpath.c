@@ -1,0 +1,895 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The fast path of a vxlan device, as tc programs (tc-bpf(8)):
+//
+//	culvert_out   egress of the tunnel device: encapsulates, and sends to the uplink
+//	culvert_in    ingress of the uplink: checks, decapsulates, and hands the packet to
+//	              the tunnel device as received there
+//	culvert_join  far end of the pair of veth whose GRO joins the segments of bulk flows:
+//	              hands what it has joined to the tunnel device
+//
+// The bytes on the wire are those of the kernel's vxlan device (drivers/net/vxlan,
+// net/ipv4/ip_tunnel_core.c). A program never drops a packet: what it cannot or
+// should not carry goes on to the kernel's device, unchanged, and is judged there.
+// So a reason below says why a packet took the slow path, not that it was lost.
+//
+// `make bpf` compiles this file, and a test compares the result with what is committed.
+
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define inline_always static inline __attribute__((always_inline))
+#define word16(x) bpf_htons(x)
+
+// Numbers of the counters map. Go has the same list (counters.go).
+enum counter {
+	OUT_PACKETS, // segments, as on the wire
+	OUT_BYTES,   // of inner packets
+	OUT_FRAMES,
+	IN_PACKETS,
+	IN_BYTES,
+	IN_FRAMES,
+	IN_JOINED, // frames of IN_FRAMES that went through the pair of veth
+
+	SLOW_OUT_PEER,     // the Ethernet destination is no peer: broadcast, or not in the map yet
+	SLOW_OUT_PROTOCOL, // not the device's IP version, or with a VLAN tag
+	SLOW_OUT_LENGTH,   // too long for the path, or the lengths contradict each other
+	SLOW_OUT_CHECKSUM, // the outer checksum cannot be told from the headers
+	SLOW_OUT_SEGMENTS, // a GSO frame that cannot bear a right outer checksum
+	SLOW_OUT_FLOW,     // the kernel finds no flow hash
+	SLOW_OUT_ROOM,     // the kernel refuses to make room: encapsulated already, or an old kernel
+
+	SLOW_IN_OPTIONS,     // outer IP options, extension headers, or a bad outer header checksum
+	SLOW_IN_FRAGMENT,    // of the outer packet
+	SLOW_IN_LENGTH,      // the lengths contradict each other: padding, or datagrams that UDP GRO joined
+	SLOW_IN_HEADER,      // VXLAN flags, VNI, inner Ethernet addresses or type
+	SLOW_IN_SOURCE,      // the outer and inner source are no pair: a stranger, or not in the map yet
+	SLOW_IN_DESTINATION, // not in this node's subnet
+	SLOW_IN_ECN,         // congestion marked outside, not understood inside (RFC 6040)
+	SLOW_IN_CHECKSUM,    // the outer checksum is neither verified nor can be
+	SLOW_IN_SEGMENTS,    // a GSO frame: the network has joined it, or did not cut it
+	SLOW_IN_FLOW,        // the flow has had packets that were left to the device: none is to overtake them
+	SLOW_IN_ROOM,        // the kernel refuses to take the headers off
+
+	COUNTERS,
+};
+
+#define MOST_LENGTHS 8
+
+struct address {
+	__be32 word[4]; // IPv4: the first, and zeros
+};
+
+// The tunnel of one address family, inner and outer alike.
+struct tunnel {
+	__u32 device; // interface indexes
+	__u32 uplink;
+	__u32 joiner; // near end of the pair of veth; 0: nothing is to be joined
+	__u32 mtu;    // of the uplink
+	__be32 vni;   // in the upper 24 bits
+	__be16 port;
+	__u16 first_port; // outer source ports: first_port, and so many more
+	__u16 ports;
+	__u8 hops; // TTL of outer packets
+	__u8 lengths;
+	__u8 mac[ETH_ALEN];
+	__u8 pad[2];
+	struct address local;                // outer source
+	struct address subnet;               // this node's
+	struct address mask;                 // of it
+	__u32 bits[MOST_LENGTHS];            // the lengths of peers' prefixes
+	struct address masks[MOST_LENGTHS];
+};
+
+struct peer_key {
+	__u8 mac[ETH_ALEN];
+	__u16 family; // 4 or 6
+};
+
+struct peer {
+	struct address outer;
+	__u32 mtu; // of the path, outer packets
+};
+
+struct source_key {
+	__u32 bits;
+	struct address outer;
+	struct address inner; // masked
+};
+
+// The ways on from the uplink. They end in different queues, so a flow changes its
+// way only where it cannot overtake itself.
+enum way {
+	DIRECT,
+	JOINED, // through the pair of veth
+	SLOW,   // by the device
+};
+
+// What came of a flow lately, and which way it takes.
+struct flow {
+	__u64 last;  // time, ns
+	__u64 since; // the window's begin
+	__u32 bytes; // that came in the window in single segments
+	__u32 way;
+	__u32 joining; // bytes of TCP payload that the pair of veth has taken and not given back
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH); // whose update is atomic, unlike an array's
+	__uint(max_entries, 2);
+	__type(key, __u32); // family
+	__type(value, struct tunnel);
+} tunnels SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct peer_key);
+	__type(value, struct peer);
+} peers SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct source_key);
+	__type(value, __u32);
+} sources SEC(".maps");
+
+#define FLOWS 8192
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FLOWS);
+	__type(key, __u32);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} identifications SEC(".maps");
+
+// The verifier takes no pointer into the context, which the compiler would make of
+// two readings of a field. So each is read once, by the program itself.
+inline_always __u32 gso_size(struct __sk_buff *skb)
+{
+	__u32 n = skb->gso_size;
+
+	asm volatile("" : "+r"(n));
+	return n;
+}
+
+inline_always void count(__u32 which, __u64 n)
+{
+	__u64 *c = bpf_map_lookup_elem(&counters, &which);
+
+	if (c)
+		*c += n;
+}
+
+// What follows takes the packet if nobody else does.
+inline_always int slow(__u32 reason)
+{
+	count(reason, 1);
+	return TC_ACT_UNSPEC;
+}
+
+struct udp {
+	__be16 source, destination, length, check;
+};
+
+struct vxlan {
+	__be32 flags, vni;
+};
+
+struct ethernet {
+	__u8 destination[ETH_ALEN], source[ETH_ALEN];
+	__be16 type;
+};
+
+#define VXLAN_I bpf_htonl(0x08000000)
+
+// The headers from the outer IP header to the inner Ethernet header: COST4 and COST6
+// bytes, and two more, which the compiler puts behind them.
+struct outer4 {
+	struct iphdr ip;
+	struct udp udp;
+	struct vxlan vxlan;
+	struct ethernet ethernet;
+};
+
+struct outer6 {
+	struct ipv6hdr ip;
+	struct udp udp;
+	struct vxlan vxlan;
+	struct ethernet ethernet;
+};
+
+#define COST4 50
+#define COST6 70
+_Static_assert(sizeof(struct outer4) == COST4 + 2 && sizeof(struct outer6) == COST6 + 2, "headers have no gaps");
+
+// sum adds the 16-bit words of n bytes, an even number, in the order they have in
+// memory, two at a time (RFC 1071, 2 (B) and (C)). at is aligned to 4 bytes.
+inline_always __u64 sum(const void *at, int n)
+{
+	const __u8 *b = at;
+	__u64 s = 0;
+	int i;
+
+#pragma unroll
+	for (i = 0; i + 3 < n; i += 4)
+		s += *(const __u32 *)(b + i);
+	if (i < n)
+		s += *(const __u16 *)(b + i);
+	return s;
+}
+
+inline_always __u16 fold(__u64 s)
+{
+	s = (s & 0xffffffff) + (s >> 32);
+	s = (s & 0xffff) + (s >> 16);
+	s = (s & 0xffff) + (s >> 16);
+	s = (s & 0xffff) + (s >> 16);
+	return s;
+}
+
+// minus is what adds up to zero with s, in ones' complement.
+inline_always __u64 minus(__u64 s)
+{
+	return (__u16)~fold(s);
+}
+
+inline_always __u64 protocol_word(__u8 protocol)
+{
+	return word16(protocol);
+}
+
+// payload4 is the sum of an inner IPv4 packet, told from its headers alone: that of
+// its header is zero, since its own checksum makes it so, and that of what follows
+// is the negative of the pseudo header for the same reason, whether the checksum is
+// there already or left to the hardware (RFC 1624; Documentation/networking/checksum-offloads.rst,
+// LCO). False where the packet has no checksum that covers it.
+inline_always int payload4(struct __sk_buff *skb, const struct iphdr *ip, int at, __u64 *s)
+{
+	__u32 length = bpf_ntohs(ip->tot_len) - ip->ihl * 4;
+	__be16 check = 0;
+
+	if (ip->frag_off & bpf_htons(0x3fff)) // more fragments, or an offset
+		return 0;
+	switch (ip->protocol) {
+	case IPPROTO_ICMP:
+		*s = 0;
+		return 1;
+	case IPPROTO_UDP:
+		if (bpf_skb_load_bytes(skb, at + ip->ihl * 4 + 6, &check, 2) || !check)
+			return 0;
+		break;
+	case IPPROTO_TCP:
+		break;
+	default:
+		return 0;
+	}
+	*s = minus(sum(&ip->saddr, 8) + protocol_word(ip->protocol) + word16(length));
+	return 1;
+}
+
+inline_always int payload6(struct __sk_buff *skb, const struct ipv6hdr *ip, int at, __u64 *s)
+{
+	__be16 check = 0;
+
+	switch (ip->nexthdr) {
+	case IPPROTO_UDP:
+		if (bpf_skb_load_bytes(skb, at + 40 + 6, &check, 2) || !check)
+			return 0;
+		break;
+	case IPPROTO_TCP:
+	case IPPROTO_ICMPV6:
+		break;
+	default:
+		return 0;
+	}
+	// The addresses are in both the header and the pseudo header.
+	*s = sum(ip, 8) + minus(protocol_word(ip->nexthdr) + ip->payload_len);
+	return 1;
+}
+
+// ecn is the outer traffic class: the inner one's ECN field, but for congestion,
+// which the outer header begins anew (INET_ECN_encapsulate).
+inline_always __u8 ecn(__u8 class)
+{
+	return (class & 3) == 3 ? 2 : class & 3;
+}
+
+// segment_length is how long the packets of a GSO frame become, inner headers
+// included; 0 if that is not to be told.
+inline_always __u32 segment_length(struct __sk_buff *skb, __u32 gso, __u8 protocol, int at, __u32 headers)
+{
+	__u8 offset = 0;
+
+	switch (protocol) {
+	case IPPROTO_UDP:
+		return headers + 8 + gso;
+	case IPPROTO_TCP:
+		if (bpf_skb_load_bytes(skb, at + 12, &offset, 1))
+			return 0;
+		return headers + (offset >> 4) * 4 + gso;
+	}
+	return 0;
+}
+
+inline_always __u16 source_port(struct __sk_buff *skb, const struct tunnel *t, __u32 hash)
+{
+	// As udp_flow_src_port does it, so that a flow keeps its port on either path.
+	hash ^= hash << 16;
+	return t->first_port + (((__u64)hash * t->ports) >> 32);
+}
+
+inline_always __u32 segments(struct __sk_buff *skb)
+{
+	__u32 n = skb->gso_segs;
+
+	return n ? n : 1;
+}
+
+inline_always __be16 identification(__u32 n)
+{
+	__u32 zero = 0, *next = bpf_map_lookup_elem(&identifications, &zero);
+
+	if (!next)
+		return 0;
+	*next += n;
+	return bpf_htons(*next - n + bpf_get_smp_processor_id() * 0x3779);
+}
+
+inline_always int sent(struct __sk_buff *skb, const struct tunnel *t, __u32 packets, __u32 bytes)
+{
+	count(OUT_PACKETS, packets);
+	count(OUT_BYTES, bytes);
+	count(OUT_FRAMES, 1);
+	return bpf_redirect_neigh(t->uplink, 0, 0, 0);
+}
+
+inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, struct outer4 *h)
+{
+	struct iphdr ip;
+	__u32 length = skb->len - ETH_HLEN, hash, n = 1;
+	__u64 s;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+		return slow(SLOW_OUT_PROTOCOL);
+	h->udp.check = 0;
+	if (gso) {
+		__u32 each = 0;
+
+		if (!(ip.frag_off & bpf_htons(0x3fff)))
+			each = segment_length(skb, gso, ip.protocol, ETH_HLEN + ip.ihl * 4, ip.ihl * 4);
+		if (!each || length + COST4 > 0xffff)
+			return slow(SLOW_OUT_SEGMENTS);
+		if (each + COST4 > p->mtu)
+			return slow(SLOW_OUT_LENGTH);
+		n = segments(skb);
+	} else if (length + COST4 > p->mtu || bpf_ntohs(ip.tot_len) != length) {
+		return slow(SLOW_OUT_LENGTH);
+	} else if (!payload4(skb, &ip, ETH_HLEN, &s)) {
+		return slow(SLOW_OUT_CHECKSUM);
+	}
+	hash = bpf_get_hash_recalc(skb);
+	if (!hash)
+		return slow(SLOW_OUT_FLOW);
+	if (bpf_skb_adjust_room(skb, COST4, BPF_ADJ_ROOM_MAC,
+				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
+				BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH))
+		return slow(SLOW_OUT_ROOM);
+
+	h->ip = (struct iphdr){
+		.version = 4, .ihl = 5, .tos = ecn(ip.tos), .tot_len = bpf_htons(length + COST4), .id = identification(n),
+		.ttl = t->hops, .protocol = IPPROTO_UDP, .saddr = t->local.word[0], .daddr = p->outer.word[0],
+	};
+	h->ip.check = ~fold(sum(&h->ip, sizeof(h->ip)));
+	h->udp.source = bpf_htons(source_port(skb, t, hash));
+	h->udp.destination = t->port;
+	h->udp.length = bpf_htons(length + COST4 - sizeof(h->ip));
+	h->vxlan.flags = VXLAN_I;
+	h->vxlan.vni = t->vni;
+	if (!gso) {
+		s += sum(&h->udp, COST4 - sizeof(h->ip)) + sum(&h->ip.saddr, 8) + protocol_word(IPPROTO_UDP) + h->udp.length;
+		h->udp.check = minus(s);
+		if (!h->udp.check)
+			h->udp.check = 0xffff;
+	}
+	if (bpf_skb_store_bytes(skb, ETH_HLEN, h, COST4, 0))
+		return TC_ACT_SHOT; // cannot be: the room is there
+	return sent(skb, t, n, length);
+}
+
+inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, struct outer6 *h)
+{
+	struct ipv6hdr ip;
+	__u32 length = skb->len - ETH_HLEN, hash;
+	__u8 class;
+	__u64 s;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 6)
+		return slow(SLOW_OUT_PROTOCOL);
+	if (gso) // over IPv6 there has to be a checksum
+		return slow(SLOW_OUT_SEGMENTS);
+	if (length + COST6 > p->mtu || bpf_ntohs(ip.payload_len) + sizeof(ip) != length)
+		return slow(SLOW_OUT_LENGTH);
+	if (!payload6(skb, &ip, ETH_HLEN, &s))
+		return slow(SLOW_OUT_CHECKSUM);
+	hash = bpf_get_hash_recalc(skb);
+	if (!hash)
+		return slow(SLOW_OUT_FLOW);
+	if (bpf_skb_adjust_room(skb, COST6, BPF_ADJ_ROOM_MAC,
+				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
+				BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH))
+		return slow(SLOW_OUT_ROOM);
+
+	class = ecn(ip.priority << 4 | ip.flow_lbl[0] >> 4);
+	__builtin_memset(&h->ip, 0, sizeof(h->ip));
+	h->ip.version = 6;
+	h->ip.flow_lbl[0] = class << 4;
+	h->ip.payload_len = bpf_htons(length + COST6 - sizeof(h->ip));
+	h->ip.nexthdr = IPPROTO_UDP;
+	h->ip.hop_limit = t->hops;
+	__builtin_memcpy(&h->ip.saddr, &t->local, 16);
+	__builtin_memcpy(&h->ip.daddr, &p->outer, 16);
+	h->udp.source = bpf_htons(source_port(skb, t, hash));
+	h->udp.destination = t->port;
+	h->udp.length = h->ip.payload_len;
+	h->udp.check = 0;
+	h->vxlan.flags = VXLAN_I;
+	h->vxlan.vni = t->vni;
+	s += sum(&h->udp, COST6 - sizeof(h->ip)) + sum(&h->ip.saddr, 32) + protocol_word(IPPROTO_UDP) + h->udp.length;
+	h->udp.check = minus(s);
+	if (!h->udp.check)
+		h->udp.check = 0xffff;
+	if (bpf_skb_store_bytes(skb, ETH_HLEN, h, COST6, 0))
+		return TC_ACT_SHOT;
+	return sent(skb, t, 1, length);
+}
+
+SEC("tc")
+int culvert_out(struct __sk_buff *skb)
+{
+	union {
+		struct outer4 four;
+		struct outer6 six;
+	} h;
+	struct peer_key key = {};
+	struct ethernet ethernet;
+	struct tunnel *t;
+	struct peer *p;
+	__u32 family, gso = gso_size(skb);
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		family = 4;
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		family = 6;
+	else
+		return slow(SLOW_OUT_PROTOCOL);
+	t = bpf_map_lookup_elem(&tunnels, &family);
+	if (!t || t->device != skb->ifindex || skb->vlan_present)
+		return slow(SLOW_OUT_PROTOCOL);
+	if (bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
+		return slow(SLOW_OUT_PROTOCOL);
+	__builtin_memcpy(key.mac, ethernet.destination, ETH_ALEN);
+	key.family = family;
+	p = bpf_map_lookup_elem(&peers, &key);
+	if (!p)
+		return slow(SLOW_OUT_PEER);
+	if (family == 4) {
+		h.four.ethernet = ethernet;
+		return out4(skb, gso, t, p, &h.four);
+	}
+	h.six.ethernet = ethernet;
+	return out6(skb, gso, t, p, &h.six);
+}
+
+// known says whether the outer and the inner source are a pair.
+inline_always int known(const struct tunnel *t, const struct address *outer, const struct address *inner)
+{
+	struct source_key key;
+
+	key.outer = *outer;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < MOST_LENGTHS; i++) {
+		if (i >= t->lengths)
+			return 0;
+		key.bits = t->bits[i];
+#pragma unroll
+		for (int w = 0; w < 4; w++)
+			key.inner.word[w] = inner->word[w] & t->masks[i].word[w];
+		if (bpf_map_lookup_elem(&sources, &key))
+			return 1;
+	}
+	return 0;
+}
+
+inline_always int ours(const struct tunnel *t, const struct address *to)
+{
+	__u32 differ = 0;
+
+#pragma unroll
+	for (int w = 0; w < 4; w++)
+		differ |= (to->word[w] & t->mask.word[w]) ^ t->subnet.word[w];
+	return !differ;
+}
+
+inline_always int equal(const struct address *a, const struct address *b)
+{
+	return !((a->word[0] ^ b->word[0]) | (a->word[1] ^ b->word[1]) | (a->word[2] ^ b->word[2]) | (a->word[3] ^ b->word[3]));
+}
+
+inline_always int same_mac(const __u8 *a, const __u8 *b)
+{
+	__u8 differ = 0;
+
+#pragma unroll
+	for (int i = 0; i < ETH_ALEN; i++)
+		differ |= a[i] ^ b[i];
+	return !differ;
+}
+
+// wanted looks at what stands between the outer and the inner IP header.
+inline_always int wanted(const struct tunnel *t, const struct vxlan *v, const struct ethernet *e, __be16 type)
+{
+	return v->flags == VXLAN_I && v->vni == t->vni && e->type == type && same_mac(e->destination, t->mac) &&
+	       !same_mac(e->source, t->mac);
+}
+
+#define WINDOW 10000000ull   // ns
+#define PAUSE 100000000ll    // ns
+#define BULK (64 << 10)      // bytes
+
+// flow_of finds what is known of an inner flow. Fragments are a flow of their own.
+inline_always struct flow *flow_of(const struct address *source, const struct address *destination, __u32 ports)
+{
+	__u32 h = ports;
+
+#pragma unroll
+	for (int w = 0; w < 4; w++)
+		h = (h ^ source->word[w]) * 0x9e3779b1u + destination->word[w];
+	h ^= h >> 15;
+	h = h * 0x85ebca6bu >> 19; // 13 bits: FLOWS
+	return bpf_map_lookup_elem(&flows, &h);
+}
+
+// way_of chooses the way of a packet. TCP that arrives in bulk and in single segments
+// goes through the pair of veth, where GRO joins them: at once, since it cannot
+// overtake what went before, as both ways end in the same queue. From there it comes
+// back when segments come joined again and the pair has nothing of it left, or after a
+// pause; from the device's way only after a pause.
+//
+// Frames that come joined are the device's: no program can take the tunnel's marks off
+// them (SKB_GSO_UDP_TUNNEL, skb->encapsulation), and with those on the next bridge would
+// cut them in software, which costs more than all that is saved.
+inline_always __u32 way_of(__u32 gso, const struct tunnel *t, struct flow *f, int tcp, __u32 bytes)
+{
+	__u64 now;
+
+	if (!f || (f->way == DIRECT && (!tcp || !t->joiner)))
+		return DIRECT;
+	now = bpf_ktime_get_ns();
+	if ((f->way != DIRECT && (__s64)(now - f->last) > PAUSE) || // clocks of processors differ
+	    (f->way == JOINED && gso && !f->joining)) {
+		f->way = DIRECT;
+		f->bytes = 0;
+		f->joining = 0;
+	}
+	f->last = now;
+	if (f->way == SLOW || !tcp || !t->joiner)
+		return f->way;
+	if (now - f->since > WINDOW || gso) {
+		f->since = now;
+		f->bytes = 0;
+	}
+	if (!gso)
+		f->bytes += bytes;
+	if (f->bytes > BULK)
+		f->way = JOINED;
+	return f->way;
+}
+
+// joining keeps account of what the pair of veth holds of a flow: by is what goes in,
+// or, negative, what comes out. at is where the TCP header is.
+inline_always void joining(struct __sk_buff *skb, struct flow *f, int at, int by)
+{
+	__u8 offset = 0;
+	__u32 payload;
+
+	if (!f || bpf_skb_load_bytes(skb, at + 12, &offset, 1))
+		return;
+	payload = skb->len - at - (offset >> 4) * 4;
+	__sync_fetch_and_add(&f->joining, by > 0 ? payload : -payload);
+}
+
+// leave leaves a packet to the device, and with it what its flow sends after it.
+inline_always int leave(struct flow *f, __u32 reason)
+{
+	if (f) {
+		f->way = SLOW;
+		f->joining = 0;
+		f->last = bpf_ktime_get_ns();
+	}
+	return slow(reason);
+}
+
+// taken hands a packet on whose outer headers are to go. `sum_known` says that the
+// outer checksum, if right, means that the inner one is; `unfinished` that the outer one
+// was left to the hardware by a sender that there is no wire to, as on veth and between
+// virtual machines.
+inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, int cost, const struct ethernet *e, int check, int sum_known,
+			int unfinished, struct flow *f, __u32 way, __u32 bytes)
+{
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
+	__s64 level = bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY);
+
+	// A GSO frame comes from this machine, or was joined here, for which its
+	// checksums have been verified. Only one whose flow is in the pair comes here.
+	if (gso)
+		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+	else if (check && !sum_known && !unfinished && level < 0)
+		return leave(f, SLOW_IN_CHECKSUM);
+	else if (level > 0 || (!level && check && sum_known))
+		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+	if (bpf_skb_adjust_room(skb, -cost, BPF_ADJ_ROOM_MAC, flags))
+		return leave(f, SLOW_IN_ROOM);
+	if (level > 0 && !gso)
+		bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
+	if (bpf_skb_store_bytes(skb, 0, e, sizeof(*e), 0))
+		return TC_ACT_SHOT; // cannot be: the packet is longer
+	count(IN_PACKETS, segments(skb));
+	count(IN_BYTES, bytes);
+	count(IN_FRAMES, 1);
+	if (way == JOINED) {
+		count(IN_JOINED, 1);
+		return bpf_redirect(t->joiner, 0);
+	}
+	return bpf_redirect(t->device, BPF_F_INGRESS);
+}
+
+// decapsulated is the inner ECN field that RFC 6040, figure 4, asks for, or -1 if the
+// packet must be dropped.
+inline_always int decapsulated(__u8 outer, __u8 inner)
+{
+	outer &= 3;
+	inner &= 3;
+	if (outer == 3)
+		return inner ? 3 : -1;
+	if (outer == 1 && inner == 2)
+		return 1;
+	return inner;
+}
+
+inline_always int in4(struct __sk_buff *skb, __u32 gso)
+{
+	struct {
+		struct outer4 outer;
+		struct iphdr ip;
+	} h;
+	struct address source = {}, outer = {}, destination = {};
+	__u32 family = 4, length;
+	struct tunnel *t;
+	int sum_known, unfinished, class, tos;
+	__be32 ports = 0;
+	struct flow *f;
+	__u32 way;
+	__u64 s, inner = 0;
+
+	t = bpf_map_lookup_elem(&tunnels, &family);
+	if (!t || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h.outer, COST4) ||
+	    bpf_skb_load_bytes(skb, ETH_HLEN + COST4, &h.ip, sizeof(h.ip)))
+		return TC_ACT_UNSPEC;
+	if (h.outer.ip.daddr != t->local.word[0] || skb->vlan_present)
+		return TC_ACT_UNSPEC;
+	if (h.outer.ip.frag_off & bpf_htons(0x3fff)) // it may be anybody's
+		return slow(SLOW_IN_FRAGMENT);
+	if (h.outer.udp.destination != t->port)
+		return TC_ACT_UNSPEC;
+	if (h.outer.ip.version != 4 || fold(sum(&h.outer.ip, sizeof(h.outer.ip))) != 0xffff)
+		return slow(SLOW_IN_OPTIONS);
+	length = skb->len - ETH_HLEN;
+	if (bpf_ntohs(h.outer.ip.tot_len) != length || bpf_ntohs(h.outer.udp.length) + sizeof(h.outer.ip) != length)
+		return slow(SLOW_IN_LENGTH);
+	if (!wanted(t, &h.outer.vxlan, &h.outer.ethernet, bpf_htons(ETH_P_IP)) || h.ip.version != 4 || h.ip.ihl < 5)
+		return slow(SLOW_IN_HEADER);
+	length -= COST4;
+	outer.word[0] = h.outer.ip.saddr;
+	source.word[0] = h.ip.saddr;
+	if (!known(t, &outer, &source))
+		return slow(SLOW_IN_SOURCE);
+	destination.word[0] = h.ip.daddr;
+	if (!ours(t, &destination))
+		return slow(SLOW_IN_DESTINATION);
+	class = decapsulated(h.outer.ip.tos, h.ip.tos);
+	if (class < 0)
+		return slow(SLOW_IN_ECN);
+	if (!(h.ip.frag_off & bpf_htons(0x3fff)) && (h.ip.protocol == IPPROTO_TCP || h.ip.protocol == IPPROTO_UDP))
+		bpf_skb_load_bytes(skb, ETH_HLEN + COST4 + h.ip.ihl * 4, &ports, 4);
+	f = flow_of(&source, &destination, ports);
+	if (bpf_ntohs(h.ip.tot_len) != length || length < h.ip.ihl * 4)
+		return leave(f, SLOW_IN_LENGTH);
+	way = way_of(gso, t, f, h.ip.protocol == IPPROTO_TCP, length);
+	if (way == SLOW)
+		return slow(SLOW_IN_FLOW);
+	if (gso && way == DIRECT)
+		return leave(f, SLOW_IN_SEGMENTS);
+	s = sum(&h.outer.ip.saddr, 8) + protocol_word(IPPROTO_UDP) + h.outer.udp.length;
+	unfinished = fold(s) == h.outer.udp.check;
+	sum_known = 0;
+	if (!gso && h.outer.udp.check && payload4(skb, &h.ip, ETH_HLEN + COST4, &inner)) {
+		sum_known = fold(s + inner + sum(&h.outer.udp, COST4 - sizeof(h.outer.ip))) == 0xffff;
+	}
+	if (way == JOINED)
+		joining(skb, f, ETH_HLEN + COST4 + h.ip.ihl * 4, 1);
+	tos = taken(skb, gso, t, COST4, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, f, way, length);
+	if (tos != TC_ACT_UNSPEC && class != (h.ip.tos & 3)) {
+		__be16 before = bpf_htons(h.ip.tos), after = bpf_htons((h.ip.tos & ~3) | class);
+		__u8 byte = (h.ip.tos & ~3) | class;
+
+		// The header's own checksum goes along, so that the sum of it all stays.
+		bpf_l3_csum_replace(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, check), before, after, 2);
+		bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, tos), &byte, 1, 0);
+	}
+	return tos;
+}
+
+inline_always int in6(struct __sk_buff *skb, __u32 gso)
+{
+	struct {
+		struct outer6 outer;
+		struct ipv6hdr ip;
+	} h;
+	struct address source, outer, destination, local;
+	__u32 family = 6, length;
+	struct tunnel *t;
+	int sum_known, unfinished, class, verdict;
+	__be32 ports = 0;
+	struct flow *f;
+	__u32 way;
+	__u8 inner_class;
+	__u64 s, inner = 0;
+
+	t = bpf_map_lookup_elem(&tunnels, &family);
+	if (!t || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h.outer, COST6) ||
+	    bpf_skb_load_bytes(skb, ETH_HLEN + COST6, &h.ip, sizeof(h.ip)))
+		return TC_ACT_UNSPEC;
+	__builtin_memcpy(&destination, &h.outer.ip.daddr, 16);
+	local = t->local;
+	if (!equal(&destination, &local) || skb->vlan_present || h.outer.udp.destination != t->port)
+		return TC_ACT_UNSPEC;
+	if (h.outer.ip.version != 6)
+		return slow(SLOW_IN_OPTIONS);
+	length = skb->len - ETH_HLEN;
+	if (bpf_ntohs(h.outer.ip.payload_len) + sizeof(h.outer.ip) != length || h.outer.udp.length != h.outer.ip.payload_len)
+		return slow(SLOW_IN_LENGTH);
+	if (!wanted(t, &h.outer.vxlan, &h.outer.ethernet, bpf_htons(ETH_P_IPV6)) || h.ip.version != 6)
+		return slow(SLOW_IN_HEADER);
+	length -= COST6;
+	__builtin_memcpy(&outer, &h.outer.ip.saddr, 16);
+	__builtin_memcpy(&source, &h.ip.saddr, 16);
+	if (!known(t, &outer, &source))
+		return slow(SLOW_IN_SOURCE);
+	__builtin_memcpy(&destination, &h.ip.daddr, 16);
+	if (!ours(t, &destination))
+		return slow(SLOW_IN_DESTINATION);
+	inner_class = h.ip.flow_lbl[0] >> 4;
+	class = decapsulated(h.outer.ip.flow_lbl[0] >> 4, inner_class);
+	if (class < 0)
+		return slow(SLOW_IN_ECN);
+	if (h.ip.nexthdr == IPPROTO_TCP || h.ip.nexthdr == IPPROTO_UDP)
+		bpf_skb_load_bytes(skb, ETH_HLEN + COST6 + sizeof(h.ip), &ports, 4);
+	f = flow_of(&source, &destination, ports);
+	if (bpf_ntohs(h.ip.payload_len) + sizeof(h.ip) != length)
+		return leave(f, SLOW_IN_LENGTH);
+	way = way_of(gso, t, f, h.ip.nexthdr == IPPROTO_TCP, length);
+	if (way == SLOW)
+		return slow(SLOW_IN_FLOW);
+	if (gso && way == DIRECT)
+		return leave(f, SLOW_IN_SEGMENTS);
+	s = sum(&h.outer.ip.saddr, 32) + protocol_word(IPPROTO_UDP) + h.outer.udp.length;
+	unfinished = fold(s) == h.outer.udp.check;
+	sum_known = 0;
+	if (!gso && h.outer.udp.check && payload6(skb, &h.ip, ETH_HLEN + COST6, &inner)) {
+		sum_known = fold(s + inner + sum(&h.outer.udp, COST6 - sizeof(h.outer.ip))) == 0xffff;
+	}
+	if (way == JOINED)
+		joining(skb, f, ETH_HLEN + COST6 + sizeof(h.ip), 1);
+	verdict = taken(skb, gso, t, COST6, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, f, way, length);
+	if (verdict != TC_ACT_UNSPEC && class != (inner_class & 3)) {
+		__u8 byte = (h.ip.flow_lbl[0] & 0xcf) | class << 4;
+
+		bpf_skb_store_bytes(skb, ETH_HLEN + 1, &byte, 1, BPF_F_RECOMPUTE_CSUM);
+	}
+	return verdict;
+}
+
+SEC("tc")
+int culvert_in(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	__u32 gso = gso_size(skb);
+
+	if (skb->pkt_type != PACKET_HOST)
+		return TC_ACT_UNSPEC;
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct iphdr *ip = data + ETH_HLEN;
+
+		if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_UDP || ip->ihl != 5)
+			return TC_ACT_UNSPEC;
+		return in4(skb, gso);
+	}
+	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr *ip = data + ETH_HLEN;
+
+		if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_UDP)
+			return TC_ACT_UNSPEC;
+		return in6(skb, gso);
+	}
+	return TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int culvert_join(struct __sk_buff *skb)
+{
+	struct ethernet ethernet;
+	struct tunnel *t;
+	__u32 family;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		family = 4;
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		family = 6;
+	else
+		return TC_ACT_SHOT;
+	t = bpf_map_lookup_elem(&tunnels, &family);
+	// What the pair's near end says of its own accord is for nobody.
+	if (!t || bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)) || !same_mac(ethernet.destination, t->mac))
+		return TC_ACT_SHOT;
+	if (family == 4) {
+		struct address source = {}, destination = {};
+		struct iphdr ip;
+		__be32 ports;
+
+		if (!bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) && !bpf_skb_load_bytes(skb, ETH_HLEN + ip.ihl * 4, &ports, 4)) {
+			source.word[0] = ip.saddr;
+			destination.word[0] = ip.daddr;
+			joining(skb, flow_of(&source, &destination, ports), ETH_HLEN + ip.ihl * 4, -1);
+		}
+	} else {
+		struct address source, destination;
+		struct ipv6hdr ip;
+		__be32 ports;
+
+		if (!bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) && !bpf_skb_load_bytes(skb, ETH_HLEN + sizeof(ip), &ports, 4)) {
+			__builtin_memcpy(&source, &ip.saddr, 16);
+			__builtin_memcpy(&destination, &ip.daddr, 16);
+			joining(skb, flow_of(&source, &destination, ports), ETH_HLEN + sizeof(ip), -1);
+		}
+	}
+	return bpf_redirect(t->device, BPF_F_INGRESS);
+}
+
+char _license[] SEC("license") = "Apache-2.0";

@@ -1,0 +1,92 @@
+package fastpath
+
+import (
+	"cmp"
+	"slices"
+
+	"culvert/internal/api"
+)
+
+// counter is an index of the map "counters": enum counter in bpf/fastpath.c.
+type counter uint32
+
+const (
+	outPackets counter = iota // segments, as on the wire
+	outBytes                  // of inner packets
+	outFrames
+	inPackets
+	inBytes
+	inFrames
+	inJoined // of inFrames: through the pair of veth
+
+	slowOutPeer
+	slowOutProtocol
+	slowOutLength
+	slowOutChecksum
+	slowOutSegments
+	slowOutFlow
+	slowOutRoom
+
+	slowInOptions
+	slowInFragment
+	slowInLength
+	slowInHeader
+	slowInSource
+	slowInDestination
+	slowInECN
+	slowInChecksum
+	slowInSegments
+	slowInFlow
+	slowInRoom
+
+	counters // how many there are
+)
+
+// slowNames are the reasons for which a packet is left to the datapath below,
+// which carries or drops it.
+var slowNames = [counters]string{
+	slowOutPeer:       "egress-no-peer",
+	slowOutProtocol:   "egress-protocol",
+	slowOutLength:     "egress-too-long",
+	slowOutChecksum:   "egress-checksum",
+	slowOutSegments:   "egress-segments",
+	slowOutFlow:       "egress-no-flow",
+	slowOutRoom:       "egress-no-room",
+	slowInOptions:     "ingress-options",
+	slowInFragment:    "ingress-fragment",
+	slowInLength:      "ingress-length",
+	slowInHeader:      "ingress-header",
+	slowInSource:      "ingress-source",
+	slowInDestination: "ingress-not-ours",
+	slowInECN:         "ingress-ecn",
+	slowInChecksum:    "ingress-checksum",
+	slowInSegments:    "ingress-segments",
+	slowInFlow:        "ingress-flow",
+	slowInRoom:        "ingress-no-room",
+}
+
+// readings are the counters, of all processors together.
+type readings [counters]uint64
+
+func (r readings) egress() api.Traffic {
+	return api.Traffic{Packets: r[outPackets], Bytes: r[outBytes], Frames: r[outFrames]}
+}
+
+func (r readings) ingress() api.Traffic {
+	return api.Traffic{Packets: r[inPackets], Bytes: r[inBytes], Frames: r[inFrames]}
+}
+
+// slow returns what was left to the datapath below, by reason, the commonest
+// first.
+func (r readings) slow() []api.Drop {
+	var all []api.Drop
+	for c, name := range slowNames {
+		if name != "" && r[c] != 0 {
+			all = append(all, api.Drop{Reason: name, Packets: r[c]})
+		}
+	}
+	slices.SortFunc(all, func(a, b api.Drop) int {
+		return cmp.Or(cmp.Compare(b.Packets, a.Packets), cmp.Compare(a.Reason, b.Reason))
+	})
+	return all
+}

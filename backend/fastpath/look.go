@@ -1,0 +1,164 @@
+package fastpath
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"culvert/internal/host"
+)
+
+// look finds out what the contents depend on. The error says why the host must do
+// without the fast path.
+func (p *Path) look(s host.State) (facts, error) {
+	f := facts{links: make(map[string]link), hops: make(map[uint32]uint8)}
+	var uplink string
+	for _, l := range s.Links {
+		names := []string{l.Name}
+		if l.VXLAN != nil {
+			uplink = l.VXLAN.Device
+			names = append(names, uplink)
+		}
+		for _, name := range names {
+			found, err := netlink.LinkByName(name)
+			if err != nil {
+				continue // whoever needs it says so
+			}
+			a := found.Attrs()
+			f.links[name] = link{a.Index, a.MTU, a.EncapType == "ether" && len(a.HardwareAddr) == 6}
+			if l.VXLAN != nil && name == l.Name {
+				if err := unshaped(found); err != nil {
+					return f, err
+				}
+			}
+		}
+	}
+	if err := noIPsec(); err != nil {
+		return f, err
+	}
+	text := strings.Fields(setting("net/ipv4/ip_local_port_range"))
+	if len(text) != 2 {
+		return f, errors.New("the range of local ports is not to be read")
+	}
+	first, err1 := strconv.ParseUint(text[0], 10, 16)
+	last, err2 := strconv.ParseUint(text[1], 10, 16)
+	if err := errors.Join(err1, err2); err != nil || last < first {
+		return f, fmt.Errorf("the range of local ports is %q", text)
+	}
+	f.firstPort, f.ports = uint16(first), uint16(last-first)
+	for family, key := range map[uint32]string{4: "net/ipv4/ip_default_ttl", 6: "net/ipv6/conf/" + uplink + "/hop_limit"} {
+		f.hops[family] = 64
+		if n, err := strconv.ParseUint(setting(key), 10, 8); err == nil && n > 0 {
+			f.hops[family] = uint8(n)
+		}
+	}
+	p.paths.refresh(s)
+	f.path = p.paths.of
+	return f, nil
+}
+
+func setting(key string) string {
+	b, err := os.ReadFile("/proc/sys/" + key)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// unshaped returns an error if packets that leave by the device are queued or
+// shaped, which a program before it would pass by.
+func unshaped(l netlink.Link) error {
+	qdiscs, err := host.Retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(l) })
+	if err != nil {
+		return nil
+	}
+	for _, q := range qdiscs {
+		if q.Attrs().LinkIndex == l.Attrs().Index && q.Attrs().Parent == netlink.HANDLE_ROOT && q.Type() != "noqueue" {
+			return fmt.Errorf("the qdisc %s on %s shapes what leaves (`tc qdisc show dev %s`)", q.Type(), l.Attrs().Name, l.Attrs().Name)
+		}
+	}
+	return nil
+}
+
+// noIPsec returns an error if there is a policy that may want packets of the
+// underlay encrypted: the kernel's device follows it, and bpf_redirect_neigh does
+// not.
+func noIPsec() error {
+	policies, err := host.Retry(func() ([]netlink.XfrmPolicy, error) { return netlink.XfrmPolicyList(netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil // a kernel without IPsec
+	}
+	if slices.ContainsFunc(policies, func(x netlink.XfrmPolicy) bool { return x.Dir == netlink.XFRM_DIR_OUT }) {
+		return errors.New("this host has IPsec policies, which the fast path would pass by (`ip xfrm policy`)")
+	}
+	return nil
+}
+
+// pathMTUs remembers what the routes to peers take, which only asking tells: a
+// router's word leaves no notification.
+type pathMTUs struct {
+	known map[netip.Addr]pathMTU
+	turn  int
+	asked time.Time
+}
+
+type pathMTU struct {
+	mtu    int // 0: as the uplink
+	usable bool
+}
+
+// askedAtOnce is how many known routes one look asks for again, in turn, and askAgain
+// how long after the last time it does.
+const (
+	askedAtOnce = 256
+	askAgain    = 3 * time.Second
+)
+
+func (m *pathMTUs) refresh(s host.State) {
+	uplinks := make(map[string]string)
+	for _, l := range s.Links {
+		if l.VXLAN != nil {
+			uplinks[l.Name] = l.VXLAN.Device
+		}
+	}
+	old, again := m.known, time.Since(m.asked) > askAgain
+	if again {
+		m.asked = time.Now()
+	}
+	m.known = make(map[netip.Addr]pathMTU, len(s.FDB))
+	for i, e := range s.FDB {
+		known, there := old[e.To]
+		if !there || again && (len(s.FDB) <= askedAtOnce || (i-m.turn+len(s.FDB))%len(s.FDB) < askedAtOnce) {
+			known = ask(e.To, uplinks[e.Link])
+		}
+		m.known[e.To] = known
+	}
+	if again && len(s.FDB) > 0 {
+		m.turn = (m.turn + askedAtOnce) % len(s.FDB)
+	}
+}
+
+// ask looks up the route as the vxlan device does: by its own uplink.
+func ask(to netip.Addr, uplink string) pathMTU {
+	routes, err := netlink.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{Oif: uplink})
+	if err != nil || len(routes) != 1 {
+		return pathMTU{}
+	}
+	r := routes[0]
+	return pathMTU{r.MTU, r.Encap == nil && (r.Type == 0 || r.Type == 1)} // RTN_UNICAST
+}
+
+func (m *pathMTUs) of(to netip.Addr, _ string) (mtu int, usable bool) {
+	known := m.known[to]
+	if known.mtu == 0 {
+		known.mtu = 1 << 16
+	}
+	return known.mtu, known.usable
+}

@@ -1,0 +1,461 @@
+package fastpath
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"os"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/host"
+)
+
+// open loads the programs, or skips the test where eBPF may not be used; in
+// continuous integration it fails.
+func open(t *testing.T) *Path {
+	t.Helper()
+	p, err := Open(On, slog.New(slog.DiscardHandler))
+	if err != nil && (!has(unix.CAP_BPF) || !has(unix.CAP_PERFMON) || errors.Is(err, unix.EPERM)) {
+		if os.Getenv("CI") != "" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(p.Close)
+	return p
+}
+
+var (
+	ourMAC, peerMAC            = host.MAC{2, 0, 0, 0, 0, 1}, host.MAC{2, 0, 0, 0, 0, 2}
+	ourNode, peerNode          = netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+	ourNode6, peerNode6        = netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("2001:db8::2")
+	ourPod, peerPod            = netip.MustParseAddr("10.5.1.9"), netip.MustParseAddr("10.5.2.9")
+	ourPod6, peerPod6          = netip.MustParseAddr("fd00:5:0:1::9"), netip.MustParseAddr("fd00:5:0:2::9")
+	stranger, thirdPod         = netip.MustParseAddr("192.0.2.66"), netip.MustParseAddr("10.5.3.9")
+	ourNet, ourNet6            = netip.MustParsePrefix("10.5.1.0/24"), netip.MustParsePrefix("fd00:5:0:1::/64")
+	peerNet, peerNet6          = netip.MustParsePrefix("10.5.2.0/24"), netip.MustParsePrefix("fd00:5:0:2::/64")
+	cluster4, cluster6         = netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")
+	wideNet, wideNode          = netip.MustParsePrefix("10.5.16.0/20"), netip.MustParseAddr("192.0.2.3")
+	loopback                   = link{index: 1, mtu: 1500, ethernet: true}
+	vni                 uint32 = 7
+)
+
+// state is a node with one tunnel of each family, all of it on the loopback
+// interface, which is where the kernel tries programs.
+func state() host.State {
+	tunnel := func(name string, local netip.Addr, network, subnet netip.Prefix, peers ...host.Source) (host.Link, host.Tunnel) {
+		return host.Link{Name: name, VXLAN: &host.VXLAN{MAC: ourMAC, VNI: vni, Local: local, Device: "lo", Port: 8472}},
+			host.Tunnel{Device: name, Port: 8472, VNI: vni, Network: network, Subnet: subnet, Peers: peers}
+	}
+	l4, t4 := tunnel("cvt.7", ourNode, cluster4, ourNet, host.Source{Outer: peerNode, Inner: peerNet}, host.Source{Outer: wideNode, Inner: wideNet})
+	l6, t6 := tunnel("cvt6.7", ourNode6, cluster6, ourNet6, host.Source{Outer: peerNode6, Inner: peerNet6})
+	return host.State{
+		FastPath: true, Links: []host.Link{l4, l6}, Firewall: host.Firewall{Tunnels: []host.Tunnel{t4, t6}},
+		FDB: []host.FDBEntry{{Link: "cvt.7", MAC: peerMAC, To: peerNode}, {Link: "cvt6.7", MAC: peerMAC, To: peerNode6}},
+	}
+}
+
+func filled(t *testing.T) *Path {
+	t.Helper()
+	p := open(t)
+	c, err := contentsOf(state(), facts{
+		links:     map[string]link{"cvt.7": loopback, "cvt6.7": loopback, "lo": loopback},
+		firstPort: 32768, ports: 28231, hops: map[uint32]uint8{4: 61, 6: 62},
+		path: func(netip.Addr, string) (int, bool) { return 1500, true },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.fill(c); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// run runs a program on a frame and returns what it made of it, and the one
+// counter of the slow path that it added to.
+func (p *Path) run(t *testing.T, program string, frame []byte, gso int) (verdict uint32, out []byte, reason string) {
+	t.Helper()
+	before := p.read()
+	opts := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256)}
+	if gso != 0 {
+		// struct __sk_buff, of which gso_size is the last field before a hole.
+		context := make([]byte, 192)
+		binary.NativeEndian.PutUint32(context[164:], uint32(2))   // gso_segs
+		binary.NativeEndian.PutUint32(context[176:], uint32(gso)) // gso_size
+		opts.Context = context
+	}
+	verdict, err := p.loaded.Programs[program].Run(&opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after := p.read()
+	for c, name := range slowNames {
+		if name != "" && after[c] != before[c] {
+			reason += name
+		}
+	}
+	return verdict, opts.DataOut, reason
+}
+
+// wire is a frame as a peer sends it: Ethernet, IP, UDP, VXLAN, and then the inner
+// frame. Its checksums are right until edit spoils them.
+func wire(outerSource, outerDestination netip.Addr, inner []byte, edit func(b []byte)) []byte {
+	udp := make([]byte, 16)
+	binary.BigEndian.PutUint16(udp, 45678)
+	binary.BigEndian.PutUint16(udp[2:], 8472)
+	binary.BigEndian.PutUint16(udp[4:], uint16(len(udp)+len(inner)))
+	udp[8] = 8
+	binary.BigEndian.PutUint32(udp[12:], vni<<8)
+	udp = append(udp, inner...)
+	b := ipPacket(outerSource, outerDestination, 17, udp)
+	if edit != nil {
+		edit(b)
+	}
+	header := headerLen(b)
+	if b[0]>>4 == 4 {
+		b[10], b[11] = 0, 0
+		binary.BigEndian.PutUint16(b[10:], ^fold(sumOf(b[:20])))
+	}
+	if string(b[header+6:header+8]) != "\xff\xfe" { // kept as it is
+		b[header+6], b[header+7] = 0, 0
+		binary.BigEndian.PutUint16(b[header+6:], ^fold(pseudo(b, 17)+sumOf(b[header:])))
+	}
+	return frame(host.MAC{}, host.MAC{2, 0, 0, 0, 0, 9}, b)
+}
+
+func headerLen(b []byte) int {
+	if b[0]>>4 == 6 {
+		return 40
+	}
+	return int(b[0]&15) * 4
+}
+
+func pseudo(b []byte, protocol byte) uint64 {
+	header := headerLen(b)
+	addresses := b[12:20]
+	if header == 40 && b[0]>>4 == 6 {
+		addresses = b[8:40]
+	}
+	return sumOf(addresses) + uint64(protocol) + uint64(len(b)-header)
+}
+
+func frame(destination, source host.MAC, packet []byte) []byte {
+	b := append(destination[:], source[:]...)
+	if packet[0]>>4 == 6 {
+		return append(append(b, 0x86, 0xdd), packet...)
+	}
+	return append(append(b, 8, 0), packet...)
+}
+
+func ipPacket(source, destination netip.Addr, protocol byte, payload []byte) []byte {
+	if source.Is4() {
+		b := make([]byte, 20, 20+len(payload))
+		b[0], b[8], b[9] = 0x45, 64, protocol
+		binary.BigEndian.PutUint16(b[2:], uint16(20+len(payload)))
+		copy(b[12:], source.AsSlice())
+		copy(b[16:], destination.AsSlice())
+		binary.BigEndian.PutUint16(b[10:], ^fold(sumOf(b)))
+		return append(b, payload...)
+	}
+	b := make([]byte, 40, 40+len(payload))
+	b[0], b[6], b[7] = 0x60, protocol, 64
+	binary.BigEndian.PutUint16(b[4:], uint16(len(payload)))
+	copy(b[8:], source.AsSlice())
+	copy(b[24:], destination.AsSlice())
+	return append(b, payload...)
+}
+
+// datagram is an IP packet of a UDP datagram with a right checksum.
+func datagram(source, destination netip.Addr, size int) []byte {
+	udp := make([]byte, 8+size)
+	binary.BigEndian.PutUint16(udp, 1024)
+	binary.BigEndian.PutUint16(udp[2:], 1025)
+	binary.BigEndian.PutUint16(udp[4:], uint16(len(udp)))
+	for i := range size {
+		udp[8+i] = byte(i * 7)
+	}
+	b := ipPacket(source, destination, 17, udp)
+	header := headerLen(b)
+	binary.BigEndian.PutUint16(b[header+6:], ^fold(pseudo(b, 17)+sumOf(b[header:])))
+	return b
+}
+
+// class gives an IP packet a traffic class.
+func class(b []byte, class byte) []byte {
+	b = bytes.Clone(b)
+	if b[0]>>4 == 6 {
+		b[0], b[1] = 0x60|class>>4, class<<4
+		return b
+	}
+	b[1], b[10], b[11] = class, 0, 0
+	binary.BigEndian.PutUint16(b[10:], ^fold(sumOf(b[:20])))
+	return b
+}
+
+func protocol(b []byte, protocol byte) []byte {
+	b = bytes.Clone(b)
+	b[9], b[10], b[11] = protocol, 0, 0
+	binary.BigEndian.PutUint16(b[10:], ^fold(sumOf(b[:20])))
+	return b
+}
+
+// TestEncapsulates takes what the program made of a packet apart: headers,
+// checksums, ECN, and the inner frame as it was.
+func TestEncapsulates(t *testing.T) {
+	p := filled(t)
+	for _, family := range []struct {
+		pod, to, node, peer netip.Addr
+		hops                byte
+	}{{ourPod, peerPod, ourNode, peerNode, 61}, {ourPod6, peerPod6, ourNode6, peerNode6, 62}} {
+		for inner, outer := range map[byte]byte{0: 0, 1: 1, 2: 2, 3: 2, 0xb8: 0, 0xb9: 1} {
+			for _, size := range []int{0, 1, 2, 100, 1001} {
+				sent := frame(peerMAC, ourMAC, class(datagram(family.pod, family.to, size), inner))
+				verdict, out, reason := p.run(t, programOut, sent, 0)
+				if verdict != actRedirect || reason != "" {
+					t.Fatalf("%s, %d bytes: %#x, %q", family.to, size, verdict, reason)
+				}
+				b := out[14:]
+				header := headerLen(b)
+				got := b[1]
+				if header == 40 {
+					got = b[0]<<4 | b[1]>>4
+				}
+				source, _ := netip.AddrFromSlice(b[header-len(family.node.AsSlice())*2 : header][:len(family.node.AsSlice())])
+				destination, _ := netip.AddrFromSlice(b[header-len(family.node.AsSlice()) : header])
+				if got != outer || source != family.node || destination != family.peer {
+					t.Errorf("class %#x became %#x, from %s to %s", inner, got, source, destination)
+				}
+				if hops := b[map[int]int{20: 8, 40: 7}[header]]; hops != family.hops {
+					t.Errorf("TTL %d", hops)
+				}
+				if header == 20 && fold(sumOf(b[:20])) != 0xffff {
+					t.Errorf("outer header checksum %x", b[:20])
+				}
+				if fold(pseudo(b, 17)+sumOf(b[header:])) != 0xffff {
+					t.Errorf("%s, %d bytes: outer UDP checksum %x", family.to, size, b[header+6:header+8])
+				}
+				udp := b[header:]
+				if port := binary.BigEndian.Uint16(udp); port < 32768 || port >= 32768+28231 || binary.BigEndian.Uint16(udp[2:]) != 8472 ||
+					int(binary.BigEndian.Uint16(udp[4:])) != len(udp) || binary.BigEndian.Uint32(udp[8:]) != 8<<24 || binary.BigEndian.Uint32(udp[12:]) != vni<<8 {
+					t.Errorf("UDP and VXLAN headers %x", udp[:16])
+				}
+				if !bytes.Equal(udp[16:], sent) {
+					t.Errorf("the inner frame is another")
+				}
+			}
+		}
+	}
+}
+
+// TestLeavesOut has every reason for which a packet is left to the device on its
+// way out, unchanged.
+func TestLeavesOut(t *testing.T) {
+	p := filled(t)
+	fragment := datagram(ourPod, peerPod, 100)
+	fragment[6] = 0x20
+	fragment = class(fragment, 0) // and a right header checksum
+	noSum := datagram(ourPod, peerPod, 100)
+	noSum[26], noSum[27] = 0, 0
+	short := append(datagram(ourPod, peerPod, 100), 0, 0) // padded
+	arp := frame(peerMAC, ourMAC, datagram(ourPod, peerPod, 10))
+	arp[12], arp[13] = 8, 6
+	for _, test := range []struct {
+		name   string
+		frame  []byte
+		gso    int
+		reason string
+	}{
+		{"broadcast", frame(host.MAC{255, 255, 255, 255, 255, 255}, ourMAC, datagram(ourPod, peerPod, 10)), 0, "egress-no-peer"},
+		{"no peer", frame(host.MAC{2, 0, 0, 0, 0, 3}, ourMAC, datagram(ourPod, peerPod, 10)), 0, "egress-no-peer"},
+		{"ARP", arp, 0, "egress-protocol"},
+		{"too long", frame(peerMAC, ourMAC, datagram(ourPod, peerPod, 1450-28+1)), 0, "egress-too-long"},
+		{"too long for every IPv6 path", frame(peerMAC, ourMAC, datagram(ourPod6, peerPod6, 1280-70-48+1)), 0, "egress-too-long"},
+		{"padded", frame(peerMAC, ourMAC, short), 0, "egress-too-long"},
+		{"fragment", frame(peerMAC, ourMAC, fragment), 0, "egress-checksum"},
+		{"no UDP checksum", frame(peerMAC, ourMAC, noSum), 0, "egress-checksum"},
+		{"SCTP", frame(peerMAC, ourMAC, protocol(datagram(ourPod, peerPod, 10), 132)), 0, "egress-checksum"},
+		{"IPv6 segments", frame(peerMAC, ourMAC, datagram(ourPod6, peerPod6, 1000)), 500, "egress-segments"},
+		{"segments of a fragment", frame(peerMAC, ourMAC, fragment), 50, "egress-segments"},
+		{"segments too long", frame(peerMAC, ourMAC, datagram(ourPod, peerPod, 1400)), 1450 - 28 + 1, "egress-too-long"},
+		// Of no kind: such a frame cannot be made but by the kernel itself.
+		{"segments of no kind", frame(peerMAC, ourMAC, datagram(ourPod, peerPod, 1400)), 700, "egress-no-room"},
+	} {
+		verdict, out, reason := p.run(t, programOut, test.frame, test.gso)
+		if verdict != actUnspec || reason != test.reason || !bytes.Equal(out, test.frame) {
+			t.Errorf("%s: %#x, %q, want %q; unchanged: %t", test.name, verdict, reason, test.reason, bytes.Equal(out, test.frame))
+		}
+	}
+	if longest := frame(peerMAC, ourMAC, datagram(ourPod, peerPod, 1450-28)); longest != nil {
+		if verdict, _, reason := p.run(t, programOut, longest, 0); verdict != actRedirect {
+			t.Errorf("the longest: %#x, %q", verdict, reason)
+		}
+	}
+}
+
+// TestDecapsulates hands over what a peer sends, with the ECN field that RFC 6040
+// asks for, and right checksums.
+func TestDecapsulates(t *testing.T) {
+	p := filled(t)
+	for _, family := range []struct{ node, peer, pod, from netip.Addr }{
+		{ourNode, peerNode, ourPod, peerPod}, {ourNode6, peerNode6, ourPod6, peerPod6}, {ourNode, wideNode, ourPod, netip.MustParseAddr("10.5.31.200")},
+	} {
+		for _, ecn := range []struct{ outer, inner, want byte }{
+			{0, 0, 0},
+			{0, 1, 1},
+			{0, 2, 2},
+			{0, 3, 3},
+			{1, 0, 0},
+			{1, 1, 1},
+			{1, 2, 1},
+			{1, 3, 3},
+			{2, 0, 0},
+			{2, 1, 1},
+			{2, 2, 2},
+			{2, 3, 3},
+			{3, 1, 3},
+			{3, 2, 3},
+			{3, 3, 3},
+			{3, 0xb9, 0xbb},
+		} {
+			inner := frame(ourMAC, peerMAC, class(datagram(family.from, family.pod, 333), ecn.inner))
+			for _, sum := range []string{"right", "zero", "unfinished"} {
+				sent := wire(family.peer, family.node, inner, func(b []byte) { copy(b, class(b, ecn.outer)) })
+				at := 14 + headerLen(sent[14:]) + 6
+				switch sum {
+				case "zero":
+					sent[at], sent[at+1] = 0, 0
+				case "unfinished": // as a socket sends it where there is no wire
+					binary.BigEndian.PutUint16(sent[at:], fold(pseudo(sent[14:], 17)))
+				}
+				verdict, out, reason := p.run(t, programIn, sent, 0)
+				want := frame(ourMAC, peerMAC, class(datagram(family.from, family.pod, 333), ecn.want))
+				if verdict != actRedirect || reason != "" || !bytes.Equal(out, want) {
+					t.Errorf("%s, ECN %d in %d, checksum %s: %#x, %q\n got %x\nwant %x", family.pod, ecn.inner, ecn.outer, sum, verdict, reason, out, want)
+				}
+			}
+		}
+	}
+}
+
+// TestLeavesIn has every reason for which a packet is left to the device on its way
+// in, unchanged, and what is none of ours, which is not counted.
+func TestLeavesIn(t *testing.T) {
+	p := filled(t)
+	good := frame(ourMAC, peerMAC, datagram(peerPod, ourPod, 100))
+	good6 := frame(ourMAC, peerMAC, datagram(peerPod6, ourPod6, 100))
+	from := func(source, destination netip.Addr) []byte {
+		return frame(ourMAC, peerMAC, datagram(source, destination, 100))
+	}
+	with := func(inner []byte, edit func(b []byte)) []byte { return wire(peerNode, ourNode, inner, edit) }
+	fragment := datagram(peerPod, ourPod, 100)
+	fragment[6] = 0x20
+	fragment = class(fragment, 0)
+	keep := func(b []byte) { copy(b[26:], "\xff\xfe") } // a checksum that is wrong
+	badHeader := with(good, nil)
+	badHeader[14+10] ^= 1
+	other := with(good, nil)
+	other[0] = 2 // another's Ethernet address
+	tests := []struct {
+		name   string
+		frame  []byte
+		gso    int
+		reason string
+	}{
+		{"another port", with(good, func(b []byte) { b[22]++ }), 0, ""},
+		{"another address", wire(peerNode, stranger, good, nil), 0, ""},
+		{"TCP", with(good, func(b []byte) { b[9] = 6 }), 0, ""},
+		{"another's frame", other, 0, ""},
+		{"outer fragment", with(good, func(b []byte) { b[6] = 0x20 }), 0, "ingress-fragment"},
+		{"outer header checksum", badHeader, 0, "ingress-options"},
+		{"UDP length", with(good, func(b []byte) { b[25]-- }), 0, "ingress-length"},
+		{"no I flag", with(good, func(b []byte) { b[28] = 0 }), 0, "ingress-header"},
+		{"other flags", with(good, func(b []byte) { b[28] |= 0x80 }), 0, "ingress-header"},
+		{"VNI", with(good, func(b []byte) { b[34]++ }), 0, "ingress-header"},
+		{"MAC", with(frame(host.MAC{2, 0, 0, 0, 0, 3}, peerMAC, datagram(peerPod, ourPod, 10)), nil), 0, "ingress-header"},
+		{"our own MAC as the source", with(frame(ourMAC, ourMAC, datagram(peerPod, ourPod, 10)), nil), 0, "ingress-header"},
+		{"IPv6 in IPv4", with(good6, nil), 0, "ingress-header"},
+		{"version", with(good, func(b []byte) { b[50] = 0x65 }), 0, "ingress-header"},
+		{"inner length", with(from(peerPod, netip.MustParseAddr("10.5.1.11")), func(b []byte) { b[53]-- }), 0, "ingress-length"},
+		{"a stranger", wire(stranger, ourNode, good, nil), 0, "ingress-source"},
+		{"another peer's pod", wire(wideNode, ourNode, good, nil), 0, "ingress-source"},
+		{"nobody's pod", with(from(thirdPod, ourPod), nil), 0, "ingress-source"},
+		{"our own pod", with(from(ourPod, ourPod), nil), 0, "ingress-source"},
+		{"not ours", with(from(peerPod, thirdPod), nil), 0, "ingress-not-ours"},
+		{"congestion not understood", with(good, func(b []byte) { b[1] = 3 }), 0, "ingress-ecn"},
+		{"a checksum that is wrong", with(good, keep), 0, "ingress-checksum"},
+		{"the same flow after it", with(good, nil), 0, "ingress-flow"},
+		{"a fragment whose checksum nobody verified", with(frame(ourMAC, peerMAC, fragment), nil), 0, "ingress-checksum"},
+		{"datagrams of UDP_SEGMENT", with(frame(ourMAC, peerMAC, datagram(peerPod, netip.MustParseAddr("10.5.1.10"), 1000)), nil), 500, "ingress-segments"},
+		{"IPv6: a stranger", wire(peerNode, ourNode, good6, nil), 0, "ingress-header"},
+		{"IPv6: another's pod", wire(netip.MustParseAddr("2001:db8::66"), ourNode6, good6, nil), 0, "ingress-source"},
+		{"IPv6: congestion", wire(peerNode6, ourNode6, good6, func(b []byte) { b[1] |= 0x30 }), 0, "ingress-ecn"},
+		{"IPv6: not ours", wire(peerNode6, ourNode6, frame(ourMAC, peerMAC, datagram(peerPod6, peerPod6, 9)), nil), 0, "ingress-not-ours"},
+	}
+	for _, test := range tests {
+		verdict, out, reason := p.run(t, programIn, test.frame, test.gso)
+		if verdict != actUnspec || reason != test.reason || !bytes.Equal(out, test.frame) {
+			t.Errorf("%s: %#x, %q, want %q; unchanged: %t", test.name, verdict, reason, test.reason, bytes.Equal(out, test.frame))
+		}
+	}
+}
+
+// TestEveryReasonHasAName and none twice.
+func TestEveryReasonHasAName(t *testing.T) {
+	seen := map[string]bool{}
+	for c := slowOutPeer; c < counters; c++ {
+		if name := slowNames[c]; name == "" || seen[name] {
+			t.Errorf("counter %d is called %q", c, name)
+		}
+		seen[slowNames[c]] = true
+	}
+}
+
+// TestContents has the states before which there can be no fast path, each with
+// its reason.
+func TestContents(t *testing.T) {
+	f := facts{
+		links: map[string]link{"cvt.7": loopback, "cvt6.7": loopback, "lo": loopback}, ports: 1,
+		path: func(to netip.Addr, _ string) (int, bool) { return 9000, to != peerNode6 },
+	}
+	c, err := contentsOf(state(), f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.tunnels) != 2 || len(c.sources) != 3 || len(c.peers) != 1 || len(c.hooks) != 3 {
+		t.Errorf("%+v", c)
+	}
+	if got := c.peers[peerKey{peerMAC, 4}].MTU; got != 1500 {
+		t.Errorf("the path's MTU is %d", got)
+	}
+	for name, spoil := range map[string]func(*host.State, map[string]link){
+		"there is no vxlan device":                                func(s *host.State, _ map[string]link) { s.Links = nil },
+		"cvt.7 is not there":                                      func(_ *host.State, l map[string]link) { delete(l, "cvt.7") },
+		"the uplink lo is not there":                              func(_ *host.State, l map[string]link) { delete(l, "lo") },
+		"the uplink lo is no Ethernet interface":                  func(_ *host.State, l map[string]link) { l["lo"] = link{index: 1} },
+		"cvt.7 learns addresses from what it receives (Learning)": func(s *host.State, _ map[string]link) { s.Links[0].VXLAN.Learning = true },
+		"cvt.7 sends group policy in its headers (GBP)":           func(s *host.State, _ map[string]link) { s.Links[0].VXLAN.GBP = true },
+	} {
+		s, links := state(), map[string]link{"cvt.7": loopback, "cvt6.7": loopback, "lo": loopback}
+		spoil(&s, links)
+		if _, err := contentsOf(s, facts{links: links, path: f.path}); err == nil || err.Error() != name {
+			t.Errorf("%v, want %q", err, name)
+		}
+	}
+	// More lengths of prefixes than the program tries: what is over is left.
+	s := state()
+	for bits := 10; bits < 24; bits++ {
+		s.Firewall.Tunnels[0].Peers = append(s.Firewall.Tunnels[0].Peers, host.Source{Outer: peerNode, Inner: netip.PrefixFrom(netip.MustParseAddr("10.0.0.0"), bits)})
+	}
+	if c, err = contentsOf(s, f); err != nil || c.tunnels[4].Lengths != mostLengths {
+		t.Errorf("%d lengths (%v)", c.tunnels[4].Lengths, err)
+	}
+}
