@@ -27,8 +27,20 @@ type Kernel struct {
 	wanted Wanted // of the last plan that succeeded
 }
 
+// FastPath carries, before a datapath's devices, what it can of their packets.
+// The datapath below it is complete without it.
+type FastPath interface {
+	host.Follower
+	// Want adds to a plan's state what the fast path needs of the host.
+	Want(*host.State)
+	// Status says whether it is on, and what it has carried.
+	Status() api.FastPath
+	// Close gives up what this process holds; what is attached stays.
+	Close()
+}
+
 // KernelOptions is what a Kernel is made of. All fields are required, but for
-// Replaces.
+// Replaces and FastPath.
 type KernelOptions struct {
 	Node   Node
 	Format string // on the wire
@@ -36,12 +48,17 @@ type KernelOptions struct {
 	Why    string // the choice of this datapath, for the status
 	// Replaces names devices of other programs that go when ours come.
 	Replaces []string
+	FastPath FastPath // nil: there is none for this format
 	Log      *slog.Logger
 }
 
 // NewKernel returns a datapath that carries nothing until Apply.
 func NewKernel(o KernelOptions) *Kernel {
-	return &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log)}
+	var followers []host.Follower
+	if o.FastPath != nil {
+		followers = append(followers, o.FastPath)
+	}
+	return &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log, followers...)}
 }
 
 // Apply makes the kernel carry what the snapshot says.
@@ -52,6 +69,9 @@ func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
 			return host.State{}, err
 		}
 		w.State.Replaces = k.options.Replaces
+		if k.options.FastPath != nil {
+			k.options.FastPath.Want(&w.State)
+		}
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		for _, warning := range w.Warnings {
@@ -122,7 +142,9 @@ func (k *Kernel) Status() api.Datapath {
 	k.mu.Unlock()
 	var devices []string
 	for _, l := range w.State.Links {
-		devices = append(devices, l.Name)
+		if l.Veth == "" { // of the fast path
+			devices = append(devices, l.Name)
+		}
 	}
 	s := api.Datapath{
 		WireFormat: k.options.Format, Kind: "kernel", Why: k.options.Why, MTU: w.MTU,
@@ -138,6 +160,18 @@ func (k *Kernel) Status() api.Datapath {
 	t := host.DeviceTraffic(devices...)
 	s.Egress = api.Traffic{Packets: t.SentPackets, Bytes: t.SentBytes}
 	s.Ingress = api.Traffic{Packets: t.ReceivedPackets, Bytes: t.ReceivedBytes}
+	if k.options.FastPath != nil {
+		fast := k.options.FastPath.Status()
+		s.FastPath = &fast
+		// The device counts what its own half of the kernel sends and receives.
+		s.Egress.Packets += fast.Egress.Packets
+		s.Egress.Bytes += fast.Egress.Bytes
+		s.Ingress.Packets += fast.Ingress.Packets
+		s.Ingress.Bytes += fast.Ingress.Bytes
+		if fast.Mode == "on" && !fast.On {
+			w.Warnings = append(slices.Clip(w.Warnings), api.Warning{Check: "fast-path", Text: "--fast-path=on, and it is off: " + fast.Why})
+		}
+	}
 	for reason, n := range host.Drops(w.State.Firewall) {
 		s.Drops = append(s.Drops, api.Drop{Reason: reason, Packets: n})
 	}
@@ -164,6 +198,9 @@ func Describe(s *api.Datapath, standing host.Standing) {
 
 // Close leaves the kernel as it is with Keep: it goes on forwarding.
 func (k *Kernel) Close(how How) error {
+	if k.options.FastPath != nil {
+		k.options.FastPath.Close()
+	}
 	if how != Remove {
 		return nil
 	}

@@ -21,7 +21,7 @@ import (
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
 	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
-	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
+	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
 	"culvert/internal/echo":            {},
@@ -31,6 +31,7 @@ var allowed = map[string][]string{
 	"culvert/internal/api/readiness":   {},
 	"culvert/backend":                  {"subnet", "internal/api", "internal/host"},
 	"culvert/backend/tunnel":           {"backend", "subnet", "encap", "internal/api", "internal/host"},
+	"culvert/backend/fastpath":         {"internal/api", "internal/host"},
 	"culvert/backend/vxlan":            {"backend", "subnet", "encap", "internal/host"},
 	"culvert/backend/ipip":             {"backend", "subnet", "internal/host"},
 	"culvert/backend/hostgw":           {"backend", "subnet", "internal/api", "internal/host"},

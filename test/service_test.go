@@ -62,14 +62,15 @@ func TestServices(t *testing.T) {
 		}
 		t.Skip("needs iptables: make test-system installs it, and runs this test")
 	}
-	for _, kind := range []string{"kernel", "userspace"} {
-		t.Run(kind, func(t *testing.T) {
+	for name, flags := range map[string][]string{
+		"kernel": {"--datapath", "kernel", "--fast-path", "off"}, "fast path": {"--datapath", "kernel", "--fast-path", "on"}, "userspace": {"--datapath", "userspace"},
+	} {
+		t.Run(name, func(t *testing.T) {
 			c := newCluster(t, 2)
-			c.datapath = kind
 			c.setConfig(config)
 			var subnets []netip.Prefix
 			for _, n := range c.Nodes {
-				c.start(n)
+				c.start(n, flags...)
 			}
 			for _, n := range c.Nodes {
 				subnets = append(subnets, c.waitReady(n, 1).Lease.Subnets[0])

@@ -101,6 +101,9 @@ type Datapath struct {
 	Egress     Traffic     `json:"egress"`
 	Ingress    Traffic     `json:"ingress"`
 	Drops      []Drop      `json:"drops"`
+	// FastPath is what stands before the datapath; nil if nothing can. Egress and
+	// Ingress include what it carried.
+	FastPath *FastPath `json:"fast_path,omitempty"`
 	// Repairs counts, by kind, what others did to the host and was undone.
 	Repairs map[string]uint64 `json:"repairs,omitempty"`
 	// Warnings are the datapath's share of Status.Warnings.
@@ -119,6 +122,19 @@ type SilentPeer struct {
 	Subnet   netip.Prefix `json:"subnet"`
 	PublicIP netip.Addr   `json:"public_ip"`
 	Since    time.Time    `json:"since"` // of the first packet to it that nothing came after
+}
+
+// FastPath is how packets pass before the datapath that they would else take.
+type FastPath struct {
+	Mode    string  `json:"mode"` // as asked for: auto, on, off
+	On      bool    `json:"on"`
+	Why     string  `json:"why,omitempty"` // it is off
+	Egress  Traffic `json:"egress"`
+	Ingress Traffic `json:"ingress"`
+	// Joined are those of Ingress.Frames that were joined to larger ones first.
+	Joined uint64 `json:"joined"`
+	// Slow counts what was left to the datapath, by reason.
+	Slow []Drop `json:"slow,omitempty"`
 }
 
 // NarrowPath is what is known of the way to a peer's subnet.

@@ -81,6 +81,7 @@ type runFlags struct {
 	release     bool
 	jitter      time.Duration
 	datapath    string
+	fastPath    string
 	metrics     string
 	logLevel    string
 	logFormat   string
@@ -138,6 +139,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.release, "release-on-exit", false, "give the lease back when told to stop: for a node that will not be back")
 	flags.DurationVar(&f.jitter, "start-jitter", 0, "wait a random part of this before asking etcd, where thousands of nodes are booted at one moment")
 	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "who carries the packets: auto, userspace or kernel")
+	flags.StringVar(&f.fastPath, "fast-path", "off", "carry what can be by eBPF programs before the kernel's vxlan device: auto (where kernel and host allow it), on or off")
 	flags.BoolVar(&f.takeOver, "take-over-flannel", false, "remove flannel's device once the lease is held, and carry on in its place (stop flanneld first)")
 	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
@@ -159,7 +161,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.etcdServer.key, "etcd-server-keyfile", "", "its key (PEM)")
 	flags.StringVar(&f.etcdServer.clientCA, "etcd-server-client-cafile", "", "CA that the embedded etcd demands client certificates of (PEM)")
 	for name, values := range map[string][]string{
-		"store": {"auto", "etcd", "kubernetes"}, "datapath": {"auto", "userspace", "kernel"}, "on-lost": {"fence", "release"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
+		"store": {"auto", "etcd", "kubernetes"}, "datapath": {"auto", "userspace", "kernel"}, "fast-path": {"auto", "on", "off"}, "on-lost": {"fence", "release"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 	}
@@ -175,7 +177,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	o := daemon.Options{
 		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
-		Datapath: daemon.Datapath(f.datapath), Metrics: f.metrics,
+		Datapath: daemon.Datapath(f.datapath), FastPath: daemon.FastPath(f.fastPath), Metrics: f.metrics,
 		Tunnel: f.tunnel, Log: log,
 		TakeOverFlannel: f.takeOver,
 	}
@@ -203,6 +205,11 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	case daemon.Auto, daemon.Userspace, daemon.Kernel:
 	default:
 		return o, usagef("--datapath %s: auto, userspace or kernel", f.datapath)
+	}
+	switch f.fastPath {
+	case "auto", "on", "off":
+	default:
+		return o, usagef("--fast-path %s: auto, on or off", f.fastPath)
 	}
 	for _, text := range f.noMasq {
 		p, err := netip.ParsePrefix(text)

@@ -85,6 +85,7 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 			}
 			line("  "+m.Name, "%s", state)
 		}
+		writeFastPath(line, d.FastPath)
 		line("sent", "%s", traffic(d.Egress))
 		line("received", "%s", traffic(d.Ingress))
 		line("dropped", "%s", drops(d.Drops))
@@ -102,6 +103,22 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 		return err
 	}
 	return writePeers(w, s, now)
+}
+
+func writeFastPath(line func(name, format string, args ...any), f *api.FastPath) {
+	switch {
+	case f == nil:
+		return
+	case !f.On:
+		line("fast path", "off: %s", f.Why)
+	default:
+		line("fast path", "on")
+	}
+	if f.Egress.Packets+f.Ingress.Packets+uint64(len(f.Slow)) > 0 {
+		line("  sent", "%s", traffic(f.Egress))
+		line("  received", "%s", traffic(f.Ingress))
+		line("  left to the device", "%s", drops(f.Slow))
+	}
 }
 
 func writeStore(line func(name, format string, args ...any), s api.Store, now time.Time) {

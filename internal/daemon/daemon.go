@@ -57,6 +57,7 @@ type Options struct {
 	// snapshot on its disk does not wait.
 	StartJitter time.Duration
 	Datapath    Datapath
+	FastPath    FastPath
 	// TakeOverFlannel removes flannel's device where ours cannot be beside it.
 	TakeOverFlannel bool
 	// Metrics is where metrics and probes are served, "" for nowhere.

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"culvert/backend"
+	"culvert/backend/fastpath"
 	"culvert/backend/hostgw"
 	"culvert/backend/ipip"
 	"culvert/backend/tunnel"
@@ -17,6 +18,9 @@ import (
 
 // Datapath is who carries the packets.
 type Datapath string
+
+// FastPath is whether programs before the datapath carry what they can.
+type FastPath = fastpath.Mode
 
 // The datapaths that can be asked for.
 const (
@@ -90,6 +94,11 @@ func (d *node) open(c subnet.Config, l subnet.Lease, n backend.Node) (backend.Ba
 	switch format {
 	case "vxlan":
 		k.Plan = vxlan.Plan
+		fast, err := fastpath.Open(d.options.FastPath, d.log)
+		if err != nil {
+			return nil, err
+		}
+		k.FastPath = fast
 	case "ipip":
 		k.Plan = ipip.Plan
 	case "host-gw":

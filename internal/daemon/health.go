@@ -349,12 +349,21 @@ var (
 	metricInfo      = prometheus.NewDesc("culvert_info", "What runs here.", []string{"version", "wire_format", "datapath"}, nil)
 )
 
+// Of the fast path.
+var (
+	metricFast        = prometheus.NewDesc("culvert_fast_path", "Whether the fast path stands before the datapath.", nil, nil)
+	metricFastPackets = prometheus.NewDesc("culvert_fast_path_packets_total", "Of culvert_packets_total, those that took the fast path.", []string{"direction"}, nil)
+	metricFastBytes   = prometheus.NewDesc("culvert_fast_path_bytes_total", "Of culvert_bytes_total, those that took the fast path.", []string{"direction"}, nil)
+	metricFastLeft    = prometheus.NewDesc("culvert_fast_path_left_total", "Packets that the fast path left to the datapath, by reason.", []string{"reason"}, nil)
+)
+
 // Describe implements prometheus.Collector.
 func (metrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		metricReady, metricConnected, metricSnapshot, metricRevision, metricPeers, metricRejected, metricFenced, metricExpires, metricUsed, metricCapacity,
 		metricPackets, metricBytes, metricSyscalls, metricDrops, metricInfo,
 		metricRepairs, metricWarnings, metricStale, metricNarrow, metricSilent,
+		metricFast, metricFastPackets, metricFastBytes, metricFastLeft,
 	} {
 		c <- d
 	}
@@ -404,6 +413,16 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	gauge(metricSilent, float64(len(s.Datapath.SilentPeers)))
 	for _, d := range s.Datapath.Drops {
 		counter(metricDrops, d.Packets, d.Reason)
+	}
+	if f := s.Datapath.FastPath; f != nil {
+		gauge(metricFast, truth(f.On))
+		for direction, t := range map[string]api.Traffic{"egress": f.Egress, "ingress": f.Ingress} {
+			counter(metricFastPackets, t.Packets, direction)
+			counter(metricFastBytes, t.Bytes, direction)
+		}
+		for _, d := range f.Slow {
+			counter(metricFastLeft, d.Packets, d.Reason)
+		}
 	}
 }
 

@@ -109,6 +109,9 @@ func (n *Node) AddHandmadeVXLAN(o VXLANOptions) (*HandmadeVXLAN, error) {
 	}, nil
 }
 
+// Device is the name of the device.
+func (v *HandmadeVXLAN) Device() string { return v.dev }
+
 // AddPeer makes the peer's subnet reachable:
 //
 //	ip neigh replace <subnet.0> lladdr <mac> nud permanent dev flannel.1

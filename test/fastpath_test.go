@@ -1,0 +1,562 @@
+package test
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/internal/lab"
+	"culvert/subnet"
+)
+
+// fastEnd is what carries one end of a tunnel in a test of the fast path.
+type fastEnd struct {
+	name  string
+	flags []string
+}
+
+var fastEnds = []fastEnd{
+	{"fast", []string{"--datapath", "kernel", "--fast-path", "on"}},
+	{"kernel", []string{"--datapath", "kernel", "--fast-path", "off"}},
+	{"loop", []string{"--datapath", "userspace"}},
+}
+
+// place is where traffic begins or ends.
+type place struct {
+	*lab.Namespace
+	addrs []netip.Addr // IPv4 first
+}
+
+// exchange moves every kind of traffic in both directions, over both families.
+func exchange(t *testing.T, a, b place, bytes int64) {
+	t.Helper()
+	for i := range a.addrs {
+		here, there := a.addrs[i], b.addrs[i]
+		if _, err := a.Ping(t.Context(), here, there); err != nil {
+			t.Fatal(err)
+		}
+		transfer(t, a.Namespace, b.Namespace, here, there, bytes)
+		transfer(t, b.Namespace, a.Namespace, there, here, bytes)
+		datagrams(t, a.Namespace, b.Namespace, here, there)
+		extremes(t, a.Namespace, b.Namespace, here, there)
+		bursts(t, a.Namespace, b.Namespace, here, there)
+		bursts(t, b.Namespace, a.Namespace, there, here)
+	}
+}
+
+// TestFastPathOracle is the oracle of the fast path: with it on one end and on
+// both, with every kind of other end, over every kind of link, what one pod sends
+// is what the other receives, in order and in both address families.
+//
+//	pod ── n1: kernel, fast path ──┐
+//	pod ── n2: one end after another ── underlay
+//	       n3: devices made by hand ──┘
+func TestFastPathOracle(t *testing.T) {
+	profiles, ends := lab.Profiles(), fastEnds
+	if testing.Short() {
+		profiles, ends = profiles[:2], ends[:1]
+	}
+	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
+	c.setConfig(dual)
+	n := c.Nodes[0]
+	c.start(n, fastEnds[0].flags...)
+	c.waitReady(n, 0)
+	other := c.start(c.Nodes[1], fastEnds[1].flags...)
+	c.waitReady(c.Nodes[1], 1)
+	s := c.waitReady(n, 1)
+	hand := c.addHandmade(c.Nodes[2], "10.5.250.0/24", "fd00:5:0:fa::/64")
+	for k, p := range s.Lease.Subnets {
+		if err := hand[k].AddPeer(subnet.Endpoint{
+			Subnet: p, Public: n.Addrs[k], VTEP: subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC(n.ID, 1, p.Addr().Is6())},
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, d := range hand { // pods have the lesser MTU of both families
+		if out, err := c.Nodes[2].Run(t.Context(), "ip", "link", "set", d.Device(), "mtu", "1430"); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	c.waitReady(n, 2)
+	var pods []place
+	for _, node := range c.Nodes[:2] {
+		pod, err := node.AddPod(t.Context(), "p1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, place{pod.Namespace, pod.Addrs})
+	}
+	byHand := place{c.Nodes[2].Namespace, []netip.Addr{hand[0].Self.Subnet.Addr(), hand[1].Self.Subnet.Addr()}}
+
+	with := func(name string, there place) {
+		for _, profile := range profiles {
+			t.Run(name+" "+string(profile), func(t *testing.T) {
+				if _, err := c.SetProfile(profile); err != nil {
+					t.Fatal(err)
+				}
+				before := c.fastPath(n)
+				exchange(t, pods[0], there, 3<<20)
+				after := c.fastPath(n)
+				t.Logf("fast: %d and %d packets, joined %d, left to the device: %v", after.Egress.Packets-before.Egress.Packets,
+					after.Ingress.Packets-before.Ingress.Packets, after.Joined-before.Joined, after.Slow)
+				if after.Egress.Packets == before.Egress.Packets || after.Ingress.Packets == before.Ingress.Packets {
+					t.Error("nothing took the fast path")
+				}
+			})
+		}
+	}
+	with("made by hand", byHand)
+	for _, end := range ends {
+		stop(t, other)
+		other = c.start(c.Nodes[1], end.flags...)
+		c.waitReady(c.Nodes[1], 2)
+		with(end.name, pods[1])
+	}
+	for _, node := range c.Nodes[:2] {
+		if s, err := c.status(node); err != nil || len(dropped(s)) != 0 {
+			t.Errorf("%s dropped %v (%v)", node.ID, s.Datapath.Drops, err)
+		}
+	}
+}
+
+// fastPath is what a node's fast path says of itself, once it is on.
+func (c *cluster) fastPath(n *lab.Node) api.FastPath {
+	c.t.Helper()
+	s := c.wait(n, "has the fast path on", func(s api.Status) bool { return s.Datapath.FastPath != nil && s.Datapath.FastPath.On })
+	return *s.Datapath.FastPath
+}
+
+// slow is how many packets a fast path left to the datapath for a reason.
+func slow(f api.FastPath, reason string) uint64 {
+	i := slices.IndexFunc(f.Slow, func(d api.Drop) bool { return d.Reason == reason })
+	if i < 0 {
+		return 0
+	}
+	return f.Slow[i].Packets
+}
+
+// TestFastPathLife leads a node's fast path through what happens to it, under a
+// connection and pings in both directions: while the daemon is away, killed or
+// replaced, not one ping is lost; what others take away comes back; what the fast
+// path would pass by turns it off; and nothing is left when it is not wanted.
+func TestFastPathLife(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	on := []string{"--datapath", "kernel", "--fast-path", "auto"}
+	p := c.start(n, on...)
+	c.start(c.Nodes[1], on...)
+	c.waitReady(n, 1)
+	c.waitReady(c.Nodes[1], 1)
+	pods := c.pods()
+	c.fastPath(n)
+	flow := startFlow(t, pods[0], pods[1])
+	carries := func() {
+		t.Helper()
+		before := c.fastPath(n)
+		c.goesOn(flow)
+		c.wait(n, "carries by the fast path", func(s api.Status) bool {
+			f := s.Datapath.FastPath
+			return f.Egress.Packets > before.Egress.Packets && f.Ingress.Packets > before.Ingress.Packets
+		})
+	}
+	carries()
+
+	there, back := startPings(t, pods[0], pods[1]), startPings(t, pods[1], pods[0])
+	if err := p.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-p.Exited()
+	c.goesOn(flow)
+	if left := filters(t, n); len(left) != 3 {
+		t.Errorf("without a daemon the filters are %v", left)
+	}
+	p = c.start(n, on...)
+	c.waitReady(n, 1)
+	carries()
+	stop(t, p)
+	p = c.start(n, on...)
+	c.waitReady(n, 1)
+	carries()
+	for _, p := range []*pings{there, back} {
+		if sent, lost := p.stop(); lost != 0 {
+			t.Errorf("of %d pings %d were lost while the daemon was away", sent, lost)
+		}
+	}
+
+	uplink := func(do func(netlink.Link) error) error {
+		return n.Do(func() error {
+			l, err := netlink.LinkByName(n.Link)
+			if err != nil {
+				return err
+			}
+			return do(l)
+		})
+	}
+	for what, harm := range map[string]func() error{
+		"the filters go": func() error {
+			return n.Do(func() error {
+				all, err := host.Filters()
+				for _, f := range all {
+					err = errors.Join(err, host.RemoveFilter(f))
+				}
+				return err
+			})
+		},
+		"the clsact qdisc goes": func() error {
+			return uplink(func(l netlink.Link) error {
+				return netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}})
+			})
+		},
+		"the pair of veth goes": func() error {
+			return n.Do(func() error {
+				l, err := netlink.LinkByName(host.JoinNear)
+				if err != nil {
+					return err
+				}
+				return netlink.LinkDel(l)
+			})
+		},
+	} {
+		before := c.wait(n, "answers", func(s api.Status) bool { return s.Ready }).Datapath.Repairs[string(host.KindFastPath)]
+		if err := harm(); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		c.wait(n, "repairs it: "+what, func(s api.Status) bool { return s.Datapath.Repairs[string(host.KindFastPath)] > before })
+		carries()
+	}
+
+	// What shapes packets on the tunnel device must see them.
+	shape := func(do func(netlink.Qdisc) error) {
+		t.Helper()
+		if err := n.Do(func() error {
+			l, err := netlink.LinkByName("cvt.1")
+			if err != nil {
+				return err
+			}
+			return do(&netlink.GenericQdisc{QdiscType: "pfifo", QdiscAttrs: netlink.QdiscAttrs{
+				LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT,
+			}})
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	shape(netlink.QdiscAdd)
+	c.wait(n, "steps back", func(s api.Status) bool {
+		return !s.Datapath.FastPath.On && strings.Contains(s.Datapath.FastPath.Why, "the qdisc pfifo on cvt.1")
+	})
+	if left := filters(t, n); len(left) != 0 {
+		t.Errorf("the filters %v stand before a qdisc", left)
+	}
+	c.goesOn(flow)
+	shape(netlink.QdiscDel)
+	carries()
+
+	// Who else looks at the uplink's packets looks first, and stays.
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.SchedCLS, License: "Apache-2.0", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}, // TC_ACT_UNSPEC
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer program.Close()
+	other := &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{Parent: netlink.HANDLE_MIN_INGRESS, Priority: 1, Handle: 1, Protocol: unix.ETH_P_ALL},
+		Fd:          program.FD(), Name: "other", DirectAction: true,
+	}
+	if err := uplink(func(l netlink.Link) error { other.LinkIndex = l.Attrs().Index; return netlink.FilterAdd(other) }); err != nil {
+		t.Fatal(err)
+	}
+	carries()
+
+	// Others: without it, in userspace, and with it again.
+	for _, flags := range [][]string{{"--datapath", "kernel", "--fast-path", "off"}, on, {"--datapath", "userspace"}, on} {
+		stop(t, p)
+		p = c.start(n, flags...)
+		c.wait(n, "carries", func(s api.Status) bool { return s.Ready && s.Datapath.Kind == flags[1] })
+		if slices.Equal(flags, on) {
+			carries()
+			continue
+		}
+		c.goesOn(flow)
+		if left := filters(t, n); len(left) != 0 {
+			t.Errorf("%v: the filters %v are left", flags, left)
+		}
+	}
+	if turns, longest, err := flow.stop(); err != nil {
+		t.Errorf("the connection, after %d turns, %s at the longest: %v", turns, longest, err)
+	}
+	stop(t, p)
+	if out, err := n.Run(t.Context(), filepath.Join(c.bin, "culvert"), "cleanup", "--run-dir", n.RunDir); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if left := filters(t, n); len(left) != 0 {
+		t.Errorf("after cleanup the filters %v are left", left)
+	}
+	if err := n.Do(func() error {
+		links, err := netlink.LinkList()
+		for _, l := range links {
+			if host.Ours(l.Attrs().Name) {
+				err = fmt.Errorf("after cleanup %s is left", l.Attrs().Name)
+			}
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+	if err := uplink(func(l netlink.Link) error {
+		left, err := netlink.FilterList(l, netlink.HANDLE_MIN_INGRESS)
+		if err == nil && len(left) == 0 {
+			err = errors.New("the other program's filter is gone too")
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+// filters are culvert's tc filters in a node.
+func filters(t *testing.T, n *lab.Node) (all []host.Filter) {
+	t.Helper()
+	if err := n.Do(func() (err error) { all, err = host.Filters(); return err }); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// TestFastPathBulk asserts that the fast path carries what it is for: of a bulk
+// transfer, nearly every byte.
+func TestFastPathBulk(t *testing.T) {
+	c := newClusterOf(t, lab.Options{Nodes: 2, Underlay: lab.Direct})
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		c.start(n, "--iface", n.Link, "--datapath", "kernel", "--fast-path", "on")
+	}
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	pods := c.pods()
+	for _, profile := range lab.Profiles() {
+		if _, err := c.SetProfile(profile); err != nil {
+			t.Fatal(err)
+		}
+		before, device := c.fastPath(c.Nodes[0]), tunnelTraffic(t, c.Nodes[0])
+		const size = 64 << 20
+		transfer(t, pods[0].Namespace, pods[1].Namespace, pods[0].Addr(true), pods[1].Addr(true), size)
+		transfer(t, pods[1].Namespace, pods[0].Namespace, pods[1].Addr(true), pods[0].Addr(true), size)
+		after, slowly := c.fastPath(c.Nodes[0]), tunnelTraffic(t, c.Nodes[0])
+		sent, received := after.Egress.Bytes-before.Egress.Bytes, after.Ingress.Bytes-before.Ingress.Bytes
+		left, arrived := slowly.SentBytes-device.SentBytes, slowly.ReceivedBytes-device.ReceivedBytes
+		t.Logf("%s: sent %d and %d by the device, received %d and %d", profile, sent, left, received, arrived)
+		// What arrives joined is the device's.
+		joined := profile == lab.Offload || profile == lab.Plain
+		if 100*left > 5*(sent+left) || !joined && 100*arrived > 5*(received+arrived) {
+			t.Errorf("%s: by the device went %d of %d bytes sent, and %d of %d received; left to it: %v", profile, left, sent+left, arrived, received+arrived, after.Slow)
+		}
+	}
+}
+
+func tunnelTraffic(t *testing.T, n *lab.Node) (traffic host.Traffic) {
+	t.Helper()
+	if err := n.Do(func() error { traffic = host.DeviceTraffic("cvt.1"); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return traffic
+}
+
+// TestFastPathHostRules has nftables rules on every hook that sees the tunnel
+// device, and conntrack's states, decide about packets: they decide the same, and
+// count the same, with the fast path and without.
+func TestFastPathHostRules(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	var p *lab.Process
+	begin := func(mode string) {
+		if p != nil {
+			stop(t, p)
+		}
+		p = c.start(n, "--datapath", "kernel", "--fast-path", mode)
+		c.waitReady(n, 1)
+		c.wait(n, "fast path "+mode, func(s api.Status) bool { return s.Datapath.FastPath.On == (mode == "on") })
+	}
+	c.start(c.Nodes[1], "--datapath", "kernel", "--fast-path", "on")
+	c.wait(c.Nodes[1], "ready", func(s api.Status) bool { return s.Ready })
+	begin("on")
+	c.waitReady(c.Nodes[1], 1)
+	pods := c.pods()
+	s := c.waitReady(n, 1)
+	node := s.Lease.Subnets[0].Addr()
+
+	// Each rule drops one port's datagrams, where it sees the device.
+	type rule struct {
+		chain   string
+		in      bool // by its input device
+		port    uint16
+		state   uint32 // of conntrack; 0: any
+		crosses string
+	}
+	const isNew, established = expr.CtStateBitNEW, expr.CtStateBitESTABLISHED
+	rules := []rule{
+		{"forward", true, 1001, 0, "to the pod"},
+		{"forward", false, 1002, 0, "from the pod"},
+		{"input", true, 1003, 0, "to the node"},
+		{"output", false, 1004, 0, "from the node"},
+		{"prerouting", true, 1005, 0, "to the pod"},
+		{"postrouting", false, 1006, 0, "from the pod"},
+		{"forward", true, 1007, isNew, "to the pod"},
+		{"forward", true, 1008, established, "to the pod"},
+		{"input", true, 1009, isNew, "to the node"},
+		{"forward", true, 1010, established, "from the pod"}, // the answers to it
+	}
+	place := func(out bool) {
+		if err := n.Do(func() error {
+			conn, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "probe"})
+			conn.DelTable(table)
+			if out {
+				return conn.Flush()
+			}
+			table = conn.AddTable(table)
+			chains := map[string]*nftables.Chain{}
+			for name, hook := range map[string]*nftables.ChainHook{
+				"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput, "forward": nftables.ChainHookForward,
+				"output": nftables.ChainHookOutput, "postrouting": nftables.ChainHookPostrouting,
+			} {
+				chains[name] = conn.AddChain(&nftables.Chain{Name: name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityFilter})
+			}
+			for _, r := range rules {
+				key, offset := expr.MetaKeyOIFNAME, uint32(2)
+				if r.in {
+					key = expr.MetaKeyIIFNAME
+				}
+				if r.crosses == "from the pod" && r.in {
+					offset = 0 // the answers' source port
+				}
+				device := append([]byte("cvt.1"), make([]byte, 11)...)
+				exprs := []expr.Any{
+					&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Register: 1, Data: device},
+					&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+					&expr.Cmp{Register: 1, Data: []byte{byte(r.port >> 8), byte(r.port)}},
+				}
+				if r.state != 0 {
+					mask := []byte{byte(r.state), 0, 0, 0}
+					exprs = append(exprs, &expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+						&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},
+						&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)})
+				}
+				conn.AddRule(&nftables.Rule{Table: table, Chain: chains[r.chain], Exprs: append(exprs, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})})
+			}
+			return conn.Flush()
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { place(true) })
+	// exchange sends two datagrams to a port, each of which the other end answers,
+	// and says how many of the four arrive.
+	exchange := func(r rule) (arrived int) {
+		from, to, source, destination := pods[1].Namespace, pods[0].Namespace, pods[1].Addr(true), pods[0].Addr(true)
+		switch r.crosses {
+		case "to the node":
+			to, destination = n.Namespace, node
+		case "from the node":
+			from, to, source, destination = n.Namespace, pods[1].Namespace, node, pods[1].Addr(true)
+		case "from the pod":
+			from, to, source, destination = to, from, destination, source
+		}
+		server, err := to.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(destination, r.port).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer server.Close()
+		client, err := from.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(source, 0).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		b := make([]byte, 100)
+		for range 2 {
+			if _, err := client.WriteTo([]byte("?"), server.LocalAddr()); err != nil && !errors.Is(err, unix.EPERM) {
+				t.Fatal(err)
+			}
+			_ = server.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+			if _, _, err := server.ReadFrom(b); err == nil {
+				arrived++
+			}
+			// An answer even to what did not come, so that both see the same.
+			if _, err := server.WriteTo([]byte("!"), client.LocalAddr()); err != nil && !errors.Is(err, unix.EPERM) {
+				t.Fatal(err)
+			}
+			_ = client.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+			if _, _, err := client.ReadFrom(b); err == nil {
+				arrived++
+			}
+		}
+		return arrived
+	}
+	counted := func() (all []uint64) {
+		if err := n.Do(func() error {
+			conn, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			table := &nftables.Table{Family: nftables.TableFamilyINet, Name: "probe"}
+			for _, name := range []string{"prerouting", "input", "forward", "output", "postrouting"} {
+				list, err := conn.GetRules(table, &nftables.Chain{Table: table, Name: name})
+				if err != nil {
+					return err
+				}
+				for _, r := range list {
+					for _, e := range r.Exprs {
+						if n, ok := e.(*expr.Counter); ok {
+							all = append(all, n.Packets)
+						}
+					}
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return all
+	}
+	results := map[string][]int{}
+	counts := map[string][]uint64{}
+	for _, mode := range []string{"off", "on"} {
+		begin(mode)
+		place(false)
+		for _, r := range rules {
+			results[mode] = append(results[mode], exchange(r))
+		}
+		counts[mode] = counted()
+	}
+	if !slices.Equal(results["on"], results["off"]) || !slices.Equal(counts["on"], counts["off"]) {
+		t.Errorf("with the fast path %v arrived and %v were counted, without %v and %v", results["on"], counts["on"], results["off"], counts["off"])
+	}
+	if i := slices.Index(counts["off"], 0); i >= 0 {
+		t.Errorf("the rules counted %v: one saw nothing", counts["off"])
+	}
+	if f := c.fastPath(n); f.Egress.Packets == 0 || f.Ingress.Packets == 0 {
+		t.Error("nothing took the fast path")
+	}
+}
