@@ -87,7 +87,7 @@ func (c *cluster) setToken(t *testing.T, token string) {
 
 // options are those of a registry of the node, by a kubeconfig as a pod's
 // environment would have it.
-func (c *cluster) options(t *testing.T, node string) Options {
+func (c *cluster) options(t testing.TB, node string) Options {
 	t.Helper()
 	config := filepath.Join(t.TempDir(), "kubeconfig")
 	text := `{"current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],

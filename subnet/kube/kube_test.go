@@ -252,6 +252,38 @@ func TestNode(t *testing.T) {
 		eventually(t, "the overwrite ends with its setting", public("192.0.2.1"))
 	})
 
+	t.Run("a node claims another's podCIDR", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		// The thief is the oldest, and so would win a dispute.
+		c.PutNode("thief", []string{"10.5.9.0/24"}, flannel("192.0.2.9", "02:00:00:00:00:09"))
+		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
+		c.PutNode("b", []string{"10.5.8.0/24"}, flannel("192.0.2.2", "02:00:00:00:00:02"))
+		c.PutNode("b", nil, map[string]any{podCIDRsAnnotation: c.GetNode("b").Metadata.UID + " 10.5.8.0/24"})
+		claim := func(cidr string) {
+			c.PutNode("thief", nil, map[string]any{podCIDRsAnnotation: c.GetNode("thief").Metadata.UID + " " + cidr})
+		}
+		honest := func(s subnet.Snapshot, _ error) bool {
+			return len(s.Peers) == 2 && s.Peers[0].String() == `10.5.8.0/24 (node "b", 192.0.2.2)` && s.Peers[1].String() == `10.5.9.0/24 (node "thief", 192.0.2.9)`
+		}
+		claim("10.5.8.0/24") // before the list
+		x := c.join(t, "a")
+		x.await(t, "the list", honest)
+		for _, cidr := range []string{"10.5.0.0/16", "10.5.1.0/24", "10.5.8.128/25"} {
+			before := x.mirrorRevision()
+			claim(cidr)
+			x.await(t, "the event of "+cidr, func(subnet.Snapshot, error) bool { return x.mirrorRevision() > before })
+			x.await(t, cidr+" is not believed", honest)
+		}
+		// A watch that has only the thief's word, until the owner comes.
+		c.DeleteNode("b")
+		claim("10.5.8.0/24")
+		x.stop()
+		y := c.join(t, "a")
+		y.await(t, "the only claimant", func(s subnet.Snapshot, _ error) bool { return len(s.Peers) == 1 })
+		c.PutNode("b", []string{"10.5.8.0/24"}, flannel("192.0.2.2", "02:00:00:00:00:02"))
+		y.await(t, "the owner", honest)
+	})
+
 	t.Run("one family of two changes", func(t *testing.T) {
 		c.empty(t).SetConfig(t, `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"host-gw"}}`)
 		c.PutNode("a", []string{"10.5.1.0/24", "fd00:5:0:1::/64"}, nil)

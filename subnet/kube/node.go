@@ -112,6 +112,7 @@ type facts struct {
 	created  int64 // Unix time; the earlier of two that exclude each other stands
 	revision int64
 	cidrs    []netip.Prefix // of all families; none: not known
+	sure     bool           // cidrs are the spec's, not the node's own word
 	managed  bool           // flannel or culvert runs there
 	notes    notes
 }
@@ -138,6 +139,7 @@ func (n names) facts(o *object) (facts, error) {
 	}
 	var err error
 	if f.cidrs, err = o.podCIDRs(); err != nil || len(f.cidrs) > 0 {
+		f.sure = err == nil
 		return f, err
 	}
 	// Repeated by the node itself. One that names another UID was copied from
@@ -147,6 +149,48 @@ func (n names) facts(o *object) (facts, error) {
 		f.cidrs, err = parseCIDRs(strings.Split(list, ","))
 	}
 	return f, err
+}
+
+// disputed names the Nodes that claim an address that another one claims too, or
+// that is ours, and whose podCIDRs are their own word: a node could write
+// another's into its annotation.
+func disputed(nodes map[string]facts, ours []netip.Prefix) []string {
+	type claim struct {
+		prefix netip.Prefix
+		name   string
+	}
+	var claims []claim
+	for _, p := range ours {
+		claims = append(claims, claim{prefix: p})
+	}
+	for name, f := range nodes {
+		if !f.managed {
+			continue
+		}
+		for _, p := range f.cidrs {
+			claims = append(claims, claim{p, name})
+		}
+	}
+	// A prefix comes before those within it, and two are apart or nested.
+	slices.SortFunc(claims, func(a, b claim) int {
+		return cmp.Or(a.prefix.Addr().Compare(b.prefix.Addr()), cmp.Compare(a.prefix.Bits(), b.prefix.Bits()))
+	})
+	var all []string
+	add := func(name string) {
+		if name != "" && !nodes[name].sure && !slices.Contains(all, name) {
+			all = append(all, name)
+		}
+	}
+	for i := 1; i < len(claims); i++ {
+		cover := claims[i-1]
+		for ; i < len(claims) && cover.prefix.Overlaps(claims[i].prefix); i++ {
+			if claims[i].name != cover.name {
+				add(cover.name)
+				add(claims[i].name)
+			}
+		}
+	}
+	return all
 }
 
 // podCIDRsNote is the value of podCIDRsAnnotation.

@@ -2,9 +2,13 @@ package kube
 
 import (
 	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -328,6 +332,89 @@ users:
 	} {
 		if a, err := parseKubeconfig([]byte(strings.Replace(text, from, fault, 1))); err == nil {
 			t.Errorf("with %q: %+v", fault, a)
+		}
+	}
+}
+
+// BenchmarkHeartbeat is one event of the watch that changes nothing: its
+// decoding, and finding that.
+func BenchmarkHeartbeat(b *testing.B) {
+	const f = `"flannel.alpha.coreos.com/`
+	line := []byte(`{"type":"MODIFIED","object":{"kind":"PartialObjectMetadata","apiVersion":"meta.k8s.io/v1","metadata":{"name":"n","uid":"u","resourceVersion":"5","creationTimestamp":"2026-01-02T03:04:05Z",
+"annotations":{"culvert/pod-cidrs":"u 10.244.1.0/24",` + f + `kube-subnet-manager":"true",` + f + `backend-type":"vxlan",` + f + `backend-data":"{\"VNI\":1,\"VtepMAC\":\"c6:d2:32:6f:8f:44\"}",` + f + `public-ip":"192.0.2.1"},
+"managedFields":[{"manager":"kubelet","operation":"Update","apiVersion":"v1","fieldsType":"FieldsV1","fieldsV1":{` + strings.Repeat(`"f:status":{"f:conditions":{"k:{\"type\":\"Ready\"}":{"f:lastHeartbeatTime":{}}}},`, 40) + `"f:x":{}}}]}}}`)
+	cfg := config(b, vxlan4)
+	keys := newNames(DefaultPrefix)
+	r := &Registry{keys: keys, config: cfg}
+	m := newMirror(r, subnet.Lease{Node: "self"})
+	b.SetBytes(int64(len(line)))
+	b.ReportAllocs()
+	for b.Loop() {
+		var e event
+		if err := json.Unmarshal(line, &e); err != nil {
+			b.Fatal(err)
+		}
+		facts, err := keys.facts(&e.Object.object)
+		if err != nil {
+			b.Fatal(err)
+		}
+		m.change("n", m.known("n", facts), false)
+	}
+}
+
+// TestErrors has refusals say what to do, and for how long to wait.
+func TestErrors(t *testing.T) {
+	for _, c := range []struct {
+		code         int
+		header, body string
+		part         string
+		after        time.Duration
+	}{
+		{401, "", `{"kind":"Status","message":"Unauthorized","code":401}`, "service account", 0},
+		{403, "", `{"message":"nodes is forbidden: User \"x\" cannot list resource \"nodes\""}`, "ClusterRole", 0},
+		{429, "7", `{"message":"too many requests"}`, "throttles", 7 * time.Second},
+		{429, "", `{"message":"too many requests","details":{"retryAfterSeconds":3}}`, "throttles", 3 * time.Second},
+		{503, "9999", "<html>a proxy's page</html>", "a proxy's page", time.Minute},
+		{500, "", "", "500", 0},
+	} {
+		header := http.Header{}
+		if c.header != "" {
+			header.Set("Retry-After", c.header)
+		}
+		err := errorOf(&http.Response{StatusCode: c.code, Header: header, Body: io.NopCloser(strings.NewReader(c.body))})
+		if !strings.Contains(err.Error(), c.part) || !has(err, c.code) || retryAfter(fmt.Errorf("list: %w", err)) != c.after {
+			t.Errorf("%d: %v, after %v", c.code, err, retryAfter(err))
+		}
+	}
+}
+
+// TestDisputed finds who claims what another has.
+func TestDisputed(t *testing.T) {
+	node := func(sure bool, cidrs ...string) facts {
+		f := facts{managed: true, sure: sure}
+		for _, c := range cidrs {
+			f.cidrs = append(f.cidrs, netip.MustParsePrefix(c))
+		}
+		return f
+	}
+	ours := []netip.Prefix{netip.MustParsePrefix("10.244.0.0/24")}
+	for name, c := range map[string]struct {
+		nodes map[string]facts
+		want  []string
+	}{
+		"apart":               {map[string]facts{"a": node(false, "10.244.1.0/24"), "b": node(false, "10.244.2.0/24", "fd00::/64")}, nil},
+		"the same":            {map[string]facts{"a": node(false, "10.244.1.0/24"), "b": node(false, "10.244.1.0/24")}, []string{"a", "b"}},
+		"one is sure":         {map[string]facts{"a": node(true, "10.244.1.0/24"), "b": node(false, "10.244.1.0/24")}, []string{"b"}},
+		"ours":                {map[string]facts{"a": node(false, "10.244.0.0/25"), "b": node(false, "10.244.1.0/24")}, []string{"a"}},
+		"all of it":           {map[string]facts{"a": node(false, "10.244.0.0/16"), "b": node(false, "10.244.1.0/24"), "c": node(true, "10.244.2.0/24"), "d": node(false, "10.245.1.0/24")}, []string{"a", "b"}},
+		"in the other half":   {map[string]facts{"a": node(false, "10.244.1.0/24", "fd00:0:0:1::/64"), "b": node(false, "10.244.2.0/24", "fd00::/48")}, []string{"a", "b"}},
+		"nobody runs there":   {map[string]facts{"a": node(false, "10.244.1.0/24"), "b": {cidrs: []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}}}, nil},
+		"two groups in a row": {map[string]facts{"a": node(false, "10.244.1.0/24"), "b": node(false, "10.244.1.0/24"), "c": node(false, "10.244.2.0/24"), "d": node(false, "10.244.2.128/25")}, []string{"a", "b", "c", "d"}},
+	} {
+		got := disputed(c.nodes, ours)
+		slices.Sort(got)
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v, not %v", name, got, c.want)
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"slices"
@@ -176,19 +177,29 @@ func (r *Registry) list(ctx context.Context, m *mirror) (string, error) {
 	if err := r.resolve(ctx, found, unknown, at); err != nil {
 		return "", err
 	}
+	if err := r.resolve(ctx, found, disputed(found, m.self.Subnets()), at); err != nil {
+		return "", err
+	}
 	m.replace(found, at)
 	return at, nil
 }
 
-// resolve reads the podCIDRs of Nodes that do not repeat them in an annotation.
+// resolve reads the podCIDRs of Nodes that do not repeat them in an annotation,
+// or whose annotation is not to be relied on.
 func (r *Registry) resolve(ctx context.Context, found map[string]facts, unknown []string, at string) error {
 	fill := func(o *object) {
 		f, ok := found[o.Metadata.Name]
-		if !ok || f.uid != o.Metadata.UID || len(f.cidrs) > 0 {
+		if !ok || f.uid != o.Metadata.UID || !slices.Contains(unknown, o.Metadata.Name) {
 			return
 		}
+		said := f.cidrs
 		f.cidrs, _ = o.podCIDRs() // the entry says that there is none
+		f.sure = true
 		found[o.Metadata.Name] = f
+		if len(said) > 0 && !slices.Equal(said, f.cidrs) {
+			r.log.Error("a Node's annotation claims other podCIDRs than it has; going by those that it has",
+				"node", o.Metadata.Name, "annotation", podCIDRsAnnotation, "claims", said, "has", f.cidrs)
+		}
 	}
 	if len(unknown) > fewUnknown {
 		_, err := r.c.list(ctx, whole, url.Values{"resourceVersion": {at}, "resourceVersionMatch": {"NotOlderThan"}}, fill)
@@ -234,15 +245,21 @@ func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *ou
 		}
 		switch e.Type {
 		case "ADDED", "MODIFIED":
-			f = m.known(o.Metadata.Name, f)
+			name := o.Metadata.Name
+			f = m.known(name, f)
+			changed := map[string]facts{name: f}
 			if f.managed && len(f.cidrs) == 0 {
-				found := map[string]facts{o.Metadata.Name: f}
-				if err := r.resolve(ctx, found, []string{o.Metadata.Name}, ""); err != nil {
+				if err := r.resolve(ctx, changed, []string{name}, *after); err != nil {
 					return err
 				}
-				f = found[o.Metadata.Name]
 			}
-			m.change(o.Metadata.Name, f, false)
+			changed = m.affected(name, changed[name])
+			if err := r.resolve(ctx, changed, disputed(changed, m.self.Subnets()), *after); err != nil {
+				return err
+			}
+			for name, f := range changed {
+				m.change(name, f, false)
+			}
 		case "DELETED":
 			m.change(o.Metadata.Name, f, true)
 		}
@@ -314,14 +331,31 @@ func (m *mirror) known(name string, f facts) facts {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	is, ok := m.nodes[name]
-	if len(f.cidrs) == 0 && ok && is.uid == f.uid {
-		f.cidrs = is.cidrs
+	if ok && is.uid == f.uid && (len(f.cidrs) == 0 || is.sure) {
+		f.cidrs, f.sure = is.cidrs, is.sure
 	}
 	// Our own are Hold's matter.
-	if name == m.self.Node && len(f.cidrs) == 0 {
-		f.cidrs = m.self.Subnets()
+	if name == m.self.Node {
+		f.cidrs, f.sure = m.self.Subnets(), true
 	}
 	return f
+}
+
+// affected returns the Node, and with it the others that claim an address of its
+// podCIDRs, if it is not as it was.
+func (m *mirror) affected(name string, f facts) map[string]facts {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	changed := map[string]facts{name: f}
+	if is, ok := m.nodes[name]; name == m.self.Node || ok && is.same(f) {
+		return changed
+	}
+	for other, g := range m.nodes {
+		if other != name && slices.ContainsFunc(g.cidrs, func(p netip.Prefix) bool { return slices.ContainsFunc(f.cidrs, p.Overlaps) }) {
+			changed[other] = g
+		}
+	}
+	return changed
 }
 
 // replace takes over a whole list.
@@ -403,7 +437,7 @@ func (m *mirror) change(name string, f facts, deleted bool) {
 
 // same reports whether what matters of a Node is as it was.
 func (f facts) same(as facts) bool {
-	return f.uid == as.uid && f.managed == as.managed && f.notes == as.notes && slices.Equal(f.cidrs, as.cidrs)
+	return f.uid == as.uid && f.managed == as.managed && f.notes == as.notes && slices.Equal(f.cidrs, as.cidrs) && f.sure == as.sure
 }
 
 // contend has Hold look when our subnet may be another's, which is so only while
