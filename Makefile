@@ -126,7 +126,7 @@ manifests: kubernetes
 .PHONY: test-kubernetes
 ## test-kubernetes: Kubernetes as the store, over a real API server, with the rights of the manifests
 test-kubernetes: build kubernetes
-	internal/tools/install-packages util-linux
+	internal/tools/install-packages util-linux iproute2
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -p 1 -count 1 -timeout 15m ./subnet/kube ./deploy
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -count 1 -timeout 15m -run Kubernetes ./test
 

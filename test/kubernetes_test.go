@@ -236,6 +236,18 @@ func TestKubernetes(t *testing.T) {
 		cancel()
 	}
 
+	for _, p := range k.Processes() {
+		if p == first || strings.HasPrefix(p.Name, "n2-") {
+			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, rss, _ := strings.Cut(string(text), "VmRSS:")
+			rss, _, _ = strings.Cut(rss, "\n")
+			t.Logf("resident memory of %s: %s", p.Name, strings.TrimSpace(rss))
+		}
+	}
+
 	t.Run("from flannel to culvert", func(t *testing.T) {
 		k.run(n3, "--datapath=kernel", "--take-over-flannel")
 		k.waitReady(n3, 2)
@@ -294,6 +306,14 @@ func TestKubernetes(t *testing.T) {
 			t.Errorf("its subnet is %v", s.Lease.Subnets)
 		}
 		k.waitReady(n1, 2)
+		// The others' kernel has nothing left of the old subnet.
+		eventually(t, "n3's routes", func() error {
+			routes, err := n3.Run(t.Context(), "ip", "route")
+			if err == nil && (strings.Contains(string(routes), "10.244.2.0/24") || !strings.Contains(string(routes), "10.244.9.0/24")) {
+				err = fmt.Errorf("%s", routes)
+			}
+			return err
+		})
 		p, err := n2.AddPod(t.Context(), "p2")
 		if err != nil {
 			t.Fatal(err)
