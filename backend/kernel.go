@@ -58,7 +58,7 @@ func NewKernel(o KernelOptions) *Kernel {
 	if o.FastPath != nil {
 		followers = append(followers, o.FastPath)
 	}
-	return &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log, followers...)}
+	return &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log, followers...)}
 }
 
 // Apply makes the kernel carry what the snapshot says.

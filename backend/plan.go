@@ -33,7 +33,9 @@ func Base(n Node, s subnet.Snapshot) host.State {
 		if !ok {
 			continue
 		}
-		state.Routes = append(state.Routes, host.Route{To: network, Metric: host.UnreachableMetric})
+		for _, p := range Covered(s, e) {
+			state.Routes = append(state.Routes, host.Route{To: p, Metric: host.UnreachableMetric})
+		}
 		state.Subnets = append(state.Subnets, e.Subnet)
 		if n.TakeOver {
 			// flannel's host-gw: a peer's subnet by that peer, or this node's by the one
@@ -60,6 +62,16 @@ func Base(n Node, s subnet.Snapshot) host.State {
 func NetworkOf(s subnet.Snapshot, e subnet.Endpoint) (netip.Prefix, bool) {
 	network, ok := s.Config.Network(e.Subnet.Addr().Is4())
 	return network.Prefix, ok
+}
+
+// Covered returns what is kept from the host's default route in an endpoint's
+// family.
+func Covered(s subnet.Snapshot, e subnet.Endpoint) []netip.Prefix {
+	network, ok := s.Config.Network(e.Subnet.Addr().Is4())
+	if !ok {
+		return nil
+	}
+	return s.Covered(network)
 }
 
 // Peers returns the endpoints of other nodes in one address family.
@@ -90,26 +102,32 @@ func HostAddrs(self subnet.Endpoint) []netip.Prefix {
 }
 
 // Local returns the node's own underlay address of a family: the one that was
-// chosen at the start, while the interface bears it.
+// chosen, and is published, whichever interface bears it. The outer source of
+// what this node sends is never another: peers accept no other.
 func (n Node) Local(v host.View, is4 bool) (netip.Addr, error) {
 	if v.Underlay.Name == "" {
 		return netip.Addr{}, fmt.Errorf("%w: %s", host.ErrNoUnderlay, n.Underlay.Name)
 	}
-	chosen := n.Underlay.Addr(is4)
-	for _, p := range v.Underlay.Networks {
-		if p.Addr() == chosen {
-			return chosen, nil
-		}
+	a := n.Underlay.Addr(is4)
+	if !a.IsValid() {
+		return netip.Addr{}, fmt.Errorf("the underlay %s has no address of the family of the network", v.Underlay.Name)
 	}
-	if a := v.Underlay.Addr(is4); a.IsValid() {
-		return a, nil
-	}
-	return netip.Addr{}, fmt.Errorf("%s has no address of the family of %s", v.Underlay.Name, chosen)
+	return a, nil
 }
 
-// MTU returns what is left for pods of the underlay's MTU, or, as in flannel, of
-// the one that the configuration says the underlay has. Cost is what the
-// tunnel adds to each packet; IPv6 needs more to be left than IPv4 (RFC 8200, RFC 791).
+// Outer returns the underlay whose MTU a plan goes by: the link as it is now, or,
+// while that does not leave pods enough, as it was when it was chosen. So the
+// packets that still fit go on, and no pod is made for an MTU that does not last.
+func (n Node) Outer(v host.View, enough func(host.Underlay) error) host.Underlay {
+	if enough(v.Underlay) != nil {
+		return n.Underlay
+	}
+	return v.Underlay
+}
+
+// MTU returns what is left for pods of the underlay's MTU, or of the configured
+// one. Cost is what the tunnel adds to each packet; IPv6 needs more to be left
+// than IPv4 (RFC 8200, RFC 791).
 func MTU(configured int, u host.Underlay, cost int, ipv6 bool) (int, error) {
 	outer, whose := u.MTU, "the MTU of "+u.Name
 	if configured != 0 {

@@ -123,7 +123,7 @@ func (s *served) close() {
 func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, error) {
 	switch q.Do {
 	case "hello":
-		u, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{addrOf(c.LocalAddr()).String()}})
+		u, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{addrOf(c.LocalAddr()).String()}}, host.Known{})
 		if err != nil {
 			return response{}, err
 		}
@@ -210,7 +210,7 @@ func Connect(ctx context.Context, to string) (*Remote, error) {
 	}
 	var u host.Underlay
 	if err == nil {
-		u, err = host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{r.here.String()}})
+		u, err = host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{r.here.String()}}, host.Known{})
 	}
 	if err != nil {
 		return nil, errors.Join(err, c.Close())

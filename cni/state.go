@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -239,4 +240,35 @@ func bootID() string {
 		return ""
 	}
 	return strings.TrimSpace(string(bytes.TrimSpace(text)))
+}
+
+// RecordedBridges returns the names of the bridges that the records in data
+// directories of the plugin say pods are on. What cannot be read is left out.
+func RecordedBridges(dirs ...string) []string {
+	var names []string
+	for _, dir := range dirs {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			continue
+		}
+		for _, e := range entries {
+			text, err := os.ReadFile(filepath.Join(dir, e.Name()))
+			if err != nil || !e.Type().IsRegular() || strings.HasPrefix(e.Name(), ".") {
+				continue
+			}
+			var r record
+			delegate := json.RawMessage(text) // a record of flannel's plugin
+			if strings.Contains(e.Name(), ":") {
+				if json.Unmarshal(text, &r) != nil {
+					continue
+				}
+				delegate = r.Delegate
+			}
+			c := struct{ Type, Bridge string }{Bridge: "cni0"}
+			if json.Unmarshal(delegate, &c) == nil && c.Type == "bridge" && c.Bridge != "" && !slices.Contains(names, c.Bridge) {
+				names = append(names, c.Bridge)
+			}
+		}
+	}
+	return names
 }

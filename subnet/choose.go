@@ -91,7 +91,7 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 			conflict, rival = err, l.CreateRevision
 		}
 	}
-	taken = append(taken, o.Unreadable...)
+	taken = slices.Concat(taken, o.Unreadable, c.Avoid)
 	// Two leases of one node are left by a change of families or networks: the
 	// one that names the node counts first, then the older.
 	slices.SortStableFunc(own, func(a, b Lease) int {
@@ -265,7 +265,7 @@ func checkPublic(a netip.Addr, c Config) error {
 		return fmt.Errorf("the public address %s is not one host's", a)
 	}
 	for _, n := range c.Networks {
-		if n.Prefix.Contains(a) {
+		if _, inside := n.GivenOf(netip.PrefixFrom(a, a.BitLen())); inside {
 			return fmt.Errorf("the public address %s lies in the cluster network %s", a, n.Prefix)
 		}
 	}

@@ -368,12 +368,13 @@ func (c Config) Network(is4 bool) (Network, bool) {
 	return Network{}, false
 }
 
-// CheckUnderlay says whether the cluster network overlaps one of the prefixes
-// that the underlay uses: the tunnel would then swallow its own packets.
+// CheckUnderlay says whether what is given out of the cluster network overlaps
+// one of the prefixes that the underlay uses: the tunnel would then carry its own
+// packets.
 func (c Config) CheckUnderlay(prefixes []netip.Prefix) error {
 	for _, n := range c.Networks {
 		for _, p := range prefixes {
-			if n.Prefix.Overlaps(p) {
+			if _, overlaps := n.GivenOf(p); overlaps {
 				return fmt.Errorf("the cluster network %s overlaps %s, which the underlay uses: the tunnel would carry its own packets", n.Prefix, p.Masked())
 			}
 		}

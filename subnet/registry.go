@@ -42,7 +42,9 @@ type Claim struct {
 	// Previous are the subnets that the node used last (from subnet.env), asked
 	// for again if no lease bears our identity or address.
 	Previous []netip.Prefix
-	TTL      time.Duration // lifetime without renewal; 24 h by default
+	// Avoid are networks of the host's own, within which it leases no new subnet.
+	Avoid []netip.Prefix
+	TTL   time.Duration // lifetime without renewal; 24 h by default
 }
 
 // Snapshot is every lease at one revision of the store. It is immutable.

@@ -24,7 +24,8 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	}
 	_, ipv6 := s.Self.Endpoint(false)
 	var err error
-	if w.MTU, err = backend.MTU(s.Config.Backend.MTU, v.Underlay, 0, ipv6); err != nil {
+	mtu := func(u host.Underlay) (int, error) { return backend.MTU(s.Config.Backend.MTU, u, 0, ipv6) }
+	if w.MTU, err = mtu(n.Outer(v, func(u host.Underlay) error { _, err := mtu(u); return err })); err != nil {
 		return w, err
 	}
 	for _, self := range s.Self.Endpoints {

@@ -56,13 +56,23 @@ func TestOnLink(t *testing.T) {
 				t.Fatal(err)
 			}
 			s := subnet.Snapshot{Config: cfg, Self: lease(1, "192.0.2.1"), Peers: []subnet.Lease{lease(2, "192.0.2.2"), lease(3, "203.0.113.3")}}
-			k := host.NewKeeper("eth0", slog.New(slog.DiscardHandler))
+			u := host.Underlay{Name: "eth0", Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
+			if err := n.Do(func() error {
+				l, err := netlink.LinkByName("eth0")
+				if err == nil {
+					u.Index = l.Attrs().Index
+				}
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+			k := host.NewKeeper(u.Index, slog.New(slog.DiscardHandler))
 			var wanted backend.Wanted
 			routes := func() []string {
 				t.Helper()
 				if err := n.Do(func() error {
 					return k.Apply(func(v host.View) (host.State, error) {
-						wanted, err = c.plan(backend.Node{Underlay: host.Underlay{Name: "eth0"}}, s, v)
+						wanted, err = c.plan(backend.Node{Underlay: u}, s, v)
 						return wanted.State, err
 					})
 				}); err != nil {

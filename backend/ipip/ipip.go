@@ -33,7 +33,8 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	if err != nil {
 		return w, err
 	}
-	if w.MTU, err = backend.MTU(s.Config.Backend.MTU, v.Underlay, Cost, false); err != nil {
+	mtu := func(u host.Underlay) (int, error) { return backend.MTU(s.Config.Backend.MTU, u, Cost, false) }
+	if w.MTU, err = mtu(n.Outer(v, func(u host.Underlay) error { _, err := mtu(u); return err })); err != nil {
 		return w, err
 	}
 	state := &w.State

@@ -19,7 +19,7 @@ import (
 // this node's underlay address, and for each queue a packet socket that
 // receives on the underlay interface.
 func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
-	link, err := net.InterfaceByName(t.options.Node.Underlay.Name)
+	link, err := net.InterfaceByIndex(t.options.Node.Underlay.Index)
 	if err != nil {
 		return side, fmt.Errorf("looking up %s: %w", t.options.Node.Underlay.Name, err)
 	}

@@ -112,12 +112,12 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, fmt.Errorf("the userspace datapath carries vxlan and ipip, not %s", o.Config.Backend.Type)
 	}
 	t := &Tunnel{
-		options: o, format: format, keeper: host.NewKeeper(o.Node.Underlay.Name, o.Log),
+		options: o, format: format, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log),
 		inherited: inherited{o.Inherited}, applied: make(chan struct{}),
 	}
 	defer func() { _ = t.inherited.close() }()
 	var err error
-	if t.mtu, err = t.podMTU(o.Node.Underlay); err != nil {
+	if t.mtu, err = PodMTU(o.Config.Backend, o.Lease, o.Node.Underlay); err != nil {
 		return nil, err
 	}
 	t.device, err = t.inherited.openDevice(DeviceName, t.mtu, o.queues(), o.Log)
@@ -225,18 +225,20 @@ func (t *Tunnel) openSuper() error {
 	return nil
 }
 
-// podMTU is what remains of the underlay's MTU.
-func (t *Tunnel) podMTU(u host.Underlay) (int, error) {
+// PodMTU returns what the underlay's MTU leaves for the pods of a lease, in
+// whichever datapath.
+func PodMTU(c subnet.BackendConfig, l subnet.Lease, u host.Underlay) (int, error) {
 	cost := 0
-	for _, e := range t.options.Lease.Endpoints {
-		if t.format == encap.FormatIPIP {
+	for _, e := range l.Endpoints {
+		switch c.Type {
+		case "vxlan":
+			cost = max(cost, encap.VXLANCost(e.Public.Is4()))
+		case "ipip":
 			cost = max(cost, encap.IPIPCost)
-			continue
 		}
-		cost = max(cost, encap.VXLANCost(e.Public.Is4()))
 	}
-	_, ipv6 := t.options.Lease.Endpoint(false)
-	return backend.MTU(t.options.Config.Backend.MTU, u, cost, ipv6)
+	_, ipv6 := l.Endpoint(false)
+	return backend.MTU(c.MTU, u, cost, ipv6)
 }
 
 // Apply swaps the peer table, and makes the host's addresses, routes and
@@ -286,7 +288,12 @@ func (t *Tunnel) state(s subnet.Snapshot, v host.View) host.State {
 			continue
 		}
 		link.Addrs = append(link.Addrs, backend.HostAddrs(e)...)
-		state.Routes = append(state.Routes, host.Route{To: network, Link: DeviceName, Source: e.Subnet.Addr()})
+		for _, p := range backend.Covered(s, e) {
+			if p == e.Subnet {
+				continue // of the pods that are here, which have a route of their own
+			}
+			state.Routes = append(state.Routes, host.Route{To: p, Link: DeviceName, Source: e.Subnet.Addr()})
+		}
 		is4 := network.Addr().Is4()
 		guard := host.Tunnel{ // of IPIP, which has no port
 			Network: network, Subnet: e.Subnet, Peers: backend.Sources(backend.Peers(s, is4)),
@@ -483,7 +490,9 @@ func (t *Tunnel) Close(how backend.How) error {
 func (t *Tunnel) makeWay() error {
 	var catchAll []host.Route
 	for _, n := range t.options.Config.Networks {
-		catchAll = append(catchAll, host.Route{To: n.Prefix, Metric: host.UnreachableMetric})
+		for _, p := range n.Given() {
+			catchAll = append(catchAll, host.Route{To: p, Metric: host.UnreachableMetric})
+		}
 	}
 	ours := func(device string) bool { return device != DeviceName }
 	changes, err := host.MakeWay(t.options.Replaces, ours, catchAll)

@@ -189,12 +189,12 @@ func (u *uplink) refresh() {
 // check says why the uplink is not to get super-frames, if so, and mends the
 // way there.
 func (u *uplink) check() error {
-	name := u.node.Underlay.Name
-	link, err := netlink.LinkByName(name)
+	link, err := netlink.LinkByIndex(u.node.Underlay.Index)
 	if err != nil {
-		return fmt.Errorf("looking up %s: %w", name, err)
+		return fmt.Errorf("looking up %s: %w", u.node.Underlay.Name, err)
 	}
 	a := link.Attrs()
+	name := a.Name // it may have been renamed
 	switch {
 	case a.Flags&net.FlagUp == 0:
 		return fmt.Errorf("%s is down", name)

@@ -3,6 +3,7 @@ package vxlan_test
 import (
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"testing"
 
@@ -37,9 +38,24 @@ func many(t testing.TB, n int, last string) subnet.Snapshot {
 	return s
 }
 
+// underlayIndex is the index of a node's underlay link.
+func underlayIndex(t testing.TB, n *lab.Node) (index int) {
+	t.Helper()
+	if err := n.Do(func() error {
+		l, err := net.InterfaceByName(n.Link)
+		if err == nil {
+			index = l.Index
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return index
+}
+
 // applier applies snapshots in a node, as the datapath does.
 func applier(t testing.TB, n *lab.Node) (apply func(subnet.Snapshot), k *host.Keeper) {
-	k = host.NewKeeper(n.Link, slog.New(slog.DiscardHandler))
+	k = host.NewKeeper(underlayIndex(t, n), slog.New(slog.DiscardHandler))
 	return func(s subnet.Snapshot) {
 		t.Helper()
 		err := n.Do(func() error {

@@ -4,6 +4,7 @@
 package vxlan
 
 import (
+	"errors"
 	"fmt"
 
 	"culvert/backend"
@@ -31,13 +32,25 @@ func DeviceName(vni uint32, is4 bool) string {
 //	ip route add <subnet> via <public address> dev eth0
 func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
 	w := backend.Wanted{State: backend.Base(n, s)}
+	_, ipv6 := s.Self.Endpoint(false)
+	outer := n.Outer(v, func(u host.Underlay) error {
+		var errs []error
+		for _, self := range s.Self.Endpoints {
+			_, err := backend.MTU(s.Config.Backend.MTU, u, encap.VXLANCost(self.Subnet.Addr().Is4()), ipv6)
+			errs = append(errs, err)
+		}
+		return errors.Join(errs...)
+	})
+	mtu := func(is4 bool) (int, error) {
+		return backend.MTU(s.Config.Backend.MTU, outer, encap.VXLANCost(is4), ipv6)
+	}
 	for _, self := range s.Self.Endpoints {
 		network, ok := backend.NetworkOf(s, self)
 		if !ok {
 			continue
 		}
 		is4 := network.Addr().Is4()
-		link, err := device(n, s.Config.Backend, self, v)
+		link, err := device(n, s.Config.Backend, self, v, mtu)
 		if err != nil {
 			return w, err
 		}
@@ -65,13 +78,13 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	return w, nil
 }
 
-func device(n backend.Node, c subnet.BackendConfig, self subnet.Endpoint, v host.View) (host.Link, error) {
+func device(n backend.Node, c subnet.BackendConfig, self subnet.Endpoint, v host.View, mtuOf func(is4 bool) (int, error)) (host.Link, error) {
 	is4 := self.Subnet.Addr().Is4()
 	local, err := n.Local(v, is4)
 	if err != nil {
 		return host.Link{}, err
 	}
-	mtu, err := backend.MTU(c.MTU, v.Underlay, encap.VXLANCost(is4), !is4)
+	mtu, err := mtuOf(is4)
 	if err != nil {
 		return host.Link{}, err
 	}

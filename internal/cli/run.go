@@ -124,7 +124,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.store, "store", "auto", "where the leases are: etcd, kubernetes (as flannel's --kube-subnet-mgr) or auto, which is kubernetes in a pod with a service account, unless etcd's endpoints are given")
 	f.kube.addTo(flags)
 	flags.StringVar(&f.node, "node-id", "", "stable identity of this node (default: the machine id; with --store=kubernetes NODE_NAME, or the Node of POD_NAME in POD_NAMESPACE)")
-	flags.StringSliceVar(&f.iface, "iface", nil, "underlay interface, by name or address; the first that exists is used")
+	flags.StringSliceVar(&f.iface, "iface", nil, "underlay interface, by name or address; the first that has the addresses needed is used")
 	flags.StringSliceVar(&f.ifaceRegex, "iface-regex", nil, "underlay interface, by a regular expression on its name or address")
 	flags.StringVar(&f.canReach, "iface-can-reach", "", "underlay interface: the one that reaches this address")
 	flags.StringVar(&f.publicIP, "public-ip", "", "address that other nodes send to, if it is not the interface's; of either family, or one of each, separated by a comma")

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"culvert/internal/host"
 	"culvert/subnet"
 	"culvert/subnet/kept"
 )
@@ -35,10 +36,20 @@ const (
 
 var errAway = errors.New("the store is unreachable")
 
+// tenure is a lease to serve, under a configuration and at a place.
+type tenure struct {
+	config subnet.Config
+	lease  subnet.Lease
+	at     place
+	// nets are the host's own networks within the cluster's: a peer's lease there
+	// is set aside.
+	nets []subnet.HostNetwork
+}
+
 // begin returns the lease to serve: the store's, or the kept one while the store
 // is unreachable.
-func (d *node) begin(ctx context.Context, r store, at place) (subnet.Config, subnet.Lease, error) {
-	if k, err := d.kept(r, at); k == nil {
+func (d *node) begin(ctx context.Context, r store, at place) (tenure, error) {
+	if k, _, err := d.kept(r); k == nil {
 		if err != nil {
 			d.log.Warn("what is kept for a start without "+d.options.storeName()+" is not used", "file", d.options.snapshotFile(), "reason", err)
 		}
@@ -51,17 +62,17 @@ func (d *node) begin(ctx context.Context, r store, at place) (subnet.Config, sub
 	d.health.notReady("asking whether " + d.options.storeName() + " is there")
 	why := r.Answers(answering)
 	if why == nil {
-		config, lease, err := d.enter(asking, r, at)
+		t, err := d.enter(asking, r, at)
 		if err == nil || ctx.Err() != nil || asking.Err() == nil {
-			return config, lease, err
+			return t, err
 		}
 		why = err
 	}
 	if ctx.Err() != nil {
-		return subnet.Config{}, subnet.Lease{}, ctx.Err()
+		return tenure{}, ctx.Err()
 	}
 	// Looked at again: what was done meanwhile may have ended it.
-	k, err := d.kept(r, at)
+	k, there, err := d.kept(r)
 	if k == nil {
 		d.log.Warn(d.options.storeName()+" is unreachable, and what was kept does not serve any more", "reason", err)
 		return d.enter(ctx, r, at)
@@ -69,47 +80,57 @@ func (d *node) begin(ctx context.Context, r store, at place) (subnet.Config, sub
 	d.log.Warn(d.options.storeName()+" is unreachable: serving from the snapshot on disk", "saved", k.Saved, "subnet", k.Lease.Subnets(),
 		"leases", len(k.Entries), "until", k.Lease.Expires, "reason", why)
 	r.Resume(k, d.options.LeaseTTL)
+	d.health.setUnderlay(there.underlay)
 	d.health.setConfig(k.Config)
 	d.health.setLease(k.Lease)
-	return k.Config, k.Lease, nil
+	nets, err := d.survey(ctx, k.Config, there)
+	if err != nil {
+		d.log.Warn("the cluster network overlaps what this host needs", "error", err)
+	}
+	return tenure{k.Config, k.Lease, there, nets}, nil
 }
 
 // enter is the way through the store. A server that is carried along is waited for:
 // one that does not start ends a daemon that has nothing else to go by.
-func (d *node) enter(ctx context.Context, r store, at place) (subnet.Config, subnet.Lease, error) {
+func (d *node) enter(ctx context.Context, r store, at place) (tenure, error) {
 	if d.embedded != nil {
 		if err := d.embedded.await(ctx); err != nil {
-			return subnet.Config{}, subnet.Lease{}, err
+			return tenure{}, err
 		}
 	}
 	if err := d.standFence(ctx, r, at); err != nil {
-		return subnet.Config{}, subnet.Lease{}, err
+		return tenure{}, err
 	}
-	return d.join(ctx, r, at.underlay, at.publics)
+	return d.join(ctx, r)
 }
 
 // kept returns what an earlier daemon kept if this one could have written it:
 // the same node at the same place, not fenced, whose pods have the kept subnet.
 // Nil without an error is of a node that has kept nothing.
-func (d *node) kept(r store, at place) (*kept.State, error) {
+func (d *node) kept(r store) (*kept.State, place, error) {
 	k, err := r.Kept(d.options.Node)
 	if err != nil || k == nil {
-		return nil, err
+		return nil, place{}, err
 	}
-	claim, err := d.claim(k.Config, at.underlay, at.publics)
+	u, err := host.FindUnderlay(d.options.Underlay, d.known(&k.Config, k.Lease.Publics()))
 	if err != nil {
-		return nil, err
+		return nil, place{}, err
+	}
+	at := place{u, d.publics(u)}
+	claim, err := d.claim(k.Config, at)
+	if err != nil {
+		return nil, place{}, err
 	}
 	for i, e := range k.Lease.Endpoints { // as many as networks: Admits
 		if e.Subnet = claim.Ends[i].Subnet; e != claim.Ends[i] {
-			return nil, fmt.Errorf("its lease is at %s, and this node at %s", e.Public, claim.Ends[i].Public)
+			return nil, place{}, fmt.Errorf("its lease is at %s, and this node at %s", e.Public, claim.Ends[i].Public)
 		}
 	}
 	if _, err := os.Stat(d.fencePath()); !errors.Is(err, fs.ErrNotExist) {
-		return nil, errors.New("this node is fenced")
+		return nil, place{}, errors.New("this node is fenced")
 	}
 	if previous := d.previous(); !slices.Equal(previous, k.Lease.Subnets()) {
-		return nil, fmt.Errorf("its lease is of %v, and %s says %v", k.Lease.Subnets(), d.options.SubnetFile, previous)
+		return nil, place{}, fmt.Errorf("its lease is of %v, and %s says %v", k.Lease.Subnets(), d.options.SubnetFile, previous)
 	}
-	return k, nil
+	return k, at, nil
 }

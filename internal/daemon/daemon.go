@@ -17,7 +17,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -124,12 +123,14 @@ type node struct {
 	store   *fdStore
 	// embedded is the etcd server that is carried along, nil if there is none.
 	embedded *supervised
+	// had are the subnets that this daemon has leased.
+	had []netip.Prefix
 }
 
 // run goes through the start in the order in which things need each other, and
 // stops what it started in the opposite order.
 func (d *node) run(ctx context.Context) error {
-	underlay, publics, err := d.findUnderlay()
+	at, err := d.locate(nil, nil)
 	if err != nil {
 		return err
 	}
@@ -142,7 +143,8 @@ func (d *node) run(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = registry.Close() }()
-	return d.live(ctx, registry, place{underlay, publics})
+	d.health.setWarnings("store", d.leftBehind(ctx)...)
+	return d.live(ctx, registry, at)
 }
 
 // stopped returns nil where an error only says that the daemon was told to
@@ -154,46 +156,31 @@ func stopped(ctx context.Context, err error) error {
 	return err
 }
 
-// findUnderlay finds the interface, and the addresses that others send to.
-func (d *node) findUnderlay() (host.Underlay, []netip.Addr, error) {
-	u, err := host.FindUnderlay(d.options.Underlay)
-	if err != nil {
-		return host.Underlay{}, nil, fmt.Errorf("finding the underlay interface: %w", err)
-	}
-	publics := d.publics(u)
-	d.log.Info("underlay found", "interface", u.Name, "addrs", u.Addrs, "public", publics, "mtu", u.MTU, "why", u.Why)
-	d.health.setUnderlay(u)
-	return u, publics, nil
-}
-
-// publics are the addresses that others send to: told, else the underlay's.
-func (d *node) publics(u host.Underlay) []netip.Addr {
-	publics := slices.Clone(d.options.PublicIPs)
-	for _, a := range u.Addrs {
-		told := false
-		for _, p := range d.options.PublicIPs {
-			told = told || p.Is4() == a.Is4()
-		}
-		if !told {
-			publics = append(publics, a)
-		}
-	}
-	return publics
-}
-
-// join waits for a network configuration and leases a subnet under it.
-func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, publics []netip.Addr) (subnet.Config, subnet.Lease, error) {
+// join waits for a network configuration, chooses the node's place for it and
+// leases a subnet under it.
+func (d *node) join(ctx context.Context, r store) (tenure, error) {
 	waiting := "waiting for the network configuration in " + d.options.configPlace()
 	d.health.notReady(waiting)
 	told := d.tellTrouble(ctx, r, waiting)
 	config, err := r.Config(ctx)
 	told()
 	if err != nil {
-		return subnet.Config{}, subnet.Lease{}, err
+		return tenure{}, err
 	}
-	claim, err := d.claim(config, u, publics)
+	at, err := d.locate(&config, d.leased(ctx, r))
 	if err != nil {
-		return subnet.Config{}, subnet.Lease{}, err
+		return tenure{}, err
+	}
+	claim, err := d.claim(config, at)
+	if err != nil {
+		return tenure{}, err
+	}
+	nets, err := d.survey(ctx, config, at)
+	if err != nil {
+		return tenure{}, err
+	}
+	for _, h := range nets {
+		claim.Avoid = append(claim.Avoid, h.Prefix.Masked())
 	}
 	d.health.setConfig(config)
 	claim.Previous = d.previous()
@@ -203,11 +190,11 @@ func (d *node) join(ctx context.Context, r subnet.Registry, u host.Underlay, pub
 		err = fmt.Errorf("%w: see `culvert lease check`, or make room with `culvert config set` and a Network that contains the present one", err)
 	}
 	if err != nil {
-		return subnet.Config{}, subnet.Lease{}, fmt.Errorf("leasing a subnet: %w", err)
+		return tenure{}, fmt.Errorf("leasing a subnet: %w", err)
 	}
 	d.log.Info("subnet leased", "subnet", lease.Subnets(), "node", d.options.Node)
 	d.health.setLease(lease)
-	return config, lease, nil
+	return tenure{config, lease, at, nets}, nil
 }
 
 // troubleLook is how often a node that waits for its configuration looks whether
@@ -254,21 +241,21 @@ func (d *node) tellTrouble(ctx context.Context, r subnet.Registry, otherwise str
 
 // claim is what this node asks for under a configuration, without the subnets
 // that it had.
-func (d *node) claim(config subnet.Config, u host.Underlay, publics []netip.Addr) (subnet.Claim, error) {
-	if err := config.CheckUnderlay(u.Networks); err != nil {
+func (d *node) claim(config subnet.Config, at place) (subnet.Claim, error) {
+	if err := config.CheckUnderlay(at.underlay.Networks); err != nil {
 		return subnet.Claim{}, err
 	}
 	claim := subnet.Claim{Node: d.options.Node, Config: config, TTL: d.options.LeaseTTL}
 	for _, n := range config.Networks {
 		is4 := n.Prefix.Addr().Is4()
 		e := subnet.Endpoint{}
-		for _, a := range publics {
+		for _, a := range at.publics {
 			if a.Is4() == is4 {
 				e.Public = a
 			}
 		}
 		if !e.Public.IsValid() {
-			return subnet.Claim{}, fmt.Errorf("the network %s needs an underlay address of its family, and %s has none", n.Prefix, u.Name)
+			return subnet.Claim{}, fmt.Errorf("the network %s needs an underlay address of its family, and %s has none", n.Prefix, at.underlay.Name)
 		}
 		if config.Backend.Type == "vxlan" {
 			e.VTEP = subnet.VTEP{VNI: config.Backend.VNI, MAC: subnet.DeriveMAC(d.options.Node, config.Backend.VNI, !is4)}

@@ -7,21 +7,17 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"culvert/backend"
+	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
-
-// place is where a node is on the underlay.
-type place struct {
-	underlay host.Underlay
-	publics  []netip.Addr // what others send to, at most one per family
-}
 
 // releasePatience is the daemon's patience with the store while it stops.
 const releasePatience = 5 * time.Second
@@ -34,27 +30,27 @@ const releasePatience = 5 * time.Second
 func (d *node) live(ctx context.Context, r store, at place) error {
 	// What is kept is of this boot: the node was restarted, and not all of them
 	// by a power cut.
-	if kept, _ := d.kept(r, at); kept == nil {
+	if kept, _, _ := d.kept(r); kept == nil {
 		if err := d.scatter(ctx); err != nil {
 			return nil
 		}
 	}
 	for {
-		config, lease, err := d.begin(ctx, r, at)
+		t, err := d.begin(ctx, r, at)
 		if err != nil {
 			return stopped(ctx, err)
 		}
-		err = d.carry(ctx, r, config, lease, at)
+		d.had = append(d.had, t.lease.Subnets()...)
+		d.savePlace(t.at.underlay)
+		err = d.carry(ctx, r, t)
 		if !errors.Is(err, subnet.ErrLost) || ctx.Err() != nil {
 			return stopped(ctx, err)
 		}
 		d.log.Error("the lease is lost", "error", err)
 		// The address may be another by now.
-		underlay, publics, err := d.findUnderlay()
-		if err != nil {
-			return err
+		if at, err = d.relocate(ctx); err != nil {
+			return stopped(ctx, err)
 		}
-		at = place{underlay, publics}
 	}
 }
 
@@ -83,12 +79,17 @@ func (m moved) Error() string { return "the datapath is to be another" }
 // brokenSoon is the pause after a datapath that broke at once.
 const brokenSoon = time.Second
 
+// reopenAfter is when to try again to open a datapath.
+const reopenAfter = time.Second
+
 // carry opens the datapath and serves the lease, with another datapath whenever
 // the underlay has changed, until ctx ends (nil), the lease is lost, or the node
 // cannot go on. The lease's subnets stay as they are.
-func (d *node) carry(ctx context.Context, r store, config subnet.Config, lease subnet.Lease, at place) error {
-	s := &session{node: d, registry: r, lease: lease, file: &subnetFile{path: d.options.SubnetFile}}
-	opened := false
+func (d *node) carry(ctx context.Context, r store, t tenure) error {
+	config, at := t.config, t.at
+	s := &session{node: d, registry: r, lease: t.lease, nets: t.nets, networks: t.config.Networks, file: &subnetFile{path: d.options.SubnetFile}}
+	s.announced.Store(&at.underlay.Addrs)
+	opened, unopened := false, "" // and the last reason why not
 	for {
 		s.at, s.backend = at, config.Backend
 		path, err := d.open(config, s.lease, backend.Node{
@@ -102,10 +103,21 @@ func (d *node) carry(ctx context.Context, r store, config subnet.Config, lease s
 			s.refused, config = config.Backend, s.worked
 			continue
 		}
-		if err != nil {
+		if err != nil && !opened {
 			return err
 		}
-		s.path, s.worked, opened = path, config, true
+		if err != nil {
+			// What stands in the way may pass, as an address that is gone for a moment;
+			// the lease is held meanwhile.
+			if err.Error() != unopened {
+				d.log.Error("the datapath cannot be opened; trying again", "error", err)
+			}
+			unopened = err.Error()
+			path = backend.Down{Format: config.Backend.Type, Err: err, Retry: reopenAfter}
+		} else {
+			s.worked, opened, unopened = config, true, ""
+		}
+		s.path = path
 		began := time.Now()
 		err = s.serve(ctx)
 		if m, ok := errors.AsType[moved](err); ok {
@@ -123,12 +135,14 @@ func (d *node) carry(ctx context.Context, r store, config subnet.Config, lease s
 			continue
 		}
 		if errors.Is(err, backend.ErrBroken) && ctx.Err() == nil && !errors.Is(err, subnet.ErrLost) {
-			d.log.Error("the datapath is broken and is opened anew", "error", err)
-			d.health.repaired(string(host.KindLink), 1)
+			if unopened == "" {
+				d.log.Error("the datapath is broken and is opened anew", "error", err)
+				d.health.repaired(string(host.KindLink), 1)
+			}
 			if err := path.Close(backend.Keep); err != nil {
 				d.log.Warn("closing the broken datapath", "error", err)
 			}
-			if time.Since(began) < brokenSoon {
+			if time.Since(began) < brokenSoon && unopened == "" {
 				time.Sleep(brokenSoon)
 			}
 			continue
@@ -191,6 +205,10 @@ type session struct {
 	file     *subnetFile
 	last     *subnet.Snapshot // the newest; the following goroutine's
 	told     bool             // that the node is ready
+	nets     []subnet.HostNetwork
+	networks []subnet.Network // of the last configuration that was followed; the following goroutine's
+	// announced are the underlay addresses that the lease in the store stands for.
+	announced atomic.Pointer[[]netip.Addr]
 }
 
 // serve runs the parts of a node that has its lease and its datapath, until
@@ -240,6 +258,7 @@ func (s *session) follow(ctx context.Context) error {
 			s.health.storeLost(err)
 			continue
 		}
+		snapshot = s.fit(ctx, snapshot)
 		s.health.setSnapshot(snapshot, s.log)
 		if err := s.apply(ctx, snapshot); err != nil {
 			return err
@@ -269,9 +288,16 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	if held, ok := s.registry.Held(); ok && held.Key() == lease.Key() {
 		lease.Expires = held.Expires
 	}
-	if err := s.file.write(subnetEnv(snapshot.Config, lease, s.path.Status().MTU)); err != nil {
+	if err := s.file.write(subnetEnv(snapshot.Config, lease, s.path.Status().MTU)); err != nil && !s.told {
 		return err
+	} else if err != nil {
+		s.last = &snapshot // which the datapath follows
+		s.log.Error("the CNI plugin goes on with the last subnet.env", "error", err)
+		s.health.setWarnings("subnet-file", api.Warning{Check: "subnet-file", Text: err.Error(), Fix: "make room for it, or name another place with --subnet-file"})
+		s.health.ready()
+		return nil
 	}
+	s.health.setWarnings("subnet-file")
 	if !s.told {
 		s.told = true
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
@@ -284,56 +310,54 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	return nil
 }
 
-// awaitMove ends the datapath when the underlay's interface, its MTU or its
-// address is another, with one for each family of the lease.
-func (s *session) awaitMove(ctx context.Context) error {
-	to, err := host.AwaitMove(ctx, s.options.Underlay, func(u host.Underlay) bool {
-		is, changed := s.at.underlay, false
-		for _, e := range s.lease.Endpoints {
-			is4 := e.Subnet.Addr().Is4()
-			if !u.Addr(is4).IsValid() {
-				return false
-			}
-			changed = changed || u.Addr(is4) != is.Addr(is4)
-		}
-		return changed || u.Index != is.Index || u.MTU != is.MTU
-	})
-	if ctx.Err() != nil {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	s.log.Warn("the underlay has changed", "interface", to.Name, "addrs", to.Addrs, "mtu", to.MTU, "before", s.at.underlay.Addrs)
-	s.health.setUnderlay(to)
-	return moved{place{to, s.publics(to)}}
-}
-
-// publishAgain is when to try again to publish an address that another node
-// has.
-const publishAgain = 10 * time.Second
+// publishSoon is when to try again to publish an address, since the store is
+// most often unreachable for as long as the address is new; publishAgain how rare
+// the tries become, as with an address that another node has.
+const (
+	publishSoon  = 500 * time.Millisecond
+	publishAgain = 10 * time.Second
+)
 
 // publish tells the others our address, where it is another than the lease in
 // the store says.
 func (s *session) publish(ctx context.Context) error {
-	for {
+	for again := publishSoon; ; {
 		held, ok := s.registry.Held()
 		if !ok || slices.Equal(held.Publics(), s.lease.Publics()) {
+			s.announced.Store(&s.at.underlay.Addrs)
 			return nil
 		}
-		_, err := s.registry.Update(ctx, s.lease)
+		err := s.update(ctx)
 		switch {
 		case ctx.Err() != nil || errors.Is(err, subnet.ErrLost): // Hold says so too
 			return nil
 		case err == nil:
 			s.log.Info("our new address is published", "subnet", s.lease.Subnets(), "public", s.lease.Publics())
+			s.announced.Store(&s.at.underlay.Addrs)
 			return nil
 		}
-		s.log.Error("our new address cannot be published", "public", s.lease.Publics(), "error", err)
+		s.log.Error("our new address cannot be published", "public", s.lease.Publics(), "error", err, "again", again)
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(publishAgain):
+		case <-time.After(again):
 		}
+		again = min(2*again, publishAgain)
 	}
 }
+
+// update writes our lease with the present address, unless the host has lost
+// that meanwhile: what nobody bears is not published.
+func (s *session) update(ctx context.Context) error {
+	if f, err := host.ReadFacts(); err == nil && !f.Bears(s.at.underlay.Addrs) {
+		return fmt.Errorf("%s does not bear %v now", s.at.underlay.Name, s.at.underlay.Addrs)
+	}
+	ctx, cancel := context.WithTimeout(ctx, updatePatience)
+	defer cancel()
+	_, err := s.registry.Update(ctx, s.lease)
+	return err
+}
+
+// updatePatience bounds one try, so that an address is not written long after
+// it was looked at.
+const updatePatience = 2 * time.Second

@@ -57,10 +57,10 @@ func (f *subnetFile) write(env cni.SubnetEnv) error {
 	if f.removed || f.written && reflect.DeepEqual(same, f.env) {
 		return nil
 	}
-	f.env, f.written = env, true
 	if err := cni.WriteSubnetEnv(f.path, env); err != nil {
 		return fmt.Errorf("writing %s: %w", f.path, err)
 	}
+	f.env, f.written = env, true
 	return nil
 }
 

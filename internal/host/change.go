@@ -51,7 +51,7 @@ func Transition(from, to State) []string {
 // together.
 func Apply(s State) ([]Change, error) {
 	others := &survey{}
-	have, err := read("", others)
+	have, err := read(0, others)
 	if err != nil {
 		return nil, err
 	}

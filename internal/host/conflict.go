@@ -61,7 +61,7 @@ func conflicts(why func(netlink.Link) string) ([]Conflict, error) {
 // elsewhere. It is for a datapath that must open something before it can be
 // applied.
 func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) ([]Change, error) {
-	have, err := read("", &survey{})
+	have, err := read(0, &survey{})
 	if err != nil {
 		return nil, err
 	}

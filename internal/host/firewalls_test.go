@@ -269,7 +269,7 @@ func TestRealFirewalls(t *testing.T) {
 				}
 				run(t, n, words...)
 			}
-			k := host.NewKeeper("eth0", slog.New(slog.DiscardHandler))
+			k := host.NewKeeper(linkIndex(t, n, "eth0"), slog.New(slog.DiscardHandler))
 			apply := func() host.Standing {
 				inside(t, n, func() error { return k.Apply(func(host.View) (host.State, error) { return want, nil }) })
 				return k.Standing()

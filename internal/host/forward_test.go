@@ -191,7 +191,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 			return nil
 		})
 	}
-	k := host.NewKeeper("eth0", slog.New(slog.DiscardHandler))
+	k := host.NewKeeper(0, slog.New(slog.DiscardHandler))
 	inside(t, n, func() error {
 		return k.Apply(func(host.View) (host.State, error) {
 			return host.State{Firewall: host.Firewall{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}}}, nil

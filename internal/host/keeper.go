@@ -23,7 +23,7 @@ type Plan func(View) (State, error)
 // when the kernel says that something changed, and from time to time. All three
 // are the same call.
 type Keeper struct {
-	underlay  string
+	underlay  int // index
 	log       *slog.Logger
 	followers []Follower
 	watched   atomic.Pointer[watched]
@@ -50,9 +50,9 @@ type Standing struct {
 	Writes uint64
 }
 
-// NewKeeper returns a Keeper that does nothing yet. The underlay is the
-// interface that the plan is told about.
-func NewKeeper(underlay string, log *slog.Logger, followers ...Follower) *Keeper {
+// NewKeeper returns a Keeper that does nothing yet. The underlay is the index of
+// the interface that the plan is told about, whatever its name becomes.
+func NewKeeper(underlay int, log *slog.Logger, followers ...Follower) *Keeper {
 	return &Keeper{underlay: underlay, log: log, followers: followers, said: Standing{Repairs: make(map[Kind]uint64)}}
 }
 

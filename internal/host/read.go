@@ -50,6 +50,8 @@ type device struct {
 
 // View is what a plan may know of the host: facts that are not culvert's.
 type View struct {
+	// Underlay has the name and MTU that the link has now; no name says that it
+	// is gone. Which address to use is not for a plan to choose.
 	Underlay Underlay
 	// NoFIB says that the kernel lacks nftables' fib expression.
 	NoFIB  bool
@@ -65,8 +67,8 @@ type onLink struct {
 // gateway between, by the most specific route.
 func (v View) OnLink(a netip.Addr) bool { return v.survey != nil && v.survey.onLink(a) }
 
-// read looks at the kernel once. The underlay's name may be empty.
-func read(underlay string, others *survey) (reading, error) {
+// read looks at the kernel once. The underlay is the index of its interface, or 0.
+func read(underlay int, others *survey) (reading, error) {
 	r := reading{
 		devices: make(map[string]device), indexes: make(map[string]int), others: make(map[string]bool),
 		settings: make(map[string]string), advertisedBy: make(map[int]bool),
@@ -86,8 +88,8 @@ func read(underlay string, others *survey) (reading, error) {
 	}
 	for _, l := range links {
 		name := l.Attrs().Name
-		if name == underlay {
-			r.view.Underlay = underlayOf(l, addrs)
+		if l.Attrs().Index == underlay {
+			r.view.Underlay = Underlay{Name: name, Index: underlay, MTU: l.Attrs().MTU}
 		}
 		if !Ours(name) {
 			r.others[name] = true
@@ -100,7 +102,9 @@ func read(underlay string, others *survey) (reading, error) {
 		}
 		link, dev := linkOf(l, names)
 		for _, a := range addrs {
-			if p, ok := prefixOf(a.IPNet); ok && a.LinkIndex == dev.index && !p.Addr().IsLinkLocalUnicast() {
+			// IPv6 link-local addresses come by themselves; those of IPv4 (RFC 3927)
+			// are somebody's, such as a DHCP client's that found no server.
+			if p, ok := prefixOf(a.IPNet); ok && a.LinkIndex == dev.index && (p.Addr().Is4() || !p.Addr().IsLinkLocalUnicast()) {
 				link.Addrs = append(link.Addrs, p)
 			}
 		}
@@ -116,18 +120,18 @@ func read(underlay string, others *survey) (reading, error) {
 	if err := r.readRoutes(names); err != nil {
 		return r, err
 	}
-	others.begin(names, r.indexes[underlay])
+	others.begin(names, underlay)
 	r.view.survey = others
 	r.advertisers = r.advertised(names)
 	if err := r.readSettings(names); err != nil {
 		return r, err
 	}
 	// Once everywhere, since an earlier daemon may have had another underlay.
-	everywhere := underlay == "" || !others.filters
+	everywhere := underlay == 0 || !others.filters
 	others.filters = true
 	var bearing []netlink.Link
 	for _, l := range links {
-		if everywhere || Ours(l.Attrs().Name) || l.Attrs().Name == underlay {
+		if everywhere || Ours(l.Attrs().Name) || l.Attrs().Index == underlay {
 			bearing = append(bearing, l)
 		}
 	}

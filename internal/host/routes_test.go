@@ -19,7 +19,7 @@ import (
 func TestD5OnlyRoutesThatMatter(t *testing.T) {
 	n := node(t)
 	var looks, onLink atomic.Int64
-	k := host.NewKeeper(n.Link, slog.New(slog.DiscardHandler))
+	k := host.NewKeeper(linkIndex(t, n, n.Link), slog.New(slog.DiscardHandler))
 	asked := netip.MustParseAddr("203.0.113.3")
 	plan := func(v host.View) (host.State, error) {
 		looks.Add(1)

@@ -53,6 +53,18 @@ func addDevice(t *testing.T, n *lab.Node) {
 	})
 }
 
+func linkIndex(t *testing.T, n *lab.Node, name string) (index int) {
+	t.Helper()
+	inside(t, n, func() error {
+		l, err := netlink.LinkByName(name)
+		if err == nil {
+			index = l.Attrs().Index
+		}
+		return err
+	})
+	return index
+}
+
 func inside(t *testing.T, n *lab.Node, fn func() error) {
 	t.Helper()
 	if err := n.Do(fn); err != nil {
@@ -236,7 +248,7 @@ func TestFindUnderlay(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			var got string
 			inside(t, n, func() error {
-				u, err := host.FindUnderlay(c.selector)
+				u, err := host.FindUnderlay(c.selector, host.Known{})
 				if err != nil {
 					got = err.Error()
 					return nil

@@ -26,7 +26,7 @@ type worn struct {
 func newWorn(t *testing.T) worn {
 	t.Helper()
 	n := node(t)
-	return worn{Node: n, k: host.NewKeeper(n.Link, slog.New(slog.DiscardHandler)), want: host.State{
+	return worn{Node: n, k: host.NewKeeper(linkIndex(t, n, n.Link), slog.New(slog.DiscardHandler)), want: host.State{
 		Subnets: []netip.Prefix{netip.MustParsePrefix("10.5.1.0/24"), netip.MustParsePrefix("fd00:5:0:1::/64")},
 		Links: []host.Link{{
 			Name: "cvt.1", MTU: 1450, Addrs: []netip.Prefix{netip.MustParsePrefix("10.5.1.0/32"), netip.MustParsePrefix("fd00:5:0:1::/128")},

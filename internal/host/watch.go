@@ -15,24 +15,23 @@ import (
 
 // watched is what notifications are compared with.
 type watched struct {
-	indexes  map[uint32]bool // our devices, and the underlay
-	ours     map[uint32]bool // our devices
-	underlay string
-	others   *survey
-	near     []netip.Prefix // the cluster networks
-	asked    []netip.Addr   // whose routes matter
-	links    map[int]bool   // that they lead to
+	indexes map[uint32]bool // our devices, and the underlay
+	ours    map[uint32]bool // our devices
+	others  *survey
+	near    []netip.Prefix // the cluster networks
+	asked   []netip.Addr   // whose routes matter
+	links   map[int]bool   // that they lead to
 }
 
-func newWatched(r reading, underlay string) *watched {
+func newWatched(r reading, underlay int) *watched {
 	others := r.view.survey
 	w := &watched{
-		indexes: make(map[uint32]bool), ours: make(map[uint32]bool), underlay: underlay,
+		indexes: make(map[uint32]bool), ours: make(map[uint32]bool),
 		others: others, near: others.near, links: others.links,
 		asked: slices.Collect(maps.Keys(others.asked)),
 	}
 	for name, i := range r.indexes {
-		if Ours(name) || name == underlay {
+		if Ours(name) || i == underlay {
 			w.indexes[uint32(i)] = true
 		}
 		if Ours(name) {
@@ -158,8 +157,7 @@ func (w *watched) named(attrs []byte) bool {
 	}
 	for d.Next() {
 		if d.Type() == unix.IFLA_IFNAME {
-			name := strings.TrimRight(d.String(), "\x00")
-			return Ours(name) || name == w.underlay
+			return Ours(strings.TrimRight(d.String(), "\x00"))
 		}
 	}
 	return false

@@ -1,0 +1,246 @@
+package daemon
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"culvert/backend/tunnel"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// place is where a node is on the underlay.
+type place struct {
+	underlay host.Underlay
+	publics  []netip.Addr // what others send to, at most one per family
+}
+
+// placeRecord is what outlives the daemon of its place, so that a restart does
+// not move the node: the addresses in use, and those that it goes back to.
+type placeRecord struct {
+	Addrs  []netip.Addr `json:"addrs"`
+	Former []netip.Addr `json:"former,omitempty"`
+}
+
+func (d *node) placePath() string { return filepath.Join(d.options.RunDir, "underlay.json") }
+
+// lastPlace returns the record of an earlier daemon. One that is missing or
+// cannot be read only means that nothing is known.
+func (d *node) lastPlace() placeRecord {
+	var r placeRecord
+	text, err := os.ReadFile(d.placePath())
+	if err == nil {
+		err = json.Unmarshal(text, &r)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		d.log.Warn("the record of the underlay in use cannot be read", "file", d.placePath(), "error", err)
+	}
+	return r
+}
+
+func (d *node) savePlace(u host.Underlay) {
+	text, err := json.Marshal(placeRecord{Addrs: u.Addrs, Former: u.Former})
+	if err == nil {
+		err = os.WriteFile(d.placePath()+".new", append(text, '\n'), 0o644)
+	}
+	if err == nil {
+		err = os.Rename(d.placePath()+".new", d.placePath())
+	}
+	if err != nil {
+		d.log.Warn("the underlay in use is not recorded: a restart may choose another", "file", d.placePath(), "error", err)
+	}
+}
+
+// known is what the choice of the underlay goes by at a start. Of a
+// configuration that is not known yet the families are not either.
+func (d *node) known(config *subnet.Config, leased []netip.Addr) host.Known {
+	last := d.lastPlace()
+	k := d.podLinks()
+	k.Held, k.Former, k.Leased = last.Addrs, last.Former, leased
+	if config != nil {
+		for _, n := range config.Networks {
+			k.IPv4, k.IPv6 = k.IPv4 || n.Prefix.Addr().Is4(), k.IPv6 || n.Prefix.Addr().Is6()
+		}
+	}
+	return k
+}
+
+// cniDataDirs are where the plugin keeps its records by default, under each of
+// the names that it is installed by.
+var cniDataDirs = []string{"/var/lib/cni/culvert", "/var/lib/cni/flannel"}
+
+// podSubnets are the subnets that pods on this host may be of: the lease's, that
+// of subnet.env, a lost one.
+func (d *node) podSubnets() []netip.Prefix {
+	all := slices.Concat(d.had, d.previous())
+	if mark, err := d.loadFence(); err == nil && mark != nil {
+		all = append(all, mark.Subnets...)
+	}
+	return all
+}
+
+// locate chooses the place for a configuration, or, with nil, a first one.
+func (d *node) locate(config *subnet.Config, leased []netip.Addr) (place, error) {
+	u, err := host.FindUnderlay(d.options.Underlay, d.known(config, leased))
+	if err != nil {
+		return place{}, fmt.Errorf("finding the underlay interface: %w", err)
+	}
+	at := place{u, d.publics(u)}
+	d.log.Info("underlay found", "interface", u.Name, "addrs", u.Addrs, "public", at.publics, "mtu", u.MTU, "why", u.Why)
+	d.health.setUnderlay(u)
+	return at, nil
+}
+
+// relocate is locate for a daemon that has served already, which waits rather
+// than ends while there is no underlay.
+func (d *node) relocate(ctx context.Context) (place, error) {
+	for said := ""; ; {
+		at, err := d.locate(nil, nil)
+		if err == nil {
+			return at, nil
+		}
+		if err.Error() != said {
+			said = err.Error()
+			d.log.Error("waiting for an underlay", "error", err)
+			d.health.notReady(said)
+		}
+		select {
+		case <-ctx.Done():
+			return place{}, ctx.Err()
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// leased returns the addresses that the store has for this node, for a start
+// without a record of its own. What cannot be read is left: the lease is asked
+// for after this, and says why.
+func (d *node) leased(ctx context.Context, r store) []netip.Addr {
+	if len(d.lastPlace().Addrs) > 0 {
+		return nil
+	}
+	lists, ok := r.(interface {
+		Entries(ctx context.Context, withExpiry bool) ([]subnet.Entry, int64, error)
+	})
+	if !ok {
+		return nil
+	}
+	entries, _, err := lists.Entries(ctx, false)
+	if err != nil {
+		d.log.Debug("the leases cannot be read", "error", err)
+		return nil
+	}
+	for _, e := range entries {
+		if l, err := e.Lease(); err == nil && l.Node == d.options.Node && !l.Reserved {
+			return l.Publics()
+		}
+	}
+	return nil
+}
+
+// publics are the addresses that others send to: told, else the underlay's.
+func (d *node) publics(u host.Underlay) []netip.Addr {
+	publics := slices.Clone(d.options.PublicIPs)
+	for _, a := range u.Addrs {
+		told := slices.ContainsFunc(d.options.PublicIPs, func(p netip.Addr) bool { return p.Is4() == a.Is4() })
+		if !told {
+			publics = append(publics, a)
+		}
+	}
+	return publics
+}
+
+// awaitMove ends the datapath when the node must go to another place on the
+// underlay, and says meanwhile how the present one stands.
+func (s *session) awaitMove(ctx context.Context) error {
+	to, err := host.AwaitMove(ctx, host.Watch{
+		Selector:  s.options.Underlay,
+		At:        s.at.underlay,
+		Known:     s.podLinks,
+		Published: func() []netip.Addr { return *s.announced.Load() },
+		Fits:      func(mtu int) bool { return s.fits(mtu) == nil },
+		Seen:      s.seen(),
+	})
+	if ctx.Err() != nil {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	s.log.Warn("the underlay has changed", "interface", to.Name, "addrs", to.Addrs, "mtu", to.MTU, "before", s.at.underlay.Addrs, "why", to.Why)
+	s.health.setUnderlay(to)
+	s.savePlace(to)
+	return moved{place{to, s.publics(to)}}
+}
+
+// fits says why pods cannot be served with an MTU of the underlay.
+func (s *session) fits(mtu int) error {
+	u := s.at.underlay
+	u.MTU = mtu
+	_, err := tunnel.PodMTU(s.backend, s.lease, u)
+	return err
+}
+
+// seen returns what notes, after each look, how the underlay in use stands.
+func (s *session) seen() func(host.Facts, host.Holding) {
+	name := s.at.underlay.Name
+	said := make(map[api.Warning]bool)
+	return func(f host.Facts, h host.Holding) {
+		if h.Now.Name != name {
+			s.log.Warn("the underlay interface has another name", "interface", h.Now.Name, "before", name)
+			name = h.Now.Name
+		}
+		s.health.setUnderlay(h.Now)
+		underlay := s.underlayWarnings(h)
+		overlap := overlapping(s.worked, s.lease.Subnets(), f.Networks(s.podLinks()))
+		s.health.setWarnings("underlay", underlay...)
+		s.health.setWarnings("overlap", overlap...)
+		now := make(map[api.Warning]bool)
+		for _, w := range slices.Concat(underlay, overlap) {
+			if now[w] = true; !said[w] {
+				s.log.Warn(w.Text, "check", w.Check, "fix", w.Fix)
+			}
+		}
+		said = now
+	}
+}
+
+// underlayWarnings says what of the underlay is not as it was chosen.
+func (s *session) underlayWarnings(h host.Holding) []api.Warning {
+	var all []api.Warning
+	was := s.at.underlay
+	if h.Gone {
+		return append(all, api.Warning{
+			Check: "underlay-gone", Fix: "bring it back, or name another with --iface",
+			Text: fmt.Sprintf("the underlay interface %s is gone: no packet of the tunnel leaves", was.Name),
+		})
+	}
+	for _, a := range h.Missing {
+		all = append(all, api.Warning{
+			Check: "underlay-address-gone", Fix: fmt.Sprintf("ip address add %s/... dev %s", a, h.Now.Name),
+			Text: fmt.Sprintf("this host does not bear %s any more, which its peers send to; after %s it takes another, if there is one", a, host.MoveAfter),
+		})
+	}
+	for _, a := range h.Elsewhere {
+		all = append(all, api.Warning{
+			Check: "underlay-address-gone", Fix: "name the interface that bears it with --iface",
+			Text: fmt.Sprintf("%s, which peers send to, is not on %s any more, and where it is does not serve", a, h.Now.Name),
+		})
+	}
+	if err := s.fits(h.Now.MTU); err != nil {
+		all = append(all, api.Warning{
+			Check: "underlay-mtu", Fix: fmt.Sprintf("ip link set %s mtu %d", h.Now.Name, was.MTU),
+			Text: fmt.Sprintf("%s; pods keep the MTU that they have, and their larger packets are lost", err),
+		})
+	}
+	return all
+}

@@ -1,0 +1,121 @@
+package subnet
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Given returns the part of the network that subnets are given out of, from
+// SubnetMin to SubnetMax, as the fewest prefixes: only that is taken from the
+// host's other networks. By default, where nothing but the first subnet is left
+// out, it is the whole network.
+func (n Network) Given() []netip.Prefix {
+	is4, length := n.Prefix.Addr().Is4(), n.Prefix.Addr().BitLen()
+	low, high := toU128(n.SubnetMin), lastOf(netip.PrefixFrom(n.SubnetMax, n.SubnetLen))
+	first, size := toU128(n.Prefix.Masked().Addr()), u128pow2(length-n.SubnetLen)
+	if low.compare(first.add(size)) <= 0 {
+		low = first
+	}
+	var all []netip.Prefix
+	for {
+		p := netip.PrefixFrom(low.addr(is4), length)
+		for p.Bits() > 0 {
+			wider := netip.PrefixFrom(p.Addr(), p.Bits()-1)
+			if wider != wider.Masked() || lastOf(wider).compare(high) > 0 {
+				break
+			}
+			p = wider
+		}
+		all = append(all, p)
+		last := lastOf(p)
+		if last.compare(high) >= 0 {
+			return all
+		}
+		low = last.add(u128{lo: 1})
+	}
+}
+
+// GivenOf returns the part of the network that a prefix overlaps, of what is
+// given out; false if it overlaps none.
+func (n Network) GivenOf(p netip.Prefix) (netip.Prefix, bool) {
+	given := n.Given()
+	i := slices.IndexFunc(given, p.Overlaps)
+	if i < 0 {
+		return netip.Prefix{}, false
+	}
+	return given[i], true
+}
+
+// Covered returns what a node keeps from the host's default route: what is given
+// out of the network, and the leases beside it that an earlier configuration
+// gave out.
+func (s Snapshot) Covered(n Network) []netip.Prefix {
+	all := n.Given()
+	inside := func(p netip.Prefix) bool {
+		return slices.ContainsFunc(all, func(g netip.Prefix) bool { return g.Contains(p.Addr()) && g.Bits() <= p.Bits() })
+	}
+	add := func(l Lease) {
+		if e, ok := l.Endpoint(n.Prefix.Addr().Is4()); ok && !l.Reserved && !inside(e.Subnet) {
+			all = append(all, e.Subnet)
+		}
+	}
+	add(s.Self)
+	for _, l := range s.Peers {
+		add(l)
+	}
+	return all
+}
+
+// SetAside returns the snapshot without the peers that overlap a network of the
+// host's, each with the reason why, in the order of their keys: the host reaches
+// that network by itself, and would lose it to the tunnel.
+func (s Snapshot) SetAside(networks []HostNetwork) Snapshot {
+	if len(networks) == 0 {
+		return s
+	}
+	peers, rejected := make([]Lease, 0, len(s.Peers)), slices.Clone(s.Rejected)
+	for _, l := range s.Peers {
+		reason := ""
+		for _, e := range l.Endpoints {
+			for _, h := range networks {
+				if e.Subnet.Overlaps(h.Prefix) {
+					reason = "overlaps " + h.Prefix.Masked().String() + " on " + h.Link + " of this node, which would lose it"
+				}
+			}
+		}
+		if reason == "" {
+			peers = append(peers, l)
+			continue
+		}
+		rejected = append(rejected, Rejection{Key: l.Key(), Reason: reason})
+	}
+	s.Peers, s.Rejected = peers, rejected
+	return s
+}
+
+// Within returns the snapshot under other networks, for a node that cannot follow
+// those of the store. Peers outside of them are left out, with the reason.
+func (s Snapshot) Within(networks []Network) Snapshot {
+	s.Config.Networks = networks
+	peers := make([]Lease, 0, len(s.Peers))
+	s.Rejected = slices.Clone(s.Rejected)
+	for _, l := range s.Peers {
+		outside := slices.ContainsFunc(l.Endpoints, func(e Endpoint) bool {
+			n, ok := s.Config.Network(e.Subnet.Addr().Is4())
+			return !ok || !n.holds(e.Subnet)
+		})
+		if outside {
+			s.Rejected = append(s.Rejected, Rejection{Key: l.Key(), Reason: "outside the network that this node could follow"})
+			continue
+		}
+		peers = append(peers, l)
+	}
+	s.Peers = peers
+	return s
+}
+
+// HostNetwork is a network that a host is joined to by a link of its own.
+type HostNetwork struct {
+	Link   string
+	Prefix netip.Prefix // host bits may be set
+}
