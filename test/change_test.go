@@ -45,8 +45,9 @@ func underlayChanges(t *testing.T, datapath string) {
 	c.wait(peer, "follows", func(s api.Status) bool { return len(s.Peers) == 1 && slices.Contains(s.Peers[0].PublicIPs, to) })
 	took := time.Since(began)
 	t.Logf("the peer followed %v after the address changed", took.Round(time.Millisecond))
-	if took > 2*time.Second {
-		t.Errorf("the peer followed only after %v", took)
+	// Not before the old address has been gone for a while: it might be back.
+	if took < host.MoveAfter || took > host.MoveAfter+2*time.Second {
+		t.Errorf("the peer followed after %v, and was to after %v", took, host.MoveAfter)
 	}
 	ping(t, pods[0], pods[1])
 	after := c.wait(mover, "says so itself", func(s api.Status) bool {
