@@ -141,15 +141,6 @@ func (c *cluster) fastPath(n *lab.Node) api.FastPath {
 	return *s.Datapath.FastPath
 }
 
-// slow is how many packets a fast path left to the datapath for a reason.
-func slow(f api.FastPath, reason string) uint64 {
-	i := slices.IndexFunc(f.Slow, func(d api.Drop) bool { return d.Reason == reason })
-	if i < 0 {
-		return 0
-	}
-	return f.Slow[i].Packets
-}
-
 // TestFastPathLife leads a node's fast path through what happens to it, under a
 // connection and pings in both directions: while the daemon is away, killed or
 // replaced, not one ping is lost; what others take away comes back; what the fast

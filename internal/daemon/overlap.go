@@ -115,7 +115,7 @@ func resolvers(path string) []netip.Addr {
 // cutOff says, purely, which needs a node would lose to the cluster network: what
 // lies in it, unless the host itself bears it or a more specific route than the
 // network's leads there.
-func cutOff(c subnet.Config, f host.Facts, needs []need) (refused error, warned []api.Warning) {
+func cutOff(c subnet.Config, f host.Facts, needs []need) (warned []api.Warning, refused error) {
 	var errs []error
 	for _, w := range needs {
 		if w.addr.IsLoopback() || f.Bears([]netip.Addr{w.addr}) {
@@ -141,7 +141,7 @@ func cutOff(c subnet.Config, f host.Facts, needs []need) (refused error, warned 
 			errs = append(errs, fmt.Errorf("%s: %s", text, fix))
 		}
 	}
-	return errors.Join(errs...), warned
+	return warned, errors.Join(errs...)
 }
 
 // overlapping warns, purely, of the host's networks that overlap what is given
@@ -174,7 +174,7 @@ func (d *node) survey(ctx context.Context, config subnet.Config, at place) ([]su
 		return nil, err
 	}
 	needs := d.needs(ctx, f, at.underlay)
-	refused, warned := cutOff(config, f, needs)
+	warned, refused := cutOff(config, f, needs)
 	d.health.setWarnings("needs", warned...)
 	if refused != nil {
 		return nil, refused
@@ -233,7 +233,7 @@ func (s *session) fit(ctx context.Context, snapshot subnet.Snapshot) subnet.Snap
 	if !slices.Equal(snapshot.Config.Networks, s.networks) {
 		f, err := host.ReadFacts()
 		if err == nil {
-			err, _ = cutOff(snapshot.Config, f, s.needs(ctx, f, s.at.underlay))
+			_, err = cutOff(snapshot.Config, f, s.needs(ctx, f, s.at.underlay))
 		}
 		if err != nil {
 			snapshot = snapshot.Within(s.networks)

@@ -53,7 +53,7 @@ func TestCutOff(t *testing.T) {
 		{"in that part", part, "10.5.9.5", false, 1, 0},
 		{"a resolver that the node itself does not use", whole, "10.9.0.5", true, 0, 1},
 	} {
-		err, warned := cutOff(parseConfig(t, c.config), facts, []need{{what: "the etcd server " + c.addr, addr: netip.MustParseAddr(c.addr), soft: c.soft}})
+		warned, err := cutOff(parseConfig(t, c.config), facts, []need{{what: "the etcd server " + c.addr, addr: netip.MustParseAddr(c.addr), soft: c.soft}})
 		if (err != nil) != (c.refused > 0) || len(warned) != c.warned {
 			t.Errorf("%s: %v, %v", c.name, err, warned)
 		}
