@@ -55,9 +55,9 @@ func play(ctx context.Context, part string, args []string) error {
 			return err
 		}
 		fmt.Println("ready", l.Addr())
-		return Serve(ctx, l, self, log)
+		return Server{Self: self, Token: "secret", Log: log}.Serve(ctx, l)
 	case "client":
-		remote, err := Connect(ctx, args[0])
+		remote, err := Connect(ctx, args[0], "secret")
 		if err != nil {
 			return err
 		}

@@ -2,6 +2,10 @@ package bench
 
 import (
 	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,6 +29,7 @@ import (
 // server for the rest over one TCP connection, a line of JSON each way:
 //
 //	client                                  server
+//	proof                  <- challenge
 //	hello                  ->               its machine, its underlay's link
 //	start part             ->               starts `bench node` in its own namespace
 //	open, read, close      ->               load.Local
@@ -37,10 +42,11 @@ import (
 const DefaultPort = 8475
 
 // protocol is the version of what is said.
-const protocol = 2
+const protocol = 3
 
 type request struct {
 	Do      string    `json:"do"`
+	Proof   string    `json:"proof,omitempty"` // that the client knows the token
 	Part    Part      `json:"part,omitzero"`
 	Spec    load.Spec `json:"spec,omitzero"`
 	Session int       `json:"session,omitempty"`
@@ -50,6 +56,7 @@ type response struct {
 	Error       string         `json:"error,omitempty"`
 	Unavailable bool           `json:"unavailable,omitempty"`
 	Protocol    int            `json:"protocol,omitempty"`
+	Challenge   string         `json:"challenge,omitempty"`
 	Machine     string         `json:"machine,omitempty"`
 	Boot        string         `json:"boot,omitempty"` // the kernel's boot ID
 	Link        string         `json:"link,omitempty"`
@@ -59,11 +66,48 @@ type response struct {
 	Cost        cost           `json:"cost,omitzero"`
 }
 
-// Serve lets clients measure against this host, one at a time, until ctx ends.
-// Whoever reaches the listener may have it carry traffic: it is for a network
-// that one trusts.
-func Serve(ctx context.Context, l net.Listener, self string, log *slog.Logger) error {
+// Server lets clients measure against this host, one at a time.
+type Server struct {
+	Self string // the path of this program
+	// Token is what a client must know; empty lets in anybody who reaches the
+	// listener, and have it carry traffic. It is not sent: the client answers a
+	// challenge with it.
+	Token string
+	Log   *slog.Logger
+}
+
+const (
+	// greetingTime is how long a client has to prove that it knows the token.
+	greetingTime = 5 * time.Second
+	// idleTime ends a client from which nothing comes, and pingEvery is how often
+	// one says that it is there.
+	idleTime  = time.Minute
+	pingEvery = 15 * time.Second
+	// mostGreetings is how many may be about to prove it at once.
+	mostGreetings = 16
+)
+
+// NewToken returns a token that nobody guesses.
+func NewToken() string {
+	b := make([]byte, 16)
+	_, _ = rand.Read(b) // it never fails: crypto/rand
+	return hex.EncodeToString(b)
+}
+
+// proof is what a client answers to a challenge.
+func proof(token, challenge string) string {
+	h := hmac.New(sha256.New, []byte(token))
+	h.Write([]byte(challenge))
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// Serve serves until ctx ends. A client that says nothing keeps nobody else out.
+func (s Server) Serve(ctx context.Context, l net.Listener) error {
 	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+	var clients sync.WaitGroup
+	defer clients.Wait()
+	greetings := make(chan struct{}, mostGreetings)
+	var measuring sync.Mutex
 	for {
 		c, err := l.Accept()
 		if ctx.Err() != nil {
@@ -72,10 +116,56 @@ func Serve(ctx context.Context, l net.Listener, self string, log *slog.Logger) e
 		if err != nil {
 			return err
 		}
-		log.Info("client", "address", c.RemoteAddr().String())
-		err = serveOne(ctx, c, self)
-		log.Info("client gone", "address", c.RemoteAddr().String(), "reason", fmt.Sprint(err))
+		select {
+		case greetings <- struct{}{}:
+		default:
+			_ = c.Close() // too many say nothing
+			continue
+		}
+		clients.Go(func() {
+			defer c.Close()
+			defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+			log := s.Log.With("address", c.RemoteAddr().String())
+			in, out := json.NewDecoder(c), json.NewEncoder(c)
+			err := s.greet(c, in, out)
+			<-greetings
+			if err != nil {
+				log.Warn("client refused", "reason", err)
+				return
+			}
+			if !measuring.TryLock() {
+				_ = out.Encode(response{Error: "another client measures now"})
+				log.Warn("client refused", "reason", "another one measures")
+				return
+			}
+			defer measuring.Unlock()
+			if err := out.Encode(response{Protocol: protocol}); err != nil {
+				return
+			}
+			log.Info("client")
+			err = s.serveOne(ctx, c, in, out)
+			log.Info("client gone", "reason", fmt.Sprint(err))
+		})
 	}
+}
+
+// greet has a client prove that it knows the token.
+func (s Server) greet(c net.Conn, in *json.Decoder, out *json.Encoder) error {
+	_ = c.SetDeadline(time.Now().Add(greetingTime))
+	defer func() { _ = c.SetDeadline(time.Time{}) }()
+	challenge := NewToken()
+	if err := out.Encode(response{Protocol: protocol, Challenge: challenge}); err != nil {
+		return err
+	}
+	var q request
+	if err := in.Decode(&q); err != nil {
+		return err
+	}
+	if s.Token != "" && !hmac.Equal([]byte(q.Proof), []byte(proof(s.Token, challenge))) {
+		_ = out.Encode(response{Error: "the token is not the server's: give --token as the server printed it"})
+		return errors.New("its token is not ours")
+	}
+	return nil
 }
 
 // served is what one client has on a server.
@@ -86,14 +176,12 @@ type served struct {
 	daemons  map[string][]daemon // by datapath
 }
 
-func serveOne(ctx context.Context, c net.Conn, self string) error {
-	defer c.Close()
-	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
-	s := &served{self: self, sessions: map[int]load.Session{}, daemons: map[string][]daemon{}}
+func (server Server) serveOne(ctx context.Context, c net.Conn, in *json.Decoder, out *json.Encoder) error {
+	s := &served{self: server.Self, sessions: map[int]load.Session{}, daemons: map[string][]daemon{}}
 	defer s.close()
 	defer load.Quiet(mostStreams)()
-	in, out := json.NewDecoder(c), json.NewEncoder(c)
 	for {
+		_ = c.SetReadDeadline(time.Now().Add(idleTime))
 		var q request
 		if err := in.Decode(&q); err != nil {
 			if errors.Is(err, io.EOF) {
@@ -122,6 +210,8 @@ func (s *served) close() {
 
 func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, error) {
 	switch q.Do {
+	case "ping":
+		return response{}, nil
 	case "hello":
 		u, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{addrOf(c.LocalAddr()).String()}}, host.Known{})
 		if err != nil {
@@ -188,12 +278,35 @@ type Remote struct {
 	here  netip.Addr // our end's address
 	there netip.Addr
 	link  [2]string // of the underlay: ours, theirs
-	same  bool      // both ends are on one machine, whose CPU time counts once
+	stop  context.CancelFunc
+	same  bool // both ends are on one machine, whose CPU time counts once
 }
 
 // Connect connects to the server at an address, with DefaultPort if it names
-// none.
-func Connect(ctx context.Context, to string) (*Remote, error) {
+// none, and with the token that the server printed.
+func Connect(ctx context.Context, to, token string) (*Remote, error) {
+	r, err := introduce(ctx, to, token)
+	if err != nil {
+		return nil, err
+	}
+	hello, err := r.ask(ctx, request{Do: "hello"})
+	if err == nil && hello.Protocol != protocol {
+		err = fmt.Errorf("the server speaks version %d of the protocol, and this version %d", hello.Protocol, protocol)
+	}
+	var u host.Underlay
+	if err == nil {
+		u, err = host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{r.here.String()}}, host.Known{})
+	}
+	if err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	r.same = hello.Boot == bootID()
+	r.Machine, r.link = hello.Machine, [2]string{u.Name, hello.Link}
+	return r, nil
+}
+
+// introduce connects to the server and proves that it knows the token.
+func introduce(ctx context.Context, to, token string) (*Remote, error) {
 	at, err := serverAddress(to)
 	if err != nil {
 		return nil, err
@@ -204,20 +317,51 @@ func Connect(ctx context.Context, to string) (*Remote, error) {
 		return nil, fmt.Errorf("no server answers there (start it with `culvert bench --underlay existing --server`): %w", err)
 	}
 	r := &Remote{conn: c, in: json.NewDecoder(c), out: json.NewEncoder(c), here: addrOf(c.LocalAddr()), there: addrOf(c.RemoteAddr())}
-	hello, err := r.ask(ctx, request{Do: "hello"})
-	if err == nil && hello.Protocol != protocol {
-		err = fmt.Errorf("the server speaks version %d of the protocol, and this version %d", hello.Protocol, protocol)
-	}
-	var u host.Underlay
-	if err == nil {
-		u, err = host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{r.here.String()}}, host.Known{})
-	}
-	if err != nil {
+	if err := r.prove(token); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
-	r.same = hello.Boot == bootID()
-	r.Machine, r.link = hello.Machine, [2]string{u.Name, hello.Link}
+	var alive context.Context
+	alive, r.stop = context.WithCancel(context.WithoutCancel(ctx))
+	go r.stayAlive(alive)
 	return r, nil
+}
+
+// prove answers the server's challenge.
+func (r *Remote) prove(token string) error {
+	_ = r.conn.SetDeadline(time.Now().Add(2 * greetingTime))
+	for range 2 { // the challenge, then the answer to the proof
+		var a response
+		if err := r.in.Decode(&a); err != nil {
+			return fmt.Errorf("the server does not greet: %w", err)
+		}
+		switch {
+		case a.Error != "":
+			return fmt.Errorf("the server: %s", a.Error)
+		case a.Protocol != protocol:
+			return fmt.Errorf("the server speaks version %d of the protocol, and this version %d", a.Protocol, protocol)
+		case a.Challenge != "":
+			if err := r.out.Encode(request{Do: "proof", Proof: proof(token, a.Challenge)}); err != nil {
+				return fmt.Errorf("answering the server: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// stayAlive has the server know that this client is there, while it measures.
+func (r *Remote) stayAlive(ctx context.Context) {
+	tick := time.NewTicker(pingEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if _, err := r.ask(ctx, request{Do: "ping"}); err != nil {
+				return // whoever asks next sees it
+			}
+		}
+	}
 }
 
 func bootID() string {
@@ -237,7 +381,10 @@ func serverAddress(to string) (netip.AddrPort, error) {
 }
 
 // Close ends the connection, and with it what the server runs for it.
-func (r *Remote) Close() error { return r.conn.Close() }
+func (r *Remote) Close() error {
+	r.stop()
+	return r.conn.Close()
+}
 
 func (r *Remote) ask(ctx context.Context, q request) (response, error) {
 	r.mu.Lock()

@@ -343,10 +343,10 @@ func TestExistingUnderlay(t *testing.T) {
 			time.Sleep(20 * time.Millisecond)
 		}
 	}
-	if _, err := Connect(t.Context(), "198.18.0.300"); err == nil || !strings.Contains(err.Error(), "is no address") {
+	if _, err := Connect(t.Context(), "198.18.0.300", ""); err == nil || !strings.Contains(err.Error(), "is no address") {
 		t.Errorf("a wrong address: %v", err)
 	}
-	if _, err := Connect(t.Context(), "127.0.0.1:1"); err == nil || !strings.Contains(err.Error(), "--underlay existing --server") {
+	if _, err := Connect(t.Context(), "127.0.0.1:1", ""); err == nil || !strings.Contains(err.Error(), "--underlay existing --server") {
 		t.Errorf("nobody there: %v", err)
 	}
 }

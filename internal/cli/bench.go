@@ -32,7 +32,7 @@ type benchFlags struct {
 	generator                       string
 	resume                          string
 	server                          bool
-	listen, client                  string
+	listen, client, token           string
 	out                             benchOutput
 }
 
@@ -214,7 +214,7 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
   culvert bench --preset fast-path
   culvert bench --nodes 5 --datapath vxlan/kernel,vxlan/userspace
   culvert bench --underlay existing --server
-  culvert bench --underlay existing --client 192.0.2.1 --html page.html`,
+  culvert bench --underlay existing --client 192.0.2.1 --token TOKEN --html page.html`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return f.run(c) },
 	}
@@ -234,7 +234,8 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags.StringVar(&f.resume, "resume", "", "keep the report in this file as JSON, and go on with what it has already")
 	f.out.addTo(c)
 	flags.BoolVar(&f.server, "server", false, "with --underlay existing: be the far end for a client on another host")
-	flags.StringVar(&f.listen, "listen", fmt.Sprintf(":%d", bench.DefaultPort), "where the server listens; who reaches it may use it")
+	flags.StringVar(&f.listen, "listen", fmt.Sprintf(":%d", bench.DefaultPort), "where the server listens: an address and a port, or :port for all addresses")
+	flags.StringVar(&f.token, "token", "", "what the client must know: the server makes one and prints it, if none is given")
 	flags.StringVar(&f.client, "client", "", "with --underlay existing: measure between this host and the server at this address")
 	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": bench.Generators(), "nodes": {"2", "3", "5", "10"}, "ends": bench.Ends(), "preset": presetNames()} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
@@ -332,7 +333,7 @@ func (f *benchFlags) existing(c *cobra.Command, o *bench.Options) error {
 		return errors.New("bench: measuring between real hosts makes devices on them, and needs root")
 	}
 	if f.client != "" {
-		remote, err := bench.Connect(c.Context(), f.client)
+		remote, err := bench.Connect(c.Context(), f.client, f.token)
 		if err != nil {
 			return fmt.Errorf("bench: --client %s: %w", f.client, err)
 		}
@@ -349,8 +350,12 @@ func (f *benchFlags) existing(c *cobra.Command, o *bench.Options) error {
 	if err != nil {
 		return usagef("bench: --listen %s: %w", f.listen, err)
 	}
-	fmt.Fprintf(c.OutOrStdout(), "ready %s\n", l.Addr())
-	if err := bench.Serve(c.Context(), l, o.Self, slog.New(slog.NewTextHandler(c.ErrOrStderr(), nil))); err != nil {
+	server := bench.Server{Self: o.Self, Token: f.token, Log: slog.New(slog.NewTextHandler(c.ErrOrStderr(), nil))}
+	if server.Token == "" {
+		server.Token = bench.NewToken()
+	}
+	fmt.Fprintf(c.OutOrStdout(), "token %s\nready %s\n", server.Token, l.Addr())
+	if err := server.Serve(c.Context(), l); err != nil {
 		return fmt.Errorf("bench: %w", err)
 	}
 	return nil
