@@ -79,10 +79,11 @@ NIGHTLY_ROUNDS ?= 200
 NIGHTLY_SCALE ?= 5000,300
 
 .PHONY: nightly
-## nightly: the long rounds of leasing: the model test 200 times (NIGHTLY_ROUNDS), etcd away for ten minutes, nodes that join 5,000 leases (an hour)
+## nightly: the long rounds of leasing: the model test 200 times (NIGHTLY_ROUNDS), etcd away for ten minutes, random host events, nodes that join 5,000 leases (three hours)
 nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
+	for seed in 1 2 3 4 5 6 7 8 9 10; do CULVERT_BIN=$(CURDIR)/bin CULVERT_SEED=$$seed CULVERT_EVENTS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestRandomHostEvents$$' ./test || exit 1; done
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
 
 .PHONY: test-system
