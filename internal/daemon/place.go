@@ -200,7 +200,7 @@ func (s *session) seen() func(host.Facts, host.Holding) {
 			name = h.Now.Name
 		}
 		s.health.setUnderlay(h.Now)
-		underlay := s.underlayWarnings(h)
+		underlay := append(s.underlayWarnings(h), foreignAddresses(f)...)
 		overlap := overlapping(s.worked, s.lease.Subnets(), f.Networks(s.podLinks()))
 		s.health.setWarnings("underlay", underlay...)
 		s.health.setWarnings("overlap", overlap...)
@@ -212,6 +212,22 @@ func (s *session) seen() func(host.Facts, host.Holding) {
 		}
 		said = now
 	}
+}
+
+// foreignAddresses warns of addresses that somebody has put on the helper device
+// of the userspace datapath, which bears none. From the others they are removed.
+func foreignAddresses(f host.Facts) []api.Warning {
+	var all []api.Warning
+	for _, a := range f.Addrs {
+		name, ok := f.LinkName(a.Link)
+		if ok && a.Global && host.OwnDevice(name) && !host.Ours(name) {
+			all = append(all, api.Warning{
+				Check: "foreign-address", Fix: fmt.Sprintf("ip address del %s dev %s, and have the program that added it leave culvert's devices alone", a.Prefix, name),
+				Text: fmt.Sprintf("%s bears %s, which is not culvert's: what is sent from or by it is lost", name, a.Prefix),
+			})
+		}
+	}
+	return all
 }
 
 // underlayWarnings says what of the underlay is not as it was chosen.
