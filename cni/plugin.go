@@ -17,6 +17,9 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/api/readiness"
+	"culvert/internal/boottime"
 )
 
 // Plugin answers the verbs of the CNI specification. It reads its arguments
@@ -48,7 +51,7 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 	if err := checkNamespace(args); err != nil {
 		return err
 	}
-	env, err := n.currentSubnet(time.Now())
+	env, err := n.currentSubnet(context.Background())
 	if err != nil {
 		return err
 	}
@@ -147,13 +150,26 @@ func checkNamespace(args *skel.CmdArgs) error {
 	return nil
 }
 
-// currentSubnet reads which subnet is this node's, and until when.
-func (n NetConf) currentSubnet(now time.Time) (SubnetEnv, error) {
+// currentSubnet reads which subnet is this node's, and until when. Where the
+// clocks disagree, the daemon decides: it holds the lease, and moves the file's
+// end within seconds of a clock that is set.
+func (n NetConf) currentSubnet(ctx context.Context) (SubnetEnv, error) {
 	env, err := ReadSubnetEnv(n.SubnetFile)
 	if err != nil {
 		return SubnetEnv{}, noSubnet(err)
 	}
-	if env.Expired(now) {
+	now, err := boottime.Now()
+	if err != nil {
+		return SubnetEnv{}, err
+	}
+	expired, disputed := env.Expired(now)
+	if disputed {
+		asking, cancel := context.WithTimeout(ctx, daemonPatience)
+		defer cancel()
+		said, asked := readiness.Ask(asking, n.runDir())
+		expired = asked != nil || said.Code == readiness.Fenced || said.Code == readiness.NoLease
+	}
+	if expired {
 		return SubnetEnv{}, types.NewError(types.ErrTryAgainLater,
 			fmt.Sprintf("%s: the lease of %v ran out at %s: the subnet may be another node's", n.SubnetFile, env.Subnets(), env.Expires.Format(time.RFC3339)),
 			"the node daemon renews it, or leases another one: is it running, and does it reach etcd? `culvert status`")

@@ -42,9 +42,8 @@ type Program struct {
 	Problem string `json:"problem,omitempty"`
 }
 
-// Status looks at what Run installed, and asks the daemon. now is what the lease's
-// end is compared with.
-func (i Install) Status(ctx context.Context, now time.Time) Report {
+// Status looks at what Run installed, and asks the daemon.
+func (i Install) Status(ctx context.Context) Report {
 	r := Report{Config: filepath.Join(i.ConfDir, i.ConfName), Subnets: []netip.Prefix{}}
 	r.Rivals, _ = i.rivals() // a directory that cannot be read is the configuration's problem
 	n, chained, err := readConflist(r.Config)
@@ -71,7 +70,7 @@ func (i Install) Status(ctx context.Context, now time.Time) Report {
 			return r
 		}
 	}
-	if _, err := n.ready(ctx, now); err != nil {
+	if _, err := n.ready(ctx); err != nil {
 		r.NotReady = unavailable(err).Error()
 		return r
 	}

@@ -33,7 +33,7 @@ func (p Plugin) Status(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	env, err := n.ready(ctx, time.Now())
+	env, err := n.ready(ctx)
 	if err != nil {
 		return unavailable(err)
 	}
@@ -84,14 +84,14 @@ func (n NetConf) runDir() string {
 // as the lease lasts: nobody renews it, nobody follows the other nodes, and in
 // the userspace datapath nobody carries the new pod's packets. The exception is
 // a file without the lease's end, which flannel writes: flanneld has no socket.
-func (n NetConf) ready(ctx context.Context, now time.Time) (SubnetEnv, error) {
+func (n NetConf) ready(ctx context.Context) (SubnetEnv, error) {
 	asking, cancel := context.WithTimeout(ctx, daemonPatience)
 	defer cancel()
 	said, asked := readiness.Ask(asking, n.runDir())
 	if asked == nil && !said.Ready {
 		return SubnetEnv{}, errors.New(said.Reason)
 	}
-	env, err := n.currentSubnet(now)
+	env, err := n.currentSubnet(ctx)
 	if err != nil {
 		return SubnetEnv{}, err
 	}

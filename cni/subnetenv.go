@@ -12,8 +12,11 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/boottime"
 )
 
 // SubnetEnv is the content of subnet.env, the file through which a node
@@ -32,10 +35,19 @@ type SubnetEnv struct {
 	// the file again; in whole seconds, zero if the file does not say (flannel's
 	// does not). It is the key CULVERT_LEASE_EXPIRES, which other readers ignore.
 	Expires time.Time
+	// ExpiresUp is the same by CLOCK_BOOTTIME in the boot Boot (random(4)): the
+	// wall clock may be set while the file stands. Zero if the file does not say.
+	// It is the key CULVERT_LEASE_EXPIRES_BOOTTIME.
+	ExpiresUp time.Duration
+	Boot      string
 }
 
-// expiresKey is the one line of the file that is not flannel's. RFC 3339, UTC.
-const expiresKey = "CULVERT_LEASE_EXPIRES"
+// The lines of the file that are not flannel's: RFC 3339, UTC; and whole seconds
+// of CLOCK_BOOTTIME, with the boot's id.
+const (
+	expiresKey   = "CULVERT_LEASE_EXPIRES"
+	expiresUpKey = "CULVERT_LEASE_EXPIRES_BOOTTIME"
+)
 
 const (
 	maxSubnetEnv = 64 << 10 // bytes; a real one has about 150
@@ -82,6 +94,9 @@ func (e SubnetEnv) Marshal() []byte {
 	fmt.Fprintf(&b, "FLANNEL_MTU=%d\nFLANNEL_IPMASQ=%t\n", e.MTU, e.IPMasq)
 	if !e.Expires.IsZero() {
 		fmt.Fprintf(&b, "%s=%s\n", expiresKey, e.Expires.UTC().Format(time.RFC3339))
+		if e.Boot != "" {
+			fmt.Fprintf(&b, "%s=%d@%s\n", expiresUpKey, max(0, e.ExpiresUp/time.Second), e.Boot)
+		}
 	}
 	return []byte(b.String())
 }
@@ -215,6 +230,14 @@ func ParseSubnetEnv(text []byte) (SubnetEnv, error) {
 		}
 		e.Expires = e.Expires.Truncate(time.Second)
 	}
+	if text, ok := values[expiresUpKey]; ok && !e.Expires.IsZero() {
+		up, boot, found := strings.Cut(text, "@")
+		seconds, err := strconv.ParseInt(up, 10, 64)
+		if err != nil || !found || boot == "" || strings.ContainsFunc(boot, unicode.IsSpace) || seconds < 0 || seconds > 1<<32 {
+			return SubnetEnv{}, fmt.Errorf("%s=%.80q: not seconds@boot-id", expiresUpKey, text)
+		}
+		e.ExpiresUp, e.Boot = time.Duration(seconds)*time.Second, boot
+	}
 	if err := e.validate(); err != nil {
 		return SubnetEnv{}, err
 	}
@@ -222,9 +245,17 @@ func ParseSubnetEnv(text []byte) (SubnetEnv, error) {
 }
 
 // Expired says whether the lease has run out: the subnet may be another
-// node's now, and no pod may be added in it.
-func (e SubnetEnv) Expired(now time.Time) bool {
-	return !e.Expires.IsZero() && now.After(e.Expires)
+// node's now, and no pod may be added in it. In the boot in which the file was
+// written CLOCK_BOOTTIME decides. disputed says that the wall clock is past the
+// end and that one is not: it was set, or the machine was put back to an earlier
+// state.
+func (e SubnetEnv) Expired(now boottime.Moment) (expired, disputed bool) {
+	wall := !e.Expires.IsZero() && now.Wall.After(e.Expires)
+	if e.Boot == "" || e.Boot != now.Boot {
+		return wall, false
+	}
+	up := now.Up > e.ExpiresUp
+	return up, wall && !up
 }
 
 // ReadSubnetEnv reads the file at path. A file that is not there gives an

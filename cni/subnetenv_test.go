@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"culvert/internal/boottime"
 )
 
 func prefixes(s ...string) []netip.Prefix {
@@ -46,6 +48,10 @@ func TestSubnetEnvIsFlannels(t *testing.T) {
 		},
 		"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.72.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\nCULVERT_LEASE_EXPIRES=2026-02-03T04:05:06Z\n": {
 			Networks: prefixes("10.5.0.0/16"), Gateways: prefixes("10.5.72.1/24"), MTU: 1450, Expires: time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC),
+		},
+		"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.72.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\nCULVERT_LEASE_EXPIRES=2026-02-03T04:05:06Z\nCULVERT_LEASE_EXPIRES_BOOTTIME=86400@8f3e\n": {
+			Networks: prefixes("10.5.0.0/16"), Gateways: prefixes("10.5.72.1/24"), MTU: 1450, Expires: time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC),
+			ExpiresUp: 24 * time.Hour, Boot: "8f3e",
 		},
 		// flannel joins several networks by commas.
 		"FLANNEL_NETWORK=10.5.0.0/16,10.7.0.0/16\nFLANNEL_SUBNET=10.7.1.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n": {
@@ -171,4 +177,34 @@ func FuzzParseSubnetEnv(f *testing.F) {
 			}
 		}
 	})
+}
+
+// F5: the wall clock may be set, either way and by years, while the file stands.
+func TestF5ExpiryByTheClockThatNobodySets(t *testing.T) {
+	ends := time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC)
+	e := SubnetEnv{Expires: ends, ExpiresUp: time.Hour, Boot: "b"}
+	for name, c := range map[string]struct {
+		e                 SubnetEnv
+		now               boottime.Moment
+		expired, disputed bool
+	}{
+		"before":                {e, boottime.Moment{Boot: "b", Up: 59 * time.Minute, Wall: ends.Add(-time.Minute)}, false, false},
+		"after":                 {e, boottime.Moment{Boot: "b", Up: 61 * time.Minute, Wall: ends.Add(time.Minute)}, true, false},
+		"set forth by years":    {e, boottime.Moment{Boot: "b", Up: 59 * time.Minute, Wall: ends.AddDate(6, 0, 0)}, false, true},
+		"set back by years":     {e, boottime.Moment{Boot: "b", Up: 61 * time.Minute, Wall: ends.AddDate(-6, 0, 0)}, true, false},
+		"booted since":          {e, boottime.Moment{Boot: "c", Up: time.Minute, Wall: ends.Add(time.Minute)}, true, false},
+		"booted since, before":  {e, boottime.Moment{Boot: "c", Up: 2 * time.Hour, Wall: ends.Add(-time.Minute)}, false, false},
+		"an older daemon's":     {SubnetEnv{Expires: ends}, boottime.Moment{Boot: "b", Up: 2 * time.Hour, Wall: ends.Add(-time.Minute)}, false, false},
+		"an older one's, after": {SubnetEnv{Expires: ends}, boottime.Moment{Boot: "b", Wall: ends.Add(time.Minute)}, true, false},
+		"flannel's":             {SubnetEnv{}, boottime.Moment{Boot: "b", Up: 2 * time.Hour, Wall: ends.AddDate(9, 0, 0)}, false, false},
+	} {
+		if expired, disputed := c.e.Expired(c.now); expired != c.expired || disputed != c.disputed {
+			t.Errorf("%s: expired %t, disputed %t", name, expired, disputed)
+		}
+	}
+	for _, bad := range []string{"", "5", "@b", "x@b", "-1@b", "5@", "5@a b"} {
+		if _, err := ParseSubnetEnv([]byte(dualStackText + "CULVERT_LEASE_EXPIRES=2026-02-03T04:05:06Z\nCULVERT_LEASE_EXPIRES_BOOTTIME=" + bad + "\n")); err == nil {
+			t.Errorf("%q is taken", bad)
+		}
+	}
 }

@@ -21,7 +21,7 @@ import (
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
 	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
-	"culvert/internal/daemon":          {"subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
+	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
 	"culvert/internal/echo":            {},
@@ -39,8 +39,9 @@ var allowed = map[string][]string{
 	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "encap", "subnet", "subnet/etcd"},
 	"culvert/bench/load":               {},
 	"culvert/subnet":                   {},
-	"culvert/subnet/etcd":              {"subnet", "subnet/kept"},
-	"culvert/subnet/kept":              {"subnet"},
+	"culvert/subnet/etcd":              {"subnet", "subnet/kept", "internal/boottime"},
+	"culvert/subnet/kept":              {"subnet", "internal/boottime"},
+	"culvert/internal/boottime":        {},
 	"culvert/subnet/kube":              {"subnet", "subnet/kept"},
 	"culvert/subnet/kube/kubetest":     {"subnet/etcd/etcdtest"},
 	"culvert/subnet/contract":          {"subnet", "subnet/kept"},
@@ -50,7 +51,7 @@ var allowed = map[string][]string{
 	// Not internal/host, although the plugin reads a bridge's addresses: what a
 	// daemon needs of the kernel would triple a program that is started for
 	// every pod.
-	"culvert/cni":             {"subnet", "internal/api/readiness"},
+	"culvert/cni":             {"subnet", "internal/api/readiness", "internal/boottime"},
 	"culvert/cni/culvert-cni": {"cni"},
 }
 

@@ -123,7 +123,7 @@ func TestRestartWithoutEtcd(t *testing.T) {
 	if err := cniStatus(t, n); err == nil {
 		t.Error("STATUS past the end of the lease")
 	}
-	if env, err := cni.ReadSubnetEnv(n.SubnetFile()); err != nil || !env.Expired(time.Now()) {
+	if env, err := cni.ReadSubnetEnv(n.SubnetFile()); err != nil || !expired(t, env) {
 		t.Errorf("subnet.env says %+v (%v)", env, err)
 	}
 

@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"culvert/cni"
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/internal/lab"
@@ -203,6 +204,69 @@ func TestVMClockSteps(t *testing.T) {
 		if _, err := pod.Ping(t.Context(), pod.Addr(true), pods[1].Addr(true)); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// F5: a node that booted without a right clock gets it, and loses it again.
+// subnet.env, the status, STATUS and ADD agree within seconds, no pod is refused,
+// and none is added past the lease's end.
+func TestVMF5ClockIsSet(t *testing.T) {
+	began := time.Now()
+	set := func(to time.Time) {
+		t.Helper()
+		now := unix.NsecToTimespec(to.UnixNano())
+		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	right := func() time.Time { return began.Round(0).Add(time.Since(began)) } // by CLOCK_MONOTONIC
+	t.Cleanup(func() { set(right()) })
+	wrong := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
+
+	set(wrong)
+	c := newClusterOf(t, lab.Options{Nodes: 2})
+	c.setConfig(config)
+	n, brief := c.Nodes[0], c.Nodes[1]
+	c.start(n)
+	d := c.start(brief, "--lease-ttl", "20s")
+	c.waitReady(n, 1)
+	c.waitReady(brief, 1)
+	for i, to := range []func() time.Time{right, func() time.Time { return wrong }, right} {
+		set(to())
+		// At once: neither the file nor the daemon has had its second yet.
+		if _, err := n.AddPod(t.Context(), fmt.Sprintf("p%d", i)); err != nil {
+			t.Errorf("step %d: ADD: %v", i, err)
+		}
+		eventually(t, "the clocks agree", func() error {
+			s, err := c.status(n)
+			if err != nil {
+				return err
+			}
+			env, err := cni.ReadSubnetEnv(n.SubnetFile())
+			if err != nil {
+				return err
+			}
+			end := time.Now().Add(24 * time.Hour)
+			if !s.Ready || s.Lease.Expires.Round(0).Sub(end.Round(0)).Abs() > time.Minute || env.Expires.Sub(end.Round(0)).Abs() > time.Minute {
+				return fmt.Errorf("ready %t, the lease ends at %s, and in the file at %s, not %s", s.Ready, s.Lease.Expires, env.Expires, end)
+			}
+			return cniStatus(t, n)
+		})
+	}
+	// The clock is set back after the daemon died: the lease ends all the same.
+	if err := d.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	set(wrong)
+	eventually(t, "the lease runs out", func() error {
+		env, err := cni.ReadSubnetEnv(brief.SubnetFile())
+		if err != nil || !expired(t, env) {
+			return fmt.Errorf("the file says %s, %s after the boot: %w", env.Expires, env.ExpiresUp, err)
+		}
+		return nil
+	})
+	if _, err := brief.AddPod(t.Context(), "late"); err == nil {
+		t.Error("a pod was added past the lease's end")
 	}
 }
 

@@ -65,7 +65,7 @@ subnet, what is in use, and whether a pod can be added now. If not, the exit
 code is 1.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			r := i.Status(c.Context(), time.Now())
+			r := i.Status(c.Context())
 			if err := out.write(c.OutOrStdout(), r, func(w io.Writer) error { return writeCNIStatus(w, r) }); err != nil {
 				return err
 			}

@@ -87,7 +87,7 @@ func (o doctorOptions) examine(ctx context.Context) []doctor.Result {
 		install := o.cni
 		install.ConfName, install.RunDir = cniConfName, o.runDir
 		install.From = filepath.Dir(install.BinDir)
-		h.CNI = install.Status(asking, time.Now()).NotReady
+		h.CNI = install.Status(asking).NotReady
 	}
 	results := doctor.Examine(ctx, h)
 	if h.Status != nil && !o.noProbe {

@@ -234,7 +234,7 @@ func (s *session) serve(ctx context.Context) error {
 		}
 		return err
 	})
-	parts.Go(func() error { return s.renewSubnetFile(ctx, s.file, s.registry.Held) })
+	parts.Go(func() error { return s.renewSubnetFile(ctx, s.file, s.registry.Held, s.look) })
 	parts.Go(func() error { return s.follow(ctx) })
 	parts.Go(func() error { return s.publish(ctx) })
 	parts.Go(func() error { return s.awaitMove(ctx) })

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/cni"
+	"culvert/internal/boottime"
 	"culvert/subnet"
 )
 
@@ -53,9 +54,23 @@ func (f *subnetFile) write(env cni.SubnetEnv) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	same := env
-	same.Expires = f.env.Expires
+	same.Expires, same.ExpiresUp, same.Boot = f.env.Expires, f.env.ExpiresUp, f.env.Boot
 	if f.removed || f.written && reflect.DeepEqual(same, f.env) {
 		return nil
+	}
+	return f.put(env)
+}
+
+// put writes env, with its end by both clocks. The caller has mu.
+func (f *subnetFile) put(env cni.SubnetEnv) error {
+	env.ExpiresUp, env.Boot = 0, ""
+	if !env.Expires.IsZero() {
+		now, err := boottime.Now()
+		if err != nil {
+			return err
+		}
+		env.ExpiresUp, env.Boot = now.Up+time.Until(env.Expires), now.Boot
+		env.Expires = env.Expires.Round(0) // by the wall clock from now on
 	}
 	if err := cni.WriteSubnetEnv(f.path, env); err != nil {
 		return fmt.Errorf("writing %s: %w", f.path, err)
@@ -84,33 +99,65 @@ func (f *subnetFile) extend(until time.Time) error {
 	}
 	env := f.env
 	env.Expires = until
-	if err := cni.WriteSubnetEnv(f.path, env); err != nil {
-		return fmt.Errorf("writing %s: %w", f.path, err)
-	}
-	f.env = env
-	return nil
+	return f.put(env)
 }
 
-// due says whether the file's end is worth moving: renewals come every third
-// of the lifetime or more often, and each write is synced to a disk.
+// due says whether the file's end is worth moving: the wall clock was set, or
+// the lease was renewed. Renewals come every third of the lifetime or more
+// often, and each write is synced to a disk.
 func (f *subnetFile) due(now, until time.Time) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if until.IsZero() || f.env.Expires.IsZero() {
 		return f.written && until.IsZero() != f.env.Expires.IsZero()
 	}
-	return f.written && until.Sub(f.env.Expires).Abs() > until.Sub(now).Abs()/8
+	return f.written && until.Round(0).Sub(f.env.Expires).Abs() > max(until.Sub(now).Abs()/8, clockSlack)
 }
 
-// renewSubnetFile follows the lease's lifetime until ctx ends.
-func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (subnet.Lease, bool)) error {
+// clockSlack is what clocks may differ by without having been set: they are
+// slewed, and read one after the other.
+const clockSlack = 500 * time.Millisecond
+
+// clocks tells of a wall clock that is set, and of a machine that was suspended,
+// by how far the clocks have gone since the last look.
+type clocks struct {
+	at time.Time // by the wall clock and CLOCK_MONOTONIC
+	up time.Duration
+}
+
+// look returns by how much the wall clock was set since the last look, and for
+// how long the machine was suspended.
+func (c *clocks) look() (set, suspended time.Duration) {
+	up, err := boottime.Up()
+	if err != nil {
+		return 0, 0
+	}
+	before, now := *c, clocks{time.Now(), up}
+	*c = now
+	if before.up == 0 {
+		return 0, 0
+	}
+	gone := now.up - before.up
+	return now.at.Round(0).Sub(before.at.Round(0)) - gone, gone - now.at.Sub(before.at)
+}
+
+// renewSubnetFile follows the lease's lifetime until ctx ends. look has the
+// store asked about the lease.
+func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (subnet.Lease, bool), look func()) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	for {
+	var c clocks
+	for c.look(); ; {
 		select {
 		case <-ctx.Done():
 			return nil
-		case now := <-tick.C:
+		case <-tick.C:
+			if set, suspended := c.look(); set.Abs() > clockSlack || suspended > clockSlack {
+				d.log.Warn("the clock was set, or the machine was suspended: asking whether the lease stands",
+					"set_by", set.Round(time.Millisecond), "suspended", suspended.Round(time.Millisecond))
+				look()
+			}
+			now := time.Now()
 			l, ok := held()
 			if !ok {
 				continue
@@ -124,5 +171,13 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 				d.log.Error("the CNI plugin will refuse pods when the old end of the lease is reached", "error", err)
 			}
 		}
+	}
+}
+
+// look has the store asked whether the lease still stands, if it is one that has
+// leases that end.
+func (s *session) look() {
+	if r, ok := s.registry.(interface{ Look() }); ok {
+		r.Look()
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"culvert/cni"
 	"culvert/internal/api"
 	"culvert/internal/api/readiness"
+	"culvert/internal/boottime"
 )
 
 func TestSubnetFileFollowsTheLease(t *testing.T) {
@@ -84,5 +85,48 @@ func TestReadiness(t *testing.T) {
 		if got.Code != c.code || got.Ready != (c.code == "") || !strings.Contains(got.Reason, c.says) {
 			t.Errorf("%+v is %+v, not %s saying %q", c.is, got, c.code, c.says)
 		}
+	}
+}
+
+// F5: the file follows a wall clock that is set, and so does the word of it.
+func TestF5ClockIsSet(t *testing.T) {
+	f := &subnetFile{path: filepath.Join(t.TempDir(), "subnet.env")}
+	until := time.Now().Add(24 * time.Hour)
+	if err := f.write(cni.SubnetEnv{
+		Networks: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}, Gateways: []netip.Prefix{netip.MustParsePrefix("10.5.72.1/24")},
+		MTU: 1450, Expires: until,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	// As though it had been written under another wall clock.
+	for _, years := range []int{6, -6} {
+		f.env.Expires = f.env.Expires.AddDate(years, 0, 0)
+		if !f.due(time.Now(), until) {
+			t.Errorf("set by %d years, and the file is not due", years)
+		}
+		if err := f.extend(until); err != nil {
+			t.Fatal(err)
+		}
+		env, err := cni.ReadSubnetEnv(f.path)
+		if err != nil || until.Sub(env.Expires).Abs() > time.Second || f.due(time.Now(), until) {
+			t.Errorf("the file ends at %s, not %s (%v)", env.Expires, until, err)
+		}
+		up, err := boottime.Up()
+		if left := env.ExpiresUp - up; err != nil || left > 24*time.Hour || left < 24*time.Hour-5*time.Second {
+			t.Errorf("by the other clock %s are left (%v)", left, err)
+		}
+	}
+	var c clocks
+	c.look()
+	if set, suspended := c.look(); set.Abs() > clockSlack || suspended.Abs() > clockSlack {
+		t.Errorf("set by %s, suspended for %s", set, suspended)
+	}
+	c.at = c.at.Round(0).Add(-time.Hour) // without CLOCK_MONOTONIC
+	if set, _ := c.look(); (set - time.Hour).Abs() > clockSlack {
+		t.Errorf("a clock that was set by an hour was set by %s", set)
+	}
+	c.up -= time.Hour
+	if _, suspended := c.look(); (suspended - time.Hour).Abs() > clockSlack {
+		t.Errorf("suspended for %s, not an hour", suspended)
 	}
 }

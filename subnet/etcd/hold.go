@@ -123,7 +123,9 @@ func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, erro
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.held.ID == id {
-		r.held.Expires = asked.Add(ttl)
+		l := r.held
+		l.Expires = asked.Add(ttl)
+		r.keepHeld(l)
 	}
 	return ttl, nil
 }

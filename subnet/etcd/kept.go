@@ -60,7 +60,8 @@ func (r *Registry) Resume(k *kept.State, ttl time.Duration) {
 	r.rememberConfig(k.Config, "")
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.held, r.ttl, r.resumed = k.Lease, ttl, k
+	r.ttl, r.resumed = ttl, k
+	r.keepHeld(k.Lease)
 }
 
 // Answers returns an error if etcd is away: no server can be reached, or none

@@ -18,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"culvert/internal/boottime"
 	"culvert/subnet"
 	"culvert/subnet/kept"
 
@@ -51,6 +52,7 @@ type Registry struct {
 
 	mu      sync.Mutex
 	held    subnet.Lease  // as last written or read; without Endpoints: none
+	endsUp  time.Duration // when held ends, by CLOCK_BOOTTIME
 	ttl     time.Duration // as claimed
 	config  subnet.Config // the last valid one; without Networks: none
 	text    string        // that config was read from
@@ -131,18 +133,37 @@ func New(o Options) (*Registry, error) {
 func (r *Registry) Close() error { return r.client.Close() }
 
 // Held returns the lease that this registry holds, as last written or read,
-// and whether there is one. Expires moves with each renewal.
+// and whether there is one. Expires moves with each renewal, and when the wall
+// clock is set: it is what is left of the lifetime by the clock that nobody sets,
+// from now on.
 func (r *Registry) Held() (subnet.Lease, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.held, len(r.held.Endpoints) > 0
+	l := r.held
+	if up, err := boottime.Up(); err == nil && !l.Expires.IsZero() {
+		l.Expires = time.Now().Add(r.endsUp - up)
+	}
+	return l, len(l.Endpoints) > 0
 }
 
 func (r *Registry) setHeld(l subnet.Lease) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.held = l
+	r.keepHeld(l)
 }
+
+// keepHeld is setHeld for who has mu.
+func (r *Registry) keepHeld(l subnet.Lease) {
+	r.held, r.endsUp = l, 0
+	// This clock first: too early an end does no harm.
+	if up, err := boottime.Up(); err == nil {
+		r.endsUp = up + time.Until(l.Expires)
+	}
+}
+
+// Look has the held lease compared with etcd's at once: a clock was set, or the
+// machine was suspended or put back to an earlier state.
+func (r *Registry) Look() { r.look() }
 
 // lifetime is what was claimed, for a lease that must be granted again.
 func (r *Registry) lifetime() time.Duration {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"time"
 
+	"culvert/internal/boottime"
 	"culvert/subnet"
 
 	"golang.org/x/sys/unix"
@@ -66,9 +67,9 @@ func (e entry) read() subnet.Entry {
 }
 
 // marshal says what is kept as of the instant.
-func marshal(s State, at instant) ([]byte, error) {
+func marshal(s State, at boottime.Moment) ([]byte, error) {
 	f := file{
-		Saved: at.wall.UTC().Round(0), BootID: at.boot, SavedUp: at.up,
+		Saved: at.Wall.UTC().Round(0), BootID: at.Boot, SavedUp: at.Up,
 		Node: s.Node, Prefix: s.Prefix, Endpoints: s.Endpoints,
 		Config: s.Config, Cluster: s.Cluster, Revision: s.Revision,
 	}
@@ -77,7 +78,7 @@ func marshal(s State, at instant) ([]byte, error) {
 		// suspended, the other may have been set.
 		now := time.Now()
 		left := min(s.Lease.Expires.Sub(now), s.Lease.Expires.Round(0).Sub(now.Round(0)))
-		f.Ends, f.EndsUp = f.Saved.Add(left), at.up+left
+		f.Ends, f.EndsUp = f.Saved.Add(left), at.Up+left
 	}
 	value, err := s.Lease.Value()
 	if err != nil {

@@ -16,9 +16,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"culvert/internal/boottime"
 	"culvert/subnet"
-
-	"golang.org/x/sys/unix"
 )
 
 // State is a lease, and the leases around it, as a process of this node last had
@@ -52,7 +51,7 @@ func Read(name string) (*State, error) {
 	if err != nil {
 		return nil, err
 	}
-	now, err := readClocks()
+	now, err := boottime.Now()
 	if err != nil {
 		return nil, err
 	}
@@ -66,7 +65,7 @@ func Read(name string) (*State, error) {
 func Write(name string, s State) error {
 	// The clocks first, so that a process which is stopped here writes too early
 	// an end.
-	at, err := readClocks()
+	at, err := boottime.Now()
 	if err != nil {
 		return err
 	}
@@ -77,45 +76,22 @@ func Write(name string, s State) error {
 	return Replace(name, text)
 }
 
-// instant is a moment, as the clocks have it that outlive a process.
-type instant struct {
-	boot string        // random(4): another for each boot
-	up   time.Duration // since then, suspended or not (CLOCK_BOOTTIME)
-	wall time.Time
-}
-
-// readClocks reads the clock that a lifetime counts from last, so that a
-// process that is stopped in between takes it for shorter.
-func readClocks() (instant, error) {
-	now := instant{wall: time.Now()}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return instant{}, fmt.Errorf("asking which boot this is: %w", err)
-	}
-	var up unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err != nil {
-		return instant{}, fmt.Errorf("reading CLOCK_BOOTTIME: %w", err)
-	}
-	now.boot, now.up = string(boot), time.Duration(up.Nano())
-	return now, nil
-}
-
 // believe returns when the lease may run out (zero for never), or why it may
 // have run out already.
-func (f file) believe(l subnet.Lease, now instant) (time.Time, error) {
+func (f file) believe(l subnet.Lease, now boottime.Moment) (time.Time, error) {
 	switch {
-	case f.BootID != now.boot:
+	case f.BootID != now.Boot:
 		return time.Time{}, errors.New("the machine was booted since")
-	case now.up < f.SavedUp:
+	case now.Up < f.SavedUp:
 		return time.Time{}, errors.New("the clock since the boot goes back")
 	case l.ID == 0: // never ends
 		return time.Time{}, nil
 	}
-	left := min(f.EndsUp-now.up, f.Ends.Sub(now.wall.Round(0)))
+	left := min(f.EndsUp-now.Up, f.Ends.Sub(now.Wall.Round(0)))
 	if left <= 0 {
 		return time.Time{}, fmt.Errorf("its lease of %v may have run out at %s", l.Subnets(), f.Ends.Format(time.RFC3339))
 	}
-	return now.wall.Add(left), nil
+	return now.Wall.Add(left), nil
 }
 
 // Replace writes beside the file and renames, so that a reader sees the old or

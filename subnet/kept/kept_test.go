@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"culvert/internal/boottime"
 	"culvert/subnet"
 )
 
@@ -17,7 +18,7 @@ func TestBelieve(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	saved := instant{boot: f.BootID, up: f.SavedUp, wall: f.Saved}
+	saved := boottime.Moment{Boot: f.BootID, Up: f.SavedUp, Wall: f.Saved}
 	for _, c := range []struct {
 		name     string
 		boot     string
@@ -34,9 +35,9 @@ func TestBelieve(t *testing.T) {
 		{name: "before it was saved", up: -time.Second},
 		{name: "another boot", boot: "another", up: time.Minute, wall: time.Minute},
 	} {
-		now := instant{boot: f.BootID + c.boot, up: saved.up + c.up, wall: saved.wall.Add(c.wall)}
+		now := boottime.Moment{Boot: f.BootID + c.boot, Up: saved.Up + c.up, Wall: saved.Wall.Add(c.wall)}
 		ends, err := f.believe(s.Lease, now)
-		if left := ends.Sub(now.wall); (err == nil) != (c.left > 0) || err == nil && left != c.left {
+		if left := ends.Sub(now.Wall); (err == nil) != (c.left > 0) || err == nil && left != c.left {
 			t.Errorf("%s: %v left, %v", c.name, left, err)
 		}
 	}
