@@ -16,7 +16,7 @@ FUZZTIME ?= 3s
 
 # What test-system needs beyond Go: a container engine, and other people's
 # network tools to check ours against.
-SYSTEM_PACKAGES := docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium ethtool tcpdump clang llvm libbpf-dev gcc libc6-dev
+SYSTEM_PACKAGES := etcd-server docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium ethtool tcpdump clang llvm libbpf-dev gcc libc6-dev
 
 .PHONY: all build
 all: build
@@ -91,7 +91,7 @@ nightly: build
 test-system: build
 	@echo 'needs: $(SYSTEM_PACKAGES)'
 	internal/tools/install-packages $(SYSTEM_PACKAGES)
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./cni ./internal/host ./backend/...
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./cni ./internal/host ./backend/... ./subnet/etcd
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./test -run Services
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
 

@@ -1,0 +1,159 @@
+package test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+)
+
+// unit reads what the shipped systemd unit grants.
+func unit(t *testing.T) map[string][]string {
+	t.Helper()
+	text, err := os.ReadFile("../deploy/systemd/culvert.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings := make(map[string][]string)
+	for line := range strings.Lines(string(text)) {
+		if key, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(line, "#") {
+			settings[key] = append(settings[key], strings.Fields(value)...)
+		}
+	}
+	return settings
+}
+
+// asUnit starts a daemon as the unit does: with its capabilities, and with its
+// view of the file system (systemd.exec(5): ProtectSystem=strict makes all
+// read-only but /dev, /proc, /sys and the unit's own directories). /run and
+// /var/lib are the sandbox's own.
+func (c *cluster) asUnit(n *lab.Node, settings map[string][]string, flags ...string) *lab.Process {
+	c.t.Helper()
+	var writable []string
+	for _, d := range settings["RuntimeDirectory"] {
+		writable = append(writable, "/run/"+d)
+	}
+	for _, d := range settings["StateDirectory"] {
+		writable = append(writable, "/var/lib/"+d)
+	}
+	bounding := "-all"
+	for _, k := range settings["CapabilityBoundingSet"] {
+		bounding += ",+" + strings.ToLower(strings.TrimPrefix(k, "CAP_"))
+	}
+	for key, want := range map[string]string{"ProtectSystem": "strict", "NoNewPrivileges": "yes"} {
+		if !slices.Equal(settings[key], []string{want}) {
+			c.t.Fatalf("%s is %v: the sandbox here is another", key, settings[key])
+		}
+	}
+	script := `set -e
+mount --make-rprivate /
+mount -t tmpfs run /run
+mount -t tmpfs lib /var/lib
+for d in ` + strings.Join(writable, " ") + `; do mkdir -p $d; mount --bind $d $d; done
+awk '{print $5}' /proc/self/mountinfo | sort -r | while read -r m; do
+	case $m in
+	/dev|/dev/*|/proc|/proc/*|/sys|/sys/*` + func() (s string) {
+		for _, w := range writable {
+			s += "|" + w
+		}
+		return s
+	}() + `) ;;
+	*) mount -o remount,bind,ro "$m" 2>/dev/null || true ;;
+	esac
+done
+if touch /run/other 2>/dev/null || touch /etc/culvert-other 2>/dev/null; then echo 'the sandbox can be written to'; exit 9; fi
+exec setpriv --bounding-set ` + bounding + ` --inh-caps -all --no-new-privs "$0" "$@"`
+	c.starts++
+	p, err := n.Start(lab.Command{
+		Name: "unit-" + strconv.Itoa(c.starts), Path: "/usr/bin/unshare",
+		Args: append([]string{
+			"--mount", "/bin/sh", "-c", script, filepath.Join(c.bin, "culvert"), "run", "--node-id", n.ID, "--etcd-endpoints", c.endpoint,
+		}, flags...),
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return p
+}
+
+// unitStatus asks a daemon that has a file system of its own.
+func (c *cluster) unitStatus(p *lab.Process, n *lab.Node, is func(api.Status) error) {
+	c.t.Helper()
+	eventually(c.t, p.Name, func() error {
+		select {
+		case <-p.Exited():
+			c.t.Fatalf("it ended: %s", p.Tail(3))
+		default:
+		}
+		cmd := exec.Command("nsenter", "--target", strconv.Itoa(p.PID), "--mount", filepath.Join(c.bin, "culvert"), "status", "-o", "json")
+		var out, errs bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &errs
+		_ = cmd.Run() // not ready is an exit code too
+		var s api.Status
+		if err := json.Unmarshal(out.Bytes(), &s); err != nil {
+			return fmt.Errorf("%w: %s", err, errs.String())
+		}
+		return is(s)
+	})
+}
+
+// D3 and D4: the daemon does its work under exactly what the unit grants it, and
+// writes subnet.env where flannel has it.
+func TestD3D4AsTheUnitRunsIt(t *testing.T) {
+	settings := unit(t)
+	for _, k := range []string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF"} {
+		if !slices.Contains(settings["CapabilityBoundingSet"], k) {
+			t.Errorf("the unit lacks %s", k)
+		}
+	}
+	c := newCluster(t, 1)
+	n := c.Nodes[0]
+	for _, format := range []string{"vxlan", "ipip"} {
+		c.setConfig(fmt.Sprintf(`{"Network":"10.5.0.0/16","Backend":{"Type":%q}}`, format))
+		for _, datapath := range []string{"userspace", "kernel"} {
+			if datapath == "kernel" && format == "ipip" {
+				continue // the test machine's kernel may lack the device
+			}
+			t.Run(format+" "+datapath, func(t *testing.T) {
+				flags := []string{"--datapath", datapath, "--queues", "2", "--metrics", ""}
+				p := c.asUnit(n, settings, append(flags, "--subnet-file", "/run/flannel/subnet.env")...)
+				c.unitStatus(p, n, func(s api.Status) error {
+					if !s.Ready {
+						return fmt.Errorf("not ready: %s", s.NotReady)
+					}
+					for _, m := range s.Datapath.Mechanisms {
+						if !m.On && strings.Contains(m.Why, "permitted") {
+							t.Errorf("%s is off: %s", m.Name, m.Why)
+						}
+					}
+					for _, w := range s.Datapath.Warnings {
+						if strings.Contains(fmt.Sprint(w), "permitted") || strings.Contains(fmt.Sprint(w), "read-only") {
+							t.Errorf("warned: %v", w)
+						}
+					}
+					return nil
+				})
+				if err := exec.Command("nsenter", "--target", strconv.Itoa(p.PID), "--mount", "test", "-s", "/run/flannel/subnet.env").Run(); err != nil {
+					t.Errorf("subnet.env: %v", err)
+				}
+				for line := range strings.Lines(p.Tail(200)) {
+					if strings.Contains(line, "not permitted") || strings.Contains(line, "permission denied") || strings.Contains(line, "read-only") {
+						t.Errorf("said: %s", line)
+					}
+				}
+				if err := p.Stop(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
