@@ -75,7 +75,7 @@ func (q Ratio) verdict(higher bool) string {
 }
 
 // ratioRow is one of what users feel first, of one datapath, with a cell for each
-// underlay.
+// underlay: the ratio, or the figure itself where the reference has none.
 type ratioRow struct {
 	Datapath, Title string
 	Cells           []string
@@ -148,16 +148,9 @@ func (r *Report) ratioCell(underlay, datapath, workload string, m Metric, refere
 		}
 		return ""
 	}
-	if datapath == reference {
-		unit := ""
-		if m.Unit() != "1" {
-			unit = " " + m.Unit()
-		}
-		return fmt.Sprintf("%s%s%s", figure(x.Median), unit, spread(x))
-	}
 	ref, ok := r.Find(underlay, reference, workload, m)
-	if !ok {
-		return ""
+	if datapath == reference || !ok {
+		return withUnit(x) + spread(x)
 	}
 	q, ok := ratioOf(x, ref)
 	if !ok {
