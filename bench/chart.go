@@ -37,7 +37,7 @@ func mainColumns() []column {
 	for _, s := range sections() {
 		for _, c := range s.columns {
 			switch c.metric {
-			case P90, P999, RSS, DaemonCPUPerGB:
+			case P90, P999, RSS, DaemonCPUPerGB, FastShare:
 				continue
 			}
 			all = append(all, c)

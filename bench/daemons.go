@@ -37,17 +37,16 @@ func hasFastPath(ctx context.Context, program string) (bool, error) {
 
 // daemonArgs are what a daemon is told beside where it runs.
 func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
-	if d.auto {
-		return nil, nil
-	}
 	format, kind, _ := strings.Cut(strings.TrimSuffix(d.base(), fastSuffix), "/")
-	if format == "host-gw" {
+	if d.auto || format == "host-gw" {
 		kind = "auto"
 	}
 	args := []string{"--datapath", kind}
 	switch {
 	case d.fast && !hasFlag:
 		return nil, unavailable("the program has no fast path")
+	case d.auto && hasFlag:
+		args = append(args, fastFlag+"=auto")
 	case d.fast:
 		args = append(args, fastFlag+"=on")
 	case hasFlag:
@@ -120,6 +119,15 @@ func (s *site) startDaemons(ctx context.Context, l *lab.Lab, o siteOptions) erro
 		s.subnets[i] = own
 		// What a kernel's datapath costs is the kernel's cost.
 		s.daemons[i].idle = status.Datapath.Kind == "kernel"
+		fast := status.Datapath.FastPath
+		switch {
+		case fast != nil && fast.On:
+			s.daemons[i].fastDir = n.RunDir
+		case s.datapath.fast && fast != nil:
+			return unavailable("the fast path is off: " + fast.Why)
+		case s.datapath.fast:
+			return unavailable("the daemon has no fast path for this datapath")
+		}
 	}
 	s.to = s.subnets[0].Addr()
 	return nil

@@ -48,7 +48,7 @@ func Datapaths() []Datapath {
 		{Name: "native", Title: "no tunnel", About: "the underlay itself, no tunnel: the limit", none: true},
 		{Name: checkedNative, Title: "no tunnel, traffic by iperf3", About: "the same with iperf3's traffic, to check the built-in generator", none: true, generator: iperf3Name},
 		{Name: "host-gw", Title: "plain routes (host-gw)", About: "routes on the underlay, no tunnel", kernel: true, culvert: true},
-		{Name: "vxlan/auto", Title: "VXLAN, culvert's choice", About: "what culvert takes by itself, with all flags left at their defaults", culvert: true, auto: true},
+		{Name: "vxlan/auto", Title: "VXLAN, culvert's choice", About: "what culvert takes by itself: --datapath=auto, --fast-path=auto", culvert: true, auto: true},
 		{Name: "vxlan/kernel", Title: "VXLAN, kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true, culvert: true},
 		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same below culvert's fast path", kernel: true, culvert: true, fast: true},
 		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's own loop", culvert: true},
@@ -147,6 +147,7 @@ type daemon struct {
 	process process
 	runDir  string // of its counters; empty if it has none
 	idle    bool   // it has done its part, and costs nothing
+	fastDir string // of its counters, if it has a fast path that is on; empty else
 }
 
 // process is a started program: *lab.Process, or one on this host.

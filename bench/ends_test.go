@@ -23,9 +23,9 @@ import (
 func TestPodsAsEnds(t *testing.T) {
 	labtest.NeedTUN(t)
 	bin := labtest.Bin(t)
-	o := options(t, "native,host-gw,vxlan/auto,vxlan/kernel,vxlan/userspace,ipip/userspace,naive,wireguard-go", "tcp1,udp64,rr,crr")
+	o := options(t, "native,host-gw,vxlan/auto,vxlan/kernel,vxlan/kernel+fast,vxlan/userspace,ipip/userspace,naive,wireguard-go", "tcp1,udp64,rr,crr")
 	if testing.Short() {
-		o.Datapaths = []string{"native", "vxlan/kernel", "vxlan/userspace"}
+		o.Datapaths = []string{"native", "vxlan/kernel", "vxlan/kernel+fast", "vxlan/userspace"}
 	}
 	for _, name := range o.Datapaths {
 		d, ok := FindDatapath(name)
@@ -33,6 +33,9 @@ func TestPodsAsEnds(t *testing.T) {
 			t.Fatal(name)
 		}
 		s, err := startLab(t.Context(), d, siteOptions{nodes: 2, profile: lab.Cloud, ends: Pods, self: o.Self, bin: bin})
+		if d.fast && errors.Is(err, ErrUnavailable) && !lab.Privileged() {
+			continue // BPF is for root
+		}
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -45,8 +48,14 @@ func TestPodsAsEnds(t *testing.T) {
 			before = append(before, podCounters(t, n))
 		}
 		for _, w := range []workload{{streams: 1}, {payload: 64}, {rr: true}, {crr: true}} {
-			if _, err := (builtin{}).measure(t.Context(), s, w, method{duration: o.Duration}); err != nil {
+			f, err := (builtin{}).measure(t.Context(), s, w, method{duration: o.Duration})
+			if err != nil {
 				t.Errorf("%s %+v: %v", name, w, err)
+			}
+			// What the daemons say took the fast path is a part of all, and there is
+			// nothing to say of a datapath that has it off.
+			if share, ok := f[FastShare]; w.plain() && (ok != d.fast && !d.auto || ok && (share <= 0 || share > 1)) {
+				t.Errorf("%s %+v: %v of the bytes took the fast path (%t)", name, w, share, ok)
 			}
 		}
 		for i, n := range s.labs.Nodes {
@@ -65,7 +74,7 @@ func TestPodsAsEnds(t *testing.T) {
 				}
 				return err
 			})
-			want := map[string]int{"native": 1500, "host-gw": 1500, "vxlan/auto": 1450, "vxlan/kernel": 1450, "vxlan/userspace": 1450, "ipip/userspace": 1480, "naive": 1450, "wireguard-go": 1420}[name]
+			want := map[string]int{"native": 1500, "host-gw": 1500, "vxlan/auto": 1450, "vxlan/kernel": 1450, "vxlan/kernel+fast": 1450, "vxlan/userspace": 1450, "ipip/userspace": 1480, "naive": 1450, "wireguard-go": 1420}[name]
 			if err != nil || mtu != want {
 				t.Errorf("%s: the pod's MTU is %d, want %d: %v", name, mtu, want, err)
 			}
@@ -184,7 +193,7 @@ func TestDaemonArgs(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		flag bool
-		want string // empty: the daemon's defaults, or unavailable
+		want string // empty: unavailable
 	}{
 		{"vxlan/kernel", false, "--datapath kernel"},
 		{"vxlan/kernel", true, "--datapath kernel --fast-path=off"},
@@ -195,7 +204,8 @@ func TestDaemonArgs(t *testing.T) {
 		{"vxlan/userspace+fast", true, "--datapath userspace --fast-path=on"},
 		{"ipip/userspace", false, "--datapath userspace"},
 		{"host-gw", false, "--datapath auto"},
-		{"vxlan/auto", true, ""},
+		{"vxlan/auto", true, "--datapath auto --fast-path=auto"},
+		{"vxlan/auto", false, "--datapath auto"},
 	} {
 		d, ok := FindDatapath(c.name)
 		if !ok {
@@ -203,7 +213,7 @@ func TestDaemonArgs(t *testing.T) {
 			continue
 		}
 		args, err := d.daemonArgs(c.flag)
-		if got := strings.Join(args, " "); got != c.want || (err != nil) != (c.want == "" && !d.auto) || err != nil && !errors.Is(err, ErrUnavailable) {
+		if got := strings.Join(args, " "); got != c.want || (err != nil) != (c.want == "") || err != nil && !errors.Is(err, ErrUnavailable) {
 			t.Errorf("%s: %q, %v", c.name, got, err)
 		}
 	}

@@ -67,6 +67,7 @@ const (
 	DaemonCPUPerGB    Metric = "daemon_cpu_seconds_per_gb"
 	RSS               Metric = "rss_mb"
 	SyscallsPerPacket Metric = "syscalls_per_packet"
+	FastShare         Metric = "fast_path_share"
 )
 
 // metrics has every metric in the order in which they are shown.
@@ -90,6 +91,7 @@ var metrics = []struct {
 	{DaemonCPUPerGB, "s/GB", false},
 	{RSS, "MB", false},
 	{SyscallsPerPacket, "1", false},
+	{FastShare, "1", true},
 }
 
 // Unit is the metric's unit.

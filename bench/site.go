@@ -118,6 +118,10 @@ type cost struct {
 	RSS      float64 `json:"rss"`      // bytes, of the largest daemon
 	Syscalls uint64  `json:"syscalls"` // of the daemons, where they count them
 	Packets  uint64  `json:"packets"`  // that entered the tunnel, at any node
+	// Carried are the bytes that entered and left the tunnel where there is a fast
+	// path, and Fast those of them that took it.
+	Carried uint64 `json:"carried,omitempty"`
+	Fast    uint64 `json:"fast,omitempty"`
 }
 
 func (s *site) cost(ctx context.Context) (cost, error) {
@@ -141,6 +145,16 @@ func (s *site) cost(ctx context.Context) (cost, error) {
 
 func costHere(ctx context.Context, daemons []daemon) (c cost, err error) {
 	for _, d := range daemons {
+		if d.fastDir != "" {
+			status, err := api.GetStatus(ctx, d.fastDir)
+			if err != nil {
+				return c, err
+			}
+			if fast := status.Datapath.FastPath; fast != nil {
+				c.Carried += status.Datapath.Egress.Bytes + status.Datapath.Ingress.Bytes
+				c.Fast += fast.Egress.Bytes + fast.Ingress.Bytes
+			}
+		}
 		if d.idle {
 			continue
 		}

@@ -31,6 +31,7 @@ func sections() []section {
 			{w, DaemonCPUPerGB, w + " daemon s/GB"},
 			{w, RSS, w + " RSS MB"},
 			{w, SyscallsPerPacket, w + " syscalls/packet"},
+			{w, FastShare, w + " fast path share"},
 		}
 	}
 	var tcp, udp, latency, loaded []column

@@ -23,6 +23,7 @@ var (
 		LeastShare: "least share of a stream", MostShare: "greatest share of a stream",
 		CPUPerGB: "CPU time per gigabyte", DaemonCPUPerGB: "daemons' CPU time per gigabyte",
 		RSS: "largest daemon's memory", SyscallsPerPacket: "daemons' system calls per packet",
+		FastShare: "share of the bytes that took the fast path",
 	}
 )
 

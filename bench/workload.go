@@ -131,6 +131,9 @@ func (s *site) charge(f figures, spent, total cost, bytes float64) {
 		f[DaemonCPUPerGB] = (total.Daemons - spent.Daemons) / (bytes / 1e9)
 		f[RSS] = total.RSS / 1e6
 	}
+	if n := total.Carried - spent.Carried; n > 0 {
+		f[FastShare] = float64(total.Fast-spent.Fast) / float64(n)
+	}
 	if n := total.Packets - spent.Packets; n > 0 {
 		f[SyscallsPerPacket] = float64(total.Syscalls-spent.Syscalls) / float64(n)
 	}
