@@ -317,8 +317,8 @@ func TestStatus(t *testing.T) {
 		if a.err == nil || a.err.Code != 50 || !strings.Contains(a.err.Msg, c.says) {
 			t.Errorf("STATUS: %+v, which does not say %q", a.err, c.says)
 		}
-		// 180 ms of its own; the rest is for a machine that is busy.
-		if took > time.Second {
+		// 900 ms of its own; the rest is for a machine that is busy.
+		if took > 3*time.Second {
 			t.Errorf("STATUS, where %s, took %s", c.says, took)
 		}
 	}

@@ -17,11 +17,12 @@ import (
 // would fail (SPEC.md 1.1.0, Error codes).
 const errUnavailable = 50
 
-// How long STATUS takes at most: containerd asks every 5 seconds, and holds
-// everything else up meanwhile.
+// How long STATUS takes at most. containerd asks every 5 seconds, and holds
+// everything else up meanwhile; an answer that is late on a host that is busy
+// starting pods would make the node NotReady.
 const (
-	statusPatience = 180 * time.Millisecond
-	daemonPatience = 120 * time.Millisecond
+	statusPatience = 900 * time.Millisecond
+	daemonPatience = 600 * time.Millisecond
 )
 
 // Status says whether an ADD would succeed: whether the daemon says so, the

@@ -71,7 +71,7 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 	if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "does not answer") {
 		t.Errorf("STATUS beside a stopped daemon: %v", err)
 	}
-	if took := time.Since(start); took > time.Second { // 200 ms, and the machine is busy
+	if took := time.Since(start); took > 3*time.Second { // 900 ms, and the machine is busy
 		t.Errorf("STATUS took %s", took)
 	}
 	if err := d.Signal(syscall.SIGCONT); err != nil {
