@@ -33,6 +33,8 @@ type FastPath interface {
 	host.Follower
 	// Want adds to a plan's state what the fast path needs of the host.
 	Want(*host.State)
+	// Passed returns what has passed with each peer since the last call.
+	Passed() []host.Passed
 	// Status says whether it is on, and what it has carried.
 	Status() api.FastPath
 	// Close gives up what this process holds; what is attached stays.
@@ -119,7 +121,12 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 			k.mu.Lock()
 			tunnels := k.wanted.State.Firewall.Tunnels
 			k.mu.Unlock()
-			passed, err := watch.Look(tunnels, waiting)
+			var fast []host.Passed
+			if k.options.FastPath != nil {
+				fast = k.options.FastPath.Passed()
+			}
+			passed, err := watch.Look(tunnels, waiting || slices.ContainsFunc(fast, func(p host.Passed) bool { return p.Sent }))
+			passed = together(passed, fast)
 			if err != nil && err.Error() != last { // such as while a device is made anew
 				last = err.Error()
 				k.options.Log.Debug("what has passed with peers cannot be looked at", "error", err)
@@ -133,6 +140,24 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 		_ = watch.Close()
 		asker.Close()
 	}, nil
+}
+
+// together is what has passed by either of two ways.
+func together(a, b []host.Passed) []host.Passed {
+	at := make(map[host.Source]int, len(a))
+	for i, p := range a {
+		at[p.Source] = i
+	}
+	for _, p := range b {
+		i, there := at[p.Source]
+		if !there {
+			a = append(a, p)
+			continue
+		}
+		a[i].Sent = a[i].Sent || p.Sent
+		a[i].Received = a[i].Received || p.Received
+	}
+	return a
 }
 
 // Status says what the kernel carries.

@@ -34,6 +34,7 @@ type (
 	peer struct {
 		Outer address
 		MTU   uint32
+		Sent  uint32 // the program sets it
 	}
 	sourceKey struct {
 		Bits         uint32
@@ -55,6 +56,7 @@ type contents struct {
 	peers   map[peerKey]peer
 	sources map[sourceKey]uint32
 	hooks   []hook
+	pairs   []host.Source // of sources
 }
 
 // hook is one place for one program.
@@ -89,6 +91,10 @@ func maskOf(bits int) (m address) {
 		m[i/8] |= 0x80 >> (i % 8)
 	}
 	return m
+}
+
+func keyOf(s host.Source) sourceKey {
+	return sourceKey{Bits: uint32(s.Inner.Bits()), Outer: addressOf(s.Outer), Inner: addressOf(s.Inner.Masked().Addr())}
 }
 
 // contentsOf computes, purely, what a state comes to. The error says why the fast
@@ -143,7 +149,8 @@ func contentsOf(s host.State, f facts) (contents, error) {
 				t.Bits[t.Lengths], t.Masks[t.Lengths] = bits, maskOf(p.Inner.Bits())
 				t.Lengths++
 			}
-			c.sources[sourceKey{Bits: bits, Outer: addressOf(p.Outer), Inner: addressOf(p.Inner.Masked().Addr())}] = 1
+			c.sources[keyOf(p)] = 0
+			c.pairs = append(c.pairs, p)
 		}
 		c.tunnels[family] = t
 		c.hooks = append(c.hooks,
@@ -171,7 +178,7 @@ func contentsOf(s host.State, f facts) (contents, error) {
 		if family == 6 {
 			mtu = min(mtu, narrowest)
 		}
-		c.peers[peerKey{e.MAC, uint16(family)}] = peer{addressOf(e.To), uint32(mtu)}
+		c.peers[peerKey{e.MAC, uint16(family)}] = peer{Outer: addressOf(e.To), MTU: uint32(mtu)}
 	}
 	slices.SortFunc(c.hooks, compareHooks)
 	c.hooks = slices.Compact(c.hooks) // the uplink of two tunnels

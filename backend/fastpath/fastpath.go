@@ -229,6 +229,35 @@ func (p *Path) Status() api.FastPath {
 	return s
 }
 
+// Passed returns what has passed with each peer by the fast path since the last
+// call.
+func (p *Path) Passed() []host.Passed {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.loaded == nil || !p.on {
+		return nil
+	}
+	sent := make(map[address]bool)
+	for key := range p.held.peers {
+		var is peer
+		if err := p.loaded.Maps["peers"].Lookup(&key, &is); err == nil && is.Sent != 0 {
+			sent[is.Outer] = true
+			is.Sent = 0
+			_ = p.loaded.Maps["peers"].Update(&key, &is, ebpf.UpdateExist)
+		}
+	}
+	var all []host.Passed
+	for _, s := range p.held.pairs {
+		key, heard := keyOf(s), uint32(0)
+		if err := p.loaded.Maps["sources"].Lookup(&key, &heard); err == nil && heard != 0 {
+			zero := uint32(0)
+			_ = p.loaded.Maps["sources"].Update(&key, &zero, ebpf.UpdateExist)
+		}
+		all = append(all, host.Passed{Source: s, Sent: sent[addressOf(s.Outer)], Received: heard != 0})
+	}
+	return all
+}
+
 func (p *Path) read() (r readings) {
 	if p.loaded == nil {
 		return r

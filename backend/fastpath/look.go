@@ -43,6 +43,12 @@ func (p *Path) look(s host.State) (facts, error) {
 	if err := noIPsec(); err != nil {
 		return f, err
 	}
+	if chain, err := host.IngressChain(); err != nil || chain != "" {
+		if err == nil {
+			err = fmt.Errorf("the nftables chain %s sees what comes in, which the fast path would pass by (`nft list chain %s`)", chain, chain)
+		}
+		return f, err
+	}
 	text := strings.Fields(setting("net/ipv4/ip_local_port_range"))
 	if len(text) != 2 {
 		return f, errors.New("the range of local ports is not to be read")

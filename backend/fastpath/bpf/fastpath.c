@@ -96,7 +96,8 @@ struct peer_key {
 
 struct peer {
 	struct address outer;
-	__u32 mtu; // of the path, outer packets
+	__u32 mtu;  // of the path, outer packets
+	__u32 sent; // 1: something has been since user space set it to 0
 };
 
 struct source_key {
@@ -143,7 +144,7 @@ struct {
 	__uint(max_entries, 131072);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct source_key);
-	__type(value, __u32);
+	__type(value, __u32); // 1: something has come since user space set it to 0
 } sources SEC(".maps");
 
 #define FLOWS 8192
@@ -362,15 +363,17 @@ inline_always __be16 identification(__u32 n)
 	return bpf_htons(*next - n + bpf_get_smp_processor_id() * 0x3779);
 }
 
-inline_always int sent(struct __sk_buff *skb, const struct tunnel *t, __u32 packets, __u32 bytes)
+inline_always int sent(struct __sk_buff *skb, const struct tunnel *t, struct peer *p, __u32 packets, __u32 bytes)
 {
+	if (!p->sent)
+		p->sent = 1;
 	count(OUT_PACKETS, packets);
 	count(OUT_BYTES, bytes);
 	count(OUT_FRAMES, 1);
 	return bpf_redirect_neigh(t->uplink, 0, 0, 0);
 }
 
-inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, struct outer4 *h)
+inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, struct outer4 *h)
 {
 	struct iphdr ip;
 	__u32 length = skb->len - ETH_HLEN, hash, n = 1;
@@ -420,10 +423,10 @@ inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 	}
 	if (bpf_skb_store_bytes(skb, ETH_HLEN, h, COST4, 0))
 		return TC_ACT_SHOT; // cannot be: the room is there
-	return sent(skb, t, n, length);
+	return sent(skb, t, p, n, length);
 }
 
-inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, struct outer6 *h)
+inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, struct outer6 *h)
 {
 	struct ipv6hdr ip;
 	__u32 length = skb->len - ETH_HLEN, hash;
@@ -467,7 +470,7 @@ inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 		h->udp.check = 0xffff;
 	if (bpf_skb_store_bytes(skb, ETH_HLEN, h, COST6, 0))
 		return TC_ACT_SHOT;
-	return sent(skb, t, 1, length);
+	return sent(skb, t, p, 1, length);
 }
 
 SEC("tc")
@@ -511,6 +514,7 @@ int culvert_out(struct __sk_buff *skb)
 inline_always int known(const struct tunnel *t, const struct address *outer, const struct address *inner)
 {
 	struct source_key key;
+	__u32 *heard;
 
 	key.outer = *outer;
 #pragma clang loop unroll(disable)
@@ -521,8 +525,12 @@ inline_always int known(const struct tunnel *t, const struct address *outer, con
 #pragma unroll
 		for (int w = 0; w < 4; w++)
 			key.inner.word[w] = inner->word[w] & t->masks[i].word[w];
-		if (bpf_map_lookup_elem(&sources, &key))
+		heard = bpf_map_lookup_elem(&sources, &key);
+		if (heard) {
+			if (!*heard) // no write for each packet
+				*heard = 1;
 			return 1;
+		}
 	}
 	return 0;
 }
