@@ -107,7 +107,7 @@ test-vm: build
 	CGO_ENABLED=0 $(GO) test -c -tags vm -o bin/vm/test.test ./test
 	CGO_ENABLED=0 $(GO) test -c -o bin/vm/ipip.test ./backend/ipip
 	cd test && ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin sh -c \
-		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestIPIP"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
+		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestIPIP"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
 
 KUBERNETES := bin/kubernetes
 
