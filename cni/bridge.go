@@ -48,7 +48,7 @@ func (n NetConf) bridgeName() (string, error) {
 		IsGateway    bool   `json:"isGateway"`
 		IsDefault    bool   `json:"isDefaultGateway"`
 		ForceAddress bool   `json:"forceAddress"`
-	}{Bridge: "cni0", IsGateway: true}
+	}{Bridge: DefaultBridge, IsGateway: true}
 	for key, to := range map[string]any{
 		"bridge": &c.Bridge, "isGateway": &c.IsGateway, "isDefaultGateway": &c.IsDefault, "forceAddress": &c.ForceAddress,
 	} {

@@ -242,10 +242,16 @@ func bootID() string {
 	return strings.TrimSpace(string(bytes.TrimSpace(text)))
 }
 
-// RecordedBridges returns the names of the bridges that the records in data
-// directories of the plugin say pods are on. What cannot be read is left out.
+// DefaultBridge is the bridge that the bridge plugin makes unless it is told a
+// name.
+const DefaultBridge = "cni0"
+
+// RecordedBridges returns the names of the pods' bridges: the default one, which
+// stays when its last pod has gone, with the gateway of whatever subnet that pod
+// had; and those of the records in data directories of the plugin. What cannot be
+// read is left out.
 func RecordedBridges(dirs ...string) []string {
-	var names []string
+	names := []string{DefaultBridge}
 	for _, dir := range dirs {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
@@ -264,7 +270,7 @@ func RecordedBridges(dirs ...string) []string {
 				}
 				delegate = r.Delegate
 			}
-			c := struct{ Type, Bridge string }{Bridge: "cni0"}
+			c := struct{ Type, Bridge string }{Bridge: DefaultBridge}
 			if json.Unmarshal(delegate, &c) == nil && c.Type == "bridge" && c.Bridge != "" && !slices.Contains(names, c.Bridge) {
 				names = append(names, c.Bridge)
 			}

@@ -72,7 +72,7 @@ func TestP10DaemonsAtOneMoment(t *testing.T) {
 	shared := t.TempDir()
 	for name, start := range map[string]func(i int) *lab.Process{
 		"namespace": func(i int) *lab.Process {
-			return c.start(c.Nodes[0], "--run-dir", filepath.Join(shared, fmt.Sprint(i)), "--node-id", fmt.Sprint("n", i), "--metrics", "")
+			return c.start(c.Nodes[0], "--run-dir", filepath.Join(shared, fmt.Sprint(i)), "--metrics", "")
 		},
 		"run directory": func(i int) *lab.Process { return c.start(c.Nodes[i], "--run-dir", shared, "--metrics", "") },
 	} {
