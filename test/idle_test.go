@@ -45,7 +45,7 @@ func idle(t *testing.T, datapath string) {
 	c.waitReady(n, peers)
 	c.settled(n)
 
-	const watch = 13 * time.Second // three looks of the timer at least
+	const watch = 9 * time.Second // two looks of the timer at least
 	share := func(over time.Duration, meanwhile func()) float64 {
 		began, before := time.Now(), processorTime(t, p.PID)
 		for end := began.Add(over); time.Now().Before(end); {
