@@ -145,6 +145,11 @@ func (d *node) lostMeanwhile(ctx context.Context, r store, at place) (*api.Fence
 }
 
 func (d *node) dropFence() error {
+	// The pods' bridge keeps its address of the lost subnet until the next pod
+	// comes: it is no network of the host's, which a peer's lease must not cover.
+	if mark, err := d.loadFence(); err == nil && mark != nil {
+		d.had = append(d.had, mark.Subnets...)
+	}
 	if err := os.Remove(d.fencePath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("removing the mark of the fence: %w", err)
 	}
