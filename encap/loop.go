@@ -33,7 +33,7 @@ const (
 // must bear to be meant for this node. The zero Underlay is a family that is
 // not used.
 type Underlay struct {
-	// Receive is a socket for each queue. For VXLAN they are UDP sockets bound
+	// Receive is a socket for each thread. For VXLAN they are UDP sockets bound
 	// to this node's address and the VXLAN port, for IPIP packet sockets with
 	// PACKET_VNET_HDR, which give every IPv4 packet of protocol 4, and before it
 	// the link's own header, of LinkHeader bytes.
@@ -76,8 +76,11 @@ type Offload struct {
 type Options struct {
 	Format Format
 	// Devices are the queues of one TUN device with IFF_VNET_HDR and a header of
-	// 10 bytes.
+	// 10 bytes. Each of Threads goroutines serves every Threads-th of them in turn,
+	// so that what waits in one does not wait for all of another; with 0 each has
+	// its own.
 	Devices []Descriptor
+	Threads int
 	// Super is a TAP device with IFF_VNET_HDR and a header of 24 bytes, of which
 	// every frame is redirected to the uplink: for VXLAN with
 	// TUN_F_UDP_TUNNEL_GSO, for IPIP by a program that tells the kernel of the
@@ -139,7 +142,7 @@ func (l *Loop) Run(ctx context.Context) error {
 			q.close()
 		}
 	}()
-	for i := range l.options.Devices {
+	for i := range l.options.threads() {
 		q, err := l.open(i)
 		if err != nil {
 			return err
@@ -168,7 +171,14 @@ func (l *Loop) Run(ctx context.Context) error {
 	return nil
 }
 
-// open puts the parts of the i-th queue together.
+func (o *Options) threads() int {
+	if o.Threads > 0 {
+		return o.Threads
+	}
+	return len(o.Devices)
+}
+
+// open puts the parts of the i-th thread together.
 func (l *Loop) open(i int) (*queue, error) {
 	o := l.options
 	device := uintptr(o.Devices[i].FD())
@@ -186,7 +196,11 @@ func (l *Loop) open(i int) (*queue, error) {
 	if o.CopyDSCP {
 		out.classes = 0xff
 	}
-	q, err := newQueue(&l.common, device, out, in)
+	var devices []uintptr
+	for k := i; k < len(o.Devices); k += o.threads() {
+		devices = append(devices, uintptr(o.Devices[k].FD()))
+	}
+	q, err := newQueue(&l.common, devices, out, in)
 	if err != nil {
 		return nil, err
 	}

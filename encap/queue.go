@@ -10,21 +10,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// queue is one queue of the device and the sockets that belong to it, with the
-// goroutine that serves them.
+// queue is one or several queues of the device and the sockets that belong to
+// them, with the goroutine that serves them.
 //
 // One serves both directions: what the kernel answers to a write, an
 // acknowledgement above all, is on the device when the write returns, and needs
 // nobody to be woken. Several processors are for several queues.
 type queue struct {
 	*common
-	device uintptr
-	out    *egress
-	in     []*ingress
+	devices []uintptr
+	out     *egress
+	in      []*ingress
 
 	stop     eventfd
 	errors   errorQueue
-	polls    []unix.PollFd // stop, the sockets, those that only send, the device
+	polls    []unix.PollFd // stop, the sockets, those that only send, the devices
 	patience patience
 }
 
@@ -33,24 +33,26 @@ type queue struct {
 // after which the runtime would ask the goroutine for its processor.
 const dozing = 5 * time.Millisecond
 
-func newQueue(c *common, device uintptr, out *egress, in []*ingress) (*queue, error) {
+func newQueue(c *common, devices []uintptr, out *egress, in []*ingress) (*queue, error) {
 	stop, err := newEventfd()
 	if err != nil {
 		return nil, err
 	}
-	q := &queue{common: c, device: device, out: out, in: in, stop: stop, errors: errorQueue{common: c}}
+	q := &queue{common: c, devices: devices, out: out, in: in, stop: stop, errors: errorQueue{common: c}}
 	q.polls = append(q.polls, unix.PollFd{Fd: int32(q.stop), Events: unix.POLLIN})
 	for _, g := range in {
 		q.polls = append(q.polls, unix.PollFd{Fd: int32(g.socket), Events: unix.POLLIN})
 	}
-	q.polls = append(q.polls, unix.PollFd{Fd: int32(device), Events: unix.POLLIN})
+	for _, d := range devices {
+		q.polls = append(q.polls, unix.PollFd{Fd: int32(d), Events: unix.POLLIN})
+	}
 	return q, nil
 }
 
 // watchErrors has the queue look at the errors of sockets that only send.
 func (q *queue) watchErrors(o Options) {
-	last := len(q.polls) - 1
-	device := q.polls[last]
+	last := len(q.polls) - len(q.devices)
+	devices := slices.Clone(q.polls[last:])
 	q.polls = q.polls[:last]
 	for _, u := range []Underlay{o.IPv4, o.IPv6} {
 		for _, s := range append(u.Send[:len(u.Send):len(u.Send)], u.Fragment) {
@@ -62,7 +64,7 @@ func (q *queue) watchErrors(o Options) {
 			}
 		}
 	}
-	q.polls = append(q.polls, device)
+	q.polls = append(q.polls, devices...)
 }
 
 // close lets go of what newQueue made.
@@ -74,7 +76,7 @@ func (q *queue) wake() { q.stop.signal() }
 // serve carries what comes, in both directions, until the loop stops or a
 // descriptor fails.
 func (q *queue) serve() error {
-	device := &q.polls[len(q.polls)-1]
+	devices := q.polls[len(q.polls)-len(q.devices):]
 	for {
 		if !q.look() {
 			q.sleep()
@@ -95,8 +97,11 @@ func (q *queue) serve() error {
 				return err
 			}
 		}
-		if device.Revents != 0 {
-			if err := q.out.drain(q.device); err != nil {
+		for i, d := range q.devices {
+			if devices[i].Revents == 0 {
+				continue
+			}
+			if err := q.out.drain(d); err != nil {
 				return err
 			}
 		}
@@ -130,8 +135,11 @@ func (q *queue) sleep() {
 			g.counters.Waits.Add(1)
 		}
 	}
-	if q.polls[len(q.polls)-1].Revents != 0 {
-		q.out.counters.Waits.Add(1)
+	for _, p := range q.polls[len(q.polls)-len(q.devices):] {
+		if p.Revents != 0 {
+			q.out.counters.Waits.Add(1)
+			break
+		}
 	}
 }
 

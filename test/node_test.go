@@ -218,7 +218,7 @@ func TestRefusals(t *testing.T) {
 	c.setConfig(config)
 	c.start(c.Nodes[0])
 	c.waitReady(c.Nodes[0], 0)
-	ends(c.start(c.Nodes[0]), "another daemon answers")
+	ends(c.start(c.Nodes[0]), "is at work in this network namespace")
 	// The clone of a machine: the same identity at another address.
 	c.starts++
 	clone, err := c.Nodes[1].Start(lab.Command{

@@ -17,28 +17,57 @@ import (
 
 // device is a TUN device with a virtio header before every frame.
 type device struct {
-	queues []int  // a descriptor for each
-	noMore string // why there is only one where more were asked for
-	uso    bool   // the kernel takes and gives UDP frames to be cut (Linux 6.2)
+	queues  []int  // a descriptor for each
+	threads int    // that serve them
+	noMore  string // why there is only one where more were asked for
+	sparse  bool   // each thread has two, one of them for sparse flows
+	// noSparse is why not.
+	noSparse string
+	uso      bool // the kernel takes and gives UDP frames to be cut (Linux 6.2)
 }
 
-// openDevice makes a TUN device with so many queues.
-func openDevice(name string, mtu, queues int, log *slog.Logger) (*device, error) {
-	d := &device{}
-	if err := makeRoom(name, queues > 1); err != nil {
-		return nil, err
-	}
+// deviceSize is what a TUN device is to have: a thread for each queue, or for each
+// pair of queues where sparse flows get one of their own.
+type deviceSize struct {
+	threads int
+	sparse  bool
+}
+
+// openDevice makes a TUN device of a size, or of a smaller one if flows cannot be
+// steered.
+func openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*device, error) {
+	d := &device{threads: size.threads, sparse: size.sparse}
 	var err error
-	if queues > 1 {
-		err = d.openMany(name, queues)
+	if d.sparse {
+		if err := makeRoom(name, true); err != nil {
+			return nil, err
+		}
+		err = d.openMany(name, 2*d.threads)
+		if errors.Is(err, errNotSteered) {
+			log.Info("sparse flows have no queue of their own", "reason", err)
+			d.noSparse = err.Error()
+			err = d.close()
+			d.queues, d.sparse = nil, false
+		}
+	}
+	if !d.sparse && err == nil {
+		if err := makeRoom(name, d.threads > 1); err != nil {
+			return nil, err
+		}
+	}
+	if !d.sparse && d.threads > 1 && err == nil {
+		err = d.openMany(name, d.threads)
 		if errors.Is(err, errNotSteered) {
 			log.Warn("the tunnel device has one queue", "reason", err)
 			d.noMore = err.Error()
-			queues, err = 1, errors.Join(d.close())
-			d.queues = nil
+			err = d.close()
+			d.queues, d.threads = nil, 1
+			if err == nil {
+				err = makeRoom(name, false)
+			}
 		}
 	}
-	if queues == 1 && err == nil {
+	if !d.sparse && d.threads == 1 && err == nil {
 		err = d.openOne(name, mtu)
 	}
 	switch {
@@ -57,7 +86,7 @@ func openDevice(name string, mtu, queues int, log *slog.Logger) (*device, error)
 	if err := errors.Join(d.offloads(name), d.persist()); err != nil {
 		return nil, errors.Join(err, d.close())
 	}
-	log.Debug("device opened", "device", name, "queues", queues, "uso", d.uso)
+	log.Debug("device opened", "device", name, "queues", len(d.queues), "uso", d.uso)
 	return d, nil
 }
 
@@ -117,7 +146,12 @@ func (d *device) openMany(name string, queues int) error {
 			return fmt.Errorf("TUNSETIFF: %w", err)
 		}
 	}
-	if err := steer(d.queues[0]); err != nil {
+	return d.steer()
+}
+
+// steer has the kernel choose queues by flow.
+func (d *device) steer() error {
+	if err := steer(d.queues[0], d.threads, d.sparse); err != nil {
 		return fmt.Errorf("%w: %w", errNotSteered, err)
 	}
 	return nil

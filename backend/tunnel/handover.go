@@ -85,23 +85,33 @@ func (i *inherited) device(name string) (fd int, ok bool) {
 	})
 }
 
-// openDevice opens the device that was left, if it has so many queues, or a new
-// one.
-func (i *inherited) openDevice(name string, mtu, queues int, log *slog.Logger) (*device, error) {
-	d := &device{}
+// openDevice opens the device that was left, if it has the right number of queues,
+// or a new one.
+func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*device, error) {
+	d := &device{threads: size.threads}
 	for fd, ok := i.device(name); ok; fd, ok = i.device(name) {
 		d.queues = append(d.queues, fd)
 	}
-	if len(d.queues) != queues {
+	d.sparse = size.sparse && len(d.queues) == 2*size.threads
+	if !d.sparse && len(d.queues) != size.threads {
 		if err := d.close(); err != nil {
 			return nil, err
 		}
-		return openDevice(name, mtu, queues, log)
+		return openDevice(name, mtu, size, log)
 	}
 	if err := d.offloads(name); err != nil {
 		return nil, errors.Join(err, d.close())
 	}
-	log.Info("device taken over", "device", name, "queues", queues, "uso", d.uso)
+	if size.sparse && !d.sparse {
+		d.noSparse = "the device is an earlier version's"
+	}
+	if len(d.queues) > 1 {
+		// It has a program, which may be another version's.
+		if err := d.steer(); err != nil {
+			log.Warn("flows are steered as before", "reason", err)
+		}
+	}
+	log.Info("device taken over", "device", name, "queues", len(d.queues), "uso", d.uso)
 	return d, nil
 }
 

@@ -34,11 +34,11 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 	}
 	t.sockets = append(t.sockets, raw)
 	side.Send = []encap.Source{{Socket: encap.NewDescriptor(raw)}}
-	for range t.device.queues {
+	for range t.device.threads {
 		// One that was left may be in a group of another size: only where there
 		// is none is it the same.
 		packets, ok := -1, false
-		if len(t.device.queues) == 1 {
+		if t.device.threads == 1 {
 			packets, ok = t.inherited.packets(link.Index)
 		}
 		if ok { // our address may be another by now
@@ -53,7 +53,7 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 		}
 		t.sockets = append(t.sockets, packets)
 		side.Receive = append(side.Receive, encap.NewDescriptor(packets))
-		if len(t.device.queues) == 1 {
+		if t.device.threads == 1 {
 			break
 		}
 		// Spread by the flow, of the inner packet too (skb_get_hash).

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -16,23 +17,99 @@ import (
 // A flow is the addresses, and the ports with TCP: fragments have no ports, and
 // those of UDP are to stay with their flow, which is why network cards do the
 // same by default.
-func steer(device int) error {
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name: "culvert_steer", Type: ebpf.SocketFilter, Instructions: steering(), License: "Apache-2.0",
+//
+// With sparse, there are two queues for each thread, and flows that send little have
+// the first of them to themselves: a request does not wait behind all that a bulk
+// stream has in the device.
+func steer(device, threads int, sparse bool) (err error) {
+	program := hashing()
+	if sparse {
+		flows, err := ebpf.NewMap(&ebpf.MapSpec{
+			Name: "culvert_flows", Type: ebpf.Array, KeySize: 4, ValueSize: 24, MaxEntries: flowBuckets,
+		})
+		if err != nil {
+			return fmt.Errorf("making the map of flows (needs CAP_BPF): %w", err)
+		}
+		defer func() { err = errors.Join(err, flows.Close()) }() // the program keeps it
+		program = append(program, sparseFirst(flows.FD(), threads)...)
+	} else {
+		program = append(program, asm.Mov.Reg(asm.R0, asm.R7), asm.Return())
+	}
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "culvert_steer", Type: ebpf.SocketFilter, Instructions: program, License: "Apache-2.0",
 	})
 	if err != nil {
 		return fmt.Errorf("loading the program that steers flows (needs CAP_BPF): %w", err)
 	}
-	fd := program.FD()
-	err = unix.IoctlSetPointerInt(device, unix.TUNSETSTEERINGEBPF, fd)
+	err = unix.IoctlSetPointerInt(device, unix.TUNSETSTEERINGEBPF, p.FD())
 	if err != nil {
 		err = fmt.Errorf("TUNSETSTEERINGEBPF: %w", err)
 	}
-	return errors.Join(err, program.Close()) // the device keeps it
+	return errors.Join(err, p.Close()) // the device keeps it
 }
 
-// steering returns a hash of the packet at the start of the buffer.
-func steering() asm.Instructions {
+const (
+	flowBuckets = 4096
+	// A flow is bulk while it sends bulkBytes in bulkWindow or more, and for
+	// bulkPause after: what it has left in its queue is gone by then, so nothing is
+	// overtaken when it moves.
+	bulkBytes  = 32 << 10
+	bulkWindow = 10 * time.Millisecond
+	bulkPause  = 100 * time.Millisecond
+)
+
+// sparseFirst chooses the queue by the hash in R7 and by what the flow has sent:
+// hash % threads for a sparse one, and as many queues further for bulk. A flow's
+// entry is when its window began, the bytes in it, and when it was bulk last, in
+// ns. Two processors may write one at once; that costs precision alone.
+func sparseFirst(flows, threads int) asm.Instructions {
+	const key = -48 // in the stack frame
+	return asm.Instructions{
+		asm.Mov.Reg(asm.R1, asm.R7),
+		asm.And.Imm(asm.R1, flowBuckets-1),
+		asm.StoreMem(asm.RFP, key, asm.R1, asm.Word),
+		asm.FnKtimeGetNs.Call(),
+		asm.Mov.Reg(asm.R8, asm.R0),
+		asm.LoadMapPtr(asm.R1, flows),
+		asm.Mov.Reg(asm.R2, asm.RFP),
+		asm.Add.Imm(asm.R2, key),
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "sparse"),
+		asm.Mov.Reg(asm.R9, asm.R0),
+
+		asm.LoadMem(asm.R1, asm.R9, 0, asm.DWord),
+		asm.Mov.Reg(asm.R2, asm.R8),
+		asm.Sub.Reg(asm.R2, asm.R1),
+		asm.JSLE.Imm(asm.R2, int32(bulkWindow), "same window"),
+		asm.StoreMem(asm.R9, 0, asm.R8, asm.DWord),
+		asm.Mov.Imm(asm.R1, 0),
+		asm.StoreMem(asm.R9, 8, asm.R1, asm.DWord),
+
+		asm.LoadMem(asm.R1, asm.R9, 8, asm.DWord).WithSymbol("same window"),
+		asm.LoadMem(asm.R2, asm.R6, 0, asm.Word), // __sk_buff.len
+		asm.Add.Reg(asm.R1, asm.R2),
+		asm.StoreMem(asm.R9, 8, asm.R1, asm.DWord),
+		asm.JLT.Imm(asm.R1, bulkBytes, "judge"),
+		asm.StoreMem(asm.R9, 16, asm.R8, asm.DWord),
+
+		asm.LoadMem(asm.R1, asm.R9, 16, asm.DWord).WithSymbol("judge"),
+		asm.JEq.Imm(asm.R1, 0, "sparse"),
+		asm.Sub.Reg(asm.R8, asm.R1),
+		asm.JSGT.Imm(asm.R8, int32(bulkPause), "sparse"),
+		asm.Mov.Reg(asm.R0, asm.R7),
+		asm.Mod.Imm32(asm.R0, int32(threads)),
+		asm.Add.Imm(asm.R0, int32(threads)),
+		asm.Return(),
+
+		asm.Mov.Reg(asm.R0, asm.R7).WithSymbol("sparse"),
+		asm.Mod.Imm32(asm.R0, int32(threads)),
+		asm.Return(),
+	}
+}
+
+// hashing leaves a hash of the packet at the start of the buffer in R7, and the
+// packet's context in R6.
+func hashing() asm.Instructions {
 	const buffer = -40 // in the stack frame: room for an IPv6 header
 	load := func(offset, length int32) asm.Instructions {
 		return asm.Instructions{
@@ -102,7 +179,7 @@ func steering() asm.Instructions {
 		asm.Xor.Reg(asm.R0, asm.R7),
 		asm.Mul.Imm32(asm.R0, 0x2c1b3c6d), // of lowbias32
 		asm.RSh.Imm32(asm.R0, 16),
-		asm.Return(),
+		asm.Mov.Reg(asm.R7, asm.R0),
 	)
 	return p
 }

@@ -120,7 +120,7 @@ func Open(o Options) (*Tunnel, error) {
 	if t.mtu, err = PodMTU(o.Config.Backend, o.Lease, o.Node.Underlay); err != nil {
 		return nil, err
 	}
-	t.device, err = t.inherited.openDevice(DeviceName, t.mtu, o.queues(), o.Log)
+	t.device, err = t.inherited.openDevice(DeviceName, t.mtu, deviceSize{threads: o.queues(), sparse: !o.NoMultiQueue}, o.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +128,7 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
-		Format: format, MTU: t.mtu, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment, NoBusyPoll: o.NoBusyPoll,
+		Format: format, MTU: t.mtu, Threads: t.device.threads, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment, NoBusyPoll: o.NoBusyPoll,
 		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
 	}
 	for _, fd := range t.device.queues {
@@ -166,8 +166,8 @@ func (t *Tunnel) listen(e subnet.Endpoint) (side encap.Underlay, err error) {
 	}
 	side = encap.Underlay{VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
 	at := netip.AddrPortFrom(local, t.options.Config.Backend.Port)
-	for range t.device.queues {
-		socket, _, err := t.openUDP(udpSocket{at: at, shared: len(t.device.queues) > 1, df: t.options.DontFragment})
+	for range t.device.threads {
+		socket, _, err := t.openUDP(udpSocket{at: at, shared: t.device.threads > 1, df: t.options.DontFragment})
 		if err != nil {
 			return side, err
 		}
@@ -374,6 +374,7 @@ func (t *Tunnel) Status() api.Datapath {
 			mechanism("uso", t.offload.USO.Load(), t.options.NoUSO || t.options.NoGRO, uso),
 			t.superMechanism(super),
 			t.queueMechanism(),
+			t.sparseMechanism(),
 			mechanism("busy-poll", !t.options.NoBusyPoll, t.options.NoBusyPoll, 0),
 		},
 	}
@@ -446,16 +447,25 @@ func (t *Tunnel) superMechanism(refused int) api.Mechanism {
 }
 
 func (t *Tunnel) queueMechanism() api.Mechanism {
-	m := api.Mechanism{Name: "multi-queue", On: len(t.device.queues) > 1}
+	m := api.Mechanism{Name: "multi-queue", On: t.device.threads > 1}
 	switch {
 	case m.On:
-		m.Why = fmt.Sprintf("%d queues", len(t.device.queues))
+		m.Why = fmt.Sprintf("%d queues", t.device.threads)
 	case t.device.noMore != "":
 		m.Why = t.device.noMore
 	case t.options.NoMultiQueue || t.options.Queues == 1:
 		m.Why = "turned off by flag"
 	default:
 		m.Why = fmt.Sprintf("%d processors", runtime.NumCPU())
+	}
+	return m
+}
+
+// sparseMechanism says whether sparse flows have a queue of their own.
+func (t *Tunnel) sparseMechanism() api.Mechanism {
+	m := api.Mechanism{Name: "sparse-queue", On: t.device.sparse, Why: t.device.noSparse}
+	if t.options.NoMultiQueue {
+		m.Why = "turned off by flag"
 	}
 	return m
 }
