@@ -50,9 +50,9 @@ func steer(device, threads int, sparse bool) (err error) {
 
 const (
 	flowBuckets = 4096
-	// A flow is bulk while it sends bulkBytes in bulkWindow or more, and for
-	// bulkPause after: what it has left in its queue is gone by then, so nothing is
-	// overtaken when it moves.
+	// A flow is bulk once it has sent bulkBytes in bulkWindow, and until it has sent
+	// nothing for bulkPause: what it has left in its queue is gone by then, so that
+	// nothing is overtaken when it moves back.
 	bulkBytes  = 32 << 10
 	bulkWindow = 10 * time.Millisecond
 	bulkPause  = 100 * time.Millisecond
@@ -60,8 +60,8 @@ const (
 
 // sparseFirst chooses the queue by the hash in R7 and by what the flow has sent:
 // hash % threads for a sparse one, and as many queues further for bulk. A flow's
-// entry is when its window began, the bytes in it, and when it was bulk last, in
-// ns. Two processors may write one at once; that costs precision alone.
+// entry is when its window began, the bytes in it, and, of a bulk one, when it sent
+// last, in ns. Two processors may write one at once; that costs precision alone.
 func sparseFirst(flows, threads int) asm.Instructions {
 	const key = -48 // in the stack frame
 	return asm.Instructions{
@@ -77,7 +77,16 @@ func sparseFirst(flows, threads int) asm.Instructions {
 		asm.JEq.Imm(asm.R0, 0, "sparse"),
 		asm.Mov.Reg(asm.R9, asm.R0),
 
-		asm.LoadMem(asm.R1, asm.R9, 0, asm.DWord),
+		// Bulk, and without a pause: it stays so.
+		asm.LoadMem(asm.R1, asm.R9, 16, asm.DWord),
+		asm.JEq.Imm(asm.R1, 0, "window"),
+		asm.Mov.Reg(asm.R2, asm.R8),
+		asm.Sub.Reg(asm.R2, asm.R1),
+		asm.JSLE.Imm(asm.R2, int32(bulkPause), "bulk"),
+		asm.Mov.Imm(asm.R1, 0),
+		asm.StoreMem(asm.R9, 16, asm.R1, asm.DWord),
+
+		asm.LoadMem(asm.R1, asm.R9, 0, asm.DWord).WithSymbol("window"),
 		asm.Mov.Reg(asm.R2, asm.R8),
 		asm.Sub.Reg(asm.R2, asm.R1),
 		asm.JSLE.Imm(asm.R2, int32(bulkWindow), "same window"),
@@ -89,13 +98,9 @@ func sparseFirst(flows, threads int) asm.Instructions {
 		asm.LoadMem(asm.R2, asm.R6, 0, asm.Word), // __sk_buff.len
 		asm.Add.Reg(asm.R1, asm.R2),
 		asm.StoreMem(asm.R9, 8, asm.R1, asm.DWord),
-		asm.JLT.Imm(asm.R1, bulkBytes, "judge"),
-		asm.StoreMem(asm.R9, 16, asm.R8, asm.DWord),
+		asm.JLT.Imm(asm.R1, bulkBytes, "sparse"),
 
-		asm.LoadMem(asm.R1, asm.R9, 16, asm.DWord).WithSymbol("judge"),
-		asm.JEq.Imm(asm.R1, 0, "sparse"),
-		asm.Sub.Reg(asm.R8, asm.R1),
-		asm.JSGT.Imm(asm.R8, int32(bulkPause), "sparse"),
+		asm.StoreMem(asm.R9, 16, asm.R8, asm.DWord).WithSymbol("bulk"),
 		asm.Mov.Reg(asm.R0, asm.R7),
 		asm.Mod.Imm32(asm.R0, int32(threads)),
 		asm.Add.Imm(asm.R0, int32(threads)),
