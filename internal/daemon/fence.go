@@ -88,7 +88,6 @@ func (d *node) standFence(ctx context.Context, r store, at place) error {
 		return err
 	}
 	d.health.setFenced(mark)
-	d.had = append(d.had, mark.Subnets...)
 	if err := d.keepInside(); err != nil {
 		d.log.Error("what the lost subnet left in the kernel cannot be removed", "error", err)
 	}
