@@ -264,7 +264,7 @@ func TestOthersAreLeftAlone(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	p := c.start(n)
+	p := c.start(n, "--fast-path", "off")
 	c.waitReady(n, 0)
 	if err := p.Stop(); err != nil {
 		t.Fatal(err)
