@@ -125,5 +125,17 @@ func (s State) shadowed(f foreignRoute, underlay string) string {
 	if f.To == best.To && (f.Metric > best.Metric || f.Metric == best.Metric && f.To.Addr().Is4() && !f.first) {
 		return ""
 	}
+	if f.To.IsSingleIP() && slices.Contains(s.Firewall.Forward, best.To) && !s.leased(f.To.Addr()) {
+		// A host route to what nobody leases: an etcd server, say, whose address
+		// the cluster network was laid over.
+		return ""
+	}
 	return "pods of other nodes in " + f.To.String()
+}
+
+// leased says whether an address is in a peer's subnet.
+func (s State) leased(a netip.Addr) bool {
+	return slices.ContainsFunc(s.Firewall.Tunnels, func(t Tunnel) bool {
+		return slices.ContainsFunc(t.Peers, func(p Source) bool { return p.Inner.Contains(a) })
+	})
 }

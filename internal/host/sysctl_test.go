@@ -183,6 +183,7 @@ func TestF6ForeignRoutes(t *testing.T) {
 			{Dst: ipnet("10.5.2.0/24"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index, Priority: 50},              // behind ours
 			{Dst: ipnet("10.5.2.64/26"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index, Priority: 50},             // before ours
 			{Dst: ipnet("10.5.3.0/24"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                            // more specific than ours
+			{Dst: ipnet("10.5.9.5/32"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                            // a server where nobody leases
 			{Dst: ipnet("10.6.0.0/16"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                            // elsewhere
 			{Dst: ipnet("10.0.0.0/8"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                             // less specific
 			{Dst: ipnet("fd00:5:0:1::/64"), Gw: net.ParseIP("fe80::7"), LinkIndex: l.Attrs().Index, Priority: 100}, // own
