@@ -176,9 +176,9 @@ type served struct {
 	daemons  map[string][]daemon // by datapath
 }
 
-func (server Server) serveOne(ctx context.Context, c net.Conn, in *json.Decoder, out *json.Encoder) error {
-	s := &served{self: server.Self, sessions: map[int]load.Session{}, daemons: map[string][]daemon{}}
-	defer s.close()
+func (s Server) serveOne(ctx context.Context, c net.Conn, in *json.Decoder, out *json.Encoder) error {
+	one := &served{self: s.Self, sessions: map[int]load.Session{}, daemons: map[string][]daemon{}}
+	defer one.close()
 	defer load.Quiet(mostStreams)()
 	for {
 		_ = c.SetReadDeadline(time.Now().Add(idleTime))
@@ -189,7 +189,7 @@ func (server Server) serveOne(ctx context.Context, c net.Conn, in *json.Decoder,
 			}
 			return err
 		}
-		a, err := s.answer(ctx, c, q)
+		a, err := one.answer(ctx, c, q)
 		if err != nil {
 			a = response{Error: oneLine(err), Unavailable: errors.Is(err, ErrUnavailable)}
 		}
