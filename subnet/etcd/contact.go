@@ -88,6 +88,8 @@ func (c *contact) inWords(address string, err error) string {
 		return "it does not speak TLS: write http:// in --etcd-endpoints, and give no CA and no certificate"
 	case strings.Contains(err.Error(), "remote error: tls:"):
 		return fmt.Sprintf("it refuses this client (%v): give a certificate that it accepts with --etcd-certfile and --etcd-keyfile", err)
+	case errors.Is(err, errAfterHandshake) && c.options.CertFile == "":
+		return errAfterHandshake.Error() + ", as a server does that asks for a client certificate: give a certificate that it accepts with --etcd-certfile and --etcd-keyfile"
 	case errors.Is(err, errMute), errors.Is(err, errNotHTTP2):
 		if speaksTLS(c.options, address) {
 			return "it speaks TLS: write https:// in --etcd-endpoints, and give its CA with --etcd-cafile"
@@ -106,6 +108,10 @@ var errNotHTTP2 = errors.New("it answers with something else than gRPC")
 
 // errHandshake is of a server that ends the connection in the TLS handshake.
 var errHandshake = errors.New("it closes the connection in the TLS handshake")
+
+// errAfterHandshake is of a server that ends the connection after the TLS
+// handshake, as one does that wants a client certificate and got none (TLS 1.3).
+var errAfterHandshake = errors.New("it closes the connection after the TLS handshake")
 
 // probeLimit bounds the question which protocol a server speaks.
 const probeLimit = time.Second
@@ -167,6 +173,9 @@ func (l *listening) Read(b []byte) (int, error) {
 			l.contact.note(l.address, err) // TLS 1.3: the client is refused only now
 		case err != nil && !errors.Is(err, net.ErrClosed) && l.plain:
 			l.contact.note(l.address, errMute)
+		case err != nil && !errors.Is(err, net.ErrClosed):
+			// The alert that says why may be lost to the reset that follows it.
+			l.contact.note(l.address, fmt.Errorf("%w: %w", errAfterHandshake, err))
 		}
 	})
 	return n, err

@@ -132,6 +132,9 @@ func New(o Options) (*Registry, error) {
 // Close ends the connection. It does not give the lease back (Release).
 func (r *Registry) Close() error { return r.client.Close() }
 
+// clockStep is by how much the wall clock must have been set to be noticed.
+const clockStep = time.Second
+
 // Held returns the lease that this registry holds, as last written or read,
 // and whether there is one. Expires moves with each renewal, and when the wall
 // clock is set: it is what is left of the lifetime by the clock that nobody sets,
@@ -141,7 +144,12 @@ func (r *Registry) Held() (subnet.Lease, bool) {
 	defer r.mu.Unlock()
 	l := r.held
 	if up, err := boottime.Up(); err == nil && !l.Expires.IsZero() {
-		l.Expires = time.Now().Add(r.endsUp - up)
+		// As the wall clock has it now, by its own reading: Expires may have a
+		// monotonic one. Two readings of two clocks lie a little apart by themselves.
+		ends := time.Now().Add(r.endsUp - up)
+		if ends.Round(0).Sub(l.Expires.Round(0)).Abs() > clockStep {
+			l.Expires = ends
+		}
 	}
 	return l, len(l.Endpoints) > 0
 }
