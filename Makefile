@@ -47,7 +47,7 @@ check: build
 .PHONY: test
 ## test: all tests that need only Go, git and make, and a moment of fuzzing
 test: build
-	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test -p 1 ./...
+	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test -p 1 -timeout 30m ./...
 	@$(MAKE) --no-print-directory fuzz
 
 .PHONY: fuzz
