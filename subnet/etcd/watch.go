@@ -25,8 +25,6 @@ import (
 const (
 	// lostAfter is how long no connection may stand before it is reported.
 	lostAfter = 2 * time.Second
-	// gatherLimit is how long changes are let gather at most.
-	gatherLimit = 200 * time.Millisecond
 	// quietLimit is how long a watch may say nothing at all, not even that
 	// nothing has changed, which etcd says every 10 minutes.
 	quietLimit = 30 * time.Minute
@@ -51,27 +49,7 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 		mirroring.Go(func() { r.keep(ctx, m) })
 		defer mirroring.Wait()
 		defer cancel()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-m.news:
-			}
-			began := time.Now()
-			snapshot, fresh, err := m.take()
-			built := time.Since(began)
-			if fresh && !yield(snapshot, nil) {
-				return
-			}
-			if err != nil && !yield(subnet.Snapshot{}, err) {
-				return
-			}
-			// Thousands of leases take milliseconds: while a thousand nodes join, the
-			// changes are let gather, so that a fifth of a core is the most.
-			if sleep(ctx, min(4*built, gatherLimit)) != nil {
-				return
-			}
-		}
+		subnet.Pace(ctx, m.news, m.take, yield)
 	}
 }
 

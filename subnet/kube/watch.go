@@ -20,8 +20,6 @@ import (
 )
 
 const (
-	// gatherLimit is how long changes are let gather at most.
-	gatherLimit = 200 * time.Millisecond
 	// watchLasts is after how long the API server ends a watch, at least; up to
 	// twice that, so that not all nodes return at once.
 	watchLasts = 5 * time.Minute
@@ -43,27 +41,7 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 		mirroring.Go(func() { r.keep(ctx, m) })
 		defer mirroring.Wait()
 		defer cancel()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-m.news:
-			}
-			began := time.Now()
-			snapshot, fresh, err := m.take()
-			built := time.Since(began)
-			if fresh && !yield(snapshot, nil) {
-				return
-			}
-			if err != nil && !yield(subnet.Snapshot{}, err) {
-				return
-			}
-			// Thousands of leases take milliseconds: while a thousand nodes join, the
-			// changes are let gather, so that a fifth of a core is the most.
-			if sleep(ctx, min(4*built, gatherLimit)) != nil {
-				return
-			}
-		}
+		subnet.Pace(ctx, m.news, m.take, yield)
 	}
 }
 
