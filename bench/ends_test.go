@@ -21,12 +21,10 @@ import (
 //
 //	n1-pod ── cni0 ── n1 ══ the datapath ══ n2 ── cni0 ── n2-pod
 func TestPodsAsEnds(t *testing.T) {
+	labtest.Long(t)
 	labtest.NeedTUN(t)
 	bin := labtest.Bin(t)
 	o := options(t, "native,host-gw,vxlan/auto,vxlan/kernel,vxlan/kernel+fast,vxlan/userspace,ipip/userspace,naive,wireguard-go", "tcp1,udp64,rr,crr")
-	if testing.Short() {
-		o.Datapaths = []string{"native", "vxlan/kernel", "vxlan/kernel+fast", "vxlan/userspace"}
-	}
 	for _, name := range o.Datapaths {
 		d, ok := FindDatapath(name)
 		if !ok {
@@ -110,6 +108,7 @@ func podCounters(t *testing.T, n *lab.Node) (counters netlink.LinkStatistics) {
 // TestRunWithPods measures by Run: two instances of one datapath, and the
 // workloads that look at more than one flow.
 func TestRunWithPods(t *testing.T) {
+	labtest.Long(t)
 	labtest.NeedTUN(t)
 	path := filepath.Join(t.TempDir(), "report.json")
 	o := options(t, "vxlan/kernel#2,vxlan/kernel", "rr-loaded,rr-loaded-reverse,fair8,tcp1-flooded")

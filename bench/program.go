@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"text/template"
 	"time"
 
@@ -89,9 +90,9 @@ type programEnd struct {
 	Dir      string
 }
 
-// programs reads the descriptions. They are part of this program, and tested:
-// one that cannot be read is a broken invariant.
-func programs() []*Program {
+// programs returns the descriptions, in the order of their names. They are part
+// of this program, and tested: one that cannot be read is a broken invariant.
+var programs = sync.OnceValue(func() []*Program {
 	files, err := peerFiles.ReadDir("peers")
 	if err != nil {
 		panic(fmt.Sprintf("the descriptions of other programs are not there: %v", err))
@@ -109,7 +110,7 @@ func programs() []*Program {
 		all = append(all, p)
 	}
 	return all
-}
+})
 
 func (p *Program) available() (bool, string) {
 	for _, name := range append([]string{p.Program}, p.Also...) {

@@ -224,6 +224,7 @@ func TestDaemonDies(t *testing.T) {
 // TestKilled kills the whole program: what it ran ends with it, and the next
 // one removes what it left.
 func TestKilled(t *testing.T) {
+	labtest.Long(t)
 	labtest.NeedTUN(t)
 	for _, signal := range []os.Signal{os.Kill, os.Interrupt} {
 		self, err := os.Executable()
@@ -277,6 +278,7 @@ func TestKilled(t *testing.T) {
 //
 //	n1 client ── eth0 ── eth0 ── n2 server
 func TestExistingUnderlay(t *testing.T) {
+	labtest.Long(t)
 	labtest.NeedTUN(t)
 	l := labtest.New(t, lab.Options{Nodes: 2, Underlay: lab.Direct})
 	self, err := os.Executable()
@@ -490,12 +492,10 @@ func TestParseCPU(t *testing.T) {
 //	     bridge ── n1
 //	n3 ──┘
 func TestFanIn(t *testing.T) {
+	labtest.Long(t)
 	labtest.NeedTUN(t)
 	o := options(t, "native,host-gw,vxlan/kernel,vxlan/userspace,naive,wireguard-go,ipip/userspace,fastd", "tcp1,tcp1-reverse,udp64,rr,crr")
 	o.Nodes, o.Lossfree, o.Underlays = 3, true, []string{"cloud"}
-	if testing.Short() {
-		o.Datapaths = []string{"native", "vxlan/userspace", "naive", "fastd"}
-	}
 	r, err := Run(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)

@@ -63,6 +63,15 @@ func NeedTUN(tb testing.TB) {
 	}
 }
 
+// Long keeps the test out of the quick gate (go test -short, as `make check`
+// runs it): `make test` runs it in full.
+func Long(tb testing.TB) {
+	tb.Helper()
+	if testing.Short() {
+		tb.Skip("too long for the quick gate: make test runs it")
+	}
+}
+
 // New makes a lab that is removed when the test ends. If the test failed, the
 // ends of its processes' logs are shown.
 func New(tb testing.TB, o lab.Options) *lab.Lab {
