@@ -3,12 +3,12 @@ package bench
 import (
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
+
+	"culvert/internal/statefile"
 )
 
 // Schema is the version of the report's JSON form.
@@ -241,19 +241,7 @@ func (r *Report) Save(path string) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(text)
-	err = errors.Join(err, f.Chmod(0o644), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		_ = os.Remove(f.Name())
-	}
-	return err
+	return statefile.Write(path, text, 0o644)
 }
 
 // JSON is the report in its documented form.

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"culvert/internal/statefile"
 )
 
 // Install puts the plugin, the plugins that it delegates to, and a network
@@ -70,7 +72,7 @@ func (i Install) Run() (done, warnings []string, err error) {
 	if err != nil {
 		return done, nil, err
 	}
-	if err := writeFileAtomic(conf, text, 0o644); err != nil {
+	if err := statefile.Write(conf, text, 0o644); err != nil {
 		return done, nil, fmt.Errorf("writing the network configuration: %w", err)
 	}
 	warnings, err = i.rivals()
@@ -96,7 +98,7 @@ func copyProgram(source, target string) error {
 	if err != nil {
 		return fmt.Errorf("installing %s: %w", filepath.Base(source), err)
 	}
-	if err := writeFileAtomic(target, data, 0o755); err != nil {
+	if err := statefile.Write(target, data, 0o755); err != nil {
 		return fmt.Errorf("installing %s: %w", target, err)
 	}
 	return nil

@@ -208,7 +208,7 @@ func TestSpecErrors(t *testing.T) {
 		{all, nil, conf(`"ipam":{`, `"delegate":{"name":"x"},"ipam":{`), types.ErrInvalidNetworkConfig, `"name"`},
 		{all, nil, conf(h.SubnetFile(), "subnet.env"), types.ErrInvalidNetworkConfig, "not an absolute path"},
 		{[]string{"ADD"}, nil, conf(h.SubnetFile(), "/proc/version"), types.ErrInvalidNetworkConfig, "not KEY=VALUE"},
-		{[]string{"ADD"}, nil, conf(h.SubnetFile(), "/dev/zero"), types.ErrInvalidNetworkConfig, "not an ordinary file"},
+		{[]string{"ADD"}, nil, conf(h.SubnetFile(), "/dev/zero"), types.ErrInvalidNetworkConfig, "not a regular file"},
 		{[]string{"GC"}, nil, conf(`{`, `{"cni.dev/valid-attachments":[{"ifname":"eth0"}],`), types.ErrInvalidNetworkConfig, "without a containerID"},
 		// 8: the namespace
 		{[]string{"ADD"}, is("CNI_NETNS", "/run/netns/never-was"), "", types.ErrInvalidNetNS, "not a network namespace"},

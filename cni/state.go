@@ -15,6 +15,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/statefile"
 )
 
 // Attachment is one interface of one container: what the state is keyed by.
@@ -89,7 +91,7 @@ func (s state) save(r record) error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return ioFailure("creating the state directory", err)
 	}
-	if err := writeFileAtomic(s.path(r.Attachment), text, 0o600); err != nil {
+	if err := statefile.Write(s.path(r.Attachment), text, 0o600); err != nil {
 		return ioFailure("saving state", err)
 	}
 	return nil
@@ -192,7 +194,7 @@ func isObject(text []byte) bool {
 // forget removes every trace of a. It succeeds when there is none.
 func (s state) forget(a Attachment) error {
 	removed := false
-	for _, p := range []string{s.path(a), temporary(s.path(a)), s.flannelPath(a)} {
+	for _, p := range []string{s.path(a), statefile.Temporary(s.path(a)), s.flannelPath(a)} {
 		switch err := os.Remove(p); {
 		case err == nil:
 			removed = true
@@ -203,7 +205,7 @@ func (s state) forget(a Attachment) error {
 	if !removed {
 		return nil
 	}
-	if err := syncDir(s.dir); err != nil {
+	if err := statefile.SyncDir(s.dir); err != nil {
 		return ioFailure("removing state", err)
 	}
 	return nil

@@ -3,7 +3,6 @@ package cni
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -14,9 +13,8 @@ import (
 	"time"
 	"unicode"
 
-	"golang.org/x/sys/unix"
-
 	"culvert/internal/boottime"
+	"culvert/internal/statefile"
 )
 
 // SubnetEnv is the content of subnet.env, the file through which a node
@@ -261,7 +259,7 @@ func (e SubnetEnv) Expired(now boottime.Moment) (expired, disputed bool) {
 // ReadSubnetEnv reads the file at path. A file that is not there gives an
 // error that satisfies errors.Is(err, fs.ErrNotExist).
 func ReadSubnetEnv(path string) (SubnetEnv, error) {
-	text, err := readOrdinary(path)
+	text, err := statefile.Read(path, maxSubnetEnv)
 	if errors.Is(err, fs.ErrNotExist) {
 		return SubnetEnv{}, fmt.Errorf("%s is not there: this node has no lease yet, see `culvert status`: %w", path, fs.ErrNotExist)
 	}
@@ -275,22 +273,6 @@ func ReadSubnetEnv(path string) (SubnetEnv, error) {
 	return e, nil
 }
 
-// readOrdinary reads a file of the size that a subnet.env may have and a byte.
-// What is no ordinary file might never end, or never begin.
-func readOrdinary(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not an ordinary file", path)
-	}
-	return io.ReadAll(io.LimitReader(f, maxSubnetEnv+1))
-}
-
 // WriteSubnetEnv makes the file at path hold e, and nothing in between: a
 // reader sees the old content or the new, after a crash too. The directory is
 // created (mode 0755) if it is not there.
@@ -301,7 +283,7 @@ func WriteSubnetEnv(path string, e SubnetEnv) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("writing subnet.env: %w", err)
 	}
-	if err := writeFileAtomic(path, e.Marshal(), 0o644); err != nil {
+	if err := statefile.Write(path, e.Marshal(), 0o644); err != nil {
 		return fmt.Errorf("writing subnet.env: %w", err)
 	}
 	return nil

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/internal/boottime"
+	"culvert/internal/statefile"
 )
 
 func prefixes(s ...string) []netip.Prefix {
@@ -140,7 +141,7 @@ func TestWriteSubnetEnv(t *testing.T) {
 		t.Error("an MTU of zero was written")
 	}
 	// What a crash left in the middle of a write is in nobody's way.
-	if err := os.WriteFile(temporary(path), []byte("FLANNEL_NETW"), 0o600); err != nil {
+	if err := os.WriteFile(statefile.Temporary(path), []byte("FLANNEL_NETW"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := WriteSubnetEnv(path, dualStack); err != nil {

@@ -21,8 +21,8 @@ import (
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
 	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
-	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host"},
-	"culvert/internal/lab":             {"internal/host", "cni", "subnet"},
+	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/host", "internal/statefile"},
+	"culvert/internal/lab":             {"internal/host", "cni", "subnet", "internal/statefile"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
 	"culvert/internal/echo":            {},
 	"culvert/internal/doctor":          {"internal/api", "internal/host"},
@@ -36,12 +36,13 @@ var allowed = map[string][]string{
 	"culvert/backend/ipip":             {"backend", "subnet", "internal/host"},
 	"culvert/backend/hostgw":           {"backend", "subnet", "internal/api", "internal/host"},
 	"culvert/encap":                    {},
-	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "encap", "subnet", "subnet/etcd"},
+	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "encap", "subnet", "subnet/etcd", "internal/statefile"},
 	"culvert/bench/load":               {},
 	"culvert/subnet":                   {},
-	"culvert/subnet/etcd":              {"subnet", "subnet/kept", "internal/boottime"},
-	"culvert/subnet/kept":              {"subnet", "internal/boottime"},
+	"culvert/subnet/etcd":              {"subnet", "subnet/kept", "internal/boottime", "internal/statefile"},
+	"culvert/subnet/kept":              {"subnet", "internal/boottime", "internal/statefile"},
 	"culvert/internal/boottime":        {},
+	"culvert/internal/statefile":       {},
 	"culvert/subnet/kube":              {"subnet", "subnet/kept"},
 	"culvert/subnet/kube/kubetest":     {"subnet/etcd/etcdtest"},
 	"culvert/subnet/contract":          {"subnet", "subnet/kept"},
@@ -51,7 +52,7 @@ var allowed = map[string][]string{
 	// Not internal/host, although the plugin reads a bridge's addresses: what a
 	// daemon needs of the kernel would triple a program that is started for
 	// every pod.
-	"culvert/cni":             {"subnet", "internal/api/readiness", "internal/boottime"},
+	"culvert/cni":             {"subnet", "internal/api/readiness", "internal/boottime", "internal/statefile"},
 	"culvert/cni/culvert-cni": {"cni"},
 }
 

@@ -14,6 +14,7 @@ import (
 	"culvert/cni"
 	"culvert/internal/api"
 	"culvert/internal/host"
+	"culvert/internal/statefile"
 )
 
 // OnLost is what a node does when another node has its subnet.
@@ -31,6 +32,9 @@ const (
 // fenceLook is how often a fenced node looks for pods of the old subnet.
 const fenceLook = time.Second
 
+// maxRecord bounds what is read of the daemon's own small records, in bytes.
+const maxRecord = 64 << 10
+
 func (d *node) fencePath() string { return filepath.Join(d.options.RunDir, "fenced.json") }
 
 // fence is the first thing that happens to a lost lease: the plugin finds no
@@ -46,12 +50,8 @@ func (d *node) saveFence(mark api.Fenced) error {
 	if err == nil {
 		err = os.MkdirAll(d.options.RunDir, 0o755)
 	}
-	temporary := d.fencePath() + ".new"
 	if err == nil {
-		err = os.WriteFile(temporary, append(text, '\n'), 0o644)
-	}
-	if err == nil {
-		err = os.Rename(temporary, d.fencePath())
+		err = statefile.Write(d.fencePath(), append(text, '\n'), 0o644)
 	}
 	if err != nil {
 		return fmt.Errorf("keeping the mark of the fence: %w", err)
@@ -63,7 +63,7 @@ func (d *node) saveFence(mark api.Fenced) error {
 // loadFence returns the mark of an earlier loss, or nil. A mark that cannot be
 // read counts: somebody must look.
 func (d *node) loadFence() (*api.Fenced, error) {
-	text, err := os.ReadFile(d.fencePath())
+	text, err := statefile.Read(d.fencePath(), maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

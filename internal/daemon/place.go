@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -15,6 +14,7 @@ import (
 	"culvert/backend/tunnel"
 	"culvert/internal/api"
 	"culvert/internal/host"
+	"culvert/internal/statefile"
 	"culvert/subnet"
 )
 
@@ -37,7 +37,7 @@ func (d *node) placePath() string { return filepath.Join(d.options.RunDir, "unde
 // cannot be read only means that nothing is known.
 func (d *node) lastPlace() placeRecord {
 	var r placeRecord
-	text, err := os.ReadFile(d.placePath())
+	text, err := statefile.Read(d.placePath(), maxRecord)
 	if err == nil {
 		err = json.Unmarshal(text, &r)
 	}
@@ -50,10 +50,7 @@ func (d *node) lastPlace() placeRecord {
 func (d *node) savePlace(u host.Underlay) {
 	text, err := json.Marshal(placeRecord{Addrs: u.Addrs, Former: u.Former})
 	if err == nil {
-		err = os.WriteFile(d.placePath()+".new", append(text, '\n'), 0o644)
-	}
-	if err == nil {
-		err = os.Rename(d.placePath()+".new", d.placePath())
+		err = statefile.Write(d.placePath(), append(text, '\n'), 0o644)
 	}
 	if err != nil {
 		d.log.Warn("the underlay in use is not recorded: a restart may choose another", "file", d.placePath(), "error", err)

@@ -14,6 +14,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/statefile"
 )
 
 // Root is the directory in which every lab of this machine has its own. It is
@@ -111,10 +113,7 @@ func writeOwner(id string, keep bool) error {
 		return err
 	}
 	path := filepath.Join(Root, id, ownerFile)
-	if err := os.WriteFile(path+".new", text, 0o644); err != nil {
-		return err
-	}
-	return os.Rename(path+".new", path)
+	return statefile.Write(path, text, 0o644)
 }
 
 // register makes a lab's directory, owned by this process.

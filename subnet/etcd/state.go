@@ -8,7 +8,7 @@ import (
 	"os"
 	"strconv"
 
-	"culvert/subnet/kept"
+	"culvert/internal/statefile"
 )
 
 // state is what is kept beside etcd: by the handle a daemon knows its lease
@@ -24,7 +24,7 @@ func (r *Registry) savedID() int64 {
 	if r.opts.StateFile == "" {
 		return 0
 	}
-	text, err := os.ReadFile(r.opts.StateFile)
+	text, err := statefile.Read(r.opts.StateFile, 64<<10)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0
 	}
@@ -52,7 +52,7 @@ func (r *Registry) saveID(node string, id int64) {
 	}
 	text, err := json.Marshal(state{Node: node, LeaseID: strconv.FormatInt(id, 16)})
 	if err == nil {
-		err = kept.Replace(r.opts.StateFile, append(text, '\n'))
+		err = statefile.Write(r.opts.StateFile, append(text, '\n'), 0o600)
 	}
 	if err != nil {
 		r.log.Warn("the lease handle cannot be kept; a restart goes by identity and address", "file", r.opts.StateFile, "error", err)

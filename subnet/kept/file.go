@@ -7,14 +7,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"time"
 
 	"culvert/internal/boottime"
 	"culvert/subnet"
-
-	"golang.org/x/sys/unix"
 )
 
 // The file is two lines of JSON: what it is, and the state.
@@ -154,21 +150,4 @@ func parse(text []byte) (file, *State, error) {
 		Node: f.Node, Prefix: f.Prefix, Endpoints: f.Endpoints, Config: f.Config, Lease: l,
 		Cluster: f.Cluster, Revision: f.Revision, Entries: entries, Saved: f.Saved,
 	}, nil
-}
-
-// readBounded reads an ordinary file; another might never end.
-func readBounded(name string) ([]byte, error) {
-	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxSize {
-		return nil, fmt.Errorf("%s is not an ordinary file of at most %d bytes", name, maxSize)
-	}
-	return io.ReadAll(io.LimitReader(f, maxSize))
 }

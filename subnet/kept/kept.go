@@ -12,11 +12,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
 	"culvert/internal/boottime"
+	"culvert/internal/statefile"
 	"culvert/subnet"
 )
 
@@ -40,7 +39,7 @@ type State struct {
 // Read returns what the file holds if its lease has certainly not run out; nil
 // without an error if there is no file.
 func Read(name string) (*State, error) {
-	text, err := readBounded(name)
+	text, err := statefile.Read(name, maxSize)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -73,7 +72,7 @@ func Write(name string, s State) error {
 	if err != nil {
 		return err
 	}
-	return Replace(name, text)
+	return statefile.Write(name, text, 0o600)
 }
 
 // believe returns when the lease may run out (zero for never), or why it may
@@ -92,30 +91,4 @@ func (f file) believe(l subnet.Lease, now boottime.Moment) (time.Time, error) {
 		return time.Time{}, fmt.Errorf("its lease of %v may have run out at %s", l.Subnets(), f.Ends.Format(time.RFC3339))
 	}
 	return now.Wall.Add(left), nil
-}
-
-// Replace writes beside the file and renames, so that a reader sees the old or
-// the new content whole.
-func Replace(name string, content []byte) (err error) {
-	// One name, so that the next attempt overwrites what a crash left.
-	f, err := os.OpenFile(filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+".new"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(content)
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), name)
 }
