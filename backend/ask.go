@@ -9,21 +9,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Asker asks peers for an answer: an echo request to the first address of the
-// peer's subnet, which its tunnel device bears, by whatever carries pods' packets.
-// What answers is counted where packets come in; the socket takes nothing.
+// Asker sends ICMP echo requests through the tunnel to the first address of a
+// peer's subnet, which is on the peer's tunnel device. The reply is seen in the
+// datapath's receive counters; the sockets filter out everything.
 type Asker struct {
-	v4, v6 int // descriptors; -1 where there is none
+	v4, v6 int // file descriptors; -1 if not open
 	sent   uint16
 }
 
-// OpenAsker opens the sockets in the network namespace of the calling thread.
-// Where that is not allowed nobody is asked, and a peer that is only sent to, as
-// by a pod that takes nothing, counts as silent.
+// OpenAsker opens the raw sockets in the network namespace of the calling thread.
+// If that fails, it logs a warning and Ask sends nothing: a peer that receives
+// one-way traffic and sends none is then reported as silent.
 func OpenAsker(log *slog.Logger) *Asker {
 	a, err := newAsker()
 	if err != nil {
-		log.Warn("peers cannot be asked whether they hear this node", "error", err)
+		log.Warn("cannot probe peers: a peer with one-way traffic may be reported as silent", "error", err)
 		return &Asker{v4: -1, v6: -1}
 	}
 	return a
@@ -34,10 +34,10 @@ func newAsker() (*Asker, error) {
 	const flags = unix.SOCK_RAW | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK
 	fd, err := unix.Socket(unix.AF_INET, flags, unix.IPPROTO_ICMP)
 	if err != nil {
-		return nil, fmt.Errorf("opening a socket for echo requests: %w", err)
+		return nil, fmt.Errorf("opening a raw ICMP socket: %w", err)
 	}
 	a.v4 = fd
-	const icmpFilter = 1 // ICMP_FILTER (linux/icmp.h): which types are not taken
+	const icmpFilter = 1 // ICMP_FILTER (linux/icmp.h): a bit per ICMP type to drop
 	err = unix.SetsockoptInt(fd, unix.SOL_RAW, icmpFilter, -1)
 	if fd, v6 := unix.Socket(unix.AF_INET6, flags, unix.IPPROTO_ICMPV6); v6 == nil {
 		a.v6 = fd
@@ -51,12 +51,12 @@ func newAsker() (*Asker, error) {
 	}
 	if err != nil {
 		a.Close()
-		return nil, fmt.Errorf("opening a socket for echo requests: %w", err)
+		return nil, fmt.Errorf("opening a raw ICMP socket: %w", err)
 	}
 	return a, nil
 }
 
-// Ask sends a request. What the kernel refuses is lost, as an answer would be.
+// Ask sends one echo request. Errors are ignored: the caller asks again.
 func (a *Asker) Ask(subnet netip.Prefix) {
 	a.sent++
 	to := subnet.Masked().Addr()
@@ -73,7 +73,7 @@ func (a *Asker) Ask(subnet netip.Prefix) {
 		}
 		return
 	}
-	b[0] = 128 // the kernel writes the checksum
+	b[0] = 128 // the kernel fills in the ICMPv6 checksum
 	if a.v6 >= 0 {
 		_ = unix.Sendto(a.v6, b, unix.MSG_DONTWAIT, &unix.SockaddrInet6{Addr: to.As16()})
 	}

@@ -1,9 +1,13 @@
-// Package backend is what every datapath is to the daemon: something that is
-// made equal to a snapshot of the leases, again and again.
+// Package backend defines the interface between the daemon and a datapath, and
+// implements the datapaths that the kernel forwards (Kernel). A datapath is
+// applied whole snapshots of the leases; it does not read the store, choose the
+// underlay or manage the lease. The plans for each wire format are in the
+// subpackages, the userspace datapath in backend/tunnel; the kernel's state
+// (links, routes, nftables) is owned by internal/host.
 //
-// The wire format (vxlan, ipip, host-gw) is in the lease, since all nodes must
-// agree on it. How this node produces it, in the kernel or in userspace, is a
-// choice of its own, since the bytes are the same.
+// The wire format (vxlan, ipip, host-gw) is part of the lease, since all nodes
+// must agree on it. Whether the kernel or a userspace process produces it is
+// each node's choice: the packets are the same.
 package backend
 
 import (
@@ -16,48 +20,50 @@ import (
 	"culvert/subnet"
 )
 
-// Backend is one datapath of this node, open from its construction on.
+// Backend is one datapath of this node. Its constructor opens it.
 type Backend interface {
-	// Apply makes the datapath carry exactly what the snapshot says. It is
-	// idempotent: the same snapshot a second time changes nothing. After an
-	// error the datapath carries what it did before, as far as the kernel let it.
+	// Apply makes the datapath match the snapshot. It is idempotent: applying
+	// the same snapshot again changes nothing. After an error the datapath may
+	// be partly updated, and peers that were not touched still work.
 	Apply(ctx context.Context, s subnet.Snapshot) error
-	// Run carries packets, where that is done here, and repairs; it returns
-	// when ctx ends (nil) or when the datapath can no longer work.
+	// Run forwards packets, if userspace does, and repairs what other programs
+	// change. It returns nil when ctx ends, or an error when the datapath can
+	// no longer work.
 	Run(ctx context.Context) error
-	// Status says what is on, and why. It may be called at any time.
+	// Status returns the datapath's state and the reason for it. It is safe for
+	// concurrent use.
 	Status() api.Datapath
-	// Close ends the datapath, after Run has returned.
+	// Close closes the datapath. Call it after Run has returned.
 	Close(how How) error
 }
 
-// ErrBroken says, from Run, that somebody took away what the datapath works
-// with: opened anew it may work again.
-var ErrBroken = errors.New("what the datapath works with was taken away")
+// ErrBroken is returned by Run when the datapath lost something that it needs,
+// such as its device. Reopening the datapath may succeed.
+var ErrBroken = errors.New("the datapath lost its device or its sockets")
 
-// How a datapath ends.
+// How tells Close what to do with the kernel's state.
 type How int
 
 const (
-	// Keep leaves in the kernel what does not need this process: pods keep
-	// their way out, and the next start finds it and goes on.
+	// Keep leaves the state that works without this process in the kernel: pods
+	// stay connected, and the next start takes it over.
 	Keep How = iota
-	// Remove takes away everything that is culvert's.
+	// Remove removes everything that culvert created.
 	Remove
 )
 
-// Node is what a datapath must know of the node besides the snapshots.
+// Node is the node's configuration, as far as a datapath needs it.
 type Node struct {
 	Underlay  host.Underlay
-	PublicIPs []netip.Addr // as leased: at most one per family
-	// IPMasq says that traffic from pods that leaves the cluster network is to
-	// bear the node's address.
+	PublicIPs []netip.Addr // the addresses in the lease: at most one per family
+	// IPMasq enables masquerading of pods' traffic that leaves the cluster
+	// network.
 	IPMasq bool
-	// NoMasq are destinations outside of it that see the pods' own addresses
-	// all the same.
+	// NoMasq are destinations outside the cluster network that are exempt from
+	// masquerading.
 	NoMasq []netip.Prefix
-	// TakeOver says that another program's routes to the leased subnets are to go
-	// where the lease shows them to be that program's or stale.
+	// TakeOver removes other programs' routes to leased subnets, such as those
+	// that flannel's host-gw backend left.
 	TakeOver bool
 }
 

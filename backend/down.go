@@ -10,16 +10,16 @@ import (
 	"culvert/subnet"
 )
 
-// Down stands in for a datapath that cannot be opened now: the node keeps its
-// lease, follows its underlay and is not ready, instead of ending. It reports
-// itself broken after a while, so that opening is tried again.
+// Down is a placeholder for a datapath that cannot be opened at the moment: the
+// daemon keeps running, unready, with its lease held. Run returns ErrBroken after
+// Retry, so that the daemon tries to open the datapath again.
 type Down struct {
-	Format string // on the wire
+	Format string // wire format
 	Err    error  // why the datapath cannot be opened
 	Retry  time.Duration
 }
 
-// Apply reports why nothing is carried.
+// Apply returns the reason why the datapath is not open.
 func (d Down) Apply(context.Context, subnet.Snapshot) error { return d.Err }
 
 // Run waits for Retry and returns ErrBroken.
@@ -32,12 +32,12 @@ func (d Down) Run(ctx context.Context) error {
 	}
 }
 
-// Status says that nothing is carried, and why.
+// Status reports a datapath of kind "none" and the reason.
 func (d Down) Status() api.Datapath {
 	return api.Datapath{WireFormat: d.Format, Kind: "none", Why: d.Err.Error()}
 }
 
-// Close leaves what earlier datapaths left, or removes it.
+// Close with Remove removes what earlier datapaths left in the kernel.
 func (d Down) Close(how How) error {
 	if how != Remove {
 		return nil

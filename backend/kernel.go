@@ -15,46 +15,48 @@ import (
 	"culvert/subnet"
 )
 
-// Kernel is a datapath whose packets the kernel carries, and this process only
-// keeps what they need: vxlan, ipip and host-gw differ in their Plan alone. So
-// nothing is lost while no process runs.
+// Kernel is a datapath in which the kernel forwards the packets and this process
+// only maintains the devices, routes and rules. Forwarding continues while the
+// daemon is not running. vxlan, ipip and host-gw differ only in their Plan.
 type Kernel struct {
 	options KernelOptions
 	keeper  *host.Keeper
 	silence Silence
 
 	mu     sync.Mutex
-	wanted Wanted // of the last plan that succeeded
+	wanted Wanted // result of the last successful plan
 }
 
-// FastPath carries, before a datapath's devices, what it can of their packets.
-// The datapath below it is complete without it.
+// FastPath forwards packets in eBPF programs before they reach the datapath's
+// devices. Packets that it does not handle take the devices, which work without it.
 type FastPath interface {
 	host.Follower
-	// Want adds to a plan's state what the fast path needs of the host.
+	// Want adds the host state that the fast path needs to a plan's state.
 	Want(*host.State)
-	// Passed returns what has passed with each peer since the last call.
+	// Passed returns, for each peer, whether packets were sent or received
+	// since the last call.
 	Passed() []host.Passed
-	// Status says whether it is on, and what it has carried.
+	// Status reports whether the fast path is on, and its traffic counters.
 	Status() api.FastPath
-	// Close gives up what this process holds; what is attached stays.
+	// Close closes this process's descriptors; attached programs keep running.
 	Close()
 }
 
-// KernelOptions is what a Kernel is made of. All fields are required, but for
-// Replaces and FastPath.
+// KernelOptions configure a Kernel. All fields but Replaces and FastPath are
+// required.
 type KernelOptions struct {
 	Node   Node
-	Format string // on the wire
+	Format string // wire format
 	Plan   Plan
-	Why    string // the choice of this datapath, for the status
-	// Replaces names devices of other programs that go when ours come.
+	Why    string // why this datapath was chosen, for the status
+	// Replaces names devices of other programs to delete just before ours are
+	// created.
 	Replaces []string
-	FastPath FastPath // nil: there is none for this format
+	FastPath FastPath // nil if there is none for this format
 	Log      *slog.Logger
 }
 
-// NewKernel returns a datapath that carries nothing until Apply.
+// NewKernel returns a datapath without peers; Apply sets it up.
 func NewKernel(o KernelOptions) *Kernel {
 	var followers []host.Follower
 	if o.FastPath != nil {
@@ -63,7 +65,7 @@ func NewKernel(o KernelOptions) *Kernel {
 	return &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log, followers...)}
 }
 
-// Apply makes the kernel carry what the snapshot says.
+// Apply makes the kernel's state match the snapshot.
 func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
 	return k.keeper.Apply(func(v host.View) (host.State, error) {
 		w, err := k.options.Plan(k.options.Node, s, v)
@@ -86,9 +88,9 @@ func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
 	})
 }
 
-// Run repairs what others do to the kernel's half, and looks for silent peers.
+// Run repairs changes that other programs make, and looks for silent peers.
 func (k *Kernel) Run(ctx context.Context) error {
-	if k.options.Format == "vxlan" { // of others the kernel does not say whom it sends to
+	if k.options.Format == "vxlan" { // with other formats the kernel does not report which peers it sends to
 		stop, err := k.listen(ctx)
 		if err != nil {
 			return err
@@ -98,8 +100,8 @@ func (k *Kernel) Run(ctx context.Context) error {
 	return k.keeper.Run(ctx)
 }
 
-// listen looks for silent peers until stop. It opens its sockets in the network
-// namespace of the calling thread.
+// listen looks for silent peers every SilenceInterval until stop is called. It
+// opens its sockets in the network namespace of the calling thread.
 func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 	watch, err := host.WatchPassed()
 	if err != nil {
@@ -127,9 +129,9 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 			}
 			passed, err := watch.Look(tunnels, waiting || slices.ContainsFunc(fast, func(p host.Passed) bool { return p.Sent }))
 			passed = together(passed, fast)
-			if err != nil && err.Error() != last { // such as while a device is made anew
+			if err != nil && err.Error() != last { // for example while a device is recreated
 				last = err.Error()
-				k.options.Log.Debug("what has passed with peers cannot be looked at", "error", err)
+				k.options.Log.Debug("cannot read the peers' traffic counters", "error", err)
 			}
 			waiting = k.silence.observe(passed, asker)
 		}
@@ -142,7 +144,8 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 	}, nil
 }
 
-// together is what has passed by either of two ways.
+// together merges two lists: a peer in both was sent to, or received from, if it
+// was in either. It appends to a and overwrites its entries.
 func together(a, b []host.Passed) []host.Passed {
 	at := make(map[host.Source]int, len(a))
 	for i, p := range a {
@@ -160,14 +163,14 @@ func together(a, b []host.Passed) []host.Passed {
 	return a
 }
 
-// Status says what the kernel carries.
+// Status returns the datapath's devices, peers, counters and warnings.
 func (k *Kernel) Status() api.Datapath {
 	k.mu.Lock()
 	w := k.wanted
 	k.mu.Unlock()
 	var devices []string
 	for _, l := range w.State.Links {
-		if l.Veth == "" { // of the fast path
+		if l.Veth == "" { // veth devices belong to the fast path
 			devices = append(devices, l.Name)
 		}
 	}
@@ -188,13 +191,13 @@ func (k *Kernel) Status() api.Datapath {
 	if k.options.FastPath != nil {
 		fast := k.options.FastPath.Status()
 		s.FastPath = &fast
-		// The device counts what its own half of the kernel sends and receives.
+		// The device's counters do not include the fast path's packets.
 		s.Egress.Packets += fast.Egress.Packets
 		s.Egress.Bytes += fast.Egress.Bytes
 		s.Ingress.Packets += fast.Ingress.Packets
 		s.Ingress.Bytes += fast.Ingress.Bytes
 		if fast.Mode == "on" && !fast.On {
-			w.Warnings = append(slices.Clip(w.Warnings), api.Warning{Check: "fast-path", Text: "--fast-path=on, and it is off: " + fast.Why})
+			w.Warnings = append(slices.Clip(w.Warnings), api.Warning{Check: "fast-path", Text: "--fast-path=on is set, but the fast path is off: " + fast.Why})
 		}
 	}
 	for reason, n := range host.Drops(w.State.Firewall) {
@@ -209,7 +212,7 @@ func (k *Kernel) Status() api.Datapath {
 	return s
 }
 
-// Describe adds to a datapath's status what its Keeper has to say.
+// Describe adds the Keeper's repairs, obstacles and error to a datapath's status.
 func Describe(s *api.Datapath, standing host.Standing) {
 	s.Repairs = make(map[string]uint64)
 	for kind, n := range standing.Repairs {
@@ -217,11 +220,12 @@ func Describe(s *api.Datapath, standing host.Standing) {
 	}
 	s.Warnings = append(s.Warnings, standing.Obstacles...)
 	if standing.Err != nil {
-		s.Warnings = append(s.Warnings, api.Warning{Check: "host-state", Text: "the host cannot be made as it should be: " + strings.ReplaceAll(standing.Err.Error(), "\n", "; ")})
+		s.Warnings = append(s.Warnings, api.Warning{Check: "host-state", Text: "the host's network state cannot be set up: " + strings.ReplaceAll(standing.Err.Error(), "\n", "; ")})
 	}
 }
 
-// Close leaves the kernel as it is with Keep: it goes on forwarding.
+// Close with Keep leaves the kernel's state in place, and the kernel goes on
+// forwarding.
 func (k *Kernel) Close(how How) error {
 	if k.options.FastPath != nil {
 		k.options.FastPath.Close()

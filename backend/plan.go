@@ -9,23 +9,22 @@ import (
 	"culvert/subnet"
 )
 
-// Plan computes, purely, what the host must be like for a datapath to carry
-// what a snapshot says: the wire format's own half of it. View has the facts of
-// the host that it depends on.
+// Plan computes the host state that a wire format needs to carry a snapshot. It
+// is pure: it depends on the host only through View.
 type Plan func(n Node, s subnet.Snapshot, v host.View) (Wanted, error)
 
-// Wanted is what a Plan comes to.
+// Wanted is the result of a Plan.
 type Wanted struct {
 	State host.State
-	MTU   int // of pods
-	// Warnings say what cannot be carried, and why.
+	MTU   int // of pods, in bytes
+	// Warnings name the peers that cannot be reached, and why.
 	Warnings []api.Warning
 }
 
-// Base is what every datapath wants of the host: the part of the cluster
-// network that nobody leases is unreachable, rather than the default route's;
-// pods' traffic that leaves it bears the node's address; and other programs'
-// FORWARD chains let it through.
+// Base returns the host state that every datapath needs: unreachable routes for
+// the cluster network, so that packets to unleased subnets do not take the
+// default route; masquerading of pods' traffic that leaves the cluster network;
+// and exemptions from other programs' FORWARD chains.
 func Base(n Node, s subnet.Snapshot) host.State {
 	var state host.State
 	for _, e := range s.Self.Endpoints {
@@ -38,8 +37,8 @@ func Base(n Node, s subnet.Snapshot) host.State {
 		}
 		state.Subnets = append(state.Subnets, e.Subnet)
 		if n.TakeOver {
-			// flannel's host-gw: a peer's subnet by that peer, or this node's by the one
-			// that had it before.
+			// Left by flannel's host-gw: a route to a peer's subnet via that peer, or to
+			// this node's subnet via the peer that held it before.
 			for _, p := range Peers(s, e.Subnet.Addr().Is4()) {
 				state.Stale = append(state.Stale, host.StaleRoute{To: p.Subnet, Via: p.Public}, host.StaleRoute{To: e.Subnet, Via: p.Public})
 			}
@@ -64,8 +63,8 @@ func NetworkOf(s subnet.Snapshot, e subnet.Endpoint) (netip.Prefix, bool) {
 	return network.Prefix, ok
 }
 
-// Covered returns what is kept from the host's default route in an endpoint's
-// family.
+// Covered returns the prefixes of an endpoint's family that must not follow the
+// host's default route.
 func Covered(s subnet.Snapshot, e subnet.Endpoint) []netip.Prefix {
 	network, ok := s.Config.Network(e.Subnet.Addr().Is4())
 	if !ok {
@@ -74,7 +73,8 @@ func Covered(s subnet.Snapshot, e subnet.Endpoint) []netip.Prefix {
 	return s.Covered(network)
 }
 
-// Peers returns the endpoints of other nodes in one address family.
+// Peers returns the other nodes' endpoints of one address family, without
+// reservations.
 func Peers(s subnet.Snapshot, is4 bool) []subnet.Endpoint {
 	var all []subnet.Endpoint
 	for _, l := range s.Peers {
@@ -85,7 +85,8 @@ func Peers(s subnet.Snapshot, is4 bool) []subnet.Endpoint {
 	return all
 }
 
-// Sources returns the pairs of addresses that may arrive together.
+// Sources returns the permitted pairs of outer source address and inner source
+// subnet.
 func Sources(peers []subnet.Endpoint) []host.Source {
 	all := make([]host.Source, 0, len(peers))
 	for _, p := range peers {
@@ -94,30 +95,30 @@ func Sources(peers []subnet.Endpoint) []host.Source {
 	return all
 }
 
-// HostAddrs returns what a tunnel device bears: the subnet's first address, so
-// that the node's own packets to pods have a source within its subnet.
+// HostAddrs returns the tunnel device's address: the first of the subnet, so that
+// the node's own packets to pods have a source within its subnet.
 func HostAddrs(self subnet.Endpoint) []netip.Prefix {
 	a := self.Subnet.Masked().Addr()
 	return []netip.Prefix{netip.PrefixFrom(a, a.BitLen())}
 }
 
-// Local returns the node's own underlay address of a family: the one that was
-// chosen, and is published, whichever interface bears it. The outer source of
-// what this node sends is never another: peers accept no other.
+// Local returns the node's underlay address of a family: the one published in the
+// lease, on whichever interface it is. It is the outer source address of every
+// packet that this node sends, since peers accept no other.
 func (n Node) Local(v host.View, is4 bool) (netip.Addr, error) {
 	if v.Underlay.Name == "" {
 		return netip.Addr{}, fmt.Errorf("%w: %s", host.ErrNoUnderlay, n.Underlay.Name)
 	}
 	a := n.Underlay.Addr(is4)
 	if !a.IsValid() {
-		return netip.Addr{}, fmt.Errorf("the underlay %s has no address of the family of the network", v.Underlay.Name)
+		return netip.Addr{}, fmt.Errorf("the underlay %s has no address of the network's address family", v.Underlay.Name)
 	}
 	return a, nil
 }
 
-// Outer returns the underlay whose MTU a plan goes by: the link as it is now, or,
-// while that does not leave pods enough, as it was when it was chosen. So the
-// packets that still fit go on, and no pod is made for an MTU that does not last.
+// Outer returns the underlay whose MTU a plan uses: the link's current one or, if
+// enough rejects that, the one from when the underlay was chosen. Packets that
+// still fit keep flowing, and pods do not get an MTU that is too small.
 func (n Node) Outer(v host.View, enough func(host.Underlay) error) host.Underlay {
 	if enough(v.Underlay) != nil {
 		return n.Underlay
@@ -125,9 +126,9 @@ func (n Node) Outer(v host.View, enough func(host.Underlay) error) host.Underlay
 	return v.Underlay
 }
 
-// MTU returns what is left for pods of the underlay's MTU, or of the configured
-// one. Cost is what the tunnel adds to each packet; IPv6 needs more to be left
-// than IPv4 (RFC 8200, RFC 791).
+// MTU returns the pods' MTU: the configured one or, if that is 0, the underlay's,
+// minus cost, the bytes that the tunnel adds to each packet. The result is at
+// least 576 (RFC 791), or 1280 with IPv6 (RFC 8200); less is an error.
 func MTU(configured int, u host.Underlay, cost int, ipv6 bool) (int, error) {
 	outer, whose := u.MTU, "the MTU of "+u.Name
 	if configured != 0 {

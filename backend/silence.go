@@ -12,49 +12,52 @@ import (
 	"culvert/internal/host"
 )
 
-// Silence finds the peers to which this node sends and from which nothing comes:
-// a firewall on the way or at the other end, or another program that takes the
-// tunnel's packets there, loses one direction and counts it nowhere.
+// Silence finds the silent peers: those that this node sends to and receives
+// nothing from. Typical causes are a firewall on the path or on the peer, or
+// another program on the peer that owns the tunnel's port. No counter shows them.
 //
-// A peer without traffic is not silent. One to which something was sent is asked
-// for an answer (Ask), since traffic may go one way only; after silentAfter
-// without any packet from it it is named, until one comes.
+// A peer without traffic is not silent. Since traffic may be one-way, a peer that
+// was sent to and has not answered within askAfter is sent echo requests
+// (Asker.Ask). After silentAfter without a packet from it, it is silent until one
+// arrives.
 type Silence struct {
 	mu    sync.Mutex
 	peers map[way]*hearing
 }
 
-// way is a peer's subnet, and where it is reached.
+// way identifies a peer: its subnet and its underlay address.
 type way struct {
 	subnet netip.Prefix
 	public netip.Addr
 }
 
+// hearing is a peer that has not answered yet.
 type hearing struct {
-	since time.Time // the first packet sent after the last that came; zero if none was
-	last  time.Time // the last packet that was sent
+	since time.Time // when the first packet was sent that no packet answered
+	last  time.Time // when the last packet was sent
 }
 
 const (
-	// silentAfter is for how long at least packets go before their peer is silent.
+	// silentAfter is how long a peer is sent to, without an answer, until it is silent.
 	silentAfter = 30 * time.Second
-	// askAfter is when a peer is asked.
+	// askAfter is how long after the first unanswered packet echo requests begin.
 	askAfter = 8 * time.Second
-	// SilenceInterval is how often a datapath looks.
+	// SilenceInterval is how often a datapath calls Observe.
 	SilenceInterval = 5 * time.Second
-	// forgetAfter is when a peer that nothing more is sent to is given up.
+	// forgetAfter is how long after the last packet sent a peer is forgotten.
 	forgetAfter = 2 * time.Minute
 )
 
-// Exchange is what has passed between this node and a peer since the last look.
+// Exchange tells whether packets were sent to and received from a peer since the
+// last observation.
 type Exchange struct {
 	Subnet         netip.Prefix
 	Public         netip.Addr
 	Sent, Received bool
 }
 
-// Observe takes what has passed with every peer. A peer that is not in it is
-// forgotten. It returns the peers that are to be asked for an answer.
+// Observe records the traffic with all peers; a peer that is missing is
+// forgotten. It returns the subnets of the peers to send an echo request.
 func (s *Silence) Observe(now time.Time, all []Exchange) (ask []netip.Prefix) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -85,8 +88,8 @@ func (s *Silence) Observe(now time.Time, all []Exchange) (ask []netip.Prefix) {
 	return ask
 }
 
-// observe takes what the kernel says has passed, asks whom it concerns, and says
-// whether anybody is waited for.
+// observe records the traffic that the kernel reports, sends the echo requests,
+// and reports whether any peer has yet to answer.
 func (s *Silence) observe(passed []host.Passed, asker *Asker) (waiting bool) {
 	all := make([]Exchange, len(passed))
 	for i, p := range passed {
@@ -100,7 +103,7 @@ func (s *Silence) observe(passed []host.Passed, asker *Asker) (waiting bool) {
 	return len(s.peers) > 0
 }
 
-// Peers returns the silent ones, by subnet.
+// Peers returns the silent peers, sorted by subnet.
 func (s *Silence) Peers() []api.SilentPeer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -116,21 +119,22 @@ func (s *Silence) Peers() []api.SilentPeer {
 	return all
 }
 
-// silentNamed is how many silent peers have a warning of their own.
+// silentNamed is the number of silent peers that get a warning each; one more
+// warning counts the rest.
 const silentNamed = 10
 
-// DescribeSilence adds the silent peers to a datapath's status; packets says which
-// the tunnel's are.
+// DescribeSilence adds the silent peers and warnings about them to a datapath's
+// status. Packets names the tunnel's packets, such as "UDP port 8472".
 func DescribeSilence(d *api.Datapath, s *Silence, packets string) {
 	d.SilentPeers = s.Peers()
 	for i, p := range d.SilentPeers {
 		w := api.Warning{
 			Check: "silent-peer",
-			Text:  fmt.Sprintf("nothing has come from the peer at %s (%s) since %s, although this node sends to it", p.PublicIP, p.Subnet, p.Since.UTC().Format(time.RFC3339)),
-			Fix:   fmt.Sprintf("see that it runs, and that the firewalls there, here and on the way let %s through in both directions", packets),
+			Text:  fmt.Sprintf("no packet has arrived from the peer at %s (%s) since %s, although this node sends to it", p.PublicIP, p.Subnet, p.Since.UTC().Format(time.RFC3339)),
+			Fix:   fmt.Sprintf("check that the peer is running, and that firewalls on both nodes and between them allow %s in both directions", packets),
 		}
 		if i == silentNamed {
-			w.Text = fmt.Sprintf("nothing has come from %d more peers to which this node sends", len(d.SilentPeers)-i)
+			w.Text = fmt.Sprintf("no packet has arrived from %d more peers that this node sends to", len(d.SilentPeers)-i)
 			d.Warnings = append(d.Warnings, w)
 			break
 		}

@@ -10,8 +10,8 @@ import (
 	"culvert/internal/api"
 )
 
-// TestSilence plays what passes with one peer, look by look: s a packet was sent, r
-// one came, b both, . neither, 5 s apart.
+// TestSilence plays the traffic with one peer, one character per observation, 5 s
+// apart: s sent, r received, b both, . neither.
 func TestSilence(t *testing.T) {
 	for _, c := range []struct {
 		looks  string
@@ -21,14 +21,14 @@ func TestSilence(t *testing.T) {
 		{"......................", false, 0},
 		{"bbbbbbbbbb", false, 0},
 		{"sssss", false, 3},
-		{"sssssss", true, 5},           // 30 s from the first to the last
-		{"s......", false, 5},          // one packet, and nothing since
-		{"s.s...s", true, 5},           // as a connection is tried again
-		{"bbbbsssssss", true, 5},       // it fell silent
+		{"sssssss", true, 5},           // 30 s from the first packet to the last
+		{"s......", false, 5},          // a single packet
+		{"s.s...s", true, 5},           // a connection attempt and its retries
+		{"bbbbsssssss", true, 5},       // the peer fell silent
 		{"sssssssr", false, 5},         // it answered
-		{"sssssssrssss", false, 5 + 2}, // and is given as long again
+		{"sssssssrssss", false, 5 + 2}, // after an answer the time starts anew
 		{"sssssss........................", true, 5 + 24},
-		{"sssssss.........................", false, 5 + 24}, // for two minutes nobody has wanted anything of it
+		{"sssssss.........................", false, 5 + 24}, // forgotten: nothing sent for two minutes
 	} {
 		var s backend.Silence
 		now, asked := time.Unix(1000, 0), 0
@@ -44,7 +44,7 @@ func TestSilence(t *testing.T) {
 		}
 		s.Observe(now, nil)
 		if len(s.Peers()) != 0 {
-			t.Errorf("%s: a peer that is gone is silent", c.looks)
+			t.Errorf("%s: a removed peer is still reported as silent", c.looks)
 		}
 	}
 	var s backend.Silence
@@ -59,7 +59,7 @@ func TestSilence(t *testing.T) {
 	}
 	var d api.Datapath
 	backend.DescribeSilence(&d, &s, "UDP port 8472")
-	if len(d.SilentPeers) != 30 || len(d.Warnings) != 11 || d.Warnings[10].Text != "nothing has come from 20 more peers to which this node sends" {
+	if len(d.SilentPeers) != 30 || len(d.Warnings) != 11 || d.Warnings[10].Text != "no packet has arrived from 20 more peers that this node sends to" {
 		t.Errorf("%d silent peers, warnings %s", len(d.SilentPeers), fmt.Sprint(d.Warnings))
 	}
 }

@@ -1,5 +1,7 @@
-// Package hostgw is the datapath without a tunnel: each peer's subnet is routed
-// to the peer itself, which must be on the underlay's link.
+// Package hostgw plans the host-gw datapath, which has no tunnel: a route sends
+// each peer's subnet to the peer's underlay address, which must be on the
+// underlay's link. It computes the wanted state only; backend.Kernel applies it,
+// and internal/host owns the kernel's state.
 package hostgw
 
 import (
@@ -11,12 +13,12 @@ import (
 	"culvert/subnet"
 )
 
-// Plan is what the kernel must be like. Of each peer:
+// Plan computes the wanted kernel state. For each peer:
 //
 //	ip route add <subnet> via <public address> dev eth0
 //
-// A peer behind a gateway cannot be reached so, and is named in a warning: its
-// subnet stays unreachable, rather than sent to a router that does not know it.
+// A peer behind a gateway cannot be reached this way: it gets a warning and no
+// route, since the gateway does not know the subnet.
 func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
 	w := backend.Wanted{State: backend.Base(n, s)}
 	if v.Underlay.Name == "" {
@@ -33,7 +35,7 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 			if !v.OnLink(p.Public) {
 				w.Warnings = append(w.Warnings, api.Warning{
 					Check: "peer-off-link",
-					Text:  fmt.Sprintf("%s at %s is not on the link of %s, and host-gw cannot reach it", p.Subnet, p.Public, v.Underlay.Name),
+					Text:  fmt.Sprintf("host-gw cannot reach the peer of %s at %s: it is not on the link of %s", p.Subnet, p.Public, v.Underlay.Name),
 					Fix:   "use vxlan with DirectRouting",
 				})
 				continue

@@ -20,7 +20,7 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// lease is the k-th node's, at an address.
+// lease returns the k-th node's lease with the given underlay address.
 func lease(k int, at string) subnet.Lease {
 	name := fmt.Sprintf("n%d", k)
 	return subnet.Lease{Node: name, Endpoints: []subnet.Endpoint{{
@@ -29,10 +29,10 @@ func lease(k int, at string) subnet.Lease {
 	}}}
 }
 
-// TestOnLink has one peer on the underlay's link and one behind a router, and
-// then a route that says that this one is on the link too. host-gw reaches the
-// first alone, and names the other; vxlan with DirectRouting sends it through
-// the tunnel, and no longer when the routes have changed.
+// TestOnLink has one peer on the underlay's link and one behind a router. host-gw
+// routes to the first and warns about the second; vxlan with DirectRouting sends
+// the second through the tunnel. Once a link-scope route covers the second, both
+// route to it directly.
 func TestOnLink(t *testing.T) {
 	n := labtest.New(t, lab.Options{Nodes: 1, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}}).Nodes[0]
 	const here, there = "10.5.2.0/24 via 192.0.2.2 dev eth0 proto 67", "10.5.3.0/24 via 203.0.113.3 dev eth0 proto 67"
@@ -103,11 +103,11 @@ func TestOnLink(t *testing.T) {
 			}
 			route(netlink.RouteAdd)
 			if got := routes(); !slices.Equal(got, c.after) || len(wanted.Warnings) != 0 {
-				t.Errorf("on the link, routes %q, warnings %q", got, wanted.Warnings)
+				t.Errorf("with both peers on the link: routes %q, warnings %q", got, wanted.Warnings)
 			}
 			route(netlink.RouteDel)
 			if got := routes(); !slices.Equal(got, c.before) {
-				t.Errorf("no longer on the link, routes %q: %s", got, fmt.Sprint(wanted.Warnings))
+				t.Errorf("after deleting the link-scope route: routes %q, warnings %s", got, fmt.Sprint(wanted.Warnings))
 			}
 			if err := n.Do(func() error { _, err := host.Apply(host.State{}); return err }); err != nil {
 				t.Fatal(err)

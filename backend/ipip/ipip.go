@@ -1,6 +1,7 @@
-// Package ipip is the datapath of the kernel's own ipip device (RFC 2003), set
-// up on the wire as flannel does: one device without a remote end, and for each
-// peer a route that names it.
+// Package ipip plans the datapath of the kernel's ipip device (RFC 2003),
+// compatible with flannel's: one device without a remote address, and a route per
+// peer. It computes the wanted state only; backend.Kernel applies it, and
+// internal/host owns the kernel's state.
 package ipip
 
 import (
@@ -12,16 +13,16 @@ import (
 // DeviceName is the device's name.
 const DeviceName = "cvt.ipip"
 
-// Cost is what IPIP takes from the underlay's MTU: one IPv4 header.
+// Cost is the bytes that IPIP adds to each packet: one IPv4 header.
 const Cost = 20
 
-// Plan is what the kernel must be like. Of each peer:
+// Plan computes the wanted kernel state. For each peer:
 //
 //	ip route add <subnet> via <public address> dev cvt.ipip onlink
 //
-// or, with DirectRouting and the peer on the underlay's link, the same without
-// the tunnel. Whoever reaches a bare ipip device can put packets into the
-// cluster: so only pairs of a peer's address and its subnet may arrive.
+// or, with DirectRouting and the peer on the underlay's link, a route via the
+// underlay device. An ipip device accepts packets from anyone who can reach it, so
+// the firewall admits only pairs of a peer's underlay address and its subnet.
 func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
 	w := backend.Wanted{State: backend.Base(n, s)}
 	self, ok := s.Self.Endpoint(true)

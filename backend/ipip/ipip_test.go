@@ -18,7 +18,7 @@ import (
 	"culvert/subnet"
 )
 
-var update = flag.Bool("update", false, "write the golden file anew")
+var update = flag.Bool("update", false, "rewrite the golden file")
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
@@ -47,8 +47,8 @@ func plan(t *testing.T, s subnet.Snapshot) host.State {
 	return w.State
 }
 
-// TestCommands compares what a sequence of snapshots changes with the commands
-// that a person would type.
+// TestCommands compares the changes of a sequence of snapshots, as shell commands,
+// with the golden file.
 func TestCommands(t *testing.T) {
 	moved := lease(2)
 	moved.Endpoints[0].Public = netip.MustParseAddr("192.0.2.22")
@@ -59,10 +59,10 @@ func TestCommands(t *testing.T) {
 		s    subnet.Snapshot
 	}{
 		{"alone", snapshot(t, "")},
-		{"two peers come", snapshot(t, "", lease(2), lease(3))},
-		{"one moves", snapshot(t, "", moved, lease(3))},
-		{"one goes", snapshot(t, "", lease(3))},
-		{"a smaller underlay", snapshot(t, `,"MTU":1400`, lease(3))},
+		{"two peers join", snapshot(t, "", lease(2), lease(3))},
+		{"one changes its underlay address", snapshot(t, "", moved, lease(3))},
+		{"one leaves", snapshot(t, "", lease(3))},
+		{"a smaller MTU", snapshot(t, `,"MTU":1400`, lease(3))},
 	} {
 		after := plan(t, step.s)
 		fmt.Fprintf(&b, "# %s\n%s\n\n", step.name, strings.Join(host.Transition(before, after), "\n"))
@@ -83,15 +83,15 @@ func TestCommands(t *testing.T) {
 	}
 }
 
-// TestKernel leads a real kernel through them, where it has ipip devices: many
-// do not, and `make test-vm` boots one that does.
+// TestKernel applies the sequence to the running kernel if that supports ipip
+// devices. Many do not; `make test-vm` boots one that does.
 func TestKernel(t *testing.T) {
 	n := labtest.New(t, lab.Options{Nodes: 1, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}}).Nodes[0]
 	if err := n.Do(func() error { return host.Supports("ipip") }); err != nil {
 		if os.Getenv("CULVERT_VM") != "" {
 			t.Fatal(err)
 		}
-		t.Skipf("NOT SHOWN HERE: %v; make test-vm shows it", err)
+		t.Skipf("NOT TESTED HERE: %v; make test-vm tests it", err)
 	}
 	var before host.State
 	for _, s := range []subnet.Snapshot{snapshot(t, ""), snapshot(t, "", lease(2), lease(3)), snapshot(t, `,"MTU":1400`, lease(3))} {
@@ -102,17 +102,17 @@ func TestKernel(t *testing.T) {
 				t.Fatal(err)
 			}
 			if len(done) > want {
-				t.Errorf("%d changes, want %d: %q", len(done), want, host.Commands(done))
+				t.Errorf("%d changes, want at most %d: %q", len(done), want, host.Commands(done))
 			}
 		}
 		before = after
 	}
 }
 
-// TestGuard sends IPIP packets to the rules that stand before the device, which
-// they need not for this: a peer's own pass, a peer's with another's inner
-// source and a stranger's are dropped and counted, and what does not lead into the
-// cluster network is not ours to judge.
+// TestGuard sends IPIP packets to a node that has the firewall rules and no ipip
+// device, which the rules do not need. Packets of a peer pass; packets with an
+// inner source outside the peer's subnet, and packets from a stranger, are dropped
+// and counted; packets to destinations outside the cluster network are ignored.
 func TestGuard(t *testing.T) {
 	l := labtest.New(t, lab.Options{Nodes: 3, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}})
 	n := l.Nodes[0]
@@ -128,7 +128,7 @@ func TestGuard(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		inner := make([]byte, 28) // RFC 791; what is above it does not matter
+		inner := make([]byte, 28) // IPv4 header (RFC 791); the payload does not matter
 		inner[0], inner[3], inner[8], inner[9] = 0x45, byte(len(inner)), 64, 17
 		copy(inner[12:], netip.MustParseAddr(source).AsSlice())
 		copy(inner[16:], netip.MustParseAddr(destination).AsSlice())
@@ -150,17 +150,17 @@ func TestGuard(t *testing.T) {
 		name                string
 		from                *lab.Node
 		source, destination string
-		dropped             uint64 // so far; a stranger's counts ten
+		dropped             uint64 // total so far; a stranger's packet counts as ten
 	}{
-		{"a peer's own", l.Nodes[1], "10.5.2.7", "10.5.1.7", 0},
-		{"another's inner source", l.Nodes[1], "10.5.3.7", "10.5.1.7", 1},
-		{"the node's own subnet as inner source", l.Nodes[1], "10.5.1.9", "10.5.1.7", 2},
-		{"a stranger's", l.Nodes[2], "10.5.2.7", "10.5.1.7", 12},
-		{"somebody else's tunnel", l.Nodes[2], "172.16.0.1", "172.16.0.2", 12},
+		{"from a peer", l.Nodes[1], "10.5.2.7", "10.5.1.7", 0},
+		{"from a peer with another node's inner source", l.Nodes[1], "10.5.3.7", "10.5.1.7", 1},
+		{"from a peer with an inner source in this node's subnet", l.Nodes[1], "10.5.1.9", "10.5.1.7", 2},
+		{"from a stranger", l.Nodes[2], "10.5.2.7", "10.5.1.7", 12},
+		{"outside the cluster network", l.Nodes[2], "172.16.0.1", "172.16.0.2", 12},
 	} {
 		send(c.from, c.source, c.destination)
-		// In one network namespace's queue, and the link has no delay: what was
-		// sent is there.
+		// The link has no delay: 50 ms after the expected count, any other
+		// packet would have been counted too.
 		deadline := time.Now().Add(5 * time.Second)
 		for dropped() < c.dropped && time.Now().Before(deadline) {
 			time.Sleep(10 * time.Millisecond)

@@ -16,7 +16,7 @@ import (
 	"culvert/subnet"
 )
 
-// many is a cluster of n peers, the last of which lives at the given address.
+// many returns a cluster of n peers; the last has the given underlay address.
 func many(t testing.TB, n int, last string) subnet.Snapshot {
 	c, _, err := subnet.ParseConfig([]byte(`{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`))
 	if err != nil {
@@ -38,7 +38,7 @@ func many(t testing.TB, n int, last string) subnet.Snapshot {
 	return s
 }
 
-// underlayIndex is the index of a node's underlay link.
+// underlayIndex returns the interface index of a node's underlay link.
 func underlayIndex(t testing.TB, n *lab.Node) (index int) {
 	t.Helper()
 	if err := n.Do(func() error {
@@ -53,7 +53,7 @@ func underlayIndex(t testing.TB, n *lab.Node) (index int) {
 	return index
 }
 
-// applier applies snapshots in a node, as the datapath does.
+// applier returns a function that applies snapshots in a node as the datapath does.
 func applier(t testing.TB, n *lab.Node) (apply func(subnet.Snapshot), k *host.Keeper) {
 	k = host.NewKeeper(underlayIndex(t, n), slog.New(slog.DiscardHandler))
 	return func(s subnet.Snapshot) {
@@ -70,26 +70,28 @@ func applier(t testing.TB, n *lab.Node) (apply func(subnet.Snapshot), k *host.Ke
 	}, k
 }
 
-// TestThousandPeers counts what an apply writes: each peer once, one peer's
-// change alone, and nothing where nothing changed, by our own count and by the
-// kernel's notifications.
+// TestThousandPeers counts the changes that an apply writes: each peer once, then
+// only the peer that changed, then nothing. The last is checked by the Keeper's
+// count and by the absence of netlink notifications.
 func TestThousandPeers(t *testing.T) {
 	const peers = 1000
 	n := newNode(t)
 	apply, k := applier(t, n)
-	apply(many(t, 1, "198.19.0.0")) // the first brings the set and its rule
+	apply(many(t, 1, "198.19.0.0")) // the first peer creates the sets and their rules
 	written := func(s subnet.Snapshot) uint64 {
 		before := k.Standing().Writes
 		apply(s)
 		return k.Standing().Writes - before
 	}
-	// A route, a neighbour and an FDB entry each, and the two sets in messages of 200.
+	// A route, a neighbour and an FDB entry per peer, and two sets filled 200 elements
+	// per message.
 	if got, want := written(many(t, peers, "198.19.200.1")), uint64(3*(peers-1)+2*peers/200); got != want {
-		t.Errorf("up to %d peers: %d changes, want %d", peers, got, want)
+		t.Errorf("growing to %d peers: %d changes, want %d", peers, got, want)
 	}
-	// One moves: its FDB entry, and its element of either set out and in.
+	// A peer's underlay address changes: one FDB entry is replaced, and one element
+	// of each set is deleted and added.
 	if got := written(many(t, peers, "198.19.200.2")); got != 5 {
-		t.Errorf("one of them moves: %d changes", got)
+		t.Errorf("one peer changes its address: %d changes, want 5", got)
 	}
 
 	var socket *nl.NetlinkSocket
@@ -101,18 +103,18 @@ func TestThousandPeers(t *testing.T) {
 	}
 	defer socket.Close()
 	if got := written(many(t, peers, "198.19.200.2")); got != 0 {
-		t.Errorf("nothing changed: %d changes", got)
+		t.Errorf("the same snapshot again: %d changes", got)
 	}
 	if err := socket.SetReceiveTimeout(&unix.Timeval{Usec: 200_000}); err != nil {
 		t.Fatal(err)
 	}
 	if messages, _, err := socket.Receive(); err == nil {
-		t.Errorf("nothing changed, and the kernel says %v", messages)
+		t.Errorf("the same snapshot again, and the kernel notified of %v", messages)
 	}
 }
 
-// BenchmarkApply is how long a node needs for 1,000 peers: all of them at once,
-// one that changes, and none.
+// BenchmarkApply measures an apply with 1,000 peers: all new, one changed, none
+// changed.
 func BenchmarkApply(b *testing.B) {
 	const peers = 1000
 	b.Run("all", func(b *testing.B) {

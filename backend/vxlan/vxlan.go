@@ -1,6 +1,7 @@
-// Package vxlan is the datapath of the kernel's own vxlan devices, set up on the
-// wire as flannel does: one device per address family, and for each peer a
-// neighbour, an FDB entry and a route.
+// Package vxlan plans the datapath of the kernel's vxlan devices, compatible with
+// flannel's: one device per address family, and a neighbour, an FDB entry and a
+// route per peer. It computes the wanted state only; backend.Kernel applies it,
+// and internal/host owns the kernel's state.
 package vxlan
 
 import (
@@ -13,7 +14,7 @@ import (
 	"culvert/subnet"
 )
 
-// DeviceName returns the name of the device that carries a family's packets.
+// DeviceName returns the name of the device for one family of pod addresses.
 func DeviceName(vni uint32, is4 bool) string {
 	if is4 {
 		return fmt.Sprintf("cvt.%d", vni)
@@ -21,13 +22,13 @@ func DeviceName(vni uint32, is4 bool) string {
 	return fmt.Sprintf("cvt6.%d", vni)
 }
 
-// Plan is what the kernel must be like. Of each peer:
+// Plan computes the wanted kernel state. For each peer:
 //
 //	bridge fdb add <VTEP MAC> dev cvt.1 dst <public address> self permanent
 //	ip neigh add <subnet.0> lladdr <VTEP MAC> nud permanent dev cvt.1
 //	ip route add <subnet> via <subnet.0> dev cvt.1 onlink
 //
-// or, with DirectRouting and the peer on the underlay's link, nothing but
+// or, with DirectRouting and the peer on the underlay's link, only
 //
 //	ip route add <subnet> via <public address> dev eth0
 func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
@@ -78,6 +79,7 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	return w, nil
 }
 
+// device returns the vxlan device for the address family of self.
 func device(n backend.Node, c subnet.BackendConfig, self subnet.Endpoint, v host.View, mtuOf func(is4 bool) (int, error)) (host.Link, error) {
 	is4 := self.Subnet.Addr().Is4()
 	local, err := n.Local(v, is4)

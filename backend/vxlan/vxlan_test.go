@@ -20,7 +20,7 @@ import (
 	"culvert/subnet"
 )
 
-var update = flag.Bool("update", false, "write the golden files anew")
+var update = flag.Bool("update", false, "rewrite the golden files")
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
@@ -29,7 +29,7 @@ var (
 	underlay6 = netip.MustParsePrefix("2001:db8:1::/64")
 )
 
-// config is a dual-stack network.
+// config returns a dual-stack network configuration.
 func config(t testing.TB, options string) subnet.Config {
 	t.Helper()
 	c, _, err := subnet.ParseConfig([]byte(`{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","IPv6SubnetLen":64,
@@ -40,8 +40,8 @@ func config(t testing.TB, options string) subnet.Config {
 	return c
 }
 
-// lease is the k-th node's: 10.5.k.0/24 and fd00:5:0:k::/64 at 192.0.2.k and
-// 2001:db8:1::k.
+// lease returns the k-th node's lease: 10.5.k.0/24 and fd00:5:0:k::/64 at 192.0.2.k
+// and 2001:db8:1::k.
 func lease(k int) subnet.Lease {
 	name := fmt.Sprintf("n%d", k)
 	return subnet.Lease{Node: name, Backend: "vxlan", Endpoints: []subnet.Endpoint{
@@ -69,7 +69,8 @@ func view() host.View {
 	return host.View{Underlay: u}
 }
 
-// sequence is what happens to a node: it starts, peers come, change, and go.
+// sequence returns the snapshots that a node sees: it starts alone, peers join,
+// change and leave.
 func sequence(t testing.TB) (names []string, snapshots []subnet.Snapshot) {
 	add := func(name string, c subnet.Config, peers ...subnet.Lease) {
 		names = append(names, name)
@@ -80,17 +81,17 @@ func sequence(t testing.TB) (names []string, snapshots []subnet.Snapshot) {
 	moved.Endpoints[0].Public = netip.MustParseAddr("192.0.2.22")
 	renamed.Endpoints[0].VTEP.MAC = subnet.MAC{2, 0, 0, 0, 0, 3}
 	add("alone", c)
-	add("two peers come", c, lease(2), lease(3))
-	add("one moves, the other's device is another", c, moved, renamed)
-	add("one goes", c, renamed)
+	add("two peers join", c, lease(2), lease(3))
+	add("one changes its underlay address, the other its VTEP MAC", c, moved, renamed)
+	add("one leaves", c, renamed)
 	add("other options", config(t, `,"GBP":true,"Port":4789`), renamed)
 	c = config(t, `,"GBP":true,"Port":4789,"MTU":1400`)
-	add("a smaller underlay", c, renamed)
+	add("a smaller MTU", c, renamed)
 	wide := lease(4)
 	wide.Endpoints[0].Subnet = netip.MustParsePrefix("10.5.4.0/23")
 	wide.Endpoints[1].Subnet = netip.MustParsePrefix("fd00:5:0:10::/60")
-	add("in its place one with larger subnets", c, wide)
-	add("it is back", c, renamed, wide)
+	add("replaced by a peer with larger subnets", c, wide)
+	add("the first peer is back", c, renamed, wide)
 	return names, snapshots
 }
 
@@ -103,8 +104,8 @@ func plan(t testing.TB, s subnet.Snapshot) host.State {
 	return w.State
 }
 
-// TestCommands compares what each step of the sequence changes with the commands
-// that a person would type.
+// TestCommands compares the changes of each step of the sequence, as shell
+// commands, with the golden file.
 func TestCommands(t *testing.T) {
 	names, snapshots := sequence(t)
 	var b strings.Builder
@@ -150,8 +151,8 @@ func apply(t testing.TB, n *lab.Node, s host.State) []string {
 	return host.Commands(done)
 }
 
-// TestKernelIsAsPlanned leads a real kernel through the sequence: what it is
-// told is what the plan alone foresees, and read back it has nothing to change.
+// TestKernelIsAsPlanned applies the sequence to the running kernel: the changes made
+// are those that the plans alone predict, and applying a step again changes nothing.
 func TestKernelIsAsPlanned(t *testing.T) {
 	n := newNode(t)
 	names, snapshots := sequence(t)
@@ -163,7 +164,7 @@ func TestKernelIsAsPlanned(t *testing.T) {
 		}
 		got := apply(t, n, after)
 		if want := host.Transition(before, after); !equal(got, want) {
-			t.Errorf("%s: done\n%s\nforeseen\n%s", name, strings.Join(got, "\n"), strings.Join(want, "\n"))
+			t.Errorf("%s: done\n%s\npredicted\n%s", name, strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
 		if again := apply(t, n, after); len(again) > 0 {
 			t.Errorf("%s, a second time: %q", name, again)
@@ -172,8 +173,8 @@ func TestKernelIsAsPlanned(t *testing.T) {
 	}
 }
 
-// equal compares commands, but for the settings that a new device has from the
-// start.
+// equal compares commands without sysctl and nft: a new device may already have
+// the settings.
 func equal(a, b []string) bool {
 	return strings.Join(lasting(a), "\n") == strings.Join(lasting(b), "\n")
 }
@@ -188,9 +189,10 @@ func lasting(commands []string) []string {
 	return all
 }
 
-// TestTypedByHand types the commands in one namespace, lets culvert do its work
-// in another, and finds the same in both. At the end the nftables table is
-// printed, read back by nft, and found to be as culvert wants it.
+// TestTypedByHand runs the commands with ip, bridge and nft in one namespace,
+// applies the same states with culvert in another, and compares what those programs
+// show. At the end it saves and restores the nftables table with nft, after which
+// culvert has nothing to change.
 func TestTypedByHand(t *testing.T) {
 	for _, program := range []string{"ip", "bridge", "nft", "sysctl"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -219,7 +221,7 @@ func TestTypedByHand(t *testing.T) {
 			want, err1 := run(t, byHand, show)
 			got, err2 := run(t, byCulvert, show)
 			if err1 != nil || err2 != nil || canonical(got) != canonical(want) {
-				t.Errorf("%s: %s shows\n%s\nand typed by hand\n%s\n(%v, %v)", names[i], show, canonical(got), canonical(want), err1, err2)
+				t.Errorf("%s: %s shows\n%s\nwith culvert, and\n%s\nwith the commands (%v, %v)", names[i], show, canonical(got), canonical(want), err1, err2)
 			}
 		}
 		before = after
@@ -234,24 +236,24 @@ func TestTypedByHand(t *testing.T) {
 		t.Fatal(err)
 	}
 	if out, err := run(t, byCulvert, "nft -f "+file); err != nil {
-		t.Fatalf("what nft printed it does not read: %v: %s\n%s", err, out, saved)
+		t.Fatalf("nft cannot read its own output: %v: %s\n%s", err, out, saved)
 	}
 	if changes := apply(t, byCulvert, before); len(changes) > 0 {
-		t.Errorf("saved and restored, there was to change: %q", changes)
+		t.Errorf("after saving and restoring the table culvert changed %q", changes)
 	}
 }
 
 func run(t *testing.T, n *lab.Node, command string) (string, error) {
 	words := strings.Fields(command)
-	if words[0] == "nft" && words[1] != "-f" { // it reads the rest itself
+	if words[0] == "nft" && words[1] != "-f" { // nft parses the rest itself: pass one argument
 		words = []string{"nft", strings.TrimPrefix(command, "nft ")}
 	}
 	out, err := n.Run(context.WithoutCancel(t.Context()), words[0], words[1:]...)
 	return string(out), err
 }
 
-// canonical leaves out what is not the same twice: indexes, comments, order of
-// entries, lifetimes.
+// canonical removes what differs between namespaces: interface indexes, rule
+// comments and the order of lines.
 func canonical(shown string) string {
 	var lines []string
 	for line := range strings.Lines(shown) {
