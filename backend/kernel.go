@@ -128,7 +128,7 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 				fast = k.options.FastPath.Passed()
 			}
 			passed, err := watch.Look(tunnels, waiting || slices.ContainsFunc(fast, func(p host.Passed) bool { return p.Sent }))
-			passed = together(passed, fast)
+			passed = mergePassed(passed, fast)
 			if err != nil && err.Error() != last { // for example while a device is recreated
 				last = err.Error()
 				k.options.Log.Debug("cannot read the peers' traffic counters", "error", err)
@@ -144,9 +144,9 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 	}, nil
 }
 
-// together merges two lists: a peer in both was sent to, or received from, if it
+// mergePassed merges two lists: a peer in both was sent to, or received from, if it
 // was in either. It appends to a and overwrites its entries.
-func together(a, b []host.Passed) []host.Passed {
+func mergePassed(a, b []host.Passed) []host.Passed {
 	at := make(map[host.Source]int, len(a))
 	for i, p := range a {
 		at[p.Source] = i

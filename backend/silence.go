@@ -22,17 +22,17 @@ import (
 // arrives.
 type Silence struct {
 	mu    sync.Mutex
-	peers map[way]*hearing
+	peers map[peerKey]*unanswered
 }
 
-// way identifies a peer: its subnet and its underlay address.
-type way struct {
+// peerKey identifies a peer: its subnet and its underlay address.
+type peerKey struct {
 	subnet netip.Prefix
 	public netip.Addr
 }
 
-// hearing is a peer that has not answered yet.
-type hearing struct {
+// unanswered is what is known of a peer that has not answered yet.
+type unanswered struct {
 	since time.Time // when the first packet was sent that no packet answered
 	last  time.Time // when the last packet was sent
 }
@@ -61,9 +61,9 @@ type Exchange struct {
 func (s *Silence) Observe(now time.Time, all []Exchange) (ask []netip.Prefix) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	peers := make(map[way]*hearing)
+	peers := make(map[peerKey]*unanswered)
 	for _, e := range all {
-		w := way{e.Subnet, e.Public}
+		w := peerKey{e.Subnet, e.Public}
 		h := s.peers[w]
 		switch {
 		case e.Received:
@@ -71,7 +71,7 @@ func (s *Silence) Observe(now time.Time, all []Exchange) (ask []netip.Prefix) {
 		case h == nil && !e.Sent:
 			continue
 		case h == nil:
-			h = &hearing{since: now}
+			h = &unanswered{since: now}
 		}
 		if e.Sent {
 			h.last = now
@@ -119,9 +119,9 @@ func (s *Silence) Peers() []api.SilentPeer {
 	return all
 }
 
-// silentNamed is the number of silent peers that get a warning each; one more
+// maxSilentWarnings is the number of silent peers that get a warning each; one more
 // warning counts the rest.
-const silentNamed = 10
+const maxSilentWarnings = 10
 
 // DescribeSilence adds the silent peers and warnings about them to a datapath's
 // status. Packets names the tunnel's packets, such as "UDP port 8472".
@@ -133,7 +133,7 @@ func DescribeSilence(d *api.Datapath, s *Silence, packets string) {
 			Text:  fmt.Sprintf("no packet has arrived from the peer at %s (%s) since %s, although this node sends to it", p.PublicIP, p.Subnet, p.Since.UTC().Format(time.RFC3339)),
 			Fix:   fmt.Sprintf("check that the peer is running, and that firewalls on both nodes and between them allow %s in both directions", packets),
 		}
-		if i == silentNamed {
+		if i == maxSilentWarnings {
 			w.Text = fmt.Sprintf("no packet has arrived from %d more peers that this node sends to", len(d.SilentPeers)-i)
 			d.Warnings = append(d.Warnings, w)
 			break
