@@ -42,7 +42,7 @@ check: build
 	$(TOOL) staticcheck -tags "system kubernetes" ./...
 	$(GO) mod tidy -diff
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -race -short $$($(GO) list ./... | grep -v '^culvert/test$$')
-	$(GO) test -run 'Imports|PackagesSay' ./test
+	$(GO) test -run 'Imports|PackagesSay|EveryDropReason' ./test
 
 .PHONY: test
 ## test: all tests that need only Go, git and make, and a moment of fuzzing

@@ -62,11 +62,25 @@ func TestErrnoTables(t *testing.T) {
 			}
 		}
 	}
-	for errno, want := range map[unix.Errno]Reason{
-		unix.ENOBUFS: EgressNoBuffers, unix.EAGAIN: EgressFull, unix.EMSGSIZE: EgressTooBig, unix.ENETUNREACH: EgressUnreachable, unix.EPERM: EgressDenied,
+	for _, c := range []struct {
+		name  string
+		table outcomes
+		want  map[unix.Errno]Reason
+	}{
+		{"send", socketSend, map[unix.Errno]Reason{
+			unix.ENOBUFS: EgressNoBuffers, unix.EAGAIN: EgressFull, unix.EMSGSIZE: EgressTooBig, unix.ENETUNREACH: EgressUnreachable,
+			unix.EPERM: EgressDenied, unix.EINVAL: EgressSend, unix.Errno(4095): EgressSend,
+		}},
+		{"device write", deviceWrite, map[unix.Errno]Reason{
+			unix.EIO: IngressDown, unix.ENOBUFS: IngressNoBuffers, unix.ENOMEM: IngressNoBuffers, unix.EAGAIN: IngressWrite,
+			unix.EINVAL: IngressWrite, unix.Errno(4095): IngressWrite,
+		}},
+		{"receive", socketReceive, map[unix.Errno]Reason{unix.EINVAL: IngressUncut}},
 	} {
-		if got := socketSend.of(errno).reason; got != want {
-			t.Errorf("what is not sent for %v counts as %s", errno, got)
+		for errno, want := range c.want {
+			if got := c.table.of(errno).reason; got != want {
+				t.Errorf("%s: a packet lost to %v counts as %s, want %s", c.name, errno, got, want)
+			}
 		}
 	}
 }

@@ -5,14 +5,19 @@ package test
 import (
 	"encoding/json"
 	"errors"
+	"go/ast"
 	"go/parser"
 	"go/token"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
+
+	"culvert/encap"
 )
 
 // allowed says what each package of culvert may import of culvert. A package
@@ -147,4 +152,42 @@ func contains(all []string, s string) bool {
 		}
 	}
 	return false
+}
+
+// TestEveryDropReasonHasATest: a reason that no test names is a promise that
+// nobody holds.
+func TestEveryDropReasonHasATest(t *testing.T) {
+	file, err := parser.ParseFile(token.NewFileSet(), filepath.Join("..", "encap", "reason.go"), nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var idents []string // in the order of encap.Reasons, Accepted first
+	ast.Inspect(file, func(n ast.Node) bool {
+		if spec, ok := n.(*ast.ValueSpec); ok && spec.Names[0].IsExported() {
+			idents = append(idents, spec.Names[0].Name)
+		}
+		return true
+	})
+	reasons := encap.Reasons()
+	if len(idents) != len(reasons)+1 || idents[0] != "Accepted" {
+		t.Fatalf("%d reasons, and the constants %v", len(reasons), idents)
+	}
+	var tests []byte
+	err = filepath.WalkDir("..", func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		tests = append(tests, text...)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, r := range reasons {
+		named := regexp.MustCompile(`\b` + idents[i+1] + `\b|[^a-z-]` + r.String() + `[^a-z-]`)
+		if !named.Match(tests) {
+			t.Errorf("no test names %s (%s)", idents[i+1], r)
+		}
+	}
 }
