@@ -24,7 +24,7 @@ import (
 type Backend interface {
 	// Apply makes the datapath match the snapshot. It is idempotent: applying
 	// the same snapshot again changes nothing. After an error the datapath may
-	// be partly updated, and peers that were not touched still work.
+	// be only partly updated.
 	Apply(ctx context.Context, s subnet.Snapshot) error
 	// Run forwards packets, if userspace does, and repairs what other programs
 	// change. It returns nil when ctx ends, or an error when the datapath can

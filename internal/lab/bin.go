@@ -8,13 +8,13 @@ import (
 	"strings"
 )
 
-// binaryFiles are what has to be in the directory of culvert's programs for a
-// pod to be made.
+// binaryFiles are the programs that AddPod needs, relative to the directory of
+// culvert's programs.
 var binaryFiles = []string{"culvert-cni", "cni/bridge", "cni/host-local"}
 
 // FindBin returns the directory of culvert's programs: $CULVERT_BIN, else the
-// one of the running program, else bin/ of the source tree that the working
-// directory is in, as tests have it.
+// running program's directory, else bin/ of the source tree that the working
+// directory is in, which is the case in tests.
 func FindBin() (string, error) {
 	if dir := os.Getenv("CULVERT_BIN"); dir != "" {
 		if dir, err := filepath.Abs(dir); err == nil {
@@ -28,7 +28,7 @@ func FindBin() (string, error) {
 	}
 	root, err := moduleRoot()
 	if err != nil {
-		return "", fmt.Errorf("looking for culvert's programs: %w (CULVERT_BIN names their directory)", err)
+		return "", fmt.Errorf("looking for culvert's programs: %w (set CULVERT_BIN to their directory)", err)
 	}
 	dir := filepath.Join(root, "bin")
 	return dir, checkBin(dir)
@@ -37,7 +37,7 @@ func FindBin() (string, error) {
 func checkBin(dir string) error {
 	for _, name := range binaryFiles {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
-			return fmt.Errorf("%s is not there: run make first", filepath.Join(dir, name))
+			return fmt.Errorf("%s does not exist: run make first", filepath.Join(dir, name))
 		}
 	}
 	return nil

@@ -1,8 +1,9 @@
-// Package lab makes nodes and pods out of network namespaces, for the demo,
-// the benchmarks and the tests. Nothing is made in the namespace of the host:
+// Package lab creates nodes and pods in network namespaces, for the demo, the
+// benchmarks and the tests. It starts programs in them but knows nothing of their
+// configuration, and it creates nothing in the host's own network namespace:
 //
 //	<id>-fabric                       the network between the nodes
-//	   underlay (bridge)  .254        the store listens here; default gateway
+//	   underlay (bridge)  .254        default gateway; the store listens here
 //	    |          |
 //	   n1         n2      (veth)
 //	    |          |
@@ -13,7 +14,7 @@
 //	   eth0       eth0
 //	<id>-n1-p1   <id>-n2-p1           a pod
 //
-// Namespaces are bound under /run/netns, so `ip netns exec` works. What a lab
-// consists of is written down in Root/<id>, with the process that owns it, so
-// that Sweep can remove what a killed owner left.
+// Namespaces are bind-mounted in /run/netns, so `ip netns exec` works. The package
+// owns Root (/run/culvert-lab): Root/<id> records a lab's owner and processes, so
+// that Sweep can remove the labs of owners that were killed.
 package lab

@@ -12,34 +12,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Underlay is the way in which the nodes of a lab are joined.
+// Underlay is how the nodes of a lab are connected.
 type Underlay string
 
 const (
-	// Bridged joins any number of nodes by a bridge in the fabric namespace.
+	// Bridged connects any number of nodes by a bridge in the fabric namespace.
 	Bridged Underlay = "bridge"
-	// Direct joins two nodes by one veth pair, without a bridge between them,
-	// for measurements. A second, bridged link, ctl0, leads to the fabric.
+	// Direct connects two nodes by one veth pair without a bridge, for
+	// measurements. A second, bridged link, ctl0, leads to the fabric.
 	Direct Underlay = "direct"
 )
 
-// Options say what a lab is made of. The zero value is one node on a bridge.
+// Options describe a lab. The zero value is one node on a bridge.
 type Options struct {
 	Nodes    int      // 1 if zero
-	Underlay Underlay // Bridged if empty; Direct wants exactly two nodes
+	Underlay Underlay // Bridged if empty; Direct requires exactly two nodes
 	// Prefixes are the underlay's networks, at most one of each family. Node k
-	// has the k-th address and the fabric the last but one. If empty:
-	// 198.18.0.0/24 (RFC 2544, for benchmarks between networks).
+	// gets the k-th address, the fabric the last but one. If empty:
+	// 198.18.0.0/24 (RFC 2544, reserved for benchmarks).
 	Prefixes []netip.Prefix
 	MTU      int    // of the underlay's links in bytes; 1500 if zero
 	Link     string // name of a node's underlay link; "eth0" if empty
 	// Bin is the directory of culvert's programs, with the CNI plugins in its
-	// subdirectory cni. If empty, FindBin looks for it when it is needed.
+	// subdirectory cni. If empty, FindBin is called when a pod is added.
 	Bin string
-	// Conflist makes the CNI network configuration list of a node. If nil:
+	// Conflist returns a node's CNI network configuration list. If nil:
 	// DefaultConflist.
 	Conflist func(*Node) ([]byte, error)
-	// Keep lets the processes outlive this one; Lab.Keep then keeps the lab.
+	// Keep lets the processes outlive this one. The lab itself is only kept
+	// after Lab.Keep.
 	Keep bool
 }
 
@@ -48,10 +49,10 @@ var defaultPrefix = netip.MustParsePrefix("198.18.0.0/24")
 // controlPrefix is the network of the links ctl0 in a direct underlay.
 var controlPrefix = netip.MustParsePrefix("198.19.0.0/24")
 
-// Lab is a set of nodes and what joins them.
+// Lab is a set of nodes and the network between them.
 type Lab struct {
-	ID     string // also how `culvert demo --remove` names it
-	Dir    string // Root/<ID>: logs, records, the nodes' directories
+	ID     string // the argument of `culvert demo --remove`
+	Dir    string // Root/<ID>: logs, process records, the nodes' directories
 	Fabric *Namespace
 	// FabricAddrs are the fabric's addresses, reachable from every node: on
 	// the underlay if it is bridged, else on the control links.
@@ -61,7 +62,7 @@ type Lab struct {
 	options   Options
 	mu        sync.Mutex
 	processes []*Process
-	extra     []*Namespace // pods and others, beside the fabric and the nodes
+	extra     []*Namespace // all but the fabric and the nodes, such as pods
 	closed    bool
 }
 
@@ -72,17 +73,17 @@ type Node struct {
 	Link  string       // the underlay link's name
 	Addrs []netip.Addr // on the underlay, in the order of Options.Prefixes
 
-	// RunDir is for a daemon's --run-dir; its subnet.env is what the pods are
-	// made by. StateDir is for the CNI plugins' state.
+	// RunDir is the daemon's --run-dir, in which the CNI plugin finds subnet.env.
+	// StateDir holds the CNI plugins' state.
 	RunDir, StateDir string
 }
 
-// SubnetFile is the node's subnet.env.
+// SubnetFile returns the path of the node's subnet.env.
 func (n *Node) SubnetFile() string { return filepath.Join(n.RunDir, "subnet.env") }
 
-// New makes a lab: namespaces, links, addresses, a default route by the
-// fabric. The process needs root, or EnterUserNamespace. On error nothing is
-// left.
+// New creates a lab: namespaces, links, addresses, and default routes via the
+// fabric. The process must be root, if need be by EnterUserNamespace. On error
+// nothing is left behind.
 func New(o Options) (*Lab, error) {
 	if o.Nodes == 0 {
 		o.Nodes = 1
@@ -103,15 +104,15 @@ func New(o Options) (*Lab, error) {
 		o.Conflist = DefaultConflist
 	}
 	if err := o.validate(); err != nil {
-		return nil, fmt.Errorf("making a lab: %w", err)
+		return nil, fmt.Errorf("creating a lab: %w", err)
 	}
 	id, err := register()
 	if err != nil {
-		return nil, fmt.Errorf("making a lab: %w", err)
+		return nil, fmt.Errorf("creating a lab: %w", err)
 	}
 	l := &Lab{ID: id, Dir: filepath.Join(Root, id), options: o}
 	if err := l.build(); err != nil {
-		return nil, errors.Join(fmt.Errorf("making lab %s: %w", id, err), l.Close())
+		return nil, errors.Join(fmt.Errorf("creating lab %s: %w", id, err), l.Close())
 	}
 	return l, nil
 }
@@ -119,18 +120,18 @@ func New(o Options) (*Lab, error) {
 func (o Options) validate() error {
 	switch {
 	case o.Nodes < 1:
-		return fmt.Errorf("%d nodes", o.Nodes)
+		return fmt.Errorf("%d nodes: at least one is needed", o.Nodes)
 	case o.Underlay != Bridged && o.Underlay != Direct:
 		return fmt.Errorf("underlay %q is neither %q nor %q", o.Underlay, Bridged, Direct)
 	case o.Underlay == Direct && o.Nodes != 2:
-		return fmt.Errorf("a direct underlay joins two nodes, not %d", o.Nodes)
+		return fmt.Errorf("a direct underlay connects two nodes, not %d", o.Nodes)
 	case len(o.Prefixes) > 2 || len(o.Prefixes) == 2 && o.Prefixes[0].Addr().Is4() == o.Prefixes[1].Addr().Is4():
 		return fmt.Errorf("underlay networks %v: at most one of each address family", o.Prefixes)
 	case len(o.Link) > 15:
 		return fmt.Errorf("%q is too long for a link's name", o.Link)
 	}
 	for _, p := range o.Prefixes {
-		// The network, the broadcast and the fabric's own address.
+		// Three addresses are taken: network, broadcast and the fabric's.
 		if host := p.Addr().BitLen() - p.Bits(); host < 31 && o.Nodes > 1<<host-3 {
 			return fmt.Errorf("%d nodes do not fit in %s", o.Nodes, p)
 		}
@@ -167,9 +168,8 @@ func (l *Lab) build() error {
 	return l.join()
 }
 
-// Close removes the lab: the nodes' processes are stopped, then the fabric's,
-// then namespaces and files go. Closing twice is no error. A lab that is to
-// be kept is not closed.
+// Close stops the nodes' processes, then the fabric's, and removes the namespaces
+// and files. Closing twice is not an error. Do not close a lab after Keep.
 func (l *Lab) Close() error {
 	l.mu.Lock()
 	if l.closed {
@@ -203,16 +203,17 @@ func (l *Lab) namespaces() []*Namespace {
 	return all
 }
 
-// Processes returns what was started, oldest first, ended or not.
+// Processes returns all processes that were started, oldest first, including those
+// that have exited.
 func (l *Lab) Processes() []*Process {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return append([]*Process(nil), l.processes...)
 }
 
-// Privileged says whether this process may make namespaces, network devices in
-// them, and their names: CAP_SYS_ADMIN and CAP_NET_ADMIN, and a /run that it may
-// write to (in somebody's user namespace it may not).
+// Privileged reports whether this process may create named network namespaces and
+// devices in them: it has CAP_SYS_ADMIN and CAP_NET_ADMIN, and may write to /run,
+// which in another program's user namespace it may not.
 func Privileged() bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

@@ -26,8 +26,8 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// victimEnv makes the test binary a process that makes a lab and waits to be
-// killed.
+// victimEnv makes the test binary a process that creates a lab and waits to be
+// killed; with the value "keep" it keeps the lab and exits.
 const victimEnv = "CULVERT_LAB_TEST_VICTIM"
 
 func TestMain(m *testing.M) {
@@ -71,21 +71,21 @@ func bindMounts(t *testing.T, id string) string {
 	return strings.Join(found, "")
 }
 
-// gone fails the test if anything of the lab is still there.
+// gone fails the test if any part of the lab still exists.
 func gone(t *testing.T, id string) {
 	t.Helper()
 	if _, err := os.Stat(filepath.Join(lab.Root, id)); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the directory of %s is left: %v", id, err)
+		t.Errorf("the directory of %s still exists: %v", id, err)
 	}
 	if left, _ := filepath.Glob("/run/netns/" + id + "*"); len(left) > 0 {
-		t.Errorf("namespaces are left: %v", left)
+		t.Errorf("namespaces still exist: %v", left)
 	}
 	if left := bindMounts(t, id); left != "" {
-		t.Errorf("mounts are left:\n%s", left)
+		t.Errorf("mounts still exist:\n%s", left)
 	}
 }
 
-// dead says whether a process has ended, be it not yet waited for by init.
+// dead reports whether a process has exited; a zombie counts as dead.
 func dead(pid int) bool {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	return err != nil || strings.Contains(string(text), ") Z ")
@@ -102,7 +102,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Fatalf("not within 5 s: %s", what)
 }
 
-// echo answers every TCP connection by what it gets, until the test ends.
+// echo serves TCP and sends back what it receives, until the test ends.
 func echo(t *testing.T, ns *lab.Namespace, address string) net.Addr {
 	t.Helper()
 	l, err := ns.Listen(t.Context(), "tcp", address)
@@ -125,8 +125,8 @@ func echo(t *testing.T, ns *lab.Namespace, address string) net.Addr {
 	return l.Addr()
 }
 
-// exchange sends size random bytes to an echo and compares what comes back.
-// It returns the address that it was sent from.
+// exchange sends size random bytes to an echo server and checks that the same come
+// back. It returns the connection's source address.
 func exchange(t *testing.T, from *lab.Namespace, to string, size int) netip.Addr {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
@@ -148,7 +148,7 @@ func exchange(t *testing.T, from *lab.Namespace, to string, size int) netip.Addr
 		t.Fatalf("from %s to %s: %v", from.Name, to, err)
 	}
 	if sha256.Sum256(got) != sha256.Sum256(sent) {
-		t.Fatalf("from %s to %s: %d bytes came back other than the %d sent", from.Name, to, len(got), size)
+		t.Fatalf("from %s to %s: the %d bytes that came back differ from the %d sent", from.Name, to, len(got), size)
 	}
 	return netip.MustParseAddrPort(c.LocalAddr().String()).Addr()
 }
@@ -208,14 +208,15 @@ func TestOptionsThatMakeNoLab(t *testing.T) {
 		{Link: "a-link-with-a-long-name"},
 	} {
 		if l, err := lab.New(o); err == nil {
-			t.Errorf("%+v made a lab", o)
+			t.Errorf("New accepted %+v", o)
 			_ = l.Close()
 		}
 	}
 }
 
-// Three nodes of kernel devices only, and two pods on each, made by the real
-// plugins from hand-written subnet.env files:
+// TestPodsAcrossHandmadeVXLAN has three nodes with kernel vxlan devices and no
+// daemon, and two pods on each, added by the real plugins from subnet.env files that
+// the test writes:
 //
 //	n1 10.42.1.0/24 -- vxlan -- n2 10.42.2.0/24 -- vxlan -- n3 10.42.3.0/24
 func TestPodsAcrossHandmadeVXLAN(t *testing.T) {
@@ -331,7 +332,7 @@ func TestProcesses(t *testing.T) {
 	}
 	var exit *exec.ExitError
 	if !errors.As(polite.Err(), &exit) || exit.ExitCode() != 3 || polite.Tail(1) != "bye" {
-		t.Errorf("stopped politely it ended with %v after %q", polite.Err(), polite.Tail(1))
+		t.Errorf("after SIGTERM it exited with %v and last printed %q", polite.Err(), polite.Tail(1))
 	}
 	if err := polite.Stop(); err != nil {
 		t.Errorf("stopping it again: %v", err)
@@ -347,8 +348,8 @@ func TestProcesses(t *testing.T) {
 		t.Errorf("killing: %v", err)
 	}
 
-	// A child that outlives its parent and ignores SIGTERM's cause is found by
-	// its namespace.
+	// A child that left its parent's session and outlives it has no record: Close
+	// finds it by its namespace.
 	orphan := sh("orphan", "setsid sleep 600 & echo child $!; wait")
 	child, err := orphan.WaitLine(t.Context(), "child ")
 	if err != nil {
@@ -373,7 +374,8 @@ func TestProcesses(t *testing.T) {
 	goleak.VerifyNone(t, goleak.IgnoreCurrent())
 }
 
-// start runs the test binary as a victim and returns what it made.
+// start runs the test binary as a victim and returns its lab's ID and the PID of the
+// lab's process.
 func start(t *testing.T, mode string) (cmd *exec.Cmd, id string, pid int) {
 	t.Helper()
 	cmd = exec.Command(os.Args[0])
@@ -390,7 +392,7 @@ func start(t *testing.T, mode string) (cmd *exec.Cmd, id string, pid int) {
 		t.Fatal(err)
 	}
 	if n, err := fmt.Sscanf(line, "lab %s %d", &id, &pid); n != 2 {
-		t.Fatalf("the victim said %q: %v", line, err)
+		t.Fatalf("the victim printed %q: %v", line, err)
 	}
 	return cmd, id, pid
 }
@@ -400,7 +402,7 @@ func TestSweepRemovesWhatAKilledOwnerLeft(t *testing.T) {
 	mine := labtest.New(t, lab.Options{})
 	cmd, id, pid := start(t, "kill")
 
-	// While its owner runs, a lab is nobody else's.
+	// While its owner runs, other processes cannot remove a lab.
 	if swept, err := lab.Sweep(); err != nil || bytes.Contains([]byte(strings.Join(swept, " ")), []byte(id)) {
 		t.Errorf("swept %v, with an owner alive: %v", swept, err)
 	}
@@ -414,14 +416,14 @@ func TestSweepRemovesWhatAKilledOwnerLeft(t *testing.T) {
 	_ = cmd.Wait()
 	eventually(t, "the kernel killed the lab's process with its owner", func() bool { return dead(pid) })
 	if bindMounts(t, id) == "" {
-		t.Error("the killed owner left no namespaces: the test tests nothing")
+		t.Error("the killed owner left no namespaces: this test has nothing to sweep")
 	}
 	if _, err := lab.Sweep(); err != nil {
 		t.Error(err)
 	}
 	gone(t, id)
 	if _, err := os.Stat(mine.Dir); err != nil {
-		t.Errorf("the lab of a living owner was swept too: %v", err)
+		t.Errorf("the lab of a running owner was swept too: %v", err)
 	}
 }
 
@@ -473,10 +475,10 @@ func TestProbes(t *testing.T) {
 		}
 	}
 
-	// Nobody there: within the time, and saying so.
+	// Without a responder the probes fail, within their timeouts.
 	nobody := netip.MustParseAddr("198.18.0.77")
 	if _, _, err := from.AskReflector(t.Context(), netip.AddrPortFrom(l.Nodes[1].Addrs[0], 7001)); err == nil {
-		t.Error("nobody reflected")
+		t.Error("AskReflector succeeded without a reflector")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()

@@ -18,21 +18,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// netnsDir is where iproute2 keeps named network namespaces.
+// netnsDir is where iproute2 mounts named network namespaces.
 const netnsDir = "/run/netns"
 
 // Namespace is a named network namespace of a lab. Its methods are safe for
 // concurrent use.
 type Namespace struct {
 	Name string // as `ip netns` shows it
-	Path string // the file that it is bound to
+	Path string // the file that it is bind-mounted on
 
 	lab    *Lab
 	mu     sync.Mutex
-	keeper *keeper // made by the first Start
+	keeper *keeper // started by the first Start
 }
 
-// newNamespace makes a named namespace with lo up.
+// newNamespace creates a named namespace with lo up.
 func newNamespace(l *Lab, name string) (*Namespace, error) {
 	ns := &Namespace{Name: name, Path: filepath.Join(netnsDir, name), lab: l}
 	made := make(chan error, 1)
@@ -58,7 +58,7 @@ func newNamespace(l *Lab, name string) (*Namespace, error) {
 		}()
 	}()
 	if err := <-made; err != nil {
-		return nil, fmt.Errorf("making network namespace %s: %w", name, err)
+		return nil, fmt.Errorf("creating network namespace %s: %w", name, err)
 	}
 	err := ns.Do(func() error {
 		lo, err := netlink.LinkByName("lo")
@@ -67,8 +67,9 @@ func newNamespace(l *Lab, name string) (*Namespace, error) {
 		}
 		return netlink.LinkSetUp(lo)
 	})
-	// Addresses of a lab are known to be unique, and a new namespace takes
-	// its forwarding switch from the host's: start the same everywhere.
+	// A lab's addresses are unique, so duplicate address detection would only
+	// delay them. A new namespace may inherit settings from the host's: set them,
+	// so that every lab starts the same.
 	for _, s := range [][2]string{
 		{"net/ipv4/ip_forward", "0"},
 		{"net/ipv6/conf/all/forwarding", "0"},
@@ -90,8 +91,8 @@ func newNamespace(l *Lab, name string) (*Namespace, error) {
 	return ns, nil
 }
 
-// AddNamespace makes a namespace of the lab that is joined to nothing; its name
-// is the lab's and the given one. Close removes it, or Delete.
+// AddNamespace creates a namespace named <lab's ID>-<name> without links. Delete or
+// Lab.Close removes it.
 func (l *Lab) AddNamespace(name string) (*Namespace, error) {
 	ns, err := newNamespace(l, l.ID+"-"+name)
 	if err != nil {
@@ -116,19 +117,19 @@ func (n *Namespace) Delete() error {
 	return nil
 }
 
-// deleteNamespace removes the name. The kernel ends the namespace when the
-// last process and socket in it are gone. A name that is not there is no error.
+// deleteNamespace unmounts and removes the name. The kernel destroys the namespace
+// when its last process and socket are gone. A missing name is not an error.
 func deleteNamespace(name string) error {
 	path := filepath.Join(netnsDir, name)
 	for {
 		err := unix.Unmount(path, unix.MNT_DETACH)
 		if err == nil {
-			continue // bound more than once
+			continue // it may be mounted more than once
 		}
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
 			break
 		}
-		return fmt.Errorf("unbinding network namespace %s: %w", name, err)
+		return fmt.Errorf("unmounting network namespace %s: %w", name, err)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("removing network namespace %s: %w", name, err)
@@ -136,11 +137,10 @@ func deleteNamespace(name string) error {
 	return nil
 }
 
-// Do calls fn on an operating system thread that is inside the namespace, and
-// returns its error. What fn opens there (sockets, netlink, /proc/sys/net) and
-// starts there (processes) belongs to the namespace and stays usable after
-// Do; goroutines that fn starts do not. fn must not end its goroutine, so no
-// testing.T.FailNow.
+// Do calls fn on an operating system thread inside the namespace, and returns its
+// error. Sockets and files of /proc/sys/net that fn opens and processes that it
+// starts belong to the namespace and stay usable after Do; goroutines that fn
+// starts run outside it. fn must not exit its goroutine, as testing.T.FailNow does.
 func (n *Namespace) Do(fn func() error) error {
 	target, err := netns.GetFromPath(n.Path)
 	if err != nil {
@@ -154,7 +154,7 @@ func (n *Namespace) Do(fn func() error) error {
 		var err error
 		defer func() {
 			if !returned && err == nil {
-				err = errors.New("the function ended its goroutine")
+				err = errors.New("the function exited its goroutine")
 			}
 			result <- err
 		}()
@@ -175,7 +175,7 @@ func (n *Namespace) Do(fn func() error) error {
 		if netns.Set(home) == nil {
 			runtime.UnlockOSThread()
 		}
-		// Else the goroutine ends locked, and Go ends the thread with it.
+		// Else the goroutine exits while locked, and Go ends the thread.
 	}()
 	return <-result
 }
@@ -200,14 +200,13 @@ func (n *Namespace) Sysctl(key string) (string, error) {
 	return strings.TrimSpace(string(text)), err
 }
 
-// Dial connects from inside the namespace. The address must be literal: a
-// name would be resolved by other threads. The caller owns the connection.
+// Dial connects from inside the namespace. The address must be an IP address: a
+// name would be resolved on threads outside it. The caller owns the connection.
 func (n *Namespace) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	return n.DialWith(ctx, net.Dialer{}, network, address)
 }
 
-// DialWith is Dial with settings, such as a Control function or a local
-// address.
+// DialWith is Dial with a Dialer's settings, such as Control or LocalAddr.
 func (n *Namespace) DialWith(ctx context.Context, d net.Dialer, network, address string) (net.Conn, error) {
 	if err := literal(address); err != nil {
 		return nil, err
@@ -247,7 +246,7 @@ func (n *Namespace) ListenPacket(ctx context.Context, network, address string) (
 	return c, err
 }
 
-// literal refuses an address whose host is a name.
+// literal returns an error if the address has a host name.
 func literal(address string) error {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
@@ -257,20 +256,20 @@ func literal(address string) error {
 		host = host[:i]
 	}
 	if host != "" && net.ParseIP(host) == nil {
-		return fmt.Errorf("%q is a name, and an address is needed", host)
+		return fmt.Errorf("%q is a name, not an IP address", host)
 	}
 	return nil
 }
 
-// keeper is a thread that stays inside a namespace. Processes are started from
-// it, since the kernel sends the parent-death signal when the thread that
-// started them ends, not the process.
+// keeper is a thread that stays inside a namespace and starts its processes: the
+// kernel sends the parent-death signal when the thread that started them exits,
+// not when the process does.
 type keeper struct {
 	work chan func()
 	done chan struct{}
 }
 
-// onKeeper starts the namespace's keeper if it has none, and runs fn on it.
+// onKeeper runs fn on the namespace's keeper, which it starts if there is none.
 func (n *Namespace) onKeeper(fn func()) error {
 	n.mu.Lock()
 	if n.keeper == nil {
@@ -306,8 +305,8 @@ func (n *Namespace) onKeeper(fn func()) error {
 	return nil
 }
 
-// endKeeper ends the thread. Processes that it started with a parent-death
-// signal get it now, so they are stopped before.
+// endKeeper ends the thread. The kernel then kills the remaining processes that it
+// started with a parent-death signal, so stop them first.
 func (n *Namespace) endKeeper() {
 	n.mu.Lock()
 	k := n.keeper

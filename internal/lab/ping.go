@@ -17,8 +17,8 @@ import (
 )
 
 // Ping sends ICMP echo requests from inside the namespace, one every 200 ms,
-// until one is answered or ctx ends, and returns the round-trip time. The
-// source may be the zero Addr.
+// until one is answered or ctx ends, and returns the round-trip time. If source is
+// the zero Addr, the kernel chooses it.
 func (n *Namespace) Ping(ctx context.Context, source, destination netip.Addr) (time.Duration, error) {
 	network, local, protocol := "ip4:icmp", "0.0.0.0", 1
 	var request, reply icmp.Type = ipv4.ICMPTypeEcho, ipv4.ICMPTypeEchoReply
@@ -63,7 +63,7 @@ func (n *Namespace) Ping(ctx context.Context, source, destination netip.Addr) (t
 			return 0, fmt.Errorf("pinging %s from %s: no answer to %d requests: %w", destination, n.Name, seq, ctx.Err())
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
-			// Such as "network is unreachable", which may pass.
+			// An error such as "network is unreachable" may be transient.
 			select {
 			case <-ctx.Done():
 				return 0, fmt.Errorf("pinging %s from %s: %w", destination, n.Name, err)
@@ -73,7 +73,7 @@ func (n *Namespace) Ping(ctx context.Context, source, destination netip.Addr) (t
 	}
 }
 
-// awaitEcho reads until the answer to the request comes.
+// awaitEcho reads packets until the reply to the request arrives.
 func awaitEcho(c net.PacketConn, protocol int, reply icmp.Type, id int, data []byte, from netip.Addr) error {
 	b := make([]byte, 1500)
 	for {

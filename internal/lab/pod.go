@@ -22,12 +22,12 @@ type Pod struct {
 	ID     string // "n1-p1"
 	Node   *Node
 	IfName string // the pod's interface
-	// Addrs are the addresses that the plugins gave, IPv4 first.
+	// Addrs are the addresses that the plugins assigned, IPv4 first.
 	Addrs []netip.Addr
 }
 
-// DefaultConflist returns the network configuration list that flannel's users
-// have (kube-flannel.yml), less portmap, with the files of the node.
+// DefaultConflist returns the network configuration list of flannel's manifest
+// (kube-flannel.yml) without portmap, with the node's file paths.
 func DefaultConflist(n *Node) ([]byte, error) {
 	return json.MarshalIndent(map[string]any{
 		"name":       "culvert",
@@ -42,7 +42,7 @@ func DefaultConflist(n *Node) ([]byte, error) {
 	}, "", "  ")
 }
 
-// cniRuntime is what executes the node's plugins, as a container runtime does.
+// cniRuntime executes the node's plugins as a container runtime does.
 type cniRuntime struct {
 	cni  *libcni.CNIConfig
 	list *libcni.NetworkConfigList
@@ -78,8 +78,7 @@ func (n *Node) runtime() (cniRuntime, error) {
 	}, nil
 }
 
-// CNI calls fn with libcni inside the node's namespace, for the verbs that
-// concern no pod or more than one.
+// CNI calls fn with libcni inside the node's namespace.
 func (n *Node) CNI(fn func(*libcni.CNIConfig, *libcni.NetworkConfigList) error) error {
 	r, err := n.runtime()
 	if err != nil {
@@ -89,8 +88,8 @@ func (n *Node) CNI(fn func(*libcni.CNIConfig, *libcni.NetworkConfigList) error) 
 	return n.Do(func() error { return fn(r.cni, r.list) })
 }
 
-// AddPod makes a pod: a namespace, attached by executing the node's CNI
-// plugins. The name is unique among the node's pods.
+// AddPod creates a namespace and attaches it by executing the node's CNI plugins.
+// The name must be unique among the node's pods.
 func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
 	id := n.ID + "-" + name
 	ns, err := n.lab.AddNamespace(id)
@@ -110,22 +109,21 @@ func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
 		for _, ip := range r.IPs {
 			a, ok := netip.AddrFromSlice(ip.Address.IP)
 			if !ok {
-				return fmt.Errorf("the plugins gave the address %v", ip.Address)
+				return fmt.Errorf("the plugins returned the invalid address %v", ip.Address)
 			}
 			p.Addrs = append(p.Addrs, a.Unmap())
 		}
 		return nil
 	})
 	if err != nil {
-		// As a runtime does after a failed ADD.
+		// A runtime calls DEL after a failed ADD.
 		return nil, fmt.Errorf("adding pod %s: %w", id, errors.Join(err, p.Delete(ctx)))
 	}
 	slices.SortStableFunc(p.Addrs, func(a, b netip.Addr) int { return a.BitLen() - b.BitLen() })
 	return p, nil
 }
 
-// Addr returns the pod's address of the given family; the zero Addr if it has
-// none.
+// Addr returns the pod's address of the given family, or the zero Addr.
 func (p *Pod) Addr(is4 bool) netip.Addr {
 	for _, a := range p.Addrs {
 		if a.Is4() == is4 {
@@ -135,15 +133,15 @@ func (p *Pod) Addr(is4 bool) netip.Addr {
 	return netip.Addr{}
 }
 
-// Check asks the plugins whether the pod is attached as it should be.
+// Check executes the plugins' CHECK for the pod.
 func (p *Pod) Check(ctx context.Context) error {
 	return p.Node.CNI(func(cni *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
 		return cni.CheckNetworkList(ctx, list, p.runtimeConf())
 	})
 }
 
-// Detach executes the plugins' DEL and leaves the namespace. Doing it twice is
-// no error.
+// Detach executes the plugins' DEL and keeps the namespace. Detaching twice is not
+// an error.
 func (p *Pod) Detach(ctx context.Context) error {
 	return p.Node.CNI(func(cni *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
 		return cni.DelNetworkList(ctx, list, p.runtimeConf())

@@ -14,9 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ServeReflector answers every UDP datagram to the address with the source
-// address that it came from, as text: what a far end sees. It serves until the
-// returned socket is closed, which is the caller's to do.
+// ServeReflector answers every UDP datagram to the address with the datagram's
+// source address as text. It serves until the caller closes the returned socket.
 func (n *Namespace) ServeReflector(ctx context.Context, at netip.AddrPort) (net.PacketConn, error) {
 	c, err := n.ListenPacket(ctx, "udp", at.String())
 	if err != nil {
@@ -31,15 +30,15 @@ func (n *Namespace) ServeReflector(ctx context.Context, at netip.AddrPort) (net.
 			}
 			if err == nil {
 				from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-				_, _ = u.WriteToUDPAddrPort([]byte(from.String()), from) // lost is lost: the other side asks again
+				_, _ = u.WriteToUDPAddrPort([]byte(from.String()), from) // if it is lost, AskReflector asks again
 			}
 		}
 	}()
 	return c, nil
 }
 
-// AskReflector returns the address that the namespace sends from and the one
-// that the reflector sees. They differ where somebody translates between.
+// AskReflector returns the address that the namespace sends from and the one that
+// the reflector sees. They differ if there is address translation in between.
 func (n *Namespace) AskReflector(ctx context.Context, at netip.AddrPort) (own, seen netip.AddrPort, err error) {
 	c, err := n.Dial(ctx, "udp", at.String())
 	if err != nil {
@@ -72,11 +71,10 @@ func (n *Namespace) AskReflector(ctx context.Context, at netip.AddrPort) (own, s
 	return own, seen, fmt.Errorf("asking the reflector %s from %s: %w", at, n.Name, err)
 }
 
-// Transfer sends payload over one TCP connection from one namespace to an
-// address in another, and returns how long it took from the connection's
-// acceptance to its last byte. What arrives is compared by SHA-256 afterwards,
-// outside the measured time. Into is room for it, at least as long as payload.
-// The sender's congestion control is cubic.
+// Transfer sends payload over one TCP connection from one namespace to an address
+// in another, and returns the time from accepting the connection to the last byte.
+// It then compares the SHA-256 of both ends, outside the measured time. into is the
+// receive buffer, at least as long as payload. The sender uses cubic.
 func Transfer(ctx context.Context, from, to *Namespace, addr netip.Addr, payload, into []byte) (time.Duration, error) {
 	took, err := transfer(ctx, from, to, addr, payload, into)
 	if err != nil {
@@ -87,7 +85,7 @@ func Transfer(ctx context.Context, from, to *Namespace, addr netip.Addr, payload
 
 func transfer(ctx context.Context, from, to *Namespace, addr netip.Addr, payload, into []byte) (time.Duration, error) {
 	if len(into) < len(payload) {
-		panic("a transfer needs as much room as it has payload")
+		panic("the receive buffer is smaller than the payload")
 	}
 	l, err := to.Listen(ctx, "tcp", netip.AddrPortFrom(addr, 0).String())
 	if err != nil {
@@ -101,7 +99,7 @@ func transfer(ctx context.Context, from, to *Namespace, addr netip.Addr, payload
 		sent <- func() error {
 			c, err := from.DialWith(ctx, net.Dialer{Control: Cubic, Timeout: 10 * time.Second}, "tcp", l.Addr().String())
 			if err != nil {
-				_ = l.Close() // nobody comes
+				_ = l.Close() // ends the Accept below
 				return err
 			}
 			defer c.Close()
@@ -112,7 +110,7 @@ func transfer(ctx context.Context, from, to *Namespace, addr netip.Addr, payload
 			if err := c.(*net.TCPConn).CloseWrite(); err != nil {
 				return err
 			}
-			// The receiver closes when it has everything.
+			// The receiver closes the connection after the last byte.
 			_, err = io.Copy(io.Discard, c)
 			return err
 		}()
@@ -131,7 +129,7 @@ func transfer(ctx context.Context, from, to *Namespace, addr netip.Addr, payload
 			return 0, fmt.Errorf("%d of %d bytes arrived: %w", n, len(payload), err)
 		}
 		if extra, err := c.Read(make([]byte, 1)); err != io.EOF {
-			return 0, fmt.Errorf("%d bytes too many arrived: %w", extra, err)
+			return 0, fmt.Errorf("expected EOF after the payload, read %d more bytes: %w", extra, err)
 		}
 		return took, nil
 	}()
@@ -145,14 +143,14 @@ func transfer(ctx context.Context, from, to *Namespace, addr netip.Addr, payload
 		return 0, err
 	}
 	if sha256.Sum256(into[:len(payload)]) != sha256.Sum256(payload) {
-		return 0, errors.New("the SHA-256 of what arrived differs from what was sent")
+		return 0, errors.New("the SHA-256 of the received bytes differs from the payload's")
 	}
 	return took, nil
 }
 
-// Cubic is a net.Dialer's Control function that chooses TCP's congestion
-// control, where the kernel has it. Without, new namespaces have the host's
-// choice, and one that paces (bbr) measures its own pacing on a veth.
+// Cubic is a net.Dialer's Control function that sets TCP's congestion control to
+// cubic if the kernel has it. New namespaces inherit the host's default, and with a
+// pacing one (bbr) a transfer over veth would measure the pacing.
 func Cubic(_, _ string, c syscall.RawConn) error {
 	return c.Control(func(fd uintptr) {
 		_ = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, "cubic")

@@ -21,7 +21,7 @@ import (
 
 // Command is a program to start inside a namespace.
 type Command struct {
-	// Name is unique within the lab; the log and the record bear it.
+	// Name must be unique within the lab: it names the log and the record.
 	Name string
 	Path string
 	Args []string // without the program's name
@@ -29,26 +29,25 @@ type Command struct {
 }
 
 // Process is a program that runs inside a namespace of a lab. It has its own
-// process group, so a Ctrl-C at the terminal reaches only the harness, which
-// stops it in order.
+// process group: Ctrl-C reaches only this process, which stops the others in order.
 type Process struct {
 	Name string
 	PID  int
-	Log  string // path of the file that holds its standard output and error
+	Log  string // path of the file with its standard output and standard error
 
 	ident  processID
 	exited chan struct{}
 	err    error // valid once exited is closed
 }
 
-// stopGrace is how long a process may take to end after SIGTERM.
+// stopGrace is how long after SIGTERM a process is killed.
 const stopGrace = 10 * time.Second
 
-// Start starts a program inside the namespace. Unless the lab is to be kept,
-// the kernel kills the program when this process ends, however it ends.
+// Start starts a program inside the namespace. Unless Options.Keep is set, the
+// kernel kills the program when this process exits, even by a signal.
 func (n *Namespace) Start(c Command) (*Process, error) {
 	if c.Name == "" || strings.ContainsAny(c.Name, "/.") {
-		return nil, fmt.Errorf("starting %s: %q is no name for a process", c.Path, c.Name)
+		return nil, fmt.Errorf("starting %s: the process name %q is empty or contains / or .", c.Path, c.Name)
 	}
 	p := &Process{Name: c.Name, Log: filepath.Join(n.lab.Dir, "logs", c.Name+".log"), exited: make(chan struct{})}
 	log, err := os.OpenFile(p.Log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
@@ -62,7 +61,7 @@ func (n *Namespace) Start(c Command) (*Process, error) {
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if n.lab.options.Keep {
-		// A session of its own, to outlive the terminal too.
+		// In a new session it also outlives the terminal.
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	}
 	if kerr := n.onKeeper(func() { err = cmd.Start() }); kerr != nil {
@@ -72,7 +71,7 @@ func (n *Namespace) Start(c Command) (*Process, error) {
 		return nil, fmt.Errorf("starting %s in %s: %w", c.Name, n.Name, err)
 	}
 	p.PID = cmd.Process.Pid
-	// Not yet waited for, so the number is still this process's.
+	// Before Wait the PID cannot be reused.
 	p.ident, err = identify(p.PID)
 	go func() {
 		p.err = cmd.Wait()
@@ -89,8 +88,8 @@ func (n *Namespace) Start(c Command) (*Process, error) {
 	return p, nil
 }
 
-// Run runs a program inside the namespace to its end. An error has what it
-// printed on standard error.
+// Run runs a program inside the namespace and waits for it. An error includes its
+// standard error.
 func (n *Namespace) Run(ctx context.Context, path string, args ...string) (stdout []byte, err error) {
 	cmd := exec.CommandContext(ctx, path, args...)
 	var out, errout bytes.Buffer
@@ -104,19 +103,19 @@ func (n *Namespace) Run(ctx context.Context, path string, args ...string) (stdou
 // Exited is closed when the process has ended.
 func (p *Process) Exited() <-chan struct{} { return p.exited }
 
-// Err is what the process ended with: nil for exit code 0, else an
-// *exec.ExitError. It waits for the end.
+// Err waits for the process to exit and returns its status: nil for exit code 0,
+// else an *exec.ExitError.
 func (p *Process) Err() error {
 	<-p.exited
 	return p.err
 }
 
-// Signal sends a signal to the process, which must not have ended.
+// Signal sends a signal to the process. If it has exited, the error is
+// os.ErrProcessDone.
 func (p *Process) Signal(s syscall.Signal) error { return p.ident.signal(s) }
 
-// Stop ends the process: SIGTERM, and SIGKILL if it takes longer than ten
-// seconds. It returns when the process has ended; stopping it twice, or after
-// it ended by itself, is no error.
+// Stop sends SIGTERM, and SIGKILL after ten seconds, and waits for the process to
+// exit. Stopping a process that has exited is not an error.
 func (p *Process) Stop() error {
 	if err := p.ident.stop(stopGrace); err != nil {
 		return fmt.Errorf("stopping %s (pid %d): %w", p.Name, p.PID, err)
@@ -125,7 +124,8 @@ func (p *Process) Stop() error {
 	return nil
 }
 
-// Kill ends the process by SIGKILL, as a crash or the kernel's OOM killer would.
+// Kill sends SIGKILL, as the kernel's OOM killer would, and waits for the process to
+// exit.
 func (p *Process) Kill() error {
 	if err := p.ident.signal(syscall.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("killing %s (pid %d): %w", p.Name, p.PID, err)
@@ -158,8 +158,8 @@ func tail(path string, lines int) string {
 }
 
 // WaitLine waits until the process has printed a line that begins with prefix,
-// and returns the rest of it. A process that ends before is an error, with the
-// end of its log.
+// and returns the rest of it. If the process exits first, the error includes the end
+// of its log.
 func (p *Process) WaitLine(ctx context.Context, prefix string) (string, error) {
 	for {
 		ended := false
@@ -178,7 +178,7 @@ func (p *Process) WaitLine(ctx context.Context, prefix string) (string, error) {
 			}
 		}
 		if ended {
-			return "", fmt.Errorf("%s ended (%w) before it printed %q:\n%s", p.Name, p.endedWith(), prefix, p.Tail(20))
+			return "", fmt.Errorf("%s exited (%w) before it printed %q:\n%s", p.Name, p.endedWith(), prefix, p.Tail(20))
 		}
 		select {
 		case <-ctx.Done():
@@ -196,25 +196,25 @@ func (p *Process) endedWith() error {
 	return p.err
 }
 
-// processID names a process for good: a number alone is used again.
+// processID identifies a process by PID and start time: the kernel reuses PIDs.
 type processID struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks since boot: proc(5), /proc/pid/stat field 22
 }
 
-// identify returns the identity of the process that bears the number now.
+// identify returns the identity of the process that has the PID now.
 func identify(pid int) (processID, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return processID{}, err
 	}
-	// The second field is the program's name in parentheses, which may hold
-	// anything: count from the last one.
+	// The second field is the program's name in parentheses, which may itself
+	// contain any character: count fields from the last ")".
 	i := bytes.LastIndexByte(text, ')')
 	fields := strings.Fields(string(text[i+1:]))
 	const startTime = 22 - 3 // fields[0] is field 3
 	if i < 0 || len(fields) <= startTime {
-		return processID{}, fmt.Errorf("/proc/%d/stat is not as proc(5) says", pid)
+		return processID{}, fmt.Errorf("/proc/%d/stat has not the format of proc(5)", pid)
 	}
 	start, err := strconv.ParseUint(fields[startTime], 10, 64)
 	if err != nil {
@@ -223,8 +223,8 @@ func identify(pid int) (processID, error) {
 	return processID{PID: pid, Start: start}, nil
 }
 
-// open returns a descriptor of the process, or os.ErrProcessDone if it has
-// ended and its number perhaps names another one.
+// open returns a pidfd of the process, or os.ErrProcessDone if it has exited, even
+// if another process has its PID now.
 func (id processID) open() (int, error) {
 	fd, err := unix.PidfdOpen(id.PID, 0)
 	if errors.Is(err, unix.ESRCH) {
@@ -241,8 +241,7 @@ func (id processID) open() (int, error) {
 	return fd, nil
 }
 
-// alive says whether the process still runs. One that has ended but was not
-// waited for does not.
+// alive reports whether the process is running. A zombie is not.
 func (id processID) alive() bool {
 	fd, err := id.open()
 	if err != nil {
@@ -266,7 +265,7 @@ func (id processID) signal(s syscall.Signal) error {
 	return nil
 }
 
-// stop sends SIGTERM, waits, and sends SIGKILL. The process need not be a
+// stop sends SIGTERM, waits for grace, and sends SIGKILL. The process need not be a
 // child of this one.
 func (id processID) stop(grace time.Duration) error {
 	fd, err := id.open()
@@ -292,10 +291,11 @@ func (id processID) stop(grace time.Duration) error {
 			return nil
 		}
 	}
-	return errors.New("it did not end after SIGKILL")
+	return errors.New("it did not exit after SIGKILL")
 }
 
-// ended waits for the process behind the descriptor to end.
+// ended waits up to atMost for the pidfd's process to exit, and reports whether it
+// did.
 func ended(pidfd int, atMost time.Duration) bool {
 	deadline := time.Now().Add(atMost)
 	for {
@@ -310,7 +310,7 @@ func ended(pidfd int, atMost time.Duration) bool {
 	}
 }
 
-// processRecord is what a lab writes down of a process that it started.
+// processRecord is the record on disk of a process that the lab started.
 type processRecord struct {
 	Name      string    `json:"name"`
 	Namespace string    `json:"namespace"`
@@ -328,7 +328,8 @@ func (l *Lab) record(n *Namespace, p *Process) error {
 	return os.WriteFile(filepath.Join(l.Dir, "processes", p.Name+".json"), text, 0o644)
 }
 
-// processRecords returns what dir has written down, oldest first.
+// processRecords returns the records of the lab with the given directory, sorted by
+// name.
 func processRecords(dir string) ([]processRecord, error) {
 	files, err := os.ReadDir(filepath.Join(dir, "processes"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -341,15 +342,15 @@ func processRecords(dir string) ([]processRecord, error) {
 			return nil, err
 		}
 		var r processRecord
-		if json.Unmarshal(text, &r) == nil { // else a crash while writing: found by namespace
+		if json.Unmarshal(text, &r) == nil { // truncated by a crash: processesIn finds the process
 			all = append(all, r)
 		}
 	}
 	return all, nil
 }
 
-// processesIn returns the processes whose network namespace is one of the
-// named ones, other than this process.
+// processesIn returns the processes, except this one, whose network namespace is one
+// of the named ones.
 func processesIn(names []string) []processID {
 	type nsfile struct{ dev, ino uint64 }
 	inside := map[nsfile]bool{}

@@ -10,25 +10,25 @@ import (
 	"github.com/safchain/ethtool"
 )
 
-// Profile is a named set of offloads of an underlay's links, since plain veth
-// flatters the kernel: a packet of 64 KB crosses it in one piece, which no wire
-// carries.
+// Profile is a named set of offload settings of the underlay's links. With its
+// defaults, veth passes GSO frames of 64 KB unsegmented, which no physical link does.
 type Profile string
 
-// The profiles, and what they stand for.
+// The profiles.
 const (
-	// Offload is everything that veth offers. Nothing is ever cut.
+	// Offload enables everything that veth offers: GSO frames are never segmented.
 	Offload Profile = "offload"
-	// Cloud is a cloud VM's network card: it cuts TCP and UDP itself and
-	// completes checksums, and does neither inside tunnels.
+	// Cloud is like a cloud VM's NIC: it has segmentation offload (TSO, USO) and
+	// checksum offload, but no segmentation offload for tunnelled packets.
 	Cloud Profile = "cloud"
-	// Plain cuts nothing, so the sender's stack does; the receiver joins (GRO).
+	// Plain has no segmentation offload, so the sender's stack segments; the
+	// receiver coalesces (GRO).
 	Plain Profile = "plain"
-	// Bare is Plain without joining.
+	// Bare is Plain without GRO.
 	Bare Profile = "bare"
 )
 
-// Profiles returns all of them, from the kindest to the harshest.
+// Profiles returns all profiles, from the most to the fewest offloads.
 func Profiles() []Profile { return []Profile{Offload, Cloud, Plain, Bare} }
 
 // The names are ethtool's (ethtool -k, without the legacy aliases; kernel:
@@ -49,7 +49,7 @@ var (
 	groFeatures   = []string{"rx-gro"}
 )
 
-// Features returns what the profile sets, by ethtool's names.
+// Features returns the features that the profile sets, by ethtool's names.
 func (p Profile) Features() (map[string]bool, error) {
 	set := map[string]bool{}
 	put := func(on bool, lists ...[]string) {
@@ -67,22 +67,22 @@ func (p Profile) Features() (map[string]bool, error) {
 	case Bare:
 		put(false, tcpFeatures, udpFeatures, tunnelFeatures, otherFeatures, groFeatures)
 	default:
-		return nil, fmt.Errorf("underlay profile %q: there are %q", string(p), Profiles())
+		return nil, fmt.Errorf("unknown underlay profile %q: use one of %q", string(p), Profiles())
 	}
 	return set, nil
 }
 
-// Offloads are a link's features as they were read back.
+// Offloads are a link's features, read back from the kernel.
 type Offloads struct {
 	Namespace, Link string
-	Features        map[string]bool // every one that the kernel knows
-	Missing         []string        // those of the profile that it does not know
+	Features        map[string]bool // all that the kernel knows
+	Missing         []string        // the profile's features that the kernel does not know
 }
 
-// SetProfile sets the features of all links of the underlay and returns them
-// as read back: first the nodes' ends, then those at the fabric's bridge,
-// which never join packets. A feature that does not take its value is an
-// error; one that this kernel does not know is listed.
+// SetProfile sets the features of all links of the underlay and returns them as read
+// back: first the nodes' ends, then the bridge's ports, which never have GRO. It
+// returns an error if a feature does not change; features that the kernel does not
+// know are listed in Missing.
 func (l *Lab) SetProfile(p Profile) ([]Offloads, error) {
 	want, err := p.Features()
 	if err != nil {
@@ -99,8 +99,8 @@ func (l *Lab) SetProfile(p Profile) ([]Offloads, error) {
 	if l.options.Underlay != Bridged {
 		return all, nil
 	}
-	// What the bridge sends on to a node is what that node receives: a link
-	// that can cut packets would hand them over uncut, and unjoined.
+	// Nodes receive packets as the bridge forwards them, so its ports get the same
+	// segmentation features. GRO there would coalesce packets before the node does.
 	want = maps.Clone(want)
 	for _, name := range groFeatures {
 		want[name] = false
@@ -145,7 +145,7 @@ func (n *Namespace) setFeatures(link string, want map[string]bool) (Offloads, er
 		var refused []string
 		for name, on := range set {
 			if got.Features[name] != on {
-				refused = append(refused, fmt.Sprintf("%s stays %t", name, !on))
+				refused = append(refused, fmt.Sprintf("%s remains %t", name, !on))
 			}
 		}
 		if len(refused) > 0 {

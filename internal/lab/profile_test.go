@@ -29,8 +29,8 @@ func received(t *testing.T, ns *lab.Namespace, link string) uint64 {
 	return packets
 }
 
-// A profile is what it says only if packets are cut where it says so: 10 MB
-// are 7,000 packets of 1,500 bytes, or a few hundred of 64 KB.
+// TestProfilesCutPackets checks by packet counts where each profile segments: 10 MB
+// are 7,000 packets of 1,500 bytes, or a few hundred of up to 64 KB.
 func TestProfilesCutPackets(t *testing.T) {
 	const size = 10_000_000
 	payload, into := make([]byte, size), make([]byte, size)
@@ -100,6 +100,6 @@ func TestProfilesCutPackets(t *testing.T) {
 func TestUnknownProfile(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	if _, err := l.SetProfile("fast"); err == nil {
-		t.Error("a profile that is not there was set")
+		t.Error("SetProfile accepted an unknown profile")
 	}
 }

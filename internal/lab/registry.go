@@ -18,15 +18,15 @@ import (
 	"culvert/internal/statefile"
 )
 
-// Root is the directory in which every lab of this machine has its own. It is
-// there while there are labs.
+// Root holds a directory for each lab of this machine. It exists only while there
+// are labs.
 const Root = "/run/culvert-lab"
 
-// idPrefix begins every lab's name, and so its namespaces'.
+// idPrefix begins the ID of every lab, and so the names of its namespaces.
 const idPrefix = "cvt-"
 
-// ownerFile says whose a lab is. A lab's directory is made and given its owner
-// under the lock, so one without an owner has none.
+// ownerFile names the process that owns a lab. It is written under the same lock as
+// the lab's directory is created, so a directory without it has no owner.
 const ownerFile = "owner.json"
 
 type owner struct {
@@ -34,16 +34,16 @@ type owner struct {
 	Keep    bool      `json:"keep"` // the lab outlives its owner
 }
 
-// ErrInUse says that the process that made a lab still runs.
+// ErrInUse means that the process that created the lab is still running.
 var ErrInUse = errors.New("the lab is in use")
 
-// ErrNoLab says that there is no lab of that name.
-var ErrNoLab = errors.New("there is no such lab")
+// ErrNoLab means that no lab has the given ID.
+var ErrNoLab = errors.New("no such lab")
 
-// locked calls fn while no other process makes or removes a lab, with Root
-// there; afterwards Root goes if it is empty, and so does what was made of
-// /run/netns. The lock is on the directory itself: a lock file could not be
-// removed without a race.
+// locked creates Root and calls fn while holding the lock on it, so that no other
+// process creates or removes a lab meanwhile. Afterwards, if no lab is left, it
+// removes Root and undoes prepareNetnsDir. The lock is on the directory itself, since
+// a lock file could not be removed without a race.
 func locked(fn func() error) error {
 	dir, err := lockRoot()
 	if err != nil {
@@ -65,7 +65,7 @@ func lockRoot() (*os.File, error) {
 		}
 		dir, err := os.Open(Root)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // its last user removed it
+			continue // removed by the process that removed the last lab
 		}
 		if err != nil {
 			return nil, err
@@ -79,7 +79,7 @@ func lockRoot() (*os.File, error) {
 		if herr == nil && nerr == nil && os.SameFile(held, now) {
 			return dir, nil
 		}
-		_ = dir.Close() // locked after it was removed
+		_ = dir.Close() // it was removed before we got the lock
 	}
 }
 
@@ -92,17 +92,17 @@ func flock(f *os.File) error {
 	}
 }
 
-// Keep marks the lab as one that outlives this process, so that no Sweep
-// removes it: Remove does. Without it a lab whose Options say Keep is swept all
-// the same, since its owner was killed before it had come this far.
+// Keep marks the lab to outlive this process: Sweep does not remove it, only Remove
+// does. A lab with Options.Keep that was not marked is swept like any other, since
+// its owner was killed before the lab was complete.
 func (l *Lab) Keep() error {
 	if !l.options.Keep {
-		return fmt.Errorf("keeping lab %s: its processes end with this one", l.ID)
+		return fmt.Errorf("keeping lab %s: it was created without Options.Keep", l.ID)
 	}
 	return locked(func() error { return writeOwner(l.ID, true) })
 }
 
-// writeOwner makes this process the owner.
+// writeOwner records this process as the lab's owner.
 func writeOwner(id string, keep bool) error {
 	self, err := identify(os.Getpid())
 	if err != nil {
@@ -116,7 +116,7 @@ func writeOwner(id string, keep bool) error {
 	return statefile.Write(path, text, 0o644)
 }
 
-// register makes a lab's directory, owned by this process.
+// register creates a lab's directory, owned by this process.
 func register() (id string, err error) {
 	err = locked(func() error {
 		if err := prepareNetnsDir(); err != nil {
@@ -139,15 +139,15 @@ func register() (id string, err error) {
 	return id, err
 }
 
-// netnsMarks are the files in Root that say what prepareNetnsDir did.
+// These files in Root record what prepareNetnsDir did.
 const (
 	markMadeDir   = "netns-dir-made"
 	markMadeMount = "netns-mount-made"
 )
 
-// prepareNetnsDir makes /run/netns a shared mount point as `ip netns add`
-// does (iproute2, ip/ipnetns.c): were it done later by that, it would cover
-// our namespaces' names with copies that keep them alive.
+// prepareNetnsDir makes /run/netns a shared mount point, as `ip netns add` does
+// (iproute2, ip/ipnetns.c). If `ip netns add` did that later, it would mount copies
+// over our namespaces' names and so keep them alive.
 func prepareNetnsDir() error {
 	mark := func(name string) error { return os.WriteFile(filepath.Join(Root, name), nil, 0o644) }
 	err := os.Mkdir(netnsDir, 0o755)
@@ -170,13 +170,13 @@ func prepareNetnsDir() error {
 	return unix.Mount("", netnsDir, "none", unix.MS_SHARED|unix.MS_REC, "")
 }
 
-// releaseNetnsDir undoes what prepareNetnsDir did, unless somebody else's
-// namespaces are there now.
+// releaseNetnsDir undoes what prepareNetnsDir did, unless the directory contains
+// other programs' namespaces.
 func releaseNetnsDir() {
 	undo := func(name string, fn func() error) {
 		path := filepath.Join(Root, name)
 		if _, err := os.Stat(path); err == nil {
-			_ = fn() // busy: it is somebody else's now, and stays
+			_ = fn() // fails if another program uses it, and then it stays
 			_ = os.Remove(path)
 		}
 	}
@@ -196,8 +196,8 @@ func releaseNetnsDir() {
 	})
 }
 
-// Sweep removes the labs whose owner is dead, except those made to be kept,
-// and returns their names.
+// Sweep removes the labs whose owner has exited, except those marked by Keep, and
+// returns their IDs.
 func Sweep() ([]string, error) {
 	if _, err := os.Stat(Root); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -223,13 +223,14 @@ func Sweep() ([]string, error) {
 		return errors.Join(errs...)
 	})
 	if err != nil {
-		return swept, fmt.Errorf("sweeping labs whose owner is gone: %w", err)
+		return swept, fmt.Errorf("removing labs whose owner has exited: %w", err)
 	}
 	return swept, nil
 }
 
-// Remove removes a lab that another process made: one that was kept, or whose
-// owner died. ErrNoLab, and ErrInUse if its owner runs and did not keep it.
+// Remove removes a lab that another process created and kept, or whose owner has
+// exited. The error is ErrNoLab if there is none, and ErrInUse if its owner is still
+// running.
 func Remove(id string) error {
 	if _, err := os.Stat(Root); errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w: %s", ErrNoLab, id)
@@ -243,13 +244,13 @@ func Remove(id string) error {
 			return fmt.Errorf("%w: %s", ErrNoLab, id)
 		}
 		if o, err := readOwner(id); err == nil && o.Process.alive() && o.Process.PID != os.Getpid() {
-			return fmt.Errorf("%w: by process %d, which removes it when it ends: %s", ErrInUse, o.Process.PID, id)
+			return fmt.Errorf("%w: process %d removes it when it exits: %s", ErrInUse, o.Process.PID, id)
 		}
 		return removeLocked(id)
 	})
 }
 
-// List returns the names of the labs on this machine.
+// List returns the IDs of the labs on this machine.
 func List() ([]string, error) { return list() }
 
 func list() ([]string, error) {
@@ -278,15 +279,15 @@ func readOwner(id string) (owner, error) {
 	return o, json.Unmarshal(text, &o)
 }
 
-// remove removes a lab of this process.
+// remove removes a lab that this process owns.
 func remove(id string) error {
-	// Processes are stopped before the lock is taken: it may take seconds.
+	// Stop the processes before taking the lock, since that may take seconds.
 	err := stopProcesses(id)
 	return errors.Join(err, locked(func() error { return removeLocked(id) }))
 }
 
-// removeLocked removes everything of the lab that is there, going on after
-// errors. The directory goes last, and only if all else did.
+// removeLocked stops the lab's processes and removes its namespaces, continuing after
+// errors. It removes the directory last, and only if there was no error.
 func removeLocked(id string) error {
 	errs := []error{stopProcesses(id)}
 	names, err := namespacesOf(id)
@@ -314,9 +315,9 @@ func namespacesOf(id string) ([]string, error) {
 	return names, nil
 }
 
-// stopProcesses stops the recorded processes of the nodes, then those of the
-// fabric that they depend on, then whatever else lives in the lab's
-// namespaces: children of theirs, somebody's shell.
+// stopProcesses stops the recorded processes of the nodes, then those of the fabric,
+// on which the nodes depend, then all others in the lab's namespaces, such as child
+// processes or a user's shell.
 func stopProcesses(id string) error {
 	records, err := processRecords(filepath.Join(Root, id))
 	errs := []error{err}
@@ -335,7 +336,7 @@ func stopProcesses(id string) error {
 	return errors.Join(append(errs, stopAll(rest))...)
 }
 
-// stopAll stops processes side by side.
+// stopAll stops processes concurrently.
 func stopAll(ids []processID) error {
 	errs := make([]error, len(ids))
 	var wg sync.WaitGroup

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// join makes the links between the nodes, their addresses and routes.
+// join creates the links between the nodes, their addresses and routes.
 func (l *Lab) join() error {
 	o := l.options
 	for i, n := range l.Nodes {
@@ -37,8 +37,8 @@ func (l *Lab) join() error {
 	return l.bridge("control", "ctl0", []netip.Prefix{controlPrefix}, 1500)
 }
 
-// bridge makes a bridge in the fabric with a link to each node, and the
-// node's default route by the fabric's address on it.
+// bridge creates a bridge in the fabric with a link to each node, and each node's
+// default route via the bridge's address.
 func (l *Lab) bridge(name, link string, prefixes []netip.Prefix, mtu int) error {
 	for _, p := range prefixes {
 		l.FabricAddrs = append(l.FabricAddrs, gateway(p))
@@ -52,7 +52,7 @@ func (l *Lab) bridge(name, link string, prefixes []netip.Prefix, mtu int) error 
 		return netlink.LinkAdd(br)
 	})
 	if err != nil {
-		return fmt.Errorf("making bridge %s: %w", name, err)
+		return fmt.Errorf("creating bridge %s: %w", name, err)
 	}
 	if err := l.Fabric.configure(name, l.FabricAddrs, prefixes); err != nil {
 		return err
@@ -70,23 +70,23 @@ func (l *Lab) bridge(name, link string, prefixes []netip.Prefix, mtu int) error 
 		}
 		for _, gw := range l.FabricAddrs {
 			if err := n.Do(func() error { return netlink.RouteAdd(&netlink.Route{Dst: everything(gw), Gw: gw.AsSlice()}) }); err != nil {
-				return fmt.Errorf("default route of %s by %s: %w", n.Name, gw, err)
+				return fmt.Errorf("default route of %s via %s: %w", n.Name, gw, err)
 			}
 		}
 		if err := l.Fabric.Do(func() error { return enslave(n.ID, name) }); err != nil {
-			return fmt.Errorf("joining %s to %s: %w", n.ID, name, err)
+			return fmt.Errorf("adding port %s to bridge %s: %w", n.ID, name, err)
 		}
 	}
 	return nil
 }
 
-// vethIndex is the interface index of every pair's first end. The kernel
-// handles the carrier of a link at once only if its index differs from its
-// peer's (net/core/link_watch.c, linkwatch_urgent_event), and in two new
-// namespaces both would be 2; else the link is deaf for up to a second.
+// vethIndex makes the interface index of every pair's first end unique. In two new
+// namespaces both ends would get index 2, and the kernel handles a carrier change at
+// once only if a link's index differs from its peer's (net/core/link_watch.c,
+// linkwatch_urgent_event); otherwise the link stays down for up to a second.
 var vethIndex atomic.Int32
 
-// veth makes a pair of links, one end in each namespace.
+// veth creates a veth pair, one end in each namespace.
 func veth(a *Namespace, aName string, b *Namespace, bName string, mtu int) error {
 	peer, err := netns.GetFromPath(b.Path)
 	if err != nil {
@@ -100,7 +100,7 @@ func veth(a *Namespace, aName string, b *Namespace, bName string, mtu int) error
 		})
 	})
 	if err != nil {
-		return fmt.Errorf("making the link %s in %s to %s in %s: %w", aName, a.Name, bName, b.Name, err)
+		return fmt.Errorf("creating the veth pair %s in %s, %s in %s: %w", aName, a.Name, bName, b.Name, err)
 	}
 	return nil
 }
@@ -120,7 +120,7 @@ func enslave(link, bridge string) error {
 	return netlink.LinkSetMaster(port, br)
 }
 
-// configure gives a link its addresses and sets it up.
+// configure adds a link's addresses and sets it up.
 func (n *Namespace) configure(link string, addrs []netip.Addr, prefixes []netip.Prefix) error {
 	err := n.Do(func() error {
 		l, err := netlink.LinkByName(link)
@@ -144,7 +144,7 @@ func (n *Namespace) configure(link string, addrs []netip.Addr, prefixes []netip.
 	return nil
 }
 
-// nth returns the k-th address of a network, k counting from its base address.
+// nth returns a network's base address plus k.
 func nth(p netip.Prefix, k int) netip.Addr {
 	b := p.Masked().Addr().AsSlice()
 	for i := len(b) - 1; i >= 0 && k > 0; i-- {
@@ -167,6 +167,7 @@ func gateway(p netip.Prefix) netip.Addr {
 	return a
 }
 
+// everything returns the default route's prefix in the address family of like.
 func everything(like netip.Addr) *net.IPNet {
 	if like.Is4() {
 		return host.IPNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0))

@@ -13,25 +13,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// insideEnv marks the second run of a program, inside its own namespaces.
+// insideEnv tells the re-executed program that it is inside its own namespaces.
 const insideEnv = "CULVERT_LAB_NAMESPACES"
 
-// inside remembers that this process is that second run.
+// inside is true in the re-executed program.
 var inside = false
 
-// Rootless says whether this process is in namespaces that EnterUserNamespace
-// made: everything of the lab ends with it.
+// Rootless reports whether this process runs in namespaces that EnterUserNamespace
+// created. Its labs then disappear when it exits.
 func Rootless() bool { return inside }
 
-// EnterUserNamespace makes sure that this process may make labs. One that may
-// already (root) carries on: again is false. Else the program is run again,
-// with the same arguments, in a user, network and mount namespace of its own
-// in which it is root and /run is empty; then again is true, and the caller
-// exits with code. Where the system does not allow it, the error says what is
-// missing.
+// EnterUserNamespace ensures that this process may create labs. If it is privileged
+// already, again is false and the caller continues. Otherwise the program is
+// re-executed with the same arguments in new user, network and mount namespaces, in
+// which it is root and /run is empty; when that has exited, again is true and the
+// caller must exit with code. If the system does not allow user namespaces, the error
+// says which setting prevents them.
 //
-// It is to be called first thing, before the program has done anything that
-// must not be done twice.
+// Call it first in main, before anything that must not happen twice.
 func EnterUserNamespace() (code int, again bool, err error) {
 	if os.Getenv(insideEnv) != "" {
 		if err := os.Unsetenv(insideEnv); err != nil {
@@ -58,7 +57,8 @@ func EnterUserNamespace() (code int, again bool, err error) {
 		Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWNS,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
-		// A group of its own: signals come through us, once.
+		// In its own process group it gets the terminal's signals from us only,
+		// once.
 		Setpgid:   true,
 		Pdeathsig: syscall.SIGKILL,
 	}
@@ -66,18 +66,18 @@ func EnterUserNamespace() (code int, again bool, err error) {
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	defer signal.Stop(signals)
 
-	// The parent-death signal is tied to this thread.
+	// The kernel sends the parent-death signal when this thread exits.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := cmd.Start(); err != nil {
-		return 0, false, fmt.Errorf("this needs root, or a user namespace, which the system refuses: %w%s", err, obstacles())
+		return 0, false, fmt.Errorf("this needs root or a user namespace, and creating one failed: %w%s", err, obstacles())
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	for {
 		select {
 		case s := <-signals:
-			_ = cmd.Process.Signal(s) // it may have ended just now
+			_ = cmd.Process.Signal(s) // fails if it has just exited
 		case err := <-ended:
 			var exit *exec.ExitError
 			switch {
@@ -95,38 +95,39 @@ func EnterUserNamespace() (code int, again bool, err error) {
 
 // setUpInside prepares the new namespaces.
 func setUpInside() error {
-	// Nothing that is mounted from here on may show outside.
+	// Keep the mounts below from propagating to the parent namespace.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making mounts private: %w", err)
 	}
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755"); err != nil {
 		return fmt.Errorf("mounting an empty /run: %w", err)
 	}
-	// The old /sys shows the old network namespace. Nothing of culvert's looks
-	// there, and inside a container it cannot be mounted: do without, then.
+	// The inherited /sys shows the parent's network namespace. culvert does not
+	// read it, so ignore the error: inside a container sysfs cannot be mounted.
 	_ = unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
 	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0); err != nil {
-		return fmt.Errorf("network settings cannot be written: %w", err)
+		return fmt.Errorf("writing a network sysctl: %w", err)
 	}
 	return nil
 }
 
-// CheckTUN says why TUN devices cannot be made here; nil if they can.
+// CheckTUN returns nil if /dev/net/tun can be opened, else an error that says what to
+// do.
 func CheckTUN() error {
 	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	switch {
 	case err == nil:
 		return f.Close()
 	case errors.Is(err, os.ErrNotExist):
-		return errors.New("/dev/net/tun is not there: `modprobe tun`, or in a container `--device /dev/net/tun`")
+		return errors.New("/dev/net/tun does not exist: run `modprobe tun`, or start the container with `--device /dev/net/tun`")
 	case errors.Is(err, os.ErrPermission):
-		return errors.New("/dev/net/tun may not be opened by this user: run as root, or `chmod 0666 /dev/net/tun` as root (most distributions have it so)")
+		return errors.New("this user may not open /dev/net/tun: run as root, or `chmod 0666 /dev/net/tun` as root (the default of most distributions)")
 	}
 	return fmt.Errorf("TUN devices do not work: %w", err)
 }
 
-// obstacles lists the settings of this system that forbid user namespaces, or
-// what to do with them: the continuation of an error's sentence.
+// obstacles returns the end of an error message: the settings of this system that
+// forbid user namespaces and how to change them, or else to run as root.
 func obstacles() string {
 	var found []string
 	for _, s := range []struct{ path, bad, cure string }{

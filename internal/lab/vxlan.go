@@ -12,14 +12,13 @@ import (
 	"culvert/subnet"
 )
 
-// HandmadeVXLAN is the tunnel of a node on which no daemon runs: a kernel vxlan
-// device, and per peer a neighbour, an FDB entry and a route, as flannel sets
-// them up (flannel, pkg/backend/vxlan). It is what culvert must interoperate
-// with.
+// HandmadeVXLAN is a tunnel without a daemon: a kernel vxlan device, and per peer a
+// neighbour, an FDB entry and a route, set up as flannel does (flannel,
+// pkg/backend/vxlan). Tests use it to check that culvert interoperates with flannel.
 //
-// One device carries one family of pod addresses; a dual-stack node has two.
+// One device carries one family of pod addresses; a dual-stack node needs two.
 type HandmadeVXLAN struct {
-	// Self is the node's half of a lease as it would stand in the store.
+	// Self is the node's endpoint as a lease in the store would have it.
 	Self subnet.Endpoint
 
 	node *Node
@@ -28,17 +27,17 @@ type HandmadeVXLAN struct {
 
 // VXLANOptions describe a HandmadeVXLAN.
 type VXLANOptions struct {
-	Name   string       // of the device: "flannel.1" if empty, "flannel-v6.1" for IPv6 subnets
+	Name   string       // device name; if empty, "flannel.1", or "flannel-v6.1" for IPv6 subnets
 	VNI    uint32       // 1 if zero
-	Port   uint16       // UDP; 8472 if zero
+	Port   uint16       // UDP port; 8472 if zero
 	Subnet netip.Prefix // the node's
-	Local  netip.Addr   // outer source; the node's first underlay address if zero
-	MTU    int          // of the device; the underlay's less 50 (70 with an IPv6 outer header) if zero
-	// MAC of the device; derived from the node's name if zero.
+	Local  netip.Addr   // outer source address; the node's first underlay address if zero
+	MTU    int          // of the device; if zero, the underlay's minus 50 (70 with an IPv6 outer header)
+	// MAC is the device's address; derived from the node's name if zero.
 	MAC subnet.MAC
 }
 
-// AddHandmadeVXLAN makes the device in the node, and lets the node forward.
+// AddHandmadeVXLAN creates the device in the node and enables forwarding.
 func (n *Node) AddHandmadeVXLAN(o VXLANOptions) (*HandmadeVXLAN, error) {
 	if o.Name == "" {
 		o.Name = "flannel.1"
@@ -78,7 +77,7 @@ func (n *Node) AddHandmadeVXLAN(o VXLANOptions) (*HandmadeVXLAN, error) {
 			Learning:     false,
 		}
 		if err := netlink.LinkAdd(dev); err != nil {
-			return fmt.Errorf("making it: %w", err)
+			return fmt.Errorf("creating it: %w", err)
 		}
 		own := netip.PrefixFrom(o.Subnet.Addr(), o.Subnet.Addr().BitLen())
 		addr := &netlink.Addr{IPNet: host.IPNet(own)}
@@ -109,10 +108,10 @@ func (n *Node) AddHandmadeVXLAN(o VXLANOptions) (*HandmadeVXLAN, error) {
 	}, nil
 }
 
-// Device is the name of the device.
+// Device returns the name of the device.
 func (v *HandmadeVXLAN) Device() string { return v.dev }
 
-// AddPeer makes the peer's subnet reachable:
+// AddPeer adds the peer's entries:
 //
 //	ip neigh replace <subnet.0> lladdr <mac> nud permanent dev flannel.1
 //	bridge fdb replace <mac> dev flannel.1 dst <public> self permanent
@@ -125,7 +124,7 @@ func (v *HandmadeVXLAN) AddPeer(peer subnet.Endpoint) error {
 	return nil
 }
 
-// RemovePeer undoes AddPeer.
+// RemovePeer removes the peer's entries.
 func (v *HandmadeVXLAN) RemovePeer(peer subnet.Endpoint) error {
 	err := v.each(peer, netlink.NeighDel, netlink.NeighDel, netlink.RouteDel)
 	if err != nil {
@@ -134,6 +133,8 @@ func (v *HandmadeVXLAN) RemovePeer(peer subnet.Endpoint) error {
 	return nil
 }
 
+// each applies the given operations to the peer's neighbour, FDB entry and route, and
+// stops at the first error.
 func (v *HandmadeVXLAN) each(peer subnet.Endpoint, neigh, fdb func(*netlink.Neigh) error, route func(*netlink.Route) error) error {
 	return v.node.Do(func() error {
 		dev, err := netlink.LinkByName(v.dev)
@@ -168,7 +169,7 @@ func (v *HandmadeVXLAN) each(peer subnet.Endpoint, neigh, fdb func(*netlink.Neig
 	})
 }
 
-// Remove deletes the device, and all peers with it.
+// Remove deletes the device, and with it all peers' entries.
 func (v *HandmadeVXLAN) Remove() error {
 	err := v.node.Do(func() error {
 		dev, err := netlink.LinkByName(v.dev)

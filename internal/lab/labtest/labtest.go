@@ -1,4 +1,7 @@
-// Package labtest lets tests run inside network namespaces.
+// Package labtest connects package lab with package testing: a TestMain that gets the
+// privileges for network namespaces, labs that are removed when a test ends, and the
+// conditions under which tests are skipped. It holds no state but whether namespaces
+// are available; the labs belong to package lab.
 package labtest
 
 import (
@@ -13,16 +16,16 @@ import (
 	"culvert/internal/lab"
 )
 
-// unavailable is why there are no namespaces here; empty if there are.
+// unavailable is why network namespaces cannot be created; empty if they can.
 var unavailable string
 
 // Main is the TestMain of a package whose tests use labs:
 //
 //	func TestMain(m *testing.M) { labtest.Main(m) }
 //
-// Without root it runs the test binary again in a user namespace. Where that
-// is not possible the tests that call New or Need are skipped with the reason;
-// in continuous integration (CI is set) the run fails instead.
+// Without root it re-executes the test binary in a user namespace. If that is not
+// possible, the tests that call New or Need are skipped with the reason; if CI is
+// set in the environment, the run fails instead.
 func Main(m *testing.M) {
 	code, again, err := lab.EnterUserNamespace()
 	switch {
@@ -42,7 +45,7 @@ func Main(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// Need skips the test if there are no network namespaces here.
+// Need skips the test if network namespaces cannot be created.
 func Need(tb testing.TB) {
 	tb.Helper()
 	if unavailable != "" {
@@ -50,8 +53,8 @@ func Need(tb testing.TB) {
 	}
 }
 
-// NeedTUN skips the test if no TUN device can be made here; in continuous
-// integration it fails.
+// NeedTUN skips the test if TUN devices cannot be created. If CI is set in the
+// environment, the test fails instead.
 func NeedTUN(tb testing.TB) {
 	tb.Helper()
 	Need(tb)
@@ -63,17 +66,16 @@ func NeedTUN(tb testing.TB) {
 	}
 }
 
-// Long keeps the test out of the quick gate (go test -short, as `make check`
-// runs it): `make test` runs it in full.
+// Long skips the test with -short, as in `make check`. `make test` runs it.
 func Long(tb testing.TB) {
 	tb.Helper()
 	if testing.Short() {
-		tb.Skip("too long for the quick gate: make test runs it")
+		tb.Skip("too long for -short: make test runs it")
 	}
 }
 
-// New makes a lab that is removed when the test ends. If the test failed, the
-// ends of its processes' logs are shown.
+// New creates a lab that is removed when the test ends. If the test failed, it logs
+// the end of each process's log.
 func New(tb testing.TB, o lab.Options) *lab.Lab {
 	tb.Helper()
 	Need(tb)
@@ -84,7 +86,7 @@ func New(tb testing.TB, o lab.Options) *lab.Lab {
 	tb.Cleanup(func() {
 		if tb.Failed() {
 			for _, p := range l.Processes() {
-				tb.Logf("%s (pid %d) said at the end:\n%s", p.Name, p.PID, p.Tail(30))
+				tb.Logf("end of the log of %s (pid %d):\n%s", p.Name, p.PID, p.Tail(30))
 			}
 		}
 		if err := l.Close(); err != nil {
@@ -94,8 +96,8 @@ func New(tb testing.TB, o lab.Options) *lab.Lab {
 	return l
 }
 
-// Bin returns the directory of culvert's programs, and fails the test if they
-// were not built.
+// Bin returns the directory of culvert's programs. It fails the test if they were
+// not built.
 func Bin(tb testing.TB) string {
 	tb.Helper()
 	dir, err := lab.FindBin()
@@ -105,8 +107,8 @@ func Bin(tb testing.TB) string {
 	return dir
 }
 
-// StartEtcd starts the built culvert-etcd in the lab's fabric and returns its
-// client URL, which every node reaches.
+// StartEtcd starts culvert-etcd in the lab's fabric and returns its client URL, which
+// every node can reach.
 func StartEtcd(tb testing.TB, l *lab.Lab) (endpoint string) {
 	tb.Helper()
 	listen := netip.AddrPortFrom(l.FabricAddrs[0], 2379).String()
