@@ -71,8 +71,8 @@ func bindMounts(t *testing.T, id string) string {
 	return strings.Join(found, "")
 }
 
-// gone fails the test if any part of the lab still exists.
-func gone(t *testing.T, id string) {
+// checkRemoved fails the test if any part of the lab still exists.
+func checkRemoved(t *testing.T, id string) {
 	t.Helper()
 	if _, err := os.Stat(filepath.Join(lab.Root, id)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the directory of %s still exists: %v", id, err)
@@ -189,7 +189,7 @@ func TestNodesReachEachOtherAndTheFabric(t *testing.T) {
 			if err := l.Close(); err != nil {
 				t.Error(err)
 			}
-			gone(t, l.ID)
+			checkRemoved(t, l.ID)
 			if err := l.Close(); err != nil {
 				t.Errorf("closing again: %v", err)
 			}
@@ -197,7 +197,7 @@ func TestNodesReachEachOtherAndTheFabric(t *testing.T) {
 	}
 }
 
-func TestOptionsThatMakeNoLab(t *testing.T) {
+func TestInvalidOptions(t *testing.T) {
 	labtest.Need(t)
 	for _, o := range []lab.Options{
 		{Nodes: -1},
@@ -397,7 +397,7 @@ func start(t *testing.T, mode string) (cmd *exec.Cmd, id string, pid int) {
 	return cmd, id, pid
 }
 
-func TestSweepRemovesWhatAKilledOwnerLeft(t *testing.T) {
+func TestSweepRemovesLabOfKilledOwner(t *testing.T) {
 	labtest.Need(t)
 	mine := labtest.New(t, lab.Options{})
 	cmd, id, pid := start(t, "kill")
@@ -421,7 +421,7 @@ func TestSweepRemovesWhatAKilledOwnerLeft(t *testing.T) {
 	if _, err := lab.Sweep(); err != nil {
 		t.Error(err)
 	}
-	gone(t, id)
+	checkRemoved(t, id)
 	if _, err := os.Stat(mine.Dir); err != nil {
 		t.Errorf("the lab of a running owner was swept too: %v", err)
 	}
@@ -445,7 +445,7 @@ func TestKeptLabOutlivesItsOwner(t *testing.T) {
 	if err := lab.Remove(id); err != nil {
 		t.Error(err)
 	}
-	gone(t, id)
+	checkRemoved(t, id)
 	eventually(t, "its process is gone", func() bool { return dead(pid) })
 	if err := lab.Remove(id); !errors.Is(err, lab.ErrNoLab) {
 		t.Errorf("removing it again: %v", err)
@@ -505,7 +505,7 @@ func TestNamesAreRefusedInsideNamespaces(t *testing.T) {
 	}
 }
 
-func TestDoReportsALostGoroutine(t *testing.T) {
+func TestDoReturnsError(t *testing.T) {
 	l := labtest.New(t, lab.Options{})
 	if err := l.Fabric.Do(func() error { return errors.New("mine") }); err == nil || err.Error() != "mine" {
 		t.Errorf("the function's error came back as %v", err)

@@ -69,7 +69,7 @@ func (l *Lab) bridge(name, link string, prefixes []netip.Prefix, mtu int) error 
 			return err
 		}
 		for _, gw := range l.FabricAddrs {
-			if err := n.Do(func() error { return netlink.RouteAdd(&netlink.Route{Dst: everything(gw), Gw: gw.AsSlice()}) }); err != nil {
+			if err := n.Do(func() error { return netlink.RouteAdd(&netlink.Route{Dst: defaultDestination(gw), Gw: gw.AsSlice()}) }); err != nil {
 				return fmt.Errorf("default route of %s via %s: %w", n.Name, gw, err)
 			}
 		}
@@ -167,8 +167,8 @@ func gateway(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// everything returns the default route's prefix in the address family of like.
-func everything(like netip.Addr) *net.IPNet {
+// defaultDestination returns the default route's prefix in the address family of like.
+func defaultDestination(like netip.Addr) *net.IPNet {
 	if like.Is4() {
 		return host.IPNet(netip.PrefixFrom(netip.IPv4Unspecified(), 0))
 	}
