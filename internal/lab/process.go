@@ -47,7 +47,7 @@ const stopGrace = 10 * time.Second
 // kernel kills the program when this process exits, even by a signal.
 func (n *Namespace) Start(c Command) (*Process, error) {
 	if c.Name == "" || strings.ContainsAny(c.Name, "/.") {
-		return nil, fmt.Errorf("starting %s: the process name %q is empty or contains / or .", c.Path, c.Name)
+		return nil, fmt.Errorf("starting %s: the process name %q is empty or has a slash or a dot in it", c.Path, c.Name)
 	}
 	p := &Process{Name: c.Name, Log: filepath.Join(n.lab.Dir, "logs", c.Name+".log"), exited: make(chan struct{})}
 	log, err := os.OpenFile(p.Log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
