@@ -10,32 +10,32 @@ import (
 	"slices"
 )
 
-// Search asks for a subnet of one address family.
+// Search is a request for a free subnet of one address family.
 type Search struct {
 	Network Network
-	// Prefer are subnets to be taken first, in this order, where they are free
-	// and fit the network; those of another family are skipped.
+	// Prefer are subnets to try first, in this order. Those that are taken or do
+	// not fit the network are skipped.
 	Prefer []netip.Prefix
-	// Taken are never given out: leases, reservations, of any length.
+	// Taken are never allocated: leases and reservations of any length.
 	Taken []netip.Prefix
-	// Resting are free but were leased lately, the longest unused first: they
-	// are given out, in this order, only when nothing else is free.
+	// Resting are free subnets in quarantine, the longest unused first. They are
+	// allocated, in this order, only if no other subnet is free.
 	Resting []netip.Prefix
-	// Seed is where the search begins, so that nodes that search at one moment
-	// do not meet (NodeSeed).
+	// Seed selects where the search starts, so that nodes searching at the same
+	// time try different subnets (NodeSeed).
 	Seed uint64
 }
 
-// NodeSeed is the Seed of a node: the same at every call.
+// NodeSeed returns a node's Seed, derived from its identity.
 func NodeSeed(node string) uint64 {
 	sum := sha256.Sum256([]byte("culvert subnet\x00" + node))
 	return binary.BigEndian.Uint64(sum[:8])
 }
 
-// Next returns the subnet to try: the first preferred one that is free, else
-// the first free one at or after the seed's place, else the one that has
-// rested longest. ErrExhausted is wrapped with the figures. It computes only,
-// in time that depends on Taken and not on the size of the network.
+// Next returns the subnet to try: the first free preferred one, else the first
+// free one at or after the seed's position, else the one that has been in
+// quarantine longest, else ErrExhausted, wrapped with the figures. It does no
+// I/O; the time depends on the number of prefixes, not the network's size.
 func (s Search) Next() (netip.Prefix, error) {
 	n := s.Network
 	is4 := n.Prefix.Addr().Is4()
@@ -55,7 +55,8 @@ func (s Search) Next() (netip.Prefix, error) {
 			return p, nil
 		}
 	}
-	// What rests may be of another length than the network's subnets are now.
+	// A subnet in quarantine may have another length than SubnetLen, if the
+	// configuration has changed.
 	if p, ok := n.firstFree(taken, s.Seed); ok {
 		return p, nil
 	}
@@ -63,20 +64,20 @@ func (s Search) Next() (netip.Prefix, error) {
 		ErrExhausted, n.capacity(), n.SubnetLen, n.SubnetMin, n.SubnetMax, n.Prefix)
 }
 
-// Fits reports whether the subnet is one that this network gives out: of its
-// length, aligned, and within its bounds. What a node held before the network
-// was changed may fit no more.
+// Fits reports whether this network allocates the subnet: its length, alignment
+// and bounds match. A subnet leased before a change of the configuration may no
+// longer fit.
 func (n Network) Fits(p netip.Prefix) bool {
 	return p.IsValid() && p.Bits() == n.SubnetLen && p == p.Masked() && n.Prefix.Contains(p.Addr()) &&
 		!p.Addr().Less(n.SubnetMin) && !n.SubnetMax.Less(p.Addr())
 }
 
-// holds reports whether the subnet lies within the network, of any length.
+// holds reports whether the network contains the subnet, of whatever length.
 func (n Network) holds(p netip.Prefix) bool {
 	return p.IsValid() && n.Prefix.Contains(p.Addr()) && p.Bits() >= n.Prefix.Bits()
 }
 
-// Capacity is how many subnets the network gives out, at most 2^63-1.
+// Capacity is the number of subnets the network can allocate, at most 2^63-1.
 func (n Network) Capacity() int64 {
 	c := n.capacity()
 	if c.hi != 0 || c.lo > 1<<63-1 {
@@ -90,8 +91,8 @@ func (n Network) capacity() u128 {
 	return span.shr(n.Prefix.Addr().BitLen() - n.SubnetLen).add(u128{lo: 1})
 }
 
-// firstFree walks the taken ranges in order from the seed's place to the end
-// and then from the beginning.
+// firstFree searches from the seed's position to the end, then from the
+// beginning.
 func (n Network) firstFree(taken spans, seed uint64) (netip.Prefix, bool) {
 	is4 := n.Prefix.Addr().Is4()
 	hostBits := n.Prefix.Addr().BitLen() - n.SubnetLen
@@ -109,10 +110,10 @@ func (n Network) firstFree(taken spans, seed uint64) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-// span is a range of addresses, both ends included.
+// span is a range of addresses, both ends inclusive.
 type span struct{ first, last u128 }
 
-// spans are sorted and do not touch each other.
+// spans are sorted and do not overlap.
 type spans []span
 
 func ranges(prefixes []netip.Prefix, is4 bool) spans {
@@ -143,29 +144,29 @@ func (ss spans) overlap(p netip.Prefix) bool {
 }
 
 // gap returns the first subnet at or after from, and not after last, that
-// none of the spans touches.
+// overlaps none of the spans.
 func (ss spans) gap(from, last u128, hostBits int) (u128, bool) {
 	size := u128pow2(hostBits)
 	at := from
 	i, _ := slices.BinarySearchFunc(ss, at, func(s span, a u128) int { return s.last.compare(a) })
 	for at.compare(last) <= 0 {
 		for i < len(ss) && ss[i].last.compare(at) < 0 {
-			i++ // a small one, within the subnet that was passed over
+			i++ // ends within the subnet just skipped
 		}
 		end := at.add(size).sub(u128{lo: 1})
 		if i == len(ss) || ss[i].first.compare(end) > 0 {
 			return at, true
 		}
-		next := ss[i].last.shr(hostBits).shl(hostBits).add(size) // the subnet after the one where the span ends
+		next := ss[i].last.shr(hostBits).shl(hostBits).add(size) // the first subnet after the span
 		if next.compare(at) <= 0 {
-			break // past the end of the address space
+			break // wrapped at the end of the address space
 		}
 		at = next
 	}
 	return u128{}, false
 }
 
-// u128 is an address as a number; IPv4 addresses are those below 2^32.
+// u128 is an address as an integer; IPv4 addresses are below 2^32.
 type u128 struct{ hi, lo uint64 }
 
 func toU128(a netip.Addr) u128 {
@@ -192,8 +193,8 @@ func lastOf(p netip.Prefix) u128 {
 	return toU128(p.Masked().Addr()).add(u128pow2(p.Addr().BitLen() - p.Bits())).sub(u128{lo: 1})
 }
 
-// u128pow2 returns 2^n; 2^128 wraps to 0, which the callers' subtraction of 1
-// turns into the highest address.
+// u128pow2 returns 2^n. 2^128 wraps to 0; the callers subtract 1, which gives the
+// highest address.
 func u128pow2(n int) u128 { return u128{lo: 1}.shl(n) }
 
 func (u u128) add(v u128) u128 {
@@ -226,7 +227,7 @@ func (u u128) compare(v u128) int {
 	return cmp.Or(cmp.Compare(u.hi, v.hi), cmp.Compare(u.lo, v.lo))
 }
 
-// String is the number in decimal, or as a power of two where it is large.
+// String returns the number in decimal, or a power of two if it is 2^64 or more.
 func (u u128) String() string {
 	if u.hi == 0 {
 		return fmt.Sprint(u.lo)

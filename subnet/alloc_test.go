@@ -13,7 +13,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// subnetsOf enumerates what a small network gives out: slow and obvious.
+// subnetsOf enumerates the subnets of a small network: slow and obvious.
 func subnetsOf(n subnet.Network) []netip.Prefix {
 	var all []netip.Prefix
 	for p := netip.PrefixFrom(n.SubnetMin, n.SubnetLen); ; {
@@ -29,8 +29,8 @@ func subnetsOf(n subnet.Network) []netip.Prefix {
 	}
 }
 
-// drawNetwork returns a network of at most 64 subnets, at any place, among
-// them the ends of the address space.
+// drawNetwork returns a network of at most 64 subnets anywhere in the address
+// space, including both ends.
 func drawNetwork(t *rapid.T) subnet.Network {
 	bits := 32
 	if rapid.Bool().Draw(t, "ipv6") {
@@ -97,7 +97,7 @@ func TestSearchAgainstEnumeration(t *testing.T) {
 		got, err := s.Next()
 		if len(free) == 0 {
 			if !errors.Is(err, subnet.ErrExhausted) {
-				t.Fatalf("nothing is free, and got %v, %v", got, err)
+				t.Fatalf("nothing is free, but got %v, %v", got, err)
 			}
 			return
 		}
@@ -105,7 +105,7 @@ func TestSearchAgainstEnumeration(t *testing.T) {
 			t.Fatalf("got %v, %v; free are %v", got, err, free)
 		}
 		if again, _ := s.Next(); again != got {
-			t.Fatalf("%v, then %v", got, again)
+			t.Fatalf("not deterministic: %v, then %v", got, again)
 		}
 		if i := slices.IndexFunc(s.Prefer, func(p netip.Prefix) bool { return slices.Contains(free, p) }); i >= 0 {
 			if got != s.Prefer[i] {
@@ -114,16 +114,16 @@ func TestSearchAgainstEnumeration(t *testing.T) {
 			return
 		}
 		if len(rested) < len(free) && slices.Contains(rested, got) {
-			t.Fatalf("got %v, which rests, where %v are free", got, free)
+			t.Fatalf("got %v, which is in quarantine, but %v are free", got, free)
 		}
 		if i := slices.IndexFunc(s.Resting, func(p netip.Prefix) bool { return slices.Contains(free, p) }); len(rested) == len(free) && i >= 0 && got != s.Resting[i] {
-			t.Fatalf("got %v, the longest unused is %v", got, s.Resting[i])
+			t.Fatalf("got %v, want the longest unused %v", got, s.Resting[i])
 		}
 	})
 }
 
-// Nodes that take what they are told, one after the other, use every subnet
-// once, and the next is told how many there were.
+// Successive allocations use every subnet once; then the error says how many
+// there are.
 func TestSearchUsesEverySubnet(t *testing.T) {
 	cfg, _, err := subnet.ParseConfig([]byte(`{"Network":"10.5.0.0/16","SubnetMin":"10.5.10.0","SubnetMax":"10.5.109.0"}`))
 	if err != nil {
@@ -140,7 +140,7 @@ func TestSearchUsesEverySubnet(t *testing.T) {
 			break
 		}
 		if slices.Contains(taken, p) {
-			t.Fatalf("%v twice", p)
+			t.Fatalf("%v allocated twice", p)
 		}
 		taken = append(taken, p)
 	}
@@ -182,8 +182,8 @@ func TestSeedsSpread(t *testing.T) {
 		}
 		seen[p]++
 	}
-	if len(seen) < 70 { // 82 are expected of 100 draws from 255
-		t.Errorf("100 nodes begin at %d places", len(seen))
+	if len(seen) < 70 { // expected: 82 distinct in 100 draws from 255
+		t.Errorf("100 nodes start at only %d subnets", len(seen))
 	}
 }
 

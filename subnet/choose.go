@@ -8,32 +8,32 @@ import (
 	"strings"
 )
 
-// Occupancy is what the store holds when a node asks for a lease.
+// Occupancy is the state of the store when a node requests a lease.
 type Occupancy struct {
-	Leases []Lease // every lease and reservation that can be read
-	// Unreadable are the subnets of values that cannot be read: somebody may
-	// live there, so they are never given out.
+	Leases []Lease // every valid lease and reservation
+	// Unreadable are the subnets of malformed values. A node may be using them, so
+	// they are never allocated.
 	Unreadable []netip.Prefix
-	// Resting are free subnets that others leased lately (Search.Resting).
+	// Resting are free subnets in quarantine (Search.Resting).
 	Resting []netip.Prefix
-	// Mine reports whether this node holds the lease, for a reason that its
-	// value does not show: its handle is in the node's state. Nil knows none.
+	// Mine reports whether this node owns the lease by evidence other than its
+	// value: the lease ID saved in the node's state file. May be nil.
 	Mine func(Lease) bool
 }
 
-// Choice is what a node should write to have its lease.
+// Choice is what a node must write to obtain its lease.
 type Choice struct {
-	// Lease is the lease to write. Where its Key is Keep's, the write replaces
-	// Keep (and carries its revisions and ID); else it creates the key.
+	// Lease is the lease to write. If its Key is that of Keep, the write updates
+	// Keep (and carries its revisions and ID); otherwise it creates the key.
 	Lease Lease
-	// Keep is the lease that the node has already and stays with, if any.
+	// Keep is the existing lease that the node keeps; nil if there is none.
 	Keep *Lease
-	// Drop are this node's leases on subnets that it stays with no more, to be
-	// deleted in the transaction that writes the new one.
+	// Drop are this node's other leases, to be deleted in the transaction that
+	// writes the new one.
 	Drop []Lease
 }
 
-// Check says what a claim lacks.
+// Check validates the claim.
 func (c Claim) Check() error {
 	if err := CheckNode(c.Node); err != nil {
 		return err
@@ -47,7 +47,7 @@ func (c Claim) Check() error {
 	for i, e := range c.Ends {
 		n := c.Config.Networks[i]
 		if e.Public.Is4() != n.Prefix.Addr().Is4() {
-			return fmt.Errorf("the public address %s is not of the family of %s", e.Public, n.Prefix)
+			return fmt.Errorf("the public address %s is not of the address family of %s", e.Public, n.Prefix)
 		}
 		if err := checkPublic(e.Public, c.Config); err != nil {
 			return err
@@ -57,21 +57,22 @@ func (c Claim) Check() error {
 				return fmt.Errorf("the claim's VNI is %d, the configuration's %d", e.VTEP.VNI, c.Config.Backend.VNI)
 			}
 			if !e.VTEP.MAC.IsUnicast() {
-				return fmt.Errorf("the claim's MAC %s is not one device's address", e.VTEP.MAC)
+				return fmt.Errorf("the claim's MAC %s is not a unicast address", e.VTEP.MAC)
 			}
 		}
 	}
 	return nil
 }
 
-// Choose decides, purely, which lease a node should have: the one that its
-// state, its identity or its public address says is its own, where the
-// configuration still gives that subnet out; else the subnet that it used
-// last; else a free one. ErrConflict names both sides where another node holds
-// the identity or the address; ErrExhausted comes from the allocator.
+// Choose decides which lease a node gets; it is a pure function. In order of
+// preference: the lease that the saved lease ID, the node identity or the public
+// address identifies as its own, if the configuration still allocates that
+// subnet; the subnet that it used last; a free one. It returns ErrConflict,
+// naming both nodes, if another node holds the identity or the address, and
+// ErrExhausted if no subnet is free.
 //
-// A lease without a node identity is flannel's, and is taken over by the node
-// that has its address: that is how a host moves from flannel to culvert.
+// A lease without a node identity was written by flannel; the node that has its
+// address takes it over. That is how a host migrates from flannel.
 func Choose(c Claim, o Occupancy) (Choice, error) {
 	if err := c.Check(); err != nil {
 		return Choice{}, fmt.Errorf("claim of node %q: %w", c.Node, err)
@@ -79,7 +80,7 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 	var own []Lease
 	var taken []netip.Prefix
 	var conflict error
-	var rival int64 // the oldest CreateRevision that conflicts
+	var rival int64 // the lowest CreateRevision among the conflicting leases
 	for _, l := range o.Leases {
 		mine, err := c.owns(l, o.Mine)
 		if mine {
@@ -92,8 +93,8 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 		}
 	}
 	taken = slices.Concat(taken, o.Unreadable, c.Avoid)
-	// Two leases of one node are left by a change of families or networks: the
-	// one that names the node counts first, then the older.
+	// A node can have several leases after a change of families or networks.
+	// Prefer those with its identity, then the older ones.
 	slices.SortStableFunc(own, func(a, b Lease) int {
 		if named := b.Node == c.Node; named != (a.Node == c.Node) {
 			if named {
@@ -110,7 +111,7 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 			keep = &own[i]
 		}
 	}
-	// A newcomer with our identity or address does not evict us.
+	// A newer lease with our identity or address does not evict us.
 	if conflict != nil && (keep == nil || rival < keep.CreateRevision) {
 		return Choice{}, conflict
 	}
@@ -132,7 +133,8 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 		prefer = append(prefer, l.Subnets()...)
 	}
 	for _, p := range c.Previous {
-		// Ours once, and another's since: others may know it as that one's.
+		// Skip a subnet that another node has used since: peers may still
+		// have cached it as that node's.
 		if !slices.ContainsFunc(o.Resting, p.Overlaps) {
 			prefer = append(prefer, p)
 		}
@@ -149,8 +151,9 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 	return choice, nil
 }
 
-// owns decides whose a lease is. Another node's identity or address on it is
-// fine; one of the two being ours, without proof that the lease is, is not.
+// owns reports whether the lease belongs to the claiming node. It returns
+// ErrConflict if the lease has our identity or our address but does not provably
+// belong to us.
 func (c Claim) owns(l Lease, mine func(Lease) bool) (bool, error) {
 	if l.Reserved {
 		return false, nil
@@ -166,17 +169,17 @@ func (c Claim) owns(l Lease, mine func(Lease) bool) (bool, error) {
 	case l.Node == "" && match:
 		return true, nil
 	case named:
-		return false, fmt.Errorf("%w: this node %s calls itself %q, and so does the holder of %s; give one of them another --node-id, or end the other's lease with 'culvert lease release %s'",
+		return false, fmt.Errorf("%w: the node at %s: the identity %q is already used by the holder of %s; give one of the two nodes another --node-id, or release the existing lease with 'culvert lease release %s'",
 			ErrConflict, c.addresses(), c.Node, l, l.Subnets()[0])
 	case match:
-		return false, fmt.Errorf("%w: this node %q has the address %s, and so has the holder of %s; give one of them another --public-ip, or end the other's lease with 'culvert lease release %s'",
+		return false, fmt.Errorf("%w: node %q: the address %s is already used by the holder of %s; give one of the two nodes another --public-ip, or release the existing lease with 'culvert lease release %s'",
 			ErrConflict, c.Node, c.addresses(), l, l.Subnets()[0])
 	}
 	return false, nil
 }
 
-// compareAddresses reports whether the lease has one of our public addresses,
-// and whether it has another one in a family that we use.
+// compareAddresses reports whether the lease has one of our public addresses
+// (match), and whether it has a different one in a family that we use (differ).
 func (c Claim) compareAddresses(l Lease) (match, differ bool) {
 	for _, e := range c.Ends {
 		theirs, ok := l.Endpoint(e.Public.Is4())
@@ -200,8 +203,8 @@ func (c Claim) addresses() string {
 	return strings.Join(texts, ", ")
 }
 
-// keeps reports whether the node may stay with a lease of its own: the
-// configuration gives these subnets out, and no older lease overlaps them.
+// keeps reports whether the node may keep its own lease: the configuration
+// allocates these subnets, and no older lease overlaps them.
 func (c Claim) keeps(own Lease, all []Lease) bool {
 	if len(own.Endpoints) != len(c.Config.Networks) {
 		return false
@@ -227,7 +230,7 @@ func (c Claim) endpoints(subnets []netip.Prefix) []Endpoint {
 	return ends
 }
 
-// Overlaps reports whether the two leases have an address in common.
+// Overlaps reports whether the two leases share an address.
 func (l Lease) Overlaps(other Lease) bool {
 	for _, a := range l.Endpoints {
 		for _, b := range other.Endpoints {
@@ -239,8 +242,8 @@ func (l Lease) Overlaps(other Lease) bool {
 	return false
 }
 
-// Rival returns an error that wraps ErrConflict if, of two leases written at
-// one moment, the other has this one's node identity or an address of it.
+// Rival returns an error wrapping ErrConflict if the other lease, written
+// concurrently, has the same node identity or a public address of l.
 func (l Lease) Rival(other Lease) error {
 	if other.Reserved || other.Key() == l.Key() {
 		return nil
@@ -255,18 +258,19 @@ func (l Lease) Rival(other Lease) error {
 	return nil
 }
 
-// checkPublic refuses an underlay address that tunnel packets cannot be sent
-// to: one that is nobody's, or that the tunnel itself would swallow.
+// checkPublic rejects an underlay address that tunnel packets cannot be sent to:
+// one that is not a host's, or one inside the cluster network, which would route
+// into the tunnel.
 func checkPublic(a netip.Addr, c Config) error {
 	switch {
 	case !a.IsValid() || a.IsUnspecified():
 		return errors.New("no public address")
 	case a.IsMulticast() || a.IsLoopback() || a.Is6() && a.IsLinkLocalUnicast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-		return fmt.Errorf("the public address %s is not one host's", a)
+		return fmt.Errorf("the public address %s is not a unicast host address", a)
 	}
 	for _, n := range c.Networks {
 		if _, inside := n.GivenOf(netip.PrefixFrom(a, a.BitLen())); inside {
-			return fmt.Errorf("the public address %s lies in the cluster network %s", a, n.Prefix)
+			return fmt.Errorf("the public address %s is inside the cluster network %s", a, n.Prefix)
 		}
 	}
 	return nil

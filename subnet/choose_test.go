@@ -21,7 +21,7 @@ func claimOf(t testing.TB, node, public string) subnet.Claim {
 	return subnet.Claim{Node: node, Config: cfg, Ends: []subnet.Endpoint{{Public: netip.MustParseAddr(public)}}}
 }
 
-// held is a lease as the store has it: subnet number n of 10.5.0.0/16.
+// held returns a stored lease of subnet 10.5.n.0/24.
 func held(n int, node, public string, created int64) subnet.Lease {
 	return subnet.Lease{
 		Node: node, Backend: "ipip", CreateRevision: created, ModRevision: created + 100, ID: created,
@@ -38,7 +38,7 @@ func TestChoose(t *testing.T) {
 	for name, c := range map[string]struct {
 		occupancy subnet.Occupancy
 		previous  []netip.Prefix
-		want      string // the key, "" for any free one
+		want      string // the key; "": any free subnet
 		keep      bool
 		drop      string
 		err       error
@@ -131,7 +131,7 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-// A node that gains a family keeps the subnet that it has.
+// A node that gains an address family keeps its existing subnet.
 func TestChooseGrowsToDualStack(t *testing.T) {
 	c := claimOf(t, "us", "192.0.2.1")
 	dual, _, err := subnet.ParseConfig([]byte(`{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"host-gw"}}`))
@@ -160,12 +160,12 @@ func TestClaimCheck(t *testing.T) {
 			c.Config.Backend = subnet.BackendConfig{Type: "vxlan", VNI: 1}
 			c.Ends[0].VTEP.VNI = 1
 		},
-		"vxlan with another VNI than is": func(c *subnet.Claim) { c.Config.Backend = subnet.BackendConfig{Type: "vxlan", VNI: 1} },
+		"vxlan with the wrong VNI": func(c *subnet.Claim) { c.Config.Backend = subnet.BackendConfig{Type: "vxlan", VNI: 1} },
 	} {
 		c := claimOf(t, "us", "192.0.2.1")
 		change(&c)
 		if _, err := subnet.Choose(c, subnet.Occupancy{}); err == nil {
-			t.Errorf("%s: taken", name)
+			t.Errorf("%s: accepted", name)
 		}
 	}
 }

@@ -12,7 +12,8 @@ type Config struct {
 	EnableNFTables bool
 }
 
-// Network is one address family's cluster network and how it is cut up.
+// Network is the cluster network of one address family and how it is divided
+// into node subnets.
 type Network struct {
 	Prefix    netip.Prefix // the whole cluster network, such as 10.5.0.0/16
 	SubnetLen int          // prefix length of a node's subnet, such as 24
@@ -20,13 +21,13 @@ type Network struct {
 	SubnetMax netip.Addr   // last subnet that may be leased
 }
 
-// BackendConfig names the wire format and its options. The zero value of an
-// option that the format does not have is ignored.
+// BackendConfig names the wire format and its options. ParseConfig leaves
+// options that do not apply to the format at zero.
 type BackendConfig struct {
 	Type          string // "vxlan", "ipip", "host-gw"
 	VNI           uint32
-	Port          uint16 // UDP; 8472 by default, the Linux kernel's and flannel's
-	MTU           int    // 0: derived from the underlay
+	Port          uint16 // UDP; default 8472, as in the Linux kernel and flannel
+	MTU           int    // 0: derive from the underlay
 	GBP           bool
 	Learning      bool
 	DirectRouting bool

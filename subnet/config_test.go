@@ -56,7 +56,7 @@ func TestParseConfigDefaults(t *testing.T) {
 		got, warnings, err := subnet.ParseConfig([]byte(text))
 		if len(want.Networks) == 0 {
 			if err == nil {
-				t.Errorf("%s was taken", text)
+				t.Errorf("%s was accepted", text)
 			}
 			continue
 		}
@@ -92,23 +92,23 @@ func TestParseConfigRefusals(t *testing.T) {
 	for text, rule := range map[string]string{
 		``:                              "not JSON",
 		`{`:                             "not JSON",
-		`[]`:                            "is a JSON object, not a array",
+		`[]`:                            "expected a JSON object, not array",
 		`null`:                          "not null",
 		`{} {}`:                         "not JSON",
 		`{}`:                            "Network is missing",
 		"\xff{}":                        "not JSON",
 		`{"Network":"10.5.0.0"}`:        "not a network such as",
-		`{"Network":7}`:                 "Network is a string, not number",
+		`{"Network":7}`:                 "Network must be a string, not number",
 		`{"Network":"0.0.0.0/0"}`:       "whole address space",
-		`{"Network":"fd00::/48"}`:       "other address family",
-		`{"Network":"127.0.0.0/8"}`:     "no host may bear",
-		`{"Network":"224.0.0.0/8"}`:     "no host may bear",
-		`{"Network":"10.5.0.0/29"}`:     "four subnets of four addresses need a /28",
-		v4(`,"SubnetLen":17`):           "must hold at least four subnets, so it is 18 or more",
+		`{"Network":"fd00::/48"}`:       "wrong address family",
+		`{"Network":"127.0.0.0/8"}`:     "hosts cannot use",
+		`{"Network":"224.0.0.0/8"}`:     "hosts cannot use",
+		`{"Network":"10.5.0.0/29"}`:     "four subnets of four addresses, a /28",
+		v4(`,"SubnetLen":17`):           "must be at least 18",
 		v4(`,"SubnetLen":31`):           "at most 30",
 		v4(`,"SubnetLen":-1`):           "at most 30",
-		v4(`,"SubnetLen":24.5`):         "SubnetLen is a whole number",
-		v4(`,"SubnetLen":"24"`):         "SubnetLen is a whole number, not string",
+		v4(`,"SubnetLen":24.5`):         "SubnetLen must be a whole number",
+		v4(`,"SubnetLen":"24"`):         "SubnetLen must be a whole number, not string",
 		v4(`,"SubnetMin":"10.6.0.0"`):   "SubnetMin 10.6.0.0 is outside 10.5.0.0/16",
 		v4(`,"SubnetMax":"10.4.0.0"`):   "SubnetMax 10.4.0.0 is outside 10.5.0.0/16",
 		v4(`,"SubnetMin":"10.5.1.7"`):   "not the first address of a /24; that is 10.5.1.0",
@@ -117,22 +117,22 @@ func TestParseConfigRefusals(t *testing.T) {
 		v4(`,"SubnetMin":"10.5.9.0","SubnetMax":"10.5.8.0"`):                         "SubnetMin 10.5.9.0 is above SubnetMax 10.5.8.0",
 		v4(`,"EnableIPv4":false`):                                                    "no address family",
 		v4(`,"EnableIPv6":true`):                                                     "IPv6Network is missing",
-		v4(`,"EnableIPv6":true,"IPv6Network":"10.6.0.0/16"`):                         "other address family",
-		v4(`,"EnableIPv6":true,"IPv6Network":"::ffff:0:0/96"`):                       "other address family",
-		v4(`,"EnableIPv6":true,"IPv6Network":"fe80::/64"`):                           "no host may bear",
-		v4(`,"EnableIPv6":true,"IPv6Network":"fd00::/125"`):                          "need a /124",
+		v4(`,"EnableIPv6":true,"IPv6Network":"10.6.0.0/16"`):                         "wrong address family",
+		v4(`,"EnableIPv6":true,"IPv6Network":"::ffff:0:0/96"`):                       "wrong address family",
+		v4(`,"EnableIPv6":true,"IPv6Network":"fe80::/64"`):                           "hosts cannot use",
+		v4(`,"EnableIPv6":true,"IPv6Network":"fd00::/125"`):                          "addresses, a /124",
 		v4(`,"Backend":{"Type":"vxlann"}`):                                           `did you mean "vxlan"?`,
-		v4(`,"Backend":{"Type":"udp"}`):                                              "culvert knows vxlan, ipip, host-gw",
-		v4(`,"Backend":"vxlan"`):                                                     "Backend: the network configuration is a JSON object, not a string",
+		v4(`,"Backend":{"Type":"udp"}`):                                              "culvert supports vxlan, ipip, host-gw",
+		v4(`,"Backend":"vxlan"`):                                                     "Backend: expected a JSON object, not string",
 		v4(`,"Backend":{"VNI":16777216}`):                                            "24 bits",
 		v4(`,"Backend":{"VNI":-1}`):                                                  "24 bits",
 		v4(`,"Backend":{"Port":65536}`):                                              "1 to 65535",
 		v4(`,"Backend":{"MTU":100}`):                                                 "576 to 65535",
-		v4(`,"Backend":{"MTU":"1400"}`):                                              "MTU is a whole number",
-		v4(`,"Backend":{"GBP":"yes"}`):                                               "GBP is true or false",
+		v4(`,"Backend":{"MTU":"1400"}`):                                              "MTU must be a whole number",
+		v4(`,"Backend":{"GBP":"yes"}`):                                               "GBP must be true or false",
 		strings.Repeat(" ", subnet.MaxValueLen+1):                                    "over the limit",
-		v4(`,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"ipip"}`): "IPv4 alone",
-		v4(`,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"MTU":1200}`):    "IPv6 needs 1280",
+		v4(`,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"ipip"}`): "only IPv4",
+		v4(`,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"MTU":1200}`):    "IPv6 requires at least 1280",
 	} {
 		_, _, err := subnet.ParseConfig([]byte(text))
 		if err == nil || !strings.Contains(err.Error(), rule) {
@@ -150,10 +150,10 @@ func TestParseConfigWarnings(t *testing.T) {
 		`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip","VNI":1}}`:                                                         `[Backend.VNI: has no effect with ipip]`,
 		`{"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","Backend":{"Type":"vxlan"}}`:                                      `[IPv6Network: has no effect without "EnableIPv6": true]`,
 		`{"EnableIPv4":false,"EnableIPv6":true,"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","Backend":{"Type":"vxlan"}}`: `[Network: has no effect while EnableIPv4 is false]`,
-		// What flannel takes, and most people do not mean.
-		`{"Network":"10.5.0.7/16","Backend":{"Type":"VXLAN"}}`:                                           `[Backend.Type: "VXLAN" is taken for "vxlan" Network: 10.5.0.7/16 has host bits set; the network is 10.5.0.0/16]`,
-		`{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::7/48","Backend":{"Type":"Host-GW"}}`: `[Backend.Type: "Host-GW" is taken for "host-gw" IPv6Network: fd00::7/48 has host bits set; the network is fd00::/48]`,
-		`{"Network":"10.5.0.0/16"}`: `[Backend.Type: not set: culvert takes vxlan, where flannel would take udp]`,
+		// Accepted by flannel, but probably not intended.
+		`{"Network":"10.5.0.7/16","Backend":{"Type":"VXLAN"}}`:                                           `[Backend.Type: "VXLAN" is read as "vxlan" Network: 10.5.0.7/16 has host bits set; the network is 10.5.0.0/16]`,
+		`{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::7/48","Backend":{"Type":"Host-GW"}}`: `[Backend.Type: "Host-GW" is read as "host-gw" IPv6Network: fd00::7/48 has host bits set; the network is fd00::/48]`,
+		`{"Network":"10.5.0.0/16"}`: `[Backend.Type: not set: culvert defaults to vxlan, flannel to udp]`,
 	} {
 		_, warnings, err := subnet.ParseConfig([]byte(text))
 		if got := fmt.Sprint(warnings); err != nil || got != want {

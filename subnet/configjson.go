@@ -10,23 +10,23 @@ import (
 	"strings"
 )
 
-// DefaultVXLANPort is the Linux kernel's, and so flannel's; IANA's is 4789.
+// DefaultVXLANPort is the default of the Linux kernel and flannel; IANA's port
+// is 4789.
 const DefaultVXLANPort = 8472
 
-// DefaultVNI is flannel's.
+// DefaultVNI is flannel's default.
 const DefaultVNI = 1
 
-// Backends are the wire formats that a configuration can name.
+// Backends are the wire formats that a configuration may name.
 var Backends = []string{"vxlan", "ipip", "host-gw"}
 
-// Warning is something in a configuration that is not refused, but hardly
-// what was meant.
+// Warning reports a setting that is accepted but probably not intended.
 type Warning struct {
 	Key     string // the JSON key, such as "SubnetLne" or "Backend.Port"
-	Message string // without the key
+	Message string // does not repeat the key
 }
 
-// String is one line: the key and what is wrong with it.
+// String returns the key and the message on one line.
 func (w Warning) String() string { return w.Key + ": " + w.Message }
 
 // configValue is flannel's Config (pkg/subnet/config.go).
@@ -45,8 +45,8 @@ type configValue struct {
 	Backend        json.RawMessage `json:",omitempty"`
 }
 
-// backendValue has the options of all of flannel's backends that culvert
-// knows.
+// backendValue holds the options that culvert supports of all of flannel's
+// backends.
 type backendValue struct {
 	Type          string
 	VNI           *int64 `json:",omitempty"`
@@ -69,9 +69,9 @@ var (
 	}
 )
 
-// ParseConfig reads the network configuration in flannel's JSON and fills in
-// flannel's defaults. What cannot work is an error that names the rule; a key
-// that means nothing here is a warning that names the nearest one that does.
+// ParseConfig parses the network configuration in flannel's JSON and fills in
+// flannel's defaults. An invalid setting is an error that names the violated
+// rule; an unknown key is a warning that suggests the nearest known one.
 func ParseConfig(text []byte) (Config, []Warning, error) {
 	if len(text) > MaxValueLen {
 		return Config{}, nil, fmt.Errorf("a network configuration of %d bytes is over the limit of %d", len(text), MaxValueLen)
@@ -109,7 +109,7 @@ func ParseConfig(text []byte) (Config, []Warning, error) {
 	}
 	if v.EnableIPv6 {
 		if cfg.Backend.Type == "ipip" {
-			return Config{}, nil, errors.New("EnableIPv6: the ipip backend carries IPv4 alone; vxlan carries both")
+			return Config{}, nil, errors.New("EnableIPv6: the ipip backend supports only IPv4; vxlan supports both")
 		}
 		n, hostBits, err := parseNetwork("IPv6", v.IPv6Network, v.IPv6SubnetLen, v.IPv6SubnetMin, v.IPv6SubnetMax, false)
 		if err != nil {
@@ -118,26 +118,26 @@ func ParseConfig(text []byte) (Config, []Warning, error) {
 		warnings = append(warnings, hostBits...)
 		cfg.Networks = append(cfg.Networks, n)
 		if mtu := cfg.Backend.MTU; mtu != 0 && mtu < 1280 {
-			return Config{}, nil, fmt.Errorf("Backend.MTU is %d; IPv6 needs 1280 (RFC 8200)", mtu)
+			return Config{}, nil, fmt.Errorf("Backend.MTU is %d; IPv6 requires at least 1280 (RFC 8200)", mtu)
 		}
 	}
 	return cfg, warnings, nil
 }
 
-// unmarshalConfig decodes an object and puts the place of a failure in words.
+// unmarshalConfig decodes a JSON object and names the offending key in errors.
 func unmarshalConfig(where string, text []byte, into any) error {
 	err := json.Unmarshal(text, into)
 	if typed, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
 		if typed.Field == "" {
-			return fmt.Errorf("%sthe network configuration is a JSON object, not a %s", where, typed.Value)
+			return fmt.Errorf("%sexpected a JSON object, not %s", where, typed.Value)
 		}
-		return fmt.Errorf("%s%s is %s, not %s", where, typed.Field, kindName(typed.Type.String()), typed.Value)
+		return fmt.Errorf("%s%s must be %s, not %s", where, typed.Field, kindName(typed.Type.String()), typed.Value)
 	}
 	if err != nil {
 		return fmt.Errorf("the network configuration is not JSON: %w", err)
 	}
 	if bytes.Equal(bytes.TrimSpace(text), []byte("null")) {
-		return fmt.Errorf("%sthe network configuration is a JSON object, not null", where)
+		return fmt.Errorf("%sexpected a JSON object, not null", where)
 	}
 	return nil
 }
@@ -153,8 +153,7 @@ func kindName(goType string) string {
 	}
 }
 
-// unknownKeys compares as encoding/json does, and so flannel: without regard
-// to case.
+// unknownKeys ignores case, as encoding/json and therefore flannel do.
 func unknownKeys(where string, text []byte, known []string) []Warning {
 	var object map[string]json.RawMessage
 	if json.Unmarshal(text, &object) != nil {
@@ -186,11 +185,11 @@ func parseBackend(text json.RawMessage) (BackendConfig, []Warning, error) {
 	var warnings []Warning
 	if v.Type == "" {
 		v.Type = "vxlan"
-		warnings = append(warnings, Warning{"Backend.Type", "not set: culvert takes vxlan, where flannel would take udp"})
+		warnings = append(warnings, Warning{"Backend.Type", "not set: culvert defaults to vxlan, flannel to udp"})
 	}
 	if lower := strings.ToLower(v.Type); lower != v.Type {
-		if _, ok := backendKeys[lower]; ok { // flannel's backend.Manager takes either
-			warnings = append(warnings, Warning{"Backend.Type", fmt.Sprintf("%q is taken for %q", v.Type, lower)})
+		if _, ok := backendKeys[lower]; ok { // flannel's backend.Manager ignores case
+			warnings = append(warnings, Warning{"Backend.Type", fmt.Sprintf("%q is read as %q", v.Type, lower)})
 			v.Type = lower
 		}
 	}
@@ -200,7 +199,7 @@ func parseBackend(text json.RawMessage) (BackendConfig, []Warning, error) {
 		if nearest := nearestKey(v.Type, Backends); nearest != "" {
 			hint = fmt.Sprintf("; did you mean %q?", nearest)
 		}
-		return BackendConfig{}, nil, fmt.Errorf("Backend.Type is %q; culvert knows %s%s", clip(v.Type), strings.Join(Backends, ", "), hint)
+		return BackendConfig{}, nil, fmt.Errorf("Backend.Type is %q; culvert supports %s%s", clip(v.Type), strings.Join(Backends, ", "), hint)
 	}
 	for _, w := range unknownKeys("Backend.", text, known) {
 		key := strings.TrimPrefix(w.Key, "Backend.")
@@ -211,20 +210,20 @@ func parseBackend(text json.RawMessage) (BackendConfig, []Warning, error) {
 	}
 	b := BackendConfig{Type: v.Type, MTU: v.MTU}
 	if b.MTU != 0 && (b.MTU < 576 || b.MTU > 65535) {
-		return BackendConfig{}, nil, fmt.Errorf("Backend.MTU is %d; it is 0 (derived) or 576 to 65535", b.MTU)
+		return BackendConfig{}, nil, fmt.Errorf("Backend.MTU is %d; it must be 0 (derived) or 576 to 65535", b.MTU)
 	}
 	if v.Type == "vxlan" {
 		b.VNI, b.Port = DefaultVNI, DefaultVXLANPort
 		b.GBP, b.Learning = v.GBP, v.Learning
 		if v.VNI != nil {
 			if *v.VNI < 0 || *v.VNI > MaxVNI {
-				return BackendConfig{}, nil, fmt.Errorf("Backend.VNI is %d; it is 0 to %d (24 bits)", *v.VNI, MaxVNI)
+				return BackendConfig{}, nil, fmt.Errorf("Backend.VNI is %d; it must be 0 to %d (24 bits)", *v.VNI, MaxVNI)
 			}
 			b.VNI = uint32(*v.VNI)
 		}
 		if v.Port != 0 {
 			if v.Port < 0 || v.Port > 65535 {
-				return BackendConfig{}, nil, fmt.Errorf("Backend.Port is %d; it is 1 to 65535", v.Port)
+				return BackendConfig{}, nil, fmt.Errorf("Backend.Port is %d; it must be 1 to 65535", v.Port)
 			}
 			b.Port = uint16(v.Port)
 		}
@@ -235,8 +234,8 @@ func parseBackend(text json.RawMessage) (BackendConfig, []Warning, error) {
 	return b, warnings, nil
 }
 
-// parseNetwork keeps flannel's rules (CheckNetworkConfig) for one family, whose
-// keys have the prefix family ("" or "IPv6").
+// parseNetwork applies flannel's rules (CheckNetworkConfig) to one family, whose
+// keys start with family ("" or "IPv6").
 func parseNetwork(family, network string, length int, first, last string, is4 bool) (Network, []Warning, error) {
 	key := func(name string) string { return family + name }
 	if network == "" {
@@ -244,7 +243,7 @@ func parseNetwork(family, network string, length int, first, last string, is4 bo
 	}
 	p, err := netip.ParsePrefix(network)
 	var warnings []Warning
-	if err == nil && p != p.Masked() { // which flannel ignores (net.ParseCIDR)
+	if err == nil && p != p.Masked() { // accepted by flannel (net.ParseCIDR)
 		warnings = []Warning{{key("Network"), fmt.Sprintf("%s has host bits set; the network is %s", p, p.Masked())}}
 		p = p.Masked()
 	}
@@ -252,11 +251,11 @@ func parseNetwork(family, network string, length int, first, last string, is4 bo
 	case err != nil:
 		return Network{}, nil, fmt.Errorf("%s %q is not a network such as 10.5.0.0/16", key("Network"), clip(network))
 	case p.Addr().Is4In6() || p.Addr().Is4() != is4:
-		return Network{}, nil, fmt.Errorf("%s %s is of the other address family", key("Network"), p)
+		return Network{}, nil, fmt.Errorf("%s %s is of the wrong address family", key("Network"), p)
 	case p.Bits() == 0:
 		return Network{}, nil, fmt.Errorf("%s %s is the whole address space", key("Network"), p)
 	case !usable(p):
-		return Network{}, nil, fmt.Errorf("%s %s holds addresses that no host may bear (loopback, link-local or multicast)", key("Network"), p)
+		return Network{}, nil, fmt.Errorf("%s %s contains addresses that hosts cannot use (loopback, link-local or multicast)", key("Network"), p)
 	}
 	bits := p.Addr().BitLen()
 	n := Network{Prefix: p, SubnetLen: length}
@@ -266,15 +265,15 @@ func parseNetwork(family, network string, length int, first, last string, is4 bo
 	}
 	switch {
 	case length == 0 && p.Bits() > bits-4:
-		return Network{}, nil, fmt.Errorf("%s %s is too small: four subnets of four addresses need a /%d", key("Network"), p, bits-4)
+		return Network{}, nil, fmt.Errorf("%s %s is too small: it must hold four subnets of four addresses, a /%d or shorter", key("Network"), p, bits-4)
 	case length == 0 && p.Bits() <= usual-2:
 		n.SubnetLen = usual
 	case length == 0:
 		n.SubnetLen = p.Bits() + 2
 	case length < 0 || length > longest:
-		return Network{}, nil, fmt.Errorf("%s is %d; it is at most %d, since a subnet needs four addresses", key("SubnetLen"), length, longest)
+		return Network{}, nil, fmt.Errorf("%s is %d; it must be at most %d, since a subnet needs four addresses", key("SubnetLen"), length, longest)
 	case length < p.Bits()+2:
-		return Network{}, nil, fmt.Errorf("%s is %d: %s must hold at least four subnets, so it is %d or more", key("SubnetLen"), length, p, p.Bits()+2)
+		return Network{}, nil, fmt.Errorf("%s is %d; it must be at least %[4]d, since %[3]s must hold four subnets", key("SubnetLen"), length, p, p.Bits()+2)
 	}
 
 	size := u128pow2(bits - n.SubnetLen)
@@ -314,8 +313,8 @@ func usable(p netip.Prefix) bool {
 	return !slices.ContainsFunc(unusable, p.Overlaps)
 }
 
-// MarshalJSON writes flannel's keys, with the subnet length and bounds
-// explicit, so that ParseConfig gives back the same Config.
+// MarshalJSON writes flannel's keys with explicit subnet length and bounds, so
+// that ParseConfig returns the same Config.
 func (c Config) MarshalJSON() ([]byte, error) {
 	v := configValue{EnableNFTables: c.EnableNFTables}
 	has4 := false
@@ -348,7 +347,7 @@ func (c Config) MarshalJSON() ([]byte, error) {
 	return json.Marshal(v)
 }
 
-// UnmarshalJSON is ParseConfig without its warnings.
+// UnmarshalJSON is ParseConfig without the warnings.
 func (c *Config) UnmarshalJSON(text []byte) error {
 	parsed, _, err := ParseConfig(text)
 	if err != nil {
@@ -358,7 +357,7 @@ func (c *Config) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
-// Network returns the cluster network of one family, and whether there is one.
+// Network returns the cluster network of one family, and whether it is enabled.
 func (c Config) Network(is4 bool) (Network, bool) {
 	for _, n := range c.Networks {
 		if n.Prefix.Addr().Is4() == is4 {
@@ -368,9 +367,8 @@ func (c Config) Network(is4 bool) (Network, bool) {
 	return Network{}, false
 }
 
-// CheckUnderlay says whether what is given out of the cluster network overlaps
-// one of the prefixes that the underlay uses: the tunnel would then carry its own
-// packets.
+// CheckUnderlay returns an error if the allocatable part of the cluster network
+// overlaps a prefix of the underlay: the tunnel would carry its own packets.
 func (c Config) CheckUnderlay(prefixes []netip.Prefix) error {
 	for _, n := range c.Networks {
 		for _, p := range prefixes {
@@ -382,9 +380,9 @@ func (c Config) CheckUnderlay(prefixes []netip.Prefix) error {
 	return nil
 }
 
-// Admits says whether a node that holds the lease can go on under this
-// configuration, as it can when the network grows. An error names what only a
-// new lease, and so a restart, can change.
+// Admits reports whether a node can keep running with lease l under this
+// configuration, as it can when the network grows. The error names what only a
+// restart with a new lease can change.
 func (c Config) Admits(l Lease) error {
 	if l.Backend != c.Backend.Type {
 		return fmt.Errorf("the backend would change from %s to %s", l.Backend, c.Backend.Type)
@@ -406,7 +404,7 @@ func (c Config) Admits(l Lease) error {
 	return nil
 }
 
-// nearestKey returns the known word that a person most likely meant, or "".
+// nearestKey returns the known word that was most likely meant, or "".
 func nearestKey(word string, known []string) string {
 	best, least := "", max(2, len(word)/3)+1
 	if len(word) > 64 {
@@ -420,7 +418,7 @@ func nearestKey(word string, known []string) string {
 	return best
 }
 
-// distance is Levenshtein's: insertions, deletions and substitutions of bytes.
+// distance is the Levenshtein distance in bytes.
 func distance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {

@@ -1,7 +1,6 @@
-// Package subnet is about who owns which part of the cluster network: the
-// lease, the network configuration, the snapshot of all leases, the allocator
-// (pure arithmetic), and the Registry through which nodes agree.
-//
-// Everything here is free of input and output; package subnet/etcd is the
-// Registry on etcd.
+// Package subnet defines the data model of the control plane: leases, the
+// network configuration, snapshots of all leases, the subnet allocator, and
+// Registry, the interface to the lease store. It parses, validates and decides;
+// it does no I/O. The stores own the state: packages subnet/etcd and
+// subnet/kube, and Memory for simulations and tests.
 package subnet

@@ -5,10 +5,10 @@ import (
 	"slices"
 )
 
-// Given returns the part of the network that subnets are given out of, from
-// SubnetMin to SubnetMax, as the fewest prefixes: only that is taken from the
-// host's other networks. By default, where nothing but the first subnet is left
-// out, it is the whole network.
+// Given returns the allocatable part of the network, from SubnetMin to
+// SubnetMax, as the fewest prefixes. The host routes only this part into the
+// tunnel. The first subnet is included if nothing else is left out below
+// SubnetMin, so that by default the result is the whole network.
 func (n Network) Given() []netip.Prefix {
 	is4, length := n.Prefix.Addr().Is4(), n.Prefix.Addr().BitLen()
 	low, high := toU128(n.SubnetMin), lastOf(netip.PrefixFrom(n.SubnetMax, n.SubnetLen))
@@ -35,8 +35,8 @@ func (n Network) Given() []netip.Prefix {
 	}
 }
 
-// GivenOf returns the part of the network that a prefix overlaps, of what is
-// given out; false if it overlaps none.
+// GivenOf returns the first prefix of Given that overlaps p, and whether there is
+// one.
 func (n Network) GivenOf(p netip.Prefix) (netip.Prefix, bool) {
 	given := n.Given()
 	i := slices.IndexFunc(given, p.Overlaps)
@@ -46,9 +46,9 @@ func (n Network) GivenOf(p netip.Prefix) (netip.Prefix, bool) {
 	return given[i], true
 }
 
-// Covered returns what a node keeps from the host's default route: what is given
-// out of the network, and the leases beside it that an earlier configuration
-// gave out.
+// Covered returns the prefixes that must not leave by the host's default route:
+// the allocatable part of the network, and the subnets of leases outside it,
+// allocated under an earlier configuration.
 func (s Snapshot) Covered(n Network) []netip.Prefix {
 	all := n.Given()
 	inside := func(p netip.Prefix) bool {
@@ -66,9 +66,9 @@ func (s Snapshot) Covered(n Network) []netip.Prefix {
 	return all
 }
 
-// SetAside returns the snapshot without the peers that overlap a network of the
-// host's, each with the reason why, in the order of their keys: the host reaches
-// that network by itself, and would lose it to the tunnel.
+// SetAside returns the snapshot without the peers that overlap one of the host's
+// own networks, each moved to Rejected, in the order of their keys: routing such
+// a peer would make that network unreachable from the host.
 func (s Snapshot) SetAside(networks []HostNetwork) Snapshot {
 	if len(networks) == 0 {
 		return s
@@ -79,7 +79,7 @@ func (s Snapshot) SetAside(networks []HostNetwork) Snapshot {
 		for _, e := range l.Endpoints {
 			for _, h := range networks {
 				if e.Subnet.Overlaps(h.Prefix) {
-					reason = "overlaps " + h.Prefix.Masked().String() + " on " + h.Link + " of this node, which would lose it"
+					reason = "overlaps " + h.Prefix.Masked().String() + " on " + h.Link + " of this node, which would become unreachable"
 				}
 			}
 		}
@@ -93,8 +93,8 @@ func (s Snapshot) SetAside(networks []HostNetwork) Snapshot {
 	return s
 }
 
-// Within returns the snapshot under other networks, for a node that cannot follow
-// those of the store. Peers outside of them are left out, with the reason.
+// Within returns the snapshot with other networks, for a node that cannot apply
+// the configured ones. Peers outside them are moved to Rejected.
 func (s Snapshot) Within(networks []Network) Snapshot {
 	s.Config.Networks = networks
 	peers := make([]Lease, 0, len(s.Peers))
@@ -105,7 +105,7 @@ func (s Snapshot) Within(networks []Network) Snapshot {
 			return !ok || !n.holds(e.Subnet)
 		})
 		if outside {
-			s.Rejected = append(s.Rejected, Rejection{Key: l.Key(), Reason: "outside the network that this node could follow"})
+			s.Rejected = append(s.Rejected, Rejection{Key: l.Key(), Reason: "outside the network that this node uses"})
 			continue
 		}
 		peers = append(peers, l)
@@ -114,7 +114,7 @@ func (s Snapshot) Within(networks []Network) Snapshot {
 	return s
 }
 
-// HostNetwork is a network that a host is joined to by a link of its own.
+// HostNetwork is a network directly attached to one of the host's links.
 type HostNetwork struct {
 	Link   string
 	Prefix netip.Prefix // host bits may be set

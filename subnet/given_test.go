@@ -39,7 +39,7 @@ func TestCoveredAndSetAside(t *testing.T) {
 		t.Errorf("covered %s", got)
 	}
 	s = s.SetAside([]subnet.HostNetwork{{Link: "eth1", Prefix: netip.MustParsePrefix("10.5.7.9/25")}})
-	if len(s.Peers) != 1 || len(s.Rejected) != 1 || s.Rejected[0].Key != "10.5.7.0-24" || s.Rejected[0].Reason != "overlaps 10.5.7.0/25 on eth1 of this node, which would lose it" {
+	if len(s.Peers) != 1 || len(s.Rejected) != 1 || s.Rejected[0].Key != "10.5.7.0-24" || s.Rejected[0].Reason != "overlaps 10.5.7.0/25 on eth1 of this node, which would become unreachable" {
 		t.Errorf("%+v", s)
 	}
 }

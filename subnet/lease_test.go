@@ -29,8 +29,8 @@ func end(prefix, public string, vtep ...subnet.VTEP) subnet.Endpoint {
 	return e
 }
 
-// The bytes are those that flannel 0.26 leaves in etcd (etcdctl get --prefix),
-// and for the last ones flannel's with our identity after them.
+// The values are what flannel 0.26 writes to etcd (etcdctl get --prefix). Those
+// with a NodeID are flannel's with our identity appended.
 var goldenLeases = []struct {
 	name, key, value string
 	lease            subnet.Lease
@@ -102,7 +102,7 @@ func TestLeaseBytes(t *testing.T) {
 	}
 }
 
-// What other programs may leave, and what is to be made of it.
+// Values that other programs may write, and the expected error.
 func TestParseLeaseOfOthers(t *testing.T) {
 	const vxlan = `{"PublicIP":"192.168.64.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}`
 	for name, c := range map[string]struct{ key, value, fault string }{
@@ -118,18 +118,18 @@ func TestParseLeaseOfOthers(t *testing.T) {
 		"0.0.0.0":             {"10.5.1.0-24", `{"PublicIP":"0.0.0.0","BackendType":"host-gw"}`, "PublicIP is missing"},
 		"no IPv6 address":     {"10.5.1.0-24&fd00::-64", vxlan + "}", "PublicIPv6 is missing"},
 		"a name":              {"10.5.1.0-24", `{"PublicIP":"localhost","BackendType":"host-gw"}`, "not an IP address"},
-		"multicast":           {"10.5.1.0-24", `{"PublicIP":"224.0.0.1","BackendType":"host-gw"}`, "not one host"},
-		"broadcast":           {"10.5.1.0-24", `{"PublicIP":"255.255.255.255","BackendType":"host-gw"}`, "not one host"},
+		"multicast":           {"10.5.1.0-24", `{"PublicIP":"224.0.0.1","BackendType":"host-gw"}`, "not a unicast"},
+		"broadcast":           {"10.5.1.0-24", `{"PublicIP":"255.255.255.255","BackendType":"host-gw"}`, "not a unicast"},
 		"IPv6 for IPv4":       {"10.5.1.0-24", `{"PublicIP":"::1","BackendType":"host-gw"}`, "family"},
 		"a zone":              {"fd00::-64", `{"PublicIPv6":"fe80::1%eth0","BackendType":"host-gw"}`, "family"},
-		"vxlan without data":  {"10.5.1.0-24", `{"PublicIP":"192.168.64.3","BackendType":"vxlan"}`, "VNI and VtepMAC"},
+		"vxlan without data":  {"10.5.1.0-24", `{"PublicIP":"192.168.64.3","BackendType":"vxlan"}`, "lacks VNI and VtepMAC"},
 		"vxlan with null":     {"10.5.1.0-24", `{"PublicIP":"192.168.64.3","BackendType":"vxlan","BackendData":null}`, "VtepMAC"},
 		"a VNI of 25 bits":    {"10.5.1.0-24", strings.Replace(vxlan, `"VNI":1`, `"VNI":16777216`, 1) + "}", "24 bits"},
-		"a negative VNI":      {"10.5.1.0-24", strings.Replace(vxlan, `"VNI":1`, `"VNI":-1`, 1) + "}", "cannot be read"},
-		"a group MAC":         {"10.5.1.0-24", strings.Replace(vxlan, "c6:", "c7:", 1) + "}", "not one device"},
-		"a zero MAC":          {"10.5.1.0-24", strings.Replace(vxlan, "c6:d2:32:6f:8f:44", "00:00:00:00:00:00", 1) + "}", "not one device"},
+		"a negative VNI":      {"10.5.1.0-24", strings.Replace(vxlan, `"VNI":1`, `"VNI":-1`, 1) + "}", "parse the vxlan data"},
+		"a group MAC":         {"10.5.1.0-24", strings.Replace(vxlan, "c6:", "c7:", 1) + "}", "not a unicast"},
+		"a zero MAC":          {"10.5.1.0-24", strings.Replace(vxlan, "c6:d2:32:6f:8f:44", "00:00:00:00:00:00", 1) + "}", "not a unicast"},
 		"a MAC of 8 bytes":    {"10.5.1.0-24", strings.Replace(vxlan, "c6:", "02:03:c6:", 1) + "}", "not an Ethernet"},
-		"an identity in red":  {"10.5.1.0-24", vxlan + `,"NodeID":"\u001b[31m"}`, "cannot be shown"},
+		"an identity in red":  {"10.5.1.0-24", vxlan + `,"NodeID":"\u001b[31m"}`, "non-printable"},
 		"a long identity":     {"10.5.1.0-24", vxlan + `,"NodeID":"` + strings.Repeat("x", 254) + `"}`, "over the limit"},
 		"no prefix length":    {"10.5.1.0", vxlan + "}", "not of the form"},
 		"a slash":             {"10.5.1.0/24", vxlan + "}", "not of the form"},
@@ -174,21 +174,21 @@ func TestDeriveMAC(t *testing.T) {
 			for _, ipv6 := range []bool{false, true} {
 				m := subnet.DeriveMAC(node, vni, ipv6)
 				if m != subnet.DeriveMAC(node, vni, ipv6) {
-					t.Errorf("%s %d %v: not the same twice", node, vni, ipv6)
+					t.Errorf("%s %d %v: not deterministic", node, vni, ipv6)
 				}
 				if m[0]&1 != 0 || m[0]&2 == 0 || !m.IsUnicast() {
 					t.Errorf("%s is not a locally administered unicast address", m)
 				}
 				if seen[m] {
-					t.Errorf("%s twice", m)
+					t.Errorf("%s is not unique", m)
 				}
 				seen[m] = true
 			}
 		}
 	}
-	// Peers have it in their caches: it must not change from version to version.
+	// Peers cache the address, so it must not change between versions.
 	if got := subnet.DeriveMAC("node-1", 1, false).String(); got != "7a:72:d7:f6:12:8f" {
-		t.Errorf("node-1 has %s", got)
+		t.Errorf("node-1 has the MAC %s", got)
 	}
 }
 
@@ -199,7 +199,7 @@ func TestMACText(t *testing.T) {
 	}
 	for _, bad := range []string{"", "c6:d2", "c6:d2:32:6f:8f:44:00:00", "zz:d2:32:6f:8f:44"} {
 		if err := m.UnmarshalText([]byte(bad)); err == nil {
-			t.Errorf("took %q", bad)
+			t.Errorf("accepted %q", bad)
 		}
 	}
 }
@@ -218,15 +218,15 @@ func FuzzParseLease(f *testing.F) {
 		}
 		again, err := l.Value()
 		if err != nil {
-			t.Fatalf("%q %q was read and cannot be written: %v", key, value, err)
+			t.Fatalf("%q %q was parsed but cannot be encoded: %v", key, value, err)
 		}
 		l2, err := subnet.ParseLease(key, again)
 		if err != nil || !reflect.DeepEqual(l, l2) {
-			t.Fatalf("%+v was written as %q and read as %+v, %v", l, again, l2, err)
+			t.Fatalf("%+v was encoded as %q and parsed as %+v, %v", l, again, l2, err)
 		}
 		for _, e := range l.Endpoints {
 			if e.Subnet != e.Subnet.Masked() || e.Subnet.Bits() == 0 || !l.Reserved && !e.Public.IsValid() {
-				t.Fatalf("%q gave the endpoint %+v", key, e)
+				t.Fatalf("%q parsed to the endpoint %+v", key, e)
 			}
 		}
 	})

@@ -8,8 +8,8 @@ import (
 	"net"
 )
 
-// ParseMAC reads an address of six bytes in any of the forms that
-// net.ParseMAC takes, such as c6:d2:32:6f:8f:44.
+// ParseMAC parses a 6-byte address in any form that net.ParseMAC accepts, such
+// as c6:d2:32:6f:8f:44.
 func ParseMAC(s string) (MAC, error) {
 	hw, err := net.ParseMAC(s)
 	if err != nil || len(hw) != len(MAC{}) {
@@ -18,8 +18,8 @@ func ParseMAC(s string) (MAC, error) {
 	return MAC(hw), nil
 }
 
-// String returns the form with colons and small letters, as the ip command
-// and flannel write it.
+// String returns the address in lower case with colons, as the ip command and
+// flannel write it.
 func (m MAC) String() string {
 	b := make([]byte, 0, 17)
 	for i, octet := range m {
@@ -31,10 +31,10 @@ func (m MAC) String() string {
 	return string(b)
 }
 
-// MarshalText is String, for JSON.
+// MarshalText implements encoding.TextMarshaler.
 func (m MAC) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
 
-// UnmarshalText is ParseMAC.
+// UnmarshalText implements encoding.TextUnmarshaler.
 func (m *MAC) UnmarshalText(text []byte) error {
 	parsed, err := ParseMAC(string(text))
 	if err != nil {
@@ -44,14 +44,13 @@ func (m *MAC) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// IsUnicast reports whether one device can bear the address: it is neither
-// zero nor a group address (IEEE 802, the lowest bit of the first octet).
+// IsUnicast reports whether m is a valid device address: neither zero nor a
+// group address (IEEE 802: the lowest bit of the first octet).
 func (m MAC) IsUnicast() bool { return m != MAC{} && m[0]&1 == 0 }
 
-// DeriveMAC returns the VTEP address of a node: always the same one for the
-// same node, VNI and family, so that a restarted node is met under the
-// address that its peers still have in their caches. It is unicast and locally
-// administered, taken from a SHA-256.
+// DeriveMAC derives a node's VTEP address from a SHA-256 of node, VNI and
+// family. It is stable, so that peers' neighbour caches remain valid when the
+// node restarts. The address is unicast and locally administered.
 func DeriveMAC(node string, vni uint32, ipv6 bool) MAC {
 	seed := append([]byte("culvert vtep\x00"), node...)
 	seed = append(seed, 0)
@@ -67,7 +66,7 @@ func DeriveMAC(node string, vni uint32, ipv6 bool) MAC {
 	return m
 }
 
-// clip shortens text of unknown origin for an error message.
+// clip shortens untrusted text for an error message.
 func clip(s string) string {
 	const most = 80
 	if len(s) <= most {

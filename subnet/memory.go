@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// Memory is a Registry within one process, for simulations and tests. All
-// nodes share the one value; a node is told apart by the Node of its claims
-// and leases. The rules are those of package subnet/etcd: the same Choose, the
-// same BuildSnapshot, lifetimes that end without Hold.
+// Memory is an in-process Registry for simulations and tests. All nodes share
+// one value; the Node of a claim or lease identifies the caller. It follows the
+// rules of package subnet/etcd: the same Choose and BuildSnapshot, and leases
+// that expire without Hold.
 type Memory struct {
 	mu       sync.Mutex
 	revision int64
@@ -19,10 +19,10 @@ type Memory struct {
 	config   *Config
 	entries  map[string]Entry
 	lives    map[int64]*life
-	changed  chan struct{} // closed, and replaced, at every change
+	changed  chan struct{} // closed and replaced on every change
 }
 
-// life is what an etcd lease is to the store.
+// life corresponds to an etcd lease: it deletes its entry when it expires.
 type life struct {
 	ttl   time.Duration
 	timer *time.Timer
@@ -43,15 +43,15 @@ func (m *Memory) SetConfig(cfg Config) {
 	m.bump()
 }
 
-// Put writes an entry as another program might, without any comparison. Its
-// revisions are the store's.
+// Put writes an entry without any comparison, as another program might, and
+// assigns the next revision.
 func (m *Memory) Put(key string, value []byte) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.put(key, value, 0)
 }
 
-// Delete removes an entry, whoever holds it.
+// Delete removes an entry, whoever owns it.
 func (m *Memory) Delete(key string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -119,8 +119,9 @@ func (m *Memory) Hold(ctx context.Context, l Lease) error {
 	}
 }
 
-// renew starts the lifetime anew, and creates a vanished lease again if its
-// subnet is free. It returns when it should be called again.
+// renew restarts the lease's lifetime, or recreates a deleted lease if its
+// subnet is free. It returns when to call it again: after the duration, or once
+// the channel is closed.
 func (m *Memory) renew(l *Lease) (time.Duration, <-chan struct{}, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -128,7 +129,7 @@ func (m *Memory) renew(l *Lease) (time.Duration, <-chan struct{}, error) {
 	if !ok {
 		for _, e := range m.entries {
 			if other, err := e.Lease(); err == nil && (l.Overlaps(other) || l.Rival(other) != nil) {
-				return 0, nil, fmt.Errorf("%w: it was gone, and %s is in its place", ErrLost, other)
+				return 0, nil, fmt.Errorf("%w: it was deleted, and %s replaced it", ErrLost, other)
 			}
 		}
 		value, err := l.Value()
@@ -141,11 +142,11 @@ func (m *Memory) renew(l *Lease) (time.Duration, <-chan struct{}, error) {
 		}
 		*l, e = again, m.entries[l.Key()]
 	} else if is, err := e.Lease(); err != nil || is.Node != l.Node {
-		return 0, nil, fmt.Errorf("%w: %s has its key", ErrLost, is)
+		return 0, nil, fmt.Errorf("%w: its key now holds %s", ErrLost, is)
 	}
 	life, ok := m.lives[e.ID]
 	if !ok {
-		return time.Hour, m.changed, nil // written without a lifetime
+		return time.Hour, m.changed, nil // has no lifetime
 	}
 	life.timer.Reset(life.ttl)
 	return life.ttl / 3, m.changed, nil
@@ -183,7 +184,7 @@ func (m *Memory) Release(_ context.Context, l Lease) error {
 	return nil
 }
 
-// Watch implements Registry. It never yields an error: memory is not away.
+// Watch implements Registry. It never yields an error.
 func (m *Memory) Watch(ctx context.Context, self Lease) iter.Seq2[Snapshot, error] {
 	return func(yield func(Snapshot, error) bool) {
 		var cfg Config
@@ -215,7 +216,7 @@ func (m *Memory) Watch(ctx context.Context, self Lease) iter.Seq2[Snapshot, erro
 	}
 }
 
-// lease writes a value with a lifetime of its own.
+// lease writes a value with a new lifetime.
 func (m *Memory) lease(l Lease, value []byte, ttl time.Duration) (Lease, error) {
 	key := l.Key()
 	m.lastID++

@@ -50,29 +50,29 @@ func TestMemoryLifetimes(t *testing.T) {
 		if len(last().Peers) != 1 || last().Self.Key() != la.Key() {
 			t.Errorf("%+v", last())
 		}
-		// Nobody renews b's; ours is renewed for a week.
+		// b's lease is not renewed; a's is.
 		time.Sleep(59 * time.Minute)
 		synctest.Wait()
 		if len(last().Peers) != 1 {
-			t.Error("b's lease ended early")
+			t.Error("b's lease expired early")
 		}
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
 		if len(last().Peers) != 0 {
-			t.Error("b's lease outlived its hour")
+			t.Error("b's lease did not expire after its TTL")
 		}
 		time.Sleep(7 * 24 * time.Hour)
 		synctest.Wait()
 		if last().Self.Key() != la.Key() || last().Self.CreateRevision != la.CreateRevision {
-			t.Errorf("ours became %+v", last().Self)
+			t.Errorf("a's lease became %+v", last().Self)
 		}
-		// It vanishes, and is written again.
+		// A deleted lease is recreated.
 		m.Delete(la.Key())
 		synctest.Wait()
 		if last().Self.CreateRevision <= la.CreateRevision {
-			t.Errorf("ours was not written again: %+v", last().Self)
+			t.Errorf("a's lease was not recreated: %+v", last().Self)
 		}
-		_ = m.Release(ctx, lb) // gone already
+		_ = m.Release(ctx, lb) // already deleted
 		cancel()
 		running.Wait()
 		time.Sleep(25 * time.Hour)

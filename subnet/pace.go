@@ -5,13 +5,14 @@ import (
 	"time"
 )
 
-// gatherLimit is how long changes are let gather at most.
+// gatherLimit is the longest pause between two snapshots.
 const gatherLimit = 200 * time.Millisecond
 
-// Pace is the end of a Registry's Watch that all stores share: it yields what
-// take returns whenever news comes, until ctx ends or the consumer has enough.
-// fresh says that the snapshot is another than the last; an error only informs.
-// The consumer's own pace decides how many changes one snapshot holds.
+// Pace is the loop shared by the Watch of all stores: on each notification it
+// calls take and yields the result, until ctx ends or the consumer stops. fresh
+// reports whether the snapshot is new; it and err may be returned together.
+// Changes that arrive while the consumer is busy are combined into the next
+// snapshot.
 func Pace(ctx context.Context, news <-chan struct{}, take func() (s Snapshot, fresh bool, err error), yield func(Snapshot, error) bool) {
 	for {
 		select {
@@ -28,8 +29,8 @@ func Pace(ctx context.Context, news <-chan struct{}, take func() (s Snapshot, fr
 		if err != nil && !yield(Snapshot{}, err) {
 			return
 		}
-		// Thousands of leases take milliseconds: while a thousand nodes join, the
-		// changes are let gather, so that a fifth of a core is the most.
+		// Building a snapshot of thousands of leases takes milliseconds. Pause for 4
+		// times that, so that a burst of joining nodes costs at most 20 % of a core.
 		gather := time.NewTimer(min(4*built, gatherLimit))
 		select {
 		case <-ctx.Done():

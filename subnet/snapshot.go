@@ -8,36 +8,36 @@ import (
 	"time"
 )
 
-// Entry is one key under <prefix>/subnets/ as the store has it.
+// Entry is one key under <prefix>/subnets/ as read from the store.
 type Entry struct {
 	Key   string // without the store's prefix, such as 10.5.52.0-24
 	Value []byte
-	// CreateRevision and ModRevision are the store's.
+	// CreateRevision and ModRevision are the store's revisions.
 	CreateRevision, ModRevision int64
-	ID                          int64         // the store's handle for its lifetime, zero for ever
+	ID                          int64         // etcd lease ID; 0: never expires
 	Expires                     time.Time     // zero if unknown
-	Lifetime                    time.Duration // without renewal; zero if unknown
+	Lifetime                    time.Duration // granted lifetime; zero if unknown
 
 	lease Lease
 	err   error
 	read  bool
 }
 
-// NewEntry reads the value once, so that an entry that stays in many
-// snapshots is not parsed for each of them. The value is not copied.
+// NewEntry parses the value once, so that an entry is not parsed again for each
+// snapshot. It keeps a reference to the value.
 func NewEntry(e Entry) Entry {
 	e.lease, e.err = e.parse()
 	e.read = true
 	return e
 }
 
-// BadEntry is an entry that is no lease, for a reason that the store found.
+// BadEntry returns an entry that the store found not to be a valid lease.
 func BadEntry(key string, reason error) Entry {
 	return Entry{Key: key, err: reason, read: true}
 }
 
-// Lease returns the entry as a lease, or why it is none. A malformed value
-// still has its subnets where the key can be read (ParseKey).
+// Lease returns the entry as a lease, or the reason why it is invalid. For an
+// invalid one, ParseKey may still return the subnets.
 func (e Entry) Lease() (Lease, error) {
 	if e.read {
 		return e.lease, e.err
@@ -55,7 +55,7 @@ func (e Entry) parse() (Lease, error) {
 	return l, nil
 }
 
-// Occupied sorts entries into what Choose needs.
+// Occupied converts entries to the input of Choose.
 func Occupied(entries []Entry) Occupancy {
 	var o Occupancy
 	for _, e := range entries {
@@ -68,11 +68,11 @@ func Occupied(entries []Entry) Occupancy {
 	return o
 }
 
-// BuildSnapshot makes, purely, the snapshot of the store's entries at one
-// revision as the node that holds self should see it. An entry that cannot
-// stand is set aside alone, with its reason; of two that exclude each other the
-// earlier CreateRevision stands, so that a newcomer evicts nobody. Our own
-// lease stands before all others.
+// BuildSnapshot builds the snapshot of the entries at one revision for the node
+// that holds self; it is a pure function. An invalid entry is rejected with a
+// reason and does not affect the others. Of two leases that conflict, the one
+// with the lower CreateRevision wins, so that a new lease evicts nobody; our own
+// lease wins over all others.
 func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snapshot {
 	s := Snapshot{Revision: revision, Config: cfg, Self: self}
 	s.Usage = cfg.Usage(entries)
@@ -125,11 +125,11 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 	return s
 }
 
-// fitPeer checks a lease against the configuration alone, and leaves out the
-// half of a family that the network does not have.
+// fitPeer checks a lease against the configuration and removes the endpoint of a
+// family that the network does not have. It returns the reason for a rejection.
 func fitPeer(cfg Config, l Lease) (Lease, string) {
 	if l.Backend != cfg.Backend.Type {
-		return l, fmt.Sprintf("backend %q, where the network uses %q", clip(l.Backend), cfg.Backend.Type)
+		return l, fmt.Sprintf("its backend is %q, the network uses %q", clip(l.Backend), cfg.Backend.Type)
 	}
 	ends, all := l.Endpoints[:0:0], true
 	for _, e := range l.Endpoints {
@@ -139,13 +139,13 @@ func fitPeer(cfg Config, l Lease) (Lease, string) {
 			continue
 		}
 		if !n.holds(e.Subnet) {
-			return l, fmt.Sprintf("subnet %s is outside %s", e.Subnet, n.Prefix)
+			return l, fmt.Sprintf("its subnet %s is outside %s", e.Subnet, n.Prefix)
 		}
 		if err := checkPublic(e.Public, cfg); err != nil {
 			return l, err.Error()
 		}
 		if l.Backend == "vxlan" && e.VTEP.VNI != cfg.Backend.VNI {
-			return l, fmt.Sprintf("VNI %d, where the network uses %d", e.VTEP.VNI, cfg.Backend.VNI)
+			return l, fmt.Sprintf("its VNI is %d, the network uses %d", e.VTEP.VNI, cfg.Backend.VNI)
 		}
 		if len(l.Endpoints) > 1 {
 			ends = append(ends, e)
@@ -161,8 +161,8 @@ func fitPeer(cfg Config, l Lease) (Lease, string) {
 	return l, ""
 }
 
-// register is what the leases that stand have taken, each with the key that
-// has it.
+// register holds the subnets, addresses and MACs of the accepted leases, each
+// with its key.
 type register struct {
 	subnets map[netip.Prefix]string
 	lengths map[int]bool // BitLen<<8 | Bits of every subnet
@@ -193,27 +193,27 @@ func (r *register) enter(key string, l Lease) {
 	}
 }
 
-// refuses returns why the lease cannot stand beside those entered, or "".
+// refuses returns why the lease conflicts with an accepted one, or "".
 func (r *register) refuses(l Lease) string {
 	if key := r.overlaps(l); key != "" {
 		return "overlaps " + key + ", which is older or ours"
 	}
 	for _, e := range l.Endpoints {
 		if key, ok := r.publics[e.Public]; ok {
-			return fmt.Sprintf("public address %s is that of %s, which is older or ours", e.Public, key)
+			return fmt.Sprintf("its public address %s belongs to %s, which is older or ours", e.Public, key)
 		}
 		if l.Backend != "vxlan" {
 			continue
 		}
 		if key, ok := r.macs[e.VTEP.MAC]; ok {
-			return fmt.Sprintf("VtepMAC %s is that of %s, which is older or ours", e.VTEP.MAC, key)
+			return fmt.Sprintf("its VtepMAC %s belongs to %s, which is older or ours", e.VTEP.MAC, key)
 		}
 	}
 	return ""
 }
 
-// overlaps returns the key of an entered lease that shares an address with l.
-// Subnets are nearly always of one length, so that one look-up answers.
+// overlaps returns the key of an accepted lease that shares an address with l.
+// Subnets nearly always have the same length, so one map look-up suffices.
 func (r *register) overlaps(l Lease) string {
 	for _, e := range l.Endpoints {
 		addr, bits := e.Subnet.Addr(), e.Subnet.Bits()
@@ -227,7 +227,7 @@ func (r *register) overlaps(l Lease) string {
 				}
 				continue
 			}
-			for p, key := range r.subnets { // a shorter prefix than another: rare
+			for p, key := range r.subnets { // l contains longer prefixes: rare
 				if e.Subnet.Overlaps(p) {
 					return key
 				}

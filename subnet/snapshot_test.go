@@ -11,7 +11,8 @@ import (
 	"culvert/subnet"
 )
 
-// peer is vxlan lease number n of node n, created at revision 100+n.
+// peer returns the vxlan lease of node-n, with subnet 10.5.n.0/24, created at
+// revision 100+n.
 func peer(n int, change ...func(*subnet.Lease)) subnet.Entry {
 	l := subnet.Lease{
 		Node: fmt.Sprintf("node-%d", n), Backend: "vxlan",
@@ -49,7 +50,7 @@ func TestSnapshotSetsAsideWhatCannotStand(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		entry  subnet.Entry
-		reason string // what the rejection says; "" stands
+		reason string // part of the rejection; "": accepted
 	}{
 		"another node":        {peer(9), ""},
 		"without identity":    {peer(9, func(l *subnet.Lease) { l.Node = "" }), ""},
@@ -63,14 +64,14 @@ func TestSnapshotSetsAsideWhatCannotStand(t *testing.T) {
 		"over the older":      {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Subnet = netip.MustParsePrefix("10.5.1.0/25") }), "overlaps 10.5.1.0-24"},
 		"around the older":    {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Subnet = netip.MustParsePrefix("10.5.0.0/23") }), "overlaps 10.5.1.0-24"},
 		"over ours":           {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Subnet = netip.MustParsePrefix("10.5.50.0/25") }), "overlaps 10.5.50.0-24"},
-		"our address":         {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Public = self.Endpoints[0].Public }), "192.0.2.50 is that of 10.5.50.0-24"},
-		"an older's address":  {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Public = netip.MustParseAddr("192.0.2.1") }), "192.0.2.1 is that of 10.5.1.0-24"},
+		"our address":         {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Public = self.Endpoints[0].Public }), "192.0.2.50 belongs to 10.5.50.0-24"},
+		"an older's address":  {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Public = netip.MustParseAddr("192.0.2.1") }), "192.0.2.1 belongs to 10.5.1.0-24"},
 		"our MAC":             {peer(9, func(l *subnet.Lease) { l.Endpoints[0].VTEP = self.Endpoints[0].VTEP }), "VtepMAC"},
-		"an older's MAC":      {peer(9, func(l *subnet.Lease) { l.Endpoints[0].VTEP.MAC = subnet.DeriveMAC("node-1", 1, false) }), "is that of 10.5.1.0-24"},
-		"another backend":     {peer(9, func(l *subnet.Lease) { l.Backend = "host-gw"; l.Endpoints[0].VTEP = subnet.VTEP{} }), `backend "host-gw", where the network uses "vxlan"`},
-		"another VNI":         {peer(9, func(l *subnet.Lease) { l.Endpoints[0].VTEP.VNI = 2 }), "VNI 2, where the network uses 1"},
-		"loopback":            {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Public = netip.MustParseAddr("127.0.0.9") }), "not one host's"},
-		"within the network":  {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Public = netip.MustParseAddr("10.5.9.1") }), "lies in the cluster network"},
+		"an older's MAC":      {peer(9, func(l *subnet.Lease) { l.Endpoints[0].VTEP.MAC = subnet.DeriveMAC("node-1", 1, false) }), "belongs to 10.5.1.0-24"},
+		"another backend":     {peer(9, func(l *subnet.Lease) { l.Backend = "host-gw"; l.Endpoints[0].VTEP = subnet.VTEP{} }), `backend is "host-gw", the network uses "vxlan"`},
+		"another VNI":         {peer(9, func(l *subnet.Lease) { l.Endpoints[0].VTEP.VNI = 2 }), "VNI is 2, the network uses 1"},
+		"loopback":            {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Public = netip.MustParseAddr("127.0.0.9") }), "not a unicast host address"},
+		"within the network":  {peer(9, func(l *subnet.Lease) { l.Endpoints[0].Public = netip.MustParseAddr("10.5.9.1") }), "inside the cluster network"},
 		"the other family":    {peer(9, func(l *subnet.Lease) { l.Endpoints[0] = end("fd00::/64", "fd01::1", l.Endpoints[0].VTEP) }), "not enabled"},
 		"our own key, stolen": {peer(50, func(l *subnet.Lease) { l.Node = "thief" }), "overlaps 10.5.50.0-24"},
 	} {
@@ -101,7 +102,7 @@ func TestSnapshotSetsAsideWhatCannotStand(t *testing.T) {
 	}
 }
 
-// A newcomer does not evict, however its key sorts.
+// A newer lease does not evict an older one, whatever the order of their keys.
 func TestSnapshotTheOlderStands(t *testing.T) {
 	cfg := vxlanConfig(t, `{"Network":"10.5.0.0/16"}`)
 	for _, newer := range []int{1, 9} {
@@ -126,7 +127,7 @@ func TestSnapshotReservations(t *testing.T) {
 	}
 }
 
-// Of a dual-stack lease in a network of one family the other half is left out.
+// In a single-family network the other endpoint of a dual-stack lease is removed.
 func TestSnapshotDualStack(t *testing.T) {
 	both := peer(3, func(l *subnet.Lease) {
 		l.Endpoints = append(l.Endpoints, end("fd00:5:0:3::/64", "2001:db8::3", subnet.VTEP{VNI: 1, MAC: subnet.DeriveMAC("node-3", 1, true)}))
@@ -149,7 +150,8 @@ func TestSnapshotDualStack(t *testing.T) {
 	}
 }
 
-// The same entries in any order, read before or not, give the same snapshot.
+// The snapshot depends neither on the order of the entries nor on whether they
+// were parsed before.
 func TestSnapshotIsAFunctionOfItsEntries(t *testing.T) {
 	cfg := vxlanConfig(t, `{"Network":"10.5.0.0/16"}`)
 	var entries []subnet.Entry

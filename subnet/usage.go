@@ -5,14 +5,14 @@ import (
 	"slices"
 )
 
-// Usage is how much of one cluster network is given out.
+// Usage is the allocation state of one cluster network.
 type Usage struct {
 	Network  netip.Prefix `json:"network"`
 	Capacity int64        `json:"capacity"` // subnets between SubnetMin and SubnetMax, at most 2^63-1
-	Used     int64        `json:"used"`     // of them, those that a lease or a reservation touches
+	Used     int64        `json:"used"`     // subnets that overlap a lease or a reservation
 }
 
-// Share is the part in use, 0 to 1.
+// Share returns the fraction in use, 0 to 1.
 func (u Usage) Share() float64 {
 	if u.Capacity == 0 {
 		return 1
@@ -20,11 +20,11 @@ func (u Usage) Share() float64 {
 	return float64(u.Used) / float64(u.Capacity)
 }
 
-// NearlyFull is the share from which on more room should be made.
+// NearlyFull is the Share from which the network should be enlarged.
 const NearlyFull = 0.8
 
-// Usage counts what leases and reservations, readable or not, take of each
-// network.
+// Usage returns the usage of each network by leases and reservations, including
+// malformed ones.
 func (c Config) Usage(entries []Entry) []Usage {
 	taken := make([]netip.Prefix, 0, len(entries))
 	for i := range entries {
@@ -43,12 +43,12 @@ func (c Config) Usage(entries []Entry) []Usage {
 	return usage
 }
 
-// used counts the subnets that the prefixes touch, each once.
+// used counts the network's subnets that overlap any of the prefixes.
 func (n Network) used(taken []netip.Prefix) int64 {
 	hostBits := n.Prefix.Addr().BitLen() - n.SubnetLen
 	index := func(a u128) u128 { return a.shr(hostBits) }
 	low, high := index(toU128(n.SubnetMin)), index(toU128(n.SubnetMax))
-	var touched []span // of indexes
+	var touched []span // ranges of subnet indexes
 	for _, p := range taken {
 		if p.Addr().Is4() != n.Prefix.Addr().Is4() {
 			continue
@@ -66,7 +66,7 @@ func (n Network) used(taken []netip.Prefix) int64 {
 		touched = append(touched, s)
 	}
 	slices.SortFunc(touched, func(a, b span) int { return a.first.compare(b.first) })
-	var sum, next u128 // next is the first index that is not counted yet
+	var sum, next u128 // next is the first index not counted yet
 	for _, s := range touched {
 		if s.first.compare(next) < 0 {
 			s.first = next

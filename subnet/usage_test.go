@@ -20,8 +20,8 @@ func TestUsage(t *testing.T) {
 	}{
 		{nil, 0, 0},
 		{[]string{"10.5.1.0-24&fd00:0:0:1::-64", "10.5.2.0-24&fd00:0:0:2::-64"}, 2, 2},
-		{[]string{"10.5.1.0-24", "10.5.1.0-26", "10.5.1.64-26"}, 1, 0}, // one subnet, thrice touched
-		{[]string{"10.5.0.0-24", "10.6.0.0-24", "nonsense"}, 0, 0},     // below SubnetMin, outside, no key
+		{[]string{"10.5.1.0-24", "10.5.1.0-26", "10.5.1.64-26"}, 1, 0}, // three leases overlap one subnet
+		{[]string{"10.5.0.0-24", "10.6.0.0-24", "nonsense"}, 0, 0},     // below SubnetMin, outside, malformed
 		{[]string{"10.5.8.0-21", "10.5.9.0-24", "10.5.0.0-16"}, 15, 0}, // the whole network is reserved
 		{[]string{"fd00::-48"}, 0, 1<<16 - 1},
 	} {
@@ -35,7 +35,7 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// The oracle asks of every subnet whether one of the prefixes touches it.
+// The oracle tests every subnet for overlap with one of the prefixes.
 func TestUsageAgreesWithCounting(t *testing.T) {
 	c, _, err := ParseConfig([]byte(`{"Network":"10.5.0.0/20","SubnetLen":26,"SubnetMin":"10.5.1.0","SubnetMax":"10.5.14.192","Backend":{"Type":"vxlan"}}`))
 	if err != nil {
@@ -68,7 +68,7 @@ func TestUsageAgreesWithCounting(t *testing.T) {
 	})
 }
 
-// keyed are entries whose values cannot be read: the keys count.
+// keyed returns entries with these keys and malformed values.
 func keyed(keys []string) []Entry {
 	var entries []Entry
 	for _, k := range keys {

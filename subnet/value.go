@@ -11,19 +11,20 @@ import (
 	"unicode/utf8"
 )
 
-// MaxValueLen is the size in bytes past which a lease or a configuration is
-// refused unread. flannel's longest value is under 400 bytes.
+// MaxValueLen is the largest size in bytes of a lease or configuration value;
+// longer ones are rejected without being parsed. flannel's longest value is
+// under 400 bytes.
 const MaxValueLen = 64 << 10
 
-// MaxNodeLen is the longest node identity in bytes, a DNS name's limit.
+// MaxNodeLen is the longest node identity in bytes, as for a DNS name.
 const MaxNodeLen = 253
 
 // MaxVNI is the largest VXLAN network identifier, 24 bits (RFC 7348).
 const MaxVNI = 1<<24 - 1
 
-// leaseValue is flannel's LeaseAttrs (pkg/lease/lease.go), whose field order
-// is the byte order in the store, with the owner's identity after it. flannel
-// ignores keys that it does not know.
+// leaseValue is flannel's LeaseAttrs (pkg/lease/lease.go) followed by the
+// owner's identity. The field order is the byte order in the store. flannel
+// ignores unknown keys.
 type leaseValue struct {
 	PublicIP      string
 	PublicIPv6    *string
@@ -39,10 +40,9 @@ type vxlanData struct {
 	VtepMAC string
 }
 
-// Key is the lease's place in the store under <prefix>/subnets/, as flannel
-// forms it: 10.5.52.0-24, or 10.5.52.0-24&fd00:12:13::-64 for dual stack. A
-// lease with IPv6 alone has a key without the first half, which flannel does
-// not read.
+// Key is the lease's key under <prefix>/subnets/, in flannel's form:
+// 10.5.52.0-24, or 10.5.52.0-24&fd00:12:13::-64 for dual stack. An IPv6-only
+// lease has only the second half; flannel does not read such keys.
 func (l Lease) Key() string { return FormatKey(l.Subnets()) }
 
 // Subnets returns the leased prefixes, IPv4 first.
@@ -65,7 +65,7 @@ func (l Lease) Publics() []netip.Addr {
 	return publics
 }
 
-// String names the lease in a message: its subnets, its owner, its addresses.
+// String describes the lease in messages: its subnets, owner and addresses.
 func (l Lease) String() string {
 	var b strings.Builder
 	for i, s := range l.Subnets() {
@@ -87,7 +87,7 @@ func (l Lease) String() string {
 	return b.String()
 }
 
-// FormatKey joins the subnets of one lease, IPv4 first, into its key.
+// FormatKey returns the key of a lease with these subnets, IPv4 first.
 func FormatKey(subnets []netip.Prefix) string {
 	var b strings.Builder
 	for i, s := range subnets {
@@ -101,11 +101,11 @@ func FormatKey(subnets []netip.Prefix) string {
 	return b.String()
 }
 
-// ParseKey reads what FormatKey writes, and refuses any other spelling of the
-// same subnets: two keys for one subnet would be two owners.
+// ParseKey is the inverse of FormatKey. It rejects any other spelling of the
+// same subnets, since two keys for one subnet would allow two owners.
 func ParseKey(key string) ([]netip.Prefix, error) {
 	if len(key) > 128 {
-		return nil, fmt.Errorf("a key of %d bytes is no subnet", len(key))
+		return nil, fmt.Errorf("a key of %d bytes is too long for a subnet", len(key))
 	}
 	halves := strings.Split(key, "&")
 	if len(halves) > 2 {
@@ -140,9 +140,9 @@ func ParseKey(key string) ([]netip.Prefix, error) {
 	return subnets, nil
 }
 
-// Value is the lease as flannel stores it, byte for byte, with the node's
-// identity after flannel's own keys. A lease without a Backend is written as a
-// reservation. The error names what a lease must have and this one lacks.
+// Value returns the lease as flannel stores it, byte for byte, followed by the
+// node's identity. A lease without a Backend is written as a reservation. Value
+// fails if ParseLease would reject the result.
 func (l Lease) Value() ([]byte, error) {
 	v := leaseValue{PublicIP: "0.0.0.0", BackendType: l.Backend, NodeID: l.Node}
 	if err := CheckNode(l.Node); l.Node != "" && err != nil {
@@ -177,17 +177,17 @@ func (l Lease) Value() ([]byte, error) {
 		return nil, fmt.Errorf("encode lease %s: %w", l, err)
 	}
 	if _, err := ParseLease(l.Key(), value); err != nil {
-		return nil, fmt.Errorf("lease %s could not be read back: %w", l, err)
+		return nil, fmt.Errorf("lease %s is invalid: %w", l, err)
 	}
 	return value, nil
 }
 
-// ParseLease reads a lease from its key (without the store's prefix) and its
-// value, flannel's or ours. It is strict about what a datapath leans on: the
-// subnets, an address for each of them, and for vxlan a unicast MAC and a VNI
-// of 24 bits. Unknown keys and unknown backend types pass. A value without a
-// backend type is a reservation, and needs no address. The lease's revisions
-// and lifetime are the store's to fill in.
+// ParseLease parses a lease from its key (without the store's prefix) and its
+// value, written by flannel or culvert. It validates what a datapath depends on:
+// the subnets, one address per subnet, and for vxlan a unicast MAC and a 24-bit
+// VNI. It accepts unknown keys and backend types. A value without a backend type
+// is a reservation and needs no address. Revisions and lifetime are left to the
+// caller.
 func ParseLease(key string, value []byte) (Lease, error) {
 	subnets, err := ParseKey(key)
 	if err != nil {
@@ -234,8 +234,8 @@ func ParseLease(key string, value []byte) (Lease, error) {
 	return l, nil
 }
 
-// parsePublic returns the zero Addr for an address that is not set: flannel
-// writes 0.0.0.0 for an absent IPv4 address and null for an IPv6 one.
+// parsePublic returns the zero Addr if the address is not set: flannel writes
+// 0.0.0.0 for a missing IPv4 address and null for a missing IPv6 address.
 func parsePublic(text string, is4 bool) (netip.Addr, error) {
 	if text == "" {
 		return netip.Addr{}, nil
@@ -249,18 +249,18 @@ func parsePublic(text string, is4 bool) (netip.Addr, error) {
 	case a.IsUnspecified():
 		return netip.Addr{}, nil
 	case a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-		return netip.Addr{}, fmt.Errorf("%s is not one host's address", a)
+		return netip.Addr{}, fmt.Errorf("%s is not a unicast address", a)
 	}
 	return a, nil
 }
 
 func parseVTEP(data json.RawMessage) (VTEP, error) {
 	if len(data) == 0 {
-		return VTEP{}, errors.New("a vxlan lease without its VNI and VtepMAC")
+		return VTEP{}, errors.New("a vxlan lease lacks VNI and VtepMAC")
 	}
 	var v vxlanData
 	if err := json.Unmarshal(data, &v); err != nil {
-		return VTEP{}, fmt.Errorf("the vxlan data cannot be read: %w", err)
+		return VTEP{}, fmt.Errorf("parse the vxlan data: %w", err)
 	}
 	if v.VNI > MaxVNI {
 		return VTEP{}, fmt.Errorf("VNI %d is over 24 bits", v.VNI)
@@ -270,13 +270,13 @@ func parseVTEP(data json.RawMessage) (VTEP, error) {
 		return VTEP{}, fmt.Errorf("VtepMAC: %w", err)
 	}
 	if !mac.IsUnicast() {
-		return VTEP{}, fmt.Errorf("VtepMAC %s is not one device's address", mac)
+		return VTEP{}, fmt.Errorf("VtepMAC %s is not a unicast address", mac)
 	}
 	return VTEP{VNI: v.VNI, MAC: mac}, nil
 }
 
-// CheckNode says whether text can be a node's identity: 1 to MaxNodeLen bytes
-// of printable UTF-8 without spaces.
+// CheckNode validates a node identity: 1 to MaxNodeLen bytes of printable UTF-8
+// without spaces.
 func CheckNode(text string) error {
 	switch {
 	case text == "":
@@ -288,7 +288,7 @@ func CheckNode(text string) error {
 	}
 	for _, r := range text {
 		if unicode.IsSpace(r) || !unicode.IsPrint(r) {
-			return fmt.Errorf("the node identity %q has a character that cannot be shown", text)
+			return fmt.Errorf("the node identity %q contains a space or a non-printable character", text)
 		}
 	}
 	return nil
