@@ -178,13 +178,13 @@ func TestRestartWithoutTrust(t *testing.T) {
 		text  []byte
 		flags []string
 	}{
-		"no snapshot, or a part of one": {text: good[:20]},
-		"its checksum is another":       {text: good[:len(good)-20]},
-		"it is of version 9":            {text: append([]byte(`{"culvert_snapshot":9,"sha256":""}`+"\n"), good...)},
-		"it is of the node":             {text: good, flags: []string{"--node-id", "other"}},
-		"and this node at 198.18.0.200": {text: good, flags: []string{"--public-ip", "198.18.0.200"}},
-		"it is of the network at":       {text: good, flags: []string{"--etcd-prefix", "/elsewhere"}},
-		"is not a regular file":         {},
+		"not a snapshot, or it is truncated": {text: good[:20]},
+		"the checksum does not match":        {text: good[:len(good)-20]},
+		"it has version 9":                   {text: append([]byte(`{"culvert_snapshot":9,"sha256":""}`+"\n"), good...)},
+		"it belongs to the node":             {text: good, flags: []string{"--node-id", "other"}},
+		"and this node at 198.18.0.200":      {text: good, flags: []string{"--public-ip", "198.18.0.200"}},
+		"it belongs to the network at":       {text: good, flags: []string{"--etcd-prefix", "/elsewhere"}},
+		"is not a regular file":              {},
 	} {
 		if err := os.Remove(file); err != nil {
 			t.Fatal(err)

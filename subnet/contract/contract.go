@@ -1,6 +1,6 @@
-// Package contract is what every store of leases promises, as tests: the
-// configuration, whole snapshots, updates, and what stands while the store is
-// unreachable. Each store's own tests run them over it.
+// Package contract tests what every lease store must provide: configuration,
+// complete snapshots, updates, and operation while the store is unreachable. It
+// keeps no state; each store's own tests call Run with their store.
 package contract
 
 import (
@@ -16,19 +16,19 @@ import (
 
 // Store is a store under test.
 type Store interface {
-	// SetConfig replaces the network configuration by a text, valid or not.
+	// SetConfig writes the text, valid or not, as the network configuration.
 	SetConfig(t *testing.T, text string)
-	// Open makes node n's registry. What it keeps goes to the directory; the same
-	// one again is a restart.
+	// Open returns a registry for node n that persists to dir. Opening the same
+	// directory again simulates a restart.
 	Open(t *testing.T, n int, dir string) subnet.Registry
-	// PutPeer writes the lease of peer n (Peer) with this address, as another
-	// program does; SpoilPeer makes it unreadable, DropPeer removes it.
+	// PutPeer writes the lease of PeerSubnet(n) with this address, as another
+	// program would; SpoilPeer makes it malformed; DropPeer deletes it.
 	PutPeer(t *testing.T, n int, public netip.Addr)
 	SpoilPeer(t *testing.T, n int)
 	DropPeer(t *testing.T, n int)
 }
 
-// Remote is a store that can be unreachable, and whose registries keep a copy.
+// Remote is a store that can be stopped, and whose registries persist a copy.
 type Remote interface {
 	Store
 	Stop(t *testing.T)
@@ -44,21 +44,21 @@ type Keeper interface {
 	Answers(ctx context.Context) error
 }
 
-// Config is the network that the contract's nodes are in.
+// Config is the network configuration of the tests.
 const Config = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
 
-// PeerSubnet is the subnet of peer n.
+// PeerSubnet returns the subnet of peer n.
 func PeerSubnet(n int) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(200 + n), 0}), 24)
 }
 
-// PeerMAC is peer n's VTEP.
+// PeerMAC returns the VTEP address of peer n.
 func PeerMAC(n int) subnet.MAC { return subnet.MAC{2, 0, 0, 0, 1, byte(n)} }
 
-// NodeName is node n's identity.
+// NodeName returns the identity of node n.
 func NodeName(n int) string { return "node-" + string(rune('0'+n)) }
 
-// Claim is node n's, with the configuration.
+// Claim returns the claim of node n.
 func Claim(cfg subnet.Config, n int) subnet.Claim {
 	name := NodeName(n)
 	return subnet.Claim{
@@ -70,7 +70,8 @@ func Claim(cfg subnet.Config, n int) subnet.Claim {
 	}
 }
 
-// Run runs the contract; each part has a store of its own.
+// Run runs all parts of the contract, each with a new store. The parts about an
+// unreachable store run only for a Remote.
 func Run(t *testing.T, open func(t *testing.T) Store) {
 	t.Run("configuration", func(t *testing.T) { configuration(t, open(t)) })
 	t.Run("configuration changes", func(t *testing.T) { configurationChanges(t, open(t)) })
@@ -83,7 +84,7 @@ func Run(t *testing.T, open func(t *testing.T) Store) {
 	t.Run("kept on disk", func(t *testing.T) { keptOnDisk(t, open(t).(Remote)) })
 }
 
-// A node waits for a valid configuration, through none and an invalid one.
+// A node waits for a valid configuration; it does not accept an invalid one.
 func configuration(t *testing.T, s Store) {
 	r := s.Open(t, 1, t.TempDir())
 	type answer struct {
@@ -112,12 +113,12 @@ func configuration(t *testing.T, s Store) {
 			t.Errorf("%+v, %v", a.cfg, a.err)
 		}
 	case <-time.After(20 * time.Second):
-		t.Error("the configuration is not seen")
+		t.Error("the configuration was not returned")
 	}
 }
 
-// A running node follows a network that grows, and keeps the last configuration
-// instead of one that it cannot follow.
+// A running node applies a larger network, and keeps the last configuration if
+// it cannot apply the new one.
 func configurationChanges(t *testing.T, s Store) {
 	n := join(t, s, 1, t.TempDir())
 	n.await(t, "a snapshot", func(x subnet.Snapshot) bool { return x.ConfigRefused == "" })
@@ -133,7 +134,7 @@ func configurationChanges(t *testing.T, s Store) {
 	})
 }
 
-// Every snapshot has all peers; a malformed one is set aside alone.
+// Every snapshot contains all peers; a malformed lease affects no other.
 func wholeSnapshots(t *testing.T, s Store) {
 	for n := range 3 {
 		s.PutPeer(t, n, netip.AddrFrom4([4]byte{198, 51, 100, byte(n + 1)}))
@@ -165,7 +166,7 @@ func wholeSnapshots(t *testing.T, s Store) {
 	})
 }
 
-// What a node publishes is what the others see, until it gives its lease back.
+// Other nodes see a node's update and its release.
 func updateAndRelease(t *testing.T, s Store) {
 	a, b := join(t, s, 1, t.TempDir()), join(t, s, 2, t.TempDir())
 	own := a.lease.Subnets()[0]
@@ -181,15 +182,15 @@ func updateAndRelease(t *testing.T, s Store) {
 		l, ok := peer(x, own)
 		return ok && l.Publics()[0] == moved.Publics()[0] && l.Node == NodeName(1)
 	})
-	a.stop() // as a daemon does first
+	a.stop() // as the daemon does first
 	if err := a.registry.Release(t.Context(), after); err != nil {
 		t.Fatal(err)
 	}
 	b.await(t, "it is gone", func(x subnet.Snapshot) bool { _, ok := peer(x, own); return !ok })
 }
 
-// While the store is unreachable the last snapshot stands, the lease is held, and
-// the error says so; after that changes are seen again.
+// While the store is unreachable the last snapshot remains valid, the lease is
+// held and Watch yields an error. Afterwards Watch yields changes again.
 func failStatic(t *testing.T, s Remote) {
 	s.PutPeer(t, 0, netip.MustParseAddr("198.51.100.1"))
 	n := join(t, s, 1, t.TempDir())
@@ -205,13 +206,13 @@ func failStatic(t *testing.T, s Remote) {
 	n.await(t, "a change after it", func(x subnet.Snapshot) bool { return len(x.Peers) == 2 })
 	select {
 	case err := <-n.lost:
-		t.Errorf("the lease was given up: %v", err)
+		t.Errorf("the lease was lost: %v", err)
 	default:
 	}
 }
 
-// A registry that is made while the store is unreachable goes on with what was
-// kept, and then with the store.
+// A registry opened while the store is unreachable starts from the saved state,
+// and follows the store once it is reachable.
 func keptOnDisk(t *testing.T, s Remote) {
 	dir := t.TempDir()
 	s.PutPeer(t, 0, netip.MustParseAddr("198.51.100.1"))
@@ -228,7 +229,7 @@ func keptOnDisk(t *testing.T, s Remote) {
 	r := s.Open(t, 1, dir).(Keeper)
 	asking, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	if err := r.Answers(asking); err == nil {
-		t.Error("a store that is stopped answers")
+		t.Error("Answers returned nil for a stopped store")
 	}
 	cancel()
 	k, err := r.Kept(NodeName(1))
@@ -236,7 +237,7 @@ func keptOnDisk(t *testing.T, s Remote) {
 		t.Fatalf("kept: %v, %v", k, err)
 	}
 	if other, err := r.Kept(NodeName(2)); err == nil {
-		t.Errorf("another node's is used: %+v", other)
+		t.Errorf("the state of another node is used: %+v", other)
 	}
 	r.Resume(k, 30*time.Second)
 	second := follow(t, r, k.Lease)
@@ -252,7 +253,7 @@ func keptOnDisk(t *testing.T, s Remote) {
 	}
 }
 
-// node is a registry that holds its lease and watches.
+// node is a registry with a held lease and a running watch.
 type node struct {
 	registry subnet.Registry
 	lease    subnet.Lease
@@ -265,7 +266,7 @@ type node struct {
 	err       error
 }
 
-// join sets the configuration if the store has none, and leases.
+// join sets the configuration, acquires a lease, and runs Hold and Watch.
 func join(t *testing.T, s Store, n int, dir string) *node {
 	t.Helper()
 	s.SetConfig(t, Config)
@@ -279,7 +280,7 @@ func join(t *testing.T, s Store, n int, dir string) *node {
 		t.Fatal(err)
 	}
 	if l.Node != NodeName(n) || cfg.Admits(l) != nil {
-		t.Fatalf("leased %v", l)
+		t.Fatalf("acquired %v", l)
 	}
 	return follow(t, r, l)
 }
@@ -348,7 +349,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(40 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 40 s: %s", what)
+			t.Fatalf("timed out after 40 s: %s", what)
 		}
 	}
 }

@@ -9,11 +9,11 @@ import (
 	"culvert/subnet/contract"
 )
 
-// memory is subnet.Memory, which all nodes share.
+// memory adapts subnet.Memory, which all nodes share.
 type memory struct{ store *subnet.Memory }
 
 func (m memory) SetConfig(_ *testing.T, text string) {
-	// It holds configurations that were read: an invalid text is none.
+	// Memory stores parsed configurations: ignore an invalid text.
 	if cfg, _, err := subnet.ParseConfig([]byte(text)); err == nil {
 		m.store.SetConfig(cfg)
 	}

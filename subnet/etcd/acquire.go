@@ -13,23 +13,23 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// DefaultTTL is the lifetime of a lease without renewal, flannel's.
+// DefaultTTL is the lifetime of a lease without renewal, as in flannel.
 const DefaultTTL = 24 * time.Hour
 
-// errRace says that what was read is no longer so.
+// errRace means that the data read is out of date; retry.
 var errRace = errors.New("another write came first")
 
-// grant is an etcd lease that waits for its key.
+// grant is an etcd lease that is not yet attached to our key.
 type grant struct {
 	id int64 // zero: none yet
-	// ends is when it ends at the earliest: counted from before it was asked for.
+	// ends is the earliest expiry, counted from before the request.
 	ends time.Time
-	// doubtful says that a transaction with this id was sent and not answered:
-	// it may have been committed, or may still be.
+	// doubtful is set if a transaction with this ID was not answered: it may
+	// have been committed, or may still be.
 	doubtful bool
 }
 
-// Acquire implements subnet.Registry. It waits for etcd while it is away.
+// Acquire implements subnet.Registry. It retries while etcd is unreachable.
 func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
 	if err := c.Check(); err != nil {
 		return subnet.Lease{}, fmt.Errorf("claim of node %q: %w", c.Node, err)
@@ -62,19 +62,19 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 		}
 		again := !permanent(err)
 		if again && !errors.Is(err, errRace) {
-			away.failed("no lease yet; trying again", r.Explain(ctx, err))
+			away.failed("cannot acquire a lease; retrying", r.Explain(ctx, err))
 		}
 		if again && pause.wait(ctx) == nil {
 			continue
 		}
-		if !g.doubtful { // else it may be our lease's by now, to be found at the next start
+		if !g.doubtful { // else our lease may use it; the next start will find out
 			r.revoke(g.id)
 		}
 		return subnet.Lease{}, fmt.Errorf("acquire a lease: %w", err)
 	}
 }
 
-// tryAcquire is one round: list, choose, write.
+// tryAcquire is one attempt: list, choose, write.
 func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (subnet.Lease, error) {
 	marks, err := r.marks(ctx)
 	if err != nil {
@@ -100,11 +100,11 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 		return subnet.Lease{}, err
 	}
 	if choice.Keep == nil || len(choice.Drop) > 0 {
-		r.Forget() // a lease that this may end, even if no answer says so
+		r.Forget() // this may end the saved lease, even if the answer is lost
 	}
 	if choice.Keep == nil {
-		// The commit in doubt has not happened. Without its lease it cannot
-		// happen any more, and another subnet may be tried.
+		// The unanswered transaction has not been committed. Revoke its lease so
+		// that it never can be; then another subnet may be tried.
 		if g.doubtful {
 			if err := r.revokeNow(ctx, g.id); err != nil {
 				return subnet.Lease{}, err
@@ -119,7 +119,7 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 	}
 
 	keep := *choice.Keep
-	if keep.ID != 0 { // else it was written to last for ever, and does
+	if keep.ID != 0 { // else it never expires
 		ends, whole, err := r.timeToLive(ctx, keep.ID)
 		if err != nil {
 			return subnet.Lease{}, err
@@ -147,14 +147,13 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 	}
 	l, err := r.write(ctx, choice, revision, g)
 	if err == nil && keep.ID != l.ID && keep.Node == c.Node {
-		r.revoke(keep.ID) // flannel's own is left alone, to expire
+		r.revoke(keep.ID) // flannel's etcd lease is left to expire
 	}
 	return l, err
 }
 
-// TakenBy returns the entry, of a lease or a reservation, that another than
-// this node has on one of the subnets, as a sentence; empty if nobody has. It
-// waits for etcd while it is away.
+// TakenBy describes the lease or reservation that another node has on one of the
+// subnets; empty if there is none. It retries while etcd is unreachable.
 func (r *Registry) TakenBy(ctx context.Context, node string, publics []netip.Addr, subnets []netip.Prefix) (string, error) {
 	var pause backoff
 	away := outage{log: r.log.With("node", node)}
@@ -166,7 +165,7 @@ func (r *Registry) TakenBy(ctx context.Context, node string, publics []netip.Add
 		if permanent(err) || ctx.Err() != nil {
 			return "", err
 		}
-		away.failed("whose our subnet is cannot be read; trying again", r.Explain(ctx, err))
+		away.failed("cannot read who holds our subnet; retrying", r.Explain(ctx, err))
 		if err := pause.wait(ctx); err != nil {
 			return "", err
 		}
@@ -184,20 +183,20 @@ func (r *Registry) takenBy(entries []subnet.Entry, node string, publics []netip.
 		switch {
 		case e.ID != 0 && e.ID == saved:
 		case err != nil:
-			return fmt.Sprintf("the entry %s, which cannot be read (%v), has it now", e.Key, err)
+			return fmt.Sprintf("the malformed entry %s (%v) now holds it", e.Key, err)
 		case l.Node == node:
 		case l.Node == "" && slices.ContainsFunc(publics, func(a netip.Addr) bool { return slices.Contains(l.Publics(), a) }):
 		case l.Reserved:
 			return fmt.Sprintf("an administrator reserved %s", l)
 		default:
-			return l.String() + " has it now"
+			return l.String() + " now holds it"
 		}
 	}
 	return ""
 }
 
-// write commits the choice, which was made from the list at a revision, and
-// then looks at what was written between that revision and ours.
+// write commits the choice, which is based on the list at revision listed, and
+// checks the entries that were written between the two.
 func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64, g *grant) (subnet.Lease, error) {
 	l := choice.Lease
 	value, err := l.Value()
@@ -249,11 +248,11 @@ func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64
 	return l, nil
 }
 
-// stillFree compares that nobody has the lease's subnets. All keys that lease
-// one IPv4 subnet begin alike, dual stack or not, so one comparison over that
-// range does. An IPv6 half stands at the end of the key, where no range catches
-// it: then nothing at all may have been written since the list. The same holds
-// where our own old key begins alike.
+// stillFree returns the conditions under which nobody has the lease's subnets. All
+// keys of one IPv4 subnet, dual stack or not, have a common prefix, so one range
+// comparison suffices. The IPv6 part is at the end of the key, where no range
+// finds it, and a replaced key of our own is in that range: then require that
+// nothing under subnets/ was written since the list.
 func (r *Registry) stillFree(l subnet.Lease, listed int64, replacing bool) []clientv3.Cmp {
 	if len(l.Endpoints) == 1 && l.Endpoints[0].Subnet.Addr().Is4() && !replacing {
 		key := clientv3.CreateRevision(r.subnetsDir() + l.Key())
@@ -266,15 +265,15 @@ func (r *Registry) stillFree(l subnet.Lease, listed int64, replacing bool) []cli
 	}
 }
 
-// secondTo returns an error if the other entry was there before our lease and
-// excludes it: the older stands.
+// secondTo returns an error if the other entry is older than our lease and
+// conflicts with it.
 func (r *Registry) secondTo(l subnet.Lease, e subnet.Entry) error {
 	if e.CreateRevision >= l.CreateRevision || e.Key == l.Key() {
 		return nil
 	}
 	other, err := e.Lease()
 	if err != nil {
-		return nil // malformed: it is nobody's address
+		return nil // malformed: it conflicts with nobody
 	}
 	if l.Overlaps(other) {
 		return fmt.Errorf("%s overlaps %s: %w", l, other, errRace)
@@ -282,11 +281,11 @@ func (r *Registry) secondTo(l subnet.Lease, e subnet.Entry) error {
 	return l.Rival(other)
 }
 
-// undo takes back a write that came second, unless somebody wrote since. What
-// fails here expires with its lease.
+// undo deletes a lease that lost a race, unless it was written since. If that
+// fails, the lease expires.
 func (r *Registry) undo(ctx context.Context, choice subnet.Choice, l subnet.Lease) {
 	if choice.Keep != nil {
-		return // ours before already; the next round decides
+		return // it was ours before; the next attempt decides
 	}
 	rctx, cancel := r.request(context.WithoutCancel(ctx))
 	defer cancel()
@@ -295,11 +294,11 @@ func (r *Registry) undo(ctx context.Context, choice subnet.Choice, l subnet.Leas
 		If(clientv3.Compare(clientv3.ModRevision(key), "=", l.ModRevision)).
 		Then(clientv3.OpDelete(key)).Commit()
 	if err != nil {
-		r.log.Warn("a lease that came second could not be taken back", "subnet", l.Key(), "error", err)
+		r.log.Warn("a lease that lost a race could not be deleted", "subnet", l.Key(), "error", err)
 	}
 }
 
-// granted makes sure that g holds a fresh etcd lease and that it is kept.
+// granted ensures that g holds an etcd lease whose ID is saved.
 func (r *Registry) granted(ctx context.Context, node string, ttl time.Duration, g *grant) error {
 	if g.id != 0 {
 		return nil
@@ -316,9 +315,9 @@ func (r *Registry) granted(ctx context.Context, node string, ttl time.Duration, 
 	return nil
 }
 
-// timeToLive returns when an etcd lease ends, counted from before the question,
-// so that it is not believed to live longer than it does, and its whole
-// lifetime. The zero time is of one that etcd does not have.
+// timeToLive returns when an etcd lease expires, counted from before the request
+// so that it is never too late, and its granted lifetime. The expiry is zero if
+// etcd does not know the lease.
 func (r *Registry) timeToLive(ctx context.Context, id int64) (ends time.Time, whole time.Duration, err error) {
 	rctx, cancel := r.request(ctx)
 	defer cancel()
@@ -335,7 +334,7 @@ func (r *Registry) timeToLive(ctx context.Context, id int64) (ends time.Time, wh
 	return asked.Add(time.Duration(resp.TTL) * time.Second), time.Duration(resp.GrantedTTL) * time.Second, nil
 }
 
-// revokeNow returns nil once etcd has no such lease.
+// revokeNow revokes an etcd lease; it returns nil once the lease does not exist.
 func (r *Registry) revokeNow(ctx context.Context, id int64) error {
 	rctx, cancel := r.request(ctx)
 	defer cancel()
@@ -345,7 +344,7 @@ func (r *Registry) revokeNow(ctx context.Context, id int64) error {
 	return nil
 }
 
-// revoke is for tidiness: what it fails to end expires.
+// revoke revokes an etcd lease, best effort: otherwise it expires.
 func (r *Registry) revoke(id int64) {
 	if id == 0 {
 		return

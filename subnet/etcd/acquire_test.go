@@ -17,7 +17,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// at makes the registries of one test share a place that no other test has.
+// at sets a prefix that no other test uses.
 func at(prefix string) func(*Options) { return func(o *Options) { o.Prefix = prefix } }
 
 func TestUnansweredCommits(t *testing.T) {
@@ -30,7 +30,7 @@ func TestUnansweredCommits(t *testing.T) {
 			kv.lose.Store(3)
 			r.client.KV = kv
 			l := acquire(t, r, claim(t, vxlanConfig, 1))
-			kv.deliver() // what was under way arrives after all
+			kv.deliver() // the delayed requests arrive
 			entries, _, err := r.Entries(t.Context(), false)
 			if err != nil || len(entries) != 1 || entries[0].Key != l.Key() || entries[0].ID != l.ID {
 				t.Errorf("hold %s with %x; etcd has %v, %v", l, l.ID, entries, err)
@@ -64,7 +64,7 @@ func TestLostRaceTakesAnother(t *testing.T) {
 	}
 }
 
-// racingKV lets somebody else in between the first list and the first write.
+// racingKV calls before between the first list and the first write.
 type racingKV struct {
 	clientv3.KV
 	once   sync.Once
@@ -102,7 +102,8 @@ func TestConflicts(t *testing.T) {
 		_, err := open(t, endpoint).Acquire(t.Context(), c)
 		expectConflict(t, err, `"node-1"`, "192.0.2.1", "192.0.2.2")
 	})
-	// Ten clones start at one moment: none of them sees the others in its list.
+	// Ten nodes with the same identity start at once, so that none is in another's
+	// list.
 	t.Run("clones racing", func(t *testing.T) {
 		var racing sync.WaitGroup
 		start := make(chan struct{})
@@ -165,8 +166,8 @@ func TestExhaustion(t *testing.T) {
 	}
 }
 
-// A host moves from flannel: its lease is known by the address, keeps its
-// subnet, gains an identity, and what flannel meant to last for ever does.
+// A host migrates from flannel: its lease is recognized by the address, keeps the
+// subnet and gains an identity. A lease that never expires still does not.
 func TestTakingOverFromFlannel(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
@@ -210,9 +211,9 @@ func TestChangedNetwork(t *testing.T) {
 	r := open(t, endpoint, state)
 	acquire(t, r, claim(t, vxlanConfig, 1))
 	for _, step := range []struct{ config, within string }{
-		{`{"Network":"10.4.0.0/15"}`, "10.5.0.0/16"},                                               // grown: the same subnet
-		{`{"Network":"10.9.0.0/16"}`, "10.9.0.0/16"},                                               // elsewhere
-		{`{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:9::/48"}`, "10.9.0.0/16"}, // and IPv6
+		{`{"Network":"10.4.0.0/15"}`, "10.5.0.0/16"},                                               // larger: keeps the subnet
+		{`{"Network":"10.9.0.0/16"}`, "10.9.0.0/16"},                                               // another network
+		{`{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:9::/48"}`, "10.9.0.0/16"}, // adds IPv6
 		{`{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:9::/48"}`, "fd00:9::/48"},
 		{`{"Network":"10.9.0.0/16"}`, "10.9.0.0/16"},
 	} {
@@ -235,11 +236,11 @@ func TestStateFile(t *testing.T) {
 	}
 	r := open(t, endpoint, withState(file), log.options)
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
-	if log.count("kept lease handle cannot be read") == 0 {
-		t.Error("a spoilt file was not reported")
+	if log.count("the state file cannot be read") == 0 {
+		t.Error("a corrupt file was not logged")
 	}
 	if r.savedID() != l.ID {
-		t.Errorf("kept %x of %x", r.savedID(), l.ID)
+		t.Errorf("saved %x, want %x", r.savedID(), l.ID)
 	}
 	if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", info, err)

@@ -59,8 +59,8 @@ func (r *Registry) SetConfig(ctx context.Context, text []byte, replaces int64) (
 	return resp.Header.Revision, nil
 }
 
-// Reserve implements subnet.Admin. The entry has no etcd lease, so that it
-// never expires, and no backend type, so that no node is sent anything for it.
+// Reserve implements subnet.Admin. The entry has no etcd lease, so that it never
+// expires, and no backend type, so that it is no peer.
 func (r *Registry) Reserve(ctx context.Context, owner string, subnets []netip.Prefix) (subnet.Lease, error) {
 	l := subnet.Lease{Node: owner, Reserved: true}
 	for _, s := range subnets {
@@ -88,8 +88,8 @@ func (r *Registry) Reserve(ctx context.Context, owner string, subnets []netip.Pr
 	key := r.subnetsDir() + l.Key()
 	rctx, cancel := r.request(ctx)
 	defer cancel()
-	// A reservation may be longer or shorter than the leases, so nothing at all
-	// may have been written since the list.
+	// The reservation's length may differ from the leases', so require that
+	// nothing under subnets/ was written since the list.
 	resp, err := r.client.Txn(rctx).
 		If(r.stillFree(l, listed, true)...).
 		Then(clientv3.OpPut(key, string(value))).Commit()
@@ -116,7 +116,7 @@ func (r *Registry) ReleaseKey(ctx context.Context, key string, at int64) error {
 	if now, err := r.client.Get(rctx, full); err != nil {
 		return fmt.Errorf("release %s: %w", key, err)
 	} else if len(now.Kvs) == 1 {
-		// What no node lived in needs no rest.
+		// No node has used a reservation, so it needs no quarantine.
 		if l, err := r.entry(now.Kvs[0]).Lease(); err == nil && !l.Reserved {
 			if rest, err = r.restOps(ctx, key, l.Node); err != nil {
 				return fmt.Errorf("release %s: %w", key, err)

@@ -18,7 +18,7 @@ func TestSetConfig(t *testing.T) {
 		t.Errorf("%s, %d, %v", text, revision, err)
 	}
 	if _, err := r.SetConfig(t.Context(), []byte(`{"Network":"10.5.0.0/31"}`), subnet.AnyRevision); err == nil {
-		t.Error("took what nobody can use")
+		t.Error("accepted an invalid configuration")
 	}
 	first, err := r.SetConfig(t.Context(), []byte(vxlanConfig), 0)
 	if err != nil {
@@ -57,14 +57,14 @@ func TestReservations(t *testing.T) {
 	}
 	for name, bad := range map[string][]netip.Prefix{"none": nil, "host bits": prefix("10.5.201.7/24"), "two": append(prefix(other), prefix("10.5.202.0/24")...)} {
 		if _, err := r.Reserve(t.Context(), "others", bad); err == nil {
-			t.Errorf("%s: taken", name)
+			t.Errorf("%s: accepted", name)
 		}
 	}
-	// Its owner's name is no node's claim, and nobody gets it, asked for or not.
+	// A node with the owner's name does not get the reserved subnet.
 	c := claim(t, vxlanConfig, 2)
 	c.Node, c.Previous = "printers", prefix(other)
 	if got := acquire(t, open(t, r.opts.Endpoints[0]), c); got.Overlaps(reserved) {
-		t.Errorf("a node has the reserved %s", got)
+		t.Errorf("a node acquired the reserved %s", got)
 	}
 
 	put(t, r, "subnets/10.5.9.0-24", "oops")
@@ -85,7 +85,7 @@ func TestReservations(t *testing.T) {
 		t.Error(err)
 	}
 	if err := r.ReleaseKey(t.Context(), "10.5.9.0-24", subnet.AnyRevision); err != nil {
-		t.Errorf("a malformed one: %v", err)
+		t.Errorf("malformed entry: %v", err)
 	}
 	for _, at := range []int64{subnet.AnyRevision, 5} {
 		if err := r.ReleaseKey(t.Context(), reserved.Key(), at); !errors.Is(err, subnet.ErrAbsent) {

@@ -15,40 +15,39 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// authentication gives requests the token that etcd hands out for a user and a
-// password, and asks for another when etcd refuses it. It takes the place of
-// the client's own, for three reasons:
+// authentication adds etcd's token to requests and gets a new one when etcd
+// rejects it. It replaces the client's own authentication for three reasons:
 //
 //   - The client sends its old token with Authenticate too. etcd before 3.5
 //     checks it there (v3_server.go, processInternalRaftRequestOnce), so that a
-//     client whose token is void can never get another.
-//   - The client is made only once Authenticate has been answered, so that a
+//     client with an invalid token can never get a new one.
+//   - clientv3.New returns only after Authenticate was answered, so that a
 //     daemon could not start while etcd is unreachable.
-//   - The password may change in its file while the daemon runs.
+//   - The password file may change while the daemon runs.
 type authentication struct {
 	options Options
-	asking  chan struct{} // one Authenticate at a time: each costs etcd a bcrypt
+	asking  chan struct{} // serializes Authenticate: each costs etcd a bcrypt
 
 	mu    sync.Mutex
 	token string
-	asked time.Time // when etcd gave it, "" if it asks for none; zero if there is none
-	// refused is the password that etcd refused last, and when: it is not asked
-	// again at once by each request that waits. Of who has asking.
+	asked time.Time // when etcd issued token; zero: no token. "" if etcd requires none
+	// refused is the last password that etcd rejected, so that waiting requests
+	// do not each try it again. Guarded by asking.
 	refused   string
 	refusedAt time.Time
 }
 
-// refusedFor is how long a password that was refused is not tried again.
+// refusedFor is how long a rejected password is not retried.
 const refusedFor = time.Second
 
-// tokenFresh is how long after a token was given a stream takes it for valid.
+// tokenFresh is how long a new stream reuses a token.
 const tokenFresh = 5 * time.Second
 
 func newAuthentication(o Options) *authentication {
 	return &authentication{options: o, asking: make(chan struct{}, 1)}
 }
 
-// unary is the interceptor of requests.
+// unary is the interceptor of unary requests.
 func (a *authentication) unary(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	if method == etcdserverpb.Auth_Authenticate_FullMethodName {
 		return invoke(ctx, method, req, reply, conn, opts...)
@@ -68,8 +67,8 @@ func (a *authentication) unary(ctx context.Context, method string, req, reply an
 	return invoke(withToken(ctx, token), method, req, reply, conn, opts...)
 }
 
-// stream is the interceptor of streams. etcd refuses a token only by an answer
-// on the stream, which is not seen here: so a stream begins with a new one.
+// stream is the interceptor of streams. etcd rejects a token with a message on the
+// stream, which is not visible here, so a stream uses a recent token.
 func (a *authentication) stream(ctx context.Context, desc *grpc.StreamDesc, conn *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	a.mu.Lock()
 	if time.Since(a.asked) > tokenFresh {
@@ -83,7 +82,7 @@ func (a *authentication) stream(ctx context.Context, desc *grpc.StreamDesc, conn
 	return open(withToken(ctx, token), desc, conn, method, opts...)
 }
 
-// get returns the token, and asks for one if there is none.
+// get returns the token; it requests one if there is none.
 func (a *authentication) get(ctx context.Context, conn *grpc.ClientConn) (string, error) {
 	if token, ok := a.known(); ok {
 		return token, nil
@@ -128,7 +127,7 @@ func (a *authentication) known() (string, bool) {
 	return a.token, !a.asked.IsZero()
 }
 
-// void forgets a token, unless it is another by now.
+// void discards the token if it has not been replaced.
 func (a *authentication) void(token string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -144,14 +143,14 @@ func withToken(ctx context.Context, token string) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, rpctypes.TokenFieldNameGRPC, token)
 }
 
-// refusesToken says whether another token may help. ErrUserEmpty answers a
-// request without one.
+// refusesToken reports whether a new token may help. ErrUserEmpty is the answer to
+// a request without a token.
 func refusesToken(err error) bool {
 	err = rpctypes.Error(err)
 	return errors.Is(err, rpctypes.ErrInvalidAuthToken) || errors.Is(err, rpctypes.ErrAuthOldRevision) || errors.Is(err, rpctypes.ErrUserEmpty)
 }
 
-// password returns the password as it is now: a file is read each time.
+// password returns the current password; a file is read on each call.
 func (o Options) password() (string, error) {
 	if o.PasswordFile == "" {
 		return o.Password, nil

@@ -12,7 +12,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// raw is everything under a registry's prefix, as etcdctl would show it.
+// raw returns all keys and values under the registry's prefix.
 func raw(t *testing.T, r *Registry) map[string]string {
 	t.Helper()
 	resp, err := r.client.Get(t.Context(), r.directory(), clientv3.WithPrefix())
@@ -26,8 +26,8 @@ func raw(t *testing.T, r *Registry) map[string]string {
 	return all
 }
 
-// What a node leaves in etcd, byte for byte: flannel's keys and values, with the
-// node's identity after them, and the mark where flannel does not look.
+// A node writes, byte for byte, flannel's keys and values with the node's identity
+// appended, and the quarantine mark under a key that flannel does not read.
 func TestBytesInEtcd(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
@@ -82,8 +82,8 @@ func TestBytesInEtcd(t *testing.T) {
 	}
 }
 
-// What flannel leaves in etcd is read: its dual-stack nodes are peers in both
-// families, and leases of other backends are set aside, named, and left alone.
+// flannel's leases are read: its dual-stack nodes are peers in both families;
+// leases of other backends are rejected, with the reason, and not modified.
 func TestFlannelsBytesAreRead(t *testing.T) {
 	t.Parallel()
 	const config = `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12::/48","Backend":{"Type":"vxlan"}}`
@@ -111,7 +111,7 @@ func TestFlannelsBytesAreRead(t *testing.T) {
 		t.Errorf("the dual-stack peer is %+v", both)
 	}
 	if len(s.Rejected) != 3 || s.Rejected[0].Key != "10.5.2.0-24" || !strings.Contains(s.Rejected[0].Reason, `"wireguard"`) {
-		t.Errorf("set aside: %v", s.Rejected)
+		t.Errorf("rejected: %v", s.Rejected)
 	}
 	for k, v := range raw(t, r) {
 		if want, ok := others[strings.TrimPrefix(k, r.directory())]; ok && v != want {

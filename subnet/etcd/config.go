@@ -10,10 +10,10 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// remindEvery is how often Config says that it is still waiting.
+// remindEvery is how often Config logs that it is still waiting.
 const remindEvery = time.Minute
 
-// HowToSetConfig is a command that gives the network a configuration.
+// HowToSetConfig is a command that sets a network configuration.
 const HowToSetConfig = `culvert config set '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'`
 
 // Config implements subnet.Registry.
@@ -37,7 +37,7 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 				r.rememberConfig(cfg, string(text))
 				return cfg, nil
 			}
-			err = fmt.Errorf("the network configuration in etcd is refused: %w", err)
+			err = fmt.Errorf("the network configuration in etcd is invalid: %w", err)
 		default:
 			err = fmt.Errorf("there is no network configuration at %s", r.configKey())
 		}
@@ -45,7 +45,7 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 			said = time.Now()
 			r.log.Warn("waiting for a network configuration", "key", r.configKey(), "error", r.Explain(ctx, err), "set_it_with", HowToSetConfig)
 		}
-		if at != 0 { // etcd answered
+		if at != 0 { // etcd answered; wait for a change
 			pause.reset()
 			r.awaitConfig(ctx, at+1)
 		}
@@ -55,7 +55,7 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 	}
 }
 
-// awaitConfig returns when the key may have changed, or it is time to remind.
+// awaitConfig returns when the key may have changed, at most after remindEvery.
 func (r *Registry) awaitConfig(ctx context.Context, revision int64) {
 	wctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), remindEvery)
 	defer cancel()
@@ -72,8 +72,8 @@ func (r *Registry) rememberConfig(cfg subnet.Config, text string) {
 	r.config, r.text = cfg, text
 }
 
-// configText returns the value, its ModRevision (0 if there is none), and the
-// store's revision.
+// configText returns the configuration's text, its ModRevision (0 if there is
+// none) and the store's revision.
 func (r *Registry) configText(ctx context.Context) (text []byte, revision, at int64, err error) {
 	rctx, cancel := r.request(ctx)
 	defer cancel()

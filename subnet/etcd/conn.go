@@ -12,8 +12,8 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// renewedTLS reads the CA, the certificate and the key anew for each
-// connection, so that what was renewed on disk comes into use.
+// renewedTLS reads the CA, the certificate and the key again for each connection,
+// so that files renewed on disk take effect.
 type renewedTLS struct {
 	options Options
 	contact *contact
@@ -42,8 +42,7 @@ func (c *renewedTLS) ClientHandshake(ctx context.Context, authority string, conn
 	return &listening{Conn: secured, address: to, contact: c.contact}, info, nil
 }
 
-// ServerHandshake implements credentials.TransportCredentials; there is no
-// server here.
+// ServerHandshake implements credentials.TransportCredentials. It is not used.
 func (c *renewedTLS) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return credentials.NewTLS(nil).ServerHandshake(conn)
 }
@@ -56,12 +55,12 @@ func (c *renewedTLS) Clone() credentials.TransportCredentials {
 	return &renewedTLS{c.options, c.contact}
 }
 
-// OverrideServerName implements credentials.TransportCredentials, which calls it
-// deprecated; nobody here does.
+// OverrideServerName implements credentials.TransportCredentials. It is deprecated
+// and not used.
 func (c *renewedTLS) OverrideServerName(string) error { return nil }
 
-// connections are the open ones to etcd, so that they can be broken: one from an
-// address that this host no longer has would only time out.
+// connections are the open connections to etcd. They can be closed when this
+// host's address changes: a connection from the old address would only time out.
 type connections struct {
 	dial    dial
 	contact *contact
@@ -73,7 +72,7 @@ type connections struct {
 
 type dial = func(ctx context.Context, address string) (net.Conn, error)
 
-// dialer returns the way to open connections, the system's if it is nil.
+// dialer returns d, or the system's dialer if d is nil.
 func dialer(d dial) dial {
 	if d != nil {
 		return d
@@ -108,7 +107,7 @@ func (c *connections) breakAll() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for one := range c.open {
-		_ = one.Conn.Close() // its user sees the end, and closes it too
+		_ = one.Conn.Close() // its user sees EOF and closes it too
 	}
 }
 
@@ -126,6 +125,6 @@ func (c *connection) Close() error {
 	return c.Conn.Close()
 }
 
-// Reconnect breaks the connections to etcd, for them to be made anew: after this
-// node's address has changed. What was under way is tried again.
+// Reconnect closes the connections to etcd, so that new ones are opened; call it
+// after this node's address has changed. Pending requests are retried.
 func (r *Registry) Reconnect() { r.conns.breakAll() }

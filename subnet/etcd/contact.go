@@ -16,20 +16,20 @@ import (
 	"time"
 )
 
-// contact is how the last attempt to reach each server went. gRPC tries again
-// by itself and says no more than that a request had no answer in its time.
+// contact records how the last attempt to reach each server failed. gRPC retries
+// silently and only reports that a request timed out.
 type contact struct {
 	options Options
 
 	mu     sync.Mutex
-	failed map[string]error // by address; those that answered are not in it
+	failed map[string]error // by address; absent if the server answered
 }
 
 func newContact(o Options) *contact { return &contact{options: o, failed: map[string]error{}} }
 
 func (c *contact) note(address string, err error) {
 	if errors.Is(err, context.Canceled) || errors.Is(err, net.ErrClosed) {
-		return // our own doing
+		return // caused by us
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -40,12 +40,12 @@ func (c *contact) note(address string, err error) {
 	}
 }
 
-// errMute is of a server that closes a connection without having said
-// anything; one that expects TLS does so.
-var errMute = errors.New("it closes the connection without an answer")
+// errMute: the server closed the connection without sending anything, as one does
+// that expects TLS.
+var errMute = errors.New("it closes the connection without answering")
 
-// trouble says why no server can be reached, nil if one was at the last attempt
-// or none has been tried.
+// trouble returns why no server can be reached; nil if one answered last, or none
+// has been tried.
 func (c *contact) trouble() error {
 	c.mu.Lock()
 	failed := make(map[string]error, len(c.failed))
@@ -63,10 +63,10 @@ func (c *contact) trouble() error {
 			words = append(words, w)
 		}
 	}
-	return errors.New("etcd cannot be reached at " + strings.Join(words, "; "))
+	return errors.New("etcd is unreachable at " + strings.Join(words, "; "))
 }
 
-// inWords says what is wrong, and what to do, in one line.
+// inWords returns what is wrong and what to do, on one line.
 func (c *contact) inWords(address string, err error) string {
 	if err == nil {
 		return "no answer"
@@ -77,47 +77,47 @@ func (c *contact) inWords(address string, err error) string {
 	var record tls.RecordHeaderError
 	switch {
 	case errors.As(err, &unknown) && c.options.CAFile != "":
-		return fmt.Sprintf("its certificate is not signed by the CA in %s: give the right one with --etcd-cafile", c.options.CAFile)
+		return fmt.Sprintf("its certificate is not signed by the CA in %s: set the right one with --etcd-cafile", c.options.CAFile)
 	case errors.As(err, &unknown):
-		return "its certificate is signed by a CA that this host does not know: give the CA with --etcd-cafile"
+		return "its certificate is signed by an unknown CA: set the CA with --etcd-cafile"
 	case errors.As(err, &name):
-		return fmt.Sprintf("%v: use an address that the certificate names", name)
+		return fmt.Sprintf("%v: use an address that is in the certificate", name)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		return fmt.Sprintf("%v: renew the server's certificate, or set this host's clock", invalid)
 	case errors.As(err, &record), errors.Is(err, errHandshake) && speaksHTTP2(c.options, address):
-		return "it does not speak TLS: write http:// in --etcd-endpoints, and give no CA and no certificate"
+		return "it does not use TLS: write http:// in --etcd-endpoints and set no CA and no certificate"
 	case strings.Contains(err.Error(), "remote error: tls:"):
-		return fmt.Sprintf("it refuses this client (%v): give a certificate that it accepts with --etcd-certfile and --etcd-keyfile", err)
+		return fmt.Sprintf("it rejects this client (%v): set a certificate that it accepts with --etcd-certfile and --etcd-keyfile", err)
 	case errors.Is(err, errAfterHandshake) && c.options.CertFile == "":
-		return errAfterHandshake.Error() + ", as a server does that asks for a client certificate: give a certificate that it accepts with --etcd-certfile and --etcd-keyfile"
+		return errAfterHandshake.Error() + ", as a server does that requires a client certificate: set one that it accepts with --etcd-certfile and --etcd-keyfile"
 	case errors.Is(err, errMute), errors.Is(err, errNotHTTP2):
 		if speaksTLS(c.options, address) {
-			return "it speaks TLS: write https:// in --etcd-endpoints, and give its CA with --etcd-cafile"
+			return "it requires TLS: write https:// in --etcd-endpoints and set its CA with --etcd-cafile"
 		}
-		return err.Error() + ": is this the port where etcd serves clients?"
+		return err.Error() + ": is this etcd's client port?"
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return "connection refused: is etcd running there, and is the port right?"
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
-		return "no answer to the attempt to connect: is the address right, and does a firewall let it through?"
+		return "connecting timed out: is the address right, and does a firewall block it?"
 	}
 	return err.Error()
 }
 
-// errNotHTTP2 is of a server whose first bytes are not those of HTTP/2.
-var errNotHTTP2 = errors.New("it answers with something else than gRPC")
+// errNotHTTP2: the server's first bytes are not HTTP/2.
+var errNotHTTP2 = errors.New("it does not speak gRPC")
 
-// errHandshake is of a server that ends the connection in the TLS handshake.
-var errHandshake = errors.New("it closes the connection in the TLS handshake")
+// errHandshake: the server closed the connection during the TLS handshake.
+var errHandshake = errors.New("it closes the connection during the TLS handshake")
 
-// errAfterHandshake is of a server that ends the connection after the TLS
-// handshake, as one does that wants a client certificate and got none (TLS 1.3).
+// errAfterHandshake: the server closed the connection after the TLS handshake, as
+// one does that requires a client certificate and got none (TLS 1.3).
 var errAfterHandshake = errors.New("it closes the connection after the TLS handshake")
 
-// probeLimit bounds the question which protocol a server speaks.
+// probeLimit limits a probe for the protocol of a server.
 const probeLimit = time.Second
 
-// speaksHTTP2 says whether a server answers the client's preface without TLS
-// (RFC 9113, 3.4).
+// speaksHTTP2 reports whether the server answers the client connection preface
+// without TLS (RFC 9113, 3.4).
 func speaksHTTP2(o Options, address string) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), probeLimit)
 	defer cancel()
@@ -144,17 +144,17 @@ func speaksTLS(o Options, address string) bool {
 		return false
 	}
 	defer conn.Close()
-	// Nothing is sent to whoever answers: it is only asked which protocol it has.
+	// No verification: nothing is sent, only the protocol is probed.
 	err = tls.Client(conn, &tls.Config{InsecureSkipVerify: true}).HandshakeContext(ctx)
 	return err == nil || strings.Contains(err.Error(), "remote error: tls:")
 }
 
-// listening notes what comes of a connection by its first bytes.
+// listening records the outcome of a connection by the first bytes received.
 type listening struct {
 	net.Conn
 	address string
 	contact *contact
-	plain   bool // the bytes are HTTP/2's, and not TLS's
+	plain   bool // the bytes are HTTP/2, not TLS
 	once    sync.Once
 }
 
@@ -163,26 +163,26 @@ func (l *listening) Read(b []byte) (int, error) {
 	n, err := l.Conn.Read(b)
 	l.once.Do(func() {
 		switch {
-		// A server's first frame is SETTINGS: a length below 2^16, type 4 (RFC
-		// 9113, 3.4 and 4.1).
+		// The server's first frame must be SETTINGS: a length below 2^16, type 4
+		// (RFC 9113, 3.4 and 4.1).
 		case n > 0 && l.plain && (b[0] != 0 || n > 3 && b[3] != 4):
 			l.contact.note(l.address, errNotHTTP2)
 		case n > 0:
 			l.contact.note(l.address, nil)
 		case err != nil && strings.Contains(err.Error(), "remote error: tls:"):
-			l.contact.note(l.address, err) // TLS 1.3: the client is refused only now
+			l.contact.note(l.address, err) // TLS 1.3 rejects a client only now
 		case err != nil && !errors.Is(err, net.ErrClosed) && l.plain:
 			l.contact.note(l.address, errMute)
 		case err != nil && !errors.Is(err, net.ErrClosed):
-			// The alert that says why may be lost to the reset that follows it.
+			// The alert with the reason may be lost to the RST that follows it.
 			l.contact.note(l.address, fmt.Errorf("%w: %w", errAfterHandshake, err))
 		}
 	})
 	return n, err
 }
 
-// Write implements net.Conn. What a server says before it closes, such as that
-// it wants a certificate, may not have been read yet when a write fails.
+// Write implements net.Conn. If it fails, it reads what the server sent before it
+// closed the connection, such as an alert that asks for a certificate.
 func (l *listening) Write(b []byte) (int, error) {
 	n, err := l.Conn.Write(b)
 	if err != nil && !errors.Is(err, net.ErrClosed) {

@@ -11,14 +11,14 @@ import (
 	"culvert/subnet/etcd/member"
 )
 
-// contractStore is a real etcd, whose data outlives a stop.
+// contractStore is a real etcd that keeps its data when stopped.
 type contractStore struct {
 	server *etcdtest.Server
 	admin  *Registry
 }
 
 func (s *contractStore) SetConfig(t *testing.T, text string) {
-	put(t, s.admin, "config", text) // as it is: valid or not
+	put(t, s.admin, "config", text) // not validated
 }
 
 func (s *contractStore) Open(t *testing.T, _ int, dir string) subnet.Registry {

@@ -21,7 +21,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const vxlanConfig = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
 
-// open makes a registry that ends with the test.
+// open returns a registry that is closed when the test ends.
 func open(t *testing.T, endpoint string, change ...func(*Options)) *Registry {
 	t.Helper()
 	o := Options{Endpoints: []string{endpoint}, Logger: slog.New(slog.DiscardHandler), RequestTimeout: 2 * time.Second}
@@ -38,7 +38,7 @@ func open(t *testing.T, endpoint string, change ...func(*Options)) *Registry {
 
 func withState(file string) func(*Options) { return func(o *Options) { o.StateFile = file } }
 
-// claim is node number n's: 192.0.2.n, or 198.51.100.n past 254.
+// claim returns the claim of node-n, at 192.0.2.n and 2001:db8::n.
 func claim(t *testing.T, config string, n int) subnet.Claim {
 	t.Helper()
 	cfg, _, err := subnet.ParseConfig([]byte(config))
@@ -60,7 +60,7 @@ func claim(t *testing.T, config string, n int) subnet.Claim {
 	return c
 }
 
-// eventually polls for what another goroutine brings about.
+// eventually polls until ok returns true.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	within(t, 10*time.Second, what, ok)
@@ -70,12 +70,12 @@ func within(t *testing.T, limit time.Duration, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(limit); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %s", limit, what)
+			t.Fatalf("timed out after %v: %s", limit, what)
 		}
 	}
 }
 
-// Fifty nodes ask at one moment; each has a connection of its own.
+// Fifty nodes acquire at the same time, each with its own connection.
 func TestRacingNodesNeverShareASubnet(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
@@ -131,7 +131,7 @@ func acquire(t *testing.T, r *Registry, c subnet.Claim) subnet.Lease {
 	return l
 }
 
-// put writes a key as another program would, without an etcd lease.
+// put writes a key without an etcd lease, as another program would.
 func put(t *testing.T, r *Registry, key, value string) {
 	t.Helper()
 	if _, err := r.client.Put(t.Context(), r.opts.Prefix+"/"+key, value); err != nil {
@@ -167,7 +167,7 @@ func TestLifeOfALease(t *testing.T) {
 	w := watch(t, r, l)
 	eventually(t, "ourselves", func() bool { return w.last().Self.Key() == l.Key() && len(w.last().Peers) == 0 })
 
-	// A second node comes, moves, goes.
+	// A second node joins, changes its address, and leaves.
 	other := open(t, endpoint)
 	l2 := acquire(t, other, claim(t, vxlanConfig, 2))
 	eventually(t, "the peer", func() bool { p := w.last().Peers; return len(p) == 1 && p[0].Node == "node-2" })
@@ -179,21 +179,21 @@ func TestLifeOfALease(t *testing.T) {
 		return len(p) == 1 && p[0].Endpoints[0].Public.String() == "192.0.2.222" && p[0].CreateRevision == l2.CreateRevision
 	})
 	if _, err := other.Update(t.Context(), movedTo(l2, "192.0.2.1")); !errors.Is(err, subnet.ErrConflict) {
-		t.Errorf("took our address: %v", err)
+		t.Errorf("accepted our address: %v", err)
 	}
 	if err := other.Release(t.Context(), l2); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "no peer", func() bool { return len(w.last().Peers) == 0 })
 
-	// The node is killed and comes back, the second time under another address.
+	// The node restarts, the second time with another address.
 	for _, public := range []string{"192.0.2.1", "192.0.2.77"} {
 		again := open(t, endpoint, withState(stateFile))
 		c := claim(t, vxlanConfig, 1)
 		c.Ends[0].Public = netip.MustParseAddr(public)
 		back, err := again.Acquire(t.Context(), c)
 		if err != nil || back.Key() != l.Key() || back.ID != l.ID {
-			t.Fatalf("came back to %v, %v; held %v", back, err, l)
+			t.Fatalf("got %v, %v after a restart; held %v", back, err, l)
 		}
 	}
 	select {
@@ -202,6 +202,6 @@ func TestLifeOfALease(t *testing.T) {
 	default:
 	}
 	if _, errs := w.count(); errs != 0 {
-		t.Errorf("%d errors while etcd was there", errs)
+		t.Errorf("%d errors while etcd was reachable", errs)
 	}
 }

@@ -18,7 +18,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// lines is a log that a test can read.
+// lines is a log writer that a test can read.
 type lines struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -42,13 +42,13 @@ func (l *lines) options(o *Options) {
 	o.Logger = slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
-var errUnanswered = errors.New("the answer was lost")
+var errUnanswered = errors.New("the response was lost")
 
-// lossyKV loses the answers of transactions, in one of two ways.
+// lossyKV drops the responses of transactions, or delays the requests.
 type lossyKV struct {
 	clientv3.KV
-	lose    atomic.Int32 // this many answers
-	delayed bool         // the request arrives only later, when deliver is called
+	lose    atomic.Int32 // how many to drop
+	delayed bool         // send the request only when deliver is called
 	late    []func()
 }
 
@@ -86,7 +86,7 @@ func (t *lossyTxn) Commit() (*clientv3.TxnResponse, error) {
 	return nil, errUnanswered
 }
 
-// brokenLease fails every renewal as soon as it is tried.
+// brokenLease makes every renewal fail at once.
 type brokenLease struct {
 	clientv3.Lease
 	broken atomic.Bool
@@ -101,7 +101,7 @@ func (b *brokenLease) KeepAliveOnce(ctx context.Context, id clientv3.LeaseID) (*
 	return b.Lease.KeepAliveOnce(ctx, id)
 }
 
-// faultyWatcher can end the watches under way with a response of the test's.
+// faultyWatcher can inject responses into the watches.
 type faultyWatcher struct {
 	clientv3.Watcher
 	inject chan clientv3.WatchResponse
@@ -132,13 +132,13 @@ func (w *faultyWatcher) Watch(ctx context.Context, key string, opts ...clientv3.
 	return out
 }
 
-// watching runs Watch and keeps what it yields.
+// watching runs Watch and records what it yields.
 type watching struct {
 	mu        sync.Mutex
 	snapshots []subnet.Snapshot
 	errs      []error
 	running   sync.WaitGroup
-	stop      func() // ends the watch, which else ends with the test
+	stop      func() // ends the watch; called at the end of the test
 }
 
 func watch(t *testing.T, r *Registry, self subnet.Lease) *watching {
@@ -176,7 +176,7 @@ func (w *watching) count() (snapshots, errs int) {
 	return len(w.snapshots), len(w.errs)
 }
 
-// hold runs Hold; the error is sent when it returns.
+// hold runs Hold and sends its error when it returns.
 func hold(t *testing.T, r *Registry, l subnet.Lease) <-chan error {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -197,8 +197,7 @@ func canceled() context.Context {
 	return ctx
 }
 
-// slowLease gives its answers to the process half a second late, as they are
-// read by one that was stopped.
+// slowLease delays the responses by 500 ms, as if the process had been stopped.
 type slowLease struct{ clientv3.Lease }
 
 func (s slowLease) KeepAliveOnce(ctx context.Context, id clientv3.LeaseID) (*clientv3.LeaseKeepAliveResponse, error) {
@@ -207,7 +206,7 @@ func (s slowLease) KeepAliveOnce(ctx context.Context, id clientv3.LeaseID) (*cli
 	return resp, err
 }
 
-// writes says whether a transaction changes anything.
+// writes reports whether a transaction has a put or a delete.
 func writes(ops []clientv3.Op) bool {
 	return slices.ContainsFunc(ops, func(o clientv3.Op) bool { return o.IsPut() || o.IsDelete() })
 }

@@ -14,17 +14,17 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// lookEvery is how often Hold compares our key even if nothing points at a
-// change; Watch points at one at once.
+// lookEvery is how often Hold verifies our key even if Watch reports no change
+// to it.
 const lookEvery = time.Minute
 
-// Hold implements subnet.Registry. While etcd is away it waits: only an answer
-// of etcd that another node has the subnet is a loss.
+// Hold implements subnet.Registry. It retries while etcd is unreachable: the
+// lease is lost only if etcd answers that another node has the subnet.
 func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	if held, ok := r.Held(); !ok || held.Key() != l.Key() {
 		r.setHeld(l)
 	}
-	r.mark = 0 // another subnet's, perhaps
+	r.mark = 0 // may belong to another subnet
 	var g grant
 	var k keeping
 	var pause backoff
@@ -39,7 +39,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 			return err
 		case err != nil:
 			if !errors.Is(err, errRace) {
-				away.failed("the lease cannot be renewed for now; holding on to it", r.Explain(ctx, err))
+				away.failed("cannot renew the lease; keeping it and retrying", r.Explain(ctx, err))
 			}
 			if pause.wait(ctx) != nil {
 				return nil
@@ -49,8 +49,8 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 		away.over()
 		pause.reset()
 		if err := r.renew(ctx, &k); err != nil {
-			r.log.Debug("looking at our lease", "subnet", l.Key(), "reason", err)
-			// A renewal that fails as soon as it is tried must not spin.
+			r.log.Debug("verifying our lease", "subnet", l.Key(), "reason", err)
+			// Avoid a busy loop if renewals fail at once.
 			if sleep(ctx, 50*time.Millisecond+rand.N(50*time.Millisecond)) != nil {
 				return nil
 			}
@@ -58,20 +58,20 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	}
 }
 
-// keeping is what is renewed, and when it is due: an etcd lease, zero for none
-// yet, that is renewed whenever a third of its lifetime has gone by.
+// keeping is the etcd lease to renew (0: none yet) and when to renew it: after a
+// third of its lifetime.
 type keeping struct {
 	id  int64
 	due time.Time
 }
 
-// renew keeps the etcd lease alive until there is a reason, which it returns,
-// to look at the key.
+// renew renews the etcd lease until our key must be verified, and returns the
+// reason for that.
 //
-// Each renewal is a request of its own, so that the lifetime counts from before
-// it was sent: an answer that lay unread while the process was stopped says
-// nothing of now, and a lifetime counted from its arrival would let this node
-// give out addresses of a subnet that is another's.
+// Each renewal is a separate request, so that the new lifetime counts from before
+// it was sent. A response that lay unread while the process was stopped says
+// nothing about now: counting from its arrival, this node could use a subnet that
+// another node has acquired.
 func (r *Registry) renew(ctx context.Context, k *keeping) error {
 	held, ok := r.Held()
 	if !ok {
@@ -93,14 +93,14 @@ func (r *Registry) renew(ctx context.Context, k *keeping) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-r.poke:
-			return errors.New("our key was written or is missing")
+			return errors.New("verification was requested")
 		case <-look.C:
-			return errors.New("it is time to")
+			return errors.New("periodic")
 		case <-due:
 			ttl, err := r.keepAlive(ctx, k.id)
 			if err != nil {
-				// Not an expiry yet: the connection, the leader or a slow answer
-				// fails it too.
+				// Not necessarily an expiry: a broken connection, an election or a
+				// slow response fails it too.
 				return fmt.Errorf("renew: %w", err)
 			}
 			r.keepMark(ctx, held)
@@ -109,8 +109,8 @@ func (r *Registry) renew(ctx context.Context, k *keeping) error {
 	}
 }
 
-// keepAlive renews an etcd lease once, and returns its lifetime. ErrLeaseNotFound
-// says that there is nothing to renew.
+// keepAlive renews an etcd lease once and returns its lifetime. It returns
+// ErrLeaseNotFound if the lease does not exist.
 func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, error) {
 	rctx, cancel := r.brief(ctx)
 	defer cancel()
@@ -130,8 +130,8 @@ func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, erro
 	return ttl, nil
 }
 
-// verify makes our key what we hold: it adopts, rewrites or creates it again.
-// ErrLost says that another node has the subnet.
+// verify makes our key match the held lease: it adopts, rewrites or recreates it.
+// It returns ErrLost if another node has the subnet.
 func (r *Registry) verify(ctx context.Context, g *grant) error {
 	done, err := r.takeTurn(ctx)
 	if err != nil {
@@ -145,7 +145,7 @@ func (r *Registry) verify(ctx context.Context, g *grant) error {
 	return r.repair(ctx, held, g)
 }
 
-// repair is verify for the lease as it should be. The caller has the turn.
+// repair is verify for the wanted lease. The caller has the turn.
 func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) error {
 	rctx, cancel := r.brief(ctx)
 	defer cancel()
@@ -164,7 +164,7 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 	want.CreateRevision, want.ModRevision = e.CreateRevision, e.ModRevision
 	id := e.ID
 	if id == 0 {
-		id = want.ID // zero too where the lease was meant to last for ever
+		id = want.ID // also 0 if the lease never expires
 	}
 	want.ID, want.Expires = id, time.Time{}
 	if id != 0 {
@@ -176,7 +176,7 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 			want.Expires = ends
 			r.saveID(want.Node, id)
 		case e.ID != 0:
-			err = fmt.Errorf("lease %s expired between two requests: %w", want, errRace)
+			err = fmt.Errorf("lease %s expired during verification: %w", want, errRace)
 		default:
 			err = r.granted(ctx, want.Node, r.lifetime(), g)
 			want.ID, want.Expires = g.id, g.ends
@@ -191,9 +191,9 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 	}
 	if !slices.Equal(value, e.Value) || want.ID != e.ID {
 		if is.Node != "" {
-			r.log.Info("writing our lease anew", "subnet", want.Key(), "node", want.Node, "public", want.Publics())
+			r.log.Info("rewriting our lease", "subnet", want.Key(), "node", want.Node, "public", want.Publics())
 		} else {
-			r.log.Warn("another program, such as flannel, wrote our lease; writing it anew", "subnet", want.Key(), "node", want.Node)
+			r.log.Warn("another program, such as flannel, overwrote our lease; rewriting it", "subnet", want.Key(), "node", want.Node)
 		}
 		keep := is
 		written, err := r.write(ctx, subnet.Choice{Lease: want, Keep: &keep}, resp.Header.Revision, g)
@@ -206,14 +206,14 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 	return nil
 }
 
-// ours returns the entry at our key as a lease if it is ours, else ErrLost.
-// The handle decides; without it identity and address do.
+// ours returns the entry at our key as a lease if it is ours, else ErrLost. The
+// lease ID decides; without a match, identity and address do.
 func (r *Registry) ours(want subnet.Lease, g *grant, e subnet.Entry) (subnet.Lease, error) {
 	is, err := e.Lease()
 	known := e.ID != 0 && (e.ID == want.ID || e.ID == g.id)
 	if err != nil {
 		if known {
-			// Somebody spoilt the value and kept our handle.
+			// The value was corrupted, but the lease ID is still ours.
 			return subnet.Lease{Node: want.Node, CreateRevision: e.CreateRevision, ModRevision: e.ModRevision, ID: e.ID}, nil
 		}
 		return subnet.Lease{}, fmt.Errorf("%w: the value at %s is malformed and not ours: %w", subnet.ErrLost, e.Key, err)
@@ -226,13 +226,14 @@ func (r *Registry) ours(want subnet.Lease, g *grant, e subnet.Entry) (subnet.Lea
 	case is.Node == want.Node && (sameAddress || e.ModRevision == want.ModRevision):
 	case is.Node == "" && sameAddress:
 	default:
-		return is, fmt.Errorf("%w: %s has the subnet of %s now", subnet.ErrLost, is, want)
+		return is, fmt.Errorf("%w: %s now has the subnet of %s", subnet.ErrLost, is, want)
 	}
 	return is, nil
 }
 
-// recreate writes our vanished key again, if the subnet is still free: the
-// lease expired, was deleted, or the store went back in time.
+// recreate writes our missing key again if the subnet is still free. The key is
+// missing if the lease expired, was deleted, or etcd was restored to an older
+// state.
 func (r *Registry) recreate(ctx context.Context, want subnet.Lease, g *grant) error {
 	entries, revision, err := r.entries(ctx)
 	if err != nil {
@@ -251,13 +252,13 @@ func (r *Registry) recreate(ctx context.Context, want subnet.Lease, g *grant) er
 			}
 		}
 		if want.Overlaps(other) {
-			return fmt.Errorf("%w: it expired, and %s has its subnet now", subnet.ErrLost, other)
+			return fmt.Errorf("%w: it expired, and %s now has its subnet", subnet.ErrLost, other)
 		}
 		if err := want.Rival(other); err != nil {
 			return fmt.Errorf("%w: it expired, and another node took its identity or address: %w", subnet.ErrLost, err)
 		}
 	}
-	if g.doubtful { // it expired too, or belongs to nothing
+	if g.doubtful { // it expired too, or is attached to nothing
 		*g = grant{}
 	}
 	if err := r.granted(ctx, want.Node, r.lifetime(), g); err != nil {
@@ -268,15 +269,15 @@ func (r *Registry) recreate(ctx context.Context, want subnet.Lease, g *grant) er
 	if err != nil {
 		return err
 	}
-	r.log.Info("our lease was gone from etcd and is written again", "subnet", want.Key(), "node", want.Node)
+	r.log.Info("our lease was missing from etcd and has been recreated", "subnet", want.Key(), "node", want.Node)
 	r.setHeld(written)
 	*g = grant{}
 	return nil
 }
 
-// Update implements subnet.Registry. The subnets stay as they are. It waits for
-// etcd while it is away, and fails with ErrConflict if another node has the new
-// address, with ErrLost if it has the subnet.
+// Update implements subnet.Registry. It does not change the subnets and retries
+// while etcd is unreachable. It fails with ErrConflict if another node has the new
+// address, and with ErrLost if another node has the subnet.
 func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, error) {
 	done, err := r.takeTurn(ctx)
 	if err != nil {
@@ -324,9 +325,8 @@ func (r *Registry) checkRivals(ctx context.Context, l subnet.Lease) error {
 	return nil
 }
 
-// Release implements subnet.Registry. Releasing what is gone already, or
-// another node's by now, is no error: it is not ours. Hold, if it still runs,
-// returns ErrLost.
+// Release implements subnet.Registry. It is not an error if the lease no longer
+// exists or belongs to another node. A running Hold returns ErrLost.
 func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
 	done, err := r.takeTurn(ctx)
 	if err != nil {

@@ -12,7 +12,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// stands checks that Hold runs and that our key is in etcd with a living lease.
+// stands checks that Hold runs and that our key is in etcd with a live lease.
 func stands(t *testing.T, r *Registry, l subnet.Lease, lost <-chan error) {
 	t.Helper()
 	select {
@@ -65,7 +65,7 @@ func TestEndedRenewalsAreNoLoss(t *testing.T) {
 	}
 	broken.broken.Store(false)
 	if held, _ := r.Held(); held.ID != l.ID {
-		t.Errorf("another handle, %x, was %x", held.ID, l.ID)
+		t.Errorf("the lease ID is %x, want %x", held.ID, l.ID)
 	}
 }
 
@@ -112,7 +112,7 @@ func TestVanishedLeaseIsWrittenAgain(t *testing.T) {
 	}
 }
 
-// An expiry is noticed by the renewals, too, where nothing is watched.
+// Without a watch, renewals detect an expiry.
 func TestExpiryIsNoticedWithoutWatch(t *testing.T) {
 	t.Parallel()
 	r := open(t, etcdtest.Start(t))
@@ -149,7 +149,7 @@ func TestLoss(t *testing.T) {
 			own := claim(t, vxlanConfig, 1)
 			own.Previous = append(own.Previous, mustPrefix("10.5.7.0/24"))
 			l := acquire(t, r, own)
-			// The lease ends and another has the subnet, in one step.
+			// The lease is deleted, and another node gets the subnet.
 			_, err := r.client.Txn(t.Context()).Then(
 				clientv3.OpDelete(r.subnetsDir()+l.Key(), clientv3.WithPrefix()),
 				clientv3.OpPut(r.subnetsDir()+"other", "")).Commit()
@@ -163,12 +163,12 @@ func TestLoss(t *testing.T) {
 					t.Errorf("got %v, want %s", err, c.says)
 				}
 			case <-time.After(5 * time.Second):
-				t.Fatal("Hold goes on")
+				t.Fatal("Hold did not return")
 			}
 			if entries, _, _ := r.Entries(t.Context(), false); len(entries) != 2 {
 				t.Errorf("etcd has %v", entries)
 			}
-			// What is another's is neither updated nor released.
+			// Neither Update nor Release changes another node's lease.
 			if _, err := r.Update(t.Context(), movedTo(l, "192.0.2.5")); !errors.Is(err, subnet.ErrLost) {
 				t.Errorf("update: %v", err)
 			}
@@ -197,7 +197,7 @@ func TestReleaseEndsHold(t *testing.T) {
 			t.Error(err)
 		}
 	case <-time.After(5 * time.Second):
-		t.Error("Hold goes on")
+		t.Error("Hold did not return")
 	}
 }
 
@@ -229,8 +229,8 @@ func TestRestartOfEtcd(t *testing.T) {
 	}
 }
 
-// Wiped while nodes run: every node writes its lease again, and until then
-// nobody drops a peer.
+// etcd is wiped while nodes run: every node recreates its lease, and no peer is
+// dropped before that.
 func TestWipedEtcd(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
@@ -256,8 +256,8 @@ func TestWipedEtcd(t *testing.T) {
 		eventually(t, "the lease again", func() bool { held, _ := registries[i].Held(); return held.ID != leases[i].ID })
 		stands(t, registries[i], leases[i], losts[i])
 	}
-	// The third is dead: it is a peer until the time to settle is over.
-	eventually(t, "the dead peer's end", func() bool { return len(w.last().Peers) == 1 })
+	// The third node does not run: it remains a peer until the settle time is over.
+	eventually(t, "the dead peer is removed", func() bool { return len(w.last().Peers) == 1 })
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for i, s := range w.snapshots[before:] {

@@ -15,23 +15,23 @@ import (
 	"google.golang.org/grpc/connectivity"
 )
 
-// What was last read from etcd is kept in a file, so that a daemon which is
-// restarted while etcd is away goes on as though it had never stopped:
+// The state last read from etcd is saved to a file, so that a daemon restarted
+// while etcd is unreachable continues as if it had not stopped:
 //
 //	etcd ── list, watch ── mirror ── Snapshot
 //	                        │  ▲
-//	                   keep ▼  │ Resume: the first list, of a start without etcd
+//	                   keep ▼  │ Resume: replaces the first list while etcd is unreachable
 //	                        file
 //
-// Package kept has the file, and says for how long it is believed. It is
-// written at most once a second.
+// Package kept owns the file and decides how long it is valid. It is written at
+// most once a second.
 
-// keepEvery is the least time between two writings; a large file waits longer,
-// so that writing takes a fiftieth of a core at most.
+// keepEvery is the shortest interval between two writes. It is longer if a write
+// takes long, so that writing uses at most 2 % of a core.
 const keepEvery = time.Second
 
-// Kept returns what is kept on disk of this node, nil if there is nothing, or
-// the reason why it cannot be relied on.
+// Kept returns the state saved by this node, nil if there is none, or an error that
+// says why it cannot be used.
 func (r *Registry) Kept(node string) (*kept.State, error) {
 	if r.opts.SnapshotFile == "" {
 		return nil, nil
@@ -42,20 +42,20 @@ func (r *Registry) Kept(node string) (*kept.State, error) {
 	}
 	switch {
 	case k.Node != node:
-		return nil, fmt.Errorf("it is of the node %q", k.Node)
+		return nil, fmt.Errorf("it belongs to the node %q", k.Node)
 	case k.Prefix != r.opts.Prefix:
-		return nil, fmt.Errorf("it is of the network at %s", k.Prefix)
+		return nil, fmt.Errorf("it belongs to the network at %s", k.Prefix)
 	case !slices.ContainsFunc(k.Endpoints, func(e string) bool { return slices.Contains(r.opts.Endpoints, e) }):
-		return nil, fmt.Errorf("it is of another etcd, at %v", k.Endpoints)
+		return nil, fmt.Errorf("it is from another etcd, at %v", k.Endpoints)
 	case k.Lease.ID != 0 && r.opts.StateFile != "" && r.savedID() != k.Lease.ID:
-		return nil, errors.New("this node has had another lease since")
+		return nil, errors.New("this node has acquired another lease since")
 	}
 	return k, nil
 }
 
-// Resume has the registry hold the kept lease, and the next Watch begin with the
-// kept leases, as though this process had read them. What has changed since is
-// found as after any absence: by Hold and by the first list.
+// Resume makes the registry hold the saved lease and the next Watch start with the
+// saved leases, as if this process had read them. Changes since then are found as
+// after any outage: by Hold and by the first list.
 func (r *Registry) Resume(k *kept.State, ttl time.Duration) {
 	r.rememberConfig(k.Config, "")
 	r.mu.Lock()
@@ -64,8 +64,8 @@ func (r *Registry) Resume(k *kept.State, ttl time.Duration) {
 	r.keepHeld(k.Lease)
 }
 
-// Answers returns an error if etcd is away: no server can be reached, or none
-// that has a leader answers before ctx ends.
+// Answers returns an error if etcd is unreachable: no server accepts a connection,
+// or none that has a leader answers before ctx ends.
 func (r *Registry) Answers(ctx context.Context) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -78,7 +78,7 @@ func (r *Registry) Answers(ctx context.Context) error {
 			if state == connectivity.TransientFailure {
 				why := r.Trouble()
 				if why == nil {
-					why = fmt.Errorf("no server of %v can be reached", r.opts.Endpoints)
+					why = fmt.Errorf("none of the servers %v can be reached", r.opts.Endpoints)
 				}
 				stop(why)
 				return
@@ -101,8 +101,8 @@ func (r *Registry) Answers(ctx context.Context) error {
 	return err
 }
 
-// Forget removes what is kept, and keeps nothing more: the lease is not this
-// node's any longer, or soon may not be.
+// Forget deletes the saved state and stops saving it: the lease is not this node's
+// any more, or may soon not be.
 func (r *Registry) Forget() {
 	r.keeping.Lock()
 	defer r.keeping.Unlock()
@@ -111,18 +111,18 @@ func (r *Registry) Forget() {
 		return
 	}
 	if err := os.Remove(r.opts.SnapshotFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		r.log.Warn("what is kept for a start without etcd cannot be removed", "file", r.opts.SnapshotFile, "error", err)
+		r.log.Warn("cannot remove the snapshot file", "file", r.opts.SnapshotFile, "error", err)
 	}
 }
 
-// remember undoes Forget for another lease.
+// remember makes keep save the state again, for a new lease.
 func (r *Registry) remember() {
 	r.keeping.Lock()
 	defer r.keeping.Unlock()
 	r.forgotten = false
 }
 
-// keep writes what the mirror has, as it changes, until ctx ends, and then once
+// keep saves the mirror's state whenever it changes, until ctx ends, and then once
 // more.
 func (r *Registry) keep(ctx context.Context, m *mirror) {
 	if r.opts.SnapshotFile == "" {
@@ -130,7 +130,7 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 	}
 	var written keptState
 	away := outage{log: r.log}
-	tick := time.NewTicker(keepEvery) // the lease is renewed without a word
+	tick := time.NewTicker(keepEvery) // a renewal does not signal m.changed
 	defer tick.Stop()
 	for {
 		last := false
@@ -144,7 +144,7 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 		state, news := m.state(written)
 		if news {
 			if err := r.writeKept(state); err != nil {
-				away.failed("what etcd says cannot be kept for a start without it", err)
+				away.failed("cannot write the snapshot file", err)
 			} else {
 				written, written.entries = state, nil
 			}
@@ -153,12 +153,12 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 			return
 		}
 		if took := time.Since(began); news && sleep(ctx, max(keepEvery, 50*took)) != nil {
-			continue // to the last writing
+			continue // to the final write
 		}
 	}
 }
 
-// writeKept writes the state, unless the lease was lost or given back meanwhile.
+// writeKept writes the state, unless the lease was lost or released meanwhile.
 func (r *Registry) writeKept(s keptState) error {
 	r.keeping.Lock()
 	defer r.keeping.Unlock()
@@ -171,9 +171,9 @@ func (r *Registry) writeKept(s keptState) error {
 	})
 }
 
-// keptState is what there is to keep.
+// keptState is the state to save.
 type keptState struct {
-	version int // of the mirror
+	version int // mirror.version
 	held    subnet.Lease
 	config  subnet.Config
 	cluster uint64
@@ -181,8 +181,8 @@ type keptState struct {
 	entries []subnet.Entry
 }
 
-// state returns what there is to keep, if it is worth writing; nothing before
-// etcd has been read, nor without a lease whose end is known.
+// state returns the state to save, if it differs enough from what was written.
+// There is none before etcd was read, nor without a lease whose expiry is known.
 func (m *mirror) state(written keptState) (keptState, bool) {
 	held, ok := m.r.Held()
 	m.mu.Lock()
@@ -204,8 +204,8 @@ func (m *mirror) state(written keptState) (keptState, bool) {
 	return s, true
 }
 
-// differs says whether it is worth writing: as soon as a lease is another, and
-// when our own lasts an eighth longer.
+// differs reports whether the state is worth writing: any lease has changed, or
+// our own now lasts longer by an eighth of its remaining time.
 func (s keptState) differs(written keptState) bool {
 	return s.version != written.version || s.held.ID != written.held.ID || s.held.ModRevision != written.held.ModRevision ||
 		s.held.Expires.Sub(written.held.Expires).Abs() > time.Until(s.held.Expires).Abs()/8

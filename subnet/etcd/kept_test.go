@@ -18,14 +18,14 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// withFiles keeps what a daemon does.
+// withFiles sets the files that the daemon uses.
 func withFiles(dir string) func(*Options) {
 	return func(o *Options) {
 		o.StateFile, o.SnapshotFile = filepath.Join(dir, "lease.json"), filepath.Join(dir, "snapshot.json")
 	}
 }
 
-// onDisk is what is kept; there must be something, to be relied on.
+// onDisk returns the saved state, which must exist and be valid.
 func onDisk(t *testing.T, r *Registry) *kept.State {
 	t.Helper()
 	k, err := r.Kept("node-1")
@@ -35,9 +35,9 @@ func onDisk(t *testing.T, r *Registry) *kept.State {
 	return k
 }
 
-// A registry that is made while etcd is away goes on from what is kept, with
-// the lease's own end; the first list then is followed as any other change is,
-// and a store that comes back wiped takes no peer away.
+// A registry opened while etcd is unreachable starts from the saved state, with the
+// saved expiry. It then applies the first list like any change; a wiped store
+// removes no peer.
 func TestResume(t *testing.T) {
 	t.Parallel()
 	for name, wipe := range map[string]bool{"the same etcd": false, "wiped": true} {
@@ -58,17 +58,17 @@ func TestResume(t *testing.T) {
 				s := first.last()
 				return len(s.Peers) == 2 && s.Peers[1].Publics()[0].String() == "198.51.100.3"
 			})
-			first.stop() // within the pause between two writings
+			first.stop() // before the next periodic write
 			held, _ := before.Held()
 			if err := before.Answers(t.Context()); err != nil {
-				t.Errorf("etcd is said to be away: %v", err)
+				t.Errorf("etcd is reported unreachable: %v", err)
 			}
 
 			server.Stop()
 			r := open(t, server.URL(), files, func(o *Options) { o.Settle = time.Minute })
 			began := time.Now()
 			if err := r.Answers(t.Context()); err == nil || time.Since(began) > time.Second {
-				t.Errorf("etcd is away, %v after %v", err, time.Since(began))
+				t.Errorf("unreachable etcd: got %v after %v", err, time.Since(began))
 			}
 			k := onDisk(t, r)
 			if late := k.Lease.Expires.Sub(held.Expires); k.Lease.Key() != l.Key() || k.Lease.ID != l.ID || late > 0 || late < -time.Second {
@@ -79,7 +79,7 @@ func TestResume(t *testing.T) {
 			lost := hold(t, r, k.Lease)
 			eventually(t, "the kept snapshot", func() bool { s := w.last(); return len(s.Peers) == 2 })
 			if s := w.last(); s.Kept.IsZero() || !s.Self.Expires.Equal(k.Lease.Expires) || s.Peers[1].Publics()[0].String() != "198.51.100.3" {
-				t.Errorf("it is %+v", s)
+				t.Errorf("snapshot %+v", s)
 			}
 
 			if wipe {
@@ -105,7 +105,7 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// What another may have by now is never taken up.
+// The saved state is deleted as soon as another node may have the subnet.
 func TestKeptIsForgotten(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
@@ -142,8 +142,8 @@ func TestKeptIsForgotten(t *testing.T) {
 	w.stop()
 	gone("after a loss")
 
-	// A claim that leaves the kept subnet forgets it before it writes: that the
-	// answer is lost does not bring it back.
+	// A claim that gives up the saved subnet deletes the file before it writes, so
+	// that a lost response does not matter.
 	r = open(t, endpoint, withFiles(dir))
 	l = acquire(t, r, c)
 	w = watch(t, r, l)
@@ -160,7 +160,7 @@ func TestKeptIsForgotten(t *testing.T) {
 	gone("after a claim of another subnet")
 }
 
-// forgetfulKV looks at the disk before each write.
+// forgetfulKV calls gone before each write.
 type forgetfulKV struct {
 	clientv3.KV
 	gone  func()
@@ -187,8 +187,7 @@ func (t *forgetfulTxn) Then(ops ...clientv3.Op) clientv3.Txn {
 	return t
 }
 
-// What another node, network, etcd or lease has left is named for what it is,
-// and ignored.
+// State of another node, network, etcd or lease is rejected with the reason.
 func TestKeptIsOurs(t *testing.T) {
 	t.Parallel()
 	cfg, _, err := subnet.ParseConfig([]byte(vxlanConfig))
@@ -215,12 +214,12 @@ func TestKeptIsOurs(t *testing.T) {
 		fault  string
 	}{
 		"ours":            {func(*kept.State, *Options) {}, "node-1", ""},
-		"another node":    {func(*kept.State, *Options) {}, "node-2", `of the node "node-1"`},
+		"another node":    {func(*kept.State, *Options) {}, "node-2", `belongs to the node "node-1"`},
 		"another prefix":  {func(_ *kept.State, o *Options) { o.Prefix = "/elsewhere" }, "node-1", "the network at"},
 		"another etcd":    {func(s *kept.State, _ *Options) { s.Endpoints = []string{"http://192.0.2.10:2379"} }, "node-1", "another etcd"},
-		"another lease":   {func(_ *kept.State, o *Options) { o.StateFile = filepath.Join(dir, "absent") }, "node-1", "another lease since"},
-		"run out":         {func(s *kept.State, _ *Options) { s.Lease.Expires = time.Now().Add(-time.Second) }, "node-1", "may have run out"},
-		"another's lease": {func(s *kept.State, _ *Options) { s.Lease.Node = "node-3" }, "node-1", "not the node"},
+		"another lease":   {func(_ *kept.State, o *Options) { o.StateFile = filepath.Join(dir, "absent") }, "node-1", "acquired another lease"},
+		"run out":         {func(s *kept.State, _ *Options) { s.Lease.Expires = time.Now().Add(-time.Second) }, "node-1", "may have expired"},
+		"another's lease": {func(s *kept.State, _ *Options) { s.Lease.Node = "node-3" }, "node-1", "does not belong"},
 	} {
 		state, o := good, Options{Prefix: DefaultPrefix, Endpoints: good.Endpoints, SnapshotFile: filepath.Join(dir, "snapshot.json")}
 		c.change(&state, &o)
@@ -234,15 +233,15 @@ func TestKeptIsOurs(t *testing.T) {
 	}
 	o := Options{SnapshotFile: dir}
 	if _, err := (&Registry{opts: o}).Kept("node-1"); err == nil {
-		t.Error("a directory was read")
+		t.Error("accepted a directory")
 	}
 	o.SnapshotFile = filepath.Join(dir, "absent.json")
 	if k, err := (&Registry{opts: o}).Kept("node-1"); k != nil || err != nil {
-		t.Errorf("of nothing %v, %v", k, err)
+		t.Errorf("without a file: %v, %v", k, err)
 	}
 }
 
-// BenchmarkKeep5000 is one writing of 5,000 leases.
+// BenchmarkKeep5000 writes 5,000 leases once.
 func BenchmarkKeep5000(b *testing.B) {
 	cfg, _, err := subnet.ParseConfig([]byte(vxlanConfig))
 	if err != nil {

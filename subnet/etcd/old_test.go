@@ -11,9 +11,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// oldest starts the etcd of another release: the program that CULVERT_OLD_ETCD
-// names, or Debian's etcd-server, which is 3.4 (make test-system installs it).
-// Its data is the test's. It returns the URL, and a function that restarts it.
+// oldest starts etcd 3.4: the program that CULVERT_OLD_ETCD names, or Debian's
+// etcd-server (installed by make test-system). It returns the URL and a function
+// that restarts the server.
 func oldest(t *testing.T) (url string, restart func()) {
 	t.Helper()
 	program := os.Getenv("CULVERT_OLD_ETCD")
@@ -67,8 +67,8 @@ func oldest(t *testing.T) (url string, restart func()) {
 	return addresses[0], func() { stop(); start() }
 }
 
-// etcd 3.4 checks the token that comes with Authenticate too, so that a void
-// one must not be sent there.
+// etcd 3.4 checks the token of Authenticate requests too, so the client must not
+// send an invalid one there.
 func TestD7AuthenticationWithEtcd34(t *testing.T) {
 	url, restart := oldest(t)
 	secure(t, url)
@@ -79,12 +79,12 @@ func TestD7AuthenticationWithEtcd34(t *testing.T) {
 		t.Fatal(err)
 	}
 	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("the first answer took %s", took)
+		t.Errorf("the first response took %s", took)
 	}
 	r, l, w := ready(t, url, asUser)
 	lost := hold(t, r, l)
 	stands(t, r, l, lost)
-	// A restart makes every token void.
+	// A restart invalidates all tokens.
 	restart()
 	put(t, r, "subnets/10.5.1.0-24", peerValue(1))
 	eventually(t, "a peer after the restart", func() bool { return len(w.last().Peers) == 1 })

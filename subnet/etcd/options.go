@@ -14,55 +14,55 @@ import (
 	"time"
 )
 
-// DefaultPrefix is flannel's.
+// DefaultPrefix is flannel's default.
 const DefaultPrefix = "/coreos.com/network"
 
-// Options say how to reach etcd. The password is shown in no form of them.
+// Options configure access to etcd. No text form of them shows the password.
 type Options struct {
-	// Endpoints are client URLs, such as https://10.0.0.1:2379. Without a scheme
-	// they are https where a CA or a certificate is given, else http.
+	// Endpoints are client URLs, such as https://10.0.0.1:2379. The default
+	// scheme is https if a CA or a certificate is given, else http.
 	Endpoints []string
-	// Prefix is the directory of the network; DefaultPrefix if empty.
+	// Prefix is the network's key prefix; default DefaultPrefix.
 	Prefix string
-	// CAFile is the PEM file that servers are verified with; the system's roots
-	// if empty. CertFile and KeyFile are the client's own, both or neither. All
-	// are read again for each connection, so that what is renewed comes into use.
+	// CAFile is the PEM file of the CAs that servers are verified with; default:
+	// the system's roots. CertFile and KeyFile are the client certificate; set
+	// both or neither. All are read again for each connection, so that renewed
+	// files take effect.
 	CAFile, CertFile, KeyFile string
-	// User and Password are for etcd's own authentication. PasswordFile holds
-	// the password instead; it is read again whenever etcd is asked for a token.
+	// User and Password are for etcd's authentication. PasswordFile replaces
+	// Password; it is read again for each token.
 	User         string
 	Password     string `json:"-"`
 	PasswordFile string
-	// StateFile is where the handle of the held lease is kept (replaced in one
-	// step), so that a restarted daemon knows its own lease even if its
-	// address changed meanwhile. Nothing is kept if it is empty. It should not
-	// outlive the machine's boot nor be copied with an image.
+	// StateFile stores the ID of the held lease, so that a restarted daemon
+	// recognizes its own lease even if its address has changed; none if empty. It
+	// must not outlive the boot nor be part of a machine image.
 	StateFile string
-	// SnapshotFile is where the leases are kept as last read, for a start while
-	// etcd is away (Kept); nothing is kept if it is empty. Of one node alone.
+	// SnapshotFile stores all leases as last read, for a start while etcd is
+	// unreachable (Kept); none if empty. Each node needs its own file.
 	SnapshotFile string
-	// DialTimeout bounds one attempt to connect; 5 s if zero. RequestTimeout
-	// bounds one request; 5 s if zero.
+	// DialTimeout limits one connection attempt, RequestTimeout one request; both
+	// default to 5 s.
 	DialTimeout, RequestTimeout time.Duration
-	// FailFast has a request fail as soon as no server can be reached, for who
-	// would rather be told than wait.
+	// FailFast makes a request fail at once if no server can be reached, instead
+	// of waiting until RequestTimeout.
 	FailFast bool
-	// Settle is how long the peers of the last good snapshot are kept when the
-	// store comes back wiped or at an older revision, while their nodes write
-	// their leases anew; 2 minutes if zero.
+	// Settle is how long the peers of the last snapshot are kept when etcd
+	// returns wiped or at an older revision, while their nodes recreate their
+	// leases; default 2 minutes.
 	Settle time.Duration
-	// Quarantine is how long a freed subnet rests before another node is given
-	// it, while others are free; no rest if zero. It is rounded up to seconds.
+	// Quarantine is how long a freed subnet is not leased to another node while
+	// others are free; 0 disables it. It is rounded up to seconds.
 	Quarantine time.Duration
-	// Dial opens connections; the system's own way if nil. Simulations reach
-	// servers in other network namespaces by it.
+	// Dial opens connections; default: the system's dialer. Simulations use it to
+	// reach servers in other network namespaces.
 	Dial func(ctx context.Context, address string) (net.Conn, error) `json:"-"`
 	// Logger is required.
 	Logger *slog.Logger
 }
 
-// String hides the password, and so do the other forms that fmt, slog and
-// encoding/json ask for.
+// String omits the password, as do the forms that fmt, slog and encoding/json
+// use.
 func (o Options) String() string {
 	password := ""
 	if o.Password != "" {
@@ -72,18 +72,18 @@ func (o Options) String() string {
 		strings.Join(o.Endpoints, ","), o.Prefix, o.CAFile, o.CertFile, o.KeyFile, o.User, password)
 }
 
-// GoString is String.
+// GoString implements fmt.GoStringer.
 func (o Options) GoString() string { return o.String() }
 
-// LogValue is String.
+// LogValue implements slog.LogValuer.
 func (o Options) LogValue() slog.Value { return slog.StringValue(o.String()) }
 
-// complete checks the options and fills in the defaults.
+// complete validates the options and fills in the defaults.
 func (o Options) complete() (Options, error) {
 	if o.Logger == nil {
 		return o, errors.New("etcd: no logger")
 	}
-	// Lists that people write have blanks after their commas, and a last comma.
+	// Accept blanks around commas and a trailing comma.
 	var given []string
 	for _, e := range o.Endpoints {
 		if e = strings.TrimSpace(e); e != "" {
@@ -91,16 +91,16 @@ func (o Options) complete() (Options, error) {
 		}
 	}
 	if o.Endpoints = given; len(given) == 0 {
-		return o, errors.New("etcd: no endpoint; give one with --etcd-endpoints")
+		return o, errors.New("etcd: no endpoint; set one with --etcd-endpoints")
 	}
 	if (o.CertFile == "") != (o.KeyFile == "") {
-		return o, errors.New("etcd: a client certificate needs its key, and a key its certificate")
+		return o, errors.New("etcd: the client certificate and its key must be set together")
 	}
 	if o.Password != "" && o.PasswordFile != "" {
-		return o, errors.New("etcd: a password and a file that holds it: give one of them")
+		return o, errors.New("etcd: both a password and a password file are set; set only one")
 	}
 	if (o.User == "") != (o.Password == "" && o.PasswordFile == "") {
-		return o, errors.New("etcd: a user needs a password, and a password its user")
+		return o, errors.New("etcd: the user and the password must be set together")
 	}
 	if _, err := o.password(); err != nil {
 		return o, err
@@ -126,7 +126,7 @@ func (o Options) complete() (Options, error) {
 		}
 		endpoints[i] = full
 		if scheme(full) != scheme(endpoints[0]) {
-			return o, fmt.Errorf("etcd: endpoints %s and %s: all are https or none is", endpoints[0], full)
+			return o, fmt.Errorf("etcd: endpoints %s and %s: use https for all of them or for none", endpoints[0], full)
 		}
 	}
 	o.Endpoints = endpoints
@@ -143,16 +143,16 @@ func completeEndpoint(e string, secured bool) (string, error) {
 	}
 	u, err := url.Parse(full)
 	if err != nil || u.Hostname() == "" || (u.Path != "" && u.Path != "/") {
-		// The text is not repeated: it may hold user and password.
+		// Do not repeat the text: it may contain user and password.
 		return "", errors.New("etcd: an endpoint is not a URL such as http://10.0.0.1:2379")
 	}
 	switch {
 	case u.User != nil:
-		return "", errors.New("etcd: an endpoint holds a user; give it with --etcd-username and the password by file")
+		return "", errors.New("etcd: an endpoint contains a user; set it with --etcd-username and --etcd-password-file")
 	case u.Scheme != "http" && u.Scheme != "https":
-		return "", fmt.Errorf("etcd: endpoint %s: the scheme is http or https", e)
+		return "", fmt.Errorf("etcd: endpoint %s: the scheme must be http or https", e)
 	case u.Scheme == "http" && secured:
-		return "", fmt.Errorf("etcd: endpoint %s is http, and a CA or a certificate is given; write https", e)
+		return "", fmt.Errorf("etcd: endpoint %s is http, but a CA or a certificate is set; use https", e)
 	case u.Port() == "":
 		u.Host += ":2379"
 	}
@@ -161,7 +161,7 @@ func completeEndpoint(e string, secured bool) (string, error) {
 
 func scheme(endpoint string) string { return endpoint[:strings.Index(endpoint, "://")] }
 
-// tls returns nil where the endpoints are http.
+// tls returns nil if the endpoints are http.
 func (o Options) tls() (*tls.Config, error) {
 	if scheme(o.Endpoints[0]) == "http" {
 		return nil, nil
@@ -174,7 +174,7 @@ func (o Options) tls() (*tls.Config, error) {
 		}
 		cfg.RootCAs = x509.NewCertPool()
 		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("etcd: %s holds no certificate in PEM", o.CAFile)
+			return nil, fmt.Errorf("etcd: %s contains no PEM certificate", o.CAFile)
 		}
 	}
 	if o.CertFile != "" {

@@ -1,10 +1,14 @@
-// Package etcd is the lease registry on etcd v3, in flannel's layout:
-// <prefix>/config is the network configuration, <prefix>/subnets/<key> a lease.
+// Package etcd implements subnet.Registry and subnet.Admin on etcd v3, in
+// flannel's layout: <prefix>/config is the network configuration,
+// <prefix>/subnets/<key> a lease.
 //
-// Every write is a transaction that compares what the writer believes, so that
-// nobody's lease is ever overwritten. etcd being away is never a loss: each
-// call waits for it, with a pause that grows to a ceiling, and what was last
-// read stands meanwhile.
+// etcd owns the state. The mirror in memory and the state and snapshot files on
+// disk are copies of it. Every write is a transaction conditional on the
+// revisions it is based on, so that it never overwrites another node's lease. An
+// unreachable etcd is not a loss of the lease: Registry's methods retry with
+// exponential backoff, and the last snapshot remains valid; the methods of Admin
+// fail. The package does not choose subnets (subnet.Choose) and does not
+// configure the host.
 package etcd
 
 import (
@@ -32,44 +36,44 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Registry is one node's way to the leases: it holds one lease at most. It is
-// also the administrator's (subnet.Admin). Its methods may be called at one
-// time.
+// Registry is one node's client of the lease store; it holds at most one lease.
+// It is also the administrator's client (subnet.Admin). Its methods are safe for
+// concurrent use.
 type Registry struct {
 	client *clientv3.Client
 	conns  *connections
-	// contact is how the attempts to reach the servers went.
+	// contact records the result of the last attempt to reach each server.
 	contact *contact
 	opts    Options
 	log     *slog.Logger
 
-	// turn is taken by whoever writes our own key, over all of its requests.
+	// turn serializes writers of our own key, across all requests of one operation.
 	turn chan struct{}
-	// poke tells Hold to look at our own key.
+	// poke makes Hold verify our key at once.
 	poke chan struct{}
-	kept int64 // the handle in the state file, if this process wrote it; under turn
-	mark int64 // the etcd lease of our subnet's mark, zero if not known; Hold's alone
+	kept int64 // lease ID that this process wrote to the state file; guarded by turn
+	mark int64 // etcd lease ID of our subnet's mark, 0 if unknown; used only by Hold
 
 	mu      sync.Mutex
-	held    subnet.Lease  // as last written or read; without Endpoints: none
+	held    subnet.Lease  // as last written or read; no Endpoints: none
 	endsUp  time.Duration // when held ends, by CLOCK_BOOTTIME
-	ttl     time.Duration // as claimed
-	config  subnet.Config // the last valid one; without Networks: none
-	text    string        // that config was read from
-	listed  *listing      // what Acquire read, for Watch to begin with
-	resumed *kept.State   // for Watch to begin with; nil once etcd was read
+	ttl     time.Duration // from the claim
+	config  subnet.Config // last valid one; no Networks: none
+	text    string        // source of config
+	listed  *listing      // read by Acquire, used by the first list of Watch
+	resumed *kept.State   // start of Watch while etcd is unreachable; nil once etcd was read
 
-	keeping   sync.Mutex // the snapshot's file
-	forgotten bool       // nothing is to be kept any more
+	keeping   sync.Mutex // guards the snapshot file and forgotten
+	forgotten bool       // do not write the snapshot file
 }
 
-// listing is an answer of listAll, and when it was had.
+// listing is a response of listAll and when it arrived.
 type listing struct {
 	resp *clientv3.TxnResponse
 	at   time.Time
 }
 
-// listedLimit is how old a listing may be to begin a watch with.
+// listedLimit is the maximum age of a listing that a watch starts from.
 const listedLimit = 10 * time.Second
 
 var (
@@ -77,8 +81,8 @@ var (
 	_ subnet.Admin    = (*Registry)(nil)
 )
 
-// New makes a registry; nothing is sent yet. An error says what in the options
-// cannot work. The caller ends it with Close.
+// New returns a registry without sending anything. It fails if the options are
+// invalid. The caller must call Close.
 func New(o Options) (*Registry, error) {
 	o, err := o.complete()
 	if err != nil {
@@ -89,21 +93,22 @@ func New(o Options) (*Registry, error) {
 		return nil, err
 	}
 	if o.User != "" && tlsConfig == nil {
-		o.Logger.Warn("the etcd password travels unencrypted; use https endpoints", "endpoints", o.Endpoints)
+		o.Logger.Warn("the etcd password is sent unencrypted; use https endpoints", "endpoints", o.Endpoints)
 	}
 	cfg := clientv3.Config{
 		Endpoints:   o.Endpoints,
 		DialTimeout: o.DialTimeout,
 		TLS:         tlsConfig,
 		Logger:      zap.NewNop(),
-		// A silent peer is given up after 15 s, while anything is watched. Servers
-		// refuse pings that come faster than 5 s, and those of idle clients.
+		// While there is a watch, a silent server is detected after 15 s. etcd
+		// disconnects clients that ping more often than every 5 s or without a
+		// stream.
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 5 * time.Second,
-		// The callers here have their own pauses.
+		// The callers have their own backoff.
 		MaxUnaryRetries:    2,
 		BackoffWaitBetween: 100 * time.Millisecond,
-		// gRPC's pause between attempts to connect grows to 2 minutes by default.
+		// gRPC's default backoff between connection attempts grows to 2 minutes.
 		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           grpcbackoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: 5 * time.Second},
 			MinConnectTimeout: o.DialTimeout,
@@ -129,23 +134,22 @@ func New(o Options) (*Registry, error) {
 	return r, nil
 }
 
-// Close ends the connection. It does not give the lease back (Release).
+// Close closes the connections. It does not release the lease (Release).
 func (r *Registry) Close() error { return r.client.Close() }
 
-// clockStep is by how much the wall clock must have been set to be noticed.
+// clockStep is the smallest step of the wall clock that Held corrects for.
 const clockStep = time.Second
 
-// Held returns the lease that this registry holds, as last written or read,
-// and whether there is one. Expires moves with each renewal, and when the wall
-// clock is set: it is what is left of the lifetime by the clock that nobody sets,
-// from now on.
+// Held returns the lease that this registry holds, as last written or read, and
+// whether there is one. Expires is recomputed from CLOCK_BOOTTIME if the wall
+// clock was stepped.
 func (r *Registry) Held() (subnet.Lease, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	l := r.held
 	if up, err := boottime.Up(); err == nil && !l.Expires.IsZero() {
-		// As the wall clock has it now, by its own reading: Expires may have a
-		// monotonic one. Two readings of two clocks lie a little apart by themselves.
+		// Compare wall clock readings: Expires may carry a monotonic one. The
+		// two clocks are not read at the same instant, so they differ slightly.
 		ends := time.Now().Add(r.endsUp - up)
 		if ends.Round(0).Sub(l.Expires.Round(0)).Abs() > clockStep {
 			l.Expires = ends
@@ -160,20 +164,20 @@ func (r *Registry) setHeld(l subnet.Lease) {
 	r.keepHeld(l)
 }
 
-// keepHeld is setHeld for who has mu.
+// keepHeld is setHeld for callers that hold mu.
 func (r *Registry) keepHeld(l subnet.Lease) {
 	r.held, r.endsUp = l, 0
-	// This clock first: too early an end does no harm.
+	// Read this clock first: too early an expiry is harmless.
 	if up, err := boottime.Up(); err == nil {
 		r.endsUp = up + time.Until(l.Expires)
 	}
 }
 
-// Look has the held lease compared with etcd's at once: a clock was set, or the
-// machine was suspended or put back to an earlier state.
+// Look makes Hold compare the held lease with etcd at once. Call it after a clock
+// was stepped, or the machine was suspended or restored to an earlier snapshot.
 func (r *Registry) Look() { r.look() }
 
-// lifetime is what was claimed, for a lease that must be granted again.
+// lifetime returns the claimed TTL, for granting the lease again.
 func (r *Registry) lifetime() time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -184,20 +188,21 @@ func (r *Registry) directory() string  { return r.opts.Prefix + "/" }
 func (r *Registry) configKey() string  { return r.opts.Prefix + "/config" }
 func (r *Registry) subnetsDir() string { return r.opts.Prefix + "/subnets/" }
 
-// request gives one request its time, and asks for a member that has a leader.
+// request limits one request to RequestTimeout and requires a member that has a
+// leader.
 func (r *Registry) request(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(clientv3.WithRequireLeader(ctx), r.opts.RequestTimeout)
 }
 
-// brief gives a request that a lease hangs on a tenth of its lifetime, if that is
-// less: requests go to the members in turn, and where all connections have died
-// without a word each has to be tried before it is known of.
+// brief limits a request that the lease depends on to a tenth of its lifetime, if
+// that is shorter than RequestTimeout. Requests go to the members in turn; if all
+// connections are silently dead, each must time out before it is replaced.
 func (r *Registry) brief(ctx context.Context) (context.Context, context.CancelFunc) {
 	most := min(max(r.lifetime()/10, time.Second), r.opts.RequestTimeout)
 	return context.WithTimeout(clientv3.WithRequireLeader(ctx), most)
 }
 
-// entries reads all keys under subnets/ at one revision.
+// entries lists all keys under subnets/ and returns the revision.
 func (r *Registry) entries(ctx context.Context) ([]subnet.Entry, int64, error) {
 	rctx, cancel := r.request(ctx)
 	defer cancel()
@@ -212,8 +217,8 @@ func (r *Registry) entries(ctx context.Context) ([]subnet.Entry, int64, error) {
 	return entries, resp.Header.Revision, nil
 }
 
-// listAll reads the configuration and all leases at one revision, without what
-// else lives in the directory.
+// listAll reads the configuration and all leases at one revision. It does not
+// read the other keys under the prefix.
 func (r *Registry) listAll(ctx context.Context) (*clientv3.TxnResponse, error) {
 	rctx, cancel := r.request(ctx)
 	defer cancel()
@@ -224,8 +229,8 @@ func (r *Registry) listAll(ctx context.Context) (*clientv3.TxnResponse, error) {
 	return resp, nil
 }
 
-// takeListed returns what Acquire read, once, if it is of now: the watch goes on
-// from its revision, so that a node that joins reads all leases only once.
+// takeListed returns the listing of Acquire, once, unless it is too old. The watch
+// continues from its revision, so that a joining node lists all leases only once.
 func (r *Registry) takeListed() *clientv3.TxnResponse {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -244,7 +249,7 @@ func (r *Registry) entry(kv *mvccpb.KeyValue) subnet.Entry {
 	})
 }
 
-// takeTurn returns the function that ends the turn.
+// takeTurn waits for the turn and returns the function that ends it.
 func (r *Registry) takeTurn(ctx context.Context) (func(), error) {
 	select {
 	case r.turn <- struct{}{}:
@@ -254,7 +259,7 @@ func (r *Registry) takeTurn(ctx context.Context) (func(), error) {
 	}
 }
 
-// look asks Hold to compare our key with what it should be.
+// look makes Hold verify our key at once.
 func (r *Registry) look() {
 	select {
 	case r.poke <- struct{}{}:
@@ -262,8 +267,8 @@ func (r *Registry) look() {
 	}
 }
 
-// permanent reports whether trying again cannot help: what etcd answers to
-// wrong credentials or rights, and what this package decides itself.
+// permanent reports whether retrying is pointless: etcd rejected the credentials
+// or permissions, or this package decided the outcome.
 func permanent(err error) bool {
 	for _, e := range []error{subnet.ErrConflict, subnet.ErrExhausted, subnet.ErrLost, rpctypes.ErrAuthFailed, rpctypes.ErrPermissionDenied} {
 		if errors.Is(err, e) {
@@ -279,7 +284,7 @@ func permanent(err error) bool {
 	return code == codes.PermissionDenied || code == codes.InvalidArgument && !errors.Is(err, rpctypes.ErrAuthOldRevision)
 }
 
-// unwrapAll returns the innermost error, where gRPC's status is.
+// unwrapAll returns the innermost error, which carries gRPC's status.
 func unwrapAll(err error) error {
 	for {
 		inner := errors.Unwrap(err)
@@ -290,31 +295,31 @@ func unwrapAll(err error) error {
 	}
 }
 
-// expired reports whether etcd says that it has no such lease.
+// expired reports whether etcd does not know the lease.
 func expired(err error) bool { return errors.Is(err, rpctypes.ErrLeaseNotFound) }
 
-// failFast has requests fail when no server can be reached.
+// failFast makes requests fail at once if no server can be reached.
 func failFast(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	return invoke(ctx, method, req, reply, conn, append(opts, grpc.WaitForReady(false))...)
 }
 
-// Trouble says why etcd cannot be reached, on one line, with what to do about
-// it; nil while a server answers, or if none has been tried.
+// Trouble returns why etcd is unreachable and what to do about it, on one line;
+// nil if a server answered last, or none has been tried.
 func (r *Registry) Trouble() error { return r.contact.trouble() }
 
-// Explain puts a failed request in words: why etcd was not reached, where the
-// client says no more than "context deadline exceeded", and what to do about a
-// refusal. The error stays what it is to errors.Is. ctx is the caller's, without
-// the request's own limit.
+// Explain rewords the error of a failed request: it says why etcd is unreachable,
+// where the client reports only "context deadline exceeded", or what to do about
+// a refusal. errors.Is still matches the original error. ctx is the caller's
+// context, without the request's own timeout.
 func (r *Registry) Explain(ctx context.Context, err error) error {
 	server := strings.Join(r.opts.Endpoints, ", ")
 	switch {
 	case errors.Is(err, rpctypes.ErrAuthFailed):
-		return worded{fmt.Errorf("etcd at %s refuses the user %q or its password: give the right ones with --etcd-username and --etcd-password-file", server, r.opts.User), err}
+		return worded{fmt.Errorf("etcd at %s rejects the user %q or its password: set the right ones with --etcd-username and --etcd-password-file", server, r.opts.User), err}
 	case errors.Is(err, rpctypes.ErrUserEmpty):
-		return worded{fmt.Errorf("etcd at %s asks for a user: give one with --etcd-username and --etcd-password-file", server), err}
+		return worded{fmt.Errorf("etcd at %s requires authentication: set a user with --etcd-username and --etcd-password-file", server), err}
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		return worded{fmt.Errorf("etcd at %s does not let the user %q at %s: grant its role readwrite on the prefix %s/", server, r.opts.User, r.opts.Prefix, r.opts.Prefix), err}
+		return worded{fmt.Errorf("etcd at %s denies the user %q access to %s: grant its role readwrite on the prefix %s/", server, r.opts.User, r.opts.Prefix, r.opts.Prefix), err}
 	}
 	code := status.Code(unwrapAll(err))
 	if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) && code != codes.Unavailable && code != codes.DeadlineExceeded {
@@ -329,14 +334,14 @@ func (r *Registry) Explain(ctx context.Context, err error) error {
 	return err
 }
 
-// worded is err in other words.
+// worded is err with another message.
 type worded struct{ words, err error }
 
 func (w worded) Error() string { return w.words.Error() }
 func (w worded) Unwrap() error { return w.err }
 
-// outage says in the log that etcd does not answer: at once, then once a
-// minute, and when it does again.
+// outage logs that etcd is unreachable: at once, then once a minute, and when it
+// answers again.
 type outage struct {
 	log         *slog.Logger
 	since, said time.Time
@@ -362,8 +367,9 @@ func (o *outage) over() {
 	}
 }
 
-// backoff is a pause that doubles from 50 ms to 10 s, each cut by up to a half
-// so that nodes that failed together do not return together.
+// backoff is a delay that doubles from 50 ms to 10 s. Each delay is shortened by a
+// random part of up to one half, so that nodes that failed together do not retry
+// together.
 type backoff struct{ next time.Duration }
 
 const (
@@ -371,7 +377,7 @@ const (
 	pauseCeiling = 10 * time.Second
 )
 
-// wait returns ctx's error if it ends first.
+// wait sleeps for the next delay, or returns ctx's error if ctx ends first.
 func (b *backoff) wait(ctx context.Context) error {
 	b.next = min(max(b.next*2, pauseFirst), pauseCeiling)
 	return sleep(ctx, b.next/2+rand.N(b.next/2+1))

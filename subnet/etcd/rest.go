@@ -15,16 +15,16 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// A freed subnet rests. Beside each lease stands a mark, where flannel does not
-// look, whose own etcd lease is renewed with it and outlives it by the
-// quarantine:
+// A freed subnet is quarantined. Next to each lease there is a mark, under a key
+// that flannel does not read. Its etcd lease is renewed with the lease and
+// outlives it by the quarantine:
 //
-//	<prefix>/subnets/10.5.52.0-24        lives for --lease-ttl without renewal
-//	<prefix>/culvert/used/10.5.52.0-24   lives for --lease-ttl and --quarantine
+//	<prefix>/subnets/10.5.52.0-24        expires --lease-ttl after the last renewal
+//	<prefix>/culvert/used/10.5.52.0-24   expires --lease-ttl plus --quarantine after it
 //
-// A mark without its lease is a subnet at rest. So nobody has to notice that a
-// lease ran out, no clock but etcd's counts, and nothing is left to clean up.
-// A mark is an aid: without it a subnet is free at once, and nothing is lost.
+// A mark without a lease is a subnet in quarantine. So nobody has to notice that a
+// lease expired, only etcd's clock matters, and nothing needs to be cleaned up. The
+// mark is an optimization: without it a subnet is free at once.
 
 // markValue is a mark's JSON.
 type markValue struct {
@@ -33,11 +33,11 @@ type markValue struct {
 
 func (r *Registry) usedDir() string { return r.opts.Prefix + "/culvert/used/" }
 
-// restLimit bounds how many marks are asked for their time to live, in one
-// search for the longest unused.
+// restLimit is for how many marks one search for the longest unused subnet asks
+// the time to live.
 const restLimit = 512
 
-// marks lists the marks; none without a quarantine.
+// marks lists the marks; none if there is no quarantine.
 func (r *Registry) marks(ctx context.Context) ([]*mvccpb.KeyValue, error) {
 	if r.opts.Quarantine <= 0 {
 		return nil, nil
@@ -46,20 +46,20 @@ func (r *Registry) marks(ctx context.Context) ([]*mvccpb.KeyValue, error) {
 	defer cancel()
 	resp, err := r.client.Get(rctx, r.usedDir(), clientv3.WithPrefix())
 	if err != nil {
-		return nil, fmt.Errorf("list the subnets that were used: %w", err)
+		return nil, fmt.Errorf("list the quarantine marks: %w", err)
 	}
 	return resp.Kvs, nil
 }
 
-// mark is a subnet at rest.
+// mark is a subnet in quarantine.
 type mark struct {
 	key, node string
 	subnets   []netip.Prefix
 	id        int64
 }
 
-// resting returns the marks, listed before the entries, that have no lease, and
-// are not the node's own.
+// resting returns the marks that have no lease and are not the node's own. The
+// marks must have been listed before the entries.
 func resting(marks []*mvccpb.KeyValue, entries []subnet.Entry, node string) []mark {
 	leased := make(map[string]bool, len(entries))
 	for _, e := range entries {
@@ -80,8 +80,8 @@ func resting(marks []*mvccpb.KeyValue, entries []subnet.Entry, node string) []ma
 	return out
 }
 
-// choose is subnet.Choose; only where it must fall back on a subnet at rest is
-// etcd asked which one has rested longest.
+// choose is subnet.Choose. It asks etcd for the order of the subnets in quarantine
+// only if one of them has to be used.
 func (r *Registry) choose(ctx context.Context, c subnet.Claim, o subnet.Occupancy, marks []mark) (subnet.Choice, error) {
 	for _, m := range marks {
 		o.Resting = append(o.Resting, m.subnets...)
@@ -98,15 +98,15 @@ func (r *Registry) choose(ctx context.Context, c subnet.Claim, o subnet.Occupanc
 	}
 	o.Resting = nil
 	for _, rest := range rests {
-		subnets, _ := subnet.ParseKey(rest.Key) // parsed before
+		subnets, _ := subnet.ParseKey(rest.Key) // validated by resting
 		o.Resting = append(o.Resting, subnets...)
 	}
-	r.log.Info("no subnet is free that was not used within the quarantine; taking the longest unused", "resting", len(rests), "quarantine", r.opts.Quarantine)
+	r.log.Info("all free subnets are in quarantine; using the longest unused one", "resting", len(rests), "quarantine", r.opts.Quarantine)
 	return subnet.Choose(c, o)
 }
 
-// restUntil returns the marks in the order in which their rest ends, which is
-// the order in which they were freed.
+// restUntil returns the marks sorted by the end of their quarantine, which is the
+// order in which they were freed.
 func (r *Registry) restUntil(ctx context.Context, marks []mark) ([]subnet.Rest, error) {
 	var rests []subnet.Rest
 	for i, m := range marks {
@@ -125,8 +125,8 @@ func (r *Registry) restUntil(ctx context.Context, marks []mark) ([]subnet.Rest, 
 	return rests, nil
 }
 
-// keepMark renews the mark of the lease that we hold, and makes it if it is not
-// there. What fails here is tried again with the next renewal.
+// keepMark renews the mark of the held lease, or creates it. A failure is retried
+// with the next renewal.
 func (r *Registry) keepMark(ctx context.Context, held subnet.Lease) {
 	if r.opts.Quarantine <= 0 || held.ID == 0 {
 		return
@@ -141,11 +141,11 @@ func (r *Registry) keepMark(ctx context.Context, held subnet.Lease) {
 		r.mark = 0
 	}
 	if err := r.makeMark(ctx, held); err != nil && ctx.Err() == nil {
-		r.log.Debug("the mark of our subnet could not be written", "subnet", held.Key(), "error", err)
+		r.log.Debug("cannot write the quarantine mark of our subnet", "subnet", held.Key(), "error", err)
 	}
 }
 
-// makeMark adopts the mark that is there, or writes it while the lease is ours.
+// makeMark adopts the existing mark, or writes one if the lease is still ours.
 func (r *Registry) makeMark(ctx context.Context, held subnet.Lease) error {
 	rctx, cancel := r.request(ctx)
 	defer cancel()
@@ -185,8 +185,8 @@ func (r *Registry) makeMark(ctx context.Context, held subnet.Lease) error {
 	return nil
 }
 
-// restOps is what goes into the transaction that frees a subnet, for it to rest
-// from now on: nothing without a quarantine.
+// restOps returns the operations that start the quarantine, for the transaction
+// that frees a subnet; none if there is no quarantine.
 func (r *Registry) restOps(ctx context.Context, key, node string) ([]clientv3.Op, error) {
 	if r.opts.Quarantine <= 0 {
 		return nil, nil
@@ -195,7 +195,7 @@ func (r *Registry) restOps(ctx context.Context, key, node string) ([]clientv3.Op
 	defer cancel()
 	lease, err := r.client.Grant(rctx, seconds(r.opts.Quarantine))
 	if err != nil {
-		return nil, fmt.Errorf("grant the quarantine: %w", err)
+		return nil, fmt.Errorf("grant the quarantine's etcd lease: %w", err)
 	}
 	value, err := json.Marshal(markValue{NodeID: node})
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 
 func withQuarantine(d time.Duration) func(*Options) { return func(o *Options) { o.Quarantine = d } }
 
-// Of four subnets two are held for ever. Two nodes come and go: their subnets
-// rest, and a newcomer is given the one that was freed first, or its own.
+// Of four subnets two are reserved. Two nodes release theirs, which are then in
+// quarantine: a new node gets the one freed first, a returning node its own.
 func TestFreedSubnetsRest(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
@@ -43,11 +43,11 @@ func TestFreedSubnetsRest(t *testing.T) {
 	if rests, err := admin.Resting(t.Context()); err != nil || len(rests) != 0 {
 		t.Errorf("in quarantine while leased: %v, %v", rests, err)
 	}
-	// The first is released by its node, the second by the administrator, later.
+	// The first is released by its node, the second later by the administrator.
 	if err := r1.Release(t.Context(), l1); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(2100 * time.Millisecond) // etcd counts in seconds
+	time.Sleep(2100 * time.Millisecond) // etcd reports the time to live in seconds
 	if err := r2.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -63,8 +63,8 @@ func TestFreedSubnetsRest(t *testing.T) {
 		left = append(left, l.Key())
 	}
 
-	// A newcomer that asks for the later one, as its own of long ago, is given
-	// the one that was freed first; whose it was is given it back.
+	// A new node that prefers the one freed last gets the one freed first; the
+	// previous owner gets it back.
 	c := claim(t, config, 3)
 	c.Previous = l2.Subnets()
 	if l := acquire(t, open(t, endpoint, rest), c); l.Key() != left[0] {
@@ -73,9 +73,9 @@ func TestFreedSubnetsRest(t *testing.T) {
 	c = claim(t, config, 2)
 	c.Previous = l2.Subnets()
 	if l := acquire(t, open(t, endpoint, rest), c); l.Key() != l2.Key() {
-		t.Errorf("node-2 came back to %s, not %s", l, l2)
+		t.Errorf("node-2 got %s, want %s", l, l2)
 	}
-	// A reservation has not been anybody's: it does not rest.
+	// A released reservation is not quarantined: no node used it.
 	if err := admin.ReleaseKey(t.Context(), "10.5.0.16-28", subnet.AnyRevision); err != nil {
 		t.Fatal(err)
 	}
@@ -84,8 +84,8 @@ func TestFreedSubnetsRest(t *testing.T) {
 	}
 }
 
-// A lease that runs out rests too, with nobody there to notice, and a subnet
-// that rests is passed over while another is free. After the rest it is as any.
+// The subnet of an expired lease is quarantined too. It is not leased while
+// another is free; after the quarantine it is.
 func TestExpiredSubnetsRest(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
@@ -94,23 +94,23 @@ func TestExpiredSubnetsRest(t *testing.T) {
 	c := claim(t, vxlanConfig, 1)
 	c.TTL = 2 * time.Second
 	l := acquire(t, r, c)
-	r.keepMark(t.Context(), l) // as Hold does; nobody holds it further
+	r.keepMark(t.Context(), l) // as Hold does; the lease is not renewed
 	admin := open(t, endpoint, rest)
 	eventually(t, "the expiry", func() bool { e, _, err := admin.Entries(t.Context(), false); return err == nil && len(e) == 0 })
 	other := claim(t, vxlanConfig, 2)
 	other.Previous = l.Subnets()
 	if got := acquire(t, open(t, endpoint, rest), other); got.Key() == l.Key() {
-		t.Errorf("%s was given out at once", got)
+		t.Errorf("%s was leased while in quarantine", got)
 	}
-	eventually(t, "the end of the rest", func() bool { rests, err := admin.Resting(t.Context()); return err == nil && len(rests) == 0 })
+	eventually(t, "the end of the quarantine", func() bool { rests, err := admin.Resting(t.Context()); return err == nil && len(rests) == 0 })
 	other = claim(t, vxlanConfig, 3)
 	other.Previous = l.Subnets()
 	if got := acquire(t, open(t, endpoint, rest), other); got.Key() != l.Key() {
-		t.Errorf("%s, although %s has rested", got, l)
+		t.Errorf("got %s, want %s after its quarantine", got, l)
 	}
 }
 
-// What a renewal says counts from before it was asked, however late its answer
+// The lifetime counts from before the renewal was sent, however late the response
 // is read.
 func TestLifetimeCountsFromTheQuestion(t *testing.T) {
 	t.Parallel()
@@ -123,6 +123,6 @@ func TestLifetimeCountsFromTheQuestion(t *testing.T) {
 		t.Fatal(err)
 	}
 	if held, _ := r.Held(); held.Expires.After(asked.Add(30*time.Second + 400*time.Millisecond)) {
-		t.Errorf("believed to last until %v after the question", held.Expires.Sub(asked))
+		t.Errorf("expires %v after the request", held.Expires.Sub(asked))
 	}
 }

@@ -29,7 +29,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// authority signs certificates for a test, in files.
+// authority is a test CA; its certificates and keys are files.
 type authority struct {
 	dir  string
 	cert *x509.Certificate
@@ -45,7 +45,7 @@ func newAuthority(t *testing.T) *authority {
 
 func (a *authority) path(name string) string { return filepath.Join(a.dir, name) }
 
-// issue writes name.pem and name-key.pem, self-signed if there is no signer.
+// issue writes name.pem and name-key.pem, a self-signed CA if signer is nil.
 func (a *authority) issue(t *testing.T, name string, signer *authority) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -91,7 +91,7 @@ func (a *authority) issue(t *testing.T, name string, signer *authority) (*x509.C
 	return cert, key
 }
 
-// reads says whether one request gets an answer.
+// reads returns the error of one read request.
 func reads(t *testing.T, endpoint string, change func(*Options)) error {
 	t.Helper()
 	r := open(t, endpoint, func(o *Options) { o.RequestTimeout = 700 * time.Millisecond }, change)
@@ -121,7 +121,7 @@ func TestTLS(t *testing.T) {
 			t.Errorf("without a scheme: %v", err)
 		}
 		if err := reads(t, url, func(o *Options) { o.CAFile = stranger.path("ca.pem") }); err == nil {
-			t.Error("trusted a server of another CA")
+			t.Error("accepted a server of another CA")
 		}
 	})
 	t.Run("client certificate", func(t *testing.T) {
@@ -133,7 +133,7 @@ func TestTLS(t *testing.T) {
 			t.Errorf("with a certificate: %v", err)
 		}
 		if err := reads(t, url, withCA); err == nil {
-			t.Error("answered without a certificate")
+			t.Error("accepted without a client certificate")
 		}
 	})
 	t.Run("renewed on disk", func(t *testing.T) {
@@ -141,16 +141,16 @@ func TestTLS(t *testing.T) {
 		server := etcdtest.StartServer(t, member.Options{
 			CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem"),
 		})
-		before := newAuthority(t) // a directory of its own, since it changes
+		before := newAuthority(t) // in another directory, since its files are replaced
 		before.issue(t, "client", before)
-		// The CA and the pair on disk are others at first, as if they had run out.
+		// The files on disk are of another CA at first, as if they had expired.
 		r := open(t, server.URL(), func(o *Options) {
 			o.CAFile = before.path("ca.pem")
 			o.RequestTimeout = 700 * time.Millisecond
 			o.CertFile, o.KeyFile = before.path("client.pem"), before.path("client-key.pem")
 		})
 		if _, _, err := r.ConfigText(t.Context()); err == nil {
-			t.Fatal("answered a stranger")
+			t.Fatal("a client of another CA was accepted")
 		}
 		for _, file := range []string{"ca.pem", "client.pem", "client-key.pem"} {
 			content, err := os.ReadFile(a.path(file))
@@ -167,7 +167,7 @@ func TestTLS(t *testing.T) {
 
 const password = "correct-horse-battery"
 
-// secure turns authentication on, with a role that reaches one prefix alone.
+// secure enables authentication with a user whose role covers only one prefix.
 func secure(t *testing.T, endpoint string) {
 	t.Helper()
 	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}})
@@ -201,7 +201,7 @@ func TestUserAndPassword(t *testing.T) {
 	secure(t, server.URL())
 	log := &lines{}
 	asUser := func(o *Options) { o.User, o.Password, o.Quarantine = "culvert", password, time.Minute }
-	// The whole life of a lease needs no more than the one prefix.
+	// All operations on a lease must work with access to only this prefix.
 	r, l, w := ready(t, server.URL(), log.options, asUser)
 	lost := hold(t, r, l)
 	other := open(t, server.URL(), asUser)
@@ -215,7 +215,7 @@ func TestUserAndPassword(t *testing.T) {
 	}
 	stands(t, r, l, lost)
 
-	// The token that etcd gave is void after a restart.
+	// A restart of etcd invalidates the token.
 	server.Stop()
 	server.Start()
 	put(t, r, "subnets/10.5.1.0-24", peerValue(1))
@@ -244,8 +244,8 @@ func TestUserAndPassword(t *testing.T) {
 	if strings.Contains(log.String(), password) {
 		t.Error("the password is in the log")
 	}
-	if log.count("travels unencrypted") != 1 {
-		t.Error("a password over http was not warned of")
+	if log.count("is sent unencrypted") != 1 {
+		t.Error("no warning about a password over http")
 	}
 }
 
@@ -269,16 +269,16 @@ func TestOptions(t *testing.T) {
 	}{
 		"no endpoint":         {func(o *Options) { o.Endpoints = nil }, "no endpoint"},
 		"no logger":           {func(o *Options) { o.Logger = nil }, "no logger"},
-		"key without cert":    {func(o *Options) { o.KeyFile = "x" }, "its certificate"},
-		"user alone":          {func(o *Options) { o.User = "x" }, "password"},
-		"password alone":      {func(o *Options) { o.Password = "x" }, "its user"},
+		"key without cert":    {func(o *Options) { o.KeyFile = "x" }, "must be set together"},
+		"user alone":          {func(o *Options) { o.User = "x" }, "must be set together"},
+		"password alone":      {func(o *Options) { o.Password = "x" }, "must be set together"},
 		"a path":              {func(o *Options) { o.Endpoints = []string{"http://a:2379/x"} }, "not a URL"},
-		"a user in the URL":   {func(o *Options) { o.Endpoints = []string{"http://u:" + password + "@a:2379"} }, "holds a user"},
+		"a user in the URL":   {func(o *Options) { o.Endpoints = []string{"http://u:" + password + "@a:2379"} }, "contains a user"},
 		"another scheme":      {func(o *Options) { o.Endpoints = []string{"ftp://a"} }, "http or https"},
-		"http with a CA":      {func(o *Options) { o.Endpoints, o.CAFile = []string{"http://a"}, "x" }, "write https"},
-		"both schemes":        {func(o *Options) { o.Endpoints = []string{"http://a", "https://b"} }, "all are https"},
+		"http with a CA":      {func(o *Options) { o.Endpoints, o.CAFile = []string{"http://a"}, "x" }, "use https"},
+		"both schemes":        {func(o *Options) { o.Endpoints = []string{"http://a", "https://b"} }, "use https for all"},
 		"a missing CA":        {func(o *Options) { o.CAFile = "/nonexistent" }, "read the CA"},
-		"a CA that is none":   {func(o *Options) { o.CAFile = "/dev/null" }, "no certificate"},
+		"not a PEM file":      {func(o *Options) { o.CAFile = "/dev/null" }, "no PEM certificate"},
 		"a missing key pair":  {func(o *Options) { o.CertFile, o.KeyFile = "/nonexistent", "/nonexistent" }, "client certificate"},
 		"nothing but a colon": {func(o *Options) { o.Endpoints = []string{":"} }, "not a URL"},
 	} {
@@ -299,7 +299,7 @@ func TestOptions(t *testing.T) {
 	}
 }
 
-// etcd that is away when the daemon starts is waited for, with and without a
+// Config waits if etcd is unreachable when the daemon starts, with and without a
 // user.
 func TestEtcdAwayAtStart(t *testing.T) {
 	t.Parallel()
@@ -326,14 +326,14 @@ func TestEtcdAwayAtStart(t *testing.T) {
 	defer cancel()
 	server.Stop()
 	if _, err := open(t, "127.0.0.1:1").Config(ctx); err == nil {
-		t.Error("configured by nobody")
+		t.Error("Config returned without a server")
 	}
 	if _, err := open(t, "127.0.0.1:1").Acquire(ctx, claim(t, vxlanConfig, 1)); err == nil {
-		t.Error("leased by nobody")
+		t.Error("Acquire returned without a server")
 	}
 }
 
-// What keeps a client from its servers is said in one line, and at once.
+// Explain says within 1.5 s and on one line why a server cannot be used.
 func TestD8TroubleIsNamed(t *testing.T) {
 	t.Parallel()
 	a, stranger := newAuthority(t), newAuthority(t)
@@ -351,23 +351,23 @@ func TestD8TroubleIsNamed(t *testing.T) {
 		says   string
 	}{
 		"wrong CA":              {secured.URL(), func(o *Options) { o.CAFile = stranger.path("ca.pem") }, "not signed by the CA in " + stranger.path("ca.pem")},
-		"no CA":                 {secured.URL(), func(*Options) {}, "give the CA with --etcd-cafile"},
-		"http to https":         {swap(secured.URL(), "http"), func(*Options) {}, "it speaks TLS: write https://"},
-		"https to http":         {swap(plain.URL(), "https"), func(o *Options) { o.CAFile = a.path("ca.pem") }, "it does not speak TLS: write http://"},
-		"no client certificate": {demanding.URL(), func(o *Options) { o.CAFile = a.path("ca.pem") }, "give a certificate that it accepts"},
-		"another name":          {strings.Replace(secured.URL(), "127.0.0.1", "localhost", 1), func(o *Options) { o.CAFile = a.path("ca.pem") }, "use an address that the certificate names"},
-		"a web server":          {http.URL, func(*Options) {}, "is this the port where etcd serves clients?"},
+		"no CA":                 {secured.URL(), func(*Options) {}, "set the CA with --etcd-cafile"},
+		"http to https":         {swap(secured.URL(), "http"), func(*Options) {}, "it requires TLS: write https://"},
+		"https to http":         {swap(plain.URL(), "https"), func(o *Options) { o.CAFile = a.path("ca.pem") }, "it does not use TLS: write http://"},
+		"no client certificate": {demanding.URL(), func(o *Options) { o.CAFile = a.path("ca.pem") }, "requires a client certificate: set one"},
+		"another name":          {strings.Replace(secured.URL(), "127.0.0.1", "localhost", 1), func(o *Options) { o.CAFile = a.path("ca.pem") }, "use an address that is in the certificate"},
+		"a web server":          {http.URL, func(*Options) {}, "is this etcd's client port?"},
 		"nobody":                {"http://127.0.0.1:1", func(*Options) {}, "connection refused: is etcd running there"},
-		"wrong password":        {plain.URL(), func(o *Options) { o.User, o.Password = "culvert", "wrong" }, "give the right ones with --etcd-username"},
+		"wrong password":        {plain.URL(), func(o *Options) { o.User, o.Password = "culvert", "wrong" }, "set the right ones with --etcd-username"},
 		"another prefix":        {plain.URL(), func(o *Options) { o.User, o.Password, o.Prefix = "culvert", password, "/elsewhere" }, "grant its role readwrite on the prefix /elsewhere/"},
-		"no user":               {plain.URL(), func(*Options) {}, "asks for a user: give one"},
+		"no user":               {plain.URL(), func(*Options) {}, "requires authentication: set a user"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := open(t, c.url, func(o *Options) { o.FailFast = true }, c.change)
 			began := time.Now()
 			_, _, err := r.ConfigText(t.Context())
 			if err = r.Explain(t.Context(), err); err == nil || !strings.Contains(err.Error(), c.says) || strings.Contains(err.Error(), "\n") {
-				t.Errorf("said %v", err)
+				t.Errorf("got %v", err)
 			}
 			if took := time.Since(began); took > 1500*time.Millisecond {
 				t.Errorf("took %s", took)
@@ -382,7 +382,7 @@ func TestD8TroubleIsNamed(t *testing.T) {
 	})
 }
 
-// D2: the file is read again when etcd refuses what it held.
+// The password file is read again when etcd rejects the password.
 func TestD2PasswordFileChanges(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
@@ -404,11 +404,11 @@ func TestD2PasswordFileChanges(t *testing.T) {
 	if _, err := root.UserChangePassword(t.Context(), "culvert", "another"); err != nil {
 		t.Fatal(err)
 	}
-	// etcd is asked with the old password before the file has the new one.
+	// After the restart, requests use the old password until the file changes.
 	server.Stop()
 	server.Start()
 	if _, _, err := r.ConfigText(t.Context()); err == nil {
-		t.Error("the old password serves still")
+		t.Error("the old password is still accepted")
 	}
 	set("another")
 	put(t, r, "subnets/10.5.1.0-24", peerValue(1))
@@ -423,6 +423,6 @@ func TestEndpointsAsPeopleWriteThem(t *testing.T) {
 		t.Error(o.Endpoints, err)
 	}
 	if _, err := (Options{Endpoints: []string{" ", ""}, Logger: slog.New(slog.DiscardHandler)}).complete(); err == nil {
-		t.Error("blanks are endpoints")
+		t.Error("accepted blank endpoints")
 	}
 }

@@ -11,15 +11,15 @@ import (
 	"culvert/internal/statefile"
 )
 
-// state is what is kept beside etcd: by the handle a daemon knows its lease
-// even where the value does not show it.
+// state is the content of the state file. The lease ID identifies our lease even
+// if its value does not.
 type state struct {
 	Node    string `json:"node"`
 	LeaseID string `json:"lease_id"` // hexadecimal, as etcdctl shows it
 }
 
-// savedID returns zero where nothing is kept or it cannot be read: the lease is
-// then known by identity and address alone.
+// savedID returns the saved lease ID, or 0 if there is none or it is unreadable.
+// The lease is then recognized only by identity and address.
 func (r *Registry) savedID() int64 {
 	if r.opts.StateFile == "" {
 		return 0
@@ -37,14 +37,14 @@ func (r *Registry) savedID() int64 {
 		id, err = strconv.ParseInt(s.LeaseID, 16, 64)
 	}
 	if err != nil {
-		r.log.Warn("the kept lease handle cannot be read; going by identity and address", "file", r.opts.StateFile, "error", err)
+		r.log.Warn("the state file cannot be read; recognizing our lease only by identity and address", "file", r.opts.StateFile, "error", err)
 		return 0
 	}
 	return id
 }
 
-// saveID keeps the handle before it is used, so that a crash in between loses
-// nothing. It is an aid: a full disk must not cost us the lease. The caller has
+// saveID saves the lease ID before it is used, so that a crash does not lose it. A
+// failure is only logged: a full disk must not cost us the lease. The caller has
 // the turn.
 func (r *Registry) saveID(node string, id int64) {
 	if r.opts.StateFile == "" || r.kept == id {
@@ -55,7 +55,7 @@ func (r *Registry) saveID(node string, id int64) {
 		err = statefile.Write(r.opts.StateFile, append(text, '\n'), 0o600)
 	}
 	if err != nil {
-		r.log.Warn("the lease handle cannot be kept; a restart goes by identity and address", "file", r.opts.StateFile, "error", err)
+		r.log.Warn("the state file cannot be written; a restart will recognize our lease only by identity and address", "file", r.opts.StateFile, "error", err)
 		return
 	}
 	r.kept = id
@@ -67,7 +67,7 @@ func (r *Registry) dropID() error {
 		return nil
 	}
 	if err := os.Remove(r.opts.StateFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("forget the lease handle: %w", err)
+		return fmt.Errorf("remove the state file: %w", err)
 	}
 	return nil
 }

@@ -23,23 +23,22 @@ import (
 )
 
 const (
-	// lostAfter is how long no connection may stand before it is reported.
+	// lostAfter is how long there may be no connection before it is reported.
 	lostAfter = 2 * time.Second
-	// quietLimit is how long a watch may say nothing at all, not even that
-	// nothing has changed, which etcd says every 10 minutes.
+	// quietLimit is how long a watch may receive nothing, not even one of the
+	// progress notifications that etcd sends every 10 minutes.
 	quietLimit = 30 * time.Minute
 )
 
 var (
 	errCompacted = errors.New("the watched revision was compacted")
-	errFlapped   = errors.New("the connection was made anew")
-	errSilent    = errors.New("the watch has been silent for too long")
-	errSettled   = errors.New("the time to settle is over")
+	errFlapped   = errors.New("the connection was re-established")
+	errSilent    = errors.New("the watch received nothing for too long")
+	errSettled   = errors.New("the settle time is over")
 )
 
-// Watch implements subnet.Registry. One goroutine mirrors the store; the
-// consumer's own pace decides how many changes one snapshot holds. The sequence
-// may be ranged over once at a time.
+// Watch implements subnet.Registry. A goroutine mirrors the store; Pace yields
+// snapshots of the mirror. Only one iteration may run at a time.
 func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subnet.Snapshot, error] {
 	return func(yield func(subnet.Snapshot, error) bool) {
 		ctx, cancel := context.WithCancel(ctx)
@@ -53,7 +52,7 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 	}
 }
 
-// mirror follows the store until ctx ends, again and again.
+// mirror follows the store, reconnecting with backoff, until ctx ends.
 func (r *Registry) mirror(ctx context.Context, m *mirror) {
 	var pause backoff
 	away := outage{log: r.log}
@@ -66,10 +65,10 @@ func (r *Registry) mirror(ctx context.Context, m *mirror) {
 			pause.reset()
 		}
 		if errors.Is(err, errCompacted) || errors.Is(err, errFlapped) || errors.Is(err, errSilent) {
-			r.log.Info("reading all leases anew", "reason", err)
+			r.log.Info("listing all leases again", "reason", err)
 		} else {
 			err = r.Explain(ctx, err)
-			away.failed("etcd is out of reach; the last leases stand", err)
+			away.failed("etcd is unreachable; the last leases remain in force", err)
 			m.fail(fmt.Errorf("watch the leases: %w", err))
 		}
 		if pause.wait(ctx) != nil || sleep(ctx, m.spread()) != nil {
@@ -78,17 +77,17 @@ func (r *Registry) mirror(ctx context.Context, m *mirror) {
 	}
 }
 
-// spread is a random part of a millisecond for each lease there is: nodes that
-// lost etcd at one moment do not all list thousands of leases at one moment.
-// What was last read stands meanwhile.
+// spread returns a random delay of up to 1 ms per lease, so that nodes that lost
+// etcd at the same time do not list thousands of leases at the same time. The last
+// snapshot remains valid meanwhile.
 func (m *mirror) spread() time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return rand.N(time.Duration(len(m.entries))*time.Millisecond + 1)
 }
 
-// follow lists everything, publishes it, and watches from the next revision on
-// until the watch ends, and says whether it got as far as the list.
+// follow lists everything, publishes it, and watches from the next revision until
+// the watch ends. listed reports whether the list succeeded.
 func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed bool, err error) {
 	resp := r.takeListed()
 	if resp == nil {
@@ -126,7 +125,7 @@ func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed 
 		case <-quiet.C:
 			return true, errSilent
 		case <-settle:
-			r.log.Info("peers that have not come back are gone", "reason", errSettled)
+			r.log.Info("removing the peers that have not returned", "reason", errSettled)
 			m.settle()
 		case resp, ok := <-changes:
 			switch {
@@ -143,10 +142,10 @@ func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed 
 	}
 }
 
-// superviseConnection stops the watch when the connection was lost, since the
-// client would resume it in silence, and at a revision that a restored store
-// may not have reached: a loss that lasts is reported, a short one is followed
-// by a fresh list. It sends nothing.
+// superviseConnection stops the watch when the connection is lost. Otherwise the
+// client would silently resume it, at a revision that a restored store may not
+// have reached. A loss of more than lostAfter is reported as an error; after a
+// shorter one the leases are listed again. It sends nothing.
 func superviseConnection(ctx context.Context, conn *grpc.ClientConn, stop context.CancelCauseFunc) {
 	for state := conn.GetState(); state == connectivity.Ready; state = conn.GetState() {
 		if !conn.WaitForStateChange(ctx, state) {
@@ -167,29 +166,29 @@ func superviseConnection(ctx context.Context, conn *grpc.ClientConn, stop contex
 	stop(errFlapped)
 }
 
-// mirror is the store's directory as last read. The goroutine that follows
-// the store writes it; the consumer of the watch reads whole snapshots of it.
+// mirror is a copy of the network's keys in the store. The goroutine that follows
+// the store writes it; the consumer of the watch takes snapshots of it.
 type mirror struct {
 	r    *Registry
-	news chan struct{} // capacity 1: there is something to take
-	// changed is news for what is kept on disk.
+	news chan struct{} // capacity 1; signals that take has something new
+	// changed signals the same to keep.
 	changed chan struct{}
 
 	mu       sync.Mutex
 	self     subnet.Lease
 	entries  map[string]subnet.Entry
-	missed   map[string]subnet.Entry // peers that a store gone back in time lacks
+	missed   map[string]subnet.Entry // peers missing from a wiped or restored store, kept until settle
 	revision int64
 	cluster  uint64
 	config   subnet.Config
 	refused  string
-	settings string // the configuration's text that config and refused come from
+	settings string // text that config and refused come from
 	fresh    bool
 	err      error
-	told     map[string]int64 // ModRevision of the rejections in the log
-	version  int              // counts what was published
+	told     map[string]int64 // ModRevision of each logged rejection, by key
+	version  int              // incremented by publish
 	listed   bool             // etcd was read
-	kept     time.Time        // when what there is was kept, until etcd was read
+	kept     time.Time        // when the content was saved to disk; zero once etcd was read
 }
 
 func newMirror(r *Registry, self subnet.Lease) *mirror {
@@ -209,7 +208,7 @@ func newMirror(r *Registry, self subnet.Lease) *mirror {
 	return m
 }
 
-// replace takes over a whole list.
+// replace applies a complete list.
 func (m *mirror) replace(resp *clientv3.TxnResponse) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -228,10 +227,10 @@ func (m *mirror) replace(resp *clientv3.TxnResponse) {
 		m.configure(nil)
 	}
 	if m.cluster != 0 && (resp.Header.ClusterId != m.cluster || resp.Header.Revision < m.revision) {
-		m.r.log.Warn("etcd was wiped or restored to an older state; the last peers stand while their nodes come back",
+		m.r.log.Warn("etcd was wiped or restored to an older state; keeping the last peers until their nodes return",
 			"revision", resp.Header.Revision, "before", m.revision, "settle", m.r.opts.Settle)
 		for key, e := range m.entries {
-			e.CreateRevision = math.MaxInt64 // whatever is in the store goes before
+			e.CreateRevision = math.MaxInt64 // entries in the store take precedence
 			m.missed[key] = subnet.NewEntry(e)
 		}
 	}
@@ -239,7 +238,7 @@ func (m *mirror) replace(resp *clientv3.TxnResponse) {
 		delete(m.missed, key)
 	}
 	delete(m.missed, m.self.Key())
-	first := m.cluster == 0 // and may be of before our own lease
+	first := m.cluster == 0 // which may be older than our own lease
 	m.listed, m.kept = true, time.Time{}
 	m.entries, m.revision, m.cluster = entries, resp.Header.Revision, resp.Header.ClusterId
 	if e, ok := entries[m.self.Key()]; !first && (!ok || !m.current(e)) {
@@ -248,7 +247,7 @@ func (m *mirror) replace(resp *clientv3.TxnResponse) {
 	m.publish()
 }
 
-// change takes over what the watch says.
+// change applies the events of a watch response.
 func (m *mirror) change(resp clientv3.WatchResponse) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -281,14 +280,13 @@ func (m *mirror) change(resp clientv3.WatchResponse) {
 	}
 }
 
-// current reports whether our key is as we last knew it.
+// current reports whether our key is at the revision that we hold.
 func (m *mirror) current(e subnet.Entry) bool {
 	held, ok := m.r.Held()
 	return !ok || held.Key() != e.Key || held.ModRevision == e.ModRevision
 }
 
-// unsettled and settle are about the peers that a store gone back in time does
-// not have.
+// unsettled reports whether peers are kept that a wiped or restored store lacks.
 func (m *mirror) unsettled() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -304,15 +302,15 @@ func (m *mirror) settle() {
 
 const missingConfig = "it is missing from etcd"
 
-// configure takes over the configuration's text if a running node can live
-// with it; nil is a missing one.
+// configure applies the configuration's text if a running node can follow it; nil
+// means that it is missing.
 func (m *mirror) configure(text []byte) {
 	if text != nil && m.settings == string(text) {
 		return
 	}
 	if text == nil {
 		if m.refused != missingConfig {
-			m.r.log.Warn("the network configuration is gone from etcd; the last one stands", "key", m.r.configKey())
+			m.r.log.Warn("the network configuration is missing from etcd; the last one remains in force", "key", m.r.configKey())
 		}
 		m.settings, m.refused = "", missingConfig
 		return
@@ -324,7 +322,7 @@ func (m *mirror) configure(text []byte) {
 	}
 	if err != nil {
 		m.refused = err.Error()
-		m.r.log.Warn("the network configuration in etcd is refused; the last one stands", "key", m.r.configKey(), "error", err)
+		m.r.log.Warn("the network configuration in etcd cannot be applied; the last one remains in force", "key", m.r.configKey(), "error", err)
 		return
 	}
 	for _, w := range warnings {
@@ -334,8 +332,8 @@ func (m *mirror) configure(text []byte) {
 	m.r.rememberConfig(cfg, m.settings)
 }
 
-// publish wakes the consumer. Nothing is published before there is a
-// configuration to read the leases by.
+// publish signals the consumers. Nothing is published without a configuration,
+// which is needed to interpret the leases.
 func (m *mirror) publish() {
 	if len(m.config.Networks) == 0 {
 		return
@@ -363,8 +361,8 @@ func (m *mirror) wake() {
 	}
 }
 
-// take returns the state as of now: a snapshot if there is a new one, and the
-// failure that came after it.
+// take returns a snapshot, if there is a new one, and the error since the last
+// call.
 func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -393,13 +391,13 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	return s, true, err
 }
 
-// tell logs each rejected value once.
+// tell logs each rejected entry once per revision.
 func (m *mirror) tell(rejected []subnet.Rejection) {
 	for _, rejection := range rejected {
 		revision := m.entries[rejection.Key].ModRevision
 		if m.told[rejection.Key] != revision {
 			m.told[rejection.Key] = revision
-			m.r.log.Warn("a lease is set aside", "subnet", rejection.Key, "reason", rejection.Reason)
+			m.r.log.Warn("a lease is ignored", "subnet", rejection.Key, "reason", rejection.Reason)
 		}
 	}
 	for key := range m.told {

@@ -14,7 +14,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// ready returns a registry that has a configuration and a lease, and its watch.
+// ready returns a registry with a configuration, a lease and a running watch.
 func ready(t *testing.T, endpoint string, change ...func(*Options)) (*Registry, subnet.Lease, *watching) {
 	t.Helper()
 	r := open(t, endpoint, change...)
@@ -51,8 +51,8 @@ func TestMalformedLeasesAreNamedOnce(t *testing.T) {
 			t.Errorf("%s is in the log %d times", key, n)
 		}
 	}
-	// A good value that turns bad takes its own peer alone; written again, it is
-	// named again.
+	// A value that becomes malformed removes only its own peer. Each new malformed
+	// value is logged again.
 	put(t, r, "subnets/10.5.1.0-24", "oops")
 	put(t, r, "subnets/10.5.2.0-24", "oops again")
 	eventually(t, "both", func() bool { s := w.last(); return len(s.Peers) == 5 && len(s.Rejected) == 4 })
@@ -62,8 +62,8 @@ func TestMalformedLeasesAreNamedOnce(t *testing.T) {
 	}
 }
 
-// What happens while the line is cut, and is compacted away, is in the next
-// snapshot. Until then the last one stands.
+// Changes that happen while disconnected and are compacted away are in the next
+// snapshot. Until then the last one remains valid.
 func TestCompactionWhileDisconnected(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
@@ -88,7 +88,7 @@ func TestCompactionWhileDisconnected(t *testing.T) {
 		t.Fatal(err)
 	}
 	server.Mend()
-	eventually(t, "what happened", func() bool { return len(w.last().Peers) == 3 && w.last().Peers[2].Key() == "10.5.4.0-24" })
+	eventually(t, "the changes", func() bool { return len(w.last().Peers) == 3 && w.last().Peers[2].Key() == "10.5.4.0-24" })
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, s := range w.snapshots[before:] {
@@ -98,8 +98,8 @@ func TestCompactionWhileDisconnected(t *testing.T) {
 	}
 }
 
-// A connection on which nothing comes any more is noticed by the client's own
-// pings, 15 s after the last sign, and made anew.
+// A connection that delivers nothing is detected by keepalive pings after 15 s and
+// replaced.
 func TestBlackHole(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -116,12 +116,12 @@ func TestBlackHole(t *testing.T) {
 	noticed := time.Since(began)
 	server.Mend()
 	within(t, 15*time.Second, "the peer", func() bool { return len(w.last().Peers) == 1 })
-	t.Logf("noticed after %v, up to date %v after the end", noticed.Round(time.Millisecond), (time.Since(began) - noticed).Round(time.Millisecond))
+	t.Logf("detected after %v, up to date %v after Mend", noticed.Round(time.Millisecond), (time.Since(began) - noticed).Round(time.Millisecond))
 	stands(t, r, l, lost)
 }
 
-// A watch that etcd ends is begun anew from a fresh list: silently after a
-// compaction, with an error where there is no leader.
+// When etcd ends a watch, the leases are listed again: silently after a compaction,
+// with an error if there is no leader.
 func TestEndedWatches(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -152,7 +152,7 @@ func TestEndedWatches(t *testing.T) {
 	}
 }
 
-// A consumer that sleeps gets the latest, not the history.
+// A slow consumer gets the latest snapshot, not every one.
 func TestSlowConsumer(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
@@ -174,7 +174,7 @@ func TestSlowConsumer(t *testing.T) {
 		}
 	}
 	if n > 4 {
-		t.Errorf("%d snapshots for what one could say", n)
+		t.Errorf("%d snapshots, want at most 4", n)
 	}
 }
 
@@ -200,7 +200,7 @@ func TestConfigIsAwaited(t *testing.T) {
 		t.Errorf("%+v", cfg)
 	}
 	if n := log.count("culvert config set"); n != 1 {
-		t.Errorf("said %d times within a minute how to set it", n)
+		t.Errorf("logged %d times within a minute how to set it", n)
 	}
 	if log.count("SubnetLne") != 1 || log.count(`did you mean \"SubnetLen\"`) != 1 {
 		t.Errorf("no warning in %s", log)

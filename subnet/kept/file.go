@@ -13,23 +13,23 @@ import (
 	"culvert/subnet"
 )
 
-// The file is two lines of JSON: what it is, and the state.
+// The file has two lines of JSON: a header and the state.
 //
 //	{"culvert_snapshot":1,"sha256":"..."}
 //	{"saved":"...","boot_id":"...", ... "leases":[{"key":"10.5.7.0-24","value":{...}}, ...]}
 //
-// It is of one machine's boot and never read by another, so that an older or
-// newer one is ignored, not converted.
+// It is valid only for one boot of one machine, so a file of another version is
+// ignored rather than converted.
 
-// version is changed whenever an older reader would misread the file.
+// version must be incremented when an older reader would misread the file.
 const version = 1
 
-// maxSize bounds what is read, in bytes: 5,000 leases take 2 MB.
+// maxSize is the largest file read, in bytes; 5,000 leases take 2 MB.
 const maxSize = 256 << 20
 
 type header struct {
 	Version int    `json:"culvert_snapshot"`
-	SHA256  string `json:"sha256"` // of all that follows the first line
+	SHA256  string `json:"sha256"` // of everything after the first line
 }
 
 type file struct {
@@ -39,7 +39,8 @@ type file struct {
 	Node      string        `json:"node"`
 	Prefix    string        `json:"prefix"`
 	Endpoints []string      `json:"endpoints"`
-	// Ends and EndsUp are when the lease runs out, by the two clocks.
+	// Ends and EndsUp are when the lease expires, by the wall clock and by
+	// CLOCK_BOOTTIME.
 	Ends     time.Time     `json:"ends,omitzero"`
 	EndsUp   time.Duration `json:"ends_up,omitempty"`
 	Config   subnet.Config `json:"config"`
@@ -49,9 +50,9 @@ type file struct {
 	Leases   []entry       `json:"leases"`
 }
 
-// entry is a key of etcd whose value is a lease.
+// entry is a lease as stored.
 type entry struct {
-	Key      string          `json:"key"` // of its subnets (subnet.FormatKey)
+	Key      string          `json:"key"` // subnet.FormatKey
 	Value    json.RawMessage `json:"value"`
 	Created  int64           `json:"created"`
 	Modified int64           `json:"modified"`
@@ -62,7 +63,7 @@ func (e entry) read() subnet.Entry {
 	return subnet.NewEntry(subnet.Entry{Key: e.Key, Value: e.Value, CreateRevision: e.Created, ModRevision: e.Modified, ID: e.ID})
 }
 
-// marshal says what is kept as of the instant.
+// marshal encodes the state as of the given moment.
 func marshal(s State, at boottime.Moment) ([]byte, error) {
 	f := file{
 		Saved: at.Wall.UTC().Round(0), BootID: at.Boot, SavedUp: at.Up,
@@ -70,8 +71,8 @@ func marshal(s State, at boottime.Moment) ([]byte, error) {
 		Config: s.Config, Cluster: s.Cluster, Revision: s.Revision,
 	}
 	if s.Lease.ID != 0 {
-		// By the shorter of the two: one stands still while the machine is
-		// suspended, the other may have been set.
+		// Use the shorter of the two: the monotonic clock stands still during
+		// suspend, and the wall clock may have been set.
 		now := time.Now()
 		left := min(s.Lease.Expires.Sub(now), s.Lease.Expires.Round(0).Sub(now.Round(0)))
 		f.Ends, f.EndsUp = f.Saved.Add(left), at.Up+left
@@ -96,50 +97,50 @@ func (f file) marshal() ([]byte, error) {
 	return withSum(append(body, '\n')), nil
 }
 
-// withSum puts the first line before the rest.
+// withSum prepends the header line.
 func withSum(body []byte) []byte {
 	sum := sha256.Sum256(body)
 	head, err := json.Marshal(header{version, hex.EncodeToString(sum[:])})
 	if err != nil {
-		panic("a number and a text cannot be written as JSON: " + err.Error())
+		panic("encode the header: " + err.Error())
 	}
 	return append(append(head, '\n'), body...)
 }
 
-// parse reads what marshal writes. All of it can be read and fits together, or
-// there is an error; whether it still holds is another question (believe).
+// parse is the inverse of marshal. It fails unless the whole file is valid and
+// consistent; whether the lease is still valid is checked by believe.
 func parse(text []byte) (file, *State, error) {
 	head, body, found := bytes.Cut(text, []byte("\n"))
 	var h header
 	if !found || json.Unmarshal(head, &h) != nil || h.Version <= 0 {
-		return file{}, nil, errors.New("it is no snapshot, or a part of one")
+		return file{}, nil, errors.New("it is not a snapshot, or it is truncated")
 	}
 	if h.Version != version {
-		return file{}, nil, fmt.Errorf("it is of version %d, and this culvert reads %d", h.Version, version)
+		return file{}, nil, fmt.Errorf("it has version %d, this culvert reads version %d", h.Version, version)
 	}
 	if sum := sha256.Sum256(body); hex.EncodeToString(sum[:]) != h.SHA256 {
-		return file{}, nil, errors.New("it is damaged: its checksum is another")
+		return file{}, nil, errors.New("it is damaged: the checksum does not match")
 	}
 	var f file
 	if err := json.Unmarshal(body, &f); err != nil {
-		return file{}, nil, fmt.Errorf("it cannot be read: %w", err)
+		return file{}, nil, fmt.Errorf("parse it: %w", err)
 	}
 	entries := make([]subnet.Entry, 0, len(f.Leases))
 	for _, kept := range f.Leases {
 		e := kept.read()
 		if _, err := e.Lease(); err != nil {
-			return file{}, nil, fmt.Errorf("the lease %q in it cannot be read: %w", e.Key, err)
+			return file{}, nil, fmt.Errorf("parse its lease %q: %w", e.Key, err)
 		}
 		entries = append(entries, e)
 	}
 	l, err := f.Lease.read().Lease()
 	switch {
 	case err != nil:
-		return file{}, nil, fmt.Errorf("its own lease cannot be read: %w", err)
+		return file{}, nil, fmt.Errorf("parse the node's own lease: %w", err)
 	case l.Reserved || l.Node == "" || l.Node != f.Node:
-		return file{}, nil, fmt.Errorf("its lease %s is not the node %q's own", l, f.Node)
+		return file{}, nil, fmt.Errorf("its lease %s does not belong to the node %q", l, f.Node)
 	case f.BootID == "" || f.Cluster == 0 || f.Revision <= 0 || l.ID != 0 && (f.Ends.IsZero() || f.EndsUp <= 0):
-		return file{}, nil, errors.New("it says not when it holds")
+		return file{}, nil, errors.New("it lacks the boot ID, cluster, revision or expiry")
 	case len(f.Config.Networks) == 0:
 		return file{}, nil, errors.New("it has no network configuration")
 	}

@@ -1,11 +1,12 @@
-// Package kept is the node's copy of the leases on its disk: what a daemon that
-// is restarted while the store is unreachable goes on with.
+// Package kept stores a node's lease and the leases of its peers in a file, from
+// which a restarted daemon continues while the store is unreachable. It reads and
+// writes the file and decides whether the lease in it is still valid; the store
+// (subnet/etcd, subnet/kube) owns the state and decides when to save it.
 //
-// The lease in the file is the node's for as long as it certainly has not run
-// out, by the two clocks that can be asked after a restart: the one that counts
-// since this boot, suspended or not, whatever is done to the wall clock; and the
-// wall clock, which alone notices that a virtual machine was put back to an
-// earlier state.
+// The lease is valid only until it has certainly not expired by both clocks that
+// survive a restart of the process: CLOCK_BOOTTIME, which counts suspend and
+// cannot be set, and the wall clock, which also detects that a virtual machine
+// was restored to an earlier snapshot.
 package kept
 
 import (
@@ -19,25 +20,25 @@ import (
 	"culvert/subnet"
 )
 
-// State is a lease, and the leases around it, as a process of this node last had
-// them from the store.
+// State is the node's lease and all leases of the network, as last read from the
+// store.
 type State struct {
 	Node      string
-	Prefix    string   // the network's place in the store
-	Endpoints []string // where the store was reached
+	Prefix    string   // the store's key or annotation prefix
+	Endpoints []string // addresses of the store
 	Config    subnet.Config
-	// Lease is the node's own. Expires is when it may run out; a lease without
-	// an ID never does.
+	// Lease is the node's own lease. Expires is the earliest time at which it can
+	// have expired; a lease without an ID never expires.
 	Lease    subnet.Lease
 	Cluster  uint64 // identity of the store, never zero
-	Revision int64  // of the store
-	// Entries are all leases that can be read, the node's own among them.
+	Revision int64  // store revision
+	// Entries are all valid leases, including the node's own.
 	Entries []subnet.Entry
 	Saved   time.Time // when it was written; Write sets it
 }
 
-// Read returns what the file holds if its lease has certainly not run out; nil
-// without an error if there is no file.
+// Read returns the file's content if its lease has certainly not expired. It
+// returns nil without an error if there is no file.
 func Read(name string) (*State, error) {
 	text, err := statefile.Read(name, maxSize)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -60,10 +61,10 @@ func Read(name string) (*State, error) {
 	return s, nil
 }
 
-// Write replaces the file in one step.
+// Write atomically replaces the file.
 func Write(name string, s State) error {
-	// The clocks first, so that a process which is stopped here writes too early
-	// an end.
+	// Read the clocks first: if the process is stopped here, the recorded expiry is
+	// too early rather than too late.
 	at, err := boottime.Now()
 	if err != nil {
 		return err
@@ -75,20 +76,20 @@ func Write(name string, s State) error {
 	return statefile.Write(name, text, 0o600)
 }
 
-// believe returns when the lease may run out (zero for never), or why it may
-// have run out already.
+// believe returns when the lease expires (zero: never), or an error if it may
+// have expired already.
 func (f file) believe(l subnet.Lease, now boottime.Moment) (time.Time, error) {
 	switch {
 	case f.BootID != now.Boot:
-		return time.Time{}, errors.New("the machine was booted since")
+		return time.Time{}, errors.New("the machine was rebooted since it was written")
 	case now.Up < f.SavedUp:
-		return time.Time{}, errors.New("the clock since the boot goes back")
-	case l.ID == 0: // never ends
+		return time.Time{}, errors.New("CLOCK_BOOTTIME is earlier than when it was written")
+	case l.ID == 0: // never expires
 		return time.Time{}, nil
 	}
 	left := min(f.EndsUp-now.Up, f.Ends.Sub(now.Wall.Round(0)))
 	if left <= 0 {
-		return time.Time{}, fmt.Errorf("its lease of %v may have run out at %s", l.Subnets(), f.Ends.Format(time.RFC3339))
+		return time.Time{}, fmt.Errorf("its lease of %v may have expired at %s", l.Subnets(), f.Ends.Format(time.RFC3339))
 	}
 	return now.Wall.Add(left), nil
 }

@@ -10,8 +10,8 @@ import (
 	"culvert/subnet"
 )
 
-// A lease is believed only while it certainly lasts, whatever was done to the
-// clocks.
+// A lease is accepted only while it certainly has not expired, whatever happened
+// to the clocks.
 func TestBelieve(t *testing.T) {
 	t.Parallel()
 	f, s, err := parse(example(t))
@@ -22,16 +22,16 @@ func TestBelieve(t *testing.T) {
 	for _, c := range []struct {
 		name     string
 		boot     string
-		up, wall time.Duration // that have passed since
-		left     time.Duration // 0: it is not believed
+		up, wall time.Duration // elapsed since the file was written
+		left     time.Duration // 0: rejected
 	}{
-		{name: "at once", left: time.Hour},
+		{name: "immediately", left: time.Hour},
 		{name: "later", up: 20 * time.Minute, wall: 20 * time.Minute, left: 40 * time.Minute},
 		{name: "at the end", up: time.Hour, wall: time.Hour},
 		{name: "the wall clock stepped back", up: 50 * time.Minute, wall: -24 * time.Hour, left: 10 * time.Minute},
-		{name: "it stepped back, past the end", up: 61 * time.Minute, wall: -24 * time.Hour},
-		{name: "it stepped forth", up: time.Minute, wall: 2 * time.Hour},
-		{name: "the machine was put back", wall: 2 * time.Hour},
+		{name: "the wall clock stepped back, after expiry", up: 61 * time.Minute, wall: -24 * time.Hour},
+		{name: "the wall clock stepped forward", up: time.Minute, wall: 2 * time.Hour},
+		{name: "the machine was restored", wall: 2 * time.Hour},
 		{name: "before it was saved", up: -time.Second},
 		{name: "another boot", boot: "another", up: time.Minute, wall: time.Minute},
 	} {
@@ -43,7 +43,7 @@ func TestBelieve(t *testing.T) {
 	}
 }
 
-// example is a file whose lease lasts an hour.
+// example returns a file with a lease that lasts an hour.
 func example(t testing.TB) []byte {
 	t.Helper()
 	cfg, _, err := subnet.ParseConfig([]byte(`{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`))
@@ -65,35 +65,34 @@ func example(t testing.TB) []byte {
 	return text
 }
 
-// A file that is cut, changed in any byte, of another version or another's is
-// named for what it is.
+// A file that is truncated, damaged in any byte, or of another version is
+// rejected.
 func TestWhole(t *testing.T) {
 	t.Parallel()
 	text := example(t)
 	for n := range text {
 		if _, k, err := parse(text[:n]); err == nil {
-			t.Fatalf("%d of %d bytes are taken for %+v", n, len(text), k)
+			t.Fatalf("the first %d of %d bytes were accepted as %+v", n, len(text), k)
 		}
 		spoilt := bytes.Clone(text)
 		spoilt[n] ^= 1
 		if _, k, err := parse(spoilt); err == nil && n > bytes.IndexByte(text, '\n') {
-			t.Fatalf("with byte %d another it is taken for %+v", n, k)
+			t.Fatalf("with byte %d changed it was accepted as %+v", n, k)
 		}
 	}
 	newer := bytes.Replace(text, []byte(`"culvert_snapshot":1`), []byte(`"culvert_snapshot":2`), 1)
 	if _, _, err := parse(newer); err == nil || !strings.Contains(err.Error(), "version 2") {
-		t.Errorf("a newer one: %v", err)
+		t.Errorf("a newer version: %v", err)
 	}
 }
 
-// FuzzParse has the reader take whatever a disk may hold; what it accepts says
-// the same once it is written again.
+// FuzzParse parses arbitrary content; what is accepted must survive a round trip.
 func FuzzParse(f *testing.F) {
 	text := example(f)
 	_, body, _ := strings.Cut(string(text), "\n")
 	f.Add([]byte(body))
 	f.Fuzz(func(t *testing.T, body []byte) {
-		_, _, _ = parse(body) // with whatever first line
+		_, _, _ = parse(body) // with an arbitrary header
 		got, k, err := parse(withSum(body))
 		if err != nil {
 			return

@@ -13,7 +13,7 @@ import (
 
 func TestServesUntilTold(t *testing.T) {
 	data := t.TempDir()
-	for range 2 { // the second time from the data of the first
+	for range 2 { // the second run uses the data of the first
 		ctx, cancel := context.WithCancel(t.Context())
 		stdout, w := io.Pipe()
 		var stderr bytes.Buffer
@@ -44,7 +44,7 @@ func TestServesUntilTold(t *testing.T) {
 				t.Errorf("exit %d: %s", c, &stderr)
 			}
 		case <-time.After(20 * time.Second):
-			t.Fatal("does not stop")
+			t.Fatal("the server does not stop")
 		}
 	}
 }

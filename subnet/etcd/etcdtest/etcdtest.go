@@ -1,4 +1,6 @@
-// Package etcdtest runs a real etcd server inside a test.
+// Package etcdtest runs a real etcd server in a test, behind a TCP proxy that can
+// cut or freeze the connections. The server's data is in the test's temporary
+// directory.
 package etcdtest
 
 import (
@@ -13,8 +15,8 @@ import (
 	"culvert/subnet/etcd/member"
 )
 
-// Server is an etcd server of one member that ends with the test. Clients
-// reach it through a line that the test can cut:
+// Server is a single-member etcd server that ends with the test. Clients reach it
+// through a proxy:
 //
 //	client ── URL ── line ── member
 type Server struct {
@@ -25,16 +27,15 @@ type Server struct {
 	scheme string
 }
 
-// Start runs a server on a free loopback port with its data in t.TempDir, and
-// returns its client URL.
+// Start runs a server on a free loopback port and returns its client URL.
 func Start(t testing.TB) (endpoint string) {
 	t.Helper()
 	return StartServer(t, member.Options{}).URL()
 }
 
-// StartServer runs a server that the test can stop, start, wipe and cut off.
-// What the options leave empty is chosen for tests: a free port, no fsync,
-// short elections.
+// StartServer runs a server that the test can stop, restart, wipe and disconnect.
+// The defaults of empty options suit tests: a free port, short elections. fsync is
+// always off.
 func StartServer(t testing.TB, o member.Options) *Server {
 	t.Helper()
 	if o.DataDir == "" {
@@ -62,10 +63,10 @@ func StartServer(t testing.TB, o member.Options) *Server {
 	return s
 }
 
-// URL is where clients reach the server. It is the same after a restart.
+// URL returns the URL for clients. It does not change on a restart.
 func (s *Server) URL() string { return s.scheme + "://" + s.line.listener.Addr().String() }
 
-// Start starts a stopped server with the data that it had.
+// Start starts a stopped server with its existing data.
 func (s *Server) Start() {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
@@ -80,7 +81,7 @@ func (s *Server) Start() {
 	s.line.connect(host)
 }
 
-// Stop breaks all connections and stops the server, if it runs; the data stays.
+// Stop closes all connections and stops the server if it runs. The data stays.
 func (s *Server) Stop() {
 	s.Cut()
 	if s.member != nil {
@@ -89,14 +90,14 @@ func (s *Server) Stop() {
 	}
 }
 
-// Wipe stops the server, and lets the next Start begin with an empty store.
+// Wipe stops the server; the next Start begins with an empty store.
 func (s *Server) Wipe() {
 	s.t.Helper()
 	s.Stop()
 	s.opts.DataDir = s.t.TempDir()
 }
 
-// Cut breaks all connections and lets no new one through. The server runs on.
+// Cut closes all connections and accepts no new ones. The server keeps running.
 func (s *Server) Cut() { s.line.disconnect() }
 
 // Mend ends a Cut or a Freeze.
@@ -105,8 +106,8 @@ func (s *Server) Mend() {
 	s.line.connect(host)
 }
 
-// Freeze lets nothing more through, and closes nothing: a black hole, as a
-// firewall makes one. Mend ends it, and what was held back arrives.
+// Freeze stops forwarding without closing connections, like a firewall that drops
+// packets. Mend ends it, and what was held back is delivered.
 func (s *Server) Freeze() {
 	s.line.mu.Lock()
 	defer s.line.mu.Unlock()
@@ -115,10 +116,10 @@ func (s *Server) Freeze() {
 	}
 }
 
-// Direct is the server's own URL, which Cut does not touch.
+// Direct returns the server's own URL, not subject to Cut and Freeze.
 func (s *Server) Direct() string { return s.member.URL() }
 
-// line is a TCP proxy before the member.
+// line is a TCP proxy in front of the member.
 type line struct {
 	listener net.Listener
 	running  sync.WaitGroup
@@ -126,7 +127,7 @@ type line struct {
 	mu     sync.Mutex
 	to     string
 	cut    bool
-	frozen chan struct{} // closed when it ends; nil: nothing is held back
+	frozen chan struct{} // closed by thaw; nil: not frozen
 	conns  map[net.Conn]bool
 }
 
@@ -140,7 +141,7 @@ func (l *line) accept() {
 	}
 }
 
-// join dials under the lock, so that no connection outlives a Cut.
+// join dials while holding the lock, so that no connection survives a Cut.
 func (l *line) join(near net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -201,7 +202,7 @@ func (l *line) disconnect() {
 	}
 }
 
-// thaw is called under the lock.
+// thaw requires the lock.
 func (l *line) thaw() {
 	if l.frozen != nil {
 		close(l.frozen)

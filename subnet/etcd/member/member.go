@@ -1,6 +1,6 @@
-// Package member runs one etcd server in this process: a cluster of its own,
-// for a small site, a demo or a test, or a member of one whose members are told
-// of each other at their start.
+// Package member runs an etcd server in this process: a single-member cluster for a
+// small site, a demo or a test, or one member of a static cluster. The state is in
+// the data directory, which etcd owns; the package knows nothing of leases.
 package member
 
 import (
@@ -22,36 +22,36 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// Options describe the member.
+// Options configure the member.
 type Options struct {
-	// Name is the member's, "culvert" if empty. It must stay the same for one
-	// data directory.
+	// Name is the member's name; default "culvert". It must not change for a data
+	// directory.
 	Name string
-	// DataDir is required; it is made with mode 0700 if missing.
+	// DataDir is required; it is created with mode 0700.
 	DataDir string
-	// ListenClient is host:port; port 0 takes a free one (Member.URL tells it).
-	// 127.0.0.1:2379 if empty.
+	// ListenClient is host:port for clients; default 127.0.0.1:2379. Port 0 takes
+	// a free port (Member.URL).
 	ListenClient string
-	// AdvertiseClient is the URL that other nodes reach it by; the one that it
-	// listens on if empty.
+	// AdvertiseClient is the URL at which other nodes reach it; default: the one
+	// it listens on.
 	AdvertiseClient string
-	// ListenPeer is host:port for other members. A member of a cluster of its
-	// own needs none: 127.0.0.1:0 if empty.
+	// ListenPeer is host:port for other members; default 127.0.0.1:0, which
+	// suffices for a single-member cluster.
 	ListenPeer string
-	// InitialCluster are the members of a new cluster, this one too, as
-	// name=http://host:port,... of their peer listeners; this one alone if empty.
+	// InitialCluster lists the members of a new cluster, including this one, as
+	// name=http://host:port,... of their peer listeners; default: only this one.
 	InitialCluster string
-	// CertFile and KeyFile make the client listener TLS. CAFile, besides, makes
-	// it ask for client certificates and verify them.
+	// CertFile and KeyFile enable TLS for clients. CAFile also requires client
+	// certificates, verified with this CA.
 	CertFile, KeyFile, CAFile string
-	// UnsafeNoFsync gives up durability over a power cut, and strong hashes of
-	// passwords, for speed: for tests.
+	// UnsafeNoFsync disables fsync and uses cheap password hashes, for tests:
+	// a power failure loses data.
 	UnsafeNoFsync bool
-	// TickMs is the heartbeat interval in milliseconds, 100 if zero; elections
-	// take ten of them, and no lease is shorter than fifteen.
+	// TickMs is the heartbeat interval in milliseconds; default 100. The election
+	// timeout is ten of them; the shortest lease is fifteen.
 	TickMs uint
-	// LogLevel is etcd's: debug, info, warn, error (if empty), panic, fatal. Log
-	// receives its lines; standard error if nil.
+	// LogLevel is etcd's: debug, info, warn, error (default), panic, fatal. Log
+	// receives the log; default: standard error.
 	LogLevel string
 	Log      io.Writer
 }
@@ -63,8 +63,8 @@ type Member struct {
 	log    *gate
 }
 
-// gate is where the log goes. etcd reports each listener that it closes itself
-// as an error; those lines are held back while it stops.
+// gate filters etcd's log. While etcd stops, it reports each listener that it
+// closes as an error; these lines are dropped.
 type gate struct {
 	to       io.Writer
 	stopping atomic.Bool
@@ -78,9 +78,8 @@ func (g *gate) Write(line []byte) (int, error) {
 	return g.to.Write(line)
 }
 
-// Start runs a member and returns when it serves, or with the reason why it
-// does not before ctx ends. The listeners are opened before anything else and
-// stay open, so that no port is lost between a look and its use.
+// Start runs a member. It returns when the member is ready, or with the reason if
+// it is not before ctx ends.
 func Start(ctx context.Context, o Options) (*Member, error) {
 	log := &gate{to: o.Log}
 	if o.Log == nil {
@@ -99,16 +98,16 @@ func Start(ctx context.Context, o Options) (*Member, error) {
 	case <-server.Server.ReadyNotify():
 		return m, nil
 	case <-server.Server.StopNotify():
-		err = errors.New("it stopped")
+		err = errors.New("etcd stopped")
 	case err = <-server.Err():
 	case <-ctx.Done():
-		err = fmt.Errorf("it did not become ready: %w", context.Cause(ctx))
+		err = fmt.Errorf("etcd did not become ready: %w", context.Cause(ctx))
 	}
 	m.Stop()
 	return nil, fmt.Errorf("start etcd: %w", err)
 }
 
-// URL is where the member listens for clients, with the port that it has.
+// URL returns the client URL, with the actual port.
 func (m *Member) URL() string {
 	scheme := "http://"
 	if m.tls {
@@ -117,11 +116,10 @@ func (m *Member) URL() string {
 	return scheme + m.server.Clients[0].Addr().String()
 }
 
-// Err gives the reason if the server ends by itself.
+// Err receives the reason if the server stops by itself.
 func (m *Member) Err() <-chan error { return m.server.Err() }
 
-// Stop ends the member in order: no new requests, then those under way, then
-// the store. The data stays.
+// Stop shuts the member down gracefully. The data stays.
 func (m *Member) Stop() {
 	m.log.stopping.Store(true)
 	m.server.Close()
@@ -132,10 +130,10 @@ func (o Options) config(log io.Writer) (*embed.Config, error) {
 		return nil, errors.New("etcd: no data directory")
 	}
 	if (o.CertFile == "") != (o.KeyFile == "") {
-		return nil, errors.New("etcd: a certificate needs its key, and a key its certificate")
+		return nil, errors.New("etcd: the certificate and its key must be set together")
 	}
 	if o.CAFile != "" && o.CertFile == "" {
-		return nil, errors.New("etcd: a CA for clients needs the server's own certificate")
+		return nil, errors.New("etcd: a client CA requires a server certificate")
 	}
 	if err := os.MkdirAll(o.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("etcd: data directory: %w", err)
@@ -145,7 +143,7 @@ func (o Options) config(log io.Writer) (*embed.Config, error) {
 	cfg.Dir = o.DataDir
 	cfg.UnsafeNoFsync = o.UnsafeNoFsync
 	if o.UnsafeNoFsync {
-		cfg.BcryptCost = 4 // the least: it is a test's
+		cfg.BcryptCost = 4 // the minimum
 	}
 	if o.TickMs != 0 {
 		cfg.TickMs, cfg.ElectionMs = o.TickMs, 10*o.TickMs
@@ -156,13 +154,13 @@ func (o Options) config(log io.Writer) (*embed.Config, error) {
 
 	client := url.URL{Scheme: "http", Host: orString(o.ListenClient, "127.0.0.1:2379")}
 	if o.CertFile != "" {
-		// etcd would open them only after it is ready.
+		// etcd would load them only after it is ready.
 		if _, err := tls.LoadX509KeyPair(o.CertFile, o.KeyFile); err != nil {
 			return nil, fmt.Errorf("etcd: certificate: %w", err)
 		}
 		if o.CAFile != "" {
 			if _, err := os.ReadFile(o.CAFile); err != nil {
-				return nil, fmt.Errorf("etcd: CA for clients: %w", err)
+				return nil, fmt.Errorf("etcd: client CA: %w", err)
 			}
 		}
 		client.Scheme = "https"
@@ -186,7 +184,7 @@ func (o Options) config(log io.Writer) (*embed.Config, error) {
 
 	level, err := zapcore.ParseLevel(orString(o.LogLevel, "error"))
 	if err != nil {
-		return nil, fmt.Errorf("etcd: log level %q: it is debug, info, warn, error, panic or fatal", o.LogLevel)
+		return nil, fmt.Errorf("etcd: log level %q: it must be debug, info, warn, error, panic or fatal", o.LogLevel)
 	}
 	sink := zapcore.Lock(zapcore.AddSync(log))
 	encoder := zap.NewProductionEncoderConfig()
