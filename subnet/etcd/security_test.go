@@ -354,7 +354,7 @@ func TestD8TroubleIsNamed(t *testing.T) {
 		"no CA":                 {secured.URL(), func(*Options) {}, "set the CA with --etcd-cafile"},
 		"http to https":         {swap(secured.URL(), "http"), func(*Options) {}, "it requires TLS: write https://"},
 		"https to http":         {swap(plain.URL(), "https"), func(o *Options) { o.CAFile = a.path("ca.pem") }, "it does not use TLS: write http://"},
-		"no client certificate": {demanding.URL(), func(o *Options) { o.CAFile = a.path("ca.pem") }, "requires a client certificate: set one"},
+		"no client certificate": {demanding.URL(), func(o *Options) { o.CAFile = a.path("ca.pem") }, "that it accepts with --etcd-certfile"},
 		"another name":          {strings.Replace(secured.URL(), "127.0.0.1", "localhost", 1), func(o *Options) { o.CAFile = a.path("ca.pem") }, "use an address that is in the certificate"},
 		"a web server":          {http.URL, func(*Options) {}, "is this etcd's client port?"},
 		"nobody":                {"http://127.0.0.1:1", func(*Options) {}, "connection refused: is etcd running there"},

@@ -81,11 +81,11 @@ func (w countingWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// BenchmarkNodes is what a cluster of CULVERT_NODES Nodes (1,000), each with the
-// status of one with 50 images, costs one daemon: run it with -benchtime 1x.
+// BenchmarkNodes measures what a cluster of CULVERT_NODES Nodes (default 1,000)
+// costs one daemon. Each Node has a status with 50 images. Use -benchtime 1x.
 //
 //	list-*      the first snapshot: bytes, time, heap
-//	heartbeat-* one refresh of a Node's status: bytes, processor time
+//	heartbeat-* one update of a Node's status: bytes
 func BenchmarkNodes(b *testing.B) {
 	count := 1000
 	if text := os.Getenv("CULVERT_NODES"); text != "" {
@@ -166,7 +166,7 @@ func BenchmarkNodes(b *testing.B) {
 			watching.Wait()
 			_ = r.Close()
 		}
-		// What flannel's watch would have received, in both encodings.
+		// What flannel's watch would receive, in both encodings.
 		for kind, accept := range map[string]string{"json": whole, "protobuf": "application/vnd.kubernetes.protobuf;stream=watch"} {
 			r := open()
 			at, err := r.c.list(b.Context(), metadataList, url.Values{"limit": {"1"}}, func(*object) {})
@@ -196,7 +196,7 @@ func cidr(n int) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(n / 250), byte(n % 250), 0}), 24)
 }
 
-// each runs f for every number, sixteen at a time.
+// each runs f for every n < count, sixteen at a time.
 func each(count int, f func(n int)) {
 	var next atomic.Int64
 	var running sync.WaitGroup
@@ -210,7 +210,7 @@ func each(count int, f func(n int)) {
 	running.Wait()
 }
 
-// fill makes Nodes that flannel runs on, with the status that a kubelet writes.
+// fill creates Nodes running flannel, with a status as a kubelet writes it.
 func fill(b *testing.B, c *cluster, count int) {
 	b.Helper()
 	var images []string
@@ -237,8 +237,8 @@ func conditions(at string) string {
 	return `"conditions":[` + strings.Join(all, ",") + `]`
 }
 
-// heartbeats refreshes the status of some Nodes, as a kubelet does every five
-// minutes, and says of how many.
+// heartbeats updates the status of some Nodes, as a kubelet does every five
+// minutes, and returns how many.
 func heartbeats(c *cluster, count int) int {
 	beats := min(count, 500)
 	at := time.Now().UTC().Format(time.RFC3339)
@@ -246,11 +246,11 @@ func heartbeats(c *cluster, count int) int {
 		c.Do(http.MethodPatch, fmt.Sprintf("/api/v1/nodes/n%d/status?fieldManager=kubelet", n), "application/strategic-merge-patch+json", `{"status":{`+conditions(at)+`}}`)
 		time.Sleep(time.Millisecond)
 	})
-	time.Sleep(1100 * time.Millisecond) // another second for the next
+	time.Sleep(1100 * time.Millisecond) // the timestamps have a resolution of 1 s
 	return beats
 }
 
-// eventuallyQuiet waits until nothing has come for a moment.
+// eventuallyQuiet waits until nothing is received any more.
 func eventuallyQuiet(r *relay) {
 	for last := int64(-1); last != r.received.Load(); time.Sleep(500 * time.Millisecond) {
 		last = r.received.Load()

@@ -19,27 +19,28 @@ import (
 	"time"
 )
 
-// The representations that are asked for.
+// Media types for the Accept header.
 const (
 	whole        = "application/json"
 	metadata     = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
 	metadataList = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 )
 
-// client speaks HTTP with the API server. Its methods may be called at one time.
+// client is an HTTP client of the API server. Its methods are safe for concurrent
+// use.
 type client struct {
 	access access
 	http   *http.Client
-	limit  time.Duration // of one request that is no list or watch
+	limit  time.Duration // timeout of a request other than list or watch
 
 	mu    sync.Mutex
 	conns map[net.Conn]struct{}
-	token string // from the file
+	token string // from tokenFile
 	read  time.Time
 }
 
-// tokenEvery is how often a token's file is read. The kubelet renews a token
-// long before it ends.
+// tokenEvery is how often a token file is read. The kubelet renews a token long
+// before it expires.
 const tokenEvery = 10 * time.Second
 
 func newClient(a access, limit time.Duration) (*client, error) {
@@ -55,13 +56,14 @@ func newClient(a access, limit time.Duration) (*client, error) {
 		ForceAttemptHTTP2:   true,
 		TLSHandshakeTimeout: 10 * time.Second,
 		IdleConnTimeout:     90 * time.Second,
-		// A server that has gone without a word is found by pings.
+		// Pings detect a server that is silently gone.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
 	}}
 	return c, nil
 }
 
-// tls is made for each connection, so that renewed files come into use.
+// tls builds the configuration for each connection, so that renewed files take
+// effect.
 func (a access) tls() (*tls.Config, error) {
 	cfg := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: a.serverName, InsecureSkipVerify: a.insecure, NextProtos: []string{"h2", "http/1.1"}}
 	if cfg.ServerName == "" {
@@ -77,7 +79,7 @@ func (a access) tls() (*tls.Config, error) {
 	if len(pem) > 0 {
 		cfg.RootCAs = x509.NewCertPool()
 		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("kubernetes: the CA %s holds no certificate in PEM", a.caFile)
+			return nil, fmt.Errorf("kubernetes: the CA %s contains no PEM certificate", a.caFile)
 		}
 	}
 	cert, key := a.cert, a.key
@@ -148,7 +150,7 @@ func (c *client) dialTLS(ctx context.Context, network, address string) (net.Conn
 	return secured, nil
 }
 
-// breakAll closes the connections. What is under way fails and is tried again.
+// breakAll closes the connections. Pending requests fail and are retried.
 func (c *client) breakAll() {
 	c.mu.Lock()
 	conns := make([]net.Conn, 0, len(c.conns))
@@ -161,7 +163,7 @@ func (c *client) breakAll() {
 	}
 }
 
-// bearer returns the token, of now if it was just refused.
+// bearer returns the token; after a refusal it reads the file again.
 func (c *client) bearer(refused bool) (string, error) {
 	if c.access.tokenFile == "" {
 		return c.access.token, nil
@@ -179,9 +181,9 @@ func (c *client) bearer(refused bool) (string, error) {
 	return c.token, nil
 }
 
-// apiError is an answer that is a refusal.
+// apiError is a response with an error status.
 type apiError struct {
-	code    int // of HTTP
+	code    int // HTTP status
 	message string
 	after   time.Duration // Retry-After
 }
@@ -189,24 +191,24 @@ type apiError struct {
 func (e *apiError) Error() string {
 	switch e.code {
 	case http.StatusUnauthorized:
-		return "the API server does not accept this daemon's credentials (401): " + e.message +
-			"; check that the service account exists and its token is mounted, or the kubeconfig's user"
+		return "the API server rejects this daemon's credentials (401): " + e.message +
+			"; check that the service account exists and its token is mounted, or check the user in the kubeconfig"
 	case http.StatusForbidden:
-		return "the API server forbids it (403): " + e.message +
-			"; apply the ClusterRole and its binding of deploy/kubernetes (nodes: get, list, watch; nodes/status: patch)"
+		return "the API server denies access (403): " + e.message +
+			"; apply the ClusterRole and its binding in deploy/kubernetes (nodes: get, list, watch; nodes/status: patch)"
 	case http.StatusTooManyRequests:
 		return "the API server throttles this daemon (429): " + e.message
 	}
-	return fmt.Sprintf("the API server answers %d: %s", e.code, e.message)
+	return fmt.Sprintf("the API server returned %d: %s", e.code, e.message)
 }
 
-// has reports whether err is an answer with this code.
+// has reports whether err is an apiError with this code.
 func has(err error, code int) bool {
 	e, ok := errors.AsType[*apiError](err)
 	return ok && e.code == code
 }
 
-// retryAfter is how long the API server asked to be left alone.
+// retryAfter returns the Retry-After of an apiError, at most a minute.
 func retryAfter(err error) time.Duration {
 	if e, ok := errors.AsType[*apiError](err); ok {
 		return min(e.after, time.Minute)
@@ -223,7 +225,7 @@ type status struct {
 	} `json:"details"`
 }
 
-// errorOf reads a refusal.
+// errorOf reads the body of an error response.
 func errorOf(resp *http.Response) error {
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 	var s status
@@ -237,7 +239,7 @@ func errorOf(resp *http.Response) error {
 	return e
 }
 
-// request is one call.
+// request is one HTTP request.
 type request struct {
 	method, path string
 	query        url.Values
@@ -246,8 +248,8 @@ type request struct {
 	body         []byte
 }
 
-// do returns an answer with a body to read and close, or an apiError. A refused
-// token is read again, once.
+// do returns a successful response, whose body the caller must close, or an
+// apiError. If the token is rejected, it reads the token again and retries once.
 func (c *client) do(ctx context.Context, r request) (*http.Response, error) {
 	for refused := false; ; refused = true {
 		u := *c.access.server
@@ -287,7 +289,7 @@ func (c *client) do(ctx context.Context, r request) (*http.Response, error) {
 	}
 }
 
-// call does a request whose answer is small, within its time.
+// call sends a request with a small response, limited to c.limit.
 func (c *client) call(ctx context.Context, r request, into any) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.limit, fmt.Errorf("no answer from %s within %v", c.access.server, c.limit))
 	defer cancel()
@@ -305,8 +307,8 @@ func (c *client) call(ctx context.Context, r request, into any) error {
 
 func nodePath(name string) string { return "/api/v1/nodes/" + url.PathEscape(name) }
 
-// node reads one Node whole. At a revision of "" it is the newest; at "0" what
-// the API server has at hand.
+// node reads one whole Node: the latest version if at is "", any cached version if
+// at is "0".
 func (c *client) node(ctx context.Context, name, at string) (*object, error) {
 	r := request{method: http.MethodGet, path: nodePath(name), accept: whole}
 	if at != "" {
@@ -319,8 +321,8 @@ func (c *client) node(ctx context.Context, name, at string) (*object, error) {
 	return &o, nil
 }
 
-// patchStatus patches a Node through its status, which annotations travel with:
-// so that rights to its spec are not needed.
+// patchStatus patches a Node's annotations through its status subresource, so that
+// no permission on its spec is needed.
 func (c *client) patchStatus(ctx context.Context, name string, p patch) error {
 	body, err := json.Marshal(p)
 	if err != nil {
@@ -337,8 +339,8 @@ func (c *client) patchStatus(ctx context.Context, name string, p patch) error {
 	return nil
 }
 
-// list reads all Nodes, of which each has one at a time; it must not keep the
-// object. It returns the list's revision.
+// list calls each for every Node, one at a time; each must not keep the object. It
+// returns the list's revision.
 func (c *client) list(ctx context.Context, accept string, query url.Values, each func(*object)) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, 6*c.limit, fmt.Errorf("no list of the Nodes from %s within %v", c.access.server, 6*c.limit))
 	defer cancel()
@@ -354,13 +356,13 @@ func (c *client) list(ctx context.Context, accept string, query url.Values, each
 	return at, nil
 }
 
-// decodeList reads a list as it comes, since thousands of Nodes take 100 MB.
+// decodeList decodes a list as a stream, since thousands of Nodes take 100 MB.
 func decodeList(body io.Reader, each func(*object)) (string, error) {
 	d := json.NewDecoder(body)
 	expect := func(delim json.Delim) error {
 		t, err := d.Token()
 		if err == nil && t != delim {
-			err = fmt.Errorf("%v where %v was expected", t, delim)
+			err = fmt.Errorf("got %v, expected %v", t, delim)
 		}
 		return err
 	}
@@ -384,7 +386,7 @@ func decodeList(body io.Reader, each func(*object)) (string, error) {
 				break
 			}
 			if t != json.Delim('[') {
-				return "", fmt.Errorf("items are %v, not a list", t)
+				return "", fmt.Errorf("items is %v, not a list", t)
 			}
 			for d.More() && err == nil {
 				var o object
@@ -407,7 +409,7 @@ func decodeList(body io.Reader, each func(*object)) (string, error) {
 		return "", err
 	}
 	if meta.ResourceVersion == "" {
-		return "", errors.New("the answer has no resource version")
+		return "", errors.New("the response has no resourceVersion")
 	}
 	return meta.ResourceVersion, nil
 }
@@ -417,17 +419,17 @@ type event struct {
 	Type   string `json:"type"` // ADDED, MODIFIED, DELETED, BOOKMARK or ERROR
 	Object struct {
 		object
-		// Of an ERROR: the spec and the status of object are not read, since a
-		// Status has a string there.
+		// Fields of an ERROR, whose object is a Status. Status hides the Node's
+		// field of that name, which in a Status is a string.
 		Status  json.RawMessage `json:"status"`
 		Message string          `json:"message"`
 		Code    int             `json:"code"`
 	} `json:"object"`
 }
 
-// watch has each take the events after a revision, and began called before the
-// first. It ends with an error, io.EOF if the server ended it as it does after
-// lasting.
+// watch calls began once the watch is established, and each for every event after
+// the revision. It always returns an error; io.EOF if the server ended the watch,
+// as it does after lasting.
 func (c *client) watch(ctx context.Context, after string, lasting time.Duration, began func(), each func(*event) error) error {
 	resp, err := c.do(ctx, request{method: http.MethodGet, path: "/api/v1/nodes", accept: metadata, query: url.Values{
 		"watch": {"1"}, "allowWatchBookmarks": {"true"}, "resourceVersion": {after},
@@ -442,7 +444,7 @@ func (c *client) watch(ctx context.Context, after string, lasting time.Duration,
 		var e event
 		if err := d.Decode(&e); err != nil {
 			if errors.Is(err, io.ErrUnexpectedEOF) {
-				err = io.EOF // cut between two events or in one: the same
+				err = io.EOF // cut off within an event: the same as between two
 			}
 			if cause := context.Cause(ctx); cause != nil {
 				err = cause

@@ -22,14 +22,14 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// cluster is a real API server, with the rights of the manifests as shipped.
+// cluster is a real API server with the RBAC rules of our manifests.
 type cluster struct {
 	*kubetest.Server
 	netConf string
-	token   string // the file
+	token   string // file name
 }
 
-// start starts an API server. The registries bear the service account's token.
+// start starts an API server. Registries use the service account's token.
 func start(t *testing.T) *cluster {
 	t.Helper()
 	c := &cluster{Server: kubetest.Start(t, ""), netConf: filepath.Join(t.TempDir(), "net-conf.json"), token: filepath.Join(t.TempDir(), "token")}
@@ -38,10 +38,10 @@ func start(t *testing.T) *cluster {
 	return c
 }
 
-// manifests is where the manifests of this store are.
+// manifests is the directory of the manifests for this store.
 const manifests = "../../deploy/kubernetes/kubernetes/"
 
-// paths are those of the kinds that apply knows.
+// paths are the API paths of the kinds that apply supports.
 var paths = map[string]string{
 	"ServiceAccount":                   "/api/v1/namespaces/culvert/serviceaccounts/",
 	"ClusterRole":                      "/apis/rbac.authorization.k8s.io/v1/clusterroles/",
@@ -50,7 +50,7 @@ var paths = map[string]string{
 	"ValidatingAdmissionPolicyBinding": "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings/",
 }
 
-// apply applies one of the manifests.
+// apply applies a manifest.
 func (c *cluster) apply(t *testing.T, file string) {
 	t.Helper()
 	text, err := os.ReadFile(manifests + file)
@@ -69,7 +69,7 @@ func (c *cluster) apply(t *testing.T, file string) {
 	}
 }
 
-// grant gives the service account its rights.
+// grant grants the service account its permissions.
 func (c *cluster) grant(t *testing.T) {
 	t.Helper()
 	if _, err := c.Try(http.MethodGet, "/api/v1/namespaces/culvert", "", nil); err != nil {
@@ -85,8 +85,8 @@ func (c *cluster) setToken(t *testing.T, token string) {
 	}
 }
 
-// options are those of a registry of the node, by a kubeconfig as a pod's
-// environment would have it.
+// options returns the options of the node's registry, with a kubeconfig in place of
+// a pod's service account.
 func (c *cluster) options(t testing.TB, node string) Options {
 	t.Helper()
 	config := filepath.Join(t.TempDir(), "kubeconfig")
@@ -102,7 +102,7 @@ func (c *cluster) options(t testing.TB, node string) Options {
 	}
 }
 
-// open makes a registry that ends with the test.
+// open returns a registry that is closed when the test ends.
 func (c *cluster) open(t *testing.T, node string, change ...func(*Options)) *Registry {
 	t.Helper()
 	o := c.options(t, node)
@@ -131,7 +131,7 @@ func (c *cluster) Open(t *testing.T, n int, dir string) subnet.Registry {
 	return c.open(t, name, func(o *Options) { o.SnapshotFile = filepath.Join(dir, "snapshot.json") })
 }
 
-// flannel are the annotations of a node that flannel runs on.
+// flannel returns the annotations of a Node running flannel.
 func flannel(public, mac string) map[string]any {
 	return map[string]any{
 		"flannel.alpha.coreos.com/kube-subnet-manager": "true", "flannel.alpha.coreos.com/backend-type": "vxlan",
@@ -154,7 +154,7 @@ func (c *cluster) DropPeer(_ *testing.T, n int) { c.DeleteNode(peerName(n)) }
 func (c *cluster) Stop(*testing.T)  { c.Server.Stop() }
 func (c *cluster) Start(*testing.T) { c.Run() }
 
-// empty removes what an earlier part left.
+// empty removes what earlier parts created.
 func (c *cluster) empty(t *testing.T) *cluster {
 	t.Helper()
 	c.Do(http.MethodDelete, "/api/v1/nodes", "", nil)

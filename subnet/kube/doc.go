@@ -1,20 +1,23 @@
-// Package kube is the lease registry on the Kubernetes API, in flannel's layout:
-// a Node's spec.podCIDRs are its subnets, and annotations of the Node say where
-// it is reached and how. flannel's nodes and culvert's live in one cluster.
+// Package kube implements subnet.Registry on the Kubernetes API, in flannel's
+// layout: a Node's spec.podCIDRs are its subnets, and annotations hold its
+// addresses and backend data. Nodes running flannel and culvert can share a
+// cluster.
 //
 //	net-conf.json (a mounted ConfigMap) ── Config
 //	own Node:    spec.podCIDRs ── Acquire ── annotations, by a patch of nodes/status
 //	other Nodes: metadata, by list and watch ── mirror ── Snapshot
 //
-// Nobody leases here: the Node controller gives each Node its podCIDRs, once, and
-// they are its own until the Node is deleted. So a lease never expires; it is
-// lost when our Node has other podCIDRs, and in doubt while there is no Node.
+// The API server owns the state; the mirror in memory and the snapshot file are
+// copies. The package allocates nothing: the Node controller assigns each Node its
+// podCIDRs once, and they are fixed until the Node is deleted. So a lease never
+// expires. It is lost when our Node gets other podCIDRs, and in doubt while our
+// Node does not exist.
 //
-// What is asked for: metadata alone (PartialObjectMetadata), a third of a Node's
-// bytes. Metadata lacks podCIDRs. A culvert node therefore repeats its own in an
-// annotation, with its Node's UID; those of other nodes, which flannel runs on,
-// are read once for each UID, since the API server lets nobody change them.
+// Only metadata is listed and watched (PartialObjectMetadata), a third of a Node's
+// bytes. It lacks podCIDRs, so a culvert node repeats them in an annotation, with
+// its Node's UID. Those of flannel's nodes are read once per UID, since the API
+// server does not allow changing them.
 //
-// The client is net/http and encoding/json: the daemon links both anyway, and
-// client-go would add 8 MB to it for one list, one watch, a GET and a PATCH.
+// The client uses net/http and encoding/json, which the daemon links anyway;
+// client-go would add 8 MB for one list, one watch, a GET and a PATCH.
 package kube

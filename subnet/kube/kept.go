@@ -14,17 +14,17 @@ import (
 	"culvert/subnet/kept"
 )
 
-// What was last read is kept on the disk (package kept), so that a daemon which
-// is restarted while the API server is unreachable goes on as though it had
-// never stopped. A podCIDR has no end, and so what is kept serves until this
-// boot's: after it no pod is left that needs it.
+// The state last read is saved to disk (package kept), so that a daemon restarted
+// while the API server is unreachable continues as if it had not stopped. podCIDRs
+// do not expire, so the saved state is valid until the host reboots; then no pod
+// is left that needs it.
 
-// keepEvery is the least time between two writings; a large file waits longer,
-// so that writing takes a fiftieth of a core at most.
+// keepEvery is the shortest interval between two writes. It is longer if a write
+// takes long, so that writing uses at most 2 % of a core.
 const keepEvery = time.Second
 
-// Kept returns what is kept on disk of this node, nil if there is nothing, or
-// the reason why it cannot be relied on.
+// Kept returns the state saved by this node, nil if there is none, or an error that
+// says why it cannot be used.
 func (r *Registry) Kept(node string) (*kept.State, error) {
 	if r.opts.SnapshotFile == "" {
 		return nil, nil
@@ -35,15 +35,15 @@ func (r *Registry) Kept(node string) (*kept.State, error) {
 	}
 	switch {
 	case k.Node != node:
-		return nil, fmt.Errorf("it is of the node %q", k.Node)
+		return nil, fmt.Errorf("it belongs to the node %q", k.Node)
 	case k.Prefix != r.opts.Prefix || !slices.Contains(k.Endpoints, r.Server()):
-		return nil, fmt.Errorf("it is of another cluster, %s at %v", k.Prefix, k.Endpoints)
+		return nil, fmt.Errorf("it belongs to another cluster, %s at %v", k.Prefix, k.Endpoints)
 	}
 	return k, nil
 }
 
-// Resume has the registry hold the kept lease, and the next Watch begin with the
-// kept leases. What has changed since is found as after any absence.
+// Resume makes the registry hold the saved lease and the next Watch start with the
+// saved leases. Changes since then are found as after any outage.
 func (r *Registry) Resume(k *kept.State, _ time.Duration) {
 	r.rememberConfig(k.Config, "")
 	r.mu.Lock()
@@ -51,8 +51,8 @@ func (r *Registry) Resume(k *kept.State, _ time.Duration) {
 	r.held, r.resumed = k.Lease, k
 }
 
-// Answers returns an error if the API server is unreachable, or does not answer
-// before ctx ends. A refusal is an answer.
+// Answers returns an error if the API server is unreachable or does not answer
+// before ctx ends. A response below 500 is an answer, even if it is a refusal.
 func (r *Registry) Answers(ctx context.Context) error {
 	_, err := r.c.node(ctx, r.opts.Node, "0")
 	if e, ok := errors.AsType[*apiError](err); ok && e.code < http.StatusInternalServerError {
@@ -64,8 +64,8 @@ func (r *Registry) Answers(ctx context.Context) error {
 	return err
 }
 
-// Forget removes what is kept, and keeps nothing more: the lease is not this
-// node's any longer, or soon may not be.
+// Forget deletes the saved state and stops saving it: the lease is not this node's
+// any more, or may soon not be.
 func (r *Registry) Forget() {
 	r.keeping.Lock()
 	defer r.keeping.Unlock()
@@ -74,18 +74,18 @@ func (r *Registry) Forget() {
 		return
 	}
 	if err := os.Remove(r.opts.SnapshotFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		r.log.Warn("what is kept for a start without the API server cannot be removed", "file", r.opts.SnapshotFile, "error", err)
+		r.log.Warn("cannot remove the snapshot file", "file", r.opts.SnapshotFile, "error", err)
 	}
 }
 
-// remember undoes Forget for another lease.
+// remember makes keep save the state again, for a new lease.
 func (r *Registry) remember() {
 	r.keeping.Lock()
 	defer r.keeping.Unlock()
 	r.forgotten = false
 }
 
-// keep writes what the mirror has, as it changes, until ctx ends, and then once
+// keep writes the mirror's state whenever it changes, until ctx ends, and then once
 // more.
 func (r *Registry) keep(ctx context.Context, m *mirror) {
 	if r.opts.SnapshotFile == "" {
@@ -105,12 +105,12 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 			continue
 		}
 		if err := r.writeKept(state); err != nil {
-			away.failed("the Nodes cannot be kept for a start without the API server", err)
+			away.failed("cannot write the snapshot file", err)
 		} else {
 			written = version
 		}
 		if !last && sleep(ctx, max(keepEvery, 50*time.Since(began))) != nil {
-			continue // to the last writing
+			continue // to the final write
 		}
 	}
 }
@@ -124,8 +124,8 @@ func (r *Registry) writeKept(s kept.State) error {
 	return kept.Write(r.opts.SnapshotFile, s)
 }
 
-// state returns what there is to keep, if it is worth writing: nothing before
-// the API server was read, nor while our subnet is in doubt.
+// state returns the state to save, if it has changed. There is none before the API
+// server was read, nor while our lease is in doubt.
 func (m *mirror) state(written int) (kept.State, int, bool) {
 	held, ok := m.r.Held()
 	m.mu.Lock()

@@ -19,7 +19,7 @@ import (
 	"culvert/subnet/kube/kubetest"
 )
 
-// running is a registry that holds and watches, as a daemon's does.
+// running is a registry with Hold and Watch running, as in a daemon.
 type running struct {
 	*Registry
 	lease subnet.Lease
@@ -88,19 +88,18 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 30 s: %s", what)
+			t.Fatalf("timed out after 30 s: %s", what)
 		}
 	}
 }
 
 const prefix = "flannel.alpha.coreos.com/"
 
-// TestNode is a node's life in the cluster: each part is one that flannel does
-// not follow.
+// TestNode checks changes of Nodes that flannel does not handle.
 func TestNode(t *testing.T) {
 	c := start(t)
 
-	t.Run("podCIDR waited for", func(t *testing.T) {
+	t.Run("Acquire waits for a podCIDR", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		var mu sync.Mutex
 		var waits []string
@@ -132,17 +131,17 @@ func TestNode(t *testing.T) {
 				got <- l
 			}
 		})
-		eventually(t, "the missing Node is named", func() bool { return waiting(`there is no Node "a"`) })
+		eventually(t, "waiting for the Node", func() bool { return waiting(`there is no Node "a"`) })
 		c.PutNode("a", nil, nil)
-		eventually(t, "the missing podCIDR is named", func() bool { return waiting("--allocate-node-cidrs") })
+		eventually(t, "waiting for a podCIDR", func() bool { return waiting("--allocate-node-cidrs") })
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		select {
 		case l := <-got:
 			if l.Subnets()[0].String() != "10.5.1.0/24" {
-				t.Errorf("leased %v", l)
+				t.Errorf("acquired %v", l)
 			}
 		case <-time.After(20 * time.Second):
-			t.Fatal("the podCIDR is not taken")
+			t.Fatal("Acquire did not return")
 		}
 		n := c.GetNode("a")
 		if n.Metadata.Annotations[prefix+"public-ip"] != "192.0.2.1" || n.Metadata.Annotations[prefix+"backend-type"] != "vxlan" ||
@@ -150,11 +149,11 @@ func TestNode(t *testing.T) {
 			t.Errorf("annotations: %v", n.Metadata.Annotations)
 		}
 		if len(n.Status.Conditions) != 0 {
-			t.Errorf("before there is a datapath: %v", n.Status.Conditions)
+			t.Errorf("condition set before the datapath exists: %v", n.Status.Conditions)
 		}
 	})
 
-	t.Run("Node deleted and made anew with its podCIDR", func(t *testing.T) {
+	t.Run("Node recreated with the same podCIDR", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		x := c.join(t, "a")
@@ -178,7 +177,7 @@ func TestNode(t *testing.T) {
 		}
 	})
 
-	t.Run("Node made anew with another podCIDR", func(t *testing.T) {
+	t.Run("Node recreated with another podCIDR", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		x := c.join(t, "a")
@@ -194,7 +193,7 @@ func TestNode(t *testing.T) {
 		}
 	})
 
-	t.Run("our podCIDR becomes another Node's", func(t *testing.T) {
+	t.Run("another Node gets our podCIDR", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		x := c.join(t, "a")
@@ -220,13 +219,13 @@ func TestNode(t *testing.T) {
 			}
 		}
 		x.await(t, "the peer", only("10.5.7.0/24"))
-		// All that flannel compares is as before.
+		// Everything that flannel compares is unchanged.
 		c.DeleteNode("b")
 		c.PutNode("b", []string{"10.5.8.0/24"}, same)
 		x.await(t, "the peer's new subnet, and not the old one", only("10.5.8.0/24"))
 	})
 
-	t.Run("annotations spoilt and withdrawn", func(t *testing.T) {
+	t.Run("annotations overwritten", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		x := c.join(t, "a")
@@ -235,26 +234,26 @@ func TestNode(t *testing.T) {
 			return func() bool { return c.GetNode("a").Metadata.Annotations[prefix+"public-ip"] == want }
 		}
 		c.PutNode("a", nil, map[string]any{prefix + "public-ip": "203.0.113.1", prefix + "backend-data": nil})
-		eventually(t, "ours is written anew", func() bool {
+		eventually(t, "our annotations are restored", func() bool {
 			n := c.GetNode("a").Metadata.Annotations
 			return n[prefix+"public-ip"] == "192.0.2.1" && n[prefix+"backend-data"] != ""
 		})
 		c.PutNode("a", nil, map[string]any{prefix + "public-ip-overwrite": "203.0.113.9"})
 		eventually(t, "the overwrite", public("203.0.113.9"))
 		c.PutNode("a", nil, map[string]any{prefix + "public-ip-overwrite": "nonsense"})
-		x.await(t, "nonsense is named", func(_ subnet.Snapshot, err error) bool {
+		x.await(t, "the invalid overwrite is reported", func(_ subnet.Snapshot, err error) bool {
 			return err != nil && strings.Contains(err.Error(), "public-ip-overwrite")
 		})
 		if !public("203.0.113.9")() {
-			t.Error("nonsense took the last good address away")
+			t.Error("the invalid overwrite replaced the last good address")
 		}
 		c.PutNode("a", nil, map[string]any{prefix + "public-ip-overwrite": nil})
-		eventually(t, "the overwrite ends with its setting", public("192.0.2.1"))
+		eventually(t, "the overwrite is removed", public("192.0.2.1"))
 	})
 
 	t.Run("a node claims another's podCIDR", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
-		// The thief is the oldest, and so would win a dispute.
+		// The thief is the oldest Node, so it would win a conflict.
 		c.PutNode("thief", []string{"10.5.9.0/24"}, flannel("192.0.2.9", "02:00:00:00:00:09"))
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		c.PutNode("b", []string{"10.5.8.0/24"}, flannel("192.0.2.2", "02:00:00:00:00:02"))
@@ -265,16 +264,16 @@ func TestNode(t *testing.T) {
 		honest := func(s subnet.Snapshot, _ error) bool {
 			return len(s.Peers) == 2 && s.Peers[0].String() == `10.5.8.0/24 (node "b", 192.0.2.2)` && s.Peers[1].String() == `10.5.9.0/24 (node "thief", 192.0.2.9)`
 		}
-		claim("10.5.8.0/24") // before the list
+		claim("10.5.8.0/24") // before the first list
 		x := c.join(t, "a")
 		x.await(t, "the list", honest)
 		for _, cidr := range []string{"10.5.0.0/16", "10.5.1.0/24", "10.5.8.128/25"} {
 			before := x.mirrorRevision()
 			claim(cidr)
 			x.await(t, "the event of "+cidr, func(subnet.Snapshot, error) bool { return x.mirrorRevision() > before })
-			x.await(t, cidr+" is not believed", honest)
+			x.await(t, cidr+" is rejected", honest)
 		}
-		// A watch that has only the thief's word, until the owner comes.
+		// Until the owner exists, only the thief claims the podCIDR.
 		c.DeleteNode("b")
 		claim("10.5.8.0/24")
 		x.stop()
@@ -319,27 +318,27 @@ func TestNode(t *testing.T) {
 			cancel()
 		}
 		if !errors.Is(ctx.Err(), context.Canceled) {
-			t.Error("the changed half is not seen")
+			t.Error("the changed address was not in a snapshot")
 		}
 	})
 
-	t.Run("token wrong and renewed", func(t *testing.T) {
+	t.Run("token rejected and renewed", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		x := c.join(t, "a")
 		x.await(t, "a snapshot", func(s subnet.Snapshot, _ error) bool { return s.Revision > 0 })
 		c.setToken(t, "wrong")
 		x.c.mu.Lock()
-		x.c.read = time.Time{} // ten seconds later
+		x.c.read = time.Time{} // as if tokenEvery had passed
 		x.c.mu.Unlock()
 		x.c.breakAll()
-		x.await(t, "it is named", func(s subnet.Snapshot, err error) bool { return err != nil && strings.Contains(err.Error(), "401") })
+		x.await(t, "the error", func(s subnet.Snapshot, err error) bool { return err != nil && strings.Contains(err.Error(), "401") })
 		c.setToken(t, kubetest.CulvertToken)
 		c.PutNode("b", []string{"10.5.8.0/24"}, flannel("192.0.2.2", "02:00:00:00:00:02"))
-		x.await(t, "the renewed one is used", func(s subnet.Snapshot, err error) bool { return err == nil && len(s.Peers) == 1 })
+		x.await(t, "the renewed token is used", func(s subnet.Snapshot, err error) bool { return err == nil && len(s.Peers) == 1 })
 	})
 
-	t.Run("rights too small", func(t *testing.T) {
+	t.Run("missing permissions", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		c.setToken(t, kubetest.NobodyToken)
@@ -359,14 +358,14 @@ func TestNode(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
 		if l, err := r.Acquire(ctx, contract.Claim(cfg, 1)); err == nil {
-			t.Errorf("leased %v", l)
+			t.Errorf("acquired %v", l)
 		}
 		if why := <-named; !strings.Contains(why, "403") || !strings.Contains(why, "ClusterRole") {
-			t.Errorf("it waits for %q", why)
+			t.Errorf("waiting for %q", why)
 		}
 	})
 
-	t.Run("the rights shipped allow no more than is needed", func(t *testing.T) {
+	t.Run("the manifests grant no other permissions", func(t *testing.T) {
 		r := c.open(t, "a")
 		for path, method := range map[string]string{
 			"/api/v1/pods": http.MethodGet, "/api/v1/secrets": http.MethodGet, "/api/v1/configmaps": http.MethodGet,
@@ -379,7 +378,7 @@ func TestNode(t *testing.T) {
 		}
 	})
 
-	t.Run("a daemon writes its own Node alone", func(t *testing.T) {
+	t.Run("a daemon can patch only its own Node", func(t *testing.T) {
 		c.empty(t)
 		c.PutNode("a", nil, nil)
 		c.PutNode("b", nil, nil)
@@ -398,7 +397,7 @@ func TestNode(t *testing.T) {
 			p.Metadata.UID, p.Metadata.Annotations = c.GetNode(node).Metadata.UID, map[string]*string{"x": &value}
 			return r.c.patchStatus(t.Context(), node, p)
 		}
-		// The policy is compiled some time after it was applied.
+		// The policy takes effect some time after it was applied.
 		eventually(t, "the other Node is refused", func() bool {
 			err := write("b")
 			return err != nil && strings.Contains(err.Error(), "of the Node that it runs on")
@@ -412,7 +411,7 @@ func TestNode(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 		r := c.open(t, "a")
-		// A restart has the API server forget all revisions that went before.
+		// A restarted API server does not know earlier revisions.
 		c.Stop(t)
 		c.Start(t)
 		err := r.c.watch(t.Context(), "1", time.Minute, func() {}, func(*event) error { return errors.New("an event") })
@@ -421,20 +420,20 @@ func TestNode(t *testing.T) {
 		}
 	})
 
-	t.Run("the API server is restarted with many changes", func(t *testing.T) {
+	t.Run("restart of the API server with many Nodes", func(t *testing.T) {
 		c.empty(t).SetConfig(t, contract.Config)
 		c.PutNode("a", []string{"10.5.1.0/24"}, nil)
-		for n := range 40 { // more than are read one by one
+		for n := range 40 { // more than fewUnknown
 			c.PutNode("p"+string(rune('0'+n/10))+string(rune('0'+n%10)), []string{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(100 + n), 0}), 24).String()},
 				flannel(netip.AddrFrom4([4]byte{198, 51, 100, byte(n + 1)}).String(), subnet.DeriveMAC("p", uint32(n), false).String()))
 		}
 		x := c.join(t, "a")
 		x.await(t, "all peers", func(s subnet.Snapshot, _ error) bool { return len(s.Peers) == 40 })
 		c.Stop(t)
-		x.await(t, "it is told", func(s subnet.Snapshot, err error) bool { return err != nil && len(s.Peers) == 40 })
+		x.await(t, "the error", func(s subnet.Snapshot, err error) bool { return err != nil && len(s.Peers) == 40 })
 		c.Start(t)
 		c.DeleteNode("p00")
-		x.await(t, "what changed", func(s subnet.Snapshot, err error) bool { return err == nil && len(s.Peers) == 39 })
+		x.await(t, "the change", func(s subnet.Snapshot, err error) bool { return err == nil && len(s.Peers) == 39 })
 	})
 }
 
@@ -446,12 +445,12 @@ func (x *running) awaitLost(t *testing.T, part string) {
 			t.Errorf("lost: %v", err)
 		}
 	case <-time.After(30 * time.Second):
-		t.Fatal("the loss is not seen")
+		t.Fatal("Hold did not return")
 	}
 }
 
-// TestOlderState restores the store to an earlier state: the peers stand while
-// their nodes come back, and the watch is not silent at a revision of the future.
+// TestOlderState restores the store to an earlier state: the peers are kept until
+// their nodes return, and the watch does not wait for a revision in the future.
 func TestOlderState(t *testing.T) {
 	c := start(t)
 	c.SetConfig(t, contract.Config)
@@ -462,7 +461,7 @@ func TestOlderState(t *testing.T) {
 		o.Settle, o.SnapshotFile = 3*time.Second, filepath.Join(dir, "snapshot.json")
 	})
 	x.await(t, "the peer", func(s subnet.Snapshot, _ error) bool { return len(s.Peers) == 1 })
-	for range 50 { // so that the fresh store's revision stays behind
+	for range 50 { // so that the fresh store is at a lower revision
 		c.PutNode("b", nil, map[string]any{"x": time.Now().String()})
 	}
 	x.await(t, "their revision", func(s subnet.Snapshot, _ error) bool { return x.mirrorRevision() > 50 })
@@ -471,14 +470,14 @@ func TestOlderState(t *testing.T) {
 	fresh := kubetest.Start(t, "")
 	fresh.Stop()
 	c.Become(fresh)
-	x.await(t, "it is told", func(_ subnet.Snapshot, err error) bool { return err != nil })
+	x.await(t, "the error", func(_ subnet.Snapshot, err error) bool { return err != nil })
 	c.Start(t)
 	c.grant(t)
 	c.PutNode("a", []string{"10.5.1.0/24"}, nil)
 	eventually(t, "our annotations", func() bool { return c.GetNode("a").Metadata.Annotations[prefix+"public-ip"] == "192.0.2.1" })
 	c.PutNode("d", []string{"10.5.9.0/24"}, flannel("192.0.2.4", "02:00:00:00:00:04"))
 	x.await(t, "the old peer beside the new one", func(s subnet.Snapshot, err error) bool { return err == nil && len(s.Peers) == 2 })
-	x.await(t, "it is gone once it had its time", func(s subnet.Snapshot, err error) bool {
+	x.await(t, "it is removed after the settle time", func(s subnet.Snapshot, err error) bool {
 		return err == nil && len(s.Peers) == 1 && s.Peers[0].Node == "d"
 	})
 }

@@ -14,11 +14,11 @@ import (
 	"culvert/subnet"
 )
 
-// DefaultPrefix is flannel's prefix of annotations.
+// DefaultPrefix is flannel's default prefix of annotations.
 const DefaultPrefix = "flannel.alpha.coreos.com"
 
-// podCIDRsAnnotation is the one annotation that flannel does not have: the
-// Node's UID and its podCIDRs, for those who watch metadata alone.
+// podCIDRsAnnotation is the one annotation that flannel does not have: the Node's
+// UID and its podCIDRs, for nodes that watch only metadata.
 const podCIDRsAnnotation = "culvert/pod-cidrs"
 
 // names are the keys of flannel's annotations.
@@ -28,8 +28,8 @@ type names struct {
 	dataV6, publicV6, overwrite6 string // IPv6
 }
 
-// newNames completes a prefix as flannel does: without a slash one is added, and
-// a hyphen after a prefix that ends in neither.
+// newNames completes a prefix as flannel does: it appends a slash if there is none,
+// and then a hyphen unless the prefix ends in a slash or hyphen.
 func newNames(prefix string) names {
 	if !strings.Contains(prefix, "/") {
 		prefix += "/"
@@ -44,8 +44,8 @@ func newNames(prefix string) names {
 	}
 }
 
-// object is what is read of a Node. In a list or watch of metadata the spec and
-// the status are empty.
+// object is the part of a Node that is used. The spec and the status are empty in
+// metadata.
 type object struct {
 	Metadata struct {
 		Name              string            `json:"name"`
@@ -66,7 +66,7 @@ type object struct {
 	} `json:"status"`
 }
 
-// revision is the resource version as a number, zero if it is none.
+// revision returns the resource version as a number, 0 if it is not one.
 func revision(text string) int64 {
 	n, err := strconv.ParseInt(text, 10, 64)
 	if err != nil {
@@ -75,7 +75,7 @@ func revision(text string) int64 {
 	return n
 }
 
-// podCIDRs are the Node's subnets, IPv4 first; none yet is no error.
+// podCIDRs returns the Node's subnets, IPv4 first; none if not assigned yet.
 func (o *object) podCIDRs() ([]netip.Prefix, error) {
 	texts := o.Spec.PodCIDRs
 	if len(texts) == 0 && o.Spec.PodCIDR != "" {
@@ -84,21 +84,21 @@ func (o *object) podCIDRs() ([]netip.Prefix, error) {
 	return parseCIDRs(texts)
 }
 
-// parseCIDRs allows one prefix of each family.
+// parseCIDRs accepts at most one prefix of each family.
 func parseCIDRs(texts []string) ([]netip.Prefix, error) {
 	if len(texts) > 2 {
-		return nil, fmt.Errorf("%d podCIDRs, where one of each address family is understood", len(texts))
+		return nil, fmt.Errorf("%d podCIDRs; at most one of each address family is supported", len(texts))
 	}
 	var all []netip.Prefix
 	for _, text := range texts {
 		p, err := netip.ParsePrefix(text)
 		switch {
 		case err != nil || p.Addr().Is4In6() || p.Bits() == 0:
-			return nil, fmt.Errorf("podCIDR %q is no subnet", text)
+			return nil, fmt.Errorf("podCIDR %q is not a subnet", text)
 		case p != p.Masked():
 			return nil, fmt.Errorf("podCIDR %s has host bits set", p)
 		case len(all) == 1 && all[0].Addr().Is4() == p.Addr().Is4():
-			return nil, fmt.Errorf("podCIDRs %s and %s are of one address family", all[0], p)
+			return nil, fmt.Errorf("podCIDRs %s and %s are of the same address family", all[0], p)
 		}
 		all = append(all, p)
 	}
@@ -106,18 +106,18 @@ func parseCIDRs(texts []string) ([]netip.Prefix, error) {
 	return all, nil
 }
 
-// facts is what is kept of a Node.
+// facts is what the mirror stores of a Node.
 type facts struct {
 	uid      string
-	created  int64 // Unix time; the earlier of two that exclude each other stands
+	created  int64 // Unix time; of two conflicting Nodes the older wins
 	revision int64
-	cidrs    []netip.Prefix // of all families; none: not known
-	sure     bool           // cidrs are the spec's, not the node's own word
-	managed  bool           // flannel or culvert runs there
+	cidrs    []netip.Prefix // of all families; empty: unknown
+	sure     bool           // cidrs are from the spec, not from the annotation
+	managed  bool           // flannel or culvert runs on it
 	notes    notes
 }
 
-// notes are the values of the annotations that matter.
+// notes are the values of the relevant annotations.
 type notes struct {
 	backend                      string
 	data, public, overwrite      string
@@ -125,7 +125,7 @@ type notes struct {
 	podCIDRs                     string
 }
 
-// facts reads the metadata, and the spec where there is one.
+// facts extracts the facts from the metadata and, if present, the spec.
 func (n names) facts(o *object) (facts, error) {
 	a := o.Metadata.Annotations
 	f := facts{
@@ -142,8 +142,8 @@ func (n names) facts(o *object) (facts, error) {
 		f.sure = err == nil
 		return f, err
 	}
-	// Repeated by the node itself. One that names another UID was copied from
-	// another Node, such as this one's predecessor.
+	// The annotation repeats them. One with another UID was copied from another
+	// Node, such as this one's predecessor.
 	uid, list, _ := strings.Cut(f.notes.podCIDRs, " ")
 	if uid == f.uid && list != "" {
 		f.cidrs, err = parseCIDRs(strings.Split(list, ","))
@@ -151,9 +151,9 @@ func (n names) facts(o *object) (facts, error) {
 	return f, err
 }
 
-// disputed names the Nodes that claim an address that another one claims too, or
-// that is ours, and whose podCIDRs are their own word: a node could write
-// another's into its annotation.
+// disputed returns the Nodes whose podCIDRs are known only from their annotation
+// and overlap another Node's or ours: a node could write another's podCIDRs into
+// its annotation.
 func disputed(nodes map[string]facts, ours []netip.Prefix) []string {
 	type claim struct {
 		prefix netip.Prefix
@@ -171,7 +171,7 @@ func disputed(nodes map[string]facts, ours []netip.Prefix) []string {
 			claims = append(claims, claim{p, name})
 		}
 	}
-	// A prefix comes before those within it, and two are apart or nested.
+	// Sorted, a prefix precedes those within it; two prefixes are disjoint or nested.
 	slices.SortFunc(claims, func(a, b claim) int {
 		return cmp.Or(a.prefix.Addr().Compare(b.prefix.Addr()), cmp.Compare(a.prefix.Bits(), b.prefix.Bits()))
 	})
@@ -193,7 +193,7 @@ func disputed(nodes map[string]facts, ours []netip.Prefix) []string {
 	return all
 }
 
-// podCIDRsNote is the value of podCIDRsAnnotation.
+// podCIDRsNote returns the value of podCIDRsAnnotation.
 func podCIDRsNote(uid string, cidrs []netip.Prefix) string {
 	texts := make([]string, len(cidrs))
 	for i, c := range cidrs {
@@ -202,8 +202,7 @@ func podCIDRsNote(uid string, cidrs []netip.Prefix) string {
 	return uid + " " + strings.Join(texts, ",")
 }
 
-// leaseValue is a lease as flannel writes it to etcd, which subnet.ParseLease
-// reads.
+// leaseValue is a lease as flannel writes it to etcd, for subnet.ParseLease.
 type leaseValue struct {
 	PublicIP      string          `json:",omitempty"`
 	PublicIPv6    *string         `json:",omitempty"`
@@ -213,11 +212,11 @@ type leaseValue struct {
 	NodeID        string
 }
 
-var errNoPodCIDR = errors.New("it has flannel's annotations, and no podCIDR")
+var errNoPodCIDR = errors.New("it has flannel's annotations but no podCIDR")
 
-// entry returns a managed Node as an entry with a lease of the configuration's
-// families, or with the reason why there is none. A family without an address is
-// left out, as in a cluster where the other nodes have not got it yet.
+// entry returns a managed Node as an entry whose lease covers the configuration's
+// families, or with the reason why it has none. It leaves out a family without an
+// address: while a cluster moves to dual stack, other nodes may not have one yet.
 func (f facts) entry(name string, cfg subnet.Config) subnet.Entry {
 	e := subnet.Entry{CreateRevision: f.created, ModRevision: f.revision}
 	if len(f.cidrs) == 0 {
@@ -253,7 +252,7 @@ func (f facts) entry(name string, cfg subnet.Config) subnet.Entry {
 	}
 	switch {
 	case len(subnets) == 0:
-		return subnet.BadEntry(name, fmt.Errorf("of its podCIDRs %v none has an address of a family that the network has", f.cidrs))
+		return subnet.BadEntry(name, fmt.Errorf("none of its podCIDRs %v has a public address in a family of the network", f.cidrs))
 	case v.BackendType == "": // would be a reservation
 		return subnet.BadEntry(name, errors.New("it has no backend type"))
 	}
@@ -275,9 +274,9 @@ type vxlanData struct {
 	VtepMAC string
 }
 
-// annotations are what the lease's Node is to have: flannel's, byte for byte,
-// and ours. An overwrite takes the place of the node's own address, for as long
-// as it stands.
+// annotations returns the wanted annotations of the lease's Node: flannel's, byte
+// for byte, and ours. An overwrite annotation replaces the node's own address while
+// it exists.
 func (n names) annotations(l subnet.Lease, f facts) (map[string]string, error) {
 	want := map[string]string{
 		n.managed: "true", n.backend: l.Backend, podCIDRsAnnotation: podCIDRsNote(f.uid, f.cidrs),
@@ -300,7 +299,7 @@ func (n names) annotations(l subnet.Lease, f facts) (map[string]string, error) {
 		if overwrite != "" {
 			a, err := netip.ParseAddr(overwrite)
 			if err != nil || a.Is4() != is4 || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
-				return nil, fmt.Errorf("the annotation %s is %.80q, which is no address of its family: correct or remove it", overwriteKey, overwrite)
+				return nil, fmt.Errorf("the annotation %s is %.80q, not an address of its family: correct or remove it", overwriteKey, overwrite)
 			}
 			want[publicKey] = a.String()
 		}
@@ -308,8 +307,8 @@ func (n names) annotations(l subnet.Lease, f facts) (map[string]string, error) {
 	return want, nil
 }
 
-// condition is the Node's NetworkUnavailable. While it is True, or missing where
-// a cloud provider set the taint, nothing is scheduled there.
+// condition is the Node's NetworkUnavailable. While it is True, or missing if a
+// cloud provider has set the taint, no pods are scheduled there.
 type condition struct {
 	Type               string    `json:"type"`
 	Status             string    `json:"status"`
@@ -319,8 +318,8 @@ type condition struct {
 	LastHeartbeatTime  time.Time `json:"lastHeartbeatTime"`
 }
 
-// patch is the body of a strategic merge patch of a Node's status. The UID has
-// the API server refuse it for a Node that was made anew meanwhile.
+// patch is a strategic merge patch of a Node's status. The UID makes the API server
+// reject it if the Node was recreated meanwhile.
 type patch struct {
 	Metadata struct {
 		UID         string             `json:"uid"`
@@ -333,8 +332,8 @@ type patchStatus struct {
 	Conditions []condition `json:"conditions"`
 }
 
-// newPatch returns what makes the annotations those wanted, and whether there is
-// anything to do.
+// newPatch returns the patch that sets the wanted annotations, and whether it
+// changes anything.
 func newPatch(o *object, want map[string]string) (patch, bool) {
 	var p patch
 	p.Metadata.UID = o.Metadata.UID
@@ -347,8 +346,8 @@ func newPatch(o *object, want map[string]string) (patch, bool) {
 	return p, len(p.Metadata.Annotations) > 0
 }
 
-// withdraw returns what removes all that newPatch ever wrote. Overwrites are the
-// administrator's.
+// withdraw returns the patch that removes all annotations that newPatch writes. It
+// leaves the overwrites, which belong to the administrator.
 func (n names) withdraw(o *object) (patch, bool) {
 	var p patch
 	p.Metadata.UID = o.Metadata.UID

@@ -40,7 +40,7 @@ func nodeOf(t testing.TB, text string) *object {
 	return &o
 }
 
-// TestNames has flannel's rule for a prefix.
+// newNames follows flannel's rule for a prefix.
 func TestNames(t *testing.T) {
 	for prefix, want := range map[string]string{
 		"flannel.alpha.coreos.com": "flannel.alpha.coreos.com/backend-type",
@@ -54,13 +54,13 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// TestEntry reads Nodes as peers.
+// TestEntry converts Nodes to leases.
 func TestEntry(t *testing.T) {
 	keys := newNames(DefaultPrefix)
 	const f = `"flannel.alpha.coreos.com/`
 	for _, c := range []struct {
 		name, node, config string
-		want               string // the lease, or a part of the reason
+		want               string // the lease, or part of the reason
 	}{
 		{
 			"flannel's vxlan",
@@ -68,7 +68,7 @@ func TestEntry(t *testing.T) {
 			"spec":{"podCIDR":"10.244.1.0/24","podCIDRs":["10.244.1.0/24"]}}`, vxlan4, `10.244.1.0/24 (node "n", 192.0.2.1)`,
 		},
 		{
-			"podCIDR alone, of an old API server",
+			"only podCIDR, from an old API server",
 			`{"metadata":{"name":"n","annotations":{` + f + `kube-subnet-manager":"true",` + f + `backend-type":"host-gw",` + f + `backend-data":"null",` + f + `public-ip":"192.0.2.1"}},
 			"spec":{"podCIDR":"10.244.1.0/24"}}`, hostgw4, `10.244.1.0/24 (node "n", 192.0.2.1)`,
 		},
@@ -78,7 +78,7 @@ func TestEntry(t *testing.T) {
 			vxlan46, `10.244.1.0/24 and fd00:244:0:1::/64 (node "n", 192.0.2.1, 2001:db8::1)`,
 		},
 		{
-			"the same, IPv6 first, of which the network has IPv4 alone",
+			"IPv6 first, in a network with only IPv4",
 			`{"metadata":{"name":"n","uid":"u","annotations":{` + f + `kube-subnet-manager":"true",` + f + `backend-type":"vxlan",` + f + `backend-data":"{\"VNI\":1,\"VtepMAC\":\"c6:d2:32:6f:8f:44\"}",` + f + `public-ip":"192.0.2.1",` + f + `public-ipv6":"2001:db8::1"}},
 			"spec":{"podCIDRs":["fd00:244:0:1::/64","10.244.1.0/24"]}}`, vxlan4, `10.244.1.0/24 (node "n", 192.0.2.1)`,
 		},
@@ -96,7 +96,7 @@ func TestEntry(t *testing.T) {
 			`{"metadata":{"name":"n"},"spec":{"podCIDRs":["10.244.1.0/24","10.244.2.0/24","10.244.3.0/24"]}}`, vxlan4, "no podCIDR",
 		},
 		{
-			"spoilt data",
+			"malformed data",
 			`{"metadata":{"name":"n","annotations":{` + f + `kube-subnet-manager":"true",` + f + `backend-type":"vxlan",` + f + `backend-data":"{",` + f + `public-ip":"192.0.2.1"}},"spec":{"podCIDR":"10.244.1.0/24"}}`, vxlan4, "not JSON",
 		},
 		{
@@ -104,7 +104,7 @@ func TestEntry(t *testing.T) {
 			`{"metadata":{"name":"n","annotations":{` + f + `kube-subnet-manager":"true",` + f + `backend-type":"vxlan",` + f + `backend-data":"null",` + f + `public-ip":"192.0.2.1"}},"spec":{"podCIDR":"10.244.1.0/24"}}`, vxlan4, "VtepMAC",
 		},
 		{
-			"a spoilt address",
+			"an address of the wrong family",
 			`{"metadata":{"name":"n","annotations":{` + f + `kube-subnet-manager":"true",` + f + `backend-type":"host-gw",` + f + `public-ip":"2001:db8::1"}},"spec":{"podCIDR":"10.244.1.0/24"}}`, hostgw4, "of the subnet's family",
 		},
 		{
@@ -121,13 +121,13 @@ func TestEntry(t *testing.T) {
 	}
 }
 
-// TestAnnotations has the bytes that flannel writes.
+// The annotations are byte for byte those that flannel writes.
 func TestAnnotations(t *testing.T) {
 	keys := newNames(DefaultPrefix)
 	node := nodeOf(t, `{"metadata":{"name":"n","uid":"u-1"},"spec":{"podCIDRs":["10.244.1.0/24","fd00:244:0:1::/64"]}}`)
 	for _, c := range []struct {
 		name, config string
-		more         map[string]string // annotations that the Node has
+		more         map[string]string // existing annotations
 		want         string            // lines
 		fault        string
 	}{
@@ -157,8 +157,8 @@ kube-subnet-manager=true
 public-ip=203.0.113.9
 pod-cidrs=u-1 10.244.1.0/24,fd00:244:0:1::/64`,
 		},
-		{name: "overwritten by nonsense", config: hostgw4, more: map[string]string{keys.overwrite: "nonsense"}, fault: "public-ip-overwrite"},
-		{name: "overwritten by the other family", config: hostgw4, more: map[string]string{keys.overwrite: "2001:db8::9"}, fault: "public-ip-overwrite"},
+		{name: "overwritten with an invalid address", config: hostgw4, more: map[string]string{keys.overwrite: "nonsense"}, fault: "public-ip-overwrite"},
+		{name: "overwritten with the other family", config: hostgw4, more: map[string]string{keys.overwrite: "2001:db8::9"}, fault: "public-ip-overwrite"},
 	} {
 		o := *node
 		o.Metadata.Annotations = c.more
@@ -202,17 +202,17 @@ pod-cidrs=u-1 10.244.1.0/24,fd00:244:0:1::/64`,
 	}
 }
 
-// TestLeaseFor names what keeps a node waiting.
+// TestLeaseFor checks what the error says if a Node has no usable podCIDRs.
 func TestLeaseFor(t *testing.T) {
 	for _, c := range []struct{ name, spec, config, fault string }{
 		{"ours", `{"podCIDRs":["10.244.1.0/24"]}`, vxlan4, ""},
-		{"IPv6 of a dual-stack cluster that the network lacks", `{"podCIDRs":["10.244.1.0/24","fd00:244:0:1::/64"]}`, vxlan4, ""},
+		{"dual-stack cluster, network with only IPv4", `{"podCIDRs":["10.244.1.0/24","fd00:244:0:1::/64"]}`, vxlan4, ""},
 		{"none yet", `{}`, vxlan4, "--allocate-node-cidrs"},
 		{"outside of the network", `{"podCIDRs":["10.99.1.0/24"]}`, vxlan4, "--cluster-cidr must be the same"},
-		{"no IPv6", `{"podCIDRs":["10.244.1.0/24"]}`, vxlan46, "none is for the network fd00:244::/56"},
+		{"no IPv6", `{"podCIDRs":["10.244.1.0/24"]}`, vxlan46, "is of the family of the network fd00:244::/56"},
 		{"three", `{"podCIDRs":["10.244.1.0/24","10.244.2.0/24","10.244.3.0/24"]}`, vxlan4, "3 podCIDRs"},
-		{"two of one family", `{"podCIDRs":["10.244.1.0/24","10.244.2.0/24"]}`, vxlan4, "of one address family"},
-		{"nonsense", `{"podCIDRs":["nonsense"]}`, vxlan4, "is no subnet"},
+		{"two of one family", `{"podCIDRs":["10.244.1.0/24","10.244.2.0/24"]}`, vxlan4, "of the same address family"},
+		{"nonsense", `{"podCIDRs":["nonsense"]}`, vxlan4, "is not a subnet"},
 	} {
 		o := nodeOf(t, `{"metadata":{"name":"n"},"spec":`+c.spec+`}`)
 		cfg := config(t, c.config)
@@ -227,7 +227,7 @@ func TestLeaseFor(t *testing.T) {
 	}
 }
 
-// TestPatch has the patch's bytes.
+// TestPatch checks the bytes of patches.
 func TestPatch(t *testing.T) {
 	o := nodeOf(t, `{"metadata":{"name":"n","uid":"u-1","annotations":{"a":"1","b":"2"}}}`)
 	p, changed := newPatch(o, map[string]string{"a": "1", "b": "3"})
@@ -238,7 +238,7 @@ func TestPatch(t *testing.T) {
 		t.Errorf("%s, %v", text, err)
 	}
 	if p, changed := newPatch(o, map[string]string{"a": "1"}); changed || p.Status != nil {
-		t.Errorf("nothing is different: %+v", p)
+		t.Errorf("patch without a change: %+v", p)
 	}
 	o = nodeOf(t, `{"metadata":{"uid":"u-1","annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.1","flannel.alpha.coreos.com/public-ip-overwrite":"192.0.2.9","other":"x"}},
 		"status":{"conditions":[{"type":"NetworkUnavailable","status":"False"}]}}`)
@@ -248,11 +248,11 @@ func TestPatch(t *testing.T) {
 		t.Errorf("withdraw: %s, %v", text, err)
 	}
 	if p.networkUp(o, time.Now()) {
-		t.Error("the condition is written although the Node has it")
+		t.Error("the patch sets a condition that the Node already has")
 	}
 }
 
-// TestDecodeList reads what API servers send, and names what they do not.
+// TestDecodeList decodes valid lists and rejects malformed ones.
 func TestDecodeList(t *testing.T) {
 	for text, want := range map[string]string{
 		`{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[{"metadata":{"name":"a"}},{"metadata":{"name":"b"}}]}`: "7 a b",
@@ -273,7 +273,7 @@ func TestDecodeList(t *testing.T) {
 	}
 }
 
-// FuzzEvent has a line of a watch, and a Node in it, be anything.
+// FuzzEvent decodes arbitrary watch events.
 func FuzzEvent(f *testing.F) {
 	f.Add([]byte(`{"type":"ADDED","object":{"metadata":{"name":"n","uid":"u","resourceVersion":"5","annotations":{"culvert/pod-cidrs":"u 10.244.1.0/24","flannel.alpha.coreos.com/kube-subnet-manager":"true"}},"spec":{"podCIDRs":["10.244.1.0/24"]}}}`))
 	f.Add([]byte(`{"type":"ERROR","object":{"kind":"Status","status":"Failure","message":"too old resource version","code":410}}`))
@@ -290,7 +290,7 @@ func FuzzEvent(f *testing.F) {
 	})
 }
 
-// TestErrorEvent has a Status in a watch, whose status is text.
+// The Status in an ERROR event has a string named status, unlike a Node.
 func TestErrorEvent(t *testing.T) {
 	var e event
 	err := json.Unmarshal([]byte(`{"type":"ERROR","object":{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"too old resource version: 1 (5)","reason":"Expired","code":410}}`), &e)
@@ -299,7 +299,7 @@ func TestErrorEvent(t *testing.T) {
 	}
 }
 
-// TestKubeconfig reads the current context alone.
+// Only the current context of a kubeconfig is read.
 func TestKubeconfig(t *testing.T) {
 	dir := t.TempDir()
 	name := filepath.Join(dir, "config")
@@ -326,7 +326,7 @@ users:
 		t.Errorf("%+v, %v", a, err)
 	}
 	for from, fault := range map[string]string{
-		"current-context: b": "current-context: a", // credentials of a program
+		"current-context: b": "current-context: a", // credentials from a plugin
 		"cluster: b, user":   "cluster: c, user",
 		"https://b.example":  "::b",
 	} {
@@ -336,8 +336,7 @@ users:
 	}
 }
 
-// BenchmarkHeartbeat is one event of the watch that changes nothing: its
-// decoding, and finding that.
+// BenchmarkHeartbeat decodes and compares a watch event that changes nothing.
 func BenchmarkHeartbeat(b *testing.B) {
 	const f = `"flannel.alpha.coreos.com/`
 	line := []byte(`{"type":"MODIFIED","object":{"kind":"PartialObjectMetadata","apiVersion":"meta.k8s.io/v1","metadata":{"name":"n","uid":"u","resourceVersion":"5","creationTimestamp":"2026-01-02T03:04:05Z",
@@ -362,7 +361,7 @@ func BenchmarkHeartbeat(b *testing.B) {
 	}
 }
 
-// TestErrors has refusals say what to do, and for how long to wait.
+// Errors from the API server say what to do; retryAfter says how long to wait.
 func TestErrors(t *testing.T) {
 	for _, c := range []struct {
 		code         int
@@ -388,7 +387,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// TestDisputed finds who claims what another has.
+// TestDisputed finds Nodes whose annotations claim podCIDRs of other Nodes.
 func TestDisputed(t *testing.T) {
 	node := func(sure bool, cidrs ...string) facts {
 		f := facts{managed: true, sure: sure}
@@ -414,7 +413,7 @@ func TestDisputed(t *testing.T) {
 		got := disputed(c.nodes, ours)
 		slices.Sort(got)
 		if !slices.Equal(got, c.want) {
-			t.Errorf("%s: %v, not %v", name, got, c.want)
+			t.Errorf("%s: got %v, want %v", name, got, c.want)
 		}
 	}
 }

@@ -21,32 +21,32 @@ const DefaultNetConf = "/etc/kube-flannel/net-conf.json"
 // ServiceAccountDir is where Kubernetes mounts a pod's token and the CA.
 const ServiceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// Options say how to reach the API server. A token is shown in no form of them.
+// Options configure access to the API server. No text form of them shows a token.
 type Options struct {
-	// Server is the API server's URL. If it is empty, Kubeconfig says it, and
-	// without that the environment of a pod.
+	// Server is the API server's URL. Default: from Kubeconfig, or else from the
+	// pod's environment.
 	Server string
 	// Kubeconfig is a file whose current context is used; none if empty.
 	Kubeconfig string
-	// Node is the name of this node's Node; required.
+	// Node is the name of this host's Node; required by New.
 	Node string
-	// Prefix is that of the annotations; DefaultPrefix if empty.
+	// Prefix is the prefix of the annotations; default DefaultPrefix.
 	Prefix string
-	// NetConf is the file with the network configuration; DefaultNetConf if
-	// empty. It is read again while the node runs.
+	// NetConf is the file with the network configuration; default
+	// DefaultNetConf. Changes take effect while the node runs.
 	NetConf string
-	// NetworkUnavailable is whether to set that condition of the Node to False.
+	// NetworkUnavailable enables setting this condition of the Node to False.
 	NetworkUnavailable bool
-	// SnapshotFile is where the leases are kept as last read, for a start while
-	// the API server is unreachable (Kept); nothing is kept if it is empty.
+	// SnapshotFile stores all leases as last read, for a start while the API
+	// server is unreachable (Kept); none if empty.
 	SnapshotFile string
-	// RequestTimeout bounds one request; 10 s if zero. A list has six times that.
+	// RequestTimeout limits one request; default 10 s. A list has six times that.
 	RequestTimeout time.Duration
-	// Settle is how long the peers of the last good snapshot are kept when the
-	// API server comes back at an older state; 2 minutes if zero.
+	// Settle is how long the peers of the last snapshot are kept when the API
+	// server is restored to an older state; default 2 minutes.
 	Settle time.Duration
-	// Waiting is told what Config and Acquire wait for, and what would help; nil
-	// for nobody.
+	// Waiting is called with what Config, Acquire and TakenBy wait for and how to
+	// fix it; may be nil.
 	Waiting func(why string) `json:"-"`
 	// Logger is required.
 	Logger *slog.Logger
@@ -59,19 +59,19 @@ func InCluster() bool {
 	return err == nil && os.Getenv("KUBERNETES_SERVICE_HOST") != ""
 }
 
-// access is where the API server is and how to be known there. Files are read
-// again, since all of them are renewed in place.
+// access is the address of the API server and the credentials. Files are read
+// again, since they are renewed in place.
 type access struct {
 	server     *url.URL
-	serverName string // in its certificate, if not the URL's host
-	insecure   bool   // do not verify it
+	serverName string // expected in its certificate; default: the URL's host
+	insecure   bool   // do not verify the certificate
 
 	ca, cert, key             []byte // PEM
 	caFile, certFile, keyFile string
 	token, tokenFile          string
 }
 
-// complete checks the options and fills in the defaults.
+// complete validates the options and fills in the defaults.
 func (o Options) complete() (Options, access, error) {
 	if o.Logger == nil {
 		return o, access{}, errors.New("kubernetes: no logger")
@@ -110,7 +110,7 @@ func (o Options) access() (access, error) {
 		a.tokenFile, a.caFile = filepath.Join(ServiceAccountDir, "token"), filepath.Join(ServiceAccountDir, "ca.crt")
 		a.server = &url.URL{Scheme: "https", Host: net.JoinHostPort(os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT"))}
 	case server == "":
-		return a, fmt.Errorf("kubernetes: no API server: in a pod a service account must be mounted at %s; elsewhere give --kubeconfig-file", ServiceAccountDir)
+		return a, fmt.Errorf("kubernetes: no API server: in a pod, mount a service account at %s; elsewhere, set --kubeconfig-file", ServiceAccountDir)
 	}
 	if server != "" {
 		u, err := url.Parse(server)
@@ -126,7 +126,7 @@ func (o Options) access() (access, error) {
 	return a, nil
 }
 
-// kubeconfig is the part of the file that is understood.
+// kubeconfig is the supported part of the file.
 type kubeconfig struct {
 	CurrentContext string `json:"current-context"`
 	Contexts       []struct {
@@ -170,7 +170,7 @@ func readKubeconfig(name string) (access, error) {
 	if err != nil {
 		return access{}, err
 	}
-	// As kubectl does, names are those beside the file.
+	// Relative names are relative to the kubeconfig's directory, as in kubectl.
 	for _, f := range []*string{&a.caFile, &a.certFile, &a.keyFile, &a.tokenFile} {
 		if *f != "" && !filepath.IsAbs(*f) {
 			*f = filepath.Join(filepath.Dir(name), *f)
@@ -182,7 +182,7 @@ func readKubeconfig(name string) (access, error) {
 func parseKubeconfig(text []byte) (access, error) {
 	var k kubeconfig
 	if err := yaml.Unmarshal(text, &k); err != nil {
-		return access{}, fmt.Errorf("it is no kubeconfig: %w", err)
+		return access{}, fmt.Errorf("it is not a kubeconfig: %w", err)
 	}
 	var a access
 	for _, c := range k.Contexts {
@@ -195,7 +195,7 @@ func parseKubeconfig(text []byte) (access, error) {
 			}
 			u, err := url.Parse(l.Cluster.Server)
 			if err != nil || u.Hostname() == "" {
-				return access{}, fmt.Errorf("the server of its cluster %q is no URL", l.Name)
+				return access{}, fmt.Errorf("the server of its cluster %q is not a URL", l.Name)
 			}
 			a.server, a.caFile, a.serverName, a.insecure = u, l.Cluster.CA, l.Cluster.ServerName, l.Cluster.Insecure
 			if a.ca, err = base64.StdEncoding.DecodeString(l.Cluster.CAData); err != nil {
@@ -207,7 +207,7 @@ func parseKubeconfig(text []byte) (access, error) {
 				continue
 			}
 			if u.User.Exec != nil || u.User.Provider != nil {
-				return access{}, fmt.Errorf("its user %q gets credentials from a program, which a daemon has none of: use a service account's token or a client certificate", u.Name)
+				return access{}, fmt.Errorf("its user %q gets credentials from a plugin, which is not supported: use a service account's token or a client certificate", u.Name)
 			}
 			a.token, a.tokenFile, a.certFile, a.keyFile = u.User.Token, u.User.TokenFile, u.User.Cert, u.User.Key
 			var err error
@@ -220,7 +220,7 @@ func parseKubeconfig(text []byte) (access, error) {
 		}
 	}
 	if a.server == nil {
-		return access{}, fmt.Errorf("its current context %q names no cluster in it", k.CurrentContext)
+		return access{}, fmt.Errorf("its current context %q names no cluster", k.CurrentContext)
 	}
 	return a, nil
 }

@@ -17,41 +17,41 @@ import (
 	"culvert/subnet/kept"
 )
 
-// Registry is one node's way to the Nodes. Its methods may be called at one
-// time.
+// Registry is one node's client of the Kubernetes API. Its methods are safe for
+// concurrent use.
 type Registry struct {
 	c    *client
 	opts Options
 	keys names
 	log  *slog.Logger
 
-	// turn is taken by whoever writes our Node, over all of its requests.
+	// turn serializes writers of our Node, across all requests of one operation.
 	turn chan struct{}
-	// poke tells Hold to look at our Node.
+	// poke makes Hold verify our Node at once.
 	poke chan struct{}
 
 	mu      sync.Mutex
-	held    subnet.Lease  // without Endpoints: none. Its addresses are the node's own, not an overwrite
-	config  subnet.Config // the last valid one; without Networks: none
-	text    string        // that config was read from
-	resumed *kept.State   // for Watch to begin with; nil once the API server was read
-	mirror  *mirror       // of the Watch that runs, or nil
+	held    subnet.Lease  // no Endpoints: none. Has the node's own addresses, even if overwritten
+	config  subnet.Config // last valid one; no Networks: none
+	text    string        // source of config
+	resumed *kept.State   // start of Watch while the API server is unreachable; nil once it was read
+	mirror  *mirror       // of the running Watch, or nil
 
-	keeping   sync.Mutex // the snapshot's file
-	forgotten bool       // nothing is to be kept any more
+	keeping   sync.Mutex // guards the snapshot file and forgotten
+	forgotten bool       // do not write the snapshot file
 }
 
 var _ subnet.Registry = (*Registry)(nil)
 
-// New makes a registry; nothing is sent yet. An error says what in the options
-// cannot work. The caller ends it with Close.
+// New returns a registry without sending anything. It fails if the options are
+// invalid. The caller must call Close.
 func New(o Options) (*Registry, error) {
 	o, a, err := o.complete()
 	if err != nil {
 		return nil, err
 	}
 	if o.Node == "" {
-		return nil, errors.New("kubernetes: the name of this node's Node is not known; set NODE_NAME, or POD_NAME and POD_NAMESPACE")
+		return nil, errors.New("kubernetes: the name of this host's Node is unknown; set NODE_NAME, or POD_NAME and POD_NAMESPACE")
 	}
 	c, err := newClient(a, o.RequestTimeout)
 	if err != nil {
@@ -63,23 +63,23 @@ func New(o Options) (*Registry, error) {
 	}, nil
 }
 
-// Close ends the connections. It does not give the lease back (Release).
+// Close closes the connections. It does not release the lease (Release).
 func (r *Registry) Close() error {
 	r.c.http.CloseIdleConnections()
 	r.c.breakAll()
 	return nil
 }
 
-// Reconnect breaks the connections to the API server, for them to be made anew:
-// after this node's address has changed.
+// Reconnect closes the connections to the API server, so that new ones are opened;
+// call it after this node's address has changed.
 func (r *Registry) Reconnect() { r.c.breakAll() }
 
-// Server is the API server's URL.
+// Server returns the API server's URL.
 func (r *Registry) Server() string { return r.c.access.server.String() }
 
 // Held returns the lease that this registry holds, and whether there is one.
-// Expires is zero while our Node has the subnets; else it is when that was found
-// not to be so.
+// Expires is zero while our Node has the subnets; otherwise it is when Hold found
+// that it does not.
 func (r *Registry) Held() (subnet.Lease, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -97,8 +97,8 @@ func (r *Registry) setHeld(l subnet.Lease) {
 	}
 }
 
-// NodeName asks the API server on which Node a pod is, as flannel does where
-// nobody says the Node's name.
+// NodeName asks the API server on which Node a pod runs, as flannel does if the
+// Node's name is not configured.
 func NodeName(ctx context.Context, o Options, namespace, pod string) (string, error) {
 	o, a, err := o.complete()
 	if err != nil {
@@ -116,10 +116,10 @@ func NodeName(ctx context.Context, o Options, namespace, pod string) (string, er
 	}
 	err = c.call(ctx, request{method: http.MethodGet, path: "/api/v1/namespaces/" + namespace + "/pods/" + pod, accept: whole}, &p)
 	if err == nil && p.Spec.NodeName == "" {
-		err = errors.New("it is on none yet")
+		err = errors.New("it is not scheduled yet")
 	}
 	if err != nil {
-		return "", fmt.Errorf("asking which Node the pod %s/%s is on: %w (or set NODE_NAME)", namespace, pod, err)
+		return "", fmt.Errorf("look up the Node of the pod %s/%s: %w (or set NODE_NAME)", namespace, pod, err)
 	}
 	return p.Spec.NodeName, nil
 }
@@ -137,9 +137,9 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 				r.rememberConfig(cfg, string(text))
 				return cfg, nil
 			}
-			err = fmt.Errorf("the network configuration in %s is refused: %w", r.opts.NetConf, err)
+			err = fmt.Errorf("the network configuration in %s is invalid: %w", r.opts.NetConf, err)
 		} else {
-			err = fmt.Errorf("%w: mount the ConfigMap with net-conf.json there, or say where it is with --net-config-path", err)
+			err = fmt.Errorf("%w: mount the ConfigMap with net-conf.json there, or set its path with --net-config-path", err)
 		}
 		r.opts.Waiting("waiting for a network configuration: " + err.Error())
 		if said.due() {
@@ -151,8 +151,8 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 	}
 }
 
-// readConfigEvery is how often the file is read. The kubelet takes a minute to
-// renew it.
+// readConfigEvery is how often the file is read. The kubelet takes up to a minute
+// to update it.
 const readConfigEvery = time.Second
 
 func (r *Registry) warn(warnings []subnet.Warning) {
@@ -167,7 +167,7 @@ func (r *Registry) rememberConfig(cfg subnet.Config, text string) {
 	r.config, r.text = cfg, text
 }
 
-// Acquire implements subnet.Registry: it waits until our Node has podCIDRs that
+// Acquire implements subnet.Registry. It waits until our Node has podCIDRs that
 // fit the configuration, and writes its annotations.
 func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
 	done, err := r.takeTurn(ctx)
@@ -200,7 +200,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 func (r *Registry) claim(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
 	o, err := r.c.node(ctx, r.opts.Node, "")
 	if has(err, http.StatusNotFound) {
-		return subnet.Lease{}, fmt.Errorf("there is no Node %q: the kubelet has not registered it, or the name is another (NODE_NAME)", r.opts.Node)
+		return subnet.Lease{}, fmt.Errorf("there is no Node %q: the kubelet has not registered it, or the name is wrong (NODE_NAME)", r.opts.Node)
 	}
 	if err != nil {
 		return subnet.Lease{}, err
@@ -212,14 +212,14 @@ func (r *Registry) claim(ctx context.Context, c subnet.Claim) (subnet.Lease, err
 	return l, r.annotate(ctx, o, l, false)
 }
 
-// leaseFor is the lease that a Node's podCIDRs give the claimant.
+// leaseFor returns the lease that a Node's podCIDRs give the claiming node.
 func leaseFor(o *object, c subnet.Claim) (subnet.Lease, error) {
 	cidrs, err := o.podCIDRs()
 	if err != nil {
 		return subnet.Lease{}, fmt.Errorf("the Node %s: %w", o.Metadata.Name, err)
 	}
 	if len(cidrs) == 0 {
-		return subnet.Lease{}, fmt.Errorf("the Node %s has no podCIDR yet: kube-controller-manager gives it one if it runs with --allocate-node-cidrs and --cluster-cidr (kubeadm: --pod-network-cidr)", o.Metadata.Name)
+		return subnet.Lease{}, fmt.Errorf("the Node %s has no podCIDR yet: kube-controller-manager assigns one if it runs with --allocate-node-cidrs and --cluster-cidr (kubeadm: --pod-network-cidr)", o.Metadata.Name)
 	}
 	l := subnet.Lease{
 		Node: c.Node, Backend: c.Config.Backend.Type,
@@ -233,7 +233,7 @@ func leaseFor(o *object, c subnet.Claim) (subnet.Lease, error) {
 			}
 		}
 		if !e.Subnet.IsValid() {
-			return subnet.Lease{}, fmt.Errorf("the Node %s has the podCIDRs %v, of which none is for the network %s: give kube-controller-manager a --cluster-cidr of each family", o.Metadata.Name, cidrs, n.Prefix)
+			return subnet.Lease{}, fmt.Errorf("none of the podCIDRs %[2]v of the Node %[1]s is of the family of the network %[3]s: run kube-controller-manager with a --cluster-cidr of each family", o.Metadata.Name, cidrs, n.Prefix)
 		}
 		l.Endpoints = append(l.Endpoints, e)
 	}
@@ -243,8 +243,8 @@ func leaseFor(o *object, c subnet.Claim) (subnet.Lease, error) {
 	return l, nil
 }
 
-// annotate makes our Node's annotations those of the lease; and its condition,
-// once the datapath is there.
+// annotate writes the lease to our Node's annotations and, if up is set, the
+// condition NetworkUnavailable=False.
 func (r *Registry) annotate(ctx context.Context, o *object, l subnet.Lease, up bool) error {
 	f, err := r.keys.facts(o)
 	if err != nil {
@@ -264,21 +264,21 @@ func (r *Registry) annotate(ctx context.Context, o *object, l subnet.Lease, up b
 	if err := r.c.patchStatus(ctx, r.opts.Node, p); err != nil {
 		return err
 	}
-	r.log.Info("our Node's annotations are written", "node", r.opts.Node, "subnet", l.Key(), "public", want[r.keys.public], "public6", want[r.keys.publicV6])
+	r.log.Info("wrote our Node's annotations", "node", r.opts.Node, "subnet", l.Key(), "public", want[r.keys.public], "public6", want[r.keys.publicV6])
 	return nil
 }
 
 const (
-	// lookEvery is how often Hold compares our Node even if nothing points at a
-	// change; Watch points at one at once.
+	// lookEvery is how often Hold verifies our Node even if Watch reports no
+	// change to it.
 	lookEvery = time.Minute
-	// orphanEvery is that while there is no Node of ours.
+	// orphanEvery is the interval while our Node does not exist.
 	orphanEvery = 5 * time.Second
 )
 
-// Hold implements subnet.Registry. While the API server is unreachable it waits:
-// only its answer that our Node has other podCIDRs, or that another has ours
-// while there is no Node of ours, is a loss.
+// Hold implements subnet.Registry. It retries while the API server is unreachable:
+// the lease is lost only if the API server answers that our Node has other
+// podCIDRs, or that another Node has ours while our Node does not exist.
 func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	if held, ok := r.Held(); !ok || held.Key() != l.Key() {
 		r.setHeld(l)
@@ -298,10 +298,10 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 		case errors.Is(err, errOrphan):
 			away.over()
 			pause.reset()
-			r.log.Warn("the lease is in doubt: no new pods", "subnet", l.Key(), "reason", err)
+			r.log.Warn("the lease is in doubt; adding no new pods", "subnet", l.Key(), "reason", err)
 			wait = orphanEvery
 		case err != nil:
-			away.failed("our Node cannot be looked after for now; holding on to its subnet", err)
+			away.failed("cannot verify our Node; keeping its subnet and retrying", err)
 			r.complain(err)
 			if pause.wait(ctx, err) != nil {
 				return nil
@@ -322,7 +322,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	}
 }
 
-// errOrphan says that our Node is not there, or has no podCIDR yet.
+// errOrphan means that our Node does not exist or has no podCIDR yet.
 var errOrphan = errors.New("this node's Node is gone")
 
 func (r *Registry) verify(ctx context.Context, wasUID string) (string, error) {
@@ -338,8 +338,9 @@ func (r *Registry) verify(ctx context.Context, wasUID string) (string, error) {
 	return r.repair(ctx, held, wasUID)
 }
 
-// repair makes our Node say what the lease does, and returns its UID. Another
-// than wasUID is a Node whose condition is not ours yet. The caller has the turn.
+// repair makes our Node's annotations match the lease and returns its UID. If it
+// differs from wasUID, the Node is new and its condition is set too. The caller
+// has the turn.
 func (r *Registry) repair(ctx context.Context, want subnet.Lease, wasUID string) (string, error) {
 	o, err := r.c.node(ctx, r.opts.Node, "")
 	if has(err, http.StatusNotFound) {
@@ -353,25 +354,25 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, wasUID string)
 		return "", fmt.Errorf("the Node %s: %w", r.opts.Node, err)
 	}
 	if len(cidrs) == 0 {
-		return "", r.orphaned(want, fmt.Sprintf("the Node %s was made anew and has no podCIDR yet", r.opts.Node))
+		return "", r.orphaned(want, fmt.Sprintf("the Node %s was recreated and has no podCIDR yet", r.opts.Node))
 	}
 	if slices.ContainsFunc(want.Subnets(), func(p netip.Prefix) bool { return !slices.Contains(cidrs, p) }) {
-		return "", fmt.Errorf("%w: the Node %s has the podCIDRs %v now, and its pods here are of %v", subnet.ErrLost, r.opts.Node, cidrs, want.Subnets())
+		return "", fmt.Errorf("%w: the Node %s now has the podCIDRs %v, but the pods on this host use %v", subnet.ErrLost, r.opts.Node, cidrs, want.Subnets())
 	}
 	if err := r.annotate(ctx, o, want, o.Metadata.UID != wasUID); err != nil {
 		return "", err
 	}
 	want.CreateRevision, want.ModRevision = o.Metadata.CreationTimestamp.Unix(), revision(o.Metadata.ResourceVersion)
 	if !want.Expires.IsZero() {
-		r.log.Info("our Node is back with the same podCIDRs", "node", r.opts.Node, "subnet", want.Key())
+		r.log.Info("our Node exists again, with the same podCIDRs", "node", r.opts.Node, "subnet", want.Key())
 		want.Expires = time.Time{}
 	}
 	r.setHeld(want)
 	return o.Metadata.UID, nil
 }
 
-// orphaned notes since when the subnet has not been ours: no new pods get its
-// addresses, and those that are here keep theirs until another Node has it.
+// orphaned records since when the subnet is in doubt. New pods get no address from
+// it; existing pods keep theirs until another Node has the subnet.
 func (r *Registry) orphaned(l subnet.Lease, why string) error {
 	if l.Expires.IsZero() {
 		l.Expires = time.Now()
@@ -382,13 +383,13 @@ func (r *Registry) orphaned(l subnet.Lease, why string) error {
 	r.mu.Unlock()
 	if m != nil {
 		if who := m.owner(l); who != "" {
-			return fmt.Errorf("%w: %s, and %s has its subnet now", subnet.ErrLost, why, who)
+			return fmt.Errorf("%w: %s, and %s now has its subnet", subnet.ErrLost, why, who)
 		}
 	}
 	return fmt.Errorf("%w: %s", errOrphan, why)
 }
 
-// complain has a Watch that runs say what is wrong.
+// complain makes a running Watch yield the error.
 func (r *Registry) complain(err error) {
 	r.mu.Lock()
 	m := r.mirror
@@ -398,7 +399,7 @@ func (r *Registry) complain(err error) {
 	}
 }
 
-// Update implements subnet.Registry. The subnets stay as they are. It waits
+// Update implements subnet.Registry. It does not change the subnets and retries
 // while the API server is unreachable.
 func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, error) {
 	done, err := r.takeTurn(ctx)
@@ -418,7 +419,7 @@ func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, er
 	var pause backoff
 	for {
 		_, err := r.repair(ctx, held, "")
-		if err == nil || errors.Is(err, errOrphan) { // Hold writes it once our Node is back
+		if err == nil || errors.Is(err, errOrphan) { // Hold writes it once our Node exists again
 			after, _ := r.Held()
 			return after, nil
 		}
@@ -428,8 +429,8 @@ func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, er
 	}
 }
 
-// Release implements subnet.Registry: it removes our annotations, so that nobody
-// sends to this node. The podCIDRs stay the Node's.
+// Release implements subnet.Registry. It removes our annotations, so that no peer
+// sends to this node. The Node keeps its podCIDRs.
 func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
 	done, err := r.takeTurn(ctx)
 	if err != nil {
@@ -463,9 +464,9 @@ func (r *Registry) withdraw(ctx context.Context) error {
 	return nil
 }
 
-// TakenBy says, as a sentence, whose the subnets are if they are not this node's
-// any more: our own Node has others, or another Node has one of them. It waits
-// while the API server is unreachable.
+// TakenBy describes who has the subnets if this node does not any more: our Node
+// has other podCIDRs, or another Node has one of the subnets. It is empty
+// otherwise. It retries while the API server is unreachable.
 func (r *Registry) TakenBy(ctx context.Context, node string, _ []netip.Addr, subnets []netip.Prefix) (string, error) {
 	var pause backoff
 	away := outage{log: r.log.With("node", node)}
@@ -474,8 +475,8 @@ func (r *Registry) TakenBy(ctx context.Context, node string, _ []netip.Addr, sub
 		if err == nil || ctx.Err() != nil {
 			return who, err
 		}
-		away.failed("whose our subnet is cannot be read; trying again", err)
-		r.opts.Waiting("asking the API server whether the subnet of this node's pods is still its own: " + err.Error())
+		away.failed("cannot read who holds our subnet; retrying", err)
+		r.opts.Waiting("checking with the API server whether this node still has the subnet of its pods: " + err.Error())
 		if err := pause.wait(ctx, err); err != nil {
 			return "", err
 		}
@@ -495,7 +496,7 @@ func (r *Registry) takenBy(ctx context.Context, node string, subnets []netip.Pre
 		if len(cidrs) > 0 {
 			for _, s := range subnets {
 				if !slices.Contains(cidrs, s) {
-					return fmt.Sprintf("the Node %s has the podCIDRs %v now", node, cidrs), nil
+					return fmt.Sprintf("the Node %s now has the podCIDRs %v", node, cidrs), nil
 				}
 			}
 			return "", nil
@@ -511,7 +512,7 @@ func (r *Registry) takenBy(ctx context.Context, node string, subnets []netip.Pre
 	return who, err
 }
 
-// takeTurn returns the function that ends the turn.
+// takeTurn waits for the turn and returns the function that ends it.
 func (r *Registry) takeTurn(ctx context.Context) (func(), error) {
 	select {
 	case r.turn <- struct{}{}:
@@ -521,7 +522,7 @@ func (r *Registry) takeTurn(ctx context.Context) (func(), error) {
 	}
 }
 
-// look asks Hold to compare our Node with what it should be.
+// look makes Hold verify our Node at once.
 func (r *Registry) look() {
 	select {
 	case r.poke <- struct{}{}:
@@ -529,8 +530,8 @@ func (r *Registry) look() {
 	}
 }
 
-// outage says in the log that the API server fails: at once, then once a minute,
-// and when it does no more.
+// outage logs that the API server fails: at once, then once a minute, and when it
+// answers again.
 type outage struct {
 	log   *slog.Logger
 	since time.Time
@@ -553,7 +554,7 @@ func (o *outage) over() {
 	}
 }
 
-// reminder is due at first, and then once a minute.
+// reminder is due at once, then once a minute.
 type reminder struct{ last time.Time }
 
 func (r *reminder) due() bool {
@@ -564,8 +565,9 @@ func (r *reminder) due() bool {
 	return true
 }
 
-// backoff is a pause that doubles from 100 ms to 10 s, each cut by up to a half
-// so that nodes that failed together do not return together.
+// backoff is a delay that doubles from 100 ms to 10 s. Each delay is shortened by a
+// random part of up to one half, so that nodes that failed together do not retry
+// together.
 type backoff struct{ next time.Duration }
 
 const (
@@ -573,8 +575,8 @@ const (
 	pauseCeiling = 10 * time.Second
 )
 
-// wait returns ctx's error if it ends first. A server that asked to be left
-// alone is, for as long as it said.
+// wait sleeps for the next delay plus the server's Retry-After, or returns ctx's
+// error if ctx ends first.
 func (b *backoff) wait(ctx context.Context, err error) error {
 	b.next = min(max(b.next*2, pauseFirst), pauseCeiling)
 	return sleep(ctx, retryAfter(err)+b.next/2+rand.N(b.next/2+1))

@@ -20,17 +20,16 @@ import (
 )
 
 const (
-	// watchLasts is after how long the API server ends a watch, at least; up to
-	// twice that, so that not all nodes return at once.
+	// watchLasts is the minimum duration requested for a watch; the maximum is
+	// twice that, so that nodes do not all reconnect at once.
 	watchLasts = 5 * time.Minute
-	// fewUnknown is up to how many Nodes are read one by one for their podCIDRs;
-	// for more, one list of whole Nodes is the cheaper.
+	// fewUnknown is up to how many Nodes are read individually for their
+	// podCIDRs; above that, listing whole Nodes is cheaper.
 	fewUnknown = 32
 )
 
-// Watch implements subnet.Registry. One goroutine mirrors the Nodes; the
-// consumer's own pace decides how many changes one snapshot holds. The sequence
-// may be ranged over once at a time.
+// Watch implements subnet.Registry. A goroutine mirrors the Nodes; Pace yields
+// snapshots of the mirror. Only one iteration may run at a time.
 func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subnet.Snapshot, error] {
 	return func(yield func(subnet.Snapshot, error) bool) {
 		ctx, cancel := context.WithCancel(ctx)
@@ -45,7 +44,7 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 	}
 }
 
-// followConfig reads the configuration's file as it changes, until ctx ends.
+// followConfig polls the configuration file until ctx ends.
 func (r *Registry) followConfig(ctx context.Context, m *mirror) {
 	for sleep(ctx, readConfigEvery) == nil {
 		text, err := os.ReadFile(r.opts.NetConf)
@@ -53,15 +52,15 @@ func (r *Registry) followConfig(ctx context.Context, m *mirror) {
 	}
 }
 
-var errSettled = errors.New("the time to settle is over")
+var errSettled = errors.New("the settle time is over")
 
-// follow mirrors the Nodes until ctx ends: a list, then one watch after another
-// from where the last ended, and a list again where the API server has forgotten
-// that revision.
+// follow mirrors the Nodes until ctx ends: it lists them, then runs one watch after
+// another, each from where the last ended. It lists again if the API server has
+// discarded that revision.
 func (r *Registry) follow(ctx context.Context, m *mirror) {
 	var pause backoff
 	away := outage{log: r.log}
-	after := "" // the revision that the next watch follows; "" is before the list
+	after := "" // revision to watch from; "": list first
 	for {
 		var err error
 		if after != "" {
@@ -81,19 +80,19 @@ func (r *Registry) follow(ctx context.Context, m *mirror) {
 		switch {
 		case ctx.Err() != nil:
 			return
-		case err == nil, errors.Is(err, io.EOF): // the server ends each watch some time
+		case err == nil, errors.Is(err, io.EOF): // the server ends every watch after a while
 			err = nil
 		case errors.Is(err, errWentBack):
 			after, err = "", nil
 		case has(err, http.StatusGone):
-			r.log.Info("reading all Nodes anew: the API server has forgotten the revision that was watched", "revision", after)
+			r.log.Info("listing all Nodes again: the API server has discarded the watched revision", "revision", after)
 			after, err = "", nil
 		case has(err, http.StatusBadRequest), has(err, http.StatusNotFound), has(err, http.StatusGatewayTimeout):
-			// Not a revision that this server knows, such as one of before a restore.
+			// The server does not know the revision, as after a restore.
 			after = ""
 		}
 		if err != nil {
-			away.failed("the API server is unreachable or refuses; the last leases stand", err)
+			away.failed("the API server is unreachable or rejects requests; the last leases remain in force", err)
 			m.fail(err)
 		}
 		if pause.wait(ctx, err) != nil {
@@ -102,10 +101,10 @@ func (r *Registry) follow(ctx context.Context, m *mirror) {
 	}
 }
 
-var errWentBack = errors.New("the API server is at an older state")
+var errWentBack = errors.New("the API server was restored to an older state")
 
-// checkReached asks how far the store is. A watch of a revision that a restored
-// store has not reached yet would be silent until it has.
+// checkReached returns errWentBack if the store has not reached the revision, as
+// after a restore. A watch from there would be silent until it does.
 func (r *Registry) checkReached(ctx context.Context, m *mirror, after string) error {
 	if revision(after) == 0 {
 		return nil
@@ -120,25 +119,25 @@ func (r *Registry) checkReached(ctx context.Context, m *mirror, after string) er
 	return err
 }
 
-// list reads the metadata of all Nodes, and what that lacks.
+// list reads the metadata of all Nodes, and the podCIDRs it lacks.
 func (r *Registry) list(ctx context.Context, m *mirror) (string, error) {
-	query := url.Values{"resourceVersion": {"0"}} // what the server has at hand
+	query := url.Values{"resourceVersion": {"0"}} // any cached state
 	if last := m.last(); last > 0 {
-		// Not from a server whose cache is behind what we know.
+		// Not from a server whose cache is older than what we have read.
 		query = url.Values{"resourceVersion": {fmt.Sprint(last)}, "resourceVersionMatch": {"NotOlderThan"}}
 	}
 	found := map[string]facts{}
 	take := func(o *object) {
 		f, err := r.keys.facts(o)
 		if err != nil {
-			r.log.Warn("a Node is set aside", "node", o.Metadata.Name, "error", err)
+			r.log.Warn("a Node is ignored", "node", o.Metadata.Name, "error", err)
 		}
 		found[o.Metadata.Name] = f
 	}
 	at, err := r.c.list(ctx, metadataList, query, take)
 	if has(err, http.StatusGatewayTimeout) && m.last() > 0 {
-		// No server is as far: the store was restored to an older state, or the
-		// server is slow. The store itself knows.
+		// No server is that far: the store was restored to an older state, or
+		// the server's cache lags. Read from the store itself.
 		clear(found)
 		at, err = r.c.list(ctx, metadataList, nil, take)
 	}
@@ -162,8 +161,8 @@ func (r *Registry) list(ctx context.Context, m *mirror) (string, error) {
 	return at, nil
 }
 
-// resolve reads the podCIDRs of Nodes that do not repeat them in an annotation,
-// or whose annotation is not to be relied on.
+// resolve reads the podCIDRs of the Nodes in unknown: those without the annotation,
+// or whose annotation is disputed.
 func (r *Registry) resolve(ctx context.Context, found map[string]facts, unknown []string, at string) error {
 	fill := func(o *object) {
 		f, ok := found[o.Metadata.Name]
@@ -171,11 +170,11 @@ func (r *Registry) resolve(ctx context.Context, found map[string]facts, unknown 
 			return
 		}
 		said := f.cidrs
-		f.cidrs, _ = o.podCIDRs() // the entry says that there is none
+		f.cidrs, _ = o.podCIDRs() // if empty, entry reports it
 		f.sure = true
 		found[o.Metadata.Name] = f
 		if len(said) > 0 && !slices.Equal(said, f.cidrs) {
-			r.log.Error("a Node's annotation claims other podCIDRs than it has; going by those that it has",
+			r.log.Error("a Node's annotation does not match its podCIDRs; using its podCIDRs",
 				"node", o.Metadata.Name, "annotation", podCIDRsAnnotation, "claims", said, "has", f.cidrs)
 		}
 	}
@@ -196,17 +195,17 @@ func (r *Registry) resolve(ctx context.Context, found map[string]facts, unknown 
 	return nil
 }
 
-// watch follows the Nodes from a revision on, which it moves.
+// watch follows the Nodes from revision *after and advances it.
 func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *outage) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	lasting := watchLasts + rand.N(watchLasts)
-	// The server ends it then; one that does not is gone.
-	silent := time.AfterFunc(lasting+30*time.Second, func() { stop(errors.New("the watch did not end in its time")) })
+	// The server ends the watch after lasting. If it does not, it is gone.
+	silent := time.AfterFunc(lasting+30*time.Second, func() { stop(errors.New("the API server did not end the watch in time")) })
 	defer silent.Stop()
 	if m.unsettled() {
 		settle := time.AfterFunc(r.opts.Settle, func() {
-			r.log.Info("peers that have not come back are gone", "reason", errSettled)
+			r.log.Info("removing the peers that have not returned", "reason", errSettled)
 			m.settle()
 		})
 		defer settle.Stop()
@@ -219,7 +218,7 @@ func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *ou
 		o := &e.Object.object
 		f, err := r.keys.facts(o)
 		if err != nil {
-			r.log.Warn("a Node is set aside", "node", o.Metadata.Name, "error", err)
+			r.log.Warn("a Node is ignored", "node", o.Metadata.Name, "error", err)
 		}
 		switch e.Type {
 		case "ADDED", "MODIFIED":
@@ -250,31 +249,31 @@ func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *ou
 	})
 }
 
-// mirror is the Nodes as last read. The goroutine that follows them writes it;
-// the consumer of the watch reads whole snapshots of it.
+// mirror is a copy of the Nodes. The goroutine that follows them writes it; the
+// consumer of the watch takes snapshots of it.
 type mirror struct {
 	r    *Registry
-	news chan struct{} // capacity 1: there is something to take
-	// changed is news for what is kept on disk.
+	news chan struct{} // capacity 1; signals that take has something new
+	// changed signals the same to keep.
 	changed chan struct{}
 
 	mu       sync.Mutex
 	self     subnet.Lease
 	own      facts                   // of our Node
-	nodes    map[string]facts        // of the others that are managed
-	entries  map[string]subnet.Entry // the same as leases, by the Node's name
-	missed   map[string]subnet.Entry // peers that a store gone back in time lacks
+	nodes    map[string]facts        // of the other managed Nodes
+	entries  map[string]subnet.Entry // leases of nodes, by the Node's name
+	missed   map[string]subnet.Entry // peers missing from a restored store, kept until settle
 	revision int64
 	config   subnet.Config
 	refused  string
-	settings string // the configuration's text that config and refused come from
+	settings string // text that config and refused come from
 	fresh    bool
 	err      error
-	lost     bool             // an error was told, and no contact since
-	told     map[string]int64 // revision of the rejections in the log
-	version  int              // counts what was published
+	lost     bool             // fail was called, and there was no contact since
+	told     map[string]int64 // revision of each logged rejection, by Node
+	version  int              // incremented by publish
 	listed   bool             // the API server was read
-	kept     time.Time        // when what there is was kept, until it was read
+	kept     time.Time        // when the content was saved to disk; zero once the API server was read
 }
 
 func newMirror(r *Registry, self subnet.Lease) *mirror {
@@ -297,14 +296,14 @@ func newMirror(r *Registry, self subnet.Lease) *mirror {
 	return m
 }
 
-// last is the revision that was reached, zero for none.
+// last returns the revision reached, 0 if none.
 func (m *mirror) last() int64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.revision
 }
 
-// known completes the metadata by what is known of the same Node.
+// known adds podCIDRs that are already known for the same Node to its metadata.
 func (m *mirror) known(name string, f facts) facts {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -312,15 +311,15 @@ func (m *mirror) known(name string, f facts) facts {
 	if ok && is.uid == f.uid && (len(f.cidrs) == 0 || is.sure) {
 		f.cidrs, f.sure = is.cidrs, is.sure
 	}
-	// Our own are Hold's matter.
+	// Our own podCIDRs are verified by Hold.
 	if name == m.self.Node {
 		f.cidrs, f.sure = m.self.Subnets(), true
 	}
 	return f
 }
 
-// affected returns the Node, and with it the others that claim an address of its
-// podCIDRs, if it is not as it was.
+// affected returns the Node and, if it has changed, the other Nodes whose podCIDRs
+// overlap its.
 func (m *mirror) affected(name string, f facts) map[string]facts {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -336,18 +335,18 @@ func (m *mirror) affected(name string, f facts) map[string]facts {
 	return changed
 }
 
-// replace takes over a whole list.
+// replace applies a complete list.
 func (m *mirror) replace(found map[string]facts, at string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	reached := revision(at)
 	gone := m.revision != 0 && reached < m.revision
 	if gone {
-		m.r.log.Warn("the API server came back at an older state; the last peers stand while their nodes come back",
+		m.r.log.Warn("the API server was restored to an older state; keeping the last peers until their nodes return",
 			"revision", reached, "before", m.revision, "settle", m.r.opts.Settle)
 		for name, e := range m.entries {
-			if e.Key != name { // malformed ones bear the name
-				e.CreateRevision = math.MaxInt64 // whatever is in the store goes before
+			if e.Key != name { // the key of a malformed entry is the name
+				e.CreateRevision = math.MaxInt64 // entries in the store take precedence
 				m.missed[name] = subnet.NewEntry(e)
 			}
 		}
@@ -379,7 +378,7 @@ func (m *mirror) replace(found map[string]facts, at string) {
 	m.publish()
 }
 
-// change takes over one Node, or its end.
+// change applies the change or deletion of one Node.
 func (m *mirror) change(name string, f facts, deleted bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -401,10 +400,10 @@ func (m *mirror) change(name string, f facts, deleted bool) {
 		delete(m.nodes, name)
 		delete(m.entries, name)
 		if !known && !missed {
-			return // nobody's peer
+			return // was no peer
 		}
 	case known && is.same(f) && !missed:
-		return // a heartbeat
+		return // unchanged, such as a heartbeat
 	default:
 		m.nodes[name] = f
 		m.entries[name] = f.entry(name, m.config)
@@ -413,21 +412,20 @@ func (m *mirror) change(name string, f facts, deleted bool) {
 	m.publish()
 }
 
-// same reports whether what matters of a Node is as it was.
+// same reports whether two facts of a Node are equal, except for the revision.
 func (f facts) same(as facts) bool {
 	return f.uid == as.uid && f.managed == as.managed && f.notes == as.notes && slices.Equal(f.cidrs, as.cidrs) && f.sure == as.sure
 }
 
-// contend has Hold look when our subnet may be another's, which is so only while
-// our Node is not there.
+// contend makes Hold verify our lease if another Node has our subnet, which is
+// possible only while our Node does not exist.
 func (m *mirror) contend() {
 	if held, ok := m.r.Held(); ok && !held.Expires.IsZero() && m.ownerLocked(held) != "" {
 		m.r.look()
 	}
 }
 
-// owner names another Node that has an address of the lease's subnets, "" for
-// none.
+// owner returns another Node that overlaps the lease's subnets, "" if none.
 func (m *mirror) owner(l subnet.Lease) string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -443,7 +441,7 @@ func (m *mirror) ownerLocked(l subnet.Lease) string {
 	return ""
 }
 
-// reached moves the revision; contact says that the API server is there.
+// reached advances the revision.
 func (m *mirror) reached(at string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -458,8 +456,7 @@ func (m *mirror) contact() {
 	}
 }
 
-// unsettled and settle are about the peers that a store gone back in time does
-// not have.
+// unsettled reports whether peers are kept that a restored store lacks.
 func (m *mirror) unsettled() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -473,14 +470,13 @@ func (m *mirror) settle() {
 	m.publish()
 }
 
-// configure takes over the configuration's text if a running node can live with
-// it.
+// configure applies the configuration's text if a running node can follow it.
 func (m *mirror) configure(text []byte, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	refuse := func(why string) {
 		if m.refused != why {
-			m.r.log.Warn("the network configuration is refused; the last one stands", "file", m.r.opts.NetConf, "error", why)
+			m.r.log.Warn("the network configuration cannot be applied; the last one remains in force", "file", m.r.opts.NetConf, "error", why)
 			m.refused = why
 			m.publish()
 		}
@@ -508,8 +504,8 @@ func (m *mirror) configure(text []byte, err error) {
 	m.publish()
 }
 
-// publish wakes the consumer. Nothing is published before there is a
-// configuration to read the leases by, nor before there is anything to say.
+// publish signals the consumers. Nothing is published without a configuration,
+// which is needed to interpret the leases, nor before anything was read.
 func (m *mirror) publish() {
 	if len(m.config.Networks) == 0 || !m.listed && m.kept.IsZero() {
 		return
@@ -523,7 +519,7 @@ func (m *mirror) publish() {
 	}
 }
 
-// refresh has another snapshot built, since our own lease has changed.
+// refresh publishes another snapshot because our own lease has changed.
 func (m *mirror) refresh() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -544,8 +540,8 @@ func (m *mirror) wake() {
 	}
 }
 
-// take returns the state as of now: a snapshot if there is a new one, and the
-// failure that came after it.
+// take returns a snapshot, if there is a new one, and the error since the last
+// call.
 func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -557,7 +553,7 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	all := make([]subnet.Entry, 0, len(m.entries)+len(m.missed))
 	for _, entries := range []map[string]subnet.Entry{m.entries, m.missed} {
 		for name, e := range entries {
-			e.Key = name // a rejection names the Node
+			e.Key = name // so that a rejection names the Node
 			all = append(all, e)
 		}
 	}
@@ -566,19 +562,19 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 		self = held
 	}
 	s = subnet.BuildSnapshot(m.config, self, all, m.revision)
-	s.Usage = nil // the Node controller's matter
+	s.Usage = nil // the Node controller allocates
 	s.ConfigRefused, s.Kept = m.refused, m.kept
 	m.tell(s.Rejected)
 	return s, true, err
 }
 
-// tell logs each rejected Node once.
+// tell logs each rejected Node once per revision.
 func (m *mirror) tell(rejected []subnet.Rejection) {
 	for _, x := range rejected {
 		at := m.entries[x.Key].ModRevision
 		if was, ok := m.told[x.Key]; !ok || was != at {
 			m.told[x.Key] = at
-			m.r.log.Warn("a Node is set aside", "node", x.Key, "reason", x.Reason)
+			m.r.log.Warn("a Node is ignored", "node", x.Key, "reason", x.Reason)
 		}
 	}
 	for key := range m.told {

@@ -1,5 +1,5 @@
-// Package kubetest runs a real kube-apiserver for a test, on an etcd of its own.
-// The programs are those that `make kubernetes` builds.
+// Package kubetest runs a real kube-apiserver, with its own etcd, in a test. The
+// programs are built by `make kubernetes`.
 package kubetest
 
 import (
@@ -27,8 +27,8 @@ import (
 	"culvert/subnet/etcd/etcdtest"
 )
 
-// Tokens that the API server knows: an administrator's, that of the service
-// account culvert in the namespace culvert, and one without any rights.
+// Tokens that the API server accepts: an administrator's, the service account
+// culvert's in the namespace culvert, and one without permissions.
 const (
 	AdminToken   = "admin-token"
 	CulvertToken = "culvert-token"
@@ -47,13 +47,13 @@ type Server struct {
 	ended   chan struct{}
 }
 
-// Program is the path of one of Kubernetes' programs, in CULVERT_KUBERNETES. It
-// fails the test if it is not there.
+// Program returns the path of a Kubernetes program in the directory
+// CULVERT_KUBERNETES. It fails the test if the program does not exist.
 func Program(t testing.TB, name string) string {
 	t.Helper()
 	dir := os.Getenv("CULVERT_KUBERNETES")
 	if dir == "" {
-		t.Fatal("CULVERT_KUBERNETES does not say where the programs of Kubernetes are: run `make test-kubernetes`")
+		t.Fatal("CULVERT_KUBERNETES, the directory of Kubernetes' programs, is not set: run `make test-kubernetes`")
 	}
 	path := filepath.Join(dir, name)
 	if _, err := os.Stat(path); err != nil {
@@ -62,8 +62,8 @@ func Program(t testing.TB, name string) string {
 	return path
 }
 
-// Start starts an API server that ends with the test, and waits until it is
-// ready. Its etcd is one of its own if none is named; more are further flags.
+// Start starts an API server that ends with the test, and waits until it is ready.
+// If etcd is empty, it starts one; more are additional flags.
 func Start(t testing.TB, etcd string, more ...string) *Server {
 	t.Helper()
 	s := &Server{t: t, dir: t.TempDir(), program: Program(t, "kube-apiserver")}
@@ -82,8 +82,8 @@ func Start(t testing.TB, etcd string, more ...string) *Server {
 	return s
 }
 
-// Args are those of a kube-apiserver that serves at an address, with its files
-// in a directory.
+// Args returns the flags of a kube-apiserver that serves at an address and has its
+// files in dir.
 func Args(t testing.TB, dir, etcd string, at netip.AddrPort) []string {
 	t.Helper()
 	key := filepath.Join(dir, "service-account.pem")
@@ -100,13 +100,13 @@ func Args(t testing.TB, dir, etcd string, at netip.AddrPort) []string {
 	}
 }
 
-// URL is where it serves.
+// URL returns the server's URL.
 func (s *Server) URL() string { return fmt.Sprintf("https://127.0.0.1:%d", s.port) }
 
-// CAFile is what its certificate is verified with.
+// CAFile returns the file that the server's certificate is verified with.
 func (s *Server) CAFile() string { return filepath.Join(s.dir, "apiserver.crt") }
 
-// Run starts it, again after Stop, and returns when it is ready.
+// Run starts the server, also after Stop, and waits until it is ready.
 func (s *Server) Run() {
 	s.t.Helper()
 	log, err := os.OpenFile(filepath.Join(s.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -136,7 +136,7 @@ func (s *Server) Run() {
 		}
 		select {
 		case <-s.ended:
-			s.t.Fatalf("kube-apiserver has ended:\n%s", s.tail())
+			s.t.Fatalf("kube-apiserver exited:\n%s", s.tail())
 		default:
 		}
 		if time.Now().After(deadline) {
@@ -145,7 +145,7 @@ func (s *Server) Run() {
 	}
 }
 
-// Stop ends it as a crash does.
+// Stop kills the server, as a crash would.
 func (s *Server) Stop() {
 	if s.cmd == nil {
 		return
@@ -169,7 +169,7 @@ func (s *Server) connect() {
 	}
 }
 
-// Try does a request as the administrator.
+// Try sends a request as the administrator.
 func (s *Server) Try(method, path, contentType string, body any) ([]byte, error) {
 	var text []byte
 	switch b := body.(type) {
@@ -202,7 +202,7 @@ func (s *Server) Try(method, path, contentType string, body any) ([]byte, error)
 	return answer, err
 }
 
-// Do is Try for what must succeed.
+// Do is Try; it fails the test on an error.
 func (s *Server) Do(method, path, contentType string, body any) []byte {
 	s.t.Helper()
 	answer, err := s.Try(method, path, contentType, body)
@@ -212,15 +212,13 @@ func (s *Server) Do(method, path, contentType string, body any) []byte {
 	return answer
 }
 
-// Apply creates or replaces the objects of a YAML file, each at the path of its
-// kind.
+// Apply sends text as a server-side apply to path.
 func (s *Server) Apply(path, contentType string, text string) {
 	s.t.Helper()
 	s.Do(http.MethodPatch, path+"?fieldManager=test&force=true", contentType, text)
 }
 
-// PutNode creates a Node, with podCIDRs and annotations, or patches these into
-// one that there is. A nil annotation is removed.
+// PutNode creates a Node, or patches an existing one. A nil annotation is removed.
 func (s *Server) PutNode(name string, podCIDRs []string, annotations map[string]any) {
 	s.t.Helper()
 	spec := map[string]any{}
@@ -235,7 +233,7 @@ func (s *Server) PutNode(name string, podCIDRs []string, annotations map[string]
 	s.Do(http.MethodPost, "/api/v1/nodes", "application/json", node)
 }
 
-// DeleteNode deletes a Node; none there is no error.
+// DeleteNode deletes a Node, if it exists.
 func (s *Server) DeleteNode(name string) {
 	s.t.Helper()
 	if _, err := s.Try(http.MethodDelete, "/api/v1/nodes/"+name, "", nil); err != nil && !strings.Contains(err.Error(), "404") {
@@ -243,7 +241,7 @@ func (s *Server) DeleteNode(name string) {
 	}
 }
 
-// Node is what a test looks at.
+// Node is the part of a Node that tests use.
 type Node struct {
 	Metadata struct {
 		Name        string
@@ -287,8 +285,8 @@ func writeKey(t testing.TB, name string) {
 	write(t, name, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})))
 }
 
-// Become has this server, which is stopped, take the place of what another has
-// in its etcd; its own certificate and port stay.
+// Become makes this server, which must be stopped, use the etcd of another one. It
+// keeps its certificate and port.
 func (s *Server) Become(other *Server) {
 	for i, a := range s.args {
 		if strings.HasPrefix(a, "--etcd-servers=") {
