@@ -16,25 +16,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// wornBridge is a bridge on which the delegate would fail: it has other addresses
-// than this node's gateway, since the node got another subnet, or a program such
-// as a DHCP client gave it one of its own; or it is not as the delegate makes it.
+// wornBridge is a bridge that the bridge plugin would fail on: it has addresses other
+// than this node's gateway, because the node got another subnet or a program such as
+// a DHCP client assigned one, or it is not set up as the plugin requires.
 type wornBridge struct {
 	name    string
 	link    netlink.Link
-	address []netlink.Addr // that keep the gateway's from being given
-	// removable are those of address that no pod can need.
+	address []netlink.Addr // addresses that prevent assigning the gateway's
+	// removable are those of address that no pod can be using as its gateway.
 	removable []netlink.Addr
-	gateway   netip.Prefix // that the bridge should have
-	ports     int          // interfaces on the bridge, of pods or whoever
-	noMAC     bool         // as an empty bridge is when its last port has gone
-	noIPv6    bool         // although it is to have an IPv6 address
-	// foreign says why it cannot be the pods' bridge at all; empty if it can.
+	gateway   netip.Prefix // address that the bridge should have
+	ports     int          // number of ports, of pods or others
+	noMAC     bool         // as after the removal of a bridge's last port
+	noIPv6    bool         // IPv6 is disabled but needed
+	// foreign is why it cannot be the pods' bridge at all; empty if it can.
 	foreign string
 }
 
-// bridgeName is the bridge that the delegate puts pods on as their gateway; ""
-// if it does no such thing.
+// bridgeName returns the bridge that is the pods' gateway; "" if the delegate does
+// not use one.
 func (n NetConf) bridgeName() (string, error) {
 	kind, err := n.delegateType()
 	if err != nil || kind != "bridge" {
@@ -54,18 +54,18 @@ func (n NetConf) bridgeName() (string, error) {
 	} {
 		if raw, ok := n.DelegateConf[key]; ok {
 			if err := json.Unmarshal(raw, to); err != nil {
-				return "", invalid("\"delegate\" has a %q that cannot be read: %v", key, err)
+				return "", invalid("\"delegate\" has an invalid %q: %v", key, err)
 			}
 		}
 	}
 	if !c.IsGateway && !c.IsDefault || c.ForceAddress {
-		return "", nil // no address, or the administrator said to overwrite it
+		return "", nil // no gateway address, or bridge is configured to replace it
 	}
 	return c.Bridge, nil
 }
 
-// findWornBridge returns nil where the bridge is as the delegate needs it, or is
-// not there yet.
+// findWornBridge returns nil if the bridge is as the delegate needs it or does not
+// exist yet.
 func (n NetConf) findWornBridge(env SubnetEnv) (*wornBridge, error) {
 	name, err := n.bridgeName()
 	if err != nil || name == "" {
@@ -79,7 +79,7 @@ func (n NetConf) findWornBridge(env SubnetEnv) (*wornBridge, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, ioFailure("looking at the bridge "+name, err)
+		return nil, ioFailure("finding the bridge "+name, err)
 	}
 	addresses, err := complete(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
@@ -130,7 +130,7 @@ func wantsIPv6(env SubnetEnv) bool {
 	return false
 }
 
-// ipv6Switch is the setting by which a link refuses IPv6 addresses.
+// ipv6Switch is the sysctl that disables IPv6 on a link.
 func ipv6Switch(link string) string { return "/proc/sys/net/ipv6/conf/" + link + "/disable_ipv6" }
 
 func lacksIPv6(link string) bool {
@@ -138,12 +138,13 @@ func lacksIPv6(link string) bool {
 	return err == nil && string(bytes.TrimSpace(b)) == "1"
 }
 
-// disagreeing returns the addresses at which the delegate refuses to give the
-// bridge the gateway's, in the kernel's order: those of IPv4, and of IPv6 those whose
-// network overlaps with the gateway's or that are of the cluster; what comes after
-// the gateway's own it does not see. Free are those that no pod can have as its
-// gateway: link-local ones, which programs give to any link without an address,
-// and the gateway's own with another prefix length, which comes back at once.
+// disagreeing returns the addresses because of which the bridge plugin would refuse
+// to assign the gateway's: of IPv4 all others, of IPv6 those that overlap the
+// gateway's network or are in the cluster networks. Like the plugin, it looks in the
+// kernel's order and stops at the gateway's own address. free are those that no pod
+// can use as its gateway: link-local addresses, which programs assign to any link
+// without an address, and the gateway's own with another prefix length, which the
+// plugin assigns again.
 func disagreeing(addresses []netlink.Addr, gateway netip.Prefix, networks []netip.Prefix) (all, free []netlink.Addr) {
 	for _, a := range addresses {
 		ip, ok := netip.AddrFromSlice(a.IP)
@@ -171,45 +172,45 @@ func disagreeing(addresses []netlink.Addr, gateway netip.Prefix, networks []neti
 	return all, free
 }
 
-// repairable says whether repair would succeed.
+// repairable reports whether repair can succeed.
 func (b *wornBridge) repairable() bool {
 	return b.foreign == "" && (b.ports == 0 || len(b.removable) == len(b.address))
 }
 
-// repair makes the bridge fit for the delegate, which then gives it the gateway's
-// address. Addresses that pods may have as their gateway are taken away only if
-// nothing is on the bridge: else they are the administrator's to move.
+// repair prepares the bridge for the delegate, which then assigns the gateway's
+// address. It removes addresses that pods may use as their gateway only if the
+// bridge has no ports; otherwise the administrator must move the pods.
 func (b *wornBridge) repair() error {
 	if !b.repairable() {
 		return b.err()
 	}
-	if b.link == nil { // made here, since the delegate's could not have an IPv6 address
+	if b.link == nil { // a bridge created by the delegate could not have an IPv6 address
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = b.name
 		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil && !errors.Is(err, unix.EEXIST) {
-			return ioFailure("making the bridge "+b.name, err)
+			return ioFailure("creating the bridge "+b.name, err)
 		}
 	}
 	if b.noIPv6 {
 		if err := os.WriteFile(ipv6Switch(b.name), []byte("0"), 0); err != nil {
-			return ioFailure(fmt.Sprintf("IPv6 is off on the bridge %s, and cannot be turned on (`sysctl -w net.ipv6.conf.%s.disable_ipv6=0`)", b.name, b.name), err)
+			return ioFailure(fmt.Sprintf("IPv6 is disabled on the bridge %s and cannot be enabled (`sysctl -w net.ipv6.conf.%s.disable_ipv6=0`)", b.name, b.name), err)
 		}
 	}
 	if b.noMAC {
 		if err := netlink.LinkSetHardwareAddr(b.link, randomMAC()); err != nil {
-			return ioFailure(fmt.Sprintf("giving the bridge %s, which has none, an Ethernet address", b.name), err)
+			return ioFailure(fmt.Sprintf("setting an Ethernet address on the bridge %s, which has none", b.name), err)
 		}
 	}
 	for _, a := range b.address {
 		if err := netlink.AddrDel(b.link, &a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return ioFailure(fmt.Sprintf("taking the address %s from the bridge %s", a.IPNet, b.name), err)
+			return ioFailure(fmt.Sprintf("removing the address %s from the bridge %s", a.IPNet, b.name), err)
 		}
-		fmt.Fprintf(os.Stderr, "culvert-cni: took the address %s from the bridge %s\n", a.IPNet, b.name)
+		fmt.Fprintf(os.Stderr, "culvert-cni: removed the address %s from the bridge %s\n", a.IPNet, b.name)
 	}
 	return nil
 }
 
-// randomMAC is a unicast address that is nobody's by assignment.
+// randomMAC returns a random locally administered unicast address.
 func randomMAC() net.HardwareAddr {
 	mac := make(net.HardwareAddr, 6)
 	_, _ = rand.Read(mac) // never fails
@@ -220,8 +221,8 @@ func randomMAC() net.HardwareAddr {
 func (b *wornBridge) err() error {
 	if b.foreign != "" {
 		return types.NewError(types.ErrTryAgainLater,
-			fmt.Sprintf("%s %s, and pods cannot be put on it", b.name, b.foreign),
-			fmt.Sprintf("take it off (`ip link set %s nomaster`), rename or delete it, or give the delegate another \"bridge\"", b.name))
+			fmt.Sprintf("%s %s: pods cannot be attached to it", b.name, b.foreign),
+			fmt.Sprintf("detach it (`ip link set %s nomaster`), rename or delete it, or set another \"bridge\"", b.name))
 	}
 	var has []string
 	for _, a := range b.address {
@@ -230,10 +231,10 @@ func (b *wornBridge) err() error {
 	return types.NewError(types.ErrTryAgainLater,
 		fmt.Sprintf("the bridge %s has the address %s, but this node's subnet is %s now, and %d interfaces are still on the bridge",
 			b.name, strings.Join(has, ", "), b.gateway.Masked(), b.ports),
-		"delete the pods of the old subnet (drain the node): with the last of them gone the plugin corrects the bridge itself")
+		"delete the pods of the old subnet (drain the node); after that the plugin repairs the bridge")
 }
 
-// complete repeats a netlink dump that a change of what it lists interrupted.
+// complete repeats a netlink dump that was interrupted by a concurrent change.
 func complete[T any](dump func() ([]T, error)) ([]T, error) {
 	for range 20 {
 		all, err := dump()

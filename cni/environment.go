@@ -6,14 +6,14 @@ import (
 	"strings"
 )
 
-// pluginDirs are the directories that the runtime's CNI_PATH names.
+// pluginDirs returns the directories in CNI_PATH.
 func pluginDirs() []string { return filepath.SplitList(os.Getenv("CNI_PATH")) }
 
-// delegateEnv is the environment of a delegate: ours, with another verb,
-// perhaps about another container and without a namespace.
+// delegateEnv is the environment of a delegate: ours, except for the verb, the
+// attachment and the namespace.
 type delegateEnv struct {
 	verb       string
-	attachment Attachment // both empty for the verbs that concern no container
+	attachment Attachment // empty for GC and STATUS
 	netns      string
 }
 

@@ -15,21 +15,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockPatience is how long GC waits for ADDs on their way, and for host-local.
+// lockPatience is how long to wait for a lock: GC for ADDs in progress, ADD for a GC,
+// both for host-local.
 const lockPatience = 10 * time.Second
 
-// validity is what the runtime says of attachments.
+// validity is the runtime's list of valid attachments.
 type validity struct {
 	attachments map[Attachment]bool
 	containers  map[string]bool // that have any
-	// certain says that an attachment which is not listed is gone. A list that is
-	// missing or empty does not say so: more runtimes have lost their state
-	// than have garbage on a node without a single pod.
+	// certain means that an attachment which is not listed is gone. A missing or
+	// empty list does not mean that: a runtime that lost its state is more likely
+	// than garbage on a node without a single pod.
 	certain bool
 }
 
-// validity reads the runtime's list. Its entries must name a container; one
-// without an interface stands for all of the container's.
+// validity parses the runtime's list. An entry must name a container; one without
+// an interface covers all of the container's.
 func (n NetConf) validity() (validity, error) {
 	v := validity{attachments: map[Attachment]bool{}, containers: map[string]bool{}}
 	raw := n.ValidAttachments
@@ -53,7 +54,7 @@ func (n NetConf) validity() (validity, error) {
 	return v, nil
 }
 
-// has says whether a is to be kept.
+// has reports whether a must be kept.
 func (v validity) has(a Attachment) bool {
 	if !v.certain {
 		return true
@@ -61,17 +62,16 @@ func (v validity) has(a Attachment) bool {
 	return v.attachments[a] || v.attachments[Attachment{ContainerID: a.ContainerID}] || a.IfName == "" && v.containers[a.ContainerID]
 }
 
-// GC releases what no valid attachment owns: what this plugin delegated,
-// host-local's reservations, and the rules and devices that chained plugins
-// left. Delegates have nothing of the sort (containernetworking/plugins up to
-// 1.9: GC does nothing), but are asked, too.
+// GC releases what no valid attachment owns: attachments of this plugin,
+// host-local's reservations, and rules and devices left by chained plugins. The
+// delegate's GC is called too, although those of containernetworking/plugins do
+// nothing (up to 1.9).
 //
-// Where it cannot be known that something is garbage it stays: attachments
-// that are younger than the call, files that are not understood, everything if
-// the list is empty. Then, too, what ran before the machine was started last is
-// garbage.
+// It keeps what may not be garbage: attachments newer than the call, files that it
+// cannot parse, and everything of this boot if the list is empty. What an earlier
+// boot left is always garbage.
 func (p Plugin) GC(args *skel.CmdArgs) error {
-	// A file's time is the kernel's tick before its making: allow for that.
+	// A file's timestamp may be one kernel tick in the past: allow for that.
 	since := time.Now().Add(-20 * time.Millisecond)
 	n, err := ParseNetConf(args.StdinData, p.defaults)
 	if err != nil {
@@ -82,12 +82,12 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 		return err
 	}
 	if !valid.certain {
-		fmt.Fprintln(os.Stderr, "culvert-cni: GC: without valid attachments nothing is released but what an earlier boot left; \"gcEmptyMeansAll\": true releases everything")
+		fmt.Fprintln(os.Stderr, "culvert-cni: GC: the list of valid attachments is empty, so only what an earlier boot left is released; \"gcEmptyMeansAll\": true releases everything")
 	}
 	s := state{n.DataDir}
 	alone, err := s.take(unix.LOCK_EX, lockPatience)
 	if errors.Is(err, errLocked) {
-		return types.NewError(types.ErrTryAgainLater, "an ADD is still on its way: "+err.Error(), "")
+		return types.NewError(types.ErrTryAgainLater, "an ADD is still in progress: "+err.Error(), "")
 	}
 	if err != nil {
 		return err
@@ -132,10 +132,10 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 			failed = append(failed, err)
 		}
 		for _, r := range gone {
-			fmt.Fprintf(os.Stderr, "culvert-cni: GC: released address %s of container %q: an earlier boot left it\n", r.Addr, r.Owner.ContainerID)
+			fmt.Fprintf(os.Stderr, "culvert-cni: GC: released address %s of container %q, left by an earlier boot\n", r.Addr, r.Owner.ContainerID)
 		}
 	} else if ok {
-		// A reservation without an owner is one that host-local was killed in.
+		// A reservation without an owner was left when host-local was killed.
 		gone, err := store.release(since, func(r reservation) bool {
 			return !valid.has(r.Owner) && !kept[r.Owner]
 		})
@@ -161,12 +161,11 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 	return nil
 }
 
-// collectLeftovers removes what chained plugins left for containers that are
-// gone.
+// collectLeftovers removes what chained plugins left for containers that are gone.
 func (n NetConf) collectLeftovers(ctx context.Context, subnets []netip.Prefix, released map[string]bool, valid validity) (failed []error) {
 	for id := range released {
 		if valid.certain && valid.containers[id] {
-			delete(released, id) // it lost one interface, and has others
+			delete(released, id) // only one of its interfaces was released
 			continue
 		}
 		if err := n.removeQueue(id); err != nil {
@@ -184,8 +183,7 @@ func (n NetConf) collectLeftovers(ctx context.Context, subnets []netip.Prefix, r
 	return failed
 }
 
-// passOnGC hands the list to the delegate, which may be one that does something
-// with it.
+// passOnGC passes the list on to the delegate's GC.
 func (n NetConf) passOnGC(ctx context.Context, env SubnetEnv) error {
 	conf, err := n.Delegate(env)
 	if err != nil {
@@ -204,8 +202,8 @@ func (n NetConf) passOnGC(ctx context.Context, env SubnetEnv) error {
 	return err
 }
 
-// predates says whether a plugin refused a verb that its version of the
-// specification does not have.
+// predates reports whether a plugin rejected a verb because its version of the
+// specification does not have it.
 func predates(err error) bool {
 	var e *types.Error
 	return errors.As(err, &e) && (e.Code == types.ErrInvalidEnvironmentVariables || e.Code == types.ErrIncompatibleCNIVersion)

@@ -23,11 +23,10 @@ import (
 	"culvert/internal/lab"
 )
 
-// store is host-local's directory of the network.
+// store returns the path of a file in host-local's directory of the network.
 func (h host) store(name string) string { return filepath.Join(h.StateDir, "networks", "net", name) }
 
-// leave writes a file as it would be after a while: GC keeps what is younger
-// than itself.
+// leave writes a file with a modification time one minute ago: GC keeps newer ones.
 func leave(t *testing.T, path, text string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -39,7 +38,7 @@ func leave(t *testing.T, path, text string) {
 	}
 }
 
-// valid is the host's configuration with a list of valid attachments, each
+// valid returns the configuration with a list of valid attachments, each
 // "container:interface".
 func (h host) valid(attachments ...string) string {
 	list := []map[string]string{}
@@ -54,7 +53,7 @@ func (h host) valid(attachments ...string) string {
 	return strings.TrimSuffix(h.netconf(), "}") + `,"cni.dev/valid-attachments":` + string(text) + "}"
 }
 
-// settle waits until what was done is older than a GC that starts now.
+// settle waits until a GC that starts now considers earlier files as older.
 func settle() { time.Sleep(30 * time.Millisecond) }
 
 func TestGC(t *testing.T) {
@@ -70,20 +69,20 @@ func TestGC(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, text := range map[string]string{
-		"10.42.7.101": "leaked\r\neth0",       // its record was lost
-		"10.42.7.102": "leaked-long-ago",      // an old file: no interface
-		"10.42.7.103": "live",                 // an old file of a valid container
-		"10.42.7.104": "live\r\neth7",         // an interface that is not valid
+		"10.42.7.101": "leaked\r\neth0",       // the record was lost
+		"10.42.7.102": "leaked-long-ago",      // old format, without an interface
+		"10.42.7.103": "live",                 // old format, valid container
+		"10.42.7.104": "live\r\neth7",         // invalid interface
 		"10.42.7.105": "",                     // host-local was killed while writing
-		"10.42.7.106": "  ",                   // not understood
-		"10.42.7.107": "what is\r\nthis file", // not understood
-		"notes.txt":   "leaked\r\neth0",       // no address
-		"fe80::1%lo":  "leaked\r\neth0",       // no address
+		"10.42.7.106": "  ",                   // unknown content
+		"10.42.7.107": "what is\r\nthis file", // unknown content
+		"notes.txt":   "leaked\r\neth0",       // not an address
+		"fe80::1%lo":  "leaked\r\neth0",       // not an address
 	} {
 		leave(t, h.store(name), text)
 	}
 	settle()
-	// An ADD after the runtime made its list, as far as GC can know.
+	// Possibly of an ADD after the runtime created the list.
 	if err := os.WriteFile(h.store("10.42.7.108"), []byte("new\r\neth0"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -97,19 +96,19 @@ func TestGC(t *testing.T) {
 	}
 	settle()
 
-	// Without a list, and with an empty one, nothing is garbage.
+	// Without a list or with an empty one, nothing is released.
 	before := h.addresses()
 	for _, stdin := range []string{h.netconf(), h.valid(), strings.Replace(h.valid(), "[]", "null", 1)} {
 		a := h.must(t, call{verb: "GC", stdin: stdin})
 		if got := h.addresses(); !slices.Equal(got, before) || !strings.Contains(a.stderr, "gcEmptyMeansAll") {
-			t.Errorf("GC without valid attachments left %q of %q, and said %q", got, before, a.stderr)
+			t.Errorf("GC without valid attachments left %q of %q; standard error %q", got, before, a.stderr)
 		}
 	}
-	// Neither is what a list that is wrong does not name.
+	// A malformed list is an error.
 	if a := h.run(t, call{verb: "GC", stdin: h.valid("live:eth0", ":eth0")}); a.err == nil || a.err.Code != types.ErrInvalidNetworkConfig {
-		t.Errorf("GC with a nameless attachment: %v", a.err)
+		t.Errorf("GC with an attachment without a containerID: %v", a.err)
 	}
-	// An address stays while the interface that has it cannot be removed.
+	// An address is kept while its interface cannot be removed.
 	empty := t.TempDir()
 	if a := h.run(t, call{verb: "GC", stdin: h.valid("live:eth0", "half:eth1"), path: empty}); a.err == nil || !strings.Contains(a.err.Details, "container dead, interface eth0") {
 		t.Errorf("GC without the delegate: %v", a.err)
@@ -123,7 +122,7 @@ func TestGC(t *testing.T) {
 	h.expect(t, "after GC", []string{"damaged:eth0", "elsewhere", "half:eth1", "live:eth0"}, kept)
 	for _, f := range []string{"lock", "last_reserved_ip.0"} {
 		if _, err := os.Stat(h.store(f)); err != nil {
-			t.Errorf("GC took host-local's own file: %v", err)
+			t.Errorf("GC removed a file of host-local: %v", err)
 		}
 	}
 	if got := links(t, pods[1]); slices.Contains(got, "eth0") {
@@ -142,8 +141,7 @@ func TestGC(t *testing.T) {
 	h.expect(t, "after GC of everything", []string{"damaged:eth0", "elsewhere"}, []string{"10.42.7.106", "10.42.7.107", "10.42.7.108", "fe80::1%lo", "notes.txt"})
 }
 
-// What ran before the machine was started last is garbage without a list that
-// says so.
+// What an earlier boot left is released even if the list is empty.
 func TestGCAfterReboot(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	for _, id := range []string{"before", "now"} {
@@ -168,11 +166,11 @@ func TestGCAfterReboot(t *testing.T) {
 	h.expect(t, "after GC", []string{"now:eth0"}, []string{"10.42.7.3"})
 }
 
-// A plugin that is killed leaves its delegate at work. GC waits for it.
+// If the plugin is killed, its delegate keeps running, and GC waits for it.
 func TestGCWaitsForOrphans(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
-	// bridge, but late.
+	// A delayed bridge plugin.
 	dir, begun := t.TempDir(), filepath.Join(t.TempDir(), "begun")
 	bridge := filepath.Join(h.bin, "cni", "bridge")
 	script := fmt.Sprintf("#!/bin/sh\n[ $CNI_COMMAND = ADD ] && : >%s && sleep 0.5\nexec %s\n", begun, bridge)
@@ -216,7 +214,7 @@ func TestStaleBridge(t *testing.T) {
 	says := "the bridge cni0 has the address 10.42.7.1/24, but this node's subnet is 10.42.9.0/24 now, and 1 interfaces are still on the bridge"
 	a := h.run(t, call{verb: "ADD", id: "c2", netns: second.Path})
 	if a.err == nil || a.err.Code != types.ErrTryAgainLater || a.err.Msg != says || !strings.Contains(a.err.Details, "drain the node") {
-		t.Errorf("ADD beside pods of another subnet: %+v", a.err)
+		t.Errorf("ADD with pods of another subnet: %+v", a.err)
 	}
 	if a := h.run(t, call{verb: "STATUS"}); a.err == nil || a.err.Code != 50 || a.err.Msg != says {
 		t.Errorf("STATUS: %+v", a.err)
@@ -243,7 +241,7 @@ func TestStaleBridge(t *testing.T) {
 	}
 }
 
-// serveReadiness is a daemon as far as STATUS is concerned.
+// serveReadiness serves the query of STATUS, as the daemon does.
 func serveReadiness(t *testing.T, h host, answer func() readiness.Answer) {
 	t.Helper()
 	l, err := net.Listen("unix", readiness.SocketPath(h.RunDir))
@@ -273,10 +271,10 @@ func TestStatus(t *testing.T) {
 	unavailable := func(what, says string) {
 		t.Helper()
 		if a := h.run(t, call{verb: "STATUS"}); a.err == nil || a.err.Code != 50 || !strings.Contains(a.err.Msg, says) {
-			t.Errorf("STATUS, %s: %+v, which does not say %q", what, a.err, says)
+			t.Errorf("STATUS, %s: %+v, want %q", what, a.err, says)
 		}
 	}
-	// flannel's file: there is no daemon to ask.
+	// A file of flannel's: there is no daemon to query.
 	h.must(t, call{verb: "STATUS"})
 	lease(time.Now().Add(time.Hour))
 	unavailable("no daemon", "no daemon answers on")
@@ -297,7 +295,7 @@ func TestStatus(t *testing.T) {
 	unavailable("the lease in the file ran out", "ran out at")
 	lease(time.Now().Add(time.Hour))
 
-	// Whatever hangs, STATUS does not: the daemon, or the delegate.
+	// STATUS returns in time even if the daemon or the delegate hangs.
 	slow := t.TempDir()
 	if err := os.WriteFile(filepath.Join(slow, "bridge"), []byte("#!/bin/sh\nsleep 5 &\nwait\n"), 0o755); err != nil {
 		t.Fatal(err)
@@ -307,7 +305,7 @@ func TestStatus(t *testing.T) {
 		call call
 		says string
 	}{
-		{"", call{verb: "STATUS", path: slow}, "delegate bridge: STATUS is not answered"},
+		{"", call{verb: "STATUS", path: slow}, "delegate bridge: STATUS timed out"},
 		{"hang", call{verb: "STATUS"}, "does not answer"},
 	} {
 		answer.Store(&readiness.Answer{Ready: true, Code: c.code})
@@ -315,11 +313,11 @@ func TestStatus(t *testing.T) {
 		a := h.run(t, c.call)
 		took := time.Since(start)
 		if a.err == nil || a.err.Code != 50 || !strings.Contains(a.err.Msg, c.says) {
-			t.Errorf("STATUS: %+v, which does not say %q", a.err, c.says)
+			t.Errorf("STATUS: %+v, want %q", a.err, c.says)
 		}
-		// 900 ms of its own; the rest is for a machine that is busy.
+		// The limit is 900 ms; the rest allows for a busy machine.
 		if took > 3*time.Second {
-			t.Errorf("STATUS, where %s, took %s", c.says, took)
+			t.Errorf("STATUS (%s) took %s", c.says, took)
 		}
 	}
 	close(hang)

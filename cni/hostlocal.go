@@ -18,15 +18,15 @@ import (
 // addressStore is host-local's directory of one network
 // (plugins/ipam/host-local/backend/disk in containernetworking/plugins):
 //
-//	10.5.72.7             "<container>\r\n<interface>", or the container alone in
-//	                      files of versions before 0.7; empty if host-local was
-//	                      killed between making and writing it
-//	last_reserved_ip.<n>  where the next search begins
+//	10.5.72.7             "<container>\r\n<interface>", or only the container in
+//	                      versions before 0.7; empty if host-local was killed
+//	                      while creating it
+//	last_reserved_ip.<n>  where the next search starts
 //	lock                  flock(2) around every change
 type addressStore struct{ dir string }
 
-// addressStore returns host-local's directory for the network; false if the
-// addresses are another plugin's.
+// addressStore returns host-local's directory of the network; false if the IPAM
+// plugin is another one.
 func (n NetConf) addressStore() (addressStore, bool, error) {
 	if kind, err := n.ipamType(); err != nil || kind != "host-local" {
 		return addressStore{}, false, err
@@ -35,7 +35,7 @@ func (n NetConf) addressStore() (addressStore, bool, error) {
 	if raw, ok := n.IPAM["dataDir"]; ok {
 		var set string
 		if err := json.Unmarshal(raw, &set); err != nil {
-			return addressStore{}, false, invalid("\"ipam\" has a \"dataDir\" that is not a path: %.80s", raw)
+			return addressStore{}, false, invalid("\"ipam\" has a \"dataDir\" that is not a string: %.80s", raw)
 		}
 		if set != "" {
 			dir = set
@@ -44,14 +44,14 @@ func (n NetConf) addressStore() (addressStore, bool, error) {
 	return addressStore{filepath.Join(dir, n.Name)}, true, nil
 }
 
-// reservation is one address that the store holds.
+// reservation is one reserved address.
 type reservation struct {
 	Addr  netip.Addr
-	Owner Attachment // IfName is empty in an old file; all is in a torn one
+	Owner Attachment // no IfName in an old file; empty in an incomplete one
 }
 
-// parseReservation reads a file of the store. It returns false for what is no
-// reservation, or not understood: the caller leaves it alone.
+// parseReservation parses a file of the store. It returns false for any other file
+// and for unknown content; the caller must not touch those.
 func parseReservation(name string, text []byte) (reservation, bool) {
 	a, err := netip.ParseAddr(name)
 	if err != nil || a.Zone() != "" {
@@ -70,13 +70,13 @@ func parseReservation(name string, text []byte) (reservation, bool) {
 	return r, true
 }
 
-// release removes the reservations that doomed says yes to, under the store's
-// lock, and returns them. A file changed after since is of an ADD that the
-// caller cannot know of, and stays.
+// release removes the reservations for which doomed returns true, holding the
+// store's lock, and returns them. It keeps files modified after since: they may
+// belong to an ADD in progress.
 func (s addressStore) release(since time.Time, doomed func(reservation) bool) (released []reservation, err error) {
 	fd, err := unix.Open(filepath.Join(s.dir, "lock"), unix.O_RDONLY|unix.O_CREAT|unix.O_CLOEXEC, 0o600)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // no directory: host-local was never here
+		return nil, nil // no directory: host-local was never used
 	}
 	if err != nil {
 		return nil, ioFailure("opening the lock of "+s.dir, err)

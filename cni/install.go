@@ -14,36 +14,37 @@ import (
 	"culvert/internal/statefile"
 )
 
-// Install puts the plugin, the plugins that it delegates to, and a network
-// configuration list where a container runtime looks for them.
+// Install installs the plugin, its delegates and a network configuration list for a
+// container runtime.
 type Install struct {
-	// From is the directory of culvert-cni; its subdirectory cni, if there is
-	// one, holds the delegates.
+	// From is the directory of culvert-cni; its subdirectory cni, if it exists,
+	// contains the delegates.
 	From string
-	// BinDir and ConfDir are the runtime's; usually /opt/cni/bin and
+	// BinDir and ConfDir are the runtime's directories; usually /opt/cni/bin and
 	// /etc/cni/net.d.
 	BinDir, ConfDir string
-	// ConfName is the file in ConfDir; a runtime uses the first by name.
+	// ConfName is the file name in ConfDir; a runtime uses the first by name.
 	ConfName string
-	// SubnetFile is written into the configuration unless it is the default.
+	// SubnetFile is written to the configuration unless it is the default.
 	SubnetFile string
-	// Network is the configuration's name, "culvert" if empty: host-local keeps
-	// the addresses in use by it. DataDir is the plugin's records, written unless
-	// it is empty. On a node where pods of flannel's run on, both are flannel's
-	// (cbr0, /var/lib/cni/flannel), so that no address is given out twice.
+	// Network is the configuration's name; default "culvert". host-local stores
+	// reservations under it. DataDir is the directory of the plugin's records, written
+	// to the configuration unless empty. On a node with running pods of flannel's, set
+	// both to flannel's (cbr0, /var/lib/cni/flannel), so that no address is assigned
+	// twice.
 	Network, DataDir string
-	// RunDir is the daemon's, written unless it is SubnetFile's directory or
-	// empty.
+	// RunDir is the daemon's run directory, written to the configuration unless it
+	// is empty or SubnetFile's directory.
 	RunDir string
 }
 
-// PluginName is the plugin's file name, and its type in a configuration.
+// PluginName is the plugin's file name and its type in a configuration.
 const PluginName = "culvert-cni"
 
-// Run installs. The plugin replaces its predecessor by rename, so that a runtime
-// never meets half of it; a delegate that is there already stays, since it may be
-// newer or patched; the configuration comes last, since with it pods begin to
-// come. It returns what it did, and what an operator should know.
+// Run installs. It replaces the plugin by rename, so that a runtime never sees an
+// incomplete file. It keeps existing delegates, since they may be newer or patched.
+// It writes the configuration last, since the runtime then starts to add pods. It
+// returns the files written, and warnings for the operator.
 func (i Install) Run() (done, warnings []string, err error) {
 	if err := os.MkdirAll(i.BinDir, 0o755); err != nil {
 		return nil, nil, err
@@ -79,8 +80,8 @@ func (i Install) Run() (done, warnings []string, err error) {
 	return append(done, conf), warnings, err
 }
 
-// Remove takes away the configuration first, then the plugin. The delegates
-// stay: others may use them.
+// Remove removes first the configuration, then the plugin. It keeps the delegates,
+// which other configurations may use.
 func (i Install) Remove() (done []string, err error) {
 	for _, path := range []string{filepath.Join(i.ConfDir, i.ConfName), filepath.Join(i.BinDir, PluginName)} {
 		switch err := os.Remove(path); {
@@ -104,7 +105,7 @@ func copyProgram(source, target string) error {
 	return nil
 }
 
-// conflist is flannel's usual configuration list, with culvert's plugin.
+// conflist returns flannel's default configuration list, with culvert's plugin.
 func (i Install) conflist() ([]byte, error) {
 	plugin := map[string]any{
 		"type":     PluginName,
@@ -120,15 +121,15 @@ func (i Install) conflist() ([]byte, error) {
 		plugin["dataDir"] = i.DataDir
 	}
 	text, err := json.MarshalIndent(map[string]any{
-		// A runtime that knows cniVersions takes the newest that it has; containerd
-		// before 2.0 has 1.0.0 at most.
+		// A runtime that knows cniVersions uses the newest it supports; containerd before
+		// 2.0 supports up to 1.0.0.
 		"name": cmp.Or(i.Network, "culvert"), "cniVersion": "1.0.0", "cniVersions": []string{"0.4.0", "1.0.0", "1.1.0"},
 		"plugins": []any{plugin, map[string]any{"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}},
 	}, "", "  ")
 	return append(text, '\n'), err
 }
 
-// rivals names the configurations that a runtime would use before ours.
+// rivals lists the configurations that the runtime would use instead of ours.
 func (i Install) rivals() ([]string, error) {
 	entries, err := os.ReadDir(i.ConfDir)
 	if err != nil {

@@ -63,7 +63,7 @@ func TestInstall(t *testing.T) {
 		t.Errorf("removed %v (%v)", done, err)
 	}
 	if done, err := i.Remove(); err != nil || len(done) != 0 {
-		t.Errorf("a second time removed %v (%v)", done, err)
+		t.Errorf("the second Remove removed %v (%v)", done, err)
 	}
 }
 
@@ -77,8 +77,7 @@ func TestInstallWithoutThePlugin(t *testing.T) {
 	}
 }
 
-// TestInstallBesideFlannelsPods has the configuration use flannel's records of
-// pods and addresses.
+// The configuration can use flannel's records of pods and addresses.
 func TestInstallBesideFlannelsPods(t *testing.T) {
 	i := Install{Network: "cbr0", DataDir: "/var/lib/cni/flannel"}
 	text, err := i.conflist()

@@ -18,19 +18,19 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// What plugins that are chained behind this one leave when they, or the
-// runtime, forget a container: port-mapping rules of portmap and the queueing
-// device of bandwidth. Neither has a GC of its own, up to version 1.9.
+// Leftovers of plugins chained after this one for containers that they or the
+// runtime forgot: portmap's rules and bandwidth's queueing device. Neither plugin
+// has a GC, up to version 1.9.
 
-// ownerRules are the rules of one backend of portmap that one container has.
+// ownerRules are one container's rules of one portmap backend.
 type ownerRules struct {
-	backend   string // portmap's name for it: iptables or nftables
+	backend   string // as portmap names it: iptables or nftables
 	container string
 }
 
-// leakedRules returns the containers that have port-mapping rules and are not
-// to have them: rules of this network, of a container that gone says yes to.
-// A rule that may be another network's is not this one's to remove.
+// leakedRules returns the port-mapping rules of this network whose container is gone
+// (gone, or released by this GC). Rules that may belong to another network are left
+// alone.
 func (n NetConf) leakedRules(ctx context.Context, subnets []netip.Prefix, released map[string]bool, gone func(container string) bool) []ownerRules {
 	var leaked []ownerRules
 	note := func(r ownerRules) {
@@ -45,7 +45,7 @@ func (n NetConf) leakedRules(ctx context.Context, subnets []netip.Prefix, releas
 				note(ownerRules{"iptables", id})
 			}
 		}
-		// An ADD that was killed may have left a chain that nothing names.
+		// An interrupted ADD may have left a chain that no rule references.
 		for id := range released {
 			if bytes.Contains(text, []byte("-N "+hashed(28, "CNI-DN-", n.Name+id)+"\n")) {
 				note(ownerRules{"iptables", id})
@@ -62,8 +62,8 @@ func (n NetConf) leakedRules(ctx context.Context, subnets []netip.Prefix, releas
 	return leaked
 }
 
-// list runs a program that shows rules. Without the program, or without the
-// table, there are no rules to find.
+// list runs a program that lists rules. If it fails, because the program or the
+// table does not exist, there are no rules.
 func list(ctx context.Context, program string, args ...string) []byte {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -74,8 +74,8 @@ func list(ctx context.Context, program string, args ...string) []byte {
 	return out
 }
 
-// iptablesOwners reads `iptables -S`: portmap's comments name the network and
-// the container. A comment that was cut for its length is not understood.
+// iptablesOwners parses `iptables -S`: portmap's comments contain the network and the
+// container. Truncated comments are ignored.
 func iptablesOwners(text []byte, network string) []string {
 	name := regexp.MustCompile(`-A CNI-HOSTPORT-DNAT .*--comment "dnat name: \\"` + regexp.QuoteMeta(network) + `\\" id: \\"([A-Za-z0-9_.-]+)\\""`)
 	var ids []string
@@ -87,9 +87,9 @@ func iptablesOwners(text []byte, network string) []string {
 	return ids
 }
 
-// nftablesOwners reads `nft -j list table`: the containers that portmap's
-// comments name, and whether one of their rules is about an address of the
-// subnets, since the network is not named.
+// nftablesOwners parses `nft -j list table`. It returns the containers in portmap's
+// comments, and whether one of their rules has an address in the subnets, since the
+// comments do not contain the network.
 func nftablesOwners(text []byte, subnets []netip.Prefix) map[string]bool {
 	var table struct {
 		Nftables []struct {
@@ -118,15 +118,15 @@ func nftablesOwners(text []byte, subnets []netip.Prefix) map[string]bool {
 	return owners
 }
 
-// removeRules has portmap delete what it made.
+// removeRules calls portmap's DEL for the container.
 func (n NetConf) removeRules(ctx context.Context, r ownerRules) error {
 	path, err := invoke.FindInPath("portmap", pluginDirs())
 	if err != nil {
-		return fmt.Errorf("container %s left port-mapping rules, and there is no portmap to remove them: %w", r.container, err)
+		return fmt.Errorf("container %s left port-mapping rules, and portmap, which removes them, is missing: %w", r.container, err)
 	}
 	conf, err := json.Marshal(map[string]any{
 		"cniVersion": n.CNIVersion, "name": n.Name, "type": "portmap", "backend": r.backend,
-		// It does nothing unless there are mappings; which ones is no matter.
+		// portmap's DEL does nothing without mappings; any mapping will do.
 		"runtimeConfig": map[string]any{"portMappings": []any{map[string]any{"hostPort": 1, "containerPort": 1, "protocol": "tcp"}}},
 	})
 	if err != nil {
@@ -139,8 +139,8 @@ func (n NetConf) removeRules(ctx context.Context, r ownerRules) error {
 	return nil
 }
 
-// removeQueue removes the device through which bandwidth limits what a
-// container receives.
+// removeQueue removes the ifb device with which bandwidth limits a container's
+// ingress traffic.
 func (n NetConf) removeQueue(container string) error {
 	link, err := netlink.LinkByName(hashed(15, "bwp", n.Name+container))
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
@@ -155,7 +155,7 @@ func (n NetConf) removeQueue(container string) error {
 	return nil
 }
 
-// hashed is how the plugins make a name of a given length
+// hashed builds a name of the given length as the plugins do
 // (pkg/utils.MustFormatHashWithPrefix in containernetworking/plugins).
 func hashed(length int, prefix, of string) string {
 	return fmt.Sprintf("%s%x", prefix, sha512.Sum512([]byte(of)))[:length]

@@ -9,22 +9,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lock is a lock on a state directory. An ADD has it shared, and hands the
-// descriptor on to its delegates, so that it is held until the last of them
-// ended even if the plugin was killed; who has it alone (unix.LOCK_EX) knows
-// that no ADD is on its way.
+// lock is a flock(2) on the state directory. An ADD holds it shared. Its delegates
+// inherit the descriptor, so that the lock is held until the last of them exits,
+// even if the plugin is killed. A holder of the exclusive lock (unix.LOCK_EX) knows
+// that no ADD is in progress.
 type lock struct{ fd int }
 
-// errLocked says that the lock could not be had in time.
+// errLocked means that the lock could not be acquired in time.
 var errLocked = errors.New("it is locked")
 
-// take locks the directory, which it creates if need be. how is unix.LOCK_SH or
+// take locks the directory, and creates it if necessary. how is unix.LOCK_SH or
 // unix.LOCK_EX.
 func (s state) take(how int, atMost time.Duration) (lock, error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return lock{}, ioFailure("creating the state directory", err)
 	}
-	// Without O_CLOEXEC, which is what hands it on.
+	// No O_CLOEXEC: the delegates inherit the descriptor.
 	fd, err := unix.Open(s.dir, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return lock{}, ioFailure("opening the state directory", err)
@@ -38,7 +38,7 @@ func (s state) take(how int, atMost time.Duration) (lock, error) {
 
 func (l lock) release() { _ = unix.Close(l.fd) }
 
-// flock locks the file behind a descriptor, waiting for a while.
+// flock locks the file of a descriptor, waiting at most atMost.
 func flock(fd, how int, atMost time.Duration) error {
 	for end := time.Now().Add(atMost); ; time.Sleep(2 * time.Millisecond) {
 		err := unix.Flock(fd, how|unix.LOCK_NB)

@@ -10,44 +10,43 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 )
 
-// NetConf is the plugin's network configuration, with flannel's keys. What is
-// only handed on stays the raw text that the administrator wrote.
+// NetConf is the plugin's network configuration, with flannel's keys. What is only
+// passed on is kept as raw JSON.
 type NetConf struct {
 	CNIVersion string `json:"cniVersion"`
 	Name       string `json:"name"`
-	// SubnetFile is the subnet.env that says which subnet is ours.
+	// SubnetFile is the path of subnet.env.
 	SubnetFile string `json:"subnetFile"`
-	// DataDir is where the plugin keeps what it delegated.
+	// DataDir is the directory of the plugin's records.
 	DataDir string `json:"dataDir"`
-	// RunDir is the run directory of the daemon that STATUS asks; the directory
-	// of SubnetFile if empty.
+	// RunDir is the run directory of the daemon that STATUS queries; default: the
+	// directory of SubnetFile.
 	RunDir string `json:"runDir"`
-	// GCEmptyMeansAll says that a GC whose list of valid attachments is empty
-	// means it.
+	// GCEmptyMeansAll makes a GC with an empty list of valid attachments release
+	// everything.
 	GCEmptyMeansAll bool `json:"gcEmptyMeansAll"`
 	// DelegateConf is the "delegate" key: the delegate's own settings.
 	DelegateConf map[string]json.RawMessage `json:"delegate"`
-	// IPAM is completed and becomes the delegate's.
+	// IPAM is completed and passed to the delegate.
 	IPAM map[string]json.RawMessage `json:"ipam"`
-	// RuntimeConfig is given by the runtime for declared capabilities.
+	// RuntimeConfig is set by the runtime for declared capabilities.
 	RuntimeConfig map[string]json.RawMessage `json:"runtimeConfig"`
 
 	PrevResult       json.RawMessage `json:"prevResult"`
 	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments"`
-	// Attachments is what the specification called the list first.
+	// Attachments is an earlier name of the key in the specification.
 	Attachments json.RawMessage `json:"cni.dev/attachments"`
 }
 
-// Defaults are the paths of a configuration that names none.
+// Defaults are the paths used if the configuration does not set them.
 type Defaults struct {
 	SubnetFile string
 	DataDir    string
 	RunDir     string // empty: the directory of SubnetFile
 }
 
-// DefaultsFor returns the paths for a plugin that was started by the name
-// argv0: flannel's own for "flannel", so that a conflist of flannel's works
-// unchanged, else culvert's.
+// DefaultsFor returns the default paths for the program name argv0: flannel's for
+// "flannel", so that flannel's conflist works unchanged, else culvert's.
 func DefaultsFor(argv0 string) Defaults {
 	if filepath.Base(argv0) == "flannel" {
 		return Defaults{SubnetFile: "/run/flannel/subnet.env", DataDir: "/var/lib/cni/flannel", RunDir: "/run/culvert"}
@@ -55,8 +54,8 @@ func DefaultsFor(argv0 string) Defaults {
 	return Defaults{SubnetFile: "/run/culvert/subnet.env", DataDir: "/var/lib/cni/culvert"}
 }
 
-// ParseNetConf reads the network configuration that the runtime gives on
-// standard input. Its errors are CNI errors with the specification's codes.
+// ParseNetConf parses the network configuration that the runtime passes on standard
+// input. Its errors are CNI errors with the specification's codes.
 func ParseNetConf(stdin []byte, d Defaults) (NetConf, error) {
 	n := NetConf{SubnetFile: d.SubnetFile, DataDir: d.DataDir, RunDir: d.RunDir}
 	if err := json.Unmarshal(stdin, &n); err != nil {
@@ -64,7 +63,7 @@ func ParseNetConf(stdin []byte, d Defaults) (NetConf, error) {
 	}
 	for _, key := range []string{"name", "ipam"} {
 		if _, ok := n.DelegateConf[key]; ok {
-			return NetConf{}, invalid("\"delegate\" must not have the key %q: the plugin sets it (IPAM settings stand in \"ipam\" beside \"delegate\")", key)
+			return NetConf{}, invalid("\"delegate\" must not have the key %q: the plugin sets it (IPAM settings belong in \"ipam\", next to \"delegate\")", key)
 		}
 	}
 	for _, p := range []struct{ key, path string }{{"subnetFile", n.SubnetFile}, {"dataDir", n.DataDir}, {"runDir", n.runDir()}} {
@@ -85,18 +84,18 @@ func invalid(format string, args ...any) error {
 	return types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf(format, args...), "")
 }
 
-// delegateType is the plugin that the verbs go to: bridge, unless told.
+// delegateType returns the plugin that the verbs are passed to; default bridge.
 func (n NetConf) delegateType() (string, error) {
 	return pluginName("delegate", n.DelegateConf, "bridge")
 }
 
-// ipamType is the address plugin: host-local, unless told.
+// ipamType returns the IPAM plugin; default host-local.
 func (n NetConf) ipamType() (string, error) {
 	return pluginName("ipam", n.IPAM, "host-local")
 }
 
-// pluginName returns section's "type", which becomes a program's name in the
-// directories of CNI_PATH and must not lead out of them.
+// pluginName returns the "type" of a section. It is used as a file name in the
+// directories of CNI_PATH and must not leave them.
 func pluginName(section string, keys map[string]json.RawMessage, unset string) (string, error) {
 	raw, ok := keys["type"]
 	if !ok {
@@ -107,21 +106,21 @@ func pluginName(section string, keys map[string]json.RawMessage, unset string) (
 		return "", invalid("%q has a \"type\" that is not the name of a plugin: %.80s", section, raw)
 	}
 	if name != filepath.Base(name) || name == "." || name == ".." {
-		return "", invalid("%q has the \"type\" %.80q: a plugin's name has no slashes and no dots alone", section, name)
+		return "", invalid("%q has the \"type\" %.80q: a plugin's name has no slashes and is not . or ..", section, name)
 	}
 	return name, nil
 }
 
-// Delegate returns the configuration to give to the delegate, as flannel's
-// plugin computes it (flannel_linux.go, doCmdAdd):
+// Delegate returns the delegate's configuration, computed as by flannel's plugin
+// (flannel_linux.go, doCmdAdd):
 //
-//   - name, cniVersion and runtimeConfig are the network's own;
+//   - name, cniVersion and runtimeConfig are those of the network;
 //   - type bridge, isGateway true for a bridge, ipMasq the opposite of
-//     FLANNEL_IPMASQ and mtu FLANNEL_MTU, each unless "delegate" says otherwise;
-//   - ipam of type host-local unless told, whose ranges are the leased subnets
-//     and whose routes are the configured ones and the cluster networks.
+//     FLANNEL_IPMASQ and mtu FLANNEL_MTU, each unless set in "delegate";
+//   - ipam of type host-local unless set, with the leased subnets as ranges, and as
+//     routes the configured ones and the cluster networks.
 //
-// Keys come out sorted. n is not changed.
+// Keys are sorted. Delegate does not modify n.
 func (n NetConf) Delegate(env SubnetEnv) ([]byte, error) {
 	kind, err := n.delegateType()
 	if err != nil {
@@ -178,11 +177,11 @@ func (n NetConf) delegateIPAM(env SubnetEnv) (map[string]any, error) {
 	var routes []json.RawMessage
 	if raw, ok := n.IPAM["routes"]; ok {
 		if err := json.Unmarshal(raw, &routes); err != nil {
-			return nil, invalid("\"ipam\" has \"routes\" that are not a list: %v", err)
+			return nil, invalid("\"routes\" in \"ipam\" is not a list: %v", err)
 		}
 		var check []types.Route
 		if err := json.Unmarshal(raw, &check); err != nil {
-			return nil, invalid("\"ipam\" has \"routes\" that cannot be read: %v", err)
+			return nil, invalid("\"routes\" in \"ipam\" is invalid: %v", err)
 		}
 	}
 	for _, p := range env.Networks {
@@ -196,9 +195,8 @@ func (n NetConf) delegateIPAM(env SubnetEnv) (map[string]any, error) {
 	return ipam, nil
 }
 
-// with returns the configuration conf with further keys set, for the verbs
-// that hand more to the delegate than ADD did. A key whose value is empty is
-// left as it is.
+// with returns the configuration conf with additional keys set, for verbs that pass
+// more to the delegate than ADD does. It skips keys with an empty value.
 func with(conf []byte, keys map[string]json.RawMessage) ([]byte, error) {
 	var all map[string]json.RawMessage
 	if err := json.Unmarshal(conf, &all); err != nil {

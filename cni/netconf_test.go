@@ -41,7 +41,7 @@ func TestDelegateConfiguration(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// Sorted at every depth, so that the text can be compared.
+			// Sort the keys at every depth for the comparison.
 			var sorted any
 			d := json.NewDecoder(bytes.NewReader(got))
 			d.UseNumber()
@@ -53,11 +53,11 @@ func TestDelegateConfiguration(t *testing.T) {
 				t.Fatal(err)
 			}
 			if string(text)+"\n" != string(part["delegate"]) {
-				t.Errorf("the delegate gets\n%s\nnot\n%s", text, part["delegate"])
+				t.Errorf("the delegate gets\n%s\nwant\n%s", text, part["delegate"])
 			}
 			again, err := n.Delegate(env)
 			if err != nil || !bytes.Equal(again, got) {
-				t.Errorf("computed twice it differs: %s, %v", again, err)
+				t.Errorf("not deterministic: %s, %v", again, err)
 			}
 		})
 	}
@@ -74,12 +74,12 @@ func TestNetConfDefaults(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := (Defaults{n.SubnetFile, n.DataDir, n.RunDir}); got != want {
-			t.Errorf("%s reads %+v, not %+v", argv0, got, want)
+			t.Errorf("%s uses %+v, want %+v", argv0, got, want)
 		}
 	}
 	n, err := ParseNetConf([]byte(`{"name":"n","subnetFile":"/a/b","dataDir":"/c"}`), DefaultsFor("x"))
 	if err != nil || n.SubnetFile != "/a/b" || n.DataDir != "/c" {
-		t.Errorf("given paths are read as %q, %q: %v", n.SubnetFile, n.DataDir, err)
+		t.Errorf("configured paths are read as %q, %q: %v", n.SubnetFile, n.DataDir, err)
 	}
 }
 
@@ -102,7 +102,7 @@ func TestNetConfRefuses(t *testing.T) {
 		var e *types.Error
 		if !errors.As(err, &e) || !strings.Contains(err.Error(), says) ||
 			e.Code != types.ErrInvalidNetworkConfig && e.Code != types.ErrDecodingFailure {
-			t.Errorf("%s: %v, which does not say %q", text, err, says)
+			t.Errorf("%s: %v, want %q", text, err, says)
 		}
 	}
 	for _, routes := range []string{`{}`, `[7]`, `[{"dst":"10.0.0.0"}]`} {
@@ -120,10 +120,10 @@ func TestState(t *testing.T) {
 	s := state{filepath.Join(t.TempDir(), "a", "b")}
 	eth0, eth1 := Attachment{"c1", "eth0"}, Attachment{"c1", "eth1"}
 	if _, err := s.load(eth0); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("loading none: %v", err)
+		t.Errorf("loading a missing record: %v", err)
 	}
 	if err := s.forget(eth0); err != nil {
-		t.Errorf("forgetting none: %v", err)
+		t.Errorf("removing a missing record: %v", err)
 	}
 	saved := record{Attachment: eth0, Network: "n", Netns: "4:5", Boot: "b", Delegate: json.RawMessage(`{"type":"bridge"}`)}
 	other := saved
@@ -135,17 +135,17 @@ func TestState(t *testing.T) {
 	}
 	for _, want := range []record{saved, other} {
 		if got, err := s.load(want.Attachment); err != nil || !reflect.DeepEqual(got, want) {
-			t.Errorf("loaded %+v, not %+v: %v", got, want, err)
+			t.Errorf("loaded %+v, want %+v: %v", got, want, err)
 		}
 	}
 	if err := s.forget(eth0); err != nil {
 		t.Error(err)
 	}
 	if _, err := s.load(eth0); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("after forgetting: %v", err)
+		t.Errorf("after removal: %v", err)
 	}
 	if _, err := s.load(eth1); err != nil {
-		t.Errorf("forgetting one interface took the other's: %v", err)
+		t.Errorf("removing one record removed the other: %v", err)
 	}
 
 	for _, text := range []string{"", "{", "null", "[]", `{"containerID":"c2","ifname":"eth1","delegate":{}}`, `{"containerID":"c1","ifname":"eth1"}`} {
@@ -153,11 +153,11 @@ func TestState(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := s.load(eth1); !errors.Is(err, errDamaged) {
-			t.Errorf("%q loads with %v", text, err)
+			t.Errorf("loading %q: %v", text, err)
 		}
 	}
 
-	// flannel's plugin: the bare configuration under the container's name.
+	// flannel's record: the configuration, in a file named after the container.
 	if err := os.WriteFile(s.flannelPath(eth0), []byte(`{"type":"bridge","name":"cbr0"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +168,7 @@ func TestState(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := os.Stat(s.flannelPath(eth0)); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("flannel's record is left: %v", err)
+		t.Errorf("flannel's record was not removed: %v", err)
 	}
 }
 
@@ -188,7 +188,7 @@ func TestAttachmentNames(t *testing.T) {
 		{"c", "sixteen-letters!"},
 	} {
 		if a.validate() == nil {
-			t.Errorf("%+v was let through", a)
+			t.Errorf("%+v was accepted", a)
 		}
 	}
 	long := Attachment{strings.Repeat("x", maxContainerID), "fifteen-letters"}

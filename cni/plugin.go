@@ -22,14 +22,14 @@ import (
 	"culvert/internal/boottime"
 )
 
-// Plugin answers the verbs of the CNI specification. It reads its arguments
-// from the environment and standard input, as the runtime gives them, and its
-// result goes to standard output.
+// Plugin implements the verbs of the CNI specification. As the specification
+// requires, it reads its arguments from the environment and standard input, and
+// writes its result to standard output.
 type Plugin struct {
 	defaults Defaults
 }
 
-// NewPlugin returns the plugin as it behaves under the name argv0
+// NewPlugin returns the plugin with the defaults for the program name argv0
 // (DefaultsFor).
 func NewPlugin(argv0 string) Plugin {
 	return Plugin{defaults: DefaultsFor(argv0)}
@@ -40,9 +40,8 @@ func (p Plugin) Funcs() skel.CNIFuncs {
 	return skel.CNIFuncs{Add: p.Add, Del: p.Del, Check: p.Check, GC: p.GC, Status: p.Status}
 }
 
-// Add attaches a container: it saves what it is going to do, then has the
-// delegate do it. A delegate that fails is told to undo, and the record goes
-// only when it has.
+// Add attaches a container. It saves a record before it calls the delegate. If the
+// delegate fails, Add calls its DEL, and removes the record only if that succeeds.
 func (p Plugin) Add(args *skel.CmdArgs) error {
 	n, a, err := p.parse(args)
 	if err != nil {
@@ -65,13 +64,13 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 		return err
 	}
 	if _, err := findPlugin(kind); err != nil {
-		return err // before there is anything to undo
+		return err // before there is anything to roll back
 	}
 	s := state{n.DataDir}
-	// Held to the end of the process and of the delegates: GC waits for it.
+	// Inherited by the delegates and held until they exit, so that GC waits.
 	if _, err := s.take(unix.LOCK_SH, lockPatience); err != nil {
 		if errors.Is(err, errLocked) {
-			return types.NewError(types.ErrTryAgainLater, "a GC is on its way: "+err.Error(), "")
+			return types.NewError(types.ErrTryAgainLater, "a GC is in progress: "+err.Error(), "")
 		}
 		return err
 	}
@@ -95,7 +94,7 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 	if err != nil && undone && noAddressLeft(err) {
 		sum, cause := n.reclaim(ctx, s)
 		if cause != nil {
-			fmt.Fprintf(os.Stderr, "culvert-cni: releasing what is nobody's: %v\n", cause)
+			fmt.Fprintf(os.Stderr, "culvert-cni: releasing unused addresses: %v\n", cause)
 		}
 		if sum.released > 0 {
 			result, _, err = s.attach(ctx, kind, r)
@@ -110,8 +109,8 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 	return types.PrintResult(result, n.CNIVersion)
 }
 
-// attach records r and has the delegate carry it out. If that fails the delegate
-// is told to undo it, and undone says that it has.
+// attach saves r and calls the delegate's ADD. If that fails it calls the
+// delegate's DEL; undone reports that this succeeded and the record was removed.
 func (s state) attach(ctx context.Context, kind string, r record) (result types.Result, undone bool, err error) {
 	if err := s.save(r); err != nil {
 		return nil, false, err
@@ -121,18 +120,18 @@ func (s state) attach(ctx context.Context, kind string, r record) (result types.
 		return result, false, nil
 	}
 	if undo := delegate(ctx, "DEL", r.Attachment, r.Delegate, r.NetnsPath); undo != nil {
-		// The record stays, for the runtime's own DEL to finish.
-		fmt.Fprintf(os.Stderr, "culvert-cni: undoing the failed ADD of %s: %v\n", r.ContainerID, undo)
+		// Keep the record, so that the runtime's DEL can finish this.
+		fmt.Fprintf(os.Stderr, "culvert-cni: rolling back the failed ADD of %s: %v\n", r.ContainerID, undo)
 	} else if ferr := s.forget(r.Attachment); ferr != nil {
-		fmt.Fprintf(os.Stderr, "culvert-cni: forgetting the failed ADD of %s: %v\n", r.ContainerID, ferr)
+		fmt.Fprintf(os.Stderr, "culvert-cni: removing the record of the failed ADD of %s: %v\n", r.ContainerID, ferr)
 	} else {
 		undone = true
 	}
 	return nil, undone, wrapped(fmt.Sprintf("delegate %s: ADD", kind), err)
 }
 
-// checkNamespace refuses an ADD into nothing, or into the node's own
-// namespace, before anything is done.
+// checkNamespace rejects an ADD to something that is not a network namespace, or to
+// the host's own.
 func checkNamespace(args *skel.CmdArgs) error {
 	if !isNamespace(args.Netns) {
 		return types.NewError(types.ErrInvalidNetNS, fmt.Sprintf("%q is not a network namespace", args.Netns), "")
@@ -150,9 +149,9 @@ func checkNamespace(args *skel.CmdArgs) error {
 	return nil
 }
 
-// currentSubnet reads which subnet is this node's, and until when. Where the
-// clocks disagree, the daemon decides: it holds the lease, and moves the file's
-// end within seconds of a clock that is set.
+// currentSubnet reads this node's subnet, and fails if its lease has expired. If
+// the clocks disagree it asks the daemon, which holds the lease and corrects the
+// expiry in the file within seconds of a clock step.
 func (n NetConf) currentSubnet(ctx context.Context) (SubnetEnv, error) {
 	env, err := ReadSubnetEnv(n.SubnetFile)
 	if err != nil {
@@ -171,53 +170,52 @@ func (n NetConf) currentSubnet(ctx context.Context) (SubnetEnv, error) {
 	}
 	if expired {
 		return SubnetEnv{}, types.NewError(types.ErrTryAgainLater,
-			fmt.Sprintf("%s: the lease of %v ran out at %s: the subnet may be another node's", n.SubnetFile, env.Subnets(), env.Expires.Format(time.RFC3339)),
-			"the node daemon renews it, or leases another one: is it running, and does it reach etcd? `culvert status`")
+			fmt.Sprintf("%s: the lease of %v ran out at %s: another node may have the subnet", n.SubnetFile, env.Subnets(), env.Expires.Format(time.RFC3339)),
+			"the node daemon renews it or leases another subnet: check with `culvert status` that it runs and reaches the store")
 	}
 	return env, nil
 }
 
-// noAddressLeft says whether host-local found every address taken.
+// noAddressLeft reports whether host-local failed because all addresses are taken.
 func noAddressLeft(err error) bool {
 	var e *types.Error
 	return errors.As(err, &e) && strings.Contains(e.Msg, "no IP addresses available in range set")
 }
 
-// exhausted says plainly that there is no address left, which host-local says
-// of a "range set".
+// exhausted returns the error for a full subnet, in place of host-local's, which
+// speaks of a "range set".
 func exhausted(env SubnetEnv, sum reclaimed) error {
 	return types.NewError(types.ErrTryAgainLater,
-		fmt.Sprintf("the node's subnet %v is exhausted: every address is a pod's", env.Subnets()), sum.String())
+		fmt.Sprintf("the node's subnet %v is exhausted: every address is in use", env.Subnets()), sum.String())
 }
 
-// clear makes way for an ADD of r. The same container, interface and namespace
-// again is refused, as the specification has it: undoing a second ADD that
-// fails would take down the first. A record of a namespace that is gone (the
-// machine was rebooted, the runtime never said DEL) is deleted first.
+// clear prepares the state for an ADD of r. It rejects a second ADD of the same
+// container, interface and namespace, as the specification requires: rolling back
+// a failed second ADD would remove the first one's interface. If the record is of
+// another namespace or boot (a reboot without DEL), it deletes that attachment.
 func (s state) clear(r record) error {
 	old, err := s.load(r.Attachment)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case errors.Is(err, errDamaged):
-		// Of a crash long ago: a runtime that adds a container has deleted what it
-		// knew of it. What is delegated now is the best guess at what was then.
+		// Left by an earlier crash: a runtime deletes a container before it adds it
+		// again. Assume that the old delegate configuration equals the new one.
 		old = record{Attachment: r.Attachment, Delegate: r.Delegate}
 	case err != nil:
 		return err
 	case old.Netns == r.Netns && old.Boot == r.Boot:
 		return types.NewError(types.ErrInternal,
-			fmt.Sprintf("container %s has had an ADD of %s already", r.ContainerID, r.IfName), "DEL it before another ADD")
+			fmt.Sprintf("container %s already had an ADD of %s", r.ContainerID, r.IfName), "call DEL before another ADD")
 	}
 	if err := delegate(context.Background(), "DEL", old.Attachment, old.Delegate, ""); err != nil {
-		return wrapped("deleting what an earlier ADD of this container left", err)
+		return wrapped("deleting the attachment of an earlier ADD of this container", err)
 	}
 	return s.forget(r.Attachment)
 }
 
-// Del detaches a container. Whatever is gone already is a success: the record,
-// the namespace, everything. A delegate that fails keeps the record, so that
-// the next DEL tries again.
+// Del detaches a container. A missing record or namespace is not an error. If the
+// delegate fails, the record is kept, so that the next DEL retries.
 func (p Plugin) Del(args *skel.CmdArgs) error {
 	n, a, err := p.parse(args)
 	if err != nil {
@@ -227,12 +225,12 @@ func (p Plugin) Del(args *skel.CmdArgs) error {
 	r, err := s.load(a)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return s.forget(a) // what a crash in the middle of saving may have left
+		return s.forget(a) // removes a temporary file left by a crash
 	case errors.Is(err, errDamaged):
-		// What ADD would delegate now is the best guess at what it delegated.
+		// Assume that ADD would delegate the same configuration now.
 		env, enverr := ReadSubnetEnv(n.SubnetFile)
 		if enverr != nil {
-			return wrapped("deleting without state", errors.Join(err, enverr))
+			return wrapped("deleting without a record", errors.Join(err, enverr))
 		}
 		if r.Delegate, err = n.Delegate(env); err != nil {
 			return err
@@ -250,8 +248,8 @@ func (p Plugin) Del(args *skel.CmdArgs) error {
 	return s.forget(a)
 }
 
-// Check asks the delegate whether the attachment is as its ADD left it, and
-// subnet.env whether the addresses are still this node's.
+// Check calls the delegate's CHECK, and verifies that the addresses are in this
+// node's subnets.
 func (p Plugin) Check(args *skel.CmdArgs) error {
 	n, a, err := p.parse(args)
 	if err != nil {
@@ -260,7 +258,7 @@ func (p Plugin) Check(args *skel.CmdArgs) error {
 	r, err := state{n.DataDir}.load(a)
 	if errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(types.ErrUnknownContainer,
-			fmt.Sprintf("container %s has no ADD of %s in %s", a.ContainerID, a.IfName, n.DataDir), "")
+			fmt.Sprintf("container %s has no record of an ADD of %s in %s", a.ContainerID, a.IfName, n.DataDir), "")
 	}
 	if err != nil {
 		return err
@@ -279,8 +277,8 @@ func (p Plugin) Check(args *skel.CmdArgs) error {
 	return delegate(context.Background(), "CHECK", a, conf, args.Netns)
 }
 
-// checkAddresses says which address of prevResult is not of this node's
-// subnets. Only host-local takes its addresses from them.
+// checkAddresses returns an error if an address of prevResult is not in this node's
+// subnets. It applies only to host-local.
 func (n NetConf) checkAddresses(env SubnetEnv) error {
 	if kind, err := n.ipamType(); err != nil || kind != "host-local" {
 		return err
@@ -288,7 +286,7 @@ func (n NetConf) checkAddresses(env SubnetEnv) error {
 	if len(n.PrevResult) == 0 {
 		return invalid("prevResult is missing")
 	}
-	// 0.3.0 to 1.1.0 all have ips with address; older ones cannot CHECK.
+	// All versions with CHECK (0.4.0 to 1.1.0) have ips with address.
 	var prev struct {
 		IPs []struct {
 			Address netip.Prefix `json:"address"`
@@ -300,14 +298,14 @@ func (n NetConf) checkAddresses(env SubnetEnv) error {
 	for _, ip := range prev.IPs {
 		if !slices.ContainsFunc(env.Subnets(), func(s netip.Prefix) bool { return s.Contains(ip.Address.Addr()) }) {
 			return types.NewError(types.ErrInternal,
-				fmt.Sprintf("the pod's address %s is not in this node's subnet %v any more", ip.Address.Addr(), env.Subnets()),
-				"delete the pod, so that it is made anew in the present subnet")
+				fmt.Sprintf("the pod's address %s is no longer in this node's subnet %v", ip.Address.Addr(), env.Subnets()),
+				"delete the pod, so that it is recreated in the current subnet")
 		}
 	}
 	return nil
 }
 
-// parse reads what the verbs that concern one container have in common.
+// parse parses the arguments of a verb that concerns one container.
 func (p Plugin) parse(args *skel.CmdArgs) (NetConf, Attachment, error) {
 	a := Attachment{ContainerID: args.ContainerID, IfName: args.IfName}
 	if err := a.validate(); err != nil {
@@ -317,9 +315,9 @@ func (p Plugin) parse(args *skel.CmdArgs) (NetConf, Attachment, error) {
 	return n, a, err
 }
 
-// delegate runs the plugin that conf names, without a result. A namespace that
-// is not there is not named to it: bridge's DEL fails on a file that lost its
-// mount, and frees the address when it is told of none.
+// delegate runs the plugin that conf names and ignores its result. For DEL it omits
+// a namespace that does not exist: bridge's DEL fails on a file that is no longer
+// mounted, but releases the address if CNI_NETNS is empty.
 func delegate(ctx context.Context, verb string, a Attachment, conf []byte, netns string) error {
 	var c struct {
 		Type string `json:"type"`
@@ -341,7 +339,7 @@ func delegate(ctx context.Context, verb string, a Attachment, conf []byte, netns
 	return nil
 }
 
-// findPlugin returns the path of a delegate's program.
+// findPlugin returns the path of a delegate.
 func findPlugin(kind string) (string, error) {
 	path, err := invoke.FindInPath(kind, pluginDirs())
 	if err != nil {
@@ -350,7 +348,7 @@ func findPlugin(kind string) (string, error) {
 	return path, nil
 }
 
-// wrapped puts what was attempted before an error's message and keeps its code.
+// wrapped prefixes an error's message with what was attempted, keeping its code.
 func wrapped(doing string, err error) error {
 	var e *types.Error
 	if errors.As(err, &e) {
@@ -359,11 +357,11 @@ func wrapped(doing string, err error) error {
 	return types.NewError(types.ErrInternal, doing+": "+err.Error(), "")
 }
 
-// noSubnet is the refusal to add or check a pod while it is not known which
-// subnet is this node's. The runtime tries again.
+// noSubnet returns the CNI error for an unreadable subnet.env. If the file is
+// missing, the code makes the runtime retry.
 func noSubnet(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return types.NewError(types.ErrTryAgainLater, err.Error(), "")
 	}
-	return types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "the node daemon writes this file; `culvert status` says how it is")
+	return types.NewError(types.ErrInvalidNetworkConfig, err.Error(), "the node daemon writes this file: see `culvert status`")
 }

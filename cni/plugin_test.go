@@ -28,7 +28,7 @@ import (
 func TestMain(m *testing.M) { labtest.Main(m) }
 
 // host is a node on which the test runs the compiled plugin as a container
-// runtime would: environment, standard input, exit code.
+// runtime does.
 type host struct {
 	*lab.Node
 	bin string
@@ -44,7 +44,7 @@ func newHost(t testing.TB, subnet string) host {
 	return h
 }
 
-// lease writes the subnet.env of a node that has the subnet.
+// lease writes a subnet.env with the subnet.
 func (h host) lease(t testing.TB, subnet string) {
 	t.Helper()
 	p := netip.MustParsePrefix(subnet)
@@ -73,8 +73,8 @@ type call struct {
 
 type answer struct {
 	stdout, stderr string
-	code           int          // of the process
-	err            *types.Error // where the code is not 0
+	code           int          // exit code
+	err            *types.Error // if the code is not 0
 }
 
 func (h host) run(t *testing.T, c call) answer {
@@ -103,7 +103,7 @@ func (h host) run(t *testing.T, c call) answer {
 		a.code = exit.ExitCode()
 		a.err = &types.Error{}
 		if err := json.Unmarshal(out.Bytes(), a.err); err != nil {
-			t.Fatalf("%+v failed and said on standard output %q", c, a.stdout)
+			t.Fatalf("%+v failed with the standard output %q", c, a.stdout)
 		}
 	} else if err != nil {
 		t.Fatal(err)
@@ -120,7 +120,8 @@ func (h host) must(t *testing.T, c call) answer {
 	return a
 }
 
-// records and addresses are what the plugin and host-local remember.
+// records and addresses return the records of the plugin and the reservations of
+// host-local.
 func (h host) records() []string { return names(h.dataDir()) }
 
 func (h host) addresses() []string {
@@ -141,17 +142,16 @@ func names(dir string) []string {
 func (h host) expect(t *testing.T, when string, records, addresses []string) {
 	t.Helper()
 	if got := h.records(); !slices.Equal(got, records) {
-		t.Errorf("%s: the records are %q, not %q", when, got, records)
+		t.Errorf("%s: the records are %q, want %q", when, got, records)
 	}
 	if got := h.addresses(); !slices.Equal(got, addresses) {
-		t.Errorf("%s: the addresses held are %q, not %q", when, got, addresses)
+		t.Errorf("%s: the reserved addresses are %q, want %q", when, got, addresses)
 	}
 }
 
 var sandboxes atomic.Int64
 
-// sandbox makes a pod's namespace without any plugin; its name is an
-// address for the tests, its path goes to the plugin.
+// sandbox creates a pod's namespace without calling a plugin.
 func sandbox(t testing.TB, h host) *lab.Namespace {
 	t.Helper()
 	ns, err := h.l.AddNamespace("s" + fmt.Sprint(sandboxes.Add(1)))
@@ -177,8 +177,8 @@ func links(t *testing.T, ns *lab.Namespace) []string {
 	return out
 }
 
-// linksOnce returns the links when there are n of them, or after a while: the
-// kernel takes those of a namespace that is gone when it finds the time.
+// linksOnce waits until there are n links, at most 20 s, and returns them: the kernel
+// removes the links of a deleted namespace asynchronously.
 func linksOnce(t *testing.T, ns *lab.Namespace, n int) []string {
 	t.Helper()
 	got := links(t, ns)
@@ -212,14 +212,14 @@ func TestAddCheckDel(t *testing.T) {
 		t.Errorf("the pod's eth0: %v", err)
 	}
 
-	// CHECK and DEL get the result of ADD.
+	// CHECK and DEL receive the result of ADD.
 	conf := strings.TrimSuffix(h.netconf(), "}") + `,"prevResult":` + add.stdout + "}"
 	h.must(t, call{verb: "CHECK", id: "c1", netns: ns.Path, stdin: conf})
 	if a := h.run(t, call{verb: "CHECK", id: "other", netns: ns.Path, stdin: conf}); a.err == nil || a.err.Code != types.ErrUnknownContainer {
 		t.Errorf("CHECK of an unknown container: %v", a.err)
 	}
 	h.lease(t, "10.42.9.0/24")
-	if a := h.run(t, call{verb: "CHECK", id: "c1", netns: ns.Path, stdin: conf}); a.err == nil || !strings.Contains(a.err.Msg, "10.42.7.2 is not in this node's subnet") {
+	if a := h.run(t, call{verb: "CHECK", id: "c1", netns: ns.Path, stdin: conf}); a.err == nil || !strings.Contains(a.err.Msg, "10.42.7.2 is no longer in this node's subnet") {
 		t.Errorf("CHECK after the node got another subnet: %v", a.err)
 	}
 	h.lease(t, "10.42.7.0/24")
@@ -233,7 +233,7 @@ func TestAddCheckDel(t *testing.T) {
 		t.Fatal(err)
 	}
 	if a := h.run(t, call{verb: "CHECK", id: "c1", netns: ns.Path, stdin: conf}); a.err == nil {
-		t.Error("CHECK did not miss the pod's interface")
+		t.Error("CHECK succeeded without the pod's interface")
 	}
 
 	for range 2 {
@@ -266,8 +266,8 @@ func TestFailedAddIsUndone(t *testing.T) {
 	h.must(t, call{verb: "ADD", id: "c1", netns: first.Path})
 	second = sandbox(t, h)
 
-	// A route by a gateway that is nowhere: bridge fails with the pod's
-	// interface made and an address taken.
+	// With an unreachable gateway, bridge fails after it has created the interface
+	// and reserved an address.
 	stdin := strings.Replace(h.netconf(), `"ipam":{`, `"ipam":{"routes":[{"dst":"192.0.2.0/24","gw":"203.0.113.1"}],`, 1)
 	a := h.run(t, call{verb: "ADD", id: "c2", netns: second.Path, stdin: stdin})
 	if a.err == nil || !strings.Contains(a.err.Msg, "delegate bridge: ADD: ") {
@@ -291,7 +291,7 @@ func TestFailedDelKeepsItsRecord(t *testing.T) {
 		t.Errorf("DEL without a delegate: %v", a.err)
 	}
 	h.expect(t, "after the failed DEL", []string{"c1:eth0"}, []string{"10.42.7.2"})
-	// The daemon is gone, and its file: DEL needs neither.
+	// DEL needs neither the daemon nor subnet.env.
 	if err := os.Remove(h.SubnetFile()); err != nil {
 		t.Fatal(err)
 	}
@@ -302,17 +302,16 @@ func TestFailedDelKeepsItsRecord(t *testing.T) {
 func TestFailedUndoKeepsItsRecord(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
-	// A delegate that fails every time it is called, as one without its
-	// helper program would.
+	// A delegate that always fails.
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "bridge"), []byte("#!/bin/sh\necho broken >&2\nexit 1\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	a := h.run(t, call{verb: "ADD", id: "c1", netns: ns.Path, path: dir})
-	if a.err == nil || !strings.Contains(a.stderr, "undoing the failed ADD of c1") {
+	if a.err == nil || !strings.Contains(a.stderr, "rolling back the failed ADD of c1") {
 		t.Errorf("ADD: %v, and on standard error %q", a.err, a.stderr)
 	}
-	h.expect(t, "after a failed ADD whose undoing failed", []string{"c1:eth0"}, nil)
+	h.expect(t, "after a failed ADD and a failed rollback", []string{"c1:eth0"}, nil)
 	h.must(t, call{verb: "DEL", id: "c1", netns: ns.Path})
 	h.expect(t, "after DEL", nil, nil)
 }
@@ -321,18 +320,18 @@ func TestSecondAdd(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
 	h.must(t, call{verb: "ADD", id: "c1", netns: ns.Path})
-	if a := h.run(t, call{verb: "ADD", id: "c1", netns: ns.Path}); a.err == nil || !strings.Contains(a.err.Msg, "has had an ADD of eth0 already") {
+	if a := h.run(t, call{verb: "ADD", id: "c1", netns: ns.Path}); a.err == nil || !strings.Contains(a.err.Msg, "already had an ADD of eth0") {
 		t.Errorf("the same ADD again: %v", a.err)
 	}
 	if got := links(t, ns); !slices.Contains(got, "eth0") {
-		t.Errorf("the second ADD took the first one's interface: %v", got)
+		t.Errorf("the second ADD removed the interface of the first: %v", got)
 	}
 	h.must(t, call{verb: "ADD", id: "c1", netns: ns.Path, ifname: "eth1"})
 	h.expect(t, "after ADDs of two interfaces", []string{"c1:eth0", "c1:eth1"}, []string{"10.42.7.2", "10.42.7.3"})
 	h.must(t, call{verb: "DEL", id: "c1", netns: ns.Path})
 	h.expect(t, "after DEL of one", []string{"c1:eth1"}, []string{"10.42.7.3"})
 
-	// The same container in a new namespace, with no DEL between: a reboot.
+	// The same container in a new namespace without a DEL, as after a reboot.
 	after := sandbox(t, h)
 	h.must(t, call{verb: "ADD", id: "c1", netns: after.Path, ifname: "eth1"})
 	h.expect(t, "after ADD in a new namespace", []string{"c1:eth1"}, []string{"10.42.7.4"})
@@ -342,7 +341,7 @@ func TestDelOfFlannelsPod(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
 	h.must(t, call{verb: "ADD", id: "c1", netns: ns.Path})
-	// Turn the record into the one that flannel's plugin writes.
+	// Replace the record by one in the format of flannel's plugin.
 	text, err := os.ReadFile(filepath.Join(h.dataDir(), "c1:eth0"))
 	if err != nil {
 		t.Fatal(err)
@@ -376,7 +375,7 @@ func TestRefusals(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
 	conf := func(from, to string) string { return strings.Replace(h.netconf(), from, to, 1) }
-	readonly := "/proc/culvert" // a directory that cannot be made
+	readonly := "/proc/culvert" // a directory that cannot be created
 	for _, c := range []struct {
 		call
 		code uint
@@ -398,7 +397,7 @@ func TestRefusals(t *testing.T) {
 	} {
 		a := h.run(t, c.call)
 		if a.err == nil || a.err.Code != c.code || !strings.Contains(a.err.Error(), c.says) {
-			t.Errorf("%s %.30q: %+v, not code %d saying %q", c.verb, c.id, a.err, c.code, c.says)
+			t.Errorf("%s %.30q: %+v, want code %d and %q", c.verb, c.id, a.err, c.code, c.says)
 		}
 	}
 	h.expect(t, "after refusals", nil, nil)
@@ -410,7 +409,7 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// The directory is full: nothing may be delegated that is not remembered.
+// Without space for a record, ADD does not call the delegate.
 func TestFullStateDirectory(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
@@ -431,8 +430,8 @@ func TestFullStateDirectory(t *testing.T) {
 	h.expect(t, "after the refusal", nil, nil)
 }
 
-// Dual stack, and what a runtime asks for by capability: a pod gets an address
-// of either family, or the address and the MAC that it was promised.
+// A dual-stack pod gets an address of each family, or the addresses and the MAC that
+// the runtime requests by capability.
 func TestDualStackAndRuntimeConfig(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	if err := cni.WriteSubnetEnv(h.SubnetFile(), cni.SubnetEnv{
@@ -468,12 +467,12 @@ func TestDualStackAndRuntimeConfig(t *testing.T) {
 			}
 		}
 		if !slices.Equal(addrs, c.addrs) || mac != c.mac {
-			t.Errorf("%s: the pod has %v at %q, not %v at %q", id, addrs, mac, c.addrs, c.mac)
+			t.Errorf("%s: the pod has %v and MAC %q, want %v and %q", id, addrs, mac, c.addrs, c.mac)
 		}
 		prev := strings.TrimSuffix(c.stdin, "}") + `,"prevResult":` + add.stdout + "}"
 		h.must(t, call{verb: "CHECK", id: id, netns: ns.Path, stdin: prev})
 	}
-	// One family of the two is another's now.
+	// The subnet of one family changes.
 	if err := cni.WriteSubnetEnv(h.SubnetFile(), cni.SubnetEnv{
 		Networks: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd00:42::/48")},
 		Gateways: []netip.Prefix{netip.MustParsePrefix("10.42.7.1/24"), netip.MustParsePrefix("fd00:42:0:8::1/64")},
@@ -491,8 +490,8 @@ func TestDualStackAndRuntimeConfig(t *testing.T) {
 	h.expect(t, "after DEL", nil, nil)
 }
 
-// A state directory that cannot be written: an ADD is refused before anything
-// is done, a DEL when everything is, and both are repeated later.
+// With a read-only state directory, ADD fails before it calls the delegate, DEL
+// afterwards; both succeed later.
 func TestReadOnlyStateDirectory(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	first, second := sandbox(t, h), sandbox(t, h)
@@ -516,14 +515,14 @@ func TestReadOnlyStateDirectory(t *testing.T) {
 			t.Errorf("%s: %+v", c.verb, a.err)
 		}
 	}
-	h.expect(t, "while it cannot be written", []string{"c1:eth0"}, nil)
+	h.expect(t, "while it is read-only", []string{"c1:eth0"}, nil)
 	if got := links(t, second); slices.Contains(got, "eth0") {
-		t.Errorf("the refused container has %v", got)
+		t.Errorf("the container has %v after a failed ADD", got)
 	}
 	if err := unix.Mount("", h.dataDir(), "", unix.MS_REMOUNT, ""); err != nil {
 		t.Fatal(err)
 	}
 	h.must(t, call{verb: "DEL", id: "c1", netns: first.Path})
 	h.must(t, call{verb: "ADD", id: "c2", netns: second.Path})
-	h.expect(t, "when it can be again", []string{"c2:eth0"}, []string{"10.42.7.3"})
+	h.expect(t, "when it is writable again", []string{"c2:eth0"}, []string{"10.42.7.3"})
 }

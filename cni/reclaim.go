@@ -13,21 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A runtime that never calls GC, and forgets containers, lets a subnet run full.
-// So an ADD for which no address is left releases what is known to be nobody's,
-// once, and tries again:
+// With a runtime that never calls GC and forgets containers, a subnet fills up. So
+// when an ADD finds no free address, it releases what is certainly unused and
+// retries once:
 //
-//   - what an earlier boot left: no container outlives its machine's boot
-//   - what a container had whose network namespace has gone
+//   - attachments of an earlier boot: containers do not survive a reboot
+//   - attachments whose network namespace is gone
 //
-// A record says of which boot it is, and of which namespace. A reservation of
-// host-local's without a record is of an earlier boot if it was written before
-// this one, since every ADD of this plugin leaves a record first; that is by the
-// wall clock, which may have been wrong, so nobody may have been heard under that
-// address either.
+// A record has its boot ID and namespace. A host-local reservation without a record
+// is of an earlier boot if it is older than this boot, since every ADD of this plugin
+// saves a record first. File times depend on the wall clock, which may have been
+// wrong, so the address must not be in the neighbour table either.
 
-// leftover says whether what r is about is gone, by the boot or, if it is of this
-// one, by the namespace.
+// leftover reports whether the attachment of r is gone: it is of another boot, or
+// its namespace is not live.
 func (r record) leftover(boot string, live map[string]bool) bool {
 	switch {
 	case boot == "" || r.Boot == "":
@@ -38,26 +37,26 @@ func (r record) leftover(boot string, live map[string]bool) bool {
 	return r.Netns != "" && r.NetnsPath != "" && r.netns() == "" && !live[r.Netns]
 }
 
-// reclaimed is what could be released, and what not.
+// reclaimed is the result of reclaim.
 type reclaimed struct {
 	released int
-	held     int // reservations that stay
-	unknown  int // of held, those of no container that is recorded
+	held     int // reservations kept
+	unknown  int // those of held whose container has no record
 	dir      string
 }
 
 func (r reclaimed) String() string {
 	s := fmt.Sprintf("%d addresses are reserved in %s", r.held, r.dir)
 	if r.unknown > 0 {
-		s += fmt.Sprintf(", %d of them by containers that this plugin has no record of (a GC by the runtime releases what is nobody's)", r.unknown)
+		s += fmt.Sprintf(", %d of them by containers that this plugin has no record of (a GC by the runtime releases unused ones)", r.unknown)
 	}
 	return s
 }
 
-// reclaim releases what is known to be nobody's.
+// reclaim releases what is certainly unused.
 func (n NetConf) reclaim(ctx context.Context, s state) (reclaimed, error) {
 	var sum reclaimed
-	// Other ADDs are on their way: what is young is theirs.
+	// Skip recent records: other ADDs are in progress.
 	records, err := s.records(n.Name, time.Now().Add(-time.Minute))
 	if err != nil {
 		return sum, err
@@ -72,11 +71,11 @@ func (n NetConf) reclaim(ctx context.Context, s state) (reclaimed, error) {
 			err = s.forget(r.Attachment)
 		}
 		if err != nil {
-			fmt.Fprintf(os.Stderr, "culvert-cni: releasing container %s, which is gone: %v\n", r.ContainerID, err)
+			fmt.Fprintf(os.Stderr, "culvert-cni: releasing container %s, which no longer exists: %v\n", r.ContainerID, err)
 			continue
 		}
 		sum.released++
-		fmt.Fprintf(os.Stderr, "culvert-cni: released container %s, interface %s: its boot or its network namespace has gone\n", r.ContainerID, r.IfName)
+		fmt.Fprintf(os.Stderr, "culvert-cni: released container %s, interface %s: it is of an earlier boot or its network namespace is gone\n", r.ContainerID, r.IfName)
 	}
 	here, err := s.containers()
 	if err != nil {
@@ -95,12 +94,12 @@ func (n NetConf) reclaim(ctx context.Context, s state) (reclaimed, error) {
 	})
 	for _, r := range gone {
 		sum.released++
-		fmt.Fprintf(os.Stderr, "culvert-cni: released address %s of container %q: an earlier boot left it\n", r.Addr, r.Owner.ContainerID)
+		fmt.Fprintf(os.Stderr, "culvert-cni: released address %s of container %q, left by an earlier boot\n", r.Addr, r.Owner.ContainerID)
 	}
 	return sum, err
 }
 
-// containers are those that have a record, whatever is in it.
+// containers returns the containers that have a record, even a damaged one.
 func (s state) containers() (map[string]bool, error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -114,8 +113,8 @@ func (s state) containers() (map[string]bool, error) {
 	return all, nil
 }
 
-// releaseEarlierBoot releases the reservations that were written before this boot
-// and are of no container in here. It tells of those that it keeps.
+// releaseEarlierBoot releases the reservations that are older than this boot and of
+// no container in here. It calls kept for the others.
 func (s addressStore) releaseEarlierBoot(here map[string]bool, kept func(reservation)) ([]reservation, error) {
 	var up unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err != nil {
@@ -133,7 +132,8 @@ func (s addressStore) releaseEarlierBoot(here map[string]bool, kept func(reserva
 	})
 }
 
-// neighbours are the addresses under which somebody was heard.
+// neighbours returns the addresses for which the neighbour table has a link-layer
+// address.
 func neighbours() map[netip.Addr]bool {
 	all := make(map[netip.Addr]bool)
 	list, err := complete(func() ([]netlink.Neigh, error) { return netlink.NeighList(0, netlink.FAMILY_ALL) })
@@ -149,8 +149,8 @@ func neighbours() map[netip.Addr]bool {
 	return all
 }
 
-// liveNamespaces are the network namespaces that a process is in, or that are
-// mounted, as netnsIdentity has them.
+// liveNamespaces returns the network namespaces of processes and mounts, as
+// netnsIdentity identifies them.
 func liveNamespaces() map[string]bool {
 	live := make(map[string]bool)
 	paths, _ := filepath.Glob("/proc/[0-9]*/ns/net")

@@ -13,26 +13,27 @@ import (
 	"time"
 )
 
-// Report is how the plugin stands on a host.
+// Report is the state of the plugin's installation on a host.
 type Report struct {
-	// Config is the network configuration list, and Problem what is wrong with
-	// it; nothing below Programs is filled in then.
+	// Config is the path of the network configuration list, and Problem what is
+	// wrong with it. If Problem is set, only Rivals, Programs and NotReady are
+	// filled in.
 	Config  string   `json:"config"`
 	Problem string   `json:"problem,omitempty"`
-	Rivals  []string `json:"rivals,omitempty"` // configurations that the runtime prefers
-	// Programs are the plugin and what the configuration makes it call.
+	Rivals  []string `json:"rivals,omitempty"` // configurations that take precedence
+	// Programs are the plugin and the plugins that the configuration uses.
 	Programs []Program `json:"programs"`
 
 	SubnetFile string         `json:"subnet_file"`
 	Subnets    []netip.Prefix `json:"subnets"`
 	Expires    time.Time      `json:"expires,omitzero"`
-	// Ready says that a pod can be added; otherwise NotReady says why not, as
-	// STATUS does.
+	// Ready reports whether a pod can be added; if not, NotReady says why, as STATUS
+	// does.
 	Ready    bool   `json:"ready"`
 	NotReady string `json:"not_ready,omitempty"`
 
-	Attachments int `json:"attachments"` // that the plugin remembers
-	Addresses   int `json:"addresses"`   // that host-local holds
+	Attachments int `json:"attachments"` // recorded by the plugin
+	Addresses   int `json:"addresses"`   // reserved by host-local
 }
 
 // Program is a plugin's executable.
@@ -42,10 +43,10 @@ type Program struct {
 	Problem string `json:"problem,omitempty"`
 }
 
-// Status looks at what Run installed, and asks the daemon.
+// Status checks the installation and queries the daemon.
 func (i Install) Status(ctx context.Context) Report {
 	r := Report{Config: filepath.Join(i.ConfDir, i.ConfName), Subnets: []netip.Prefix{}}
-	r.Rivals, _ = i.rivals() // a directory that cannot be read is the configuration's problem
+	r.Rivals, _ = i.rivals() // an unreadable directory is reported as Problem
 	n, chained, err := readConflist(r.Config)
 	if err != nil {
 		r.Programs = i.programs([]string{PluginName})
@@ -53,7 +54,7 @@ func (i Install) Status(ctx context.Context) Report {
 		r.NotReady = r.Problem
 		return r
 	}
-	delegate, _ := n.delegateType() // checked by ParseNetConf
+	delegate, _ := n.delegateType() // validated by ParseNetConf
 	ipam, _ := n.ipamType()
 	r.Programs = i.programs(append([]string{PluginName, delegate, ipam}, chained...))
 	r.SubnetFile = n.SubnetFile
@@ -78,12 +79,12 @@ func (i Install) Status(ctx context.Context) Report {
 	return r
 }
 
-// readConflist returns the plugin's part of a configuration list, and the
-// other plugins of the list.
+// readConflist returns the plugin's part of a configuration list, and the types of
+// the other plugins in it.
 func readConflist(path string) (n NetConf, chained []string, err error) {
 	text, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return n, nil, fmt.Errorf("%s is not there: run `culvert cni install`", path)
+		return n, nil, fmt.Errorf("%s does not exist: run `culvert cni install`", path)
 	}
 	if err != nil {
 		return n, nil, err
@@ -119,18 +120,18 @@ func readConflist(path string) (n NetConf, chained []string, err error) {
 	return n, chained, nil
 }
 
-// programs says of each plugin whether the runtime would find it.
+// programs checks whether the runtime would find each plugin.
 func (i Install) programs(names []string) []Program {
 	var all []Program
 	for _, name := range names {
 		p := Program{Name: name, Path: filepath.Join(i.BinDir, name)}
 		switch info, err := os.Stat(p.Path); {
 		case errors.Is(err, fs.ErrNotExist):
-			p.Problem = "it is not there: run `culvert cni install`"
+			p.Problem = "it does not exist: run `culvert cni install`"
 		case err != nil:
 			p.Problem = err.Error()
 		case !info.Mode().IsRegular() || info.Mode().Perm()&0o111 == 0:
-			p.Problem = "it is not a program"
+			p.Problem = "it is not executable"
 		}
 		all = append(all, p)
 	}
@@ -138,7 +139,7 @@ func (i Install) programs(names []string) []Program {
 }
 
 func count(dir string, is func(name string) bool) int {
-	entries, _ := os.ReadDir(dir) // not there yet: nothing
+	entries, _ := os.ReadDir(dir) // no directory yet: 0
 	k := 0
 	for _, e := range entries {
 		if is(e.Name()) {

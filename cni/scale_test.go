@@ -19,8 +19,7 @@ import (
 	"culvert/internal/lab"
 )
 
-// scale is how much of a test is done: all of it where CULVERT_FULL is set
-// (make test-system does), else the given part, to be quick.
+// scale returns full if CULVERT_FULL is set, as by make test-system, else quick.
 func scale(full, quick int) int {
 	if os.Getenv("CULVERT_FULL") != "" {
 		return full
@@ -28,9 +27,8 @@ func scale(full, quick int) int {
 	return quick
 }
 
-// TestExhaustion asks for more pods than the subnet has addresses, many at a
-// time: exactly the free addresses are given, each once, and the others get a
-// plain answer and leave nothing.
+// TestExhaustion adds more pods than the subnet has addresses, many at a time: every
+// address is assigned exactly once; the other ADDs fail and leave nothing behind.
 func TestExhaustion(t *testing.T) {
 	subnet, want, asked, parallel := "10.42.7.0/27", 29, 40, 10
 	if scale(1, 0) > 0 {
@@ -60,17 +58,17 @@ func TestExhaustion(t *testing.T) {
 		switch {
 		case a.err == nil:
 			given++
-		case a.err.Code != types.ErrTryAgainLater || a.err.Msg != "the node's subnet ["+subnet+"] is exhausted: every address is a pod's":
+		case a.err.Code != types.ErrTryAgainLater || a.err.Msg != "the node's subnet ["+subnet+"] is exhausted: every address is in use":
 			t.Errorf("c%d: %+v", i, a.err)
 		case slices.Contains(links(t, pods[i]), "eth0"):
-			t.Errorf("c%d was refused and has an interface", i)
+			t.Errorf("the ADD of c%d failed, but the pod has an interface", i)
 		}
 	}
 	if got := h.addresses(); given != want || len(got) != want || len(h.records()) != want {
-		t.Errorf("%d ADDs succeeded, %d addresses are held, %d records; of %d free addresses", given, len(got), len(h.records()), want)
+		t.Errorf("%d ADDs succeeded, %d addresses are reserved, %d records; want %d of each", given, len(got), len(h.records()), want)
 	}
 	if got := linksOnce(t, h.Namespace, 3+want); len(got) != 3+want {
-		t.Errorf("the node has %d links, not lo, eth0, cni0 and %d pods'", len(got), want)
+		t.Errorf("the node has %d links, want lo, eth0, cni0 and those of %d pods", len(got), want)
 	}
 	each("DEL")
 	for i, a := range answers {
@@ -81,9 +79,8 @@ func TestExhaustion(t *testing.T) {
 	h.expect(t, "after DEL", nil, nil)
 }
 
-// TestKilledAdds kills ADDs at random points, the plugin alone or with
-// everything that it started, and lets GC clean up: nothing is left but the pod
-// that is valid.
+// TestKilledAdds kills ADDs at random points, only the plugin or its whole process
+// group. After a GC only the valid pod is left.
 func TestKilledAdds(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	live := sandbox(t, h)
@@ -116,7 +113,7 @@ func TestKilledAdds(t *testing.T) {
 			if k%2 == 0 {
 				who = -who
 			}
-			// Not yet waited for: the number is still this process's.
+			// Not waited for yet, so the PID has not been reused.
 			if err := syscall.Kill(who, syscall.SIGKILL); err != nil {
 				t.Fatal(err)
 			}
@@ -143,18 +140,18 @@ func TestKilledAdds(t *testing.T) {
 		}
 		for _, name := range names(h.dataDir()) {
 			if strings.HasSuffix(name, ".tmp") {
-				t.Errorf("round %d: half a record is left: %s", round, name)
+				t.Errorf("round %d: a temporary file is left: %s", round, name)
 			}
 		}
 		if t.Failed() {
 			return
 		}
 	}
-	t.Logf("%d finished before they were killed, %d were killed before they did anything", finished, early)
+	t.Logf("%d finished before they were killed, %d were killed before they saved a record", finished, early)
 }
 
-// measureAdds measures ADD and, beside it, the delegate's own, in turns: what
-// flannel's plugin, too, has to wait for. The results are medians.
+// measureAdds measures, alternately, the plugin's ADD and that of bridge alone, which
+// flannel's plugin has to wait for too. It returns the medians.
 func measureAdds(t testing.TB, h host, rounds int) (add, bridge time.Duration) {
 	t.Helper()
 	conf := fmt.Sprintf(`{"cniVersion":"1.1.0","name":"net","type":"bridge","isGateway":true,"ipMasq":false,"mtu":1450,`+

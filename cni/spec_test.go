@@ -34,12 +34,11 @@ func (h host) raw(t *testing.T, env []string, stdin string) (stdout, stderr stri
 	return out.String(), errout.String(), code
 }
 
-// versions are what a configuration may say, oldest first, and what was new in
-// them as far as a plugin is concerned.
+// versions are the versions of the specification, oldest first, and what they have.
 var versions = []struct {
 	version           string
-	ips               bool // the result has "ips"
-	ipVersion         bool // and each says its "version"
+	ips               bool // results have "ips"
+	ipVersion         bool // with a "version"
 	check, gc, status bool
 }{
 	{version: "0.1.0"},
@@ -51,11 +50,11 @@ var versions = []struct {
 	{version: "1.1.0", ips: true, check: true, gc: true, status: true},
 }
 
-// TestSpecVersions goes through the verbs as SPEC.md has them, in every version:
+// TestSpecVersions calls the verbs of SPEC.md in every version:
 //
 //	VERSION → STATUS → ADD → CHECK → GC (valid) → DEL → DEL → GC
 //
-// with what the version does not have refused by code 1.
+// A verb that the version does not have fails with code 1.
 func TestSpecVersions(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
@@ -68,7 +67,7 @@ func TestSpecVersions(t *testing.T) {
 		t.Fatalf("VERSION: code %d, %s", code, out)
 	}
 	if says.CNIVersion != "1.1.0" {
-		t.Errorf("VERSION says cniVersion %s", says.CNIVersion)
+		t.Errorf("VERSION reports cniVersion %s", says.CNIVersion)
 	}
 	for _, v := range versions {
 		t.Run(v.version, func(t *testing.T) {
@@ -87,9 +86,9 @@ func TestSpecVersions(t *testing.T) {
 				case has && code != 0:
 					t.Fatalf("%s: code %d, %s%s", verb, code, stdout, stderr)
 				case has && verb != "ADD" && stdout != "":
-					t.Errorf("%s says on standard output %q", verb, stdout)
+					t.Errorf("%s has the standard output %q", verb, stdout)
 				case !has && (code == 0 || json.Unmarshal([]byte(stdout), &e) != nil || e.Code != types.ErrIncompatibleCNIVersion):
-					t.Errorf("%s is not refused: code %d, %s", verb, code, stdout)
+					t.Errorf("%s succeeded: code %d, %s", verb, code, stdout)
 				}
 				return stdout
 			}
@@ -132,8 +131,8 @@ func TestSpecVersions(t *testing.T) {
 	}
 }
 
-// TestSpecErrors is every way of calling the plugin wrongly, with the code that
-// SPEC.md gives it. Where ADD refuses, nothing is left.
+// TestSpecErrors calls the plugin in every invalid way and expects the code of
+// SPEC.md. A failed ADD leaves nothing behind.
 func TestSpecErrors(t *testing.T) {
 	h := newHost(t, "10.42.7.0/24")
 	ns := sandbox(t, h)
@@ -156,8 +155,8 @@ func TestSpecErrors(t *testing.T) {
 	conf := func(from, to string) string { return strings.Replace(h.netconf(), from, to, 1) }
 	type table struct {
 		verbs []string
-		env   map[string]string // over the right ones; "-" takes one away
-		stdin string            // the right one if empty
+		env   map[string]string // overrides the valid ones; "-" removes one
+		stdin string            // default: a valid one
 		code  uint
 		says  string
 	}
@@ -169,7 +168,7 @@ func TestSpecErrors(t *testing.T) {
 		{[]string{"GC"}, nil, conf("1.1.0", "1.0.0"), types.ErrIncompatibleCNIVersion, "does not allow GC"},
 		{[]string{"STATUS"}, nil, conf("1.1.0", "1.0.0"), types.ErrIncompatibleCNIVersion, "does not allow STATUS"},
 		// 3: unknown container
-		{[]string{"CHECK"}, nil, "", types.ErrUnknownContainer, "container c1 has no ADD of eth0"},
+		{[]string{"CHECK"}, nil, "", types.ErrUnknownContainer, "container c1 has no record of an ADD of eth0"},
 		// 4: the environment
 		{container, is("CNI_CONTAINERID", "-"), "", types.ErrInvalidEnvironmentVariables, "CNI_CONTAINERID"},
 		{container, is("CNI_IFNAME", "-"), "", types.ErrInvalidEnvironmentVariables, "CNI_IFNAME"},
@@ -221,7 +220,7 @@ func TestSpecErrors(t *testing.T) {
 		{[]string{"STATUS"}, nil, conf(h.SubnetFile(), "/nowhere/subnet.env"), 50, "no lease yet"},
 		{[]string{"STATUS"}, nil, conf(h.SubnetFile(), expired), 50, "ran out at 2026-01-02T03:04:05Z"},
 		{[]string{"STATUS"}, is("CNI_PATH", "/nowhere"), "", 50, `delegate "bridge"`},
-		// 999: what the specification has no code for
+		// 999: errors without a code in the specification
 		{[]string{"ADD"}, is("CNI_PATH", "/nowhere"), "", types.ErrInternal, `delegate "bridge"`},
 	} {
 		for _, verb := range c.verbs {
@@ -255,7 +254,7 @@ func TestSpecErrors(t *testing.T) {
 				continue
 			}
 			if e.Code != c.code || !strings.Contains(e.Error(), c.says) {
-				t.Errorf("%s: code %d, %q; not code %d saying %q", name, e.Code, e.Error(), c.code, c.says)
+				t.Errorf("%s: code %d, %q; want code %d and %q", name, e.Code, e.Error(), c.code, c.says)
 			}
 			if stderr != "" && !strings.HasPrefix(stderr, "culvert-cni: ") {
 				t.Errorf("%s: standard error %q", name, stderr)
@@ -270,7 +269,7 @@ func TestSpecErrors(t *testing.T) {
 		t.Errorf("the node has %v after refusals", got)
 	}
 
-	// Not called by a runtime at all.
+	// Started by hand.
 	stdout, stderr, code := h.raw(t, nil, "")
 	if code != 0 || stdout != "" || !strings.Contains(stderr, "CNI plugin culvert-cni of culvert") || !strings.Contains(stderr, "1.1.0") {
 		t.Errorf("started by hand: code %d, %q, %q", code, stdout, stderr)

@@ -19,18 +19,18 @@ import (
 	"culvert/internal/statefile"
 )
 
-// Attachment is one interface of one container: what the state is keyed by.
+// Attachment is one interface of one container: the key of a record.
 type Attachment struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifname"`
 }
 
-// maxContainerID leaves room for the interface's name and the suffix of a
-// temporary file within the 255 bytes that a file name may have.
+// maxContainerID leaves room for the interface name and the suffix of a temporary
+// file within the 255 bytes of a file name.
 const maxContainerID = 220
 
-// validate refuses names that cannot be part of a file's name. Neither name
-// can hold a slash or a colon, nor a container id begin with a dot.
+// validate rejects names that cannot be part of a file name. Neither name can
+// contain a slash or a colon, and a container ID cannot begin with a dot.
 func (a Attachment) validate() error {
 	if err := utils.ValidateContainerID(a.ContainerID); err != nil {
 		return err
@@ -45,21 +45,21 @@ func (a Attachment) validate() error {
 	return nil
 }
 
-// record is what the plugin remembers of an ADD until its DEL succeeded.
+// record describes an ADD. It is kept until its DEL succeeds.
 type record struct {
 	Attachment
 	Network string `json:"network"`
-	// Netns and Boot identify the network namespace that the ADD was for:
-	// device and inode, which the kernel gives again after a reboot.
+	// Netns and Boot identify the network namespace of the ADD: its device and
+	// inode, which the kernel reuses after a reboot, and the boot ID.
 	Netns string `json:"netns"`
 	Boot  string `json:"boot"`
-	// NetnsPath is where the namespace was.
+	// NetnsPath is the path of the namespace.
 	NetnsPath string `json:"netnsPath,omitempty"`
-	// Delegate is the configuration that the delegate's ADD got.
+	// Delegate is the configuration passed to the delegate's ADD.
 	Delegate json.RawMessage `json:"delegate"`
 }
 
-// netns is the path of the namespace, if that is still the one of the ADD.
+// netns returns the path of the namespace, if it is still that of the ADD.
 func (r record) netns() string {
 	if r.NetnsPath == "" || r.Boot != bootID() || netnsIdentity(r.NetnsPath) != r.Netns {
 		return ""
@@ -67,13 +67,13 @@ func (r record) netns() string {
 	return r.NetnsPath
 }
 
-// errDamaged says that a record is there and cannot be read as one.
-var errDamaged = errors.New("the plugin's state is damaged")
+// errDamaged means that a record exists but cannot be parsed.
+var errDamaged = errors.New("the plugin's record is damaged")
 
 // state is the directory of records, one file per attachment.
 //
 //	<container>:<interface>   ours
-//	<container>               flannel's plugin: the delegate's bare configuration
+//	<container>               flannel's: only the delegate's configuration
 type state struct{ dir string }
 
 func (s state) path(a Attachment) string {
@@ -82,7 +82,7 @@ func (s state) path(a Attachment) string {
 
 func (s state) flannelPath(a Attachment) string { return filepath.Join(s.dir, a.ContainerID) }
 
-// save makes r durable before the delegate acts.
+// save writes r durably, before the delegate is called.
 func (s state) save(r record) error {
 	text, err := json.Marshal(r)
 	if err != nil {
@@ -97,10 +97,9 @@ func (s state) save(r record) error {
 	return nil
 }
 
-// load returns the record of a, or an error that satisfies
-// errors.Is(err, fs.ErrNotExist) if there is none, and errDamaged if it cannot
-// be understood. A pod that flannel's plugin added has a record too, so that
-// it can be deleted after the node moved to culvert.
+// load returns the record of a. The error satisfies errors.Is(err, fs.ErrNotExist) if
+// there is none, and errDamaged if it cannot be parsed. It also reads records of
+// flannel's plugin, so that its pods can be deleted after a migration to culvert.
 func (s state) load(a Attachment) (record, error) {
 	text, err := os.ReadFile(s.path(a))
 	if err == nil {
@@ -109,7 +108,7 @@ func (s state) load(a Attachment) (record, error) {
 			return record{}, fmt.Errorf("%w: %s: %w", errDamaged, s.path(a), err)
 		}
 		if r.Attachment != a || !isObject(r.Delegate) {
-			return record{}, fmt.Errorf("%w: %s is not of container %s, interface %s", errDamaged, s.path(a), a.ContainerID, a.IfName)
+			return record{}, fmt.Errorf("%w: %s is not for container %s, interface %s", errDamaged, s.path(a), a.ContainerID, a.IfName)
 		}
 		return r, nil
 	}
@@ -130,10 +129,10 @@ func (s state) load(a Attachment) (record, error) {
 	return record{Attachment: a, Delegate: text}, nil
 }
 
-// records returns what is remembered of a network's attachments, except what was
-// saved after since. What cannot be understood is left out, and said on standard
-// error: it stays, for a DEL of its own. Half-written records go. The caller has
-// the lock alone.
+// records returns the records of a network, except those saved after since. A record
+// that cannot be parsed is kept, to be removed by its DEL, and reported on standard
+// error. Temporary files are removed, so no ADD may be saving a record older than
+// since: the caller holds the exclusive lock, or since lies well in the past.
 func (s state) records(network string, since time.Time) ([]record, error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -148,14 +147,13 @@ func (s state) records(network string, since time.Time) ([]record, error) {
 			continue
 		}
 		if strings.HasPrefix(e.Name(), ".") {
-			// An ADD was killed while saving. None is on its way: the caller has
-			// the lock.
+			// An ADD was killed while saving.
 			if strings.HasSuffix(e.Name(), ".tmp") {
 				_ = os.Remove(filepath.Join(s.dir, e.Name()))
 			}
 			continue
 		}
-		a := Attachment{IfName: "eth0"} // which flannel's plugin does not say
+		a := Attachment{IfName: "eth0"} // flannel's record does not have the interface
 		if id, ifname, ours := strings.Cut(e.Name(), ":"); ours {
 			a.IfName, a.ContainerID = ifname, id
 		} else {
@@ -166,7 +164,7 @@ func (s state) records(network string, since time.Time) ([]record, error) {
 		}
 		r, err := s.load(a)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // deleted meanwhile
+			continue // deleted concurrently
 		}
 		if err == nil && r.Network == "" {
 			var c struct {
@@ -191,7 +189,7 @@ func isObject(text []byte) bool {
 	return json.Unmarshal(text, &o) == nil && o != nil
 }
 
-// forget removes every trace of a. It succeeds when there is none.
+// forget removes all records of a. It is not an error if there is none.
 func (s state) forget(a Attachment) error {
 	removed := false
 	for _, p := range []string{s.path(a), statefile.Temporary(s.path(a)), s.flannelPath(a)} {
@@ -215,8 +213,8 @@ func ioFailure(doing string, err error) error {
 	return types.NewError(types.ErrIOFailure, doing, err.Error())
 }
 
-// netnsIdentity names the namespace behind path for as long as the machine is
-// up; "" if there is no namespace.
+// netnsIdentity identifies the namespace at path; unique within one boot. "" if there
+// is no namespace.
 func netnsIdentity(path string) string {
 	var st unix.Stat_t
 	if path == "" || !isNamespace(path) || unix.Stat(path, &st) != nil {
@@ -225,8 +223,8 @@ func netnsIdentity(path string) string {
 	return fmt.Sprintf("%d:%d", st.Dev, st.Ino)
 }
 
-// isNamespace says whether path is a namespace's file, rather than missing or
-// an ordinary file that lost its mount.
+// isNamespace reports whether path is a namespace, rather than missing or a regular
+// file that is no longer mounted on.
 func isNamespace(path string) bool {
 	var fsstat unix.Statfs_t
 	if unix.Statfs(path, &fsstat) != nil {
@@ -235,7 +233,7 @@ func isNamespace(path string) bool {
 	return fsstat.Type == unix.NSFS_MAGIC || fsstat.Type == unix.PROC_SUPER_MAGIC
 }
 
-// bootID is the kernel's identity of this boot; "" where /proc lacks it.
+// bootID returns the kernel's boot ID; "" if /proc does not have it.
 func bootID() string {
 	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -244,14 +242,13 @@ func bootID() string {
 	return strings.TrimSpace(string(bytes.TrimSpace(text)))
 }
 
-// DefaultBridge is the bridge that the bridge plugin makes unless it is told a
-// name.
+// DefaultBridge is the bridge plugin's default bridge.
 const DefaultBridge = "cni0"
 
 // RecordedBridges returns the names of the pods' bridges: the default one, which
-// stays when its last pod has gone, with the gateway of whatever subnet that pod
-// had; and those of the records in data directories of the plugin. What cannot be
-// read is left out.
+// remains after its last pod was deleted, with the gateway address of that pod's
+// subnet, and those in the records of the given data directories. Unreadable records
+// are skipped.
 func RecordedBridges(dirs ...string) []string {
 	names := []string{DefaultBridge}
 	for _, dir := range dirs {

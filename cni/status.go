@@ -13,20 +13,20 @@ import (
 	"culvert/internal/api/readiness"
 )
 
-// errUnavailable is the specification's code for a STATUS that says that an ADD
-// would fail (SPEC.md 1.1.0, Error codes).
+// errUnavailable is the code of a STATUS error: the plugin cannot serve ADD
+// (SPEC.md 1.1.0, Error codes).
 const errUnavailable = 50
 
-// How long STATUS takes at most. containerd asks every 5 seconds, and holds
-// everything else up meanwhile; an answer that is late on a host that is busy
-// starting pods would make the node NotReady.
+// Time limits of STATUS. containerd calls it every 5 seconds and blocks
+// meanwhile; a late answer on a host that is busy starting pods would make the
+// node NotReady.
 const (
 	statusPatience = 900 * time.Millisecond
 	daemonPatience = 600 * time.Millisecond
 )
 
-// Status says whether an ADD would succeed: whether the daemon says so, the
-// lease is ours, the bridge has its address, and the delegate has no objection.
+// Status reports whether an ADD would succeed: the daemon is ready, the lease is
+// valid, the bridge is usable and the delegate's STATUS succeeds.
 func (p Plugin) Status(args *skel.CmdArgs) error {
 	ctx, cancel := context.WithTimeout(context.Background(), statusPatience)
 	defer cancel()
@@ -47,12 +47,12 @@ func (p Plugin) Status(args *skel.CmdArgs) error {
 	select {
 	case err = <-answer:
 	case <-ctx.Done():
-		// Killed, but a program of its own may keep its output open.
+		// The delegate was killed, but a child of it may keep its output open.
 		err = ctx.Err()
 	}
 	if ctx.Err() != nil {
 		kind, _ := n.delegateType()
-		return unavailable(fmt.Errorf("delegate %s: STATUS is not answered", kind))
+		return unavailable(fmt.Errorf("delegate %s: STATUS timed out", kind))
 	}
 	if err != nil && !predates(err) {
 		return unavailable(err)
@@ -60,7 +60,7 @@ func (p Plugin) Status(args *skel.CmdArgs) error {
 	return nil
 }
 
-// unavailable is err as the specification's code 50: no ADD can succeed.
+// unavailable converts err to an error with code 50.
 func unavailable(err error) error {
 	var e *types.Error
 	if errors.As(err, &e) {
@@ -69,8 +69,8 @@ func unavailable(err error) error {
 	return types.NewError(errUnavailable, err.Error(), "")
 }
 
-// runDir is the daemon's run directory: told, or the one of subnet.env, which
-// is where the daemon writes it.
+// runDir returns the daemon's run directory: as configured, else the directory of
+// subnet.env.
 func (n NetConf) runDir() string {
 	if n.RunDir != "" {
 		return n.RunDir
@@ -78,13 +78,14 @@ func (n NetConf) runDir() string {
 	return filepath.Dir(n.SubnetFile)
 }
 
-// ready returns the subnet in which an ADD would take place, or why it could
-// not. It does not wait for the daemon longer than daemonPatience.
+// ready returns the subnet in which an ADD would take place, or why it would fail.
+// It waits for the daemon at most daemonPatience.
 //
-// A daemon that is gone is a reason, although an ADD would succeed for as long
-// as the lease lasts: nobody renews it, nobody follows the other nodes, and in
-// the userspace datapath nobody carries the new pod's packets. The exception is
-// a file without the lease's end, which flannel writes: flanneld has no socket.
+// A missing daemon is an error, although an ADD would succeed until the lease
+// expires: without it the lease is not renewed, changes of peers are not applied,
+// and in the userspace datapath the new pod's packets are not forwarded. The
+// exception is a subnet.env without an expiry, written by flanneld, which has no
+// socket.
 func (n NetConf) ready(ctx context.Context) (SubnetEnv, error) {
 	asking, cancel := context.WithTimeout(ctx, daemonPatience)
 	defer cancel()

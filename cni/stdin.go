@@ -10,13 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxConf is the longest network configuration that is read, in bytes. A GC
-// with 10,000 valid attachments has about 1 MB.
+// maxConf is the longest network configuration read, in bytes. A GC with 10,000
+// valid attachments takes about 1 MB.
 const maxConf = 16 << 20
 
-// BoundedStdin returns in's content as a file to read from the start, or a CNI
-// error if it is longer than a network configuration can be: skel reads
-// whatever there is into memory.
+// BoundedStdin copies in to a memory file and returns it, positioned at its start.
+// It returns a CNI error if the input exceeds maxConf: skel would read any amount
+// into memory.
 func BoundedStdin(in io.Reader) (*os.File, error) {
 	fd, err := unix.MemfdCreate("netconf", unix.MFD_CLOEXEC)
 	if err != nil {

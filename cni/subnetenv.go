@@ -17,44 +17,42 @@ import (
 	"culvert/internal/statefile"
 )
 
-// SubnetEnv is the content of subnet.env, the file through which a node
-// daemon tells the CNI plugin what it leased. The format, and the order of
-// its lines, are flannel's.
+// SubnetEnv is the content of subnet.env, with which the daemon passes the lease to
+// the CNI plugin. The format and the order of the lines are flannel's.
 type SubnetEnv struct {
-	// Networks are the cluster networks, and Gateways the first host address
-	// of the leased subnet with the subnet's length (10.5.72.1/24); one entry
-	// per family in use, IPv4 first. Only a file that flannel wrote can hold
-	// more than one network of a family.
+	// Networks are the cluster networks. Gateways are the first host addresses of
+	// the leased subnets, with the subnet's length (10.5.72.1/24). Both have one entry
+	// per family in use, IPv4 first; only flannel writes several networks of a family.
 	Networks []netip.Prefix
 	Gateways []netip.Prefix
 	MTU      int  // of pods' interfaces
 	IPMasq   bool // the daemon masquerades, so the delegate must not
-	// Expires is when the lease ends unless the daemon, which renews it, writes
-	// the file again; in whole seconds, zero if the file does not say (flannel's
-	// does not). It is the key CULVERT_LEASE_EXPIRES, which other readers ignore.
+	// Expires is when the lease expires unless the daemon renews it and rewrites the
+	// file. It has a resolution of 1 s and is zero if not set, as in flannel's file.
+	// The key is CULVERT_LEASE_EXPIRES, which other readers ignore.
 	Expires time.Time
-	// ExpiresUp is the same by CLOCK_BOOTTIME in the boot Boot (random(4)): the
-	// wall clock may be set while the file stands. Zero if the file does not say.
-	// It is the key CULVERT_LEASE_EXPIRES_BOOTTIME.
+	// ExpiresUp is the same time by CLOCK_BOOTTIME of the boot Boot (random(4)),
+	// since the wall clock may be set. Zero if not set. The key is
+	// CULVERT_LEASE_EXPIRES_BOOTTIME.
 	ExpiresUp time.Duration
 	Boot      string
 }
 
-// The lines of the file that are not flannel's: RFC 3339, UTC; and whole seconds
-// of CLOCK_BOOTTIME, with the boot's id.
+// The keys that are not flannel's. Values: RFC 3339 in UTC; seconds of
+// CLOCK_BOOTTIME, "@" and the boot ID.
 const (
 	expiresKey   = "CULVERT_LEASE_EXPIRES"
 	expiresUpKey = "CULVERT_LEASE_EXPIRES_BOOTTIME"
 )
 
 const (
-	maxSubnetEnv = 64 << 10 // bytes; a real one has about 150
-	minMTU       = 68       // RFC 791: what every IPv4 link must carry
+	maxSubnetEnv = 64 << 10 // bytes; typically about 150
+	minMTU       = 68       // RFC 791: the minimum for IPv4
 	minMTU6      = 1280     // RFC 8200, section 5
 	maxMTU       = 65535
 )
 
-// Subnets returns the leased subnets, the networks that the gateways stand in.
+// Subnets returns the leased subnets, which are the networks of the gateways.
 func (e SubnetEnv) Subnets() []netip.Prefix {
 	var out []netip.Prefix
 	for _, g := range e.Gateways {
@@ -63,7 +61,7 @@ func (e SubnetEnv) Subnets() []netip.Prefix {
 	return out
 }
 
-// Marshal returns the text of the file, as flannel's WriteSubnetFile writes it
+// Marshal returns the text of the file, in the format of flannel's WriteSubnetFile
 // (pkg/subnet/subnet.go).
 func (e SubnetEnv) Marshal() []byte {
 	var b strings.Builder
@@ -99,7 +97,7 @@ func (e SubnetEnv) Marshal() []byte {
 	return []byte(b.String())
 }
 
-// validate reports the first rule that e breaks, in the words of the file.
+// validate returns the first rule that e violates, in terms of the file's keys.
 func (e SubnetEnv) validate() error {
 	if len(e.Networks) == 0 {
 		return errors.New("FLANNEL_NETWORK and FLANNEL_IPV6_NETWORK are missing")
@@ -133,7 +131,7 @@ func (e SubnetEnv) validate() error {
 	case e.MTU < minMTU || e.MTU > maxMTU:
 		return fmt.Errorf("FLANNEL_MTU=%d is not between %d and %d", e.MTU, minMTU, maxMTU)
 	case uses6 && e.MTU < minMTU6:
-		return fmt.Errorf("FLANNEL_MTU=%d is below %d, the least that IPv6 allows", e.MTU, minMTU6)
+		return fmt.Errorf("FLANNEL_MTU=%d is below %d, the minimum for IPv6", e.MTU, minMTU6)
 	}
 	return nil
 }
@@ -148,15 +146,15 @@ func pick(from []netip.Prefix, want func(netip.Prefix) bool) []netip.Prefix {
 	return out
 }
 
-// ParseSubnetEnv reads the text of a subnet.env, flannel's or ours.
+// ParseSubnetEnv parses a subnet.env written by flannel or culvert.
 //
-// It is strict, since an ADD against a wrong subnet is damage that lasts: a
-// line that is no assignment, a key given twice, a subnet outside its network
-// and a missing key are errors. Keys that it does not know are ignored.
+// It is strict, since adding pods to a wrong subnet does lasting damage: a line
+// that is not an assignment, a repeated key, a subnet outside its network and a
+// missing key are errors. Unknown keys are ignored.
 func ParseSubnetEnv(text []byte) (SubnetEnv, error) {
 	var e SubnetEnv
 	if len(text) > maxSubnetEnv {
-		return e, fmt.Errorf("%d bytes is too long for a subnet.env", len(text))
+		return e, fmt.Errorf("a subnet.env of %d bytes is too long", len(text))
 	}
 	values := map[string]string{}
 	for i, line := range strings.Split(string(text), "\n") {
@@ -169,7 +167,7 @@ func ParseSubnetEnv(text []byte) (SubnetEnv, error) {
 			return e, fmt.Errorf("line %d: %.80q is not KEY=VALUE", i+1, line)
 		}
 		if _, twice := values[key]; twice {
-			return e, fmt.Errorf("line %d: %s is given twice", i+1, key)
+			return e, fmt.Errorf("line %d: %s is set twice", i+1, key)
 		}
 		values[key] = value
 	}
@@ -221,7 +219,7 @@ func ParseSubnetEnv(text []byte) (SubnetEnv, error) {
 	}
 	if text, ok := values[expiresKey]; ok {
 		if e.Expires, err = time.Parse(time.RFC3339, text); err != nil || e.Expires.IsZero() {
-			return SubnetEnv{}, fmt.Errorf("%s=%.80q: not a time as RFC 3339 has it", expiresKey, text)
+			return SubnetEnv{}, fmt.Errorf("%s=%.80q: not an RFC 3339 time", expiresKey, text)
 		}
 		if e.Expires = e.Expires.UTC(); e.Expires.Year() < 1 || e.Expires.Year() > 9999 {
 			return SubnetEnv{}, fmt.Errorf("%s=%.80q: out of range", expiresKey, text)
@@ -242,11 +240,11 @@ func ParseSubnetEnv(text []byte) (SubnetEnv, error) {
 	return e, nil
 }
 
-// Expired says whether the lease has run out: the subnet may be another
-// node's now, and no pod may be added in it. In the boot in which the file was
-// written CLOCK_BOOTTIME decides. disputed says that the wall clock is past the
-// end and that one is not: it was set, or the machine was put back to an earlier
-// state.
+// Expired reports whether the lease has expired, so that another node may have the
+// subnet and no pod may be added. In the boot in which the file was written,
+// CLOCK_BOOTTIME decides; otherwise the wall clock. disputed reports that only the
+// wall clock is past the expiry: it was set, or the machine was restored to an
+// earlier snapshot.
 func (e SubnetEnv) Expired(now boottime.Moment) (expired, disputed bool) {
 	wall := !e.Expires.IsZero() && now.Wall.After(e.Expires)
 	if e.Boot == "" || e.Boot != now.Boot {
@@ -256,12 +254,12 @@ func (e SubnetEnv) Expired(now boottime.Moment) (expired, disputed bool) {
 	return up, wall && !up
 }
 
-// ReadSubnetEnv reads the file at path. A file that is not there gives an
-// error that satisfies errors.Is(err, fs.ErrNotExist).
+// ReadSubnetEnv reads the file at path. If it does not exist, the error satisfies
+// errors.Is(err, fs.ErrNotExist).
 func ReadSubnetEnv(path string) (SubnetEnv, error) {
 	text, err := statefile.Read(path, maxSubnetEnv)
 	if errors.Is(err, fs.ErrNotExist) {
-		return SubnetEnv{}, fmt.Errorf("%s is not there: this node has no lease yet, see `culvert status`: %w", path, fs.ErrNotExist)
+		return SubnetEnv{}, fmt.Errorf("%s does not exist: this node has no lease yet, see `culvert status`: %w", path, fs.ErrNotExist)
 	}
 	if err != nil {
 		return SubnetEnv{}, fmt.Errorf("reading subnet.env: %w", err)
@@ -273,9 +271,9 @@ func ReadSubnetEnv(path string) (SubnetEnv, error) {
 	return e, nil
 }
 
-// WriteSubnetEnv makes the file at path hold e, and nothing in between: a
-// reader sees the old content or the new, after a crash too. The directory is
-// created (mode 0755) if it is not there.
+// WriteSubnetEnv atomically replaces the file at path by e; a reader sees the old or
+// the new content, also after a crash. It creates the directory (mode 0755) if
+// necessary.
 func WriteSubnetEnv(path string, e SubnetEnv) error {
 	if err := e.validate(); err != nil {
 		return fmt.Errorf("refusing to write %s: %w", path, err)

@@ -18,7 +18,7 @@ import (
 	inside "culvert/internal/host"
 )
 
-// dual writes the subnet.env of a node of both families.
+// dual writes a dual-stack subnet.env.
 func (h host) dual(t *testing.T) {
 	t.Helper()
 	if err := cni.WriteSubnetEnv(h.SubnetFile(), cni.SubnetEnv{
@@ -30,8 +30,8 @@ func (h host) dual(t *testing.T) {
 	}
 }
 
-// TestC1WornBridge has a bridge that somebody has touched, or made: where no pod
-// can need what is there the ADD mends it, and otherwise says what it is.
+// A bridge was created or modified by another program: ADD repairs it if no pod can
+// depend on the change; otherwise it fails with the reason.
 func TestC1WornBridge(t *testing.T) {
 	bridge := func() netlink.Link { return &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}} }
 	address := func(s string) func() error {
@@ -46,11 +46,11 @@ func TestC1WornBridge(t *testing.T) {
 	add := func(l func() netlink.Link) func() error { return func() error { return netlink.LinkAdd(l()) } }
 	for _, c := range []struct {
 		name string
-		pod  bool // there is one on the bridge
+		pod  bool // with a pod on the bridge
 		dual bool
 		do   []func() error
-		has  []string // afterwards; nil if the ADD is to fail
-		says string   // why it does
+		has  []string // addresses after the ADD; nil if it must fail
+		says string   // part of the error
 	}{
 		{name: "link-local", do: []func() error{add(bridge), address("169.254.9.9/16")}, has: []string{"10.42.7.1/24"}},
 		{name: "another network's address", do: []func() error{add(bridge), address("192.0.2.1/24")}, has: []string{"10.42.7.1/24"}},
@@ -73,7 +73,7 @@ func TestC1WornBridge(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			// It is the first that the kernel lists.
+			// Make it the first that the kernel lists.
 			if err := netlink.AddrDel(l, &netlink.Addr{IPNet: inside.IPNet(netip.MustParsePrefix("10.42.7.1/24"))}); err != nil {
 				return err
 			}
@@ -92,7 +92,7 @@ func TestC1WornBridge(t *testing.T) {
 			}
 			return address("10.42.9.1/24")()
 		}}, says: "the bridge cni0 has the address 10.42.9.1/24"},
-		{name: "no bridge", do: []func() error{add(func() netlink.Link {
+		{name: "not a bridge", do: []func() error{add(func() netlink.Link {
 			return &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, PeerName: "0inc"}
 		})}, says: "cni0 is a veth device, not a bridge"},
 		{name: "a port of another bridge", do: []func() error{add(func() netlink.Link { return &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}} }), func() error {
@@ -100,7 +100,7 @@ func TestC1WornBridge(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			// A bridge cannot be a port of a bridge: a veth can, and bears its name.
+			// A bridge cannot be a port of a bridge, but a veth with its name can.
 			return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cni0", MasterIndex: l.Attrs().Index}, PeerName: "0inc"})
 		}}, says: "cni0 is"},
 		{name: "IPv6 of the cluster's", dual: true, do: []func() error{add(bridge), address("fd00:42:0:9::1/64")}, has: []string{"10.42.7.1/24", "fd00:42:0:7::1/64"}},
@@ -165,7 +165,7 @@ func TestC1WornBridge(t *testing.T) {
 	}
 }
 
-// old makes a file as old as a machine that was started before this one.
+// old sets a file time before the boot.
 func old(t *testing.T, path string) {
 	t.Helper()
 	long := time.Unix(1_500_000_000, 0)
@@ -174,8 +174,8 @@ func old(t *testing.T, path string) {
 	}
 }
 
-// fill reserves every address but the gateway's and those that are given, as
-// containers that are long gone did.
+// fill reserves every address except the gateway's and those in but, for containers
+// of an earlier boot.
 func (h host) fill(t *testing.T, but ...int) {
 	t.Helper()
 	for i := 2; i < 255; i++ {
@@ -188,18 +188,17 @@ func (h host) fill(t *testing.T, but ...int) {
 	}
 }
 
-// TestC2ReservationsOfAnEarlierBoot has a subnet that is full of what nobody has
-// any more, under a runtime that never calls GC.
+// The subnet is full of stale reservations, and the runtime never calls GC.
 func TestC2ReservationsOfAnEarlierBoot(t *testing.T) {
 	t.Run("without records", func(t *testing.T) {
 		h := newHost(t, "10.42.7.0/24")
 		first := sandbox(t, h)
 		h.must(t, call{verb: "ADD", id: "first", netns: first.Path})
-		// The clock may have been wrong when the first was added: its record says
-		// that it is of this boot.
+		// The clock may have been wrong when first was added, but its record has the
+		// current boot ID.
 		old(t, h.store("10.42.7.2"))
 		h.fill(t, 2, 9)
-		// Somebody answers under this one.
+		// This address is in the neighbour table.
 		if err := h.Do(func() error {
 			l, err := netlink.LinkByName("cni0")
 			if err != nil {
@@ -212,12 +211,12 @@ func TestC2ReservationsOfAnEarlierBoot(t *testing.T) {
 		leave(t, h.store("10.42.7.9"), "young\r\neth0")
 		leave(t, h.store("notes.txt"), "not an address")
 		a := h.must(t, call{verb: "ADD", id: "c1", netns: sandbox(t, h).Path})
-		if !strings.Contains(a.stderr, "an earlier boot left it") {
-			t.Errorf("it does not say what it did: %s", a.stderr)
+		if !strings.Contains(a.stderr, "left by an earlier boot") {
+			t.Errorf("the release is not reported: %s", a.stderr)
 		}
 		got := h.addresses()
 		if len(got) != 5 || !slices.Contains(h.records(), "first:eth0") || !slices.Contains(got, "10.42.7.2") || !slices.Contains(got, "10.42.7.9") || !slices.Contains(got, "10.42.7.77") || !slices.Contains(got, "notes.txt") {
-			t.Errorf("left: %q", got)
+			t.Errorf("addresses left: %q", got)
 		}
 	})
 	t.Run("GC without a list", func(t *testing.T) {

@@ -1,7 +1,6 @@
-// Culvert-cni is culvert's CNI plugin: it reads the node's subnet from
-// subnet.env and delegates each pod to bridge and host-local, or to the
-// plugins that the network configuration names. Installed under the name
-// flannel it takes flannel's place.
+// Culvert-cni is culvert's CNI plugin. It reads the node's subnet from subnet.env
+// and delegates to bridge and host-local, or to the plugins that the network
+// configuration names. Installed as flannel, it replaces flannel's plugin.
 package main
 
 import (
@@ -29,7 +28,7 @@ func main() {
 		}
 	}
 	about := fmt.Sprintf("CNI plugin %s of culvert, version %s", filepath.Base(os.Args[0]), buildVersion)
-	// VERSION reads no input, and none comes where a person starts the plugin.
+	// VERSION reads no input, and a plugin started by hand gets none.
 	if c := os.Getenv("CNI_COMMAND"); c != "" && c != "VERSION" {
 		in, err := cni.BoundedStdin(os.Stdin)
 		if err != nil {
@@ -40,8 +39,8 @@ func main() {
 	skel.PluginMainFuncs(cni.NewPlugin(os.Args[0]).Funcs(), version.All, about)
 }
 
-// fail ends the plugin as the specification has it: the error on standard
-// output, and an exit code that is not 0.
+// fail ends the plugin as the specification requires: the error on standard output
+// and a non-zero exit code.
 func fail(err error) {
 	var e *types.Error
 	if !errors.As(err, &e) {

@@ -1,6 +1,7 @@
-// Package api is how a node daemon is asked about itself: what it says, the
-// server on its unix socket, and the small client that the commands and the
-// CNI plugin use.
+// Package api is the local API of the node daemon: the status document, the server
+// on the daemon's unix socket, and the client used by the commands. The daemon owns
+// the state; the package only transports it. The CNI plugin's query is in
+// api/readiness.
 package api
 
 import (
@@ -8,12 +9,12 @@ import (
 	"time"
 )
 
-// Status is everything that a daemon says of itself.
+// Status is the complete state of a daemon.
 type Status struct {
 	Version string    `json:"version"`
 	Node    string    `json:"node"`
 	Started time.Time `json:"started"`
-	// Ready says that pods can be added; otherwise NotReady says why not.
+	// Ready reports whether pods can be added; if not, NotReady says why.
 	Ready    bool   `json:"ready"`
 	NotReady string `json:"not_ready,omitempty"`
 
@@ -25,23 +26,23 @@ type Status struct {
 	Datapath   Datapath       `json:"datapath"`
 	Peers      []Peer         `json:"peers"`
 	Rejected   []Rejection    `json:"rejected,omitempty"`
-	// Fenced says that another has the subnet that this node had.
+	// Fenced is set if another node holds the subnet that this node had.
 	Fenced *Fenced `json:"fenced,omitempty"`
-	// Usage is how full the cluster networks are.
+	// Usage is the allocation state of each cluster network.
 	Usage []Usage `json:"usage,omitempty"`
-	// Warnings are conditions that keep packets from being carried, or may.
+	// Warnings are conditions that prevent packets from being forwarded, or may.
 	Warnings []Warning `json:"warnings,omitempty"`
 }
 
-// Fenced is the state of a node whose subnet is another's.
+// Fenced describes a node that was fenced because another node holds its subnet.
 type Fenced struct {
 	Subnets []netip.Prefix `json:"subnets"`
 	Since   time.Time      `json:"since"`
 	Reason  string         `json:"reason"`
-	Pods    int            `json:"pods,omitempty"` // of the lost subnet, that are still here
+	Pods    int            `json:"pods,omitempty"` // pods of the lost subnet still on this node
 }
 
-// Usage is how much of one cluster network is given out, in subnets.
+// Usage is the number of subnets allocated from one cluster network.
 type Usage struct {
 	Network  netip.Prefix `json:"network"`
 	Used     int64        `json:"used"`
@@ -55,25 +56,23 @@ type Lease struct {
 	Expires   time.Time      `json:"expires,omitzero"`
 }
 
-// Store is the state of the contact with etcd.
+// Store is the state of the connection to the store.
 type Store struct {
 	Kind      string    `json:"kind"` // etcd or kubernetes
 	Endpoints []string  `json:"endpoints"`
 	Prefix    string    `json:"prefix"`
 	Connected bool      `json:"connected"`
-	Since     time.Time `json:"since,omitzero"` // of the last change of Connected
+	Since     time.Time `json:"since,omitzero"` // time of the last change of Connected
 	Error     string    `json:"error,omitempty"`
 	Revision  int64     `json:"revision"`
-	// Snapshot is when the leases that this node serves from were put on its
-	// disk, while they come from there: the store has been unreachable since it
-	// started.
+	// Snapshot is when the leases in use were saved to disk, if they were loaded
+	// from disk because the store has been unreachable since the start.
 	Snapshot time.Time `json:"snapshot,omitzero"`
-	// ConfigRefused says why the network configuration in the store is not the one
-	// in use.
+	// ConfigRefused is why the network configuration in the store is not in use.
 	ConfigRefused string `json:"config_refused,omitempty"`
 }
 
-// Name is what the store is called in a message.
+// Name returns the store's name for messages.
 func (s Store) Name() string {
 	if s.Kind == "kubernetes" {
 		return "the API server"
@@ -81,7 +80,7 @@ func (s Store) Name() string {
 	return "etcd"
 }
 
-// Underlay is what tunnel packets leave by.
+// Underlay is the interface and the addresses that tunnel packets are sent from.
 type Underlay struct {
 	Interface string       `json:"interface"`
 	MTU       int          `json:"mtu"`
@@ -89,89 +88,91 @@ type Underlay struct {
 	Why       string       `json:"why"`
 }
 
-// Datapath is how packets are carried.
+// Datapath is the state of the datapath.
 type Datapath struct {
 	WireFormat string      `json:"wire_format"` // vxlan, ipip, host-gw
 	Kind       string      `json:"kind"`        // userspace, kernel
 	Why        string      `json:"why"`
 	Device     string      `json:"device"`
-	MTU        int         `json:"mtu"` // of pods
+	MTU        int         `json:"mtu"` // of pods' interfaces
 	Peers      int         `json:"peers"`
 	Mechanisms []Mechanism `json:"mechanisms,omitempty"`
 	Egress     Traffic     `json:"egress"`
 	Ingress    Traffic     `json:"ingress"`
 	Drops      []Drop      `json:"drops"`
-	// FastPath is what stands before the datapath; nil if nothing can. Egress and
-	// Ingress include what it carried.
+	// FastPath is the eBPF fast path in front of the datapath; nil if it cannot
+	// use one. Egress and Ingress include its packets.
 	FastPath *FastPath `json:"fast_path,omitempty"`
-	// Repairs counts, by kind, what others did to the host and was undone.
+	// Repairs counts, by kind, changes by other programs that were reverted.
 	Repairs map[string]uint64 `json:"repairs,omitempty"`
-	// Warnings are the datapath's share of Status.Warnings.
+	// Warnings are the datapath's part of Status.Warnings.
 	Warnings []Warning `json:"-"`
-	// StalePods are the host ends of pods that were made for another MTU.
+	// StalePods are the host interfaces of pods created with another MTU.
 	StalePods []string `json:"stale_pods,omitempty"`
-	// NarrowPaths are the peers, by subnet, whose path takes less than MTU, as
-	// routers on it said.
+	// NarrowPaths are the peers to which the path MTU is below MTU, as reported by
+	// routers.
 	NarrowPaths []NarrowPath `json:"narrow_paths,omitempty"`
-	// SilentPeers are those to which this node sends and from which nothing comes.
+	// SilentPeers are the peers to which this node sends but from which it receives
+	// nothing.
 	SilentPeers []SilentPeer `json:"silent_peers,omitempty"`
 }
 
-// SilentPeer is a peer of which nothing is heard, by subnet.
+// SilentPeer is a peer from which nothing is received.
 type SilentPeer struct {
 	Subnet   netip.Prefix `json:"subnet"`
 	PublicIP netip.Addr   `json:"public_ip"`
-	Since    time.Time    `json:"since"` // of the first packet to it that nothing came after
+	Since    time.Time    `json:"since"` // when the first unanswered packet was sent
 }
 
-// FastPath is how packets pass before the datapath that they would else take.
+// FastPath is the state of the eBPF fast path.
 type FastPath struct {
-	Mode    string  `json:"mode"` // as asked for: auto, on, off
+	Mode    string  `json:"mode"` // as configured: auto, on, off
 	On      bool    `json:"on"`
-	Why     string  `json:"why,omitempty"` // it is off
+	Why     string  `json:"why,omitempty"` // if off
 	Egress  Traffic `json:"egress"`
 	Ingress Traffic `json:"ingress"`
-	// Joined are those of Ingress.Frames that were joined to larger ones first.
+	// Joined counts the Ingress.Frames that passed the veth pair, which
+	// coalesces them (GRO).
 	Joined uint64 `json:"joined"`
-	// Slow counts what was left to the datapath, by reason.
+	// Slow counts packets left to the datapath, by reason.
 	Slow []Drop `json:"slow,omitempty"`
 }
 
-// NarrowPath is what is known of the way to a peer's subnet.
+// NarrowPath is the learned path MTU to a peer's subnet.
 type NarrowPath struct {
 	Subnet   netip.Prefix `json:"subnet"`
 	PublicIP netip.Addr   `json:"public_ip"`
-	MTU      int          `json:"mtu"` // of pods' packets
+	MTU      int          `json:"mtu"` // inner packet size in bytes
 	By       netip.Addr   `json:"by,omitzero"`
 	Since    time.Time    `json:"since"`
-	Until    time.Time    `json:"until"` // it is believed
+	Until    time.Time    `json:"until"` // expiry
 }
 
-// Mechanism is one of the kernel's offers that make the datapath fast.
+// Mechanism is a kernel offload that the datapath can use.
 type Mechanism struct {
 	Name string `json:"name"`
 	On   bool   `json:"on"`
-	Why  string `json:"why,omitempty"` // it is off
+	Why  string `json:"why,omitempty"` // if off
 }
 
-// Traffic is what one direction has carried since the start.
+// Traffic counts what one direction has carried since the daemon started.
 type Traffic struct {
-	Packets uint64 `json:"packets"` // as on the wire
-	Bytes   uint64 `json:"bytes"`   // of inner packets
-	Frames  uint64 `json:"frames"`  // device reads or writes
-	// SuperFrames are those of Frames that left whole, to be cut by the uplink.
+	Packets uint64 `json:"packets"` // inner packets, counted as segments on the wire
+	Bytes   uint64 `json:"bytes"`   // bytes of inner packets
+	Frames  uint64 `json:"frames"`  // reads or writes of the device
+	// SuperFrames counts the Frames that the uplink segments.
 	SuperFrames uint64 `json:"superFrames,omitempty"`
 	Syscalls    uint64 `json:"syscalls"`
 	Waits       uint64 `json:"waits"`
 }
 
-// Drop is how many packets were dropped for one reason.
+// Drop counts packets dropped for one reason.
 type Drop struct {
 	Reason  string `json:"reason"`
 	Packets uint64 `json:"packets"`
 }
 
-// Peer is another node.
+// Peer is a peer node.
 type Peer struct {
 	Node      string         `json:"node,omitempty"`
 	Backend   string         `json:"backend"`
@@ -179,7 +180,7 @@ type Peer struct {
 	PublicIPs []netip.Addr   `json:"public_ips"`
 }
 
-// Rejection is a lease that was set aside, and why.
+// Rejection is a lease that was ignored, and why.
 type Rejection struct {
 	Key    string `json:"key"`
 	Reason string `json:"reason"`

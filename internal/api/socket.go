@@ -19,15 +19,16 @@ import (
 	"culvert/internal/api/readiness"
 )
 
-// DefaultRunDir is where a daemon keeps its socket, subnet.env and state.
+// DefaultRunDir is the default directory of the daemon's socket, subnet.env and
+// state.
 const DefaultRunDir = "/run/culvert"
 
-// SocketPath is the daemon's socket within its run directory.
+// SocketPath returns the daemon's socket in its run directory.
 func SocketPath(runDir string) string { return readiness.SocketPath(runDir) }
 
-// Listen opens the daemon's socket, and locks the run directory until the
-// listener is closed: of daemons that start at one moment, one has it. A socket
-// that a killed daemon left behind is replaced.
+// Listen opens the daemon's socket and locks the run directory until the listener
+// is closed, so that only one daemon can use it. It replaces a socket left behind
+// by a killed daemon.
 func Listen(runDir string) (net.Listener, error) {
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
 		return nil, err
@@ -44,8 +45,8 @@ func Listen(runDir string) (net.Listener, error) {
 	return &lockedListener{l, lock}, nil
 }
 
-// lockDir takes the lock of a run directory (flock(2)), which the kernel frees
-// with the process. The file holds the process's id.
+// lockDir locks the run directory with flock(2), which the kernel releases when
+// the process ends. The lock file contains the process ID.
 func lockDir(runDir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(runDir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -55,7 +56,7 @@ func lockDir(runDir string) (*os.File, error) {
 		pid, _ := io.ReadAll(io.LimitReader(f, 20))
 		_ = f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("another daemon (pid %s) has the run directory %s: stop it, or give this one its own --run-dir", bytes.TrimSpace(pid), runDir)
+			return nil, fmt.Errorf("another daemon (pid %s) uses the run directory %s: stop it, or give this one another --run-dir", bytes.TrimSpace(pid), runDir)
 		}
 		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
 	}
@@ -66,10 +67,10 @@ func lockDir(runDir string) (*os.File, error) {
 }
 
 func listen(path string) (net.Listener, error) {
-	// A daemon of a release that knows no lock.
+	// A daemon of a version without the lock.
 	if c, err := net.Dial("unix", path); err == nil {
 		_ = c.Close()
-		return nil, fmt.Errorf("another daemon answers on %s: stop it, or give this one its own --run-dir", path)
+		return nil, fmt.Errorf("another daemon listens on %s: stop it, or give this one another --run-dir", path)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -78,7 +79,8 @@ func listen(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The status shows addresses and counters, not secrets, but is for root.
+	// The status contains addresses and counters but no secrets; still, only root
+	// may read it.
 	if err := os.Chmod(path, 0o600); err != nil {
 		_ = l.Close()
 		return nil, err
@@ -96,19 +98,18 @@ func (l *lockedListener) Close() error {
 	return errors.Join(l.Listener.Close(), l.lock.Close())
 }
 
-// Handler serves the status.
+// Handler serves GET /status.
 func Handler(status func() Status) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		// A client that went away is no concern of the daemon's.
+		// Ignore clients that disconnect.
 		_ = json.NewEncoder(w).Encode(status())
 	})
 	return mux
 }
 
-// ReadinessHandler serves the CNI plugin's question. The answer must not wait
-// for anything.
+// ReadinessHandler serves the query of the CNI plugin. answer must not block.
 func ReadinessHandler(answer func() readiness.Answer) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+readiness.Path, func(w http.ResponseWriter, _ *http.Request) {
@@ -118,11 +119,11 @@ func ReadinessHandler(answer func() readiness.Answer) http.Handler {
 	return mux
 }
 
-// maxAnswer bounds what a client reads: 5,000 peers take about 1 MB.
+// maxAnswer is the largest status read, in bytes; 5,000 peers take about 1 MB.
 const maxAnswer = 64 << 20
 
-// GetStatus asks the daemon that has the run directory. The error says how to
-// go on when none answers.
+// GetStatus requests the status of the daemon that uses the run directory. If
+// there is none, the error says what to do.
 func GetStatus(ctx context.Context, runDir string) (Status, error) {
 	path := SocketPath(runDir)
 	client := &http.Client{Transport: &http.Transport{
@@ -142,17 +143,17 @@ func GetStatus(ctx context.Context, runDir string) (Status, error) {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 			return Status{}, fmt.Errorf("no daemon answers on %s: is `culvert run` running, with this --run-dir?", path)
 		case errors.Is(err, fs.ErrPermission):
-			return Status{}, fmt.Errorf("%s: permission denied: ask as root", path)
+			return Status{}, fmt.Errorf("%s: permission denied: run this as root", path)
 		}
-		return Status{}, fmt.Errorf("asking the daemon on %s: %w", path, err)
+		return Status{}, fmt.Errorf("requesting the status on %s: %w", path, err)
 	}
 	defer func() { _ = answer.Body.Close() }()
 	if answer.StatusCode != http.StatusOK {
-		return Status{}, fmt.Errorf("asking the daemon on %s: %s", path, answer.Status)
+		return Status{}, fmt.Errorf("requesting the status on %s: %s", path, answer.Status)
 	}
 	var s Status
 	if err := json.NewDecoder(io.LimitReader(answer.Body, maxAnswer)).Decode(&s); err != nil {
-		return Status{}, fmt.Errorf("the daemon's answer on %s: %w", path, err)
+		return Status{}, fmt.Errorf("decoding the status from %s: %w", path, err)
 	}
 	return s, nil
 }

@@ -5,19 +5,19 @@ import (
 	"slices"
 )
 
-// Warning is a condition that keeps packets from being carried, or may, with
-// its evidence and its remedy.
+// Warning is a condition that prevents packets from being forwarded, or may do so,
+// with its evidence and remedy.
 type Warning struct {
 	// Check identifies the condition for scripts and metrics, in kebab case, such
-	// as "forward-drop". It stays the same over versions.
+	// as "forward-drop". It does not change between versions.
 	Check string `json:"check"`
-	// Text says what is wrong, and where it was seen.
+	// Text says what is wrong and where it was observed.
 	Text string `json:"text"`
-	// Fix is the command or the setting that mends it; empty if there is none.
+	// Fix is the command or setting that fixes it; empty if there is none.
 	Fix string `json:"fix,omitempty"`
 }
 
-// String returns the warning as one line.
+// String returns the text and the fix on one line.
 func (w Warning) String() string {
 	if w.Fix == "" {
 		return w.Text

@@ -1,5 +1,6 @@
-// Package boottime reads the clock that nobody sets: a lifetime that another
-// process counts must not end, nor last, because somebody set the wall clock.
+// Package boottime reads CLOCK_BOOTTIME and the boot ID, so that a lifetime
+// shared between processes does not depend on the wall clock, which may be set. It
+// keeps no state.
 package boottime
 
 import (
@@ -11,27 +12,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Moment is a moment as the clocks have it that outlive a process.
+// Moment is the reading of the clocks that are comparable between processes.
 type Moment struct {
-	Boot string        // random(4): another for each boot
-	Up   time.Duration // since then, suspended or not (CLOCK_BOOTTIME)
+	Boot string        // boot ID, see random(4); differs for each boot
+	Up   time.Duration // time since boot, including suspend (CLOCK_BOOTTIME)
 	Wall time.Time
 }
 
-// Now reads the clocks; the one that a lifetime counts from last, so that a
-// process that is stopped in between takes it for shorter.
+// Now reads the clocks. CLOCK_BOOTTIME is read last: if the process is stopped in
+// between, remaining lifetimes are underestimated.
 func Now() (Moment, error) {
 	m := Moment{Wall: time.Now()}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
-		return Moment{}, fmt.Errorf("asking which boot this is: %w", err)
+		return Moment{}, fmt.Errorf("reading the boot ID: %w", err)
 	}
 	m.Boot = strings.TrimSpace(string(boot))
 	m.Up, err = Up()
 	return m, err
 }
 
-// Up is CLOCK_BOOTTIME alone.
+// Up returns CLOCK_BOOTTIME.
 func Up() (time.Duration, error) {
 	var up unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &up); err != nil {

@@ -1,6 +1,6 @@
-// Package echo measures the way to an address with ICMP echo requests (RFC 792,
-// RFC 4443): round-trip time, loss, and the largest packet that passes. It
-// knows nothing of leases or tunnels, and keeps no state between measurements.
+// Package echo sends ICMP echo requests (RFC 792, RFC 4443) and measures the
+// round-trip time, the loss and the path MTU to an address. It does not know about
+// leases or tunnels, and keeps no state between measurements.
 package echo
 
 import (
@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MinSize is the least size of a request in bytes of the IP packet, by family:
-// the headers and 8 bytes of payload.
+// MinSize returns the minimum size of a request, in bytes of the IP packet: the
+// headers and 8 bytes of payload.
 func MinSize(is4 bool) int {
 	if is4 {
 		return 20 + 8 + payloadMin
@@ -32,23 +32,23 @@ func MinSize(is4 bool) int {
 const payloadMin = 8
 
 var (
-	// ErrTimeout says that no answer came in time.
-	ErrTimeout = errors.New("no answer")
-	// ErrTooBig says that this host's own route does not take a packet of the size.
+	// ErrTimeout means that no reply arrived in time.
+	ErrTimeout = errors.New("no reply")
+	// ErrTooBig means that the packet exceeds the MTU of this host's route.
 	ErrTooBig = errors.New("larger than the MTU of this host's route")
 )
 
-// Refused is an ICMP error that a host or router on the way answered with.
+// Refused is an ICMP error returned by a host or router on the path.
 type Refused struct {
 	By     netip.Addr
 	Reason string
-	MTU    int // of the next link, if the packet was too big; else 0
+	MTU    int // next-hop MTU if the packet was too big; else 0
 }
 
-func (e Refused) Error() string { return fmt.Sprintf("%s says: %s", e.By, e.Reason) }
+func (e Refused) Error() string { return fmt.Sprintf("%s reports: %s", e.By, e.Reason) }
 
 // Pinger sends requests from one address. Its methods are safe for concurrent
-// use: any number of destinations can be measured at once over one socket.
+// use, so that one socket can serve many destinations.
 type Pinger struct {
 	conn net.PacketConn
 	is4  bool
@@ -57,7 +57,7 @@ type Pinger struct {
 	mu      sync.Mutex
 	seq     uint16
 	waiting map[uint16]waiter
-	done    chan struct{} // closed when the reader has ended
+	done    chan struct{} // closed when read returns
 }
 
 type waiter struct {
@@ -71,8 +71,8 @@ type answer struct {
 }
 
 // Open opens a raw ICMP socket (CAP_NET_RAW) bound to the address, which may be
-// unspecified. Requests have DF set, and their size is not limited by what the
-// kernel has learned of the path (IP_PMTUDISC_PROBE): what passes is measured.
+// unspecified. Requests have DF set and ignore the path MTU that the kernel has
+// cached (IP_PMTUDISC_PROBE), so that the actual path is measured.
 func Open(from netip.Addr) (*Pinger, error) {
 	network := "ip4:icmp"
 	if from.Is6() {
@@ -110,15 +110,15 @@ func (p *Pinger) probeMTU() error {
 	return errors.Join(err, failed)
 }
 
-// Close ends the measurements that are under way.
+// Close closes the socket; pending requests return net.ErrClosed.
 func (p *Pinger) Close() error {
 	err := p.conn.Close()
 	<-p.done
 	return err
 }
 
-// Ping sends one request in an IP packet of size bytes and waits until it is
-// answered, refused, or the context ends (ErrTimeout if its deadline passed).
+// Ping sends one request as an IP packet of size bytes and waits for a reply, an
+// ICMP error (Refused) or the end of ctx (ErrTimeout if its deadline passed).
 func (p *Pinger) Ping(ctx context.Context, to netip.Addr, size int) (time.Duration, error) {
 	if to.Is4() != p.is4 {
 		return 0, fmt.Errorf("%s is not of the socket's address family", to)
@@ -164,9 +164,9 @@ func (p *Pinger) Ping(ctx context.Context, to netip.Addr, size int) (time.Durati
 	}
 }
 
-// PathMTU returns the size in bytes of the largest IP packet that is answered,
-// between low and high, 0 if not even one of low bytes is. A size counts as too
-// big after two requests of it, of patience each, went unanswered.
+// PathMTU returns the size in bytes of the largest IP packet between low and high
+// that gets a reply, 0 if not even low does. A size is too big if two requests,
+// each with a timeout of patience, get no reply.
 func (p *Pinger) PathMTU(ctx context.Context, to netip.Addr, low, high int, patience time.Duration) (int, error) {
 	passes := func(size int) (bool, error) {
 		for range 2 {
@@ -209,16 +209,16 @@ func (p *Pinger) PathMTU(ctx context.Context, to netip.Addr, low, high int, pati
 	return low, nil
 }
 
-// Summary is what a series of requests came to.
+// Summary is the result of a series of requests.
 type Summary struct {
 	Sent     int             `json:"sent"`
 	Answered int             `json:"answered"`
-	Times    []time.Duration `json:"times"` // of the answers, sorted
-	// Err is why the last request that failed did; nil if none did.
+	Times    []time.Duration `json:"times"` // round-trip times, sorted
+	// Err is the error of the last failed request; nil if none failed.
 	Err error `json:"-"`
 }
 
-// Median returns the median round-trip time, 0 without an answer.
+// Median returns the median round-trip time, 0 without a reply.
 func (s Summary) Median() time.Duration {
 	if len(s.Times) == 0 {
 		return 0
@@ -226,8 +226,8 @@ func (s Summary) Median() time.Duration {
 	return s.Times[len(s.Times)/2]
 }
 
-// Series sends count requests, the next one an interval after the one before
-// was sent and answered or given up after patience. The error is the context's.
+// Series sends count requests, one after the other and at least interval apart,
+// each with a timeout of patience. Its error is that of ctx.
 func (p *Pinger) Series(ctx context.Context, to netip.Addr, count, size int, interval, patience time.Duration) (Summary, error) {
 	var s Summary
 	for i := range count {
@@ -256,8 +256,7 @@ func (p *Pinger) Series(ctx context.Context, to netip.Addr, count, size int, int
 	return s, ctx.Err()
 }
 
-// read hands each answer to the request that it belongs to, until the socket is
-// closed.
+// read dispatches replies to the waiting requests until the socket is closed.
 func (p *Pinger) read() {
 	defer close(p.done)
 	b := make([]byte, 1<<16)
@@ -268,7 +267,7 @@ func (p *Pinger) read() {
 			return
 		}
 		if err != nil {
-			continue // such as an ICMP error that the socket was told of: it comes as a packet, too
+			continue // such as a pending ICMP error, which also arrives as a packet
 		}
 		sender, _ := netip.AddrFromSlice(from.(*net.IPAddr).IP)
 		p.deliver(sender.Unmap(), b[:n], at)
@@ -293,7 +292,7 @@ func (p *Pinger) deliver(from netip.Addr, packet []byte, at time.Time) {
 	switch body := m.Body.(type) {
 	case *icmp.DstUnreach:
 		quote, refused.Reason = body.Data, unreachable(m.Type, m.Code)
-		if m.Type == ipv4.ICMPTypeDestinationUnreachable && m.Code == 4 { // RFC 1191: the MTU is in the header
+		if m.Type == ipv4.ICMPTypeDestinationUnreachable && m.Code == 4 { // fragmentation needed; the ICMP header has the MTU (RFC 1191)
 			refused.MTU = max(1, int(packet[6])<<8|int(packet[7]))
 			refused.Reason = fmt.Sprintf("packets of more than %d bytes do not pass", refused.MTU)
 		}
@@ -301,7 +300,7 @@ func (p *Pinger) deliver(from netip.Addr, packet []byte, at time.Time) {
 		quote, refused.MTU = body.Data, max(1, body.MTU)
 		refused.Reason = fmt.Sprintf("packets of more than %d bytes do not pass", refused.MTU)
 	case *icmp.TimeExceeded:
-		quote, refused.Reason = body.Data, "the packet goes round in circles (time to live exceeded)"
+		quote, refused.Reason = body.Data, "time to live exceeded, possibly a routing loop"
 	default:
 		return
 	}
@@ -310,7 +309,7 @@ func (p *Pinger) deliver(from netip.Addr, packet []byte, at time.Time) {
 	}
 }
 
-// answer wakes the request of that sequence number to the address.
+// answer delivers a to the request with this ID, sequence number and destination.
 func (p *Pinger) answer(id, seq uint16, to netip.Addr, a answer) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -320,8 +319,8 @@ func (p *Pinger) answer(id, seq uint16, to netip.Addr, a answer) {
 	}
 }
 
-// quoted reads from an ICMP error the packet that it is about: an IP header and
-// at least 8 bytes after it (RFC 792).
+// quoted parses the packet quoted in an ICMP error: the IP header and at least 8
+// bytes after it (RFC 792).
 func quoted(b []byte, is4 bool) (id, seq uint16, to netip.Addr, ok bool) {
 	if is4 {
 		if len(b) < 20 || int(b[0]&15)*4 < 20 || len(b) < int(b[0]&15)*4+8 || b[9] != unix.IPPROTO_ICMP {
@@ -339,7 +338,7 @@ func quoted(b []byte, is4 bool) (id, seq uint16, to netip.Addr, ok bool) {
 	return uint16(b[4])<<8 | uint16(b[5]), uint16(b[6])<<8 | uint16(b[7]), to, true
 }
 
-// unreachable says what a code of Destination Unreachable means.
+// unreachable describes a code of Destination Unreachable.
 func unreachable(t icmp.Type, code int) string {
 	words := map[int]string{
 		0: "network unreachable", 1: "host unreachable", 2: "protocol unreachable", 3: "port unreachable",

@@ -16,8 +16,8 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// TestEcho measures, in both families, a neighbour that answers, one whose link
-// silently takes only 1400 bytes, and an address that nobody has.
+// TestEcho measures, in both families, a neighbour that replies, one whose link
+// silently drops packets over 1400 bytes, and an unused address.
 func TestEcho(t *testing.T) {
 	prefixes := []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:18::/64")}
 	l := labtest.New(t, lab.Options{Nodes: 3, Prefixes: prefixes})
@@ -52,8 +52,8 @@ func TestEcho(t *testing.T) {
 			want      int
 		}{
 			{n2.Addrs[family], 100, 1500, 1500},
-			{n2.Addrs[family], 100, 1600, 1500},  // this host's own link
-			{n3.Addrs[family], 1300, 1500, 1404}, // a veth leaves room for a VLAN tag
+			{n2.Addrs[family], 100, 1600, 1500},  // limited by this host's own link
+			{n3.Addrs[family], 1300, 1500, 1404}, // a veth accepts 4 bytes more, for a VLAN tag
 			{n3.Addrs[family], 1450, 1500, 0},
 		} {
 			if got, err := p.PathMTU(ctx, c.to, c.low, c.high, patience); err != nil || got != c.want {
@@ -62,11 +62,11 @@ func TestEcho(t *testing.T) {
 		}
 		short, cancel := context.WithTimeout(ctx, patience)
 		if _, err := p.Ping(short, netip.MustParseAddr(nobody), 0); !errors.Is(err, echo.ErrTimeout) {
-			t.Errorf("nobody's address: %v", err)
+			t.Errorf("unused address: %v", err)
 		}
 		cancel()
 		if _, err := p.Ping(ctx, n2.Addrs[1-family], 0); err == nil {
-			t.Error("an address of the other family was answered")
+			t.Error("got a reply from an address of the other family")
 		}
 		if err := p.Close(); err != nil {
 			t.Error(err)
@@ -74,11 +74,11 @@ func TestEcho(t *testing.T) {
 	}
 }
 
-// TestRefused has a router answer for an address that it does not reach.
+// A router's ICMP error for an unreachable address is returned as Refused.
 func TestRefused(t *testing.T) {
 	l := labtest.New(t, lab.Options{Nodes: 1})
 	n := l.Nodes[0]
-	// The fabric is the default gateway, and has no route to this address.
+	// The fabric is the default gateway and has no route to the address.
 	if err := l.Fabric.SetSysctl("net/ipv4/ip_forward", "1"); err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,7 @@
-// Package readiness is the one question that the CNI plugin asks the node
-// daemon, can a pod be added now, and its answer. The plugin is started anew
-// for every call, so the question is put without net/http, whose packages cost
-// more to start than the question takes.
+// Package readiness is the query of the CNI plugin to the node daemon: can a pod
+// be added now? The daemon owns the answer; package api serves it. The client does
+// without net/http, since the plugin is started for every call and initializing
+// net/http takes longer than the query.
 package readiness
 
 import (
@@ -17,38 +17,37 @@ import (
 	"syscall"
 )
 
-// Code is why no pod can be added; empty if one can.
+// Code is the reason why no pod can be added; empty if one can.
 type Code string
 
-// The codes. A daemon that is newer than the plugin may say others.
+// The codes. A newer daemon may return others.
 const (
 	NoLease      Code = "no-lease"      // the node has no subnet yet
-	Fenced       Code = "fenced"        // the lease ran out: the subnet may be another node's
-	DatapathDown Code = "datapath-down" // the node's packets are not carried
+	Fenced       Code = "fenced"        // the lease expired or was lost: another node may have the subnet
+	DatapathDown Code = "datapath-down" // the datapath does not forward packets
 )
 
-// Answer is what the daemon says.
+// Answer is the daemon's answer.
 type Answer struct {
 	Ready  bool   `json:"ready"`
 	Code   Code   `json:"code,omitempty"`
-	Reason string `json:"reason,omitempty"` // a sentence for people
+	Reason string `json:"reason,omitempty"` // human-readable
 }
 
-// Path is the question's path on the daemon's socket.
+// Path is the HTTP path of the query on the daemon's socket.
 const Path = "/cni-status"
 
-// ErrNoDaemon says that nothing answers on the socket.
+// ErrNoDaemon means that nothing listens on the socket.
 var ErrNoDaemon = errors.New("no daemon answers")
 
-// SocketPath is the daemon's socket within its run directory.
+// SocketPath returns the daemon's socket in its run directory.
 func SocketPath(runDir string) string { return filepath.Join(runDir, "culvert.sock") }
 
-// maxAnswer bounds what is read, in bytes; an answer has about 200.
+// maxAnswer is the largest answer read, in bytes; a real one has about 200.
 const maxAnswer = 64 << 10
 
-// Ask asks the daemon that has the run directory. It returns when ctx ends, at
-// the latest. An error that satisfies errors.Is(err, ErrNoDaemon) means that
-// there is none.
+// Ask queries the daemon of the run directory, until ctx ends. If there is no
+// daemon, the error satisfies errors.Is(err, ErrNoDaemon).
 func Ask(ctx context.Context, runDir string) (Answer, error) {
 	path := SocketPath(runDir)
 	var d net.Dialer
@@ -67,7 +66,7 @@ func Ask(ctx context.Context, runDir string) (Answer, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
 	defer stop()
-	// HTTP/1.0: the answer ends with the connection.
+	// HTTP/1.0: the server closes the connection after the response.
 	if _, err := io.WriteString(c, "GET "+Path+" HTTP/1.0\r\nHost: culvert\r\n\r\n"); err != nil {
 		return Answer{}, fmt.Errorf("asking the daemon on %s: %w", path, err)
 	}
@@ -82,7 +81,7 @@ func Ask(ctx context.Context, runDir string) (Answer, error) {
 	return a, nil
 }
 
-// parse reads an HTTP response whose body ends with the text.
+// parse parses a complete HTTP response whose body ends with the connection.
 func parse(text []byte) (Answer, error) {
 	head, body, ok := bytes.Cut(text, []byte("\r\n\r\n"))
 	line, _, _ := bytes.Cut(head, []byte("\r\n"))
@@ -98,7 +97,7 @@ func parse(text []byte) (Answer, error) {
 		return Answer{}, err
 	}
 	if !a.Ready && a.Reason == "" {
-		return Answer{}, errors.New("it says neither that it is ready nor why not")
+		return Answer{}, errors.New("the answer is neither ready nor has a reason")
 	}
 	return a, nil
 }

@@ -19,7 +19,7 @@ func TestParse(t *testing.T) {
 		ok + `{"ready":false,"code":"new","reason":"words","more":1}`:       {Code: "new", Reason: "words"},
 	} {
 		if got, err := parse([]byte(text)); err != nil || !reflect.DeepEqual(got, want) {
-			t.Errorf("%q reads as %+v (%v)", text, got, err)
+			t.Errorf("%q was parsed as %+v (%v)", text, got, err)
 		}
 	}
 	for text, says := range map[string]string{
@@ -28,17 +28,17 @@ func TestParse(t *testing.T) {
 		"SSH-2.0-x\r\n\r\n":   "is not HTTP",
 		"HTTP/1.0 404 Not Found\r\n\r\n404 page not found": "older than the plugin",
 		ok:                  "unexpected end of JSON",
-		ok + `{}`:           "neither that it is ready nor why not",
+		ok + `{}`:           "neither ready nor has a reason",
 		ok + `{"ready":"y"`: "unexpected end of JSON",
 	} {
 		if got, err := parse([]byte(text)); err == nil || !strings.Contains(err.Error(), says) {
-			t.Errorf("%q reads as %+v: %v, which does not say %q", text, got, err, says)
+			t.Errorf("%q was parsed as %+v: got error %v, want %q", text, got, err, says)
 		}
 	}
 }
 
 func TestAskDoesNotHang(t *testing.T) {
-	dir, err := os.MkdirTemp("", "culvert") // a socket's path must be short
+	dir, err := os.MkdirTemp("", "culvert") // a socket's path is limited to 107 bytes
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +46,7 @@ func TestAskDoesNotHang(t *testing.T) {
 	if _, err := Ask(t.Context(), dir); !errors.Is(err, ErrNoDaemon) {
 		t.Errorf("without a socket: %v", err)
 	}
-	// A daemon that takes the connection and says nothing, as a stopped one.
+	// A daemon that accepts the connection but does not answer, as if stopped.
 	l, err := net.Listen("unix", SocketPath(dir))
 	if err != nil {
 		t.Fatal(err)
@@ -55,17 +55,17 @@ func TestAskDoesNotHang(t *testing.T) {
 	defer cancel()
 	start := time.Now()
 	if _, err := Ask(ctx, dir); err == nil || errors.Is(err, ErrNoDaemon) {
-		t.Errorf("a mute daemon: %v", err)
+		t.Errorf("a daemon that does not answer: %v", err)
 	}
 	if took := time.Since(start); took > time.Second {
-		t.Errorf("it took %s", took)
+		t.Errorf("Ask took %s", took)
 	}
-	// The socket that a killed daemon leaves.
+	// A socket left behind by a killed daemon.
 	l.(*net.UnixListener).SetUnlinkOnClose(false)
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Ask(t.Context(), dir); !errors.Is(err, ErrNoDaemon) {
-		t.Errorf("a dead socket: %v", err)
+		t.Errorf("a stale socket: %v", err)
 	}
 }
