@@ -7,31 +7,31 @@ import (
 	"strings"
 )
 
-// chart is a picture of one figure: a panel for each underlay, and in it a bar
-// for each datapath, from 1 to its ratio to the reference on a logarithmic scale.
-// A line spans the least to the greatest of the rounds' own ratios.
+// chart shows one figure: a panel per underlay, with a bar per datapath from 1 to its
+// ratio to the reference, on a logarithmic scale. A thin line spans the least to the
+// greatest ratio of the rounds.
 type chart struct {
-	Name   string // for a file
+	Name   string // file name without .svg
 	Title  string
-	Better string // which way is better
+	Better string // which direction is better
 	Panels []panel
 }
 
-// panel is a drawing of its own, panelWidth wide.
+// panel is one SVG drawing, panelWidth wide.
 type panel struct {
 	Underlay string
 	Height   int
 	SVG      string
 }
 
-// In units of the drawing.
+// Sizes in SVG user units.
 const (
 	panelWidth = 350
 	rowHeight  = 34
 	axisHeight = 20
 )
 
-// mainColumns are the figures worth a picture.
+// mainColumns returns the figures that have a chart.
 func mainColumns() []column {
 	var all []column
 	for _, s := range sections() {
@@ -46,13 +46,13 @@ func mainColumns() []column {
 	return all
 }
 
-// palette are the colours, in light and in dark: blue for better, orange for
-// worse, which people who do not see red or green tell apart.
+// palette and paletteDark are the colours of the light and the dark theme. Better is
+// blue and worse is orange, which colour-blind readers can tell apart.
 const palette = `--ink:#1f2328;--quiet:#59636e;--grid:#d1d9e0;--paper:#fff;--soft:#f6f8fa;--better:#0969da;--worse:#bc4c00;--level:#818b98;--link:#0550ae`
 
 const paletteDark = `--ink:#e6edf3;--quiet:#9198a1;--grid:#3d444d;--paper:#0d1117;--soft:#151b23;--better:#4493f8;--worse:#f0883e;--level:#6e7681;--link:#79c0ff`
 
-// charts draws every main figure that the report has.
+// charts draws all main figures that the report has.
 func (r *Report) charts(reference string) []chart {
 	var all []chart
 	for _, c := range mainColumns() {
@@ -71,7 +71,7 @@ func (r *Report) chart(c column, reference string) chart {
 		one.Better = "more is better: bars to the right"
 	}
 	rows := map[string][]judged{}
-	// One scale for all panels, or they could not be compared.
+	// All panels have the same scale, so that they can be compared.
 	scale := scale{low: 0.5, high: 2}
 	for _, u := range r.underlays() {
 		rows[u] = r.judgedOn(u, c, reference)
@@ -98,10 +98,11 @@ func (r *Report) has(underlay string, c column) bool {
 	return false
 }
 
-// scale is a logarithmic scale of ratios, 1 within it.
+// scale is a logarithmic scale of ratios that includes 1.
 type scale struct{ low, high float64 }
 
-// What lies beyond is drawn at the edge; the figure beside it says how much it is.
+// farthest limits the scale to 1/farthest and farthest. A ratio beyond is drawn at the
+// edge, with its figure beside the bar.
 const farthest = 32
 
 func (s *scale) take(q Ratio) {
@@ -109,7 +110,7 @@ func (s *scale) take(q Ratio) {
 	s.high = min(max(s.high, 1/floorPower(1/q.Max)), farthest)
 }
 
-// floorPower is the greatest power of two that is not greater.
+// floorPower returns the greatest power of two that is not greater than v.
 func floorPower(v float64) float64 {
 	if v <= 0 {
 		return 1.0 / farthest
@@ -117,14 +118,14 @@ func floorPower(v float64) float64 {
 	return math.Exp2(math.Floor(math.Log2(v) + 1e-9))
 }
 
-// x is where a ratio stands in a panel.
+// x returns the horizontal position of a ratio in a panel.
 func (s scale) x(v float64) float64 {
 	const margin = 8
 	at := (math.Log2(min(max(v, s.low), s.high)) - math.Log2(s.low)) / (math.Log2(s.high) - math.Log2(s.low))
 	return margin + at*(panelWidth-2*margin)
 }
 
-// ticks are the powers of two of the scale, as many as have room.
+// ticks returns the powers of two on the scale, every second one if there are many.
 func (s scale) ticks() []float64 {
 	step := 1.0
 	if octaves := math.Log2(s.high / s.low); octaves > 6 {
@@ -146,8 +147,8 @@ func tick(v float64) string {
 	return fmt.Sprintf("%g", v)
 }
 
-// draw draws a panel: an axis, then two lines for each datapath, its name with its
-// figures and its bar.
+// draw draws a panel: an axis, then two rows for each datapath, one with its name and
+// figures and one with its bar.
 func draw(underlay string, c column, rows []judged, s scale, reference string) panel {
 	height := axisHeight + rowHeight*len(rows) + 4
 	var b strings.Builder
@@ -157,7 +158,7 @@ func draw(underlay string, c column, rows []judged, s scale, reference string) p
 		if v == 1 {
 			class = "one"
 		}
-		// Beside the bars only: a line through the names would make them hard to read.
+		// Draw grid lines only in the bars' rows, not through the names.
 		fmt.Fprintf(&b, `<path class="%s" d="M%.1f %dv4`, class, s.x(v), axisHeight-5)
 		for i, j := range rows {
 			if j.ratio {
@@ -209,7 +210,7 @@ func draw(underlay string, c column, rows []judged, s scale, reference string) p
 		`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" role="img" aria-label="%s">%s</svg>`, panelWidth, height, label, "\n"+b.String())}
 }
 
-// mark says without colours what the colours say.
+// mark repeats the colour's meaning as a character.
 func mark(judge int) string { return [...]string{"▼", "≈", "▲"}[judge+1] }
 
 func judgeClass(judge int) string { return [...]string{"worse", "level", "better"}[judge+1] }
@@ -221,13 +222,13 @@ func withUnit(x Result) string {
 	return figure(x.Median) + " " + x.Metric.Unit()
 }
 
-// chartStyle is what the classes of a drawing look like.
+// chartStyle is the CSS of the drawings' classes.
 const chartStyle = `.grid,.one{stroke:var(--grid);stroke-width:1;fill:none}.one{stroke:var(--ink)}` +
 	`.tick{font-size:11px;fill:var(--quiet)}.name,.figure{font-size:12.5px;fill:var(--ink)}.self{font-weight:600}` +
 	`.figure{font-variant-numeric:tabular-nums;white-space:pre}.span{stroke:var(--ink);stroke-width:1.2;fill:none}` +
 	`.better{fill:var(--better)}.worse{fill:var(--worse)}.level{fill:var(--level)}`
 
-// SVG is the chart as one picture: its panels two by two, with its own colours.
+// SVG returns the chart as one standalone drawing with its panels in two columns.
 func (c chart) SVG() string {
 	const gap, title, head = 24, 30, 24
 	var b strings.Builder

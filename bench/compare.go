@@ -10,39 +10,39 @@ import (
 	"text/tabwriter"
 )
 
-// EffectFloor is the least change, as a share, that a comparison calls one: two
-// runs of one program have differed by less.
+// EffectFloor is the smallest relative change that a comparison reports: two runs of
+// the same program differ by up to that.
 const EffectFloor = 0.05
 
-// Change is a figure that two reports have in common and that changed.
+// Change is a figure that is in both reports and differs.
 type Change struct {
 	Old, New Result
-	// Delta is the change of the median as a share of the old one.
+	// Delta is the change of the median, relative to the old one.
 	Delta float64
-	// Better says in which direction it went.
+	// Better reports whether the change is an improvement.
 	Better bool
 }
 
-// Comparison is what changed from one report to another.
+// Comparison is the difference between two reports.
 type Comparison struct {
 	Changes []Change // beyond noise, the worst first
-	// Same is how many figures did not change, OnlyOld and OnlyNew those
-	// that the other report does not have.
+	// Same counts the figures that did not change, OnlyOld and OnlyNew those that
+	// only one report has.
 	Same, OnlyOld, OnlyNew int
-	// Warnings say what makes the comparison doubtful.
+	// Warnings are reasons to doubt the comparison.
 	Warnings []string
 }
 
-// Compare lists what changed beyond noise: medians that differ by EffectFloor or
-// more, while no round of one report lies among the rounds of the other. Reports
-// of different numbers of nodes are of different things, which is an error.
+// Compare returns the changes beyond noise: medians that differ by EffectFloor or more
+// while the ranges of the rounds do not overlap. Reports with different numbers of
+// nodes or different ends cannot be compared, which is an error.
 func Compare(before, after *Report) (Comparison, error) {
 	var c Comparison
 	if a, b := before.Machine.Nodes, after.Machine.Nodes; a != b {
-		return c, fmt.Errorf("the old report is of %d nodes and the new one of %d: these cannot be compared (--nodes %d measures anew)", a, b, a)
+		return c, fmt.Errorf("the old report is of %d nodes and the new one of %d: these cannot be compared (measure again with --nodes %d)", a, b, a)
 	}
 	if a, b := before.Machine.Ends, after.Machine.Ends; a != b {
-		return c, fmt.Errorf("the ends in the old report are %s and in the new one %s: these cannot be compared (--ends %s measures anew)", a, b, a)
+		return c, fmt.Errorf("the ends in the old report are %s and in the new one %s: these cannot be compared (measure again with --ends %s)", a, b, a)
 	}
 	old := map[key]Result{}
 	for _, x := range before.Results {
@@ -75,12 +75,12 @@ func Compare(before, after *Report) (Comparison, error) {
 	slices.SortStableFunc(c.Changes, func(a, b Change) int { return cmp.Compare(a.gain(), b.gain()) })
 	c.Warnings = doubts(before.Machine, after.Machine)
 	if single {
-		c.Warnings = append(c.Warnings, "some figures were measured once only, which tells nothing of noise")
+		c.Warnings = append(c.Warnings, "some figures were measured only once: their noise is unknown")
 	}
 	return c, nil
 }
 
-// gain is positive where things got better.
+// gain returns the size of the change, positive for an improvement.
 func (c Change) gain() float64 {
 	if c.Better {
 		return math.Abs(c.Delta)
@@ -88,6 +88,7 @@ func (c Change) gain() float64 {
 	return -math.Abs(c.Delta)
 }
 
+// doubts lists the differences between the machines and methods of two reports.
 func doubts(a, b Machine) []string {
 	var found []string
 	for _, f := range []struct{ what, a, b string }{
@@ -105,7 +106,7 @@ func doubts(a, b Machine) []string {
 	return found
 }
 
-// Regressions are the changes for the worse by more than floor, a share.
+// Regressions returns the changes for the worse whose relative size exceeds floor.
 func (c Comparison) Regressions(floor float64) []Change {
 	var worse []Change
 	for _, ch := range c.Changes {
@@ -116,7 +117,7 @@ func (c Comparison) Regressions(floor float64) []Change {
 	return worse
 }
 
-// Table writes the comparison for a person.
+// Table writes the comparison as a table for a terminal.
 func (c Comparison) Table(w io.Writer, floor float64) error {
 	var b strings.Builder
 	for _, s := range c.Warnings {

@@ -8,14 +8,15 @@ import (
 	"strings"
 )
 
-// ticks is the unit of CPU time in /proc: USER_HZ, which is 100 on every
-// architecture that Linux has kept (proc(5)).
+// ticks is USER_HZ, the unit of CPU time in /proc (proc(5)): 100 per second on all
+// architectures that Linux still supports.
 const ticks = 100
 
-// CPUTime is what the processors of a machine did since it started, in seconds.
+// CPUTime is the time that a machine's processors have spent since it booted, in
+// seconds.
 type CPUTime struct {
-	Busy  float64 `json:"busy"`  // for anything, interrupts included
-	Steal float64 `json:"steal"` // the hypervisor ran others
+	Busy  float64 `json:"busy"`  // including interrupts
+	Steal float64 `json:"steal"` // taken by the hypervisor
 	Idle  float64 `json:"idle"`
 }
 
@@ -50,7 +51,7 @@ func (c CPUTime) since(earlier CPUTime) CPUTime {
 	return CPUTime{Busy: c.Busy - earlier.Busy, Steal: c.Steal - earlier.Steal, Idle: c.Idle - earlier.Idle}
 }
 
-// stolen is the share of the time that the hypervisor took.
+// stolen is the share of the time that the hypervisor took, 0 to 1.
 func (c CPUTime) stolen() float64 {
 	if all := c.Busy + c.Steal + c.Idle; all > 0 {
 		return c.Steal / all
@@ -58,28 +59,28 @@ func (c CPUTime) stolen() float64 {
 	return 0
 }
 
-// processCPU is the CPU time of a process, in seconds.
+// processCPU returns the CPU time of a process, in seconds.
 func processCPU(pid int) (float64, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, err
 	}
-	// The second field is the program's name in parentheses, which may hold
-	// anything: count from the last one.
+	// The second field is the program's name in parentheses, which may itself
+	// contain any character: count fields from the last ")".
 	f := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 	const utime = 14 - 3 // f[0] is field 3; stime is the next
 	if len(f) <= utime+1 {
-		return 0, fmt.Errorf("/proc/%d/stat is not as proc(5) says", pid)
+		return 0, fmt.Errorf("/proc/%d/stat has not the format of proc(5)", pid)
 	}
 	user, uerr := strconv.ParseUint(f[utime], 10, 64)
 	system, serr := strconv.ParseUint(f[utime+1], 10, 64)
 	if uerr != nil || serr != nil {
-		return 0, fmt.Errorf("/proc/%d/stat is not as proc(5) says", pid)
+		return 0, fmt.Errorf("/proc/%d/stat has not the format of proc(5)", pid)
 	}
 	return float64(user+system) / ticks, nil
 }
 
-// processRSS is the resident memory of a process, in bytes.
+// processRSS returns the resident memory of a process, in bytes.
 func processRSS(pid int) (float64, error) {
 	text := field(fmt.Sprintf("/proc/%d/status", pid), "VmRSS")
 	kb, err := strconv.ParseUint(strings.TrimSuffix(text, " kB"), 10, 64)

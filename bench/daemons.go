@@ -15,13 +15,13 @@ import (
 	"culvert/internal/lab"
 )
 
-// fastFlag is the daemon's flag that has or has not the fast path.
+// fastFlag is the daemon's flag for the fast path, which older versions lack.
 const fastFlag = "--fast-path"
 
-// programs that know the flag, by path: asked once each.
+// fastPrograms caches hasFastPath by the program's path.
 var fastPrograms sync.Map
 
-// hasFastPath asks a program whether its daemon knows the flag.
+// hasFastPath reports whether a program's daemon has the flag.
 func hasFastPath(ctx context.Context, program string) (bool, error) {
 	if known, ok := fastPrograms.Load(program); ok {
 		return known.(bool), nil
@@ -35,7 +35,7 @@ func hasFastPath(ctx context.Context, program string) (bool, error) {
 	return known, nil
 }
 
-// daemonArgs are what a daemon is told beside where it runs.
+// daemonArgs returns the daemon's arguments that select the datapath.
 func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
 	format, kind, _ := strings.Cut(strings.TrimSuffix(d.base(), fastSuffix), "/")
 	if d.auto || format == "host-gw" {
@@ -44,7 +44,7 @@ func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
 	args := []string{"--datapath", kind}
 	switch {
 	case d.fast && !hasFlag:
-		return nil, unavailable("the program has no fast path")
+		return nil, unavailable("this version of culvert has no fast path")
 	case d.auto && hasFlag:
 		args = append(args, fastFlag+"=auto")
 	case d.fast:
@@ -55,7 +55,7 @@ func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
 	return args, nil
 }
 
-// networkConfig is the network configuration that the datapath's daemons read
+// networkConfig returns the network configuration that the datapath's daemons read
 // from etcd.
 func (d Datapath) networkConfig() string {
 	format, _, _ := strings.Cut(d.base(), "/")
@@ -66,8 +66,8 @@ func (d Datapath) networkConfig() string {
 	return fmt.Sprintf(`{"Network":%q,"SubnetLen":24,"Backend":%s}`, innerNetwork, wire)
 }
 
-// startDaemons runs culvert's daemon on every node, and an etcd in the fabric,
-// as users do: with the daemon's defaults, save what the datapath's name says.
+// startDaemons runs etcd in the fabric and culvert's daemon on every node, with the
+// daemon's defaults except for what the datapath's name requires.
 func (s *site) startDaemons(ctx context.Context, l *lab.Lab, o siteOptions) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
@@ -117,7 +117,7 @@ func (s *site) startDaemons(ctx context.Context, l *lab.Lab, o siteOptions) erro
 			return fmt.Errorf("the daemon of %s has no lease", n.ID)
 		}
 		s.subnets[i] = own
-		// What a kernel's datapath costs is the kernel's cost.
+		// A kernel datapath costs the daemon nothing.
 		s.daemons[i].idle = status.Datapath.Kind == "kernel"
 		fast := status.Datapath.FastPath
 		switch {
@@ -133,7 +133,7 @@ func (s *site) startDaemons(ctx context.Context, l *lab.Lab, o siteOptions) erro
 	return nil
 }
 
-// awaitDaemon waits until the daemon is ready and knows all peers.
+// awaitDaemon waits until the daemon is ready and has all peers.
 func (s *site) awaitDaemon(ctx context.Context, n *lab.Node, d daemon, peers int) (api.Status, error) {
 	for {
 		status, err := api.GetStatus(ctx, n.RunDir)
@@ -146,13 +146,13 @@ func (s *site) awaitDaemon(ctx context.Context, n *lab.Node, d daemon, peers int
 			if !ok {
 				return status, alive([]daemon{d})
 			}
-			// A kernel that lacks what the fast path needs is no failure of it.
+			// A kernel without support for the fast path is not a failure.
 			if s.datapath.fast && strings.Contains(why, "fast path") {
 				return status, unavailable(why)
 			}
 			return status, errors.New(why)
 		case <-ctx.Done():
-			return status, fmt.Errorf("the daemon of %s knows %d peers and not %d: %w: %s", n.ID, status.Datapath.Peers, peers, ctx.Err(), d.process.Tail(3))
+			return status, fmt.Errorf("the daemon of %s has %d peers instead of %d: %w: %s", n.ID, status.Datapath.Peers, peers, ctx.Err(), d.process.Tail(3))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}

@@ -16,33 +16,33 @@ import (
 // Datapath is one way of carrying packets between nodes.
 type Datapath struct {
 	Name  string
-	Title string // for a reader
-	About string
-	// Program is somebody else's, of which the datapath is made; nil else.
+	Title string // shown on pages
+	About string // shown in help
+	// Program is the third-party program that implements the datapath; nil if it is
+	// one of ours.
 	Program *Program
 
-	// generator makes its traffic, whichever the run's is; empty: the run's.
+	// generator overrides the run's generator; empty: the run's.
 	generator string
-	// none says that traffic goes by the underlay's own addresses.
+	// none: there is no tunnel, and traffic goes to the underlay's addresses.
 	none bool
-	// kernel says that no daemon carries packets.
+	// kernel: the kernel forwards the packets, not a daemon.
 	kernel bool
-	// culvert says that culvert's daemon drives it, which then it does where the
-	// ends are pods.
+	// culvert: culvert's daemon runs it if the ends are pods.
 	culvert bool
-	// fast says that the daemon has its fast path on; without it, off.
+	// fast: the daemon has --fast-path=on; otherwise off.
 	fast bool
-	// auto leaves it to the daemon what it takes, fast path included.
+	// auto: the daemon chooses the datapath and the fast path.
 	auto bool
 }
 
-// fastSuffix ends the name of a datapath of culvert's with the fast path on.
+// fastSuffix ends the name of a datapath with culvert's fast path on.
 const fastSuffix = "+fast"
 
-// checkedNative is native with iperf3's traffic.
+// checkedNative is the datapath native with iperf3's traffic.
 const checkedNative = "native/iperf3"
 
-// Datapaths returns all of them, in the order in which they are shown.
+// Datapaths returns all datapaths in display order.
 func Datapaths() []Datapath {
 	all := []Datapath{
 		{Name: "native", Title: "no tunnel", About: "the underlay itself, no tunnel: the limit", none: true},
@@ -64,7 +64,8 @@ func Datapaths() []Datapath {
 	return all
 }
 
-// Available says whether the datapath can be tried here, and if not, why.
+// Available reports whether the programs that the datapath needs are installed, and
+// if not, which is missing.
 func (d Datapath) Available() (ok bool, why string) {
 	switch {
 	case d.Program != nil:
@@ -76,12 +77,12 @@ func (d Datapath) Available() (ok bool, why string) {
 }
 
 // again separates the name of a datapath from the number of its instance:
-// "vxlan/kernel#2" is vxlan/kernel once more, with nodes of its own. Two
-// instances of one datapath show what a difference means that there is not.
+// "vxlan/kernel#2" is a second vxlan/kernel with separate nodes. The difference
+// between two instances of one datapath is noise.
 const again = "#"
 
-// FindDatapath returns the datapath of a name, which may be one instance of
-// several: "vxlan/kernel#2".
+// FindDatapath returns the datapath of a name, which may have an instance number, as
+// in "vxlan/kernel#2".
 func FindDatapath(name string) (Datapath, bool) {
 	base, number, numbered := strings.Cut(name, again)
 	if n, err := strconv.Atoi(number); numbered && (err != nil || n < 2) {
@@ -96,7 +97,7 @@ func FindDatapath(name string) (Datapath, bool) {
 	return Datapath{}, false
 }
 
-// base is the datapath's name without the number of its instance.
+// base returns the datapath's name without the instance number.
 func (d Datapath) base() string {
 	base, _, _ := strings.Cut(d.Name, again)
 	return base
@@ -110,8 +111,7 @@ func datapathNames() []string {
 	return names
 }
 
-// compareDatapaths orders names as Datapaths does, and instances of one by
-// their numbers.
+// compareDatapaths orders names as Datapaths does, and instances by number.
 func compareDatapaths(a, b string) int {
 	aBase, aNumber, _ := strings.Cut(a, again)
 	bBase, bNumber, _ := strings.Cut(b, again)
@@ -135,22 +135,22 @@ const offloadProfile = lab.Offload
 // Existing is the underlay between two real hosts.
 const Existing = "existing"
 
-// tunnelPort is the UDP port of the tunnels in a lab: IANA's is 4789, and 8472
-// is the kernel's own and flannel's.
+// tunnelPort is the UDP port of the tunnels in a lab: the default of the kernel and
+// of flannel. IANA's port for VXLAN is 4789.
 const tunnelPort = 8472
 
-// errEnded says that a daemon of a datapath has ended.
+// errEnded means that a daemon of a datapath has exited.
 var errEnded = errors.New("ended")
 
-// daemon is a process that carries packets.
+// daemon is a process of a datapath.
 type daemon struct {
 	process process
-	runDir  string // of its counters; empty if it has none
-	idle    bool   // it has done its part, and costs nothing
-	fastDir string // of its counters, if it has a fast path that is on; empty else
+	runDir  string // run directory from which to read its counters; empty if it has none
+	idle    bool   // it handles no packets: do not count its cost
+	fastDir string // run directory, if its fast path is on; else empty
 }
 
-// process is a started program: *lab.Process, or one on this host.
+// process is a started program: a labProcess or a *hostProcess.
 type process interface {
 	WaitLine(ctx context.Context, prefix string) (string, error)
 	Tail(lines int) string
@@ -164,7 +164,7 @@ type labProcess struct{ *lab.Process }
 
 func (p labProcess) Pid() int { return p.PID }
 
-// alive returns an error if a daemon has ended.
+// alive returns an error if a daemon has exited.
 func alive(daemons []daemon) error {
 	for _, d := range daemons {
 		select {
@@ -185,7 +185,7 @@ func cause(err error) error {
 
 func lastLine(p process) string { return p.Tail(1) }
 
-// startLab makes the nodes of a lab, the datapath between them, and the ends.
+// startLab creates a lab, starts the datapath and adds the ends.
 func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err error) {
 	l, err := lab.New(lab.Options{Nodes: o.nodes, Underlay: underlayOf(o.nodes), Bin: o.bin})
 	if err != nil {
@@ -237,7 +237,7 @@ func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err erro
 	return s, err
 }
 
-// underlayOf is what joins so many nodes: one veth pair, where that is possible.
+// underlayOf returns the underlay for a number of nodes: one veth pair for two.
 func underlayOf(nodes int) lab.Underlay {
 	if nodes == 2 {
 		return lab.Direct
@@ -245,7 +245,7 @@ func underlayOf(nodes int) lab.Underlay {
 	return lab.Bridged
 }
 
-// startNodes starts one process per node that carries its part.
+// startNodes starts a process on each node that runs the node's part.
 func (s *site) startNodes(ctx context.Context, l *lab.Lab, o siteOptions) error {
 	part := Part{Datapath: s.datapath.base(), Port: tunnelPort, Absent: o.absent}
 	for _, n := range l.Nodes {

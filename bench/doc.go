@@ -1,13 +1,16 @@
-// Package bench measures datapaths side by side: every one in the same run, on
-// the same machine, between two nodes of a lab or two real hosts.
+// Package bench measures datapaths side by side: all in one run on one machine,
+// between the nodes of a lab or between two real hosts. It starts the datapaths,
+// chooses the workloads and writes the reports. The traffic comes from bench/load
+// and the nodes from internal/lab; the daemons and other programs keep their own
+// state. The package's own state is the Report.
 //
 //	Run ── for each underlay profile
-//	        start every datapath in a lab of its own    datapath.go, node.go
+//	        start each datapath in a separate lab       datapath.go, node.go
 //	        for each round: for each workload:
 //	          for each datapath: measure                  workload.go, cost.go
 //	     ── Report                                          report.go
 //	          table, CSV, Go benchmark format, page, comparison
 //
-// Rounds are interleaved: a drift of the machine meets all datapaths alike.
-// Datapaths that wait for their turn do nothing.
+// Rounds are interleaved, so that a drift of the machine affects all datapaths
+// alike. A datapath is idle while another is measured.
 package bench

@@ -10,7 +10,7 @@ import (
 // DocsFile is the page of the documentation that has the results.
 const DocsFile = "benchmarks.md"
 
-// What is written stands between these lines of it.
+// Docs replaces the text between these lines of DocsFile.
 const (
 	docsBegin      = "<!-- results: written by culvert bench --docs; do not edit -->"
 	docsEnd        = "<!-- end of results -->"
@@ -20,7 +20,7 @@ const (
 	docsScaleEnd   = "<!-- end of scale -->"
 )
 
-// between replaces what stands between two lines of the page.
+// between replaces the text between two lines of the page.
 func between(dir, begin, end, text string) error {
 	path := filepath.Join(dir, DocsFile)
 	page, err := os.ReadFile(path)
@@ -30,14 +30,14 @@ func between(dir, begin, end, text string) error {
 	head, rest, ok := strings.Cut(string(page), begin)
 	_, tail, ok2 := strings.Cut(rest, end)
 	if !ok || !ok2 {
-		return fmt.Errorf("%s has no place for this: the lines %q and %q", path, begin, end)
+		return fmt.Errorf("%s lacks the lines %q and %q, between which the results go", path, begin, end)
 	}
 	return os.WriteFile(path, []byte(head+begin+"\n\n"+text+"\n"+end+tail), 0o644)
 }
 
-// Docs puts the results into benchmarks.md of a directory, between two marks,
-// and the charts beside it, in place of earlier ones. Results with pods as ends
-// have a place of their own.
+// Docs writes the results to DocsFile in dir, between two marker lines, and the charts
+// to the directory charts, or charts/pods, in dir. It replaces earlier results.
+// Results with pods as ends have separate marker lines.
 func (r *Report) Docs(dir, reference string) error {
 	charts := r.charts(reference)
 	begin, end, charted := docsBegin, docsEnd, "charts"
@@ -68,7 +68,7 @@ func (r *Report) Docs(dir, reference string) error {
 	return nil
 }
 
-// Docs puts the result into benchmarks.md of a directory.
+// Docs writes the result to DocsFile in dir, between its marker lines.
 func (r *ScaleReport) Docs(dir string) error {
 	var b strings.Builder
 	m := r.Machine
@@ -80,7 +80,7 @@ func (r *ScaleReport) Docs(dir string) error {
 	return between(dir, docsScaleBegin, docsScaleEnd, b.String())
 }
 
-// markdownRatios writes what users feel first, as ratios.
+// markdownRatios writes the figures that users notice most, as ratios.
 func (r *Report) markdownRatios(b *strings.Builder, reference string) {
 	rows := r.ratioRows(reference)
 	if len(rows) == 0 {

@@ -12,24 +12,23 @@ import (
 	"culvert/internal/lab"
 )
 
-// What sends and receives.
+// The kinds of ends, between which traffic is measured.
 const (
 	// Nodes are sockets on the nodes themselves.
 	Nodes = "nodes"
-	// Pods are sockets in a pod of each node, as users have them: a network
-	// namespace behind a veth on the node's bridge, and a node that forwards.
+	// Pods are sockets in a pod on each node: a network namespace behind a veth on
+	// the node's bridge, for which the node forwards.
 	//
 	//	n1-pod ── veth ── cni0 ── n1 ══ the datapath ══ n2 ── cni0 ── veth ── n2-pod
 	Pods = "pods"
 )
 
-// Ends returns what can send and receive.
+// Ends returns the kinds of ends.
 func Ends() []string { return []string{Nodes, Pods} }
 
-// addPods gives every node a pod, made by the same CNI plugins whatever the
-// datapath, and makes the pods the site's ends. What tells the plugins a node's
-// subnet is subnet.env, which culvert's daemon has written; for every other
-// datapath it is written here.
+// addPods adds a pod to every node, by the same CNI plugins for every datapath, and
+// makes the pods the site's ends. The plugins read the node's subnet from subnet.env.
+// culvert's daemon writes that file; for other datapaths addPods does.
 func (s *site) addPods(ctx context.Context, l *lab.Lab) error {
 	for i, n := range l.Nodes {
 		if _, err := os.Stat(n.SubnetFile()); err != nil {
@@ -49,8 +48,8 @@ func (s *site) addPods(ctx context.Context, l *lab.Lab) error {
 	return nil
 }
 
-// writeSubnetEnv writes what flannel would. The MTU of pods is that of the
-// device by which the way to another node's pods leads.
+// writeSubnetEnv writes subnet.env as flannel does. The pods' MTU is that of the
+// device through which the route to another node's pods goes.
 func (s *site) writeSubnetEnv(n *lab.Node, index int) error {
 	other := s.subnets[(index+1)%len(s.subnets)]
 	mtu := 0
@@ -73,7 +72,7 @@ func (s *site) writeSubnetEnv(n *lab.Node, index int) error {
 	return os.WriteFile(n.SubnetFile(), []byte(text), 0o644)
 }
 
-// routeSubnets leads to the other nodes' pods without any tunnel or rule:
+// routeSubnets adds routes to the other nodes' pods, without a tunnel:
 //
 //	ip route add <peer subnet> via B
 func (s *site) routeSubnets(l *lab.Lab) error {
@@ -84,7 +83,7 @@ func (s *site) routeSubnets(l *lab.Lab) error {
 					continue
 				}
 				if err := netlink.RouteReplace(&netlink.Route{Dst: host.IPNet(s.subnets[j]), Gw: o.Addrs[0].AsSlice()}); err != nil {
-					return fmt.Errorf("route %s by %s: %w", s.subnets[j], o.ID, err)
+					return fmt.Errorf("route %s via %s: %w", s.subnets[j], o.ID, err)
 				}
 			}
 			return nil

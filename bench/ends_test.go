@@ -17,7 +17,7 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// Every datapath has the same ends:
+// TestPodsAsEnds measures every datapath between pods:
 //
 //	n1-pod ── cni0 ── n1 ══ the datapath ══ n2 ── cni0 ── n2-pod
 func TestPodsAsEnds(t *testing.T) {
@@ -32,14 +32,14 @@ func TestPodsAsEnds(t *testing.T) {
 		}
 		s, err := startLab(t.Context(), d, siteOptions{nodes: 2, profile: lab.Cloud, ends: Pods, self: o.Self, bin: bin})
 		if d.fast && errors.Is(err, ErrUnavailable) && !lab.Privileged() {
-			continue // BPF is for root
+			continue // loading BPF programs needs real root
 		}
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
 		if !s.subnets[0].Contains(s.to) || s.to == s.subnets[0].Addr() {
-			t.Errorf("%s: the traffic goes to %s, of the subnets %s", name, s.to, s.subnets)
+			t.Errorf("%s: the traffic goes to %s, which is not a pod in the first of %s", name, s.to, s.subnets)
 		}
 		var before []netlink.LinkStatistics
 		for _, n := range s.labs.Nodes {
@@ -50,8 +50,8 @@ func TestPodsAsEnds(t *testing.T) {
 			if err != nil {
 				t.Errorf("%s %+v: %v", name, w, err)
 			}
-			// What the daemons say took the fast path is a part of all, and there is
-			// nothing to say of a datapath that has it off.
+			// The fast path's share is between 0 and 1, and is missing if the fast path
+			// is off.
 			if share, ok := f[FastShare]; w.plain() && (ok != d.fast && !d.auto || ok && (share <= 0 || share > 1)) {
 				t.Errorf("%s %+v: %v of the bytes took the fast path (%t)", name, w, share, ok)
 			}
@@ -62,7 +62,7 @@ func TestPodsAsEnds(t *testing.T) {
 				t.Errorf("%s: %s forwards: %q: %v", name, n.ID, forwards, err)
 			}
 			if n := podCounters(t, n).RxPackets - before[i].RxPackets; n < 100 {
-				t.Errorf("%s: %d packets came by the bridge of node %d", name, n, i+1)
+				t.Errorf("%s: only %d packets passed the bridge of node %d", name, n, i+1)
 			}
 			mtu := 0
 			err = s.ends[i].Do(func() error {
@@ -80,7 +80,7 @@ func TestPodsAsEnds(t *testing.T) {
 		if daemons := len(s.daemons); d.culvert && daemons != 2 || d.none && daemons != 0 {
 			t.Errorf("%s has %d daemons", name, daemons)
 		}
-		// What carries packets in the kernel costs nothing in daemons.
+		// Kernel datapaths have no cost in daemons.
 		if c, err := costHere(t.Context(), s.daemons); err != nil || (c.RSS > 0) == (d.kernel || d.auto || d.none) {
 			t.Errorf("%s: %+v: %v", name, c, err)
 		}
@@ -90,7 +90,7 @@ func TestPodsAsEnds(t *testing.T) {
 	}
 }
 
-// podCounters are those of a node's bridge.
+// podCounters returns the counters of a node's bridge.
 func podCounters(t *testing.T, n *lab.Node) (counters netlink.LinkStatistics) {
 	t.Helper()
 	if err := n.Do(func() error {
@@ -105,8 +105,8 @@ func podCounters(t *testing.T, n *lab.Node) (counters netlink.LinkStatistics) {
 	return counters
 }
 
-// TestRunWithPods measures by Run: two instances of one datapath, and the
-// workloads that look at more than one flow.
+// TestRunWithPods calls Run with two instances of one datapath and the workloads that
+// have more than one flow.
 func TestRunWithPods(t *testing.T) {
 	labtest.Long(t)
 	labtest.NeedTUN(t)
@@ -124,7 +124,7 @@ func TestRunWithPods(t *testing.T) {
 			"fair8": {Throughput, Jain, LeastShare, MostShare}, "tcp1-flooded": {Throughput, Rate},
 		} {
 			for _, m := range wanted {
-				// In so short a time a stream may get nothing, or all beside a flood.
+				// In so short a time one stream, or all during a flood, may get nothing.
 				may := m == LeastShare || w == "tcp1-flooded"
 				if x, ok := r.Find("offload", d, w, m); !ok || len(x.Rounds) != 2 || x.Max <= 0 && !may {
 					t.Errorf("%s %s %s: %+v", d, w, m, x)
@@ -139,7 +139,7 @@ func TestRunWithPods(t *testing.T) {
 		t.Errorf("ends %q, failed: %+v", r.Machine.Ends, r.Failed)
 	}
 
-	// It goes on with pods only, and with nothing to do it starts nothing.
+	// Resume works only with the same ends. With nothing to measure it starts nothing.
 	prior, err := Load(path)
 	if err != nil {
 		t.Fatal(err)
@@ -157,7 +157,7 @@ func TestRunWithPods(t *testing.T) {
 	}
 }
 
-// TestFastPathNeedsTheFlag asks programs, one of which has no fast path.
+// TestFastPathNeedsTheFlag checks programs with and without the flag.
 func TestFastPathNeedsTheFlag(t *testing.T) {
 	dir := t.TempDir()
 	program := func(name, help string, code int) string {
@@ -179,12 +179,12 @@ func TestFastPathNeedsTheFlag(t *testing.T) {
 		}
 	}
 	if _, err := hasFastPath(t.Context(), program("broken", "", 1)); err == nil {
-		t.Error("a program that fails is taken for one without the flag")
+		t.Error("hasFastPath of a program that fails succeeded")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := hasFastPath(ctx, program("late", fastFlag, 0)); err == nil {
-		t.Error("what was not asked was answered")
+		t.Error("hasFastPath succeeded after ctx ended")
 	}
 }
 
@@ -208,7 +208,7 @@ func TestDaemonArgs(t *testing.T) {
 	} {
 		d, ok := FindDatapath(c.name)
 		if !ok {
-			t.Errorf("there is no %s", c.name)
+			t.Errorf("FindDatapath does not find %s", c.name)
 			continue
 		}
 		args, err := d.daemonArgs(c.flag)
@@ -226,13 +226,13 @@ func TestFindDatapath(t *testing.T) {
 	}
 	for _, c := range [][2]string{{"native", "host-gw"}, {"vxlan/kernel", "vxlan/kernel#2"}, {"vxlan/kernel#9", "vxlan/kernel#10"}, {"vxlan/kernel#2", "vxlan/kernel+fast"}} {
 		if compareDatapaths(c[0], c[1]) >= 0 || compareDatapaths(c[1], c[0]) <= 0 || compareDatapaths(c[0], c[0]) != 0 {
-			t.Errorf("%s does not come before %s", c[0], c[1])
+			t.Errorf("%s is not sorted before %s", c[0], c[1])
 		}
 	}
 }
 
-// TestBalanced: over n rounds, or 2n where n is odd, each datapath has each place
-// and comes after each other one equally often.
+// TestBalanced checks that over n rounds, or 2n if n is odd, each datapath is in each
+// position and directly after each other one equally often.
 func TestBalanced(t *testing.T) {
 	for n := 1; n <= 9; n++ {
 		rounds := n
@@ -263,7 +263,7 @@ func TestBalanced(t *testing.T) {
 			}
 			for pair, times := range c.times {
 				if times != rounds/n {
-					t.Errorf("%d datapaths: %v comes %d times", n, pair, times)
+					t.Errorf("%d datapaths: %v occurs %d times", n, pair, times)
 				}
 			}
 		}
@@ -277,11 +277,11 @@ func TestFairness(t *testing.T) {
 		n                int
 		jain, least, mst float64
 	}{
-		{"all the same", []uint64{5, 6, 7, 8}, []uint64{15, 16, 17, 18}, 4, 1, 1, 1},
-		{"one has all", []uint64{0, 0, 0, 0}, []uint64{9, 0, 0, 0}, 4, 0.25, 0, 4},
+		{"all equal", []uint64{5, 6, 7, 8}, []uint64{15, 16, 17, 18}, 4, 1, 1, 1},
+		{"one has everything", []uint64{0, 0, 0, 0}, []uint64{9, 0, 0, 0}, 4, 0.25, 0, 4},
 		{"two to one", []uint64{0, 0}, []uint64{2, 1}, 2, 0.9, 2. / 3, 4. / 3},
 		{"a stream that was accepted late", []uint64{4}, []uint64{6, 2}, 2, 1, 1, 1},
-		{"a stream that never came", []uint64{0}, []uint64{8}, 2, 0.5, 0, 2},
+		{"a stream that was never accepted", []uint64{0}, []uint64{8}, 2, 0.5, 0, 2},
 	} {
 		f := fairness(load.Reading{Streams: c.before}, load.Reading{Streams: c.after}, c.n)
 		for m, want := range map[Metric]float64{Jain: c.jain, LeastShare: c.least, MostShare: c.mst} {
@@ -291,7 +291,7 @@ func TestFairness(t *testing.T) {
 		}
 	}
 	if f := fairness(load.Reading{}, load.Reading{Streams: []uint64{0, 0}}, 2); len(f) != 0 {
-		t.Errorf("of nothing: %v", f)
+		t.Errorf("fairness of streams without bytes: %v", f)
 	}
 }
 
@@ -311,11 +311,11 @@ func TestRatio(t *testing.T) {
 	}{
 		{"twice", of(2, 4, 6, 8, 10), of(1, 2, 3, 4, 5), Ratio{2, 2, 2, 5}, "+", "-", false},
 		{"half", of(1, 1, 1, 1, 1), of(2, 2, 2, 2, 2), Ratio{0.5, 0.5, 0.5, 5}, "-", "+", false},
-		{"drift meets both", of(11, 22, 33, 44, 55), of(10, 20, 30, 40, 50), Ratio{1.1, 1.1, 1.1, 5}, "+", "-", false},
-		{"now so, now so", of(1, 3, 1, 3, 2), of(2, 2, 2, 2, 2), Ratio{1, 0.5, 1.5, 5}, ".", ".", false},
+		{"both drift", of(11, 22, 33, 44, 55), of(10, 20, 30, 40, 50), Ratio{1.1, 1.1, 1.1, 5}, "+", "-", false},
+		{"rounds disagree", of(1, 3, 1, 3, 2), of(2, 2, 2, 2, 2), Ratio{1, 0.5, 1.5, 5}, ".", ".", false},
 		{"too few rounds", of(4, 4), of(2, 2), Ratio{2, 2, 2, 2}, ".", ".", false},
 		{"one has more rounds", of(2, 2, 2), of(1, 1, 1, 1), Ratio{2, 2, 2, 3}, ".", ".", false},
-		{"of nothing", of(1, 1), of(0, 0), Ratio{}, "", "", true},
+		{"the reference is 0", of(1, 1), of(0, 0), Ratio{}, "", "", true},
 	} {
 		got, ok := ratioOf(c.x, c.ref)
 		if ok == c.nothing || !c.nothing && (fmt.Sprintf("%.4v", got) != fmt.Sprintf("%.4v", c.ratio) || got.verdict(true) != c.higher || got.verdict(false) != c.lower) {
@@ -324,7 +324,7 @@ func TestRatio(t *testing.T) {
 	}
 }
 
-// TestEndsAreTold: subnet.env says what flannel's would.
+// TestEndsAreTold checks that subnet.env has what flannel writes.
 func TestEndsAreTold(t *testing.T) {
 	labtest.NeedTUN(t)
 	l := labtest.New(t, lab.Options{Nodes: 2, Underlay: lab.Direct, MTU: 1400})

@@ -16,7 +16,7 @@ import (
 	"culvert/subnet"
 )
 
-// gateway writes by etcd's JSON gateway, as no node of ours would.
+// gateway writes to etcd through its JSON gateway.
 type gateway struct {
 	url    string
 	client *http.Client
@@ -27,8 +27,8 @@ const (
 	leaseDirectory = "/coreos.com/network/subnets/"
 )
 
-// startEtcd runs an etcd in the lab's fabric and writes the network
-// configuration, which may be one that culvert does not know.
+// startEtcd runs etcd in the lab's fabric and writes the network configuration, which
+// may be one for another program.
 func startEtcd(ctx context.Context, l *lab.Lab, config string) (gateway, error) {
 	g := gateway{client: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -54,7 +54,7 @@ func startEtcd(ctx context.Context, l *lab.Lab, config string) (gateway, error) 
 	return g, g.post(ctx, "/v3/kv/put", map[string]any{"key": []byte(configKey), "value": []byte(config)})
 }
 
-// put writes leases, as many in a transaction as etcd takes.
+// put writes leases, in transactions of at most 128 operations, etcd's limit.
 func (g gateway) put(ctx context.Context, leases ...subnet.Lease) error {
 	const most = 128
 	for some := range slices.Chunk(leases, most) {

@@ -14,7 +14,8 @@ import (
 	"culvert/subnet"
 )
 
-// kernel is a datapath of the kernel's: a device, or routes alone.
+// kernel is a datapath that the kernel forwards, set up here through netlink: a
+// device, or routes only.
 type kernel struct {
 	format string
 	undo   []func() error
@@ -33,9 +34,9 @@ func (k *kernel) Close() error {
 	return errors.Join(errs...)
 }
 
-// device makes a device with the part's inner address and sets it up.
+// device creates a device, adds the part's inner address and sets it up.
 func (k *kernel) device(p Part, dev netlink.Link) error {
-	if old, err := netlink.LinkByName(p.device()); err == nil { // of a run that was killed
+	if old, err := netlink.LinkByName(p.device()); err == nil { // left by a run that was killed
 		if err := netlink.LinkDel(old); err != nil {
 			return fmt.Errorf("removing an earlier %s: %w", p.device(), err)
 		}
@@ -45,9 +46,9 @@ func (k *kernel) device(p Part, dev netlink.Link) error {
 		case errors.Is(err, unix.EOPNOTSUPP):
 			return unavailable(fmt.Sprintf("the kernel has no %s device", dev.Type()))
 		case errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EEXIST):
-			return fmt.Errorf("making a %s device: another one, or a socket, has its port or addresses: %w", dev.Type(), err)
+			return fmt.Errorf("creating a %s device: another device or a socket uses its port or addresses: %w", dev.Type(), err)
 		}
-		return fmt.Errorf("making a %s device: %w", dev.Type(), err)
+		return fmt.Errorf("creating a %s device: %w", dev.Type(), err)
 	}
 	k.undo = append(k.undo, func() error { return netlink.LinkDel(dev) })
 	return k.address(p, dev)
@@ -72,12 +73,12 @@ func (k *kernel) route(r *netlink.Route) error {
 		if err := netlink.RouteDel(r); !errors.Is(err, unix.ESRCH) {
 			return err
 		}
-		return nil // the device has taken it along
+		return nil // the kernel removed it with its device
 	})
 	return nil
 }
 
-// openKernelVXLAN makes a vxlan device as flannel does, and for each peer:
+// openKernelVXLAN creates a vxlan device as flannel does, and for each peer:
 //
 //	ip neigh add <peer.0> lladdr <mac> nud permanent dev cvbench0
 //	bridge fdb add <mac> dev cvbench0 dst <B> self permanent
@@ -125,7 +126,7 @@ func openKernelVXLAN(p Part) (carrier, error) {
 	return k, nil
 }
 
-// openKernelIPIP makes an ipip device without a remote end, and for each peer:
+// openKernelIPIP creates an ipip device without a remote address, and for each peer:
 //
 //	ip route add <peer subnet> via <B> dev cvbench0 onlink src <subnet.0>
 func openKernelIPIP(p Part) (carrier, error) {
@@ -149,7 +150,7 @@ func openKernelIPIP(p Part) (carrier, error) {
 	return k, nil
 }
 
-// openHostGateway routes each peer's subnet to the peer, in no tunnel:
+// openHostGateway routes each peer's subnet to the peer, without a tunnel:
 //
 //	ip addr add <subnet.0>/32 dev lo
 //	ip route add <peer subnet> via B dev eth0 src <subnet.0>
@@ -174,8 +175,7 @@ func openHostGateway(p Part) (carrier, error) {
 	return k, nil
 }
 
-// bear puts the part's address on the loopback, where there is no device of its
-// own for it.
+// bear adds the part's inner address to lo, for datapaths without a device.
 func bear(p Part) (undo func() error, err error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {

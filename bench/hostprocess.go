@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// hostProcess is a program in the namespaces of this process. It ends with this
-// process, and leaves no directory behind.
+// hostProcess is a program in the namespaces of this process. The kernel kills it
+// when this process exits.
 type hostProcess struct {
 	cmd    *exec.Cmd
 	dir    string
@@ -25,13 +25,13 @@ type hostProcess struct {
 
 	mu    sync.Mutex
 	lines []string
-	news  chan struct{} // closed and replaced at each line
+	news  chan struct{} // closed and replaced at each new line
 }
 
-// stopGrace is how long a process may take to end.
+// stopGrace is how long after SIGTERM a process is killed.
 const stopGrace = 10 * time.Second
 
-// startHostProcess starts a program; dir is removed when it has ended.
+// startHostProcess starts a program; dir is removed when it has exited.
 func startHostProcess(path string, args []string, dir string) (*hostProcess, error) {
 	p := &hostProcess{cmd: exec.Command(path, args...), dir: dir, exited: make(chan struct{}), news: make(chan struct{})}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
@@ -42,7 +42,8 @@ func startHostProcess(path string, args []string, dir string) (*hostProcess, err
 	p.cmd.Stderr = p.cmd.Stdout
 	started := make(chan error, 1)
 	go func() {
-		// The parent-death signal comes when the thread ends that started it.
+		// The kernel sends the parent-death signal when the thread that started the
+		// program exits.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		if err := p.cmd.Start(); err != nil {
@@ -85,7 +86,7 @@ func (p *hostProcess) WaitLine(ctx context.Context, prefix string) (string, erro
 		select {
 		case <-news:
 		case <-p.exited:
-			return "", fmt.Errorf("it ended (%w) before it printed %q: %s", cause(p.err), prefix, p.Tail(5))
+			return "", fmt.Errorf("it exited (%w) before it printed %q: %s", cause(p.err), prefix, p.Tail(5))
 		case <-ctx.Done():
 			return "", fmt.Errorf("waiting for %q: %w: %s", prefix, ctx.Err(), p.Tail(5))
 		}
@@ -107,7 +108,7 @@ func (p *hostProcess) Err() error {
 
 func (p *hostProcess) Pid() int { return p.cmd.Process.Pid }
 
-// Stop ends it by SIGTERM, and by SIGKILL if that does not help.
+// Stop sends SIGTERM, and SIGKILL after stopGrace, and waits for the process to exit.
 func (p *hostProcess) Stop() error {
 	select {
 	case <-p.exited:

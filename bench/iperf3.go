@@ -18,14 +18,14 @@ import (
 	"culvert/internal/lab"
 )
 
-// iperf3 has the program of that name make the traffic, to check the built-in
-// generator against. It measures in whole seconds, and knows streams and
-// datagrams only. What it costs is not measured: it begins and ends by itself.
-// A server of it serves one client, so each sender has one of its own.
+// iperf3 is the generator that runs the program of that name, to check the built-in
+// generator. It measures whole seconds and supports only plain streams and datagrams.
+// It has no cost figures, since iperf3 itself decides when the traffic starts and
+// ends. An iperf3 server serves one client, so each sender has its own server.
 type iperf3 struct{}
 
 const (
-	iperf3Name = "iperf3" // the program's, too
+	iperf3Name = "iperf3" // of the generator and of the program
 	iperf3Port = 5201
 )
 
@@ -48,7 +48,7 @@ func wholeSeconds(d time.Duration) time.Duration {
 	return time.Duration(math.Ceil(d.Seconds())) * time.Second
 }
 
-// iperf3Report is what is read of `iperf3 --json`.
+// iperf3Report is the part of `iperf3 --json` that is used.
 type iperf3Report struct {
 	Error string `json:"error"`
 	End   struct {
@@ -63,10 +63,10 @@ type iperf3Report struct {
 
 func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
 	if !w.plain() {
-		return nil, unavailable("iperf3 has no such workload: --generator builtin")
+		return nil, unavailable("iperf3 has no such workload: use --generator builtin")
 	}
 	if s.labs == nil {
-		return nil, unavailable("iperf3 runs in a lab only: --generator builtin")
+		return nil, unavailable("iperf3 runs only in a lab: use --generator builtin")
 	}
 	senders := s.ends[1:]
 	for i := range senders {
@@ -88,8 +88,9 @@ func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figur
 	if w.payload > 0 {
 		args = append(args, "-u", "-b", "0", "-l", strconv.Itoa(w.payload), "-w", strconv.Itoa(socketBuffer(load.UDPBuffer)))
 	} else {
-		// Without -N (TCP_NODELAY, which the built-in streams have) the tails of
-		// writes wait and come in bursts, of which the receiver's link loses some.
+		// -N is TCP_NODELAY, which the built-in streams set too. Without it the last
+		// segments of writes are held back and sent in bursts, and the receiver's link
+		// drops some.
 		args = append(args, "-C", load.Congestion, "-N", "-P", strconv.Itoa(w.streams))
 		if w.reverse {
 			args = append(args, "-R")
@@ -106,7 +107,7 @@ func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figur
 			}
 			values[i] = r.End.Received.Bits / 1e9
 			if w.payload > 0 {
-				// By the bytes: its count of lost packets has those of the warm-up, too.
+				// From the bytes, since its count of lost packets includes the warm-up's.
 				values[i] = r.End.Received.Bytes / float64(w.payload) / r.End.Received.Seconds / 1e3
 			}
 		})
@@ -125,8 +126,8 @@ func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figur
 	return figures{Throughput: sum}, nil
 }
 
-// socketBuffer is the largest buffer, up to want bytes, that a program may ask
-// for; iperf3 takes no less than it asks for.
+// socketBuffer returns the largest socket buffer, up to want bytes, that the kernel
+// grants; iperf3 fails if it gets less than it asked for.
 func socketBuffer(want int) int {
 	for _, limit := range []string{"rmem_max", "wmem_max"} {
 		text, err := os.ReadFile("/proc/sys/net/core/" + limit)
@@ -153,7 +154,7 @@ func parseIPerf3(text []byte, w workload) (iperf3Report, error) {
 	return r, nil
 }
 
-// iperf3Version is the first line of `iperf3 --version`.
+// iperf3Version returns the first line of `iperf3 --version`.
 func iperf3Version() string {
 	text, err := exec.Command(iperf3Name, "--version").Output()
 	if err != nil {

@@ -16,9 +16,9 @@ import (
 	"culvert/internal/host"
 )
 
-// ownKernel is culvert's own kernel datapath, with its checks of what arrives.
-// It has the host to itself, as it does on a node: datapaths that share two
-// nodes are made by hand instead.
+// ownKernel is culvert's kernel datapath, with its firewall rules. As on a real node
+// there can be only one per host; datapaths that share their nodes use kernel
+// instead.
 type ownKernel struct {
 	*backend.Kernel
 	undo []func() error
@@ -34,7 +34,7 @@ func (k *ownKernel) Close() error {
 	return errors.Join(errs...)
 }
 
-// openOwnKernel opens the part that the datapath's name says.
+// openOwnKernel opens the datapath that the part names.
 func openOwnKernel(p Part, log *slog.Logger) (carrier, error) {
 	format, _, _ := strings.Cut(p.Datapath, "/")
 	if format != "host-gw" {
@@ -51,7 +51,7 @@ func openOwnKernel(p Part, log *slog.Logger) (carrier, error) {
 		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}},
 		Format: format, Plan: plan, Why: "culvert bench", Log: log,
 	})}
-	if format == "host-gw" { // there is no device of its own to bear the part's address
+	if format == "host-gw" { // without a device the part's address is on lo
 		undo, err := bear(p)
 		if err != nil {
 			return nil, err

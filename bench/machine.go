@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// thisMachine describes the machine; what it does not show is left empty.
+// thisMachine describes this machine. Fields that it cannot read are empty.
 func thisMachine() Machine {
 	m := Machine{
 		Time: time.Now().UTC().Truncate(time.Second),

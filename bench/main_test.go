@@ -15,8 +15,8 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestMain makes this test binary the program that carries parts, too, and the
-// two ends of a measurement between hosts.
+// TestMain makes the test binary also the program that runs parts of datapaths, and the
+// server and client of a measurement between hosts.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == "bench" {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -28,8 +28,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	// Each of the many processes would else wait a second for late reports of
-	// races at its end.
+	// By default every process built with -race sleeps for a second when it exits.
 	if err := os.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE")); err != nil {
 		panic(err)
 	}
@@ -86,5 +85,5 @@ func play(ctx context.Context, part string, args []string) error {
 		})
 		return err
 	}
-	return fmt.Errorf("there is no part %q", part)
+	return fmt.Errorf("unknown part %q", part)
 }

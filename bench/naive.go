@@ -20,14 +20,14 @@ import (
 	"culvert/subnet"
 )
 
-// naive is VXLAN in userspace as one would write it first: a packet is read
-// from the TUN device, gets its header, is sent; two system calls for each, by
-// one thread per direction, without any offload. It is the floor.
+// naive is the simplest VXLAN in userspace: it reads a packet from the TUN device,
+// adds the header and sends it. That is two system calls per packet, with one thread
+// per direction and no offloads. It is the lower bound in comparisons.
 type naive struct {
 	name            string
 	device, socket  int
-	peers           map[netip.Prefix]unix.Sockaddr // by subnet, all of naiveBits
-	wake            netip.Addr                     // behind the device
+	peers           map[netip.Prefix]unix.Sockaddr // by subnet, all of length naiveBits
+	wake            netip.Addr                     // an address that is routed to the device
 	header          [encap.VXLANHeaderLen]byte
 	egress, ingress naiveCounters
 	stop            atomic.Bool
@@ -57,7 +57,7 @@ func openNaive(p Part) (_ carrier, err error) {
 	}
 	request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
 	if err := unix.IoctlIfreq(n.device, unix.TUNSETIFF, request); err != nil {
-		return nil, fmt.Errorf("making the TUN device %s: %w", p.device(), err)
+		return nil, fmt.Errorf("creating the TUN device %s: %w", p.device(), err)
 	}
 	if err := tunDevice(p, 50); err != nil {
 		return nil, err
@@ -65,7 +65,7 @@ func openNaive(p Part) (_ carrier, err error) {
 	if n.socket, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	// So that the threads look now and then whether to stop.
+	// The receive timeout lets the thread check n.stop.
 	tv := unix.NsecToTimeval((200 * time.Millisecond).Nanoseconds())
 	if err := unix.SetsockoptTimeval(n.socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 		return nil, os.NewSyscallError("setsockopt", err)
@@ -90,7 +90,8 @@ func openNaive(p Part) (_ carrier, err error) {
 	return n, nil
 }
 
-// tunDevice configures the TUN device that a part has made.
+// tunDevice configures the part's TUN device; cost is subtracted from the underlay's
+// MTU.
 func tunDevice(p Part, cost int) error {
 	dev, err := netlink.LinkByName(p.device())
 	if err != nil {
@@ -122,7 +123,7 @@ func (n *naive) Run(ctx context.Context) error {
 	case err = <-errs:
 	}
 	n.stop.Store(true)
-	// The thread that reads the device is woken by a packet.
+	// Send a packet into the device to wake up the thread that reads it.
 	if c, e := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); e == nil {
 		_ = unix.Sendto(c, []byte{0}, 0, &unix.SockaddrInet4{Addr: n.wake.As4(), Port: 9})
 		_ = unix.Close(c)
@@ -156,7 +157,8 @@ func (n *naive) out() error {
 	return nil
 }
 
-// peerOf is where the subnet of a packet's destination is; nil if nowhere.
+// peerOf returns the underlay address of the peer with the packet's destination; nil
+// if there is none.
 func (n *naive) peerOf(packet []byte) unix.Sockaddr {
 	const headerLen = 20 // of IPv4
 	if len(packet) < headerLen {

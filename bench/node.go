@@ -17,35 +17,34 @@ import (
 	"culvert/subnet"
 )
 
-// Part is one node's part of a datapath. All parts follow from it: nothing
-// else is agreed between the nodes.
+// Part is one node's part of a datapath. The nodes' subnets and addresses follow from
+// it, so that the nodes need not exchange anything.
 type Part struct {
 	Datapath string       `json:"datapath"`
-	Slot     int          `json:"slot"`     // tells datapaths apart that share their nodes
-	Index    int          `json:"index"`    // the node's, in Underlay
-	Link     string       `json:"link"`     // the underlay's
+	Slot     int          `json:"slot"`     // distinguishes datapaths that share their nodes
+	Index    int          `json:"index"`    // of this node in Underlay
+	Link     string       `json:"link"`     // name of the underlay's link
 	Underlay []netip.Addr `json:"underlay"` // addresses of all nodes
-	Port     uint16       `json:"port"`     // of the tunnel
-	RunDir   string       `json:"run_dir"`  // for the socket that tells the counters
-	Absent   int          `json:"absent"`   // peers in the table that are not there
+	Port     uint16       `json:"port"`     // UDP port of the tunnel
+	RunDir   string       `json:"run_dir"`  // holds the socket that serves the status
+	Absent   int          `json:"absent"`   // number of peers in the table without a node
 }
 
-// innerNetwork holds the subnets of all datapaths of a benchmark, and wideNetwork
-// those of the peers that are in a table only, too.
+// innerNetwork contains the subnets of all nodes; wideNetwork contains it and the
+// subnets of absent peers.
 var (
 	innerNetwork = netip.MustParsePrefix("10.213.0.0/16")
 	wideNetwork  = netip.MustParsePrefix("10.192.0.0/10")
 )
 
-// innerSubnet is the k-th subnet, from 0, of those that nodes have of datapaths;
-// its first address is the node's.
+// innerSubnet returns the k-th node subnet, from 0; its first address is the node's.
 func innerSubnet(k int) netip.Prefix {
 	a := innerNetwork.Addr().As4()
 	a[2] = byte(k + 1)
 	return netip.PrefixFrom(netip.AddrFrom4(a), 24)
 }
 
-// absentSubnet is the subnet of a peer that is in the table only.
+// absentSubnet returns the subnet of the k-th absent peer, which has no node.
 func absentSubnet(k int) netip.Prefix {
 	a := wideNetwork.Addr().As4()
 	a[1] += byte(k >> 8)
@@ -66,7 +65,7 @@ func (p Part) member(index int) member {
 
 func (p Part) self() member { return p.member(p.Index) }
 
-// others are the nodes but this one, sorted by subnet.
+// others returns the other nodes, sorted by subnet.
 func (p Part) others() []member {
 	var all []member
 	for i := range p.Underlay {
@@ -77,13 +76,13 @@ func (p Part) others() []member {
 	return all
 }
 
-// device is the name of the device that the part makes.
+// device returns the name of the device that the part creates.
 func (p Part) device() string { return fmt.Sprintf("cvbench%d", p.Slot) }
 
-// ErrUnavailable says that a datapath is not to be had on this machine.
+// ErrUnavailable means that this machine cannot run a datapath or a workload.
 var ErrUnavailable = errors.New("not available")
 
-// unavailable is an ErrUnavailable with its own words only.
+// unavailable is an ErrUnavailable whose text is only the reason.
 type unavailable string
 
 func (u unavailable) Error() string { return string(u) }
@@ -96,14 +95,14 @@ type carrier interface {
 	Close() error
 }
 
-// Marks in what a node prints.
+// Prefixes of lines that a node prints.
 const (
 	nodeReady       = "ready "
 	nodeUnavailable = "unavailable "
 )
 
-// RunNode carries a part of a datapath in the network namespace of this
-// process until ctx ends. It prints "ready" when traffic may come.
+// RunNode runs a part of a datapath in the network namespace of this process until
+// ctx ends. It prints "ready" and the node's inner address when it accepts traffic.
 func RunNode(ctx context.Context, p Part, out io.Writer, log *slog.Logger) error {
 	c, err := openCarrier(p, log)
 	if errors.Is(err, ErrUnavailable) {
@@ -136,7 +135,7 @@ func openCarrier(p Part, log *slog.Logger) (carrier, error) {
 	case "vxlan/userspace", "ipip/userspace":
 		return openUserspace(p, log)
 	case "vxlan/kernel", "ipip/kernel", "host-gw":
-		if p.Slot == 0 { // which nobody shares
+		if p.Slot == 0 { // the datapath has the nodes to itself
 			return openOwnKernel(p, log)
 		}
 	}
@@ -152,10 +151,10 @@ func openCarrier(p Part, log *slog.Logger) (carrier, error) {
 	case "wireguard-go":
 		return openWireGuard(p, log)
 	}
-	return nil, fmt.Errorf("no node carries the datapath %q", p.Datapath)
+	return nil, fmt.Errorf("`bench node` cannot run the datapath %q", p.Datapath)
 }
 
-// userspace is culvert's own userspace datapath.
+// userspace is culvert's userspace datapath.
 type userspace struct{ *tunnel.Tunnel }
 
 func (u userspace) Close() error { return u.Tunnel.Close(backend.Remove) }
@@ -179,8 +178,8 @@ func openUserspace(p Part, log *slog.Logger) (carrier, error) {
 	return userspace{t}, nil
 }
 
-// snapshot is what a datapath of culvert's own is given: the other nodes, and
-// the peers that are in the table only.
+// snapshot returns the snapshot for one of culvert's own datapaths: the other nodes
+// and the absent peers as leases.
 func snapshot(p Part, format string) (subnet.Snapshot, host.Underlay, error) {
 	network := innerNetwork
 	if p.Absent > 0 {
@@ -213,12 +212,12 @@ func snapshot(p Part, format string) (subnet.Snapshot, host.Underlay, error) {
 	for k := 1; k <= p.Absent; k++ {
 		s.Peers = append(s.Peers, lease(member{underlay: absent(k), subnet: absentSubnet(k)}))
 	}
-	for _, o := range p.others() { // after those: sorted by subnet
+	for _, o := range p.others() { // last, since peers are sorted by subnet
 		s.Peers = append(s.Peers, lease(o))
 	}
 	return s, under, nil
 }
 
-// absent is the underlay address of a peer that is in the table only: of
-// 100.64.0.0/10 (RFC 6598).
+// absent returns the underlay address of the k-th absent peer, in 100.64.0.0/10
+// (RFC 6598).
 func absent(k int) netip.Addr { return netip.AddrFrom4([4]byte{100, 64, byte(k >> 8), byte(k)}) }

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// CSV writes one line per figure.
+// CSV writes the report as CSV with a header, one line per figure.
 func (r *Report) CSV(w io.Writer) error {
 	c := csv.NewWriter(w)
 	_ = c.Write([]string{"underlay", "datapath", "workload", "metric", "unit", "median", "min", "max", "rounds"})
@@ -67,7 +67,8 @@ func (r *Report) GoBench(w io.Writer) error {
 	return err
 }
 
-// benchUnit tells metrics of one unit apart, as the format has no other place.
+// benchUnit returns the metric's unit for benchstat. It includes the metric's name,
+// since the format distinguishes values only by their unit.
 func benchUnit(m Metric) string {
 	if m.Unit() == "1" {
 		return string(m)

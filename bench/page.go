@@ -15,7 +15,7 @@ import (
 //go:embed page.html
 var pageText string
 
-// pageData is what page.html shows.
+// pageData is the data of the template page.html.
 type pageData struct {
 	Palette, PaletteDark, ChartStyle template.CSS
 	Heading, Version, Date, Ends     string
@@ -65,7 +65,7 @@ type pageCell struct{ Figure, Ratio, Range string }
 
 type fact struct{ Name, Value string }
 
-// HTML writes the report as one page that needs nothing else.
+// HTML writes the report as one self-contained page.
 func (r *Report) HTML(w io.Writer, reference string) error {
 	t, err := template.New("page").Parse(pageText)
 	if err != nil {
@@ -109,7 +109,7 @@ func (r *Report) pageSections(reference string) []pageSection {
 			}
 			shown := pageChart{Title: one.Title, Better: one.Better}
 			for _, p := range one.Panels {
-				// The drawing is our own, and escapes what it shows.
+				// draw escapes all text in the SVG, so it is safe as HTML.
 				shown.Panels = append(shown.Panels, pagePanel{p.Underlay, template.HTML(p.SVG)})
 			}
 			section.Charts = append(section.Charts, shown)
@@ -146,7 +146,7 @@ func (r *Report) pageTable(underlay string, s section, reference string) (pageTa
 	return table, len(columns) > 0
 }
 
-// facts describe the machine and the method, for a page.
+// facts describes the machine and the method, for a page.
 func (m Machine) facts() []fact {
 	all := []fact{
 		{"time", m.Time.Format("2006-01-02 15:04 MST")},
@@ -175,7 +175,7 @@ func (m Machine) facts() []fact {
 	return all
 }
 
-// joined says how the nodes are joined, and who sends.
+// joined describes how the nodes are connected and which of them send.
 func (m Machine) joined() string {
 	if underlayOf(m.Nodes) == lab.Bridged {
 		return fmt.Sprintf("%d nodes on a bridge, %d of which send to the first at once: not comparable with two", m.Nodes, m.Nodes-1)
@@ -183,7 +183,7 @@ func (m Machine) joined() string {
 	return fmt.Sprintf("%d nodes", m.Nodes)
 }
 
-// between says what sends and receives.
+// between describes the ends.
 func (m Machine) between() string {
 	if m.Ends == Pods {
 		return "pods, each behind a veth on the bridge of its node, which forwards"
@@ -191,12 +191,11 @@ func (m Machine) between() string {
 	return "nodes: sockets on the nodes themselves"
 }
 
-// off lists the offloads that an underlay's profile turned off, of those that
-// any profile sets.
+// off lists the offloads that are off, of those that profiles set.
 func off(features map[string]bool) string {
 	set, err := offloadProfile.Features()
 	if err != nil {
-		panic(fmt.Sprintf("the profile %s is not there: %v", offloadProfile, err))
+		panic(fmt.Sprintf("the profile %s is missing: %v", offloadProfile, err))
 	}
 	var names []string
 	for _, name := range slices.Sorted(maps.Keys(set)) {

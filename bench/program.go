@@ -23,60 +23,58 @@ import (
 	"culvert/internal/lab"
 )
 
-// peerFiles are the descriptions of other people's programs, one file each.
+// peerFiles are the descriptions of third-party programs, one file each.
 //
 //go:embed peers/*.yaml
 var peerFiles embed.FS
 
-// Program is a datapath that is somebody else's program: how it is started on
-// each of two nodes. All texts are templates (see programNode), and commands
-// are the shell's, run in a directory of the node's own.
+// Program describes a datapath that a third-party program implements, and how to
+// start it on two nodes. File names, file contents and commands are templates (see
+// programNode). Commands run in a shell, in a directory of the node.
 type Program struct {
-	Name    string   `json:"-"`     // the file's
-	Title   string   `json:"title"` // for a reader
-	About   string   `json:"about"`
-	Program string   `json:"program"` // looked for on PATH
-	Also    []string `json:"also"`    // others that are needed
-	Version string   `json:"version"` // a command whose first line tells it
-	// Files are written first, by name.
+	Name    string   `json:"-"`       // the file's name without .yaml
+	Title   string   `json:"title"`   // shown on pages
+	About   string   `json:"about"`   // shown in help
+	Program string   `json:"program"` // searched on PATH
+	Also    []string `json:"also"`    // other programs that must be on PATH
+	Version string   `json:"version"` // command that prints the version in its first line
+	// Files are written before Setup: contents by name.
 	Files map[string]string `json:"files"`
-	// Setup runs before the start: each command on both nodes, then the next.
+	// Setup are commands to run before Start, each on both nodes before the next.
 	Setup []string `json:"setup"`
-	// Start is the daemon; it stays in the foreground.
+	// Start is the daemon's command; it must stay in the foreground.
 	Start string `json:"start"`
-	// After runs once the daemon runs, in the same way as Setup.
+	// After are commands to run after Start, in the same order as Setup.
 	After []string `json:"after"`
-	// Device is given the node's inner address and a route to the other's
-	// subnet, and an MTU of the underlay's less Cost, unless the program
-	// Configures it.
+	// Device is the program's device. Unless the program Configures it, the harness
+	// adds the node's inner address and a route to the other node's subnet, and sets
+	// the MTU to the underlay's minus Cost.
 	Device     string `json:"device"`
 	Cost       int    `json:"cost"`
 	Configures bool   `json:"configures"`
-	// Address is a command that prints the inner address where the program
-	// chooses it.
+	// Address is a command that prints the inner address, if the program chooses it.
 	Address string `json:"address"`
-	// Settle is how long the datapath is left alone after its first packet.
+	// Settle is how long to wait after the first packet before measuring.
 	Settle duration `json:"settle"`
-	// Etcd, if there is one, is the network configuration in the etcd that is
-	// run beside the nodes.
+	// Etcd is the network configuration to write to etcd; empty: no etcd is started.
 	Etcd string `json:"etcd"`
 }
 
-// duration is a time in the form 5s.
+// duration is a time.Duration that is written as text, such as 5s.
 type duration time.Duration
 
-// UnmarshalText reads what time.ParseDuration does.
+// UnmarshalText parses the text as time.ParseDuration does.
 func (d *duration) UnmarshalText(text []byte) error {
 	t, err := time.ParseDuration(string(text))
 	*d = duration(t)
 	return err
 }
 
-// programNode is what the templates of a Program see.
+// programNode is the data of a Program's templates.
 type programNode struct {
 	Self, Peer, First programEnd
-	Link              string // the underlay's
-	Pods              bool   // are the ends
+	Link              string // name of the underlay's link
+	Pods              bool   // the ends are pods
 	Device            string
 	Port              uint16
 	Etcd              string // URL
@@ -90,12 +88,12 @@ type programEnd struct {
 	Dir      string
 }
 
-// programs returns the descriptions, in the order of their names. They are part
-// of this program, and tested: one that cannot be read is a broken invariant.
+// programs returns the descriptions, sorted by name. They are embedded and tested, so
+// that one that cannot be parsed is a bug.
 var programs = sync.OnceValue(func() []*Program {
 	files, err := peerFiles.ReadDir("peers")
 	if err != nil {
-		panic(fmt.Sprintf("the descriptions of other programs are not there: %v", err))
+		panic(fmt.Sprintf("the embedded descriptions of programs are missing: %v", err))
 	}
 	var all []*Program
 	for _, f := range files {
@@ -121,9 +119,9 @@ func (p *Program) available() (bool, string) {
 	return true, ""
 }
 
-// version is the first line of what the program says of itself.
+// version returns the first line that the program's version command prints.
 func (p *Program) version() string {
-	text, err := exec.Command("sh", "-c", p.Version).CombinedOutput() // some say it by an error
+	text, err := exec.Command("sh", "-c", p.Version).CombinedOutput() // some print it and exit with an error
 	line, _, _ := strings.Cut(strings.TrimSpace(string(text)), "\n")
 	if line == "" && err != nil {
 		return "unknown"
@@ -141,7 +139,7 @@ func expand(text string, n programNode) (string, error) {
 	return b.String(), err
 }
 
-// startProgram starts the program on both nodes: it joins no more.
+// startProgram starts the program on both nodes. More than two are not supported.
 func (s *site) startProgram(ctx context.Context, l *lab.Lab, o siteOptions) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
@@ -214,7 +212,7 @@ func (s *site) startProgram(ctx context.Context, l *lab.Lab, o siteOptions) erro
 	return nil
 }
 
-// write puts the files into the node's directory.
+// write writes the program's files to the node's directory.
 func (p *Program) write(n programNode) error {
 	for name, text := range p.Files {
 		name, nerr := expand(name, n)
@@ -233,7 +231,7 @@ func (p *Program) write(n programNode) error {
 	return nil
 }
 
-// both runs each command on both nodes.
+// both runs each command on both nodes before the next.
 func (p *Program) both(ctx context.Context, l *lab.Lab, nodes [2]programNode, commands []string) error {
 	for _, c := range commands {
 		for i, n := range l.Nodes {
@@ -254,7 +252,7 @@ func (p *Program) run(ctx context.Context, n *lab.Node, in programNode, command 
 	return strings.TrimSpace(string(out)), err
 }
 
-// address asks the program for its inner address, until it has one.
+// address runs the program's Address command until it prints an address.
 func (p *Program) address(ctx context.Context, n *lab.Node, in programNode) (netip.Addr, error) {
 	for {
 		text, err := p.run(ctx, n, in, p.Address)
@@ -262,12 +260,12 @@ func (p *Program) address(ctx context.Context, n *lab.Node, in programNode) (net
 			return a, nil
 		}
 		if serr := sleep(ctx, 50*time.Millisecond); serr != nil {
-			return netip.Addr{}, fmt.Errorf("%s has no address: it says %q", p.Name, text)
+			return netip.Addr{}, fmt.Errorf("%s has no inner address: its command printed %q", p.Name, text)
 		}
 	}
 }
 
-// stays looks whether the daemons outlive their start.
+// stays returns an error if a daemon exits within 200 ms of its start.
 func (s *site) stays(ctx context.Context) error {
 	if err := sleep(ctx, 200*time.Millisecond); err != nil {
 		return err
@@ -275,8 +273,8 @@ func (s *site) stays(ctx context.Context) error {
 	return alive(s.daemons)
 }
 
-// configureProgram waits for the program's device, and gives it address, MTU
-// and route unless the program does.
+// configureProgram waits for the program's device and configures it unless the
+// program does.
 func (s *site) configureProgram(ctx context.Context, n *lab.Node, in programNode) error {
 	p := s.datapath.Program
 	if p.Device == "" {
@@ -302,8 +300,8 @@ func (s *site) configureProgram(ctx context.Context, n *lab.Node, in programNode
 	}
 }
 
-// configureDevice gives a device its MTU, the underlay's less cost, its
-// address, and the routes to the other nodes' subnets.
+// configureDevice sets a device's MTU to the underlay's minus cost, adds its address
+// and the routes to the other nodes' subnets, and sets it up.
 func configureDevice(dev netlink.Link, underlay string, cost int, self netip.Addr, others ...netip.Prefix) error {
 	under, err := netlink.LinkByName(underlay)
 	if err != nil {
@@ -322,17 +320,17 @@ func configureDevice(dev netlink.Link, underlay string, cost int, self netip.Add
 	for _, other := range others {
 		if err := netlink.RouteReplace(&netlink.Route{
 			LinkIndex: dev.Attrs().Index, Dst: host.IPNet(other), Src: self.AsSlice(),
-			// The node answers for its pods, where the device has neighbours.
+			// On a device with neighbours the peer answers for its own address, not for
+			// its pods'.
 			Gw: other.Addr().AsSlice(), Flags: int(netlink.FLAG_ONLINK),
 		}); err != nil {
-			return fmt.Errorf("route %s by %s: %w", other, name, err)
+			return fmt.Errorf("route %s via %s: %w", other, name, err)
 		}
 	}
 	return nil
 }
 
-// versions returns the versions of the programs among the named datapaths that
-// are here.
+// versions returns the versions of the installed programs among the named datapaths.
 func versions(datapaths []string) map[string]string {
 	found := map[string]string{}
 	for _, p := range programs() {

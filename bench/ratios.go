@@ -8,10 +8,10 @@ import (
 	"text/tabwriter"
 )
 
-// felt are the figures that users feel first, in the words of a table of ratios.
+// felt are the figures that users notice most.
 var felt = []struct {
-	title    string
-	short    string // empty where it is not said in short
+	title    string // in a table of ratios
+	short    string // in the summary; empty if it is not part of it
 	workload string
 	metric   Metric
 }{
@@ -28,10 +28,10 @@ var felt = []struct {
 	{"TCP beside a UDP flood", "", "tcp1-flooded", Throughput},
 }
 
-// Ratio is a figure's to the same figure of another datapath: that of the
-// medians, and the least and the greatest of the rounds' own. Two figures of one
-// round were measured one soon after the other, so these say more of the
-// difference than the spread of each figure does, which has the machine's drift.
+// Ratio is the ratio of a figure to the same figure of another datapath: of the
+// medians, and the least and the greatest of the rounds. The two figures of one round
+// were measured shortly after each other. So the rounds' ratios say more about the
+// difference than each figure's spread, which includes the machine's drift.
 type Ratio struct {
 	Median, Min, Max float64
 	Rounds           int
@@ -53,12 +53,12 @@ func ratioOf(x, ref Result) (Ratio, bool) {
 	return Ratio{Median: x.Median / ref.Median, Min: slices.Min(rounds), Max: slices.Max(rounds), Rounds: len(rounds)}, true
 }
 
-// enoughRounds is how many rounds have to agree: that five lie on one side by
-// chance happens once in 16 times, and that two do, every second time.
+// enoughRounds is the least number of rounds for a verdict: by chance five rounds are
+// on the same side once in 16 times, two every second time.
 const enoughRounds = 5
 
-// verdict is "+" where every round was better than the reference's, "-" where
-// every one was worse, and "." where the rounds disagree or are too few.
+// verdict returns "+" if every round was better than the reference's, "-" if every
+// round was worse, and "." if the rounds disagree or are too few.
 func (q Ratio) verdict(higher bool) string {
 	better, worse := q.Min > 1, q.Max < 1
 	if !higher {
@@ -74,15 +74,15 @@ func (q Ratio) verdict(higher bool) string {
 	return "."
 }
 
-// ratioRow is one of what users feel first, of one datapath, with a cell for each
-// underlay: the ratio, or the figure itself where the reference has none.
+// ratioRow is one of the felt figures of one datapath, with a cell per underlay: the
+// ratio, or the figure itself if the reference has none.
 type ratioRow struct {
 	Datapath, Title string
 	Cells           []string
 }
 
-// ratioRows is a table of what users feel first: the reference's own figures, then
-// every other datapath's ratios to them.
+// ratioRows returns the table of ratios: the reference's own figures, then every other
+// datapath's ratios to them.
 func (r *Report) ratioRows(reference string) []ratioRow {
 	var rows []ratioRow
 	for _, d := range r.ratioOrder(reference) {
@@ -107,8 +107,8 @@ func (r *Report) howRatios(reference string) string {
 		reference, r.mostRounds(), enoughRounds)
 }
 
-// Ratios writes one table for a person: of each datapath what users feel first, as
-// ratios to the reference's, by underlay. The reference's own figures come first.
+// Ratios writes the table of ratios for a terminal: the figures that users notice most,
+// as ratios to the reference's, by underlay. The reference's own figures come first.
 func (r *Report) Ratios(w io.Writer, reference string) error {
 	var b strings.Builder
 	r.head(&b)
@@ -131,7 +131,7 @@ func (r *Report) Ratios(w io.Writer, reference string) error {
 	return err
 }
 
-// ratioOrder is the datapaths of the report, the reference first.
+// ratioOrder returns the datapaths of the report, the reference first.
 func (r *Report) ratioOrder(reference string) []string {
 	names := r.datapathsOf(func(Result) bool { return true })
 	if i := slices.Index(names, reference); i > 0 {

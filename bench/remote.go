@@ -24,29 +24,29 @@ import (
 	"culvert/internal/host"
 )
 
-// Between two real hosts one is the server and one the client: each carries its
-// part of a datapath, the client dials and keeps the report, and asks the
-// server for the rest over one TCP connection, a line of JSON each way:
+// Of two real hosts one is the server and one the client. Each runs its part of a
+// datapath. The client sends the traffic, keeps the report and controls the server
+// over one TCP connection, with one line of JSON per request and per response:
 //
 //	client                                  server
 //	proof                  <- challenge
-//	hello                  ->               its machine, its underlay's link
+//	hello                  ->               describes its machine, its underlay's link
 //	start part             ->               starts `bench node` in its own namespace
 //	open, read, close      ->               load.Local
 //	cost of a part         ->               costHere
-//	stop part              ->               ends it
+//	stop part              ->               stops it
 //
-// When the connection ends, so does everything that the server started for it.
+// When the connection ends, the server stops everything that it started for it.
 
-// DefaultPort is where a server listens.
+// DefaultPort is the server's default TCP port.
 const DefaultPort = 8475
 
-// protocol is the version of what is said.
+// protocol is the version of the protocol.
 const protocol = 3
 
 type request struct {
 	Do      string    `json:"do"`
-	Proof   string    `json:"proof,omitempty"` // that the client knows the token
+	Proof   string    `json:"proof,omitempty"` // HMAC of the challenge with the token
 	Part    Part      `json:"part,omitzero"`
 	Spec    load.Spec `json:"spec,omitzero"`
 	Session int       `json:"session,omitempty"`
@@ -68,10 +68,10 @@ type response struct {
 
 // Server lets clients measure against this host, one at a time.
 type Server struct {
-	Self string // the path of this program
-	// Token is what a client must know; empty lets in anybody who reaches the
-	// listener, and have it carry traffic. It is not sent: the client answers a
-	// challenge with it.
+	Self string // path of this program
+	// Token is the secret that clients must know. It is not sent: the client proves
+	// that it knows it by an HMAC of a challenge. If it is empty, anyone who can reach
+	// the listener can start datapaths and receive traffic here.
 	Token string
 	Log   *slog.Logger
 }
@@ -79,29 +79,29 @@ type Server struct {
 const (
 	// greetingTime is how long a client has to prove that it knows the token.
 	greetingTime = 5 * time.Second
-	// idleTime ends a client from which nothing comes, and pingEvery is how often
-	// one says that it is there.
+	// idleTime is how long after its last request a client is disconnected. A client
+	// sends a ping at every pingEvery.
 	idleTime  = time.Minute
 	pingEvery = 15 * time.Second
-	// mostGreetings is how many may be about to prove it at once.
+	// mostGreetings limits the clients that have not proved it yet.
 	mostGreetings = 16
 )
 
-// NewToken returns a token that nobody guesses.
+// NewToken returns a random token.
 func NewToken() string {
 	b := make([]byte, 16)
-	_, _ = rand.Read(b) // it never fails: crypto/rand
+	_, _ = rand.Read(b) // never fails (crypto/rand)
 	return hex.EncodeToString(b)
 }
 
-// proof is what a client answers to a challenge.
+// proof returns the answer to a challenge.
 func proof(token, challenge string) string {
 	h := hmac.New(sha256.New, []byte(token))
 	h.Write([]byte(challenge))
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// Serve serves until ctx ends. A client that says nothing keeps nobody else out.
+// Serve serves clients until ctx ends. Idle connections do not block other clients.
 func (s Server) Serve(ctx context.Context, l net.Listener) error {
 	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
 	var clients sync.WaitGroup
@@ -119,7 +119,7 @@ func (s Server) Serve(ctx context.Context, l net.Listener) error {
 		select {
 		case greetings <- struct{}{}:
 		default:
-			_ = c.Close() // too many say nothing
+			_ = c.Close() // too many unproved clients
 			continue
 		}
 		clients.Go(func() {
@@ -134,22 +134,22 @@ func (s Server) Serve(ctx context.Context, l net.Listener) error {
 				return
 			}
 			if !measuring.TryLock() {
-				_ = out.Encode(response{Error: "another client measures now"})
-				log.Warn("client refused", "reason", "another one measures")
+				_ = out.Encode(response{Error: "another client is measuring: try again later"})
+				log.Warn("client refused", "reason", "another client is measuring")
 				return
 			}
 			defer measuring.Unlock()
 			if err := out.Encode(response{Protocol: protocol}); err != nil {
 				return
 			}
-			log.Info("client")
+			log.Info("client connected")
 			err = s.serveOne(ctx, c, in, out)
-			log.Info("client gone", "reason", fmt.Sprint(err))
+			log.Info("client disconnected", "reason", fmt.Sprint(err))
 		})
 	}
 }
 
-// greet has a client prove that it knows the token.
+// greet sends a challenge and checks the client's proof.
 func (s Server) greet(c net.Conn, in *json.Decoder, out *json.Encoder) error {
 	_ = c.SetDeadline(time.Now().Add(greetingTime))
 	defer func() { _ = c.SetDeadline(time.Time{}) }()
@@ -162,13 +162,13 @@ func (s Server) greet(c net.Conn, in *json.Decoder, out *json.Encoder) error {
 		return err
 	}
 	if s.Token != "" && !hmac.Equal([]byte(q.Proof), []byte(proof(s.Token, challenge))) {
-		_ = out.Encode(response{Error: "the token is not the server's: give --token as the server printed it"})
-		return errors.New("its token is not ours")
+		_ = out.Encode(response{Error: "wrong token: use the --token that the server printed"})
+		return errors.New("wrong token")
 	}
 	return nil
 }
 
-// served is what one client has on a server.
+// served is the server's state for one client.
 type served struct {
 	self     string
 	sessions map[int]load.Session
@@ -241,7 +241,7 @@ func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, e
 	case "read", "close":
 		x := s.sessions[q.Session]
 		if x == nil {
-			return response{}, fmt.Errorf("there is no session %d", q.Session)
+			return response{}, fmt.Errorf("no session %d", q.Session)
 		}
 		if q.Do == "close" {
 			delete(s.sessions, q.Session)
@@ -253,10 +253,10 @@ func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, e
 		all, err := costHere(ctx, s.daemons[q.Part.Datapath])
 		return response{Cost: all}, err
 	}
-	return response{}, fmt.Errorf("a client that wants %q is of another version", q.Do)
+	return response{}, fmt.Errorf("unknown request %q: the client has another version", q.Do)
 }
 
-// entry is the datapath that the part is of.
+// entry returns the datapath that the part belongs to.
 func (p Part) entry() Datapath {
 	if d, ok := FindDatapath(p.Datapath); ok {
 		return d
@@ -275,15 +275,15 @@ type Remote struct {
 	mu    sync.Mutex
 	in    *json.Decoder
 	out   *json.Encoder
-	here  netip.Addr // our end's address
-	there netip.Addr
-	link  [2]string // of the underlay: ours, theirs
+	here  netip.Addr // the client's address
+	there netip.Addr // the server's address
+	link  [2]string  // names of the underlay's links: client's, server's
 	stop  context.CancelFunc
-	same  bool // both ends are on one machine, whose CPU time counts once
+	same  bool // both ends are on one machine: count its CPU time once
 }
 
-// Connect connects to the server at an address, with DefaultPort if it names
-// none, and with the token that the server printed.
+// Connect connects to a server. The address may have a port; the default is
+// DefaultPort. The token is the one that the server printed.
 func Connect(ctx context.Context, to, token string) (*Remote, error) {
 	r, err := introduce(ctx, to, token)
 	if err != nil {
@@ -291,7 +291,7 @@ func Connect(ctx context.Context, to, token string) (*Remote, error) {
 	}
 	hello, err := r.ask(ctx, request{Do: "hello"})
 	if err == nil && hello.Protocol != protocol {
-		err = fmt.Errorf("the server speaks version %d of the protocol, and this version %d", hello.Protocol, protocol)
+		err = fmt.Errorf("the server has protocol version %d, this program %d: use the same version of culvert on both hosts", hello.Protocol, protocol)
 	}
 	var u host.Underlay
 	if err == nil {
@@ -314,7 +314,7 @@ func introduce(ctx context.Context, to, token string) (*Remote, error) {
 	d := net.Dialer{Timeout: 5 * time.Second}
 	c, err := d.DialContext(ctx, "tcp", at.String())
 	if err != nil {
-		return nil, fmt.Errorf("no server answers there (start it with `culvert bench --underlay existing --server`): %w", err)
+		return nil, fmt.Errorf("cannot connect to the server (start it with `culvert bench --underlay existing --server`): %w", err)
 	}
 	r := &Remote{conn: c, in: json.NewDecoder(c), out: json.NewEncoder(c), here: addrOf(c.LocalAddr()), there: addrOf(c.RemoteAddr())}
 	if err := r.prove(token); err != nil {
@@ -332,23 +332,24 @@ func (r *Remote) prove(token string) error {
 	for range 2 { // the challenge, then the answer to the proof
 		var a response
 		if err := r.in.Decode(&a); err != nil {
-			return fmt.Errorf("the server does not greet: %w", err)
+			return fmt.Errorf("waiting for the server's challenge: %w", err)
 		}
 		switch {
 		case a.Error != "":
 			return fmt.Errorf("the server: %s", a.Error)
 		case a.Protocol != protocol:
-			return fmt.Errorf("the server speaks version %d of the protocol, and this version %d", a.Protocol, protocol)
+			return fmt.Errorf("the server has protocol version %d, this program %d: use the same version of culvert on both hosts", a.Protocol, protocol)
 		case a.Challenge != "":
 			if err := r.out.Encode(request{Do: "proof", Proof: proof(token, a.Challenge)}); err != nil {
-				return fmt.Errorf("answering the server: %w", err)
+				return fmt.Errorf("answering the server's challenge: %w", err)
 			}
 		}
 	}
 	return nil
 }
 
-// stayAlive has the server know that this client is there, while it measures.
+// stayAlive sends pings until ctx ends, so that the server does not disconnect this
+// client during a long measurement.
 func (r *Remote) stayAlive(ctx context.Context) {
 	tick := time.NewTicker(pingEvery)
 	defer tick.Stop()
@@ -358,7 +359,7 @@ func (r *Remote) stayAlive(ctx context.Context) {
 			return
 		case <-tick.C:
 			if _, err := r.ask(ctx, request{Do: "ping"}); err != nil {
-				return // whoever asks next sees it
+				return // the next request gets the error too
 			}
 		}
 	}
@@ -375,12 +376,12 @@ func serverAddress(to string) (netip.AddrPort, error) {
 	}
 	at, err := netip.ParseAddrPort(to)
 	if err != nil {
-		return at, fmt.Errorf("%q is no address, such as 192.0.2.1 or 192.0.2.1:%d", to, DefaultPort)
+		return at, fmt.Errorf("%q is not an IP address such as 192.0.2.1 or 192.0.2.1:%d", to, DefaultPort)
 	}
 	return at, nil
 }
 
-// Close ends the connection, and with it what the server runs for it.
+// Close closes the connection; the server then stops what it started for it.
 func (r *Remote) Close() error {
 	r.stop()
 	return r.conn.Close()
@@ -401,7 +402,7 @@ func (r *Remote) ask(ctx context.Context, q request) (response, error) {
 	}
 	switch {
 	case err != nil:
-		return a, fmt.Errorf("asking the server: %w", err)
+		return a, fmt.Errorf("sending a request to the server: %w", err)
 	case a.Unavailable:
 		return a, unavailable(a.Error)
 	case a.Error != "":
@@ -434,8 +435,8 @@ func (s *remoteSession) Close() error {
 	return err
 }
 
-// startExisting starts both parts of a datapath between this host and the
-// server's, in their own namespaces.
+// startExisting starts both parts of a datapath, on this host and on the server's, in
+// the hosts' own network namespaces.
 func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *site, err error) {
 	s := &site{underlay: Existing, datapath: d, near: []load.Place{load.Here{}}, far: r, to: r.there}
 	s.farCost = func(ctx context.Context) (cost, error) {
@@ -457,11 +458,11 @@ func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *
 	s.offloads = features(r.link[0])
 	switch {
 	case d.Program != nil:
-		return s, unavailable("other programs are measured in a lab only")
+		return s, unavailable("other programs can be measured only in a lab")
 	case d.fast || d.auto:
-		return s, unavailable("culvert's daemon is measured in a lab only")
+		return s, unavailable("culvert's daemon can be measured only in a lab")
 	case d.base() != d.Name:
-		return s, unavailable("a second instance is measured in a lab only")
+		return s, unavailable("further instances can be measured only in a lab")
 	case !d.none:
 		p := Part{Datapath: d.Name, Slot: slices.Index(datapathNames(), d.Name), Underlay: []netip.Addr{r.there, r.here}}
 		p.Port = tunnelPort + uint16(p.Slot)
@@ -479,7 +480,7 @@ func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *
 	return s, s.reach(ctx)
 }
 
-// startHere carries a part in the namespace of this process.
+// startHere starts a part in the network namespace of this process.
 func (s *site) startHere(ctx context.Context, part Part, self string) error {
 	dir, err := os.MkdirTemp("", "culvert-bench-")
 	if err != nil {
@@ -499,7 +500,7 @@ func (s *site) startHere(ctx context.Context, part Part, self string) error {
 		return errors.Join(err, p.Stop())
 	}
 	if s.datapath.kernel {
-		// Costs nothing, and takes the device along when it is stopped.
+		// It handles no packets, and removes its device when it is stopped.
 		s.daemons = append(s.daemons, daemon{process: p, idle: true})
 	}
 	return nil
@@ -513,7 +514,7 @@ func stopAll(daemons []daemon) error {
 	return errors.Join(errs...)
 }
 
-// features reads which features a link has; nil where it cannot be asked.
+// features returns a link's features by ethtool's names; nil if they cannot be read.
 func features(link string) map[string]bool {
 	e, err := ethtool.NewEthtool()
 	if err != nil {

@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// TestServerAsksForItsToken has clients without the token, silent ones, and one
-// with it, meet a server at once: only the last is served, and without a wait.
+// TestServerAsksForItsToken connects idle clients, clients with a wrong token and one
+// with the right token to a server: only the last is served, without having to wait
+// for the others' timeouts.
 func TestServerAsksForItsToken(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -46,7 +47,7 @@ func TestServerAsksForItsToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	if took := time.Since(began); took > greetingTime/2 {
-		t.Errorf("the idle clients held it up for %v", took)
+		t.Errorf("idle clients delayed it by %v", took)
 	}
 	if _, err := r.ask(t.Context(), request{Do: "ping"}); err != nil {
 		t.Error(err)

@@ -19,7 +19,7 @@ type Report struct {
 	Schema  int      `json:"schema"`
 	Machine Machine  `json:"machine"`
 	Results []Result `json:"results"`
-	// Failed says what could not be measured, and why.
+	// Failed lists what could not be measured, and why.
 	Failed []Failure `json:"failed,omitempty"`
 }
 
@@ -42,8 +42,8 @@ type Failure struct {
 	Datapath string `json:"datapath"`
 	Workload string `json:"workload,omitempty"` // empty: all of them
 	Reason   string `json:"reason"`
-	// Unavailable says that the datapath is not to be had here, rather than
-	// that it did not work.
+	// Unavailable means that this machine cannot run the datapath or the workload,
+	// which is not an error.
 	Unavailable bool `json:"unavailable,omitempty"`
 }
 
@@ -70,11 +70,11 @@ const (
 	FastShare         Metric = "fast_path_share"
 )
 
-// metrics has every metric in the order in which they are shown.
+// metrics lists all metrics in display order.
 var metrics = []struct {
 	name   Metric
 	unit   string
-	higher bool // is better
+	higher bool // higher is better
 }{
 	{Throughput, "Gbit/s", true},
 	{Rate, "kpps", true},
@@ -97,7 +97,7 @@ var metrics = []struct {
 // Unit is the metric's unit.
 func (m Metric) Unit() string { return metrics[max(m.order(), 0)].unit }
 
-// Higher says whether more of it is better.
+// Higher reports whether higher values are better.
 func (m Metric) Higher() bool { return metrics[max(m.order(), 0)].higher }
 
 func (m Metric) order() int {
@@ -116,7 +116,7 @@ type key struct {
 
 func (x Result) key() key { return key{x.Underlay, x.Datapath, x.Workload, x.Metric} }
 
-// Find returns a figure, if it is there.
+// Find returns a figure, if the report has it.
 func (r *Report) Find(underlay, datapath, workload string, m Metric) (Result, bool) {
 	for _, x := range r.Results {
 		if x.Underlay == underlay && x.Datapath == datapath && x.Workload == workload && x.Metric == m {
@@ -140,7 +140,7 @@ func (r *Report) add(underlay, datapath, workload string, m Metric, value float6
 	r.Results = append(r.Results, x)
 }
 
-// rounds is how often a workload was measured.
+// rounds returns how many rounds of a workload were measured.
 func (r *Report) rounds(underlay, datapath, workload string) int {
 	n := 0
 	for _, x := range r.Results {
@@ -151,19 +151,20 @@ func (r *Report) rounds(underlay, datapath, workload string) int {
 	return n
 }
 
-// fail notes a failure, in place of an earlier one of the same.
+// fail records a failure and replaces an earlier one of the same datapath and workload.
 func (r *Report) fail(f Failure) {
 	r.forgive(f.Underlay, f.Datapath, f.Workload)
 	r.Failed = append(r.Failed, f)
 }
 
+// forgive removes a failure.
 func (r *Report) forgive(underlay, datapath, workload string) {
 	r.Failed = slices.DeleteFunc(r.Failed, func(f Failure) bool {
 		return f.Underlay == underlay && f.Datapath == datapath && f.Workload == workload
 	})
 }
 
-// failed says whether the workload, or the whole datapath, has failed.
+// failed returns the failure of the workload or of the whole datapath, if any.
 func (r *Report) failed(underlay, datapath, workload string) (Failure, bool) {
 	for _, f := range r.Failed {
 		if f.Underlay == underlay && f.Datapath == datapath && (f.Workload == workload || f.Workload == "") {
@@ -173,7 +174,7 @@ func (r *Report) failed(underlay, datapath, workload string) (Failure, bool) {
 	return Failure{}, false
 }
 
-// Broken says whether anything failed that was to be had.
+// Broken reports whether anything failed that is available on this machine.
 func (r *Report) Broken() bool {
 	return slices.ContainsFunc(r.Failed, func(f Failure) bool { return !f.Unavailable })
 }
@@ -182,7 +183,7 @@ func (x *Result) summarize() {
 	x.Median, x.Min, x.Max = median(x.Rounds), slices.Min(x.Rounds), slices.Max(x.Rounds)
 }
 
-// Spread is how far the rounds lie apart, as a share of the median.
+// Spread is the range of the rounds relative to the median.
 func (x Result) Spread() float64 {
 	if x.Median == 0 {
 		return 0
@@ -198,8 +199,7 @@ func median(values []float64) float64 {
 	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 }
 
-// sort brings the results into the order in which they are shown, whatever the
-// order of measuring.
+// sort sorts the results into display order.
 func (r *Report) sort() {
 	slices.SortStableFunc(r.Results, func(a, b Result) int {
 		return cmp.Or(
@@ -218,24 +218,24 @@ func Load(path string) (*Report, error) {
 	}
 	var r Report
 	if err := json.Unmarshal(text, &r); err != nil {
-		return nil, fmt.Errorf("%s is no report of culvert bench --json: %w", path, err)
+		return nil, fmt.Errorf("%s is not a report of culvert bench --json: %w", path, err)
 	}
 	if r.Schema != Schema {
 		return nil, fmt.Errorf("%s has schema %d, and this version reads schema %d: measure again, or compare with the version that wrote it", path, r.Schema, Schema)
 	}
 	if r.Machine.Nodes == 0 {
-		r.Machine.Nodes = 2 // what it was before it was said
+		r.Machine.Nodes = 2 // older reports lack the field
 	}
-	r.Machine.Ends = cmp.Or(r.Machine.Ends, Nodes) // the same
+	r.Machine.Ends = cmp.Or(r.Machine.Ends, Nodes) // likewise
 	for i, x := range r.Results {
 		if x.Metric.order() < 0 || len(x.Rounds) == 0 {
-			return nil, fmt.Errorf("%s: result %d (metric %q, %d rounds) is none of schema %d", path, i+1, string(x.Metric), len(x.Rounds), Schema)
+			return nil, fmt.Errorf("%s: result %d (metric %q, %d rounds) does not conform to schema %d", path, i+1, string(x.Metric), len(x.Rounds), Schema)
 		}
 	}
 	return &r, nil
 }
 
-// Save writes the report, so that a reader never sees half of it.
+// Save writes the report atomically.
 func (r *Report) Save(path string) error {
 	text, err := r.JSON()
 	if err != nil {
@@ -244,7 +244,7 @@ func (r *Report) Save(path string) error {
 	return statefile.Write(path, text, 0o644)
 }
 
-// JSON is the report in its documented form.
+// JSON returns the report in the documented JSON form.
 func (r *Report) JSON() ([]byte, error) {
 	if r.Results == nil {
 		r.Results = []Result{}
@@ -253,7 +253,7 @@ func (r *Report) JSON() ([]byte, error) {
 	return append(text, '\n'), err
 }
 
-// Machine is what was measured on, and how.
+// Machine describes the machine and the method of a measurement.
 type Machine struct {
 	Time     time.Time `json:"time"`
 	Culvert  string    `json:"culvert"`
@@ -263,23 +263,23 @@ type Machine struct {
 	CPU      string    `json:"cpu"`
 	CPUs     int       `json:"cpus"`
 	MemoryMB int       `json:"memory_mb"`
-	Governor string    `json:"governor"` // of the CPU's frequency; "none" where the machine does not show one
-	// Load is the load average of a minute before the run, and Steal the
-	// highest share of CPU time that the hypervisor took in any measurement.
+	Governor string    `json:"governor"` // CPU frequency governor; "none" if there is none
+	// Load is the one-minute load average before the run, and Steal the highest share
+	// of CPU time that the hypervisor took during a measurement.
 	Load  float64 `json:"load"`
 	Steal float64 `json:"steal"`
 
 	Congestion string  `json:"congestion_control"`
 	Generator  string  `json:"generator"`
-	Nodes      int     `json:"nodes"`            // all but the first sent to that one at once
-	Ends       string  `json:"ends"`             // Nodes or Pods: what sent and received
+	Nodes      int     `json:"nodes"`            // all but the first sent to the first at the same time
+	Ends       string  `json:"ends"`             // Nodes or Pods
 	Duration   float64 `json:"duration_seconds"` // of one measurement
 	Warmup     float64 `json:"warmup_seconds"`   // before each
-	// Offloads are the features of the underlay's links, by profile, as they
-	// were read back.
+	// Offloads are the features of the underlay's links, by profile, as read back from
+	// the kernel.
 	Offloads map[string]map[string]bool `json:"offloads,omitempty"`
-	// Bridge are those of the links of the bridge that joins more than two nodes.
+	// Bridge are the features of the bridge's ports, if there are more than two nodes.
 	Bridge map[string]map[string]bool `json:"bridge_offloads,omitempty"`
-	// Programs are the versions of other people's programs that took part.
+	// Programs are the versions of the third-party programs used.
 	Programs map[string]string `json:"programs,omitempty"`
 }

@@ -16,10 +16,10 @@ import (
 	"golang.org/x/perf/benchfmt"
 )
 
-var update = flag.Bool("update", false, "write the golden files anew")
+var update = flag.Bool("update", false, "rewrite the golden files")
 
-// sample is a report with everything in it that a form has to show: several
-// underlays, spread, a doubtful ratio, failures of all kinds.
+// sample returns a report with everything that the output formats show: several
+// underlays, spread, a doubtful ratio and all kinds of failures.
 func sample() *Report {
 	r := &Report{Schema: Schema, Machine: Machine{
 		Time: time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC), Culvert: "v1.2.3", Go: "go1.26.0", Kernel: "6.18.44",
@@ -51,7 +51,7 @@ func sample() *Report {
 	return r
 }
 
-// golden compares with a file of testdata, or writes it.
+// golden compares got with a file in testdata, or writes it with -update.
 func golden(t *testing.T, name string, got []byte) {
 	t.Helper()
 	path := filepath.Join("testdata", name)
@@ -65,7 +65,7 @@ func golden(t *testing.T, name string, got []byte) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(got, want) {
-		t.Errorf("%s is another (go test ./bench -update writes it anew):\n%s", name, got)
+		t.Errorf("%s differs (go test ./bench -update rewrites it):\n%s", name, got)
 	}
 }
 
@@ -95,7 +95,7 @@ func TestForms(t *testing.T) {
 	}
 	golden(t, "report.ratios", ratios.Bytes())
 
-	// benchstat reads what it is given.
+	// benchstat's parser accepts the output.
 	read, units := benchfmt.NewReader(&gobench, "report"), 0
 	lines := 0
 	for read.Scan() {
@@ -129,10 +129,10 @@ func TestSaveAndLoad(t *testing.T) {
 	a, aerr := r.JSON()
 	b, berr := again.JSON()
 	if aerr != nil || berr != nil || !bytes.Equal(a, b) {
-		t.Errorf("read back:\n%s", b)
+		t.Errorf("the report read back differs:\n%s", b)
 	}
 	if left, _ := filepath.Glob(path + ".*"); len(left) > 0 {
-		t.Errorf("left: %v", left)
+		t.Errorf("temporary files are left: %v", left)
 	}
 }
 
@@ -140,10 +140,10 @@ func TestLoadRefuses(t *testing.T) {
 	for text, want := range map[string]string{
 		`{"schema":0,"results":[]}`: "has schema 0, and this version reads schema 1: measure again",
 		`{}`:                        "has schema 0",
-		`[]`:                        "is no report of culvert bench --json",
+		`[]`:                        "is not a report of culvert bench --json",
 		`{"schema":1,"results":[{"metric":"speed","rounds":[1]}]}`:  `metric "speed"`,
 		`{"schema":1,"results":[{"metric":"throughput"}]}`:          "0 rounds",
-		`{"schema":1,"results":[{"metric":"throughput","rounds":1}`: "is no report",
+		`{"schema":1,"results":[{"metric":"throughput","rounds":1}`: "is not a report",
 	} {
 		path := filepath.Join(t.TempDir(), "report.json")
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -198,7 +198,7 @@ func TestCompare(t *testing.T) {
 		regression    bool // beyond 10 %
 	}{
 		{"the same", Throughput, []float64{10, 11, 12}, []float64{10, 11, 12}, false, false, false},
-		{"less than the floor of an effect", Throughput, []float64{10, 10, 10}, []float64{9.6, 9.6, 9.6}, false, false, false},
+		{"less than EffectFloor", Throughput, []float64{10, 10, 10}, []float64{9.6, 9.6, 9.6}, false, false, false},
 		{"overlapping rounds", Throughput, []float64{10, 11, 8}, []float64{7, 7.5, 8.5}, false, false, false},
 		{"a little worse", Throughput, []float64{10, 10.1, 9.9}, []float64{9.2, 9.3, 9.1}, true, false, false},
 		{"much worse", Throughput, []float64{10, 10.1, 9.9}, []float64{7, 7.1, 7.2}, true, false, true},
@@ -264,7 +264,7 @@ func TestPage(t *testing.T) {
 	page := b.String()
 	for _, want := range []string{
 		"<svg", "prefers-color-scheme:dark", "var(--better)", "the kernel has no ipip device", "x0.50", "<code>vxlan/userspace</code>",
-		// What people ask, in words; the reference; a bar's own words.
+		// The summary's questions and answers, the reference, the bars' labels.
 		"Userspace or the kernel?", "VXLAN, userspace, against VXLAN, kernel", "<strong>Worse:</strong> the time of a request (1.61×)",
 		"request and answer, p50: worse on offload (1.61×)", "22.0 Gbit/s, the reference", "≈ 0.50×  11.0 Gbit/s", "▲ 2.42×  53.3 Gbit/s",
 	} {
@@ -272,16 +272,16 @@ func TestPage(t *testing.T) {
 			t.Errorf("the page lacks %q", want)
 		}
 	}
-	// It needs nothing from anywhere: no address but those that name formats.
+	// The page is self-contained: it has no URLs except XML namespaces.
 	for _, namespace := range []string{`xmlns="http://www.w3.org/2000/svg"`, `xmlns:xlink="http://www.w3.org/1999/xlink"`} {
 		page = strings.ReplaceAll(page, namespace, "")
 	}
 	if opened, closed := strings.Count(page, "<svg"), strings.Count(page, "</svg>"); opened != closed || opened != strings.Count(page, `role="img" aria-label="`) {
-		t.Errorf("%d drawings begin and %d end, and not each has a label", opened, closed)
+		t.Errorf("%d <svg> and %d </svg>, or one without a label", opened, closed)
 	}
 	for _, bad := range []string{"http:", "https:", "<script", "@import", "src=", "NaN", "Inf", "%!"} {
 		if strings.Contains(page, bad) {
-			t.Errorf("the page has %q", bad)
+			t.Errorf("the page contains %q", bad)
 		}
 	}
 }
@@ -290,13 +290,13 @@ func TestDocs(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, DocsFile)
 	if err := sample().Docs(dir, "vxlan/kernel"); err == nil {
-		t.Error("no page, and no error")
+		t.Error("Docs without a page succeeded")
 	}
 	page := "# Page\n" + docsScaleBegin + "\nold scale\n" + docsScaleEnd + "\nbetween\n" + docsBegin + "\nold results\n" + docsEnd + "\npods\n" + docsPodsBegin + "\nold pods\n" + docsPodsEnd + "\nend\n"
 	if err := os.WriteFile(path, []byte(page), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // a second time in place of the first
+	for range 2 { // the second time replaces the first results
 		if err := sample().Docs(dir, "vxlan/kernel"); err != nil {
 			t.Fatal(err)
 		}
@@ -321,7 +321,7 @@ func TestDocs(t *testing.T) {
 		"- ends: nodes": 1, "- ends: pods, each behind a veth": 1,
 	} {
 		if n := strings.Count(got, want); n != times {
-			t.Errorf("%q stands there %d times:\n%s", want, n, got)
+			t.Errorf("%q occurs %d times:\n%s", want, n, got)
 		}
 	}
 	charts, _ := filepath.Glob(filepath.Join(dir, "charts", "*.svg"))
@@ -332,7 +332,8 @@ func TestDocs(t *testing.T) {
 	}
 }
 
-// TestDocsOfThisProject finds the places for results in the real page.
+// TestDocsOfThisProject checks that the real page has the marker lines and describes
+// all workloads and metrics.
 func TestDocsOfThisProject(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join("..", "docs", DocsFile))
 	if err != nil {
@@ -340,23 +341,23 @@ func TestDocsOfThisProject(t *testing.T) {
 	}
 	for _, mark := range []string{docsBegin, docsEnd, docsPodsBegin, docsPodsEnd, docsScaleBegin, docsScaleEnd} {
 		if strings.Count(string(text), mark) != 1 {
-			t.Errorf("%s has not one line %q", DocsFile, mark)
+			t.Errorf("%s does not have exactly one line %q", DocsFile, mark)
 		}
 	}
 	for _, w := range Workloads() {
 		if !strings.Contains(string(text), "`"+w+"`") {
-			t.Errorf("%s says nothing of the workload %s", DocsFile, w)
+			t.Errorf("%s does not describe the workload %s", DocsFile, w)
 		}
 	}
 	for _, m := range metrics {
 		if !strings.Contains(string(text), "`"+string(m.name)+"`") {
-			t.Errorf("%s says nothing of the metric %s", DocsFile, m.name)
+			t.Errorf("%s does not describe the metric %s", DocsFile, m.name)
 		}
 	}
 }
 
-// TestChartIsXML: a picture of the docs is read by parsers that forgive nothing,
-// and what goes far beyond the scale stays within the drawing.
+// TestChartIsXML checks that the SVG files are well-formed XML, and that bars with
+// ratios far beyond the scale stay within the panel.
 func TestChartIsXML(t *testing.T) {
 	r := sample()
 	r.add("offload", "naive", "tcp1", Throughput, 0)
@@ -387,15 +388,15 @@ func TestChartIsXML(t *testing.T) {
 		}
 	}
 	if none := r.charts("nobody"); len(none) != len(charts) || strings.Contains(none[0].SVG(), "<path class=\"span") {
-		t.Error("without a reference there are figures, and no ratios")
+		t.Error("without a reference the charts must have figures and no ratios")
 	}
 }
 
-// TestAgainst: better or worse on every underlay, on some, or on none.
+// TestAgainst compares two datapaths that differ on all underlays, on some, or on none.
 func TestAgainst(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		x    [2][]float64 // of tcp1, on two underlays; the other has 10 everywhere
+		x    [2][]float64 // rounds of tcp1 on two underlays; the other datapath has 10 always
 		want string
 	}{
 		{"better", [2][]float64{{20, 20}, {15, 15}}, "Better TCP with one stream (1.50× to 2.00×)"},
@@ -418,11 +419,12 @@ func TestAgainst(t *testing.T) {
 		}
 	}
 	if says, _ := sample().against("tinc", "native"); len(says) > 0 {
-		t.Errorf("of nothing: %v", says)
+		t.Errorf("without figures of one datapath: %v", says)
 	}
 }
 
-// TestReadableNames: every name of a flag has one for a reader.
+// TestReadableNames checks that all datapaths, underlays, workloads and metrics have
+// titles, and that those of datapaths are unique.
 func TestReadableNames(t *testing.T) {
 	seen := map[string]string{}
 	for _, d := range Datapaths() {

@@ -15,21 +15,21 @@ import (
 	"culvert/internal/lab"
 )
 
-// Options say what Run measures, and how.
+// Options configure Run.
 type Options struct {
 	Underlays, Datapaths, Workloads []string // names
 
-	Nodes            int    // all but the first send to that one at once
+	Nodes            int    // all but the first send to the first at the same time
 	Ends             string // one of Ends; Nodes if empty
 	Rounds           int
 	Duration, Warmup time.Duration // of each measurement
-	Lossfree         bool          // UDP: search the highest rate without loss too
+	Lossfree         bool          // UDP: also search the highest rate without loss
 	Generator        string        // one of Generators
 	Remote           *Remote       // the other host, for the underlay Existing
 
 	Version string // of culvert
-	Self    string // path of the program that has `bench node`
-	Bin     string // directory of culvert's programs, for ends that are pods and for the fast path; empty: lab.FindBin
+	Self    string // path of the program that implements `bench node`
+	Bin     string // directory of culvert's programs, needed with pods as ends and for the fast path; empty: lab.FindBin
 	// Progress is called before each measurement.
 	Progress func(Progress)
 	// Save is called after each measurement.
@@ -38,9 +38,9 @@ type Options struct {
 	prior *Report
 }
 
-// Resume makes Run go on with an earlier report: what it has is not measured
-// again. It is refused if its figures are none of this machine, this version
-// and this method.
+// Resume makes Run continue an earlier report: what it contains is not measured
+// again. Resume returns an error if the report is from another machine, version or
+// method.
 func (o *Options) Resume(prior *Report) error {
 	now, was := thisMachine(), prior.Machine
 	for _, f := range []struct{ what, was, now string }{
@@ -54,24 +54,24 @@ func (o *Options) Resume(prior *Report) error {
 		{"warm-up", seconds(was.Warmup), o.Warmup.String()},
 	} {
 		if f.was != f.now {
-			return fmt.Errorf("the report there has %s %s, and this run %s: name another file, or remove it", f.what, f.was, f.now)
+			return fmt.Errorf("the existing report has %s %s, and this run %s: use another file or remove it", f.what, f.was, f.now)
 		}
 	}
 	o.prior = prior
 	return nil
 }
 
-// MostNodes is how many nodes a lab of Run has at most.
+// MostNodes is the maximum of Options.Nodes.
 const MostNodes = 250
 
-// Progress is how far a run has come.
+// Progress is the progress of a run, in measurements.
 type Progress struct {
 	Done, Total int
 	Left        time.Duration // estimated
 	Doing       string
 }
 
-// Check says what in the options names nothing; the error has the choices.
+// Check returns an error if an option is invalid; it lists the valid values.
 func (o Options) Check() error {
 	for _, c := range []struct {
 		what           string
@@ -94,30 +94,30 @@ func (o Options) Check() error {
 	case existing && o.Nodes != 2:
 		return fmt.Errorf("the underlay %s joins two hosts: --nodes is for labs", Existing)
 	case existing && len(o.Underlays) > 1:
-		return fmt.Errorf("the underlay %s is measured alone: it is another network than those of labs", Existing)
+		return fmt.Errorf("the underlay %s cannot be combined with others: it is not a lab", Existing)
 	case existing && o.Remote == nil:
 		return fmt.Errorf("the underlay %s needs --server on one host and --client ADDR on the other", Existing)
 	case !existing && o.Remote != nil:
-		return fmt.Errorf("a client measures the underlay %s: --underlay %s", Existing, Existing)
+		return fmt.Errorf("--client is for the underlay %s: add --underlay %s", Existing, Existing)
 	case o.Nodes < 2 || o.Nodes > MostNodes:
 		return fmt.Errorf("%d nodes: 2 to %d", o.Nodes, MostNodes)
 	case o.Ends != "" && !slices.Contains(Ends(), o.Ends):
 		return fmt.Errorf("there are no ends %q: %s", o.Ends, strings.Join(Ends(), ", "))
 	case existing && o.Ends == Pods:
-		return fmt.Errorf("the ends on the underlay %s are the hosts: --ends %s is for labs", Existing, Pods)
+		return fmt.Errorf("on the underlay %s the ends are the hosts: --ends %s is for labs", Existing, Pods)
 	case o.Rounds < 1:
 		return fmt.Errorf("%d rounds: at least 1", o.Rounds)
 	case o.Duration < 50*time.Millisecond:
-		return fmt.Errorf("a measurement of %s: at least 50ms", o.Duration)
+		return fmt.Errorf("a duration of %s: at least 50ms", o.Duration)
 	case !slices.Contains(Generators(), o.Generator):
 		return fmt.Errorf("there is no generator %q: %s", o.Generator, strings.Join(Generators(), ", "))
 	case o.Warmup < 0:
-		return fmt.Errorf("a warm-up of %s", o.Warmup)
+		return fmt.Errorf("a warm-up of %s: at least 0s", o.Warmup)
 	}
 	return nil
 }
 
-// runner is one Run.
+// runner is the state of one Run.
 type runner struct {
 	Options
 	method method
@@ -126,15 +126,15 @@ type runner struct {
 
 	generators map[string]generator // by datapath
 
-	cells  [2]int           // done, total
-	plan   [2]time.Duration // of the measurements: of those done, of all
-	spent  time.Duration    // on those done
-	starts [2]int           // of datapaths: done, total
-	waited time.Duration    // for those done
+	cells  [2]int           // measurements: done, total
+	plan   [2]time.Duration // their estimated time: of those done, of all
+	spent  time.Duration    // time that those done took
+	starts [2]int           // starts of datapaths: done, total
+	waited time.Duration    // time that those done took
 }
 
-// Run measures. It returns what it has when ctx ends, with ctx's error. What a
-// datapath cannot do stands in the report.
+// Run measures. When ctx ends it returns ctx's error and the report so far. A
+// datapath or workload that fails is not an error: the report has the failure.
 func Run(ctx context.Context, o Options) (*Report, error) {
 	if err := o.Check(); err != nil {
 		return nil, err
@@ -144,7 +144,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	o.Datapaths = slices.Compact(o.Datapaths)
 	r := &runner{Options: o, method: method{warmup: o.Warmup, duration: o.Duration, lossfree: o.Lossfree}, generators: map[string]generator{}}
 	if ok, why := (iperf3{}).available(); o.Generator == iperf3Name && !ok {
-		return nil, fmt.Errorf("--generator %s: %s (apt-get install iperf3), and %s needs nothing", iperf3Name, why, builtinName)
+		return nil, fmt.Errorf("--generator %s: %s (apt-get install iperf3, or use --generator %s)", iperf3Name, why, builtinName)
 	}
 	for _, name := range o.Datapaths {
 		d, _ := FindDatapath(name)
@@ -170,7 +170,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		maps.Copy(m.Offloads, o.prior.Machine.Offloads)
 		maps.Copy(m.Bridge, o.prior.Machine.Bridge)
 		maps.Copy(m.Programs, o.prior.Machine.Programs)
-		// What failed is tried again.
+		// Try again what failed.
 		for _, u := range o.Underlays {
 			for _, d := range o.Datapaths {
 				for _, w := range append([]string{""}, o.Workloads...) {
@@ -250,10 +250,10 @@ func (r *runner) underlay(ctx context.Context, underlay string) (err error) {
 	return nil
 }
 
-// balanced is the order of n datapaths in a round: a Latin square (E. J.
-// Williams, 1949), in which over n rounds, or 2n where n is odd, each has each
-// place and comes after each other one equally often. What one leaves behind in
-// caches, and what the first in a row has by being first, so meets all alike.
+// balanced returns the order of n datapaths in a round. It is a balanced Latin
+// square (E. J. Williams, 1949): over n rounds, or 2n if n is odd, each datapath is
+// in each position, and directly after each other one, equally often. So the effects
+// of position and of the predecessor, such as warm caches, are the same for all.
 func balanced(n, round int) []int {
 	order := make([]int, n)
 	for i := range order {
@@ -275,8 +275,8 @@ func (r *runner) complete(underlay, datapath string) bool {
 	})
 }
 
-// start starts a datapath. Only an end of ctx is an error: a datapath that does
-// not start stands in the report.
+// start starts a datapath. It returns an error only if ctx ends: a datapath that does
+// not start is a failure in the report.
 func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	r.tell(fmt.Sprintf("%s: starting %s", underlay, d.Name))
 	r.report.forgive(underlay, d.Name, "")
@@ -286,7 +286,7 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	}(time.Now())
 	ok, why := d.Available()
 	if d.Program != nil && r.Nodes > 2 {
-		ok, why = false, "joins two nodes"
+		ok, why = false, "connects only two nodes"
 	}
 	if ok && underlay == Existing {
 		ok, why = r.roomFor(d)
@@ -322,25 +322,25 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	return nil
 }
 
-// roomFor says whether the datapath can be open beside those that are, in one
-// network namespace.
+// roomFor reports whether the datapath can be opened in the same network namespace as
+// those already open.
 func (r *runner) roomFor(d Datapath) (ok bool, why string) {
 	for _, other := range []string{"vxlan/userspace", "ipip/userspace"} {
 		if d.Name != other && strings.HasSuffix(d.Name, "/userspace") && r.sites[other] != nil {
-			return false, "a host has one culvert0, which " + other + " holds: measure them in runs of their own"
+			return false, "a host has only one culvert0, which " + other + " uses: measure them in separate runs"
 		}
 	}
 	return true, ""
 }
 
-// skip takes what will not be measured off the work that is left.
+// skip removes a datapath's measurements from the plan.
 func (r *runner) skip(underlay, datapath string) {
 	for _, w := range r.chosen() {
 		r.skipWorkload(underlay, datapath, w)
 	}
 }
 
-// takes is about how long a measurement is.
+// takes estimates how long a measurement takes.
 func (r *runner) takes(datapath string, w workload) time.Duration {
 	return r.generators[datapath].takes(w, r.method)
 }
@@ -356,7 +356,7 @@ func (r *runner) measure(ctx context.Context, s *site, w workload, round int) er
 		return nil
 	}
 	r.tell(fmt.Sprintf("%s: round %d of %d, %s on %s", s.underlay, round+1, r.Rounds, w.name, s.datapath.Name))
-	// What hangs is not to hang the run.
+	// A measurement that hangs must not hang the run.
 	began := time.Now()
 	limited, cancel := context.WithTimeout(ctx, 2*r.takes(s.datapath.Name, w)+10*time.Second)
 	f, err := r.generators[s.datapath.Name].measure(limited, s, w, r.method)
@@ -395,7 +395,7 @@ func (r *runner) tell(doing string) {
 	}
 	left := r.plan[1] - r.plan[0]
 	if r.plan[0] > 0 {
-		// What the machine makes of the plan.
+		// Scale the estimate by how it turned out so far.
 		left = time.Duration(float64(left) * float64(r.spent) / float64(r.plan[0]))
 	}
 	if r.starts[0] > 0 {

@@ -49,7 +49,7 @@ func labsOf(t *testing.T, pid int) []string {
 
 func TestRun(t *testing.T) {
 	labtest.NeedTUN(t)
-	// A program that is there and does not work: it does not stop the others.
+	// A program that is installed but fails must not stop the others.
 	bin := t.TempDir()
 	script := "#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'no luck today' >&2; exit 3;; esac\n"
 	if err := os.WriteFile(filepath.Join(bin, "fastd"), []byte(script), 0o755); err != nil {
@@ -79,7 +79,7 @@ func TestRun(t *testing.T) {
 		for w, wanted := range wants {
 			for _, m := range wanted {
 				x, ok := r.Find("offload", d, w, m)
-				// Too little CPU time may have passed for a tick.
+				// The CPU time may be less than one tick.
 				if !ok || x.Median <= 0 && m != CPUPerGB && m != RateLossfree {
 					t.Errorf("%s %s %s: %+v", d, w, m, x)
 				}
@@ -95,7 +95,7 @@ func TestRun(t *testing.T) {
 		}
 	}
 	if x, ok := r.Find("offload", "naive", "tcp1", SyscallsPerPacket); !testing.Short() && (!ok || x.Median < 3.5 || x.Median > 4.5) {
-		t.Errorf("two system calls at each end are %+v", x)
+		t.Errorf("system calls per packet, two at each end: %+v", x)
 	}
 	for _, f := range r.Failed {
 		switch f.Datapath {
@@ -116,8 +116,8 @@ func TestRun(t *testing.T) {
 	if r.Machine.Programs["fastd"] != "broken 1.0" {
 		t.Errorf("programs: %v", r.Machine.Programs)
 	}
-	if last.Total == 0 || last.Done != last.Total-1 { // it is told before each
-		t.Errorf("the last word of the progress: %+v", last)
+	if last.Total == 0 || last.Done != last.Total-1 { // Progress is called before each measurement
+		t.Errorf("the last progress: %+v", last)
 	}
 	if left := labsOf(t, os.Getpid()); len(left) > 0 {
 		t.Errorf("left: %v", left)
@@ -169,7 +169,7 @@ func TestResume(t *testing.T) {
 		}
 	}
 
-	// Everything is there: nothing is started.
+	// Nothing is left to measure, so nothing is started.
 	done, err := Load(path)
 	if err == nil {
 		err = o.Resume(done)
@@ -187,8 +187,8 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// TestDaemonDies kills a daemon in the middle: its datapath has failed, and the
-// others go on.
+// TestDaemonDies kills a daemon during a measurement: its datapath fails, and the
+// others are measured.
 func TestDaemonDies(t *testing.T) {
 	labtest.NeedTUN(t)
 	o := options(t, "naive,native", "tcp1")
@@ -217,12 +217,12 @@ func TestDaemonDies(t *testing.T) {
 		t.Errorf("%+v", r.Failed)
 	}
 	if x, ok := r.Find("offload", "native", "tcp1", Throughput); !ok || len(x.Rounds) != 2 {
-		t.Errorf("the other: %+v", x)
+		t.Errorf("the other datapath: %+v", x)
 	}
 }
 
-// TestKilled kills the whole program: what it ran ends with it, and the next
-// one removes what it left.
+// TestKilled kills the whole program: its processes end with it, and the next run
+// removes the lab that it left.
 func TestKilled(t *testing.T) {
 	labtest.Long(t)
 	labtest.NeedTUN(t)
@@ -273,8 +273,8 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// Two hosts are two nodes of a lab here, and the server and the client are
-// processes in them:
+// TestExistingUnderlay measures between two hosts, which here are two nodes of a lab;
+// server and client are processes in them:
 //
 //	n1 client ── eth0 ── eth0 ── n2 server
 func TestExistingUnderlay(t *testing.T) {
@@ -293,7 +293,7 @@ func TestExistingUnderlay(t *testing.T) {
 	if _, err := server.WaitLine(t.Context(), "ready "); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // the server lives on, with nothing left of the first client
+	for range 2 { // the server serves a second client after the first
 		text, err := l.Nodes[0].Run(t.Context(), self, "bench", "client", at, "native", "vxlan/kernel", "vxlan/userspace", "ipip/userspace", "ipip/kernel")
 		if err != nil {
 			t.Fatal(err)
@@ -309,7 +309,7 @@ func TestExistingUnderlay(t *testing.T) {
 				}
 			}
 		}
-		for _, f := range r.Failed { // not every kernel has the one; for the other there is no room
+		for _, f := range r.Failed { // the kernel may lack ipip/kernel; ipip/userspace needs culvert0, which is taken
 			if f.Datapath != "ipip/kernel" && f.Datapath != "ipip/userspace" || !f.Unavailable {
 				t.Errorf("%+v", f)
 			}
@@ -345,11 +345,11 @@ func TestExistingUnderlay(t *testing.T) {
 			time.Sleep(20 * time.Millisecond)
 		}
 	}
-	if _, err := Connect(t.Context(), "198.18.0.300", ""); err == nil || !strings.Contains(err.Error(), "is no address") {
+	if _, err := Connect(t.Context(), "198.18.0.300", ""); err == nil || !strings.Contains(err.Error(), "is not an IP address") {
 		t.Errorf("a wrong address: %v", err)
 	}
 	if _, err := Connect(t.Context(), "127.0.0.1:1", ""); err == nil || !strings.Contains(err.Error(), "--underlay existing --server") {
-		t.Errorf("nobody there: %v", err)
+		t.Errorf("without a server: %v", err)
 	}
 }
 
@@ -404,7 +404,7 @@ func TestCheckNamesTheChoices(t *testing.T) {
 		"a warm-up of -1s":                                                         func(o *Options) { o.Warmup = -time.Second },
 		`there is no generator "netperf": builtin, iperf3`:                         func(o *Options) { o.Generator = "netperf" },
 		"needs --server on one host":                                               func(o *Options) { o.Underlays = []string{Existing} },
-		"is measured alone":                                                        func(o *Options) { o.Underlays = []string{Existing, "bare"} },
+		"cannot be combined":                                                       func(o *Options) { o.Underlays = []string{Existing, "bare"} },
 		"--underlay existing":                                                      func(o *Options) { o.Remote = &Remote{} },
 	} {
 		o := good
@@ -415,7 +415,7 @@ func TestCheckNamesTheChoices(t *testing.T) {
 	}
 }
 
-// TestPrograms reads every description, and expands every text of it.
+// TestPrograms parses every description and expands its templates.
 func TestPrograms(t *testing.T) {
 	node := programNode{Self: programEnd{Number: 1, Dir: "/a"}, Peer: programEnd{Number: 2, Dir: "/b"}, Link: "eth0", Port: 1, Etcd: "http://etcd"}
 	names := map[string]bool{}
@@ -432,12 +432,12 @@ func TestPrograms(t *testing.T) {
 			}
 		}
 		if p.Program == "" || p.About == "" || p.Version == "" || p.Start == "" || p.Device == "" && p.Address == "" || len(p.Device) > 15 {
-			t.Errorf("%s lacks something: %+v", p.Name, p)
+			t.Errorf("%s lacks a field: %+v", p.Name, p)
 		}
 	}
 	for _, want := range []string{"nebula", "tinc", "fastd", "openvpn", "quicktun", "openvswitch", "flannel", "flannel-vxlan"} {
 		if !names[want] {
-			t.Errorf("there is no %s", want)
+			t.Errorf("no description of %s", want)
 		}
 	}
 	t.Setenv("PATH", t.TempDir())
@@ -461,7 +461,7 @@ func TestParseIPerf3(t *testing.T) {
 		}
 	}
 	if _, err := parseIPerf3([]byte(`{"end":{}}`), workload{payload: 64}); err == nil {
-		t.Error("datagrams without what was received")
+		t.Error("parsed a report of datagrams without sum_received")
 	}
 }
 
@@ -472,7 +472,7 @@ func TestParseCPU(t *testing.T) {
 	}
 	for _, bad := range []string{"", "intr 5", "cpu 1 2 3", "cpu a b c d e f g h"} {
 		if _, err := parseCPU([]byte(bad)); err == nil {
-			t.Errorf("%q passes", bad)
+			t.Errorf("parseCPU accepted %q", bad)
 		}
 	}
 	if c, err := processCPU(os.Getpid()); err != nil || c < 0 {
@@ -482,7 +482,7 @@ func TestParseCPU(t *testing.T) {
 		t.Errorf("%v: %v", rss, err)
 	}
 	if _, err := processRSS(1 << 30); err == nil {
-		t.Error("a process that is not there")
+		t.Error("processRSS of a nonexistent process succeeded")
 	}
 }
 
@@ -502,7 +502,7 @@ func TestFanIn(t *testing.T) {
 	}
 	for _, d := range o.Datapaths {
 		if d == "fastd" {
-			if f, ok := r.failed("cloud", d, "rr"); !ok || !f.Unavailable || f.Reason != "joins two nodes" {
+			if f, ok := r.failed("cloud", d, "rr"); !ok || !f.Unavailable || f.Reason != "connects only two nodes" {
 				t.Errorf("%+v", f)
 			}
 			continue

@@ -20,19 +20,19 @@ import (
 	"culvert/subnet"
 )
 
-// ScaleOptions say what Scale measures.
+// ScaleOptions configure Scale.
 type ScaleOptions struct {
-	Peers            []int // how many, in turn
+	Peers            []int // numbers of peers to measure with
 	Rounds           int
 	Duration, Warmup time.Duration
-	Leases           int // whose way to the first packet is timed, per number of peers
+	Leases           int // how often, per number of peers, to time a new lease until its first packet
 
 	Version, Self string
 	Bin           string // directory of culvert's programs
 	Progress      func(Progress)
 }
 
-// MostPeers is how many peers Scale can make up subnets for.
+// MostPeers is the maximum number of peers: Scale has subnets for no more.
 const MostPeers = 5000
 
 // ScaleReport is the result of Scale.
@@ -42,20 +42,20 @@ type ScaleReport struct {
 	Scale   []Scaled `json:"scale"`
 }
 
-// Scaled is what a number of peers does.
+// Scaled are the figures for one number of peers.
 type Scaled struct {
 	Peers int `json:"peers"`
-	// Of the userspace datapath with so many peers in its table.
+	// The userspace datapath with that many peers in its table:
 	Throughput Figures `json:"throughput"`        // Gbit/s, one TCP stream
-	Rate       Figures `json:"rate"`              // kpps of 64 bytes received
-	PerPacket  Figures `json:"cpu_us_per_packet"` // both daemons', of those packets
-	// Of the daemon of a node that joins while etcd has so many leases.
-	ReadyMS     float64 `json:"ready_ms"`      // from its start until it has every peer
-	StartCPU    float64 `json:"start_cpu_ms"`  // of the daemon, until then
+	Rate       Figures `json:"rate"`              // kpps received, of 64 bytes
+	PerPacket  Figures `json:"cpu_us_per_packet"` // CPU time of both daemons per such packet
+	// The daemon of a node that joins a cluster with that many leases in etcd:
+	ReadyMS     float64 `json:"ready_ms"`      // from its start until it has all peers
+	StartCPU    float64 `json:"start_cpu_ms"`  // the daemon's CPU time until then
 	DaemonRSS   float64 `json:"daemon_rss_mb"` // resident memory
 	EtcdRSS     float64 `json:"etcd_rss_mb"`
-	EventCPU    float64 `json:"event_cpu_ms"`       // of the daemon, per lease that comes or goes
-	FirstPacket Figures `json:"lease_to_packet_ms"` // from the write of a lease to the first packet through
+	EventCPU    float64 `json:"event_cpu_ms"`       // the daemon's CPU time per lease added or removed
+	FirstPacket Figures `json:"lease_to_packet_ms"` // from writing a lease to the first packet through
 }
 
 // Figures are the values of several rounds.
@@ -71,7 +71,7 @@ func (f *Figures) add(v float64) {
 	f.Median, f.Min, f.Max = median(f.Rounds), slices.Min(f.Rounds), slices.Max(f.Rounds)
 }
 
-// Check says what is wrong with the options.
+// Check returns an error if an option is invalid.
 func (o ScaleOptions) Check() error {
 	switch {
 	case len(o.Peers) == 0 || slices.Min(o.Peers) < 1 || slices.Max(o.Peers) > MostPeers:
@@ -79,15 +79,15 @@ func (o ScaleOptions) Check() error {
 	case o.Rounds < 1:
 		return fmt.Errorf("%d rounds: at least 1", o.Rounds)
 	case o.Duration < 50*time.Millisecond:
-		return fmt.Errorf("a measurement of %s: at least 50ms", o.Duration)
+		return fmt.Errorf("a duration of %s: at least 50ms", o.Duration)
 	case o.Leases < 1:
 		return fmt.Errorf("%d leases: at least 1", o.Leases)
 	}
 	return nil
 }
 
-// Scale measures what the number of peers costs. When ctx ends it returns what
-// it has.
+// Scale measures the cost of the number of peers. When ctx ends it returns ctx's error
+// and the report so far.
 func Scale(ctx context.Context, o ScaleOptions) (*ScaleReport, error) {
 	if err := o.Check(); err != nil {
 		return nil, err
@@ -117,7 +117,7 @@ func (o ScaleOptions) tell(done, total int, doing string) {
 	}
 }
 
-// datapath measures one peer's traffic with all those tables, interleaved.
+// datapath measures the traffic with one peer for each size of the table, interleaved.
 func (r *ScaleReport) datapath(ctx context.Context, o ScaleOptions) (err error) {
 	var sites []*site
 	defer func() {
@@ -128,7 +128,7 @@ func (r *ScaleReport) datapath(ctx context.Context, o ScaleOptions) (err error) 
 	for _, n := range o.Peers {
 		s, err := startLab(ctx, Datapath{Name: "vxlan/userspace"}, siteOptions{nodes: 2, profile: offloadProfile, self: o.Self, absent: n - 1})
 		if err != nil {
-			return fmt.Errorf("a table of %d peers: %w", n, err)
+			return fmt.Errorf("starting with %d peers: %w", n, err)
 		}
 		sites = append(sites, s)
 	}
@@ -154,9 +154,8 @@ func (r *ScaleReport) datapath(ctx context.Context, o ScaleOptions) (err error) 
 
 const smallPacket = 64
 
-// The nodes of the control plane's lab: n1 has a real daemon, n2 a kernel vxlan
-// device and a lease that the harness writes, and all other peers are leases
-// only.
+// control measures the control plane. Node n1 has a real daemon; n2 has a kernel vxlan
+// device, and the harness writes its lease; all other peers are only leases:
 //
 //	fabric: etcd, N leases
 //	   |                 |
@@ -248,7 +247,7 @@ func (s *Scaled) inLab(ctx context.Context, l *lab.Lab, o ScaleOptions) error {
 	return nil
 }
 
-// madeUpLease is the lease of a node that is not there.
+// madeUpLease returns the lease of the k-th absent peer.
 func madeUpLease(k int) subnet.Lease {
 	name := fmt.Sprintf("absent-%d", k)
 	return subnet.Lease{Node: name, Backend: "vxlan", Endpoints: []subnet.Endpoint{{
@@ -263,7 +262,7 @@ func subnetOf(s api.Status) (netip.Prefix, bool) {
 	return s.Lease.Subnets[0], true
 }
 
-// awaitPeers waits until the daemon is ready and its table has so many peers.
+// awaitPeers waits until the daemon is ready and has the given number of peers.
 func awaitPeers(ctx context.Context, n *lab.Node, daemon *lab.Process, peers int) (api.Status, error) {
 	for {
 		status, err := api.GetStatus(ctx, n.RunDir)
@@ -272,18 +271,18 @@ func awaitPeers(ctx context.Context, n *lab.Node, daemon *lab.Process, peers int
 		}
 		select {
 		case <-daemon.Exited():
-			return status, fmt.Errorf("the daemon ended: %s", daemon.Tail(5))
+			return status, fmt.Errorf("the daemon exited: %s", daemon.Tail(5))
 		case <-ctx.Done():
-			return status, fmt.Errorf("the daemon has %d peers and not %d: %w: %s", status.Datapath.Peers, peers, ctx.Err(), daemon.Tail(5))
+			return status, fmt.Errorf("the daemon has %d peers instead of %d: %w: %s", status.Datapath.Peers, peers, ctx.Err(), daemon.Tail(5))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
 }
 
-// firstPacket writes a lease while datagrams to its subnet are being sent, and
-// returns how long after that the first one came through. Then the lease goes.
+// firstPacket writes a lease while datagrams are sent to its subnet, and returns the
+// time until the first one arrived. Then it removes the lease.
 func (s *Scaled) firstPacket(ctx context.Context, l *lab.Lab, store gateway, lease subnet.Lease, daemon *lab.Process) (time.Duration, error) {
-	const perSecond = 10_000 // which bounds how exact it is
+	const perSecond = 10_000 // a resolution of 0.1 ms
 	far, err := localEnd(l.Nodes[1].Namespace).Open(ctx, load.Spec{Kind: load.Drain, At: lease.Endpoints[0].Subnet.Addr()})
 	if err != nil {
 		return 0, err
@@ -299,7 +298,7 @@ func (s *Scaled) firstPacket(ctx context.Context, l *lab.Lab, store gateway, lea
 	}
 	before, err := far.Reading()
 	if err == nil && before.Packets > 0 {
-		err = errors.New("packets came through without a lease")
+		err = errors.New("packets arrived before the lease was written")
 	}
 	if err == nil {
 		err = store.put(ctx, lease)
@@ -320,7 +319,7 @@ func (s *Scaled) firstPacket(ctx context.Context, l *lab.Lab, store gateway, lea
 	return 0, fmt.Errorf("waiting for the first packet after a lease: %w", err)
 }
 
-// events measures the daemon's CPU time while leases come and go.
+// events measures the daemon's CPU time per lease event.
 func (s *Scaled) events(ctx context.Context, n *lab.Node, store gateway, daemon *lab.Process) error {
 	const times = 20
 	before, err := processCPU(daemon.PID)
@@ -329,7 +328,7 @@ func (s *Scaled) events(ctx context.Context, n *lab.Node, store gateway, daemon 
 	}
 	lease := madeUpLease(s.Peers)
 	for range times {
-		// Spaced, since the daemon takes events that come together together.
+		// Leave time between events, since the daemon batches those that come together.
 		if err := errors.Join(store.put(ctx, lease), sleep(ctx, 50*time.Millisecond), store.remove(ctx, lease), sleep(ctx, 50*time.Millisecond)); err != nil {
 			return err
 		}
@@ -342,13 +341,13 @@ func (s *Scaled) events(ctx context.Context, n *lab.Node, store gateway, daemon 
 	return err
 }
 
-// JSON is the report in its documented form.
+// JSON returns the report in the documented JSON form.
 func (r *ScaleReport) JSON() ([]byte, error) {
 	text, err := json.MarshalIndent(r, "", "  ")
 	return append(text, '\n'), err
 }
 
-// Table writes the report for a person.
+// Table writes the report as a table for a terminal.
 func (r *ScaleReport) Table(w io.Writer) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "culvert %s, Linux %s, %d x %s, load %.2f\n\n", r.Machine.Culvert, r.Machine.Kernel, r.Machine.CPUs, r.Machine.CPU, r.Machine.Load)
@@ -366,7 +365,7 @@ var scaleTitles = []string{
 	"peers", "tcp1 Gbit/s", "udp64 kpps", "daemons us/packet", "ready ms", "start CPU ms", "daemon MB", "etcd MB", "CPU ms/event", "lease to packet ms",
 }
 
-// cells is the row of a table; what was not measured is a dash.
+// cells returns the row of the table, with a dash for what was not measured.
 func (s Scaled) cells() []string {
 	cells := []string{strconv.Itoa(s.Peers)}
 	for _, f := range []Figures{s.Throughput, s.Rate, s.PerPacket} {

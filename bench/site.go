@@ -14,25 +14,26 @@ import (
 	"culvert/internal/lab"
 )
 
-// startTime is how long a datapath may take until a packet has passed.
+// startTime limits each step of a datapath's start: the daemons' readiness, and the
+// first packet.
 const startTime = 15 * time.Second
 
-// site is nodes with a datapath between them: all but the first send to that
-// one at once.
+// site is a set of nodes and the datapath between them. All nodes but the first send
+// to the first at the same time.
 type site struct {
 	underlay string
 	datapath Datapath
-	offloads map[string]bool // of the nodes' links of the underlay
-	bridge   map[string]bool // of the bridge's, if one lies between
+	offloads map[string]bool // features of the nodes' underlay links
+	bridge   map[string]bool // features of the bridge's ports, if there is a bridge
 
-	near    []load.Place     // what dials: the ends at all nodes but the first
-	far     load.End         // what listens: the one at the first
-	to      netip.Addr       // that one's address
-	ends    []*lab.Namespace // in a lab: the nodes', or those of their pods
-	subnets []netip.Prefix   // in a lab: the nodes'
+	near    []load.Place     // the ends that dial: at all nodes but the first
+	far     load.End         // the end that listens: at the first node
+	to      netip.Addr       // the far end's address
+	ends    []*lab.Namespace // in a lab: of the nodes or of their pods
+	subnets []netip.Prefix   // in a lab: of the nodes
 	daemons []daemon
 	labs    *lab.Lab
-	farCost func(context.Context) (cost, error) // of another machine; nil for this one
+	farCost func(context.Context) (cost, error) // reads the other machine's cost; nil in a lab
 	steal   float64                             // the highest share of CPU time that the hypervisor took
 	close   func() error
 }
@@ -42,13 +43,13 @@ type siteOptions struct {
 	profile lab.Profile
 	ends    string // Nodes or Pods
 	self    string // this program
-	bin     string // directory of culvert's programs; empty: found when it is needed
-	absent  int    // peers in the datapath's table that are not there
+	bin     string // directory of culvert's programs; empty: lab.FindBin when needed
+	absent  int    // number of peers in the datapath's table without a node
 }
 
 func localEnd(p load.Place) load.End { return load.Local{Place: p} }
 
-// nodeArgs are the arguments by which this program carries a part.
+// nodeArgs returns the arguments that make this program run a part.
 func nodeArgs(p Part) ([]string, error) {
 	text, err := json.Marshal(p)
 	return []string{"bench", "node", string(text)}, err
@@ -61,7 +62,7 @@ func (s *site) add(p process, runDir string) {
 	s.daemons = append(s.daemons, daemon{process: p, runDir: runDir})
 }
 
-// ready waits until the parts say that they are.
+// ready waits until all parts have printed nodeReady.
 func (s *site) ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
@@ -77,15 +78,17 @@ func (s *site) ready(ctx context.Context) error {
 		}
 	}
 	if s.datapath.kernel {
-		// They have done their part: what they cost now is not the datapath's.
+		// The kernel forwards the packets: the processes' cost is not the datapath's.
 		s.daemons = nil
 	}
 	return nil
 }
 
-// nodeFailed is how a command begins to say what went wrong.
+// nodeFailed begins the line in which culvert prints an error.
 const nodeFailed = "culvert: "
 
+// said returns the rest of the first line with the prefix among the last lines that
+// the process printed.
 func said(p process, prefix string) (string, bool) {
 	for line := range strings.Lines(p.Tail(20)) {
 		if rest, ok := strings.CutPrefix(line, prefix); ok {
@@ -95,7 +98,7 @@ func said(p process, prefix string) (string, bool) {
 	return "", false
 }
 
-// reach waits until a datagram from each node has passed.
+// reach waits until a datagram from each near end has arrived at the far end.
 func (s *site) reach(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
@@ -105,21 +108,22 @@ func (s *site) reach(ctx context.Context) error {
 			return dead
 		}
 		if err != nil {
-			return fmt.Errorf("nothing has come through to %s: %w", s.to, err)
+			return fmt.Errorf("no datagram has arrived at %s: %w", s.to, err)
 		}
 	}
 	return nil
 }
 
-// cost is what was spent up to a moment.
+// cost is a reading of counters: the difference of two is the cost of what happened in
+// between. RSS is the current value.
 type cost struct {
-	Machine  CPUTime `json:"machine"`  // of all machines that took part
+	Machine  CPUTime `json:"machine"`  // of all machines
 	Daemons  float64 `json:"daemons"`  // CPU seconds
 	RSS      float64 `json:"rss"`      // bytes, of the largest daemon
-	Syscalls uint64  `json:"syscalls"` // of the daemons, where they count them
-	Packets  uint64  `json:"packets"`  // that entered the tunnel, at any node
-	// Carried are the bytes that entered and left the tunnel where there is a fast
-	// path, and Fast those of them that took it.
+	Syscalls uint64  `json:"syscalls"` // of the daemons that count them
+	Packets  uint64  `json:"packets"`  // that entered the tunnel, at all nodes
+	// Carried are the bytes that entered and left the tunnel at nodes with a fast
+	// path, and Fast those of them that the fast path handled.
 	Carried uint64 `json:"carried,omitempty"`
 	Fast    uint64 `json:"fast,omitempty"`
 }

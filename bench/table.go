@@ -11,14 +11,14 @@ import (
 	"time"
 )
 
-// column is one figure of the table.
+// column is one figure of a table.
 type column struct {
 	workload string
 	metric   Metric
 	title    string
 }
 
-// section is a table of figures that belong together.
+// section is a table of related figures.
 type section struct {
 	title   string
 	columns []column
@@ -74,10 +74,10 @@ func sections() []section {
 	}
 }
 
-// worthless is the spread from which on a ratio says little.
+// worthless is the spread above which a ratio is not significant.
 const worthless = 0.25
 
-// Table writes the report for a person: each figure with its spread, and its
+// Table writes the report as tables for a terminal: each figure with its spread and its
 // ratio to the reference datapath's.
 func (r *Report) Table(w io.Writer, reference string) error {
 	var b strings.Builder
@@ -93,7 +93,7 @@ func (r *Report) Table(w io.Writer, reference string) error {
 	return err
 }
 
-// head says what was measured on, and how.
+// head writes a description of the machine and the method.
 func (r *Report) head(b *strings.Builder) {
 	m := r.Machine
 	fmt.Fprintf(b, "culvert %s, %s, Linux %s, %d x %s, governor %s, load %.2f\n",
@@ -134,7 +134,7 @@ func (r *Report) section(b *strings.Builder, underlay string, s section, referen
 	_ = t.Flush()
 }
 
-// columns are those of the section that the underlay has any figure of.
+// columns returns the section's columns for which the underlay has any figure.
 func (r *Report) columns(underlay string, s section) []column {
 	return slices.DeleteFunc(slices.Clone(s.columns), func(c column) bool {
 		return !slices.ContainsFunc(r.Results, func(x Result) bool {
@@ -143,7 +143,7 @@ func (r *Report) columns(underlay string, s section) []column {
 	})
 }
 
-// absent is shown in place of a figure that is not there.
+// absent returns the text to show in place of a missing figure.
 func (r *Report) absent(underlay, datapath string, c column) string {
 	if f, failed := r.failed(underlay, datapath, c.workload); failed && !f.Unavailable {
 		return "FAILED"
@@ -151,7 +151,7 @@ func (r *Report) absent(underlay, datapath string, c column) string {
 	return "-"
 }
 
-// ratio is the figure's to that of the reference, as the table shows it.
+// ratio returns the figure's ratio to the reference's, as the table shows it.
 func (r *Report) ratio(x Result, reference string) string {
 	ref, ok := r.Find(x.Underlay, reference, x.Workload, x.Metric)
 	if !ok || ref.Median == 0 {
@@ -175,8 +175,8 @@ func spread(x Result) string {
 	return fmt.Sprintf(" ±%.0f%%", x.Spread()*50)
 }
 
-// doubtful says that the two figures' rounds lie so far apart, and overlap, that
-// their order may be chance.
+// doubtful reports whether the spread of the two figures is large and their rounds
+// overlap, so that their order may be chance.
 func (r *Report) doubtful(x, ref Result) bool {
 	if x.key() == ref.key() {
 		return false
@@ -202,7 +202,7 @@ func (r *Report) missing(b *strings.Builder) {
 	}
 }
 
-// doubts lists the ratios that say nothing.
+// doubts lists the ratios that are doubtful.
 func (r *Report) doubts(b *strings.Builder, reference string) {
 	var doubts []string
 	for _, x := range r.Results {
@@ -213,7 +213,7 @@ func (r *Report) doubts(b *strings.Builder, reference string) {
 	}
 	if len(doubts) > 0 {
 		const most = 8
-		fmt.Fprintf(b, "\nWarning: rounds lie so far apart that these ratios to %s (marked ?), %d in all, say nothing:\n", reference, len(doubts))
+		fmt.Fprintf(b, "\nWarning: the rounds differ so much that these ratios to %s (marked ?), %d in all, are not significant:\n", reference, len(doubts))
 		for i, d := range doubts {
 			if i == most {
 				fmt.Fprintf(b, "  ... and %d more\n", len(doubts)-most)
@@ -224,7 +224,7 @@ func (r *Report) doubts(b *strings.Builder, reference string) {
 	}
 }
 
-// disturbed says what of the machine disturbed the measurements.
+// disturbed warns about CPU steal and a high load.
 func (r *Report) disturbed(b *strings.Builder) {
 	const muchSteal = 0.05
 	if r.Machine.Steal > muchSteal {
@@ -235,7 +235,7 @@ func (r *Report) disturbed(b *strings.Builder) {
 	}
 }
 
-// grouped joins failures that are the same on several underlays.
+// grouped merges failures that differ only in their underlay.
 func grouped(all []Failure) []Failure {
 	var out []Failure
 	for _, f := range all {
@@ -255,12 +255,12 @@ func (r *Report) underlays() []string {
 	return slices.DeleteFunc(Underlays(), func(u string) bool { return len(r.datapaths(u)) == 0 })
 }
 
-// datapaths returns those with a result, or a failure of a part, on the underlay, in order.
+// datapaths returns the datapaths with a result on the underlay, in display order.
 func (r *Report) datapaths(underlay string) []string {
 	return r.datapathsOf(func(x Result) bool { return x.Underlay == underlay })
 }
 
-// datapathsOf returns those with a result that is wanted, in order.
+// datapathsOf returns the datapaths with a result that is wanted, in display order.
 func (r *Report) datapathsOf(wanted func(Result) bool) []string {
 	var names []string
 	for _, x := range r.Results {
@@ -272,7 +272,7 @@ func (r *Report) datapathsOf(wanted func(Result) bool) []string {
 	return names
 }
 
-// figure shows a value with three digits that matter.
+// figure formats a value with three significant digits and at most three decimals.
 func figure(v float64) string {
 	digits := 0
 	if v != 0 {

@@ -16,9 +16,9 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestGeneratorCountsAsTheKernelDoes holds what the built-in generator says of
-// itself against the kernel's own counters: a datagram counted is a datagram
-// sent or received, and a byte of a stream is a byte of the link.
+// TestGeneratorCountsAsTheKernelDoes compares the built-in generator's counters with
+// the kernel's: datagrams sent and received with the UDP counters, and a stream's bytes
+// with the link's.
 func TestGeneratorCountsAsTheKernelDoes(t *testing.T) {
 	labtest.NeedTUN(t)
 	l := labtest.New(t, lab.Options{Nodes: 2, Underlay: lab.Direct})
@@ -75,7 +75,7 @@ func TestGeneratorCountsAsTheKernelDoes(t *testing.T) {
 		t.Fatal(err)
 	}
 	r = settled(sink)
-	// The headers of a packet are 66 of at least 1,514 bytes.
+	// Headers are 66 bytes per packet of at least 1,514 bytes.
 	if n := linkCounters(t, far).RxBytes - before; r.Bytes == 0 || n < r.Bytes || float64(n) > 1.1*float64(r.Bytes) {
 		t.Errorf("%d bytes of the stream, %d of the link", r.Bytes, n)
 	}
@@ -115,7 +115,7 @@ func udpCounter(t *testing.T, n *lab.Node, name string) uint64 {
 	return value
 }
 
-// linkCounters are those of the node's underlay link.
+// linkCounters returns the counters of the node's underlay link.
 func linkCounters(t *testing.T, n *lab.Node) netlink.LinkStatistics {
 	t.Helper()
 	var counters netlink.LinkStatistics

@@ -16,15 +16,15 @@ import (
 	"culvert/internal/api"
 )
 
-// wireGuard is wireguard-go as the library that it is. It encrypts, which the
-// others do not.
+// wireGuard is wireguard-go, used as a library. Unlike culvert's datapaths it
+// encrypts.
 type wireGuard struct {
 	name   string
 	device *device.Device
 }
 
-// wireGuardKey derives a node's key: the same at both ends, and of no use but
-// to a benchmark.
+// wireGuardKey derives a node's key pair from its index, so that both ends know it.
+// Such keys are not secret.
 func wireGuardKey(index int) (private []byte, public []byte, err error) {
 	seed := sha256.Sum256(fmt.Appendf(nil, "culvert bench wireguard-go node %d", index))
 	key, err := ecdh.X25519().NewPrivateKey(seed[:])
@@ -49,7 +49,7 @@ func openWireGuard(p Part, log *slog.Logger) (carrier, error) {
 	}
 	t, err := tun.CreateTUN(p.device(), device.DefaultMTU)
 	if err != nil {
-		return nil, fmt.Errorf("making the TUN device %s: %w", p.device(), err)
+		return nil, fmt.Errorf("creating the TUN device %s: %w", p.device(), err)
 	}
 	w := &wireGuard{name: p.device(), device: device.NewDevice(t, conn.NewDefaultBind(), &device.Logger{
 		Verbosef: device.DiscardLogf,
@@ -73,11 +73,11 @@ func (w *wireGuard) Run(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	case <-w.device.Wait():
-		return errors.New("wireguard-go ended")
+		return errors.New("wireguard-go stopped")
 	}
 }
 
-// Status has no counters: the library keeps none of its system calls.
+// Status has no counters: the library does not count its system calls.
 func (w *wireGuard) Status() api.Datapath {
 	return api.Datapath{WireFormat: "wireguard", Kind: "userspace", Device: w.name}
 }

@@ -6,8 +6,7 @@ import (
 	"strings"
 )
 
-// Names for a reader of a page, where the names of the flags would have to be
-// explained.
+// Descriptive names for pages, in place of the flags' names.
 var (
 	underlayTitles = map[string]string{
 		"offload": "everything offloaded: packets of 64 KB cross the link in one piece",
@@ -27,7 +26,7 @@ var (
 	}
 )
 
-// readable is the datapath's name for a reader.
+// readable returns the datapath's title for pages.
 func readable(name string) string {
 	d, ok := FindDatapath(name)
 	title := d.Title
@@ -40,7 +39,7 @@ func readable(name string) string {
 	return title
 }
 
-// title is the column's figure for a reader.
+// readable returns the column's title for pages.
 func (c column) readable() string {
 	for _, w := range workloads() {
 		if w.name == c.workload {
@@ -50,36 +49,35 @@ func (c column) readable() string {
 	return c.title
 }
 
-// A question is what people ask of a benchmark: one datapath against another.
+// question is a question that the summary answers by comparing two datapaths.
 type question struct {
 	ask string
-	// pairs of a datapath and what it is compared with: the first of which the
-	// report has both.
+	// pairs of datapaths to compare; the first pair with figures in the report is used.
 	pairs [][2]string
 	note  string
 }
 
 func questions() []question {
 	return []question{
-		{"What does culvert take by itself, and what does that give?", [][2]string{{"vxlan/auto", "vxlan/kernel"}}, ""},
-		{"What does the fast path give?", [][2]string{{"vxlan/kernel+fast", "vxlan/kernel"}}, "Both drive the same device of the kernel's."},
-		{"What does the fast path give below which the loop runs?", [][2]string{{"vxlan/userspace+fast", "vxlan/userspace"}}, ""},
+		{"How fast is the datapath that culvert chooses by default?", [][2]string{{"vxlan/auto", "vxlan/kernel"}}, ""},
+		{"What does the fast path give?", [][2]string{{"vxlan/kernel+fast", "vxlan/kernel"}}, "Both use the same kernel device."},
+		{"What does the fast path give with the userspace datapath?", [][2]string{{"vxlan/userspace+fast", "vxlan/userspace"}}, ""},
 		{"Userspace or the kernel?", [][2]string{{"vxlan/userspace", "vxlan/kernel"}, {"ipip/userspace", "ipip/kernel"}}, ""},
-		{"What does an overlay cost, against plain routes?", [][2]string{{"vxlan/kernel", "host-gw"}, {"vxlan/userspace", "host-gw"}, {"vxlan/kernel", "native"}, {"vxlan/userspace", "native"}}, "Plain routes need nodes that reach each other without a router between them."},
+		{"What does an overlay cost, against plain routes?", [][2]string{{"vxlan/kernel", "host-gw"}, {"vxlan/userspace", "host-gw"}, {"vxlan/kernel", "native"}, {"vxlan/userspace", "native"}}, "Plain routes need nodes on one link, without a router between them."},
 		{"IPIP or VXLAN?", [][2]string{{"ipip/kernel", "vxlan/kernel"}, {"ipip/userspace", "vxlan/userspace"}}, ""},
-		{"What does encryption cost?", [][2]string{{"wireguard-go", "vxlan/userspace"}, {"nebula", "vxlan/userspace"}, {"wireguard-go", "vxlan/kernel"}}, "These are two programs, which differ in more than the cipher; both are in userspace."},
-		{"Culvert or flannel, both with the kernel's device?", [][2]string{{"vxlan/kernel", "flannel-vxlan"}}, "Culvert's rules, which drop what no peer may send, are part of this."},
+		{"What does encryption cost?", [][2]string{{"wireguard-go", "vxlan/userspace"}, {"nebula", "vxlan/userspace"}, {"wireguard-go", "vxlan/kernel"}}, "The two programs differ in more than encryption."},
+		{"Culvert or flannel, both with the kernel's device?", [][2]string{{"vxlan/kernel", "flannel-vxlan"}}, "This includes culvert's firewall rules, which drop packets that are not from peers."},
 	}
 }
 
-// answer is what the report says to a question.
+// answer is the report's answer to a question.
 type answer struct {
 	Question, Pair, Note string
-	Says                 []fact   // what is better, worse, and so on
+	Says                 []fact   // the figures that are better, worse, and so on
 	Lines                []string // the same by underlay
 }
 
-// answers are those that the report has figures for.
+// answers returns the answers for which the report has figures.
 func (r *Report) answers() []answer {
 	var all []answer
 	for _, q := range questions() {
@@ -97,11 +95,11 @@ func (r *Report) answers() []answer {
 	return all
 }
 
-// difference is from what share on a difference is one in words.
+// difference is the smallest relative difference that the summary mentions.
 const difference = EffectFloor
 
-// against says in words how one datapath compares with another in what users feel
-// first: in short, and a line for each by underlay.
+// against compares the felt figures of two datapaths in words: a summary, and a line
+// per figure with the underlays.
 func (r *Report) against(datapath, other string) (says []fact, lines []string) {
 	verdicts := map[string][]string{}
 	for _, f := range felt {
@@ -152,7 +150,7 @@ func (r *Report) against(datapath, other string) (says []fact, lines []string) {
 	return says, lines
 }
 
-// What a comparison over all underlays comes to.
+// Verdicts of a comparison over all underlays.
 const (
 	better  = "Better"
 	worse   = "Worse"
@@ -167,7 +165,7 @@ func times(q float64) string {
 	return fmt.Sprintf("%.2f×", q)
 }
 
-// span is the least and the greatest ratio, or the one that both are.
+// span formats a range of ratios, or one ratio if both are shown alike.
 func span(least, most float64) string {
 	if times(least) == times(most) {
 		return times(least)
@@ -175,8 +173,8 @@ func span(least, most float64) string {
 	return times(least) + " to " + times(most)
 }
 
-// judge is 1 where a datapath is better than the reference, -1 where it is worse,
-// and 0 where they hardly differ or their rounds do not agree on it.
+// judge returns 1 if the datapath is better than the reference, -1 if it is worse, and
+// 0 if they differ by less than difference or the rounds disagree.
 func (q Ratio) judge(m Metric) int {
 	switch {
 	case math.Abs(q.Median-1) < difference || q.Min <= 1 && 1 <= q.Max:
@@ -187,18 +185,18 @@ func (q Ratio) judge(m Metric) int {
 	return -1
 }
 
-// judged is a datapath's figure beside the reference's, for a drawing.
+// judged is a datapath's figure and its ratio to the reference, for a chart.
 type judged struct {
 	name   string
 	x      Result
 	q      Ratio
-	ratio  bool // there is one
+	ratio  bool // q is valid
 	judge  int
 	self   bool // it is the reference
 	failed bool
 }
 
-// judgedOn are the datapaths of an underlay with the figure.
+// judgedOn returns the underlay's datapaths that have the figure or failed.
 func (r *Report) judgedOn(underlay string, c column, reference string) []judged {
 	var all []judged
 	ref, _ := r.Find(underlay, reference, c.workload, c.metric)

@@ -14,21 +14,21 @@ import (
 // workload is one kind of traffic.
 type workload struct {
 	name    string
-	title   string // for a reader
-	about   string
-	streams int  // of TCP
-	reverse bool // TCP from the far end to the near one
-	payload int  // bytes of UDP
-	rr, crr bool
-	loaded  bool // requests beside one TCP stream, which is reverse or not
-	fair    bool // the streams' shares count
-	flood   int  // bytes of UDP datagrams that are sent beside the streams, as fast as can be
+	title   string // shown on pages
+	about   string // shown in help
+	streams int    // number of TCP streams
+	reverse bool   // the TCP stream goes from the far end to the near one
+	payload int    // bytes per UDP datagram
+	rr, crr bool   // requests on one connection; a connection per request
+	loaded  bool   // requests while one TCP stream runs, which may be reverse
+	fair    bool   // measure the streams' shares
+	flood   int    // bytes per UDP datagram of a flood while the streams run
 }
 
-// plain says that there is nothing but streams, or datagrams.
+// plain reports whether the workload is only streams or only datagrams.
 func (w workload) plain() bool { return !w.rr && !w.crr && !w.fair && w.flood == 0 }
 
-// mostStreams is how many streams a sender has at most.
+// mostStreams is the maximum number of streams per sender.
 const mostStreams = 16
 
 func workloads() []workload {
@@ -49,8 +49,7 @@ func workloads() []workload {
 	}
 }
 
-// Workloads returns the names of the workloads, in the order in which they are
-// shown.
+// Workloads returns the names of the workloads in display order.
 func Workloads() []string {
 	var names []string
 	for _, w := range workloads() {
@@ -59,16 +58,16 @@ func Workloads() []string {
 	return names
 }
 
-// method is how each measurement is made.
+// method is how each measurement is done.
 type method struct {
 	warmup, duration time.Duration
-	lossfree         bool // search for the highest rate without loss
+	lossfree         bool // search the highest rate without loss
 }
 
-// generator makes the traffic of a workload and measures it.
+// generator generates the traffic of a workload and measures it.
 type generator interface {
 	measure(ctx context.Context, s *site, w workload, m method) (figures, error)
-	// takes is about how long that is.
+	// takes estimates how long measure takes.
 	takes(w workload, m method) time.Duration
 }
 
@@ -87,8 +86,9 @@ func generatorOf(name string) generator {
 // figures are the values of one measurement.
 type figures map[Metric]float64
 
-// measured runs fn for the duration of the method after the warm-up, and adds
-// what it cost to the figures. Between two readings of the receiver fn sleeps.
+// measured reads the receiver after the warm-up and again after the method's
+// duration. It returns the cost figures of that time and the bytes and packets per
+// second between the two readings.
 func measured(ctx context.Context, s *site, m method, read func() (load.Reading, error)) (f figures, bytes, packets float64, err error) {
 	if err := sleep(ctx, m.warmup); err != nil {
 		return nil, 0, 0, err
@@ -122,7 +122,7 @@ func measured(ctx context.Context, s *site, m method, read func() (load.Reading,
 	return f, bytes, packets, nil
 }
 
-// charge adds to the figures what it cost to receive so many bytes.
+// charge adds the cost of receiving the given number of bytes to the figures.
 func (s *site) charge(f figures, spent, total cost, bytes float64) {
 	machine := total.Machine.since(spent.Machine)
 	s.steal = max(s.steal, machine.stolen())
@@ -148,7 +148,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// builtin is the generator of package load.
+// builtin is the generator that uses package load.
 type builtin struct{}
 
 func (builtin) takes(w workload, m method) time.Duration {
@@ -208,10 +208,10 @@ func (builtin) streams(ctx context.Context, s *site, w workload, m method) (_ fi
 	return f, nil
 }
 
-// fairness says how evenly n streams shared what they carried between two
-// readings: Jain's index, (sum x)^2 / (n sum x^2), which is 1 if all had the same
-// and 1/n if one had all (R. Jain, DEC-TR-301, 1984), and the least and the
-// greatest share as a multiple of an even one.
+// fairness returns how evenly n streams shared the bytes between two readings:
+// Jain's index, (sum x)^2 / (n sum x^2), which is 1 if all are equal and 1/n if one
+// has everything (R. Jain, DEC-TR-301, 1984), and the least and the greatest share as
+// a multiple of an equal one.
 func fairness(before, after load.Reading, n int) figures {
 	shares := make([]float64, max(n, len(after.Streams)))
 	sum, squares := 0.0, 0.0
@@ -233,8 +233,8 @@ func fairness(before, after load.Reading, n int) figures {
 	}
 }
 
-// flooded measures what a TCP stream gets beside a flood of datagrams, which may
-// be nothing, and what arrives of those.
+// flooded measures a TCP stream's throughput during a flood of datagrams, which may
+// be 0, and the rate of datagrams received.
 func (builtin) flooded(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
 	sink, err := s.far.Open(ctx, load.Spec{Kind: load.Sink, At: s.to})
 	if err != nil {
@@ -301,25 +301,26 @@ func (b builtin) datagrams(ctx context.Context, s *site, w workload, m method) (
 	}
 	rate, err := b.lossfree(ctx, s, w, m, far, f[Rate]*1e3)
 	if err != nil {
-		return nil, fmt.Errorf("searching the highest rate without loss: %w", err)
+		return nil, fmt.Errorf("searching for the highest rate without loss: %w", err)
 	}
 	f[RateLossfree] = rate / 1e3
 	return f, nil
 }
 
 const (
-	// lossfreeSteps is how many rates the search tries.
+	// lossfreeSteps is the number of rates that the search tries.
 	lossfreeSteps = 6
-	// mostLoss is the share of datagrams that may be lost at a rate that counts
-	// as free of loss.
+	// mostLoss is the share of lost datagrams below which a rate counts as without
+	// loss.
 	mostLoss = 0.001
 )
 
 // probe is how long the search tries each rate.
 func (m method) probe() time.Duration { return m.duration / 3 }
 
-// lossfree searches, by halving, the highest rate per second at which fewer
-// than mostLoss of the datagrams are lost. The rate at full speed bounds it.
+// lossfree finds by bisection the highest rate, in datagrams per second, at which
+// less than mostLoss of the datagrams are lost. It searches up to 1.1 times full, the
+// rate received at full speed.
 func (builtin) lossfree(ctx context.Context, s *site, w workload, m method, far load.Session, full float64) (float64, error) {
 	try := func(rate float64) (received float64, lost float64, err error) {
 		if err := settle(ctx, far); err != nil {
@@ -353,7 +354,7 @@ func (builtin) lossfree(ctx context.Context, s *site, w workload, m method, far 
 			return 0, err
 		}
 		if lost < mostLoss {
-			// What arrived, in case the sender was the one that could not.
+			// Count what arrived: the sender may have been too slow for the rate.
 			best, low = max(best, received), next
 		} else {
 			high = next
@@ -365,7 +366,7 @@ func (builtin) lossfree(ctx context.Context, s *site, w workload, m method, far 
 	}
 }
 
-// settle waits until nothing more arrives.
+// settle waits until no more packets arrive.
 func settle(ctx context.Context, far load.Session) error {
 	var last uint64
 	for {
@@ -408,8 +409,8 @@ func (builtin) requests(ctx context.Context, s *site, w workload, m method) (_ f
 		if err != nil {
 			return nil, err
 		}
-		// What the stream carries meanwhile, the requests' warm-up included: a
-		// datapath that answers quickly by starving it is not to look good.
+		// Report the stream's throughput too (over the requests' warm-up as well): a
+		// datapath must not look good by starving the stream.
 		defer func() {
 			if err != nil {
 				return

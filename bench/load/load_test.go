@@ -11,13 +11,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	Quiet(8) // else calls that the scheduler does not know of hold all processors
+	Quiet(8) // otherwise raw system calls could block all of GOMAXPROCS
 	goleak.VerifyTestMain(m)
 }
 
 var loopback = []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("::1")}
 
-// here are two near ends.
+// here is two near ends.
 var here = []Place{Here{}, Here{}}
 
 func openSession(t *testing.T, kind Kind, at netip.Addr) Session {
@@ -25,7 +25,7 @@ func openSession(t *testing.T, kind Kind, at netip.Addr) Session {
 	s, err := Local{Here{}}.Open(t.Context(), Spec{Kind: kind, At: at, Near: len(here)})
 	if err != nil {
 		if at.Is6() {
-			t.Skipf("no IPv6 here: %v", err)
+			t.Skipf("no IPv6 on this machine: %v", err)
 		}
 		t.Fatal(err)
 	}
@@ -103,7 +103,7 @@ func TestPacedDatagrams(t *testing.T) {
 		t.Errorf("%d sent in %s at %d per second", near.Sent(), took, perSecond)
 	}
 	if got.First <= 0 || got.First > got.Nanoseconds {
-		t.Errorf("the first came at %d of %d", got.First, got.Nanoseconds)
+		t.Errorf("the first datagram arrived at %d ns, and the reading is of %d ns", got.First, got.Nanoseconds)
 	}
 }
 
@@ -121,7 +121,7 @@ func TestRequestsAndConnections(t *testing.T) {
 		}
 		r, err := far.Reading()
 		if err != nil || float64(r.Packets) < perSecond*0.09 {
-			t.Errorf("%g per second, and the far end counts %d: %v", perSecond, r.Packets, err)
+			t.Errorf("%g connections per second, but the far end counted %d: %v", perSecond, r.Packets, err)
 		}
 	}
 }
@@ -150,13 +150,13 @@ func TestNobodyThere(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := StartStreams(here, to, 1, false); err == nil {
-		t.Error("a stream to nobody")
+		t.Error("a stream to a closed session succeeded")
 	}
 	if _, err := Requests(t.Context(), here, to, 0, time.Second); err == nil {
-		t.Error("requests to nobody")
+		t.Error("requests to a closed session succeeded")
 	}
 	if _, err := (Local{Here{}}).Open(t.Context(), Spec{Kind: "teapot", At: loopback[0]}); err == nil {
-		t.Error("a session of no kind")
+		t.Error("Open accepted an unknown kind")
 	}
 }
 

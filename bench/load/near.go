@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// connectTime is how long a connection may take.
+// connectTime limits a connect, and the wait for an answer.
 const connectTime = 3 * time.Second
 
 // dial opens a TCP connection from a place.
@@ -31,11 +31,11 @@ type Streams struct {
 	conns   []*socket
 	stop    atomic.Bool
 	threads threads
-	counter // of what came back, with Reverse
+	counter // of what is received, if reverse
 }
 
-// StartStreams opens n streams from each place to a session: to a Sink they
-// send, from a Source they receive.
+// StartStreams opens n streams from each place to a session. They send to a Sink or,
+// with reverse, receive from a Source.
 func StartStreams(from []Place, to netip.AddrPort, n int, reverse bool) (*Streams, error) {
 	s := &Streams{}
 	for _, p := range from {
@@ -58,10 +58,10 @@ func StartStreams(from []Place, to netip.AddrPort, n int, reverse bool) (*Stream
 	return s, nil
 }
 
-// Reading returns what has arrived here.
+// Reading returns what the near ends have received.
 func (s *Streams) Reading() (Reading, error) { return s.reading(), s.threads.err() }
 
-// Close ends the streams and waits for their threads.
+// Close closes the streams and waits for their threads.
 func (s *Streams) Close() error {
 	s.stop.Store(true)
 	for _, c := range s.conns {
@@ -82,8 +82,8 @@ type Datagrams struct {
 	sent    atomic.Uint64
 }
 
-// StartDatagrams sends datagrams of size bytes of payload from each place, at
-// perSecond of them in all or, if that is zero, as fast as it can.
+// StartDatagrams sends datagrams with size bytes of payload from each place: in total
+// perSecond of them or, if that is zero, as fast as possible.
 func StartDatagrams(from []Place, to netip.AddrPort, size int, perSecond float64) (*Datagrams, error) {
 	d := &Datagrams{}
 	for _, p := range from {
@@ -114,7 +114,7 @@ func (d *Datagrams) flood(s *socket, buf []byte) error {
 	return nil
 }
 
-// pace is how often a paced sender wakes and sends what is due.
+// pace is the interval at which a paced sender wakes up and sends what is due.
 const pace = 100 * time.Microsecond
 
 func (d *Datagrams) paced(s *socket, buf []byte, perSecond float64) error {
@@ -123,8 +123,8 @@ func (d *Datagrams) paced(s *socket, buf []byte, perSecond float64) error {
 	sleep := unix.NsecToTimespec(pace.Nanoseconds())
 	for !d.stop.Load() {
 		due := uint64(time.Since(start).Seconds() * perSecond)
-		// What a lost time slice left undone is made up for slowly, as it would
-		// be by many independent senders, and not in one flood.
+		// After a lost time slice catch up slowly, as many independent senders would,
+		// and not in one burst.
 		for burst := max(2*uint64(perSecond*pace.Seconds()), 8); sent < due && burst > 0; burst-- {
 			if err := d.one(s, buf); err != nil {
 				return err
@@ -148,10 +148,10 @@ func (d *Datagrams) one(s *socket, buf []byte) error {
 	return nil
 }
 
-// Sent is how many datagrams have left.
+// Sent returns the number of datagrams sent.
 func (d *Datagrams) Sent() uint64 { return d.sent.Load() }
 
-// Close ends the streams and waits for their threads.
+// Close stops the senders and waits for their threads.
 func (d *Datagrams) Close() error {
 	d.stop.Store(true)
 	d.threads.wg.Wait()
@@ -161,9 +161,9 @@ func (d *Datagrams) Close() error {
 	return d.threads.err()
 }
 
-// Requests sends one byte from each place to an Echo and waits for it, again and
-// again, for the warm-up and then for the duration, and returns how long each
-// took in the latter, sorted.
+// Requests sends one byte from each place to an Echo and waits for the answer,
+// repeatedly, for the warm-up and then for the duration. It returns the sorted
+// round-trip times of the latter.
 func Requests(ctx context.Context, from []Place, to netip.AddrPort, warmup, duration time.Duration) ([]time.Duration, error) {
 	var all []*requests
 	var stop atomic.Bool
@@ -177,7 +177,7 @@ func Requests(ctx context.Context, from []Place, to netip.AddrPort, warmup, dura
 		if err != nil {
 			return nil, err
 		}
-		const atMost = 1 << 17 // per second: none is as fast
+		const atMost = 1 << 17 // requests per second: more than any datapath reaches
 		all = append(all, &requests{socket: s, took: make([]time.Duration, 0, int(duration.Seconds()*atMost)+1)})
 	}
 	defer context.AfterFunc(ctx, func() {
@@ -208,7 +208,7 @@ func Requests(ctx context.Context, from []Place, to netip.AddrPort, warmup, dura
 	return took, nil
 }
 
-// requests are those of one connection, and how long each took.
+// requests is one connection and the round-trip times of its requests.
 type requests struct {
 	*socket
 	took []time.Duration
@@ -220,8 +220,8 @@ func (r *requests) run(stop *atomic.Bool, warmup, duration time.Duration) error 
 	end := begin.Add(duration)
 	for !stop.Load() {
 		start := time.Now()
-		// One answer is waited for, however long: one that came late in the
-		// warm-up may have taken all of the time.
+		// Measure at least one request, even if one that began in the warm-up took
+		// all of the time.
 		if start.After(end) && len(r.took) > 0 || len(r.took) == cap(r.took) {
 			return nil
 		}
@@ -253,16 +253,16 @@ func (r *requests) run(stop *atomic.Bool, warmup, duration time.Duration) error 
 	return nil
 }
 
-// Quantile returns the value below which the share q of the sorted values is.
+// Quantile returns the q-quantile of the sorted values, with q from 0 to 1.
 func Quantile(sorted []time.Duration, q float64) time.Duration {
 	i := int(q * float64(len(sorted)))
 	return sorted[min(i, len(sorted)-1)]
 }
 
-// Connections opens a connection from each place to an Accept, sends a byte,
-// gets one, closes, again and again, one after the other, and returns how many
-// all of them made per second. It closes by a reset, so that neither end runs
-// out of ports.
+// Connections repeatedly opens a connection from each place to an Accept, sends a
+// byte, receives one and closes. It returns the connections per second of all places
+// together. It closes with a reset, so that no connection stays in TIME_WAIT and
+// neither end runs out of ports.
 func Connections(ctx context.Context, from []Place, to netip.AddrPort, warmup, duration time.Duration) (float64, error) {
 	perSecond := make([]float64, len(from))
 	var t threads
@@ -284,7 +284,7 @@ func Connections(ctx context.Context, from []Place, to netip.AddrPort, warmup, d
 			perSecond[i] = float64(made) / time.Since(start).Seconds()
 			return ctx.Err()
 		}
-		// The place is entered once for all of them, not for each.
+		// Enter the place once, not for each connection.
 		t.start(func() error { return p.Do(pinned(false, loop)) })
 	}
 	t.wg.Wait()
@@ -316,12 +316,12 @@ func connection(to netip.AddrPort, buf []byte) error {
 		return os.NewSyscallError("recv", e)
 	}
 	if n != 1 {
-		return errors.New("a connection was closed before it was answered")
+		return errors.New("the far end closed a connection before it answered")
 	}
 	return nil
 }
 
-// Reach sends datagrams until one has arrived, or ctx ends.
+// Reach sends datagrams until one has arrived at the far end, or ctx ends.
 func Reach(ctx context.Context, p Place, far End, at netip.Addr) error {
 	session, err := far.Open(ctx, Spec{Kind: Drain, At: at})
 	if err != nil {
@@ -334,7 +334,7 @@ func Reach(ctx context.Context, p Place, far End, at netip.Addr) error {
 	}
 	defer s.close()
 	for {
-		_, _ = s.send([]byte("culvert bench")) // refused or lost: the next may pass
+		_, _ = s.send([]byte("culvert bench")) // on an error send the next
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

@@ -5,17 +5,17 @@ import (
 	"runtime/debug"
 )
 
-// Quiet keeps the runtime of this process out of the measurements: there are
-// processors for every thread that sits in a system call, with so many streams
-// at once, and no collection of garbage while traffic runs. The returned function
-// undoes it.
+// Quiet keeps the Go runtime of this process from disturbing measurements with the
+// given number of streams: it raises GOMAXPROCS, so that threads in raw system calls
+// do not block goroutines, and disables garbage collection. The returned function
+// restores both.
 func Quiet(streams int) (undo func()) {
 	const rest = 16
-	const most = 1024                                         // more cost the runtime more than they save
-	before := runtime.GOMAXPROCS(min(2*streams, most) + rest) // a thread at each end
+	const most = 1024                                         // above this the runtime's own cost grows too large
+	before := runtime.GOMAXPROCS(min(2*streams, most) + rest) // each stream has a thread at each end
 	collect := debug.SetGCPercent(-1)
-	// Of what is made between the measurements little remains; what does may
-	// grow to this many bytes before it is collected all the same.
+	// Reports and logs still allocate between measurements: collect garbage when
+	// the memory reaches this limit.
 	limit := debug.SetMemoryLimit(512 << 20)
 	return func() {
 		debug.SetMemoryLimit(limit)

@@ -13,36 +13,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Kind is what the far end does with what comes.
+// Kind is what the far end does.
 type Kind string
 
 // The kinds of far ends.
 const (
 	Sink   Kind = "sink"   // receives TCP streams
-	Source Kind = "source" // sends on TCP streams that the near end opens
+	Source Kind = "source" // sends on TCP streams that near ends open
 	Drain  Kind = "drain"  // receives UDP datagrams
 	Echo   Kind = "echo"   // answers each byte on a TCP connection
 	Accept Kind = "accept" // answers one byte on each of many TCP connections
 )
 
-// Spec asks a far end for a session.
+// Spec describes a session.
 type Spec struct {
 	Kind Kind       `json:"kind"`
-	At   netip.Addr `json:"at"`             // where it listens
-	Near int        `json:"near,omitempty"` // how many dial an Accept at once; 1 if zero
+	At   netip.Addr `json:"at"`             // address to listen on
+	Near int        `json:"near,omitempty"` // number of near ends that dial an Accept at once; 1 if zero
 }
 
-// Reading is what a receiver has got, up to a moment of its own clock.
+// Reading is what a receiver has received until a moment of its own clock.
 type Reading struct {
-	Nanoseconds int64  `json:"ns"` // of the receiver's monotonic clock
+	Nanoseconds int64  `json:"ns"` // the receiver's monotonic clock
 	Bytes       uint64 `json:"bytes"`
-	Packets     uint64 `json:"packets"`
-	First       int64  `json:"first"` // when the first datagram came, by the same clock
-	// Streams are the bytes of each stream that a Sink has accepted, in that order.
+	Packets     uint64 `json:"packets"` // datagrams of a Drain, connections of an Accept
+	First       int64  `json:"first"`   // when the first datagram arrived, by the same clock
+	// Streams are the bytes of each stream of a Sink, in the order of accept.
 	Streams []uint64 `json:"streams,omitempty"`
 }
 
-// Since returns bytes and packets per second from an earlier reading on.
+// Since returns the bytes and packets per second since an earlier reading.
 func (r Reading) Since(earlier Reading) (bytes, packets float64) {
 	d := float64(r.Nanoseconds-earlier.Nanoseconds) / 1e9
 	if d <= 0 {
@@ -55,17 +55,17 @@ var epoch = time.Now()
 
 func now() int64 { return time.Since(epoch).Nanoseconds() }
 
-// End is an end that listens: Local, or Remote.
+// End is an end that listens: Local or bench.Remote.
 type End interface {
-	// Open makes a session; the caller closes it.
+	// Open opens a session. The caller closes it.
 	Open(ctx context.Context, s Spec) (Session, error)
 }
 
-// Session is one listening socket and what came of it.
+// Session is a listening socket, the connections accepted on it, and counters.
 type Session interface {
-	// Addr is where to dial.
+	// Addr is the address to dial.
 	Addr() netip.AddrPort
-	// Reading returns what has arrived; the error, if anything went wrong.
+	// Reading returns the counters, and the errors of the session's threads so far.
 	Reading() (Reading, error)
 	Close() error
 }
@@ -86,10 +86,10 @@ type session struct {
 
 	mu    sync.Mutex
 	conns []*socket
-	own   []*atomic.Uint64 // of each stream of a Sink: its bytes
+	own   []*atomic.Uint64 // bytes of each stream of a Sink
 }
 
-// counter is what receiving threads add to.
+// counter is the sum over all receiving threads.
 type counter struct {
 	bytes, packets atomic.Uint64
 	first          atomic.Int64
@@ -99,7 +99,7 @@ func (c *counter) reading() Reading {
 	return Reading{Nanoseconds: now(), Bytes: c.bytes.Load(), Packets: c.packets.Load(), First: c.first.Load()}
 }
 
-// Open makes a session.
+// Open opens a session in the end's place.
 func (l Local) Open(_ context.Context, spec Spec) (Session, error) {
 	s := &session{spec: spec}
 	var err error
@@ -109,7 +109,7 @@ func (l Local) Open(_ context.Context, spec Spec) (Session, error) {
 	case Drain:
 		err = s.drain(l.Place)
 	default:
-		return nil, fmt.Errorf("%q is no kind of session", spec.Kind)
+		return nil, fmt.Errorf("unknown kind of session %q", spec.Kind)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("opening the far end (%s) at %s: %w", spec.Kind, spec.At, err)
@@ -129,7 +129,7 @@ func (s *session) Reading() (Reading, error) {
 	return r, s.threads.err()
 }
 
-// Close ends the session and waits for its threads.
+// Close closes the session's sockets and waits for its threads.
 func (s *session) Close() error {
 	s.stop.Store(true)
 	s.socket.shutdown()
@@ -149,7 +149,7 @@ func (s *session) Close() error {
 func (s *session) listen(p Place) error {
 	var err error
 	s.socket, err = open(p, unix.SOCK_STREAM, s.spec.At, func(l *socket) error {
-		// Congestion control and options are inherited by what is accepted.
+		// Accepted sockets inherit the congestion control.
 		err := errors.Join(l.cubic(), l.bind(netip.AddrPortFrom(s.spec.At, 0)))
 		if err == nil {
 			err = os.NewSyscallError("listen", unix.Listen(l.fd, 1024))
@@ -194,10 +194,11 @@ func (s *session) accept() error {
 			return err
 		}
 		if s.spec.Kind == Accept {
-			// One after the other, on this thread: a near end waits for each.
+			// Handle one connection at a time on this thread: the near end opens the
+			// next only after this one.
 			if n, e := c.receiveOne(one); n == 1 && e == 0 && c.sendOne(one) == 0 {
 				s.packets.Add(1)
-				_, _ = c.receiveOne(one) // until the near end closes
+				_, _ = c.receiveOne(one) // wait until the near end closes
 			}
 			c.close()
 			continue
@@ -225,7 +226,7 @@ func (s *session) drain(p Place) error {
 	var err error
 	s.socket, err = open(p, unix.SOCK_DGRAM, s.spec.At, func(u *socket) error {
 		if unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, UDPBuffer) != nil {
-			_ = unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, UDPBuffer) // as much as one may
+			_ = unix.SetsockoptInt(u.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, UDPBuffer) // the kernel limits it to rmem_max
 		}
 		err := u.bind(netip.AddrPortFrom(s.spec.At, 0))
 		if err == nil {
@@ -240,12 +241,12 @@ func (s *session) drain(p Place) error {
 	return nil
 }
 
-// gatherFor is how long the receiver of datagrams sleeps when it has them all.
+// gatherFor is how long the receiver of datagrams sleeps when the socket is empty.
 const gatherFor = 50 * time.Microsecond
 
-// gather takes the datagrams that are there, then sleeps. Were it to wait in the
-// call, a sender would have to wake it for nearly each one, and on the
-// processor that sends: 240,000 per second were the limit instead of 290,000.
+// gather receives all datagrams in the socket's buffer, then sleeps. If it blocked in
+// recv instead, the sending processor would have to wake it up for nearly every
+// datagram: the limit was then 240,000 datagrams per second instead of 290,000.
 func (s *session) gather() error {
 	defer preciseSleep()()
 	buf := make([]byte, 64<<10)
@@ -269,8 +270,8 @@ func (s *session) gather() error {
 	return nil
 }
 
-// receiveStream reads until the other side closes or stop is set. The stream's
-// own share is added to own, if it is not nil.
+// receiveStream reads until the other end closes or stop is set. It adds the bytes to
+// all and, if own is not nil, to own.
 func receiveStream(c *socket, stop *atomic.Bool, all *counter, own *atomic.Uint64) error {
 	buf := make([]byte, chunk)
 	for !stop.Load() {
@@ -293,7 +294,7 @@ func receiveStream(c *socket, stop *atomic.Bool, all *counter, own *atomic.Uint6
 	return nil
 }
 
-// sendStream writes until the other side closes or stop is set.
+// sendStream writes until the other end closes or stop is set.
 func sendStream(c *socket, stop *atomic.Bool) error {
 	buf := make([]byte, chunk)
 	for i := range buf {
@@ -312,7 +313,7 @@ func sendStream(c *socket, stop *atomic.Bool) error {
 	return nil
 }
 
-// echo answers each byte.
+// echo sends each byte back until the other end closes or stop is set.
 func echo(c *socket, stop *atomic.Bool) error {
 	buf := make([]byte, 1)
 	for !stop.Load() {

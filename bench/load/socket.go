@@ -13,9 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Place is where sockets are opened: *lab.Namespace, or Here.
+// Place is a network namespace in which sockets are opened: *lab.Namespace or Here.
 type Place interface {
-	// Do calls the function on a thread that is in the place.
+	// Do calls fn on a thread in the namespace.
 	Do(fn func() error) error
 }
 
@@ -25,21 +25,21 @@ type Here struct{}
 // Do calls fn.
 func (Here) Do(fn func() error) error { return fn() }
 
-// Congestion is the congestion control of every TCP socket: one that does not
-// pace, so that the datapath is measured and not the pacing.
+// Congestion is the congestion control of all TCP sockets. It must not pace, since
+// then the pacing would be measured instead of the datapath.
 const Congestion = "cubic"
 
 const (
-	// chunk is how much one read or write of a TCP stream moves: as iperf3's.
+	// chunk is the size of one read or write of a TCP stream, in bytes: iperf3's.
 	chunk = 128 << 10
-	// UDPBuffer is the receive buffer of UDP sockets, in bytes: enough for
-	// what arrives while the receiver waits for a core.
+	// UDPBuffer is the receive buffer of UDP sockets, in bytes: enough for what
+	// arrives while the receiver waits for a processor.
 	UDPBuffer = 4 << 20
-	// nap is how long a blocked call sleeps before it looks whether to stop.
+	// nap is how long a call blocks before its thread checks whether to stop.
 	nap = 100 * time.Millisecond
 )
 
-// socket is a blocking socket with a thread of its own.
+// socket is a blocking socket that one thread uses.
 type socket struct {
 	fd int
 }
@@ -77,15 +77,15 @@ func (s *socket) timeouts(d time.Duration) error {
 		os.NewSyscallError("setsockopt SO_SNDTIMEO", unix.SetsockoptTimeval(s.fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)))
 }
 
-// cubic sets the congestion control and reads it back: a benchmark in which it
-// were another one would say nothing.
+// cubic sets the congestion control and reads it back, since results with another one
+// would not be comparable.
 func (s *socket) cubic() error {
 	if err := unix.SetsockoptString(s.fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, Congestion); err != nil {
 		return fmt.Errorf("setting the congestion control to %s (`modprobe tcp_%s`?): %w", Congestion, Congestion, err)
 	}
 	got, err := unix.GetsockoptString(s.fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION)
 	if err == nil && got != Congestion {
-		err = fmt.Errorf("the congestion control is %s and not %s", got, Congestion)
+		err = fmt.Errorf("the congestion control is %s instead of %s", got, Congestion)
 	}
 	return err
 }
@@ -112,14 +112,14 @@ func (s *socket) local() (netip.AddrPort, error) {
 	return netip.AddrPort{}, fmt.Errorf("a socket of family %T", sa)
 }
 
-// connect waits for the connection no longer than it takes.
+// connect connects within atMost.
 func (s *socket) connect(to netip.AddrPort, atMost time.Duration) error {
 	if err := s.timeouts(atMost); err != nil {
 		return err
 	}
 	err := unix.Connect(s.fd, sockaddr(to))
 	if errors.Is(err, unix.EINTR) {
-		err = s.connected(atMost) // the runtime's signals interrupt
+		err = s.connected(atMost) // interrupted by a signal of the Go runtime
 	}
 	if errors.Is(err, unix.EINPROGRESS) || errors.Is(err, unix.EAGAIN) {
 		err = unix.ETIMEDOUT
@@ -130,7 +130,7 @@ func (s *socket) connect(to netip.AddrPort, atMost time.Duration) error {
 	return s.timeouts(nap)
 }
 
-// connected waits for the end of a connect that was interrupted.
+// connected waits for the result of a connect that was interrupted.
 func (s *socket) connected(atMost time.Duration) error {
 	for deadline := time.Now().Add(atMost); ; {
 		fds := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLOUT}}
@@ -151,7 +151,7 @@ func (s *socket) connected(atMost time.Duration) error {
 	}
 }
 
-// sendOne and receiveOne move one byte, whatever interrupts.
+// sendOne and receiveOne transfer one byte, and retry after EINTR.
 func (s *socket) sendOne(b []byte) unix.Errno {
 	for {
 		if _, e := s.send(b[:1]); e != unix.EINTR {
@@ -168,17 +168,16 @@ func (s *socket) receiveOne(b []byte) (int, unix.Errno) {
 	}
 }
 
-// shutdown wakes the threads that are in a call on the socket.
+// shutdown wakes up the threads that are blocked on the socket.
 func (s *socket) shutdown() { _ = unix.Shutdown(s.fd, unix.SHUT_RDWR) }
 
 func (s *socket) close() { _ = unix.Close(s.fd) }
 
-// again says whether a call only ran into its time limit or a signal.
+// again reports whether an error is transient: a timeout, a signal or a full queue.
 func again(e unix.Errno) bool { return e == unix.EAGAIN || e == unix.EINTR || e == unix.ENOBUFS }
 
-// send and receive let the scheduler give the processor to others while they
-// block; their raw twins do not, which saves a few microseconds per call and is
-// what latency is measured with.
+// send and receive tell the Go scheduler that they may block. rawSend and rawReceive
+// do not, which saves a few microseconds per call; they are used to measure latency.
 func (s *socket) send(b []byte) (int, unix.Errno) {
 	n, _, e := unix.Syscall6(unix.SYS_SENDTO, uintptr(s.fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), unix.MSG_NOSIGNAL, 0, 0)
 	return int(n), e
@@ -199,14 +198,14 @@ func (s *socket) rawReceive(b []byte) (int, unix.Errno) {
 	return int(n), e
 }
 
-// receiveNow does not wait.
+// receiveNow is rawReceive without blocking.
 func (s *socket) receiveNow(b []byte) (int, unix.Errno) {
 	n, _, e := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(s.fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), unix.MSG_DONTWAIT, 0, 0)
 	return int(n), e
 }
 
-// preciseSleep has the kernel wake this thread when it asked to be woken, and
-// not up to 50 us later; the returned function undoes it.
+// preciseSleep sets this thread's timer slack to 1 us, so that sleeps do not end up to
+// 50 us late. The returned function restores the default.
 func preciseSleep() (undo func()) {
 	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1000, 0, 0, 0)
 	return func() { _ = unix.Prctl(unix.PR_SET_TIMERSLACK, 0, 0, 0, 0) } // the default
@@ -219,7 +218,7 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Addr: a.Addr().As16(), Port: int(a.Port())}
 }
 
-// threads are loops that each have an operating system thread.
+// threads runs loops, each locked to an operating system thread.
 type threads struct {
 	wg   sync.WaitGroup
 	mu   sync.Mutex
@@ -238,14 +237,15 @@ func (t *threads) start(loop func() error) {
 	})
 }
 
-// The ends of what latency is measured with stay on processors of their own,
-// as they would on machines of their own. Else the scheduler puts both on one in
-// one round and on two in the next, and the rounds differ by four times.
+// startNear and startFar pin the two ends of latency measurements to different
+// processors, as if they were on different machines. Otherwise the scheduler runs both
+// on one processor in some rounds and on two in others, and the results differ by a
+// factor of four.
 func (t *threads) startNear(loop func() error) { t.start(pinned(false, loop)) }
 func (t *threads) startFar(loop func() error)  { t.start(pinned(true, loop)) }
 
-// pinned keeps the loop's thread on the first or the last processor that this
-// process may use.
+// pinned returns loop pinned to the first or the last processor that this process may
+// use.
 func pinned(last bool, loop func() error) func() error {
 	return func() error {
 		var may, one unix.CPUSet
@@ -267,7 +267,7 @@ func pinned(last bool, loop func() error) func() error {
 	}
 }
 
-// err is what the loops that ended in error said, up to now.
+// err returns the errors of the loops so far.
 func (t *threads) err() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
