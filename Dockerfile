@@ -1,5 +1,4 @@
-# The image holds static binaries and nothing else. `make image` builds them
-# first.
+# The image contains only static binaries, which `make image` builds first.
 FROM scratch
 COPY bin/culvert bin/culvert-cni bin/culvert-etcd /
 COPY bin/cni/ /cni/

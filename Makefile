@@ -14,8 +14,8 @@ DELEGATES := $(addprefix $(PLUGINS)/main/,bridge loopback) \
              $(addprefix $(PLUGINS)/meta/,portmap bandwidth tuning)
 FUZZTIME ?= 3s
 
-# What test-system needs beyond Go: a container engine, and other people's
-# network tools to check ours against.
+# Packages that test-system needs: a container engine, and other network tools to check
+# culvert against.
 SYSTEM_PACKAGES := etcd-server docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium ethtool tcpdump clang llvm libbpf-dev gcc libc6-dev
 
 .PHONY: all build
@@ -30,12 +30,12 @@ build:
 	$(BUILD) -o bin/cni/ $(DELEGATES)
 
 .PHONY: demo
-## demo: pods on three nodes reach each other, on this machine, and leave nothing behind
+## demo: connect pods on three nodes on this machine, then remove everything
 demo: build
 	bin/culvert demo
 
 .PHONY: check
-## check: the quick gate: format, vet, staticcheck, tidiness, race detector (needs a C compiler)
+## check: the quick gate: format, vet, staticcheck, go mod tidy, short tests with the race detector (needs a C compiler)
 check: build
 	@test -z "$$($(TOOL) gofumpt -l . | tee /dev/stderr)" || { echo 'run: make format' >&2; exit 1; }
 	$(GO) vet -tags "system kubernetes" ./...
@@ -45,13 +45,13 @@ check: build
 	$(GO) test -run 'Imports|PackagesSay|EveryDropReason' ./test
 
 .PHONY: test
-## test: all tests that need only Go, git and make, and a moment of fuzzing
+## test: all tests that need only Go, git and make, and a short run of the fuzz targets
 test: build
 	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test -p 1 -timeout 30m ./...
 	@$(MAKE) --no-print-directory fuzz
 
 .PHONY: fuzz
-## fuzz: every fuzz target for FUZZTIME each (3s)
+## fuzz: each fuzz target for FUZZTIME (3s)
 fuzz:
 	@set -e; for p in $$(git grep -l '^func Fuzz' -- '*_test.go' | xargs -n1 dirname | sort -u); do \
 		for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$p/*_test.go | cut -d' ' -f2); do \
@@ -68,18 +68,18 @@ BPF_CFLAGS := -O2 -g -Wall -Werror -mcpu=v2 -fdebug-prefix-map=$(CURDIR)=. -I/us
 BPF_OUT    ?= backend/fastpath/bpf
 
 .PHONY: bpf
-## bpf: compile the eBPF programs (needs clang, llvm, libbpf-dev); make test-system checks what is committed
+## bpf: compile the eBPF programs (needs clang, llvm, libbpf-dev); make test-system checks that the committed ones are up to date
 bpf:
 	$(CLANG) $(BPF_CFLAGS) -target bpfel -c backend/fastpath/bpf/fastpath.c -o $(BPF_OUT)/fastpath_el.o
 	$(CLANG) $(BPF_CFLAGS) -target bpfeb -c backend/fastpath/bpf/fastpath.c -o $(BPF_OUT)/fastpath_eb.o
 	$(LLVM_STRIP) -g $(BPF_OUT)/fastpath_el.o $(BPF_OUT)/fastpath_eb.o
 
 NIGHTLY_ROUNDS ?= 200
-# Leases and joining nodes: on two cores more than 300 at once do not end.
+# Leases in etcd, and nodes that join at once: with two cores more than 300 do not finish.
 NIGHTLY_SCALE ?= 5000,300
 
 .PHONY: nightly
-## nightly: the long rounds of leasing: the model test 200 times (NIGHTLY_ROUNDS), etcd away for ten minutes, random host events, nodes that join 5,000 leases (three hours)
+## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases (three hours)
 nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
@@ -87,7 +87,7 @@ nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
 
 .PHONY: test-system
-## test-system: the tests that need packages: installs them (as root), then runs with -tags system
+## test-system: the tests that need Debian packages: install them (as root), then test with -tags system
 test-system: build
 	@echo 'needs: $(SYSTEM_PACKAGES)'
 	internal/tools/install-packages $(SYSTEM_PACKAGES)
@@ -95,11 +95,11 @@ test-system: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./test -run Services
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
 
-# What test-vm needs beyond Go.
+# Packages that test-vm needs.
 VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod
 
 .PHONY: test-vm
-## test-vm: tests in a virtual machine with Debian's kernel: ipip devices, a bad network, clock steps, an older kernel
+## test-vm: tests in a virtual machine with Debian's kernel: ipip devices, a lossy network, clock steps, an older kernel
 test-vm: build
 	@echo 'needs: $(VM_PACKAGES)'
 	internal/tools/install-packages $(VM_PACKAGES)
@@ -112,36 +112,36 @@ test-vm: build
 KUBERNETES := bin/kubernetes
 
 .PHONY: kubernetes
-## kubernetes: kube-apiserver and kubectl from their Go modules, into bin/kubernetes (10 minutes of one core, then cached)
+## kubernetes: build kube-apiserver and kubectl from their Go modules into bin/kubernetes (10 minutes on one core, then cached)
 kubernetes:
 	@mkdir -p $(KUBERNETES)
 	cd internal/tools/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.34.2' \
 		-o $(CURDIR)/$(KUBERNETES)/ k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubectl
 
 .PHONY: manifests
-## manifests: render deploy/kubernetes into single files, after a change there
+## manifests: render deploy/kubernetes into single files; run it after a change there
 manifests: kubernetes
 	$(KUBERNETES)/kubectl kustomize deploy/kubernetes >deploy/kubernetes/culvert.yaml
 	$(KUBERNETES)/kubectl kustomize deploy/kubernetes/etcd >deploy/kubernetes/culvert-etcd.yaml
 
 .PHONY: test-kubernetes
-## test-kubernetes: Kubernetes as the store, over a real API server, with the rights of the manifests
+## test-kubernetes: tests of the Kubernetes store against a real API server, with the manifests' RBAC
 test-kubernetes: build kubernetes
 	internal/tools/install-packages util-linux iproute2
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -p 1 -count 1 -timeout 15m ./subnet/kube ./deploy
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -count 1 -timeout 15m -run Kubernetes ./test
 
 .PHONY: bench
-## bench: every datapath, workload and underlay (45 minutes; resumes), into docs/benchmarks.md
+## bench: measure all datapaths, workloads and underlays (45 minutes; resumable) and write docs/benchmarks.md
 bench: build
 	@mkdir -p bench/results
-# docs change at the end only: a changed tree is another version, whose report is not resumed.
+# Write the docs last: a changed tree is another version, and --resume refuses its report.
 	bin/culvert bench --resume bench/results/full.json --duration 400ms --warmup 150ms $(BENCH_FLAGS); failed=$$?; \
 	test -e bench/results/scale.json || bin/culvert bench scale --rounds 7 --json=bench/results/scale.json --docs docs || exit; \
 	bin/culvert bench report bench/results/full.json --html bench/results/full.html --docs docs >/dev/null && exit $$failed
 
 .PHONY: bench-fast-path
-## bench-fast-path: what the fast path gives, with pods as ends (10 minutes; resumes), into docs/benchmarks.md
+## bench-fast-path: measure the fast path with pods as ends (10 minutes; resumable) and write docs/benchmarks.md
 bench-fast-path: build
 	@mkdir -p bench/results
 	bin/culvert bench --preset fast-path --resume bench/results/fast-path.json $(BENCH_FLAGS) && \
@@ -150,30 +150,30 @@ bench-fast-path: build
 MICRO := CGO_ENABLED=0 $(GO) test ./encap -run '^$$' -bench . -benchtime 200ms -count 6
 
 .PHONY: bench-micro
-## bench-micro: the parts of the packet loop by themselves, against bench/micro/baseline.txt
+## bench-micro: run the packet loop's microbenchmarks and compare with bench/micro/baseline.txt
 bench-micro:
 	@mkdir -p bench/results
 	$(MICRO) >bench/results/micro.txt
 	@cd bench && $(GO) tool -modfile=$(CURDIR)/internal/tools/go.mod benchstat micro/baseline.txt results/micro.txt
 
 .PHONY: bench-micro-baseline
-## bench-micro-baseline: make bench/micro/baseline.txt anew
+## bench-micro-baseline: rewrite bench/micro/baseline.txt
 bench-micro-baseline:
 	@mkdir -p bench/micro
 	$(MICRO) >bench/micro/baseline.txt
 
 .PHONY: image
-## image: the container image, from the binaries in bin/; also under the name that deploy/kubernetes has
+## image: build the container image from bin/, tagged with the version and with the tag that deploy/kubernetes uses
 image: build
 	docker build -t culvert:$(VERSION) -t culvert:v0.1.0 .
 
 .PHONY: format
-## format: gofumpt on every file
+## format: run gofumpt on all files
 format:
 	$(TOOL) gofumpt -w .
 
 .PHONY: clean
-## clean: remove what make made
+## clean: remove bin/
 clean:
 	rm -rf bin
 

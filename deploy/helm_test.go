@@ -18,8 +18,8 @@ import (
 	"culvert/subnet"
 )
 
-// render renders the chart as Helm does: templates with these of its functions,
-// and values laid over those of values.yaml.
+// render renders the chart as Helm does, with the template functions that the chart uses
+// and with values merged over those of values.yaml. It returns the objects by kind.
 func render(t *testing.T, values string) map[string]map[string]any {
 	t.Helper()
 	merged := map[string]any{}
@@ -76,6 +76,7 @@ func render(t *testing.T, values string) map[string]map[string]any {
 	return objects
 }
 
+// lay merges over into under, which it changes.
 func lay(under, over map[string]any) {
 	for key, v := range over {
 		if section, ok := v.(map[string]any); ok {
@@ -97,8 +98,8 @@ func readFile(t *testing.T, name string) string {
 	return string(text)
 }
 
-// TestChart renders the chart: with its own values it is what `kubectl apply`
-// gets, but for the namespace, which Helm makes.
+// TestChart checks that the chart with its default values renders the same objects as
+// culvert.yaml has, except the namespace, which Helm creates.
 func TestChart(t *testing.T) {
 	got := render(t, "")
 	for _, d := range documents(t, "kubernetes/culvert.yaml") {
@@ -115,7 +116,7 @@ func TestChart(t *testing.T) {
 		case "v1/ConfigMap":
 			a, b := netConf(t, is), netConf(t, want)
 			if !reflect.DeepEqual(a, b) {
-				t.Errorf("the network is %+v, not %+v", a, b)
+				t.Errorf("the network configuration is %+v, want %+v", a, b)
 			}
 			continue
 		case "apps/v1/DaemonSet":
@@ -127,15 +128,15 @@ func TestChart(t *testing.T) {
 		if !reflect.DeepEqual(is, want) {
 			a, _ := yaml.Marshal(is)
 			b, _ := yaml.Marshal(want)
-			t.Errorf("%s is\n%s\nnot\n%s", kind, a, b)
+			t.Errorf("%s is\n%s\nwant\n%s", kind, a, b)
 		}
 	}
 	for kind := range got {
-		t.Errorf("the chart alone has a %s", kind)
+		t.Errorf("only the chart has a %s", kind)
 	}
 }
 
-// sortByName orders what is a set to Kubernetes: mounts and volumes.
+// sortByName sorts volumes and volume mounts, whose order does not matter to Kubernetes.
 func sortByName(v any) {
 	switch v := v.(type) {
 	case map[string]any:
@@ -163,7 +164,7 @@ func netConf(t *testing.T, configMap map[string]any) subnet.Config {
 	return cfg
 }
 
-// TestChartValues has values by flannel's names.
+// TestChartValues renders the chart with other values, under flannel's names.
 func TestChartValues(t *testing.T) {
 	got := render(t, `
 podCidr: 10.42.0.0/16
@@ -185,14 +186,14 @@ culvert:
 	}
 	pod := got["apps/v1/DaemonSet"]["spec"].(map[string]any)["template"].(map[string]any)["spec"].(map[string]any)
 	if _, there := pod["initContainers"]; there {
-		t.Error("the plugins are installed")
+		t.Error("skipCNIConfigInstallation has no effect")
 	}
 	c := pod["containers"].([]any)[0].(map[string]any)
 	if args := fmt.Sprint(c["args"]); !strings.HasSuffix(args, "--datapath=userspace]") || c["image"] != "registry.example.org/culvert:v9" {
-		t.Errorf("%s of %v", args, c["image"])
+		t.Errorf("the container has arguments %s and image %v", args, c["image"])
 	}
 	if _, there := got["admissionregistration.k8s.io/v1/ValidatingAdmissionPolicy"]; there {
-		t.Error("there is a policy")
+		t.Error("ownNodePolicy: false has no effect")
 	}
 	cfg = netConf(t, render(t, "culvert: {backend: host-gw}")["v1/ConfigMap"])
 	if cfg.Backend.Type != "host-gw" {

@@ -1,5 +1,6 @@
-// Package deploy holds what puts culvert on machines: the systemd unit and the
-// Kubernetes manifests.
+// Package deploy contains the files to deploy culvert (the systemd unit, the Kubernetes
+// manifests and the Helm chart) and the tests of them. It has no other code and no
+// state.
 package deploy
 
 import (
@@ -46,7 +47,7 @@ func documents(t *testing.T, name string) [][]byte {
 	}
 }
 
-// kinds are the kinds of object that the manifests have, as the API's own types.
+// kinds maps the kinds of object in the manifests to the API's Go types.
 var kinds = map[string]func() any{
 	"v1/Namespace":      func() any { return &corev1.Namespace{} },
 	"v1/ServiceAccount": func() any { return &corev1.ServiceAccount{} },
@@ -59,8 +60,8 @@ var kinds = map[string]func() any{
 	"admissionregistration.k8s.io/v1/ValidatingAdmissionPolicyBinding": func() any { return &admissionv1.ValidatingAdmissionPolicyBinding{} },
 }
 
-// TestManifestsAreKubernetes decodes every rendered manifest strictly into the
-// API's own types: an unknown field, or a field in the wrong place, is an error.
+// TestManifestsAreKubernetes decodes every rendered manifest strictly into the API's Go
+// types: an unknown or misplaced field is an error.
 func TestManifestsAreKubernetes(t *testing.T) {
 	for file, want := range map[string][]string{
 		"kubernetes/culvert.yaml": {
@@ -78,13 +79,13 @@ func TestManifestsAreKubernetes(t *testing.T) {
 			slices.Sort(seen)
 			slices.Sort(want)
 			if !slices.Equal(seen, want) {
-				t.Errorf("it has %v, not %v", seen, want)
+				t.Errorf("it has the kinds %v, want %v", seen, want)
 			}
 		})
 	}
 }
 
-// checkDocument returns the kind of one object.
+// checkDocument checks one object and returns its kind.
 func checkDocument(t *testing.T, d []byte) string {
 	t.Helper()
 	var m metav1.TypeMeta
@@ -94,7 +95,7 @@ func checkDocument(t *testing.T, d []byte) string {
 	kind := m.APIVersion + "/" + m.Kind
 	into, ok := kinds[kind]
 	if !ok {
-		t.Fatalf("a manifest of kind %s, which no test knows", kind)
+		t.Fatalf("unknown kind %s: add it to kinds", kind)
 	}
 	object := into()
 	if err := yaml.UnmarshalStrict(d, object); err != nil {
@@ -113,8 +114,8 @@ func checkDocument(t *testing.T, d []byte) string {
 	return kind
 }
 
-// checkDaemonSet checks what the API server checks beyond types, and what the
-// docs promise.
+// checkDaemonSet checks what the API server validates beyond types, and what the docs
+// promise.
 func checkDaemonSet(t *testing.T, set *appsv1.DaemonSet) {
 	t.Helper()
 	for key, value := range set.Spec.Selector.MatchLabels {
@@ -126,7 +127,7 @@ func checkDaemonSet(t *testing.T, set *appsv1.DaemonSet) {
 	for _, c := range append(pod.InitContainers, pod.Containers...) {
 		for _, m := range c.VolumeMounts {
 			if !slices.ContainsFunc(pod.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name }) {
-				t.Errorf("container %s mounts %s, which is no volume", c.Name, m.Name)
+				t.Errorf("container %s mounts %s, which is not a volume of the pod", c.Name, m.Name)
 			}
 		}
 		s := c.SecurityContext
@@ -142,31 +143,31 @@ func checkDaemonSet(t *testing.T, set *appsv1.DaemonSet) {
 		case slices.ContainsFunc(s.Capabilities.Add, func(c corev1.Capability) bool { return c != "NET_ADMIN" && c != "NET_RAW" }):
 			t.Errorf("container %s has the capabilities %v", c.Name, s.Capabilities.Add)
 		}
-		// On the host's network they are host ports: a second pod of an update
-		// would not be scheduled.
+		// With hostNetwork they would be host ports, and during an update the new pod
+		// could not be scheduled beside the old one.
 		if len(c.Ports) > 0 {
 			t.Errorf("container %s declares ports", c.Name)
 		}
 		for _, p := range []*corev1.Probe{c.StartupProbe, c.LivenessProbe, c.ReadinessProbe} {
 			if p != nil && p.HTTPGet.Port.IntValue() == 0 {
-				t.Errorf("a probe of container %s names its port", c.Name)
+				t.Errorf("a probe of container %s does not have a numeric port", c.Name)
 			}
 		}
 		if _, tag, _ := strings.Cut(c.Image, ":"); tag == "" || tag == "latest" || c.ImagePullPolicy != corev1.PullIfNotPresent {
-			t.Errorf("container %s has the image %s, pulled %s: one that is on the node could not be used", c.Name, c.Image, c.ImagePullPolicy)
+			t.Errorf("container %s has the image %s with pull policy %s: an image that was loaded on the node would not be used", c.Name, c.Image, c.ImagePullPolicy)
 		}
 		if c.Resources.Requests.Memory().IsZero() || c.Resources.Requests.Cpu().IsZero() {
-			t.Errorf("container %s requests nothing", c.Name)
+			t.Errorf("container %s requests no CPU or no memory", c.Name)
 		}
 	}
 	switch {
 	case !pod.HostNetwork:
-		t.Error("the daemon must be on the node's network")
+		t.Error("the pod must have hostNetwork")
 	case pod.PriorityClassName != "system-node-critical":
 		t.Errorf("its priority is %q", pod.PriorityClassName)
 	case pod.SecurityContext == nil || pod.SecurityContext.SeccompProfile == nil || pod.SecurityContext.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault:
-		t.Error("there is no seccomp profile")
+		t.Error("the seccomp profile is not RuntimeDefault")
 	case !slices.ContainsFunc(pod.Tolerations, func(t corev1.Toleration) bool { return t.Key == "" && t.Operator == corev1.TolerationOpExists }):
-		t.Error("nodes that are not ready would have no network, and never be ready")
+		t.Error("the pod does not tolerate all taints: a node that is not ready would never get its network, and never be ready")
 	}
 }

@@ -1,5 +1,5 @@
-// The Kubernetes programs that make test-kubernetes runs. Kubernetes requires
-// its own staging modules at v0.0.0, so each is replaced by its release.
+// The Kubernetes programs that make test-kubernetes runs. Kubernetes requires its
+// staging modules at v0.0.0, so each is replaced by its released version.
 module culvert/internal/tools/kubernetes
 
 go 1.26.0
