@@ -142,7 +142,7 @@ func (s *site) awaitDaemon(ctx context.Context, n *lab.Node, d daemon, peers int
 		}
 		select {
 		case <-d.process.Exited():
-			why, ok := said(d.process, nodeFailed)
+			why, ok := findLine(d.process, nodeFailed)
 			if !ok {
 				return status, alive([]daemon{d})
 			}

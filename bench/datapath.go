@@ -76,15 +76,15 @@ func (d Datapath) Available() (ok bool, why string) {
 	return true, ""
 }
 
-// again separates the name of a datapath from the number of its instance:
+// instanceSep separates the name of a datapath from the number of its instance:
 // "vxlan/kernel#2" is a second vxlan/kernel with separate nodes. The difference
 // between two instances of one datapath is noise.
-const again = "#"
+const instanceSep = "#"
 
 // FindDatapath returns the datapath of a name, which may have an instance number, as
 // in "vxlan/kernel#2".
 func FindDatapath(name string) (Datapath, bool) {
-	base, number, numbered := strings.Cut(name, again)
+	base, number, numbered := strings.Cut(name, instanceSep)
 	if n, err := strconv.Atoi(number); numbered && (err != nil || n < 2) {
 		return Datapath{}, false
 	}
@@ -99,7 +99,7 @@ func FindDatapath(name string) (Datapath, bool) {
 
 // base returns the datapath's name without the instance number.
 func (d Datapath) base() string {
-	base, _, _ := strings.Cut(d.Name, again)
+	base, _, _ := strings.Cut(d.Name, instanceSep)
 	return base
 }
 
@@ -113,8 +113,8 @@ func datapathNames() []string {
 
 // compareDatapaths orders names as Datapaths does, and instances by number.
 func compareDatapaths(a, b string) int {
-	aBase, aNumber, _ := strings.Cut(a, again)
-	bBase, bNumber, _ := strings.Cut(b, again)
+	aBase, aNumber, _ := strings.Cut(a, instanceSep)
+	bBase, bNumber, _ := strings.Cut(b, instanceSep)
 	names := datapathNames()
 	return cmp.Or(
 		cmp.Compare(slices.Index(names, aBase), slices.Index(names, bBase)),

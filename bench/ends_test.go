@@ -324,8 +324,8 @@ func TestRatio(t *testing.T) {
 	}
 }
 
-// TestEndsAreTold checks that subnet.env has what flannel writes.
-func TestEndsAreTold(t *testing.T) {
+// TestSubnetEnv checks that subnet.env has what flannel writes.
+func TestSubnetEnv(t *testing.T) {
 	labtest.NeedTUN(t)
 	l := labtest.New(t, lab.Options{Nodes: 2, Underlay: lab.Direct, MTU: 1400})
 	s := &site{subnets: []netip.Prefix{innerSubnet(0), innerSubnet(1)}}

@@ -160,7 +160,7 @@ func openHostGateway(p Part) (carrier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("underlay link %s: %w", p.Link, err)
 	}
-	undo, err := bear(p)
+	undo, err := addLoopbackAddr(p)
 	if err != nil {
 		return nil, err
 	}
@@ -175,8 +175,8 @@ func openHostGateway(p Part) (carrier, error) {
 	return k, nil
 }
 
-// bear adds the part's inner address to lo, for datapaths without a device.
-func bear(p Part) (undo func() error, err error) {
+// addLoopbackAddr adds the part's inner address to lo, for datapaths without a device.
+func addLoopbackAddr(p Part) (undo func() error, err error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return nil, err

@@ -52,7 +52,7 @@ func openOwnKernel(p Part, log *slog.Logger) (carrier, error) {
 		Format: format, Plan: plan, Why: "culvert bench", Log: log,
 	})}
 	if format == "host-gw" { // without a device the part's address is on lo
-		undo, err := bear(p)
+		undo, err := addLoopbackAddr(p)
 		if err != nil {
 			return nil, err
 		}

@@ -182,7 +182,7 @@ func (s *site) startProgram(ctx context.Context, l *lab.Lab, o siteOptions) erro
 		}
 		s.add(labProcess{process}, "")
 	}
-	if err := s.stays(ctx); err != nil {
+	if err := s.checkStarted(ctx); err != nil {
 		return err
 	}
 	if err := p.both(ctx, l, nodes, p.After); err != nil {
@@ -265,8 +265,8 @@ func (p *Program) address(ctx context.Context, n *lab.Node, in programNode) (net
 	}
 }
 
-// stays returns an error if a daemon exits within 200 ms of its start.
-func (s *site) stays(ctx context.Context) error {
+// checkStarted returns an error if a daemon exits within 200 ms of its start.
+func (s *site) checkStarted(ctx context.Context) error {
 	if err := sleep(ctx, 200*time.Millisecond); err != nil {
 		return err
 	}

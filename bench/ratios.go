@@ -8,8 +8,8 @@ import (
 	"text/tabwriter"
 )
 
-// felt are the figures that users notice most.
-var felt = []struct {
+// keyFigures are the figures that users notice most.
+var keyFigures = []struct {
 	title    string // in a table of ratios
 	short    string // in the summary; empty if it is not part of it
 	workload string
@@ -74,7 +74,7 @@ func (q Ratio) verdict(higher bool) string {
 	return "."
 }
 
-// ratioRow is one of the felt figures of one datapath, with a cell per underlay: the
+// ratioRow is one of the key figures of one datapath, with a cell per underlay: the
 // ratio, or the figure itself if the reference has none.
 type ratioRow struct {
 	Datapath, Title string
@@ -86,7 +86,7 @@ type ratioRow struct {
 func (r *Report) ratioRows(reference string) []ratioRow {
 	var rows []ratioRow
 	for _, d := range r.ratioOrder(reference) {
-		for _, f := range felt {
+		for _, f := range keyFigures {
 			row, found := ratioRow{Datapath: d, Title: f.title}, false
 			for _, u := range r.underlays() {
 				cell := r.ratioCell(u, d, f.workload, f.metric, reference)

@@ -153,12 +153,12 @@ func (r *Report) rounds(underlay, datapath, workload string) int {
 
 // fail records a failure and replaces an earlier one of the same datapath and workload.
 func (r *Report) fail(f Failure) {
-	r.forgive(f.Underlay, f.Datapath, f.Workload)
+	r.clearFailure(f.Underlay, f.Datapath, f.Workload)
 	r.Failed = append(r.Failed, f)
 }
 
-// forgive removes a failure.
-func (r *Report) forgive(underlay, datapath, workload string) {
+// clearFailure removes a failure.
+func (r *Report) clearFailure(underlay, datapath, workload string) {
 	r.Failed = slices.DeleteFunc(r.Failed, func(f Failure) bool {
 		return f.Underlay == underlay && f.Datapath == datapath && f.Workload == workload
 	})

@@ -174,7 +174,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		for _, u := range o.Underlays {
 			for _, d := range o.Datapaths {
 				for _, w := range append([]string{""}, o.Workloads...) {
-					r.report.forgive(u, d, w)
+					r.report.clearFailure(u, d, w)
 				}
 			}
 		}
@@ -279,7 +279,7 @@ func (r *runner) complete(underlay, datapath string) bool {
 // not start is a failure in the report.
 func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 	r.tell(fmt.Sprintf("%s: starting %s", underlay, d.Name))
-	r.report.forgive(underlay, d.Name, "")
+	r.report.clearFailure(underlay, d.Name, "")
 	defer func(began time.Time) {
 		r.starts[0]++
 		r.waited += time.Since(began)

@@ -380,7 +380,7 @@ func TestScale(t *testing.T) {
 	}
 }
 
-func TestCheckNamesTheChoices(t *testing.T) {
+func TestOptionsCheck(t *testing.T) {
 	good := Options{
 		Underlays: []string{"offload"}, Datapaths: []string{"native"}, Workloads: []string{"rr"},
 		Nodes: 2, Rounds: 1, Duration: time.Second, Generator: "builtin",

@@ -68,10 +68,10 @@ func (s *site) ready(ctx context.Context) error {
 	defer cancel()
 	for _, d := range s.daemons {
 		if _, err := d.process.WaitLine(ctx, nodeReady); err != nil {
-			if why, ok := said(d.process, nodeUnavailable); ok {
+			if why, ok := findLine(d.process, nodeUnavailable); ok {
 				return unavailable(why)
 			}
-			if why, ok := said(d.process, nodeFailed); ok {
+			if why, ok := findLine(d.process, nodeFailed); ok {
 				return errors.New(why)
 			}
 			return err
@@ -87,9 +87,9 @@ func (s *site) ready(ctx context.Context) error {
 // nodeFailed begins the line in which culvert prints an error.
 const nodeFailed = "culvert: "
 
-// said returns the rest of the first line with the prefix among the last lines that
+// findLine returns the rest of the first line with the prefix among the last lines that
 // the process printed.
-func said(p process, prefix string) (string, bool) {
+func findLine(p process, prefix string) (string, bool) {
 	for line := range strings.Lines(p.Tail(20)) {
 		if rest, ok := strings.CutPrefix(line, prefix); ok {
 			return strings.TrimSpace(rest), true

@@ -74,8 +74,8 @@ func sections() []section {
 	}
 }
 
-// worthless is the spread above which a ratio is not significant.
-const worthless = 0.25
+// maxSpread is the spread above which a ratio is not significant.
+const maxSpread = 0.25
 
 // Table writes the report as tables for a terminal: each figure with its spread and its
 // ratio to the reference datapath's.
@@ -181,7 +181,7 @@ func (r *Report) doubtful(x, ref Result) bool {
 	if x.key() == ref.key() {
 		return false
 	}
-	return max(x.Spread(), ref.Spread()) > worthless && x.Min <= ref.Max && ref.Min <= x.Max
+	return max(x.Spread(), ref.Spread()) > maxSpread && x.Min <= ref.Max && ref.Min <= x.Max
 }
 
 func (r *Report) notes(b *strings.Builder, reference string) {

@@ -143,7 +143,7 @@ func TestEndsWithContext(t *testing.T) {
 	}
 }
 
-func TestNobodyThere(t *testing.T) {
+func TestClosedSession(t *testing.T) {
 	s := openSession(t, Sink, loopback[0])
 	to := s.Addr()
 	if err := s.Close(); err != nil {

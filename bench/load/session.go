@@ -189,7 +189,7 @@ func (s *session) accept() error {
 			return os.NewSyscallError("accept", err)
 		}
 		c := &socket{fd: fd}
-		if err := errors.Join(c.timeouts(nap), c.noDelay()); err != nil {
+		if err := errors.Join(c.timeouts(stopInterval), c.noDelay()); err != nil {
 			c.close()
 			return err
 		}

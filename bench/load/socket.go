@@ -35,8 +35,8 @@ const (
 	// UDPBuffer is the receive buffer of UDP sockets, in bytes: enough for what
 	// arrives while the receiver waits for a processor.
 	UDPBuffer = 4 << 20
-	// nap is how long a call blocks before its thread checks whether to stop.
-	nap = 100 * time.Millisecond
+	// stopInterval is how long a call blocks before its thread checks whether to stop.
+	stopInterval = 100 * time.Millisecond
 )
 
 // socket is a blocking socket that one thread uses.
@@ -57,7 +57,7 @@ func open(p Place, kind int, addr netip.Addr, prepare func(s *socket) error) (*s
 	if err != nil {
 		return nil, err
 	}
-	if err := s.timeouts(nap); err == nil {
+	if err := s.timeouts(stopInterval); err == nil {
 		err = prepare(s)
 		if err == nil {
 			return s, nil
@@ -127,7 +127,7 @@ func (s *socket) connect(to netip.AddrPort, atMost time.Duration) error {
 	if err != nil {
 		return fmt.Errorf("connecting to %s: %w", to, err)
 	}
-	return s.timeouts(nap)
+	return s.timeouts(stopInterval)
 }
 
 // connected waits for the result of a connect that was interrupted.

@@ -33,7 +33,7 @@ func readable(name string) string {
 	if !ok || title == "" {
 		return name
 	}
-	if _, number, numbered := strings.Cut(name, again); numbered {
+	if _, number, numbered := strings.Cut(name, instanceSep); numbered {
 		title += ", once more (" + number + ")"
 	}
 	return title
@@ -98,11 +98,11 @@ func (r *Report) answers() []answer {
 // difference is the smallest relative difference that the summary mentions.
 const difference = EffectFloor
 
-// against compares the felt figures of two datapaths in words: a summary, and a line
+// against compares the key figures of two datapaths in words: a summary, and a line
 // per figure with the underlays.
 func (r *Report) against(datapath, other string) (says []fact, lines []string) {
 	verdicts := map[string][]string{}
-	for _, f := range felt {
+	for _, f := range keyFigures {
 		groups := map[int][]string{}
 		least, most := math.Inf(1), math.Inf(-1)
 		for _, u := range r.underlays() {
