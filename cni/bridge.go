@@ -16,10 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// wornBridge is a bridge that the bridge plugin would fail on: it has addresses other
-// than this node's gateway, because the node got another subnet or a program such as
-// a DHCP client assigned one, or it is not set up as the plugin requires.
-type wornBridge struct {
+// unusableBridge is a bridge that the bridge plugin would fail on: it has addresses
+// other than this node's gateway, because the node got another subnet or a program
+// such as a DHCP client assigned one, or it is not set up as the plugin requires.
+type unusableBridge struct {
 	name    string
 	link    netlink.Link
 	address []netlink.Addr // addresses that prevent assigning the gateway's
@@ -64,9 +64,9 @@ func (n NetConf) bridgeName() (string, error) {
 	return c.Bridge, nil
 }
 
-// findWornBridge returns nil if the bridge is as the delegate needs it or does not
-// exist yet.
-func (n NetConf) findWornBridge(env SubnetEnv) (*wornBridge, error) {
+// findUnusableBridge returns nil if the bridge is as the delegate needs it or does
+// not exist yet.
+func (n NetConf) findUnusableBridge(env SubnetEnv) (*unusableBridge, error) {
 	name, err := n.bridgeName()
 	if err != nil || name == "" {
 		return nil, err
@@ -74,20 +74,20 @@ func (n NetConf) findWornBridge(env SubnetEnv) (*wornBridge, error) {
 	link, err := netlink.LinkByName(name)
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
 		if wantsIPv6(env) && lacksIPv6("default") {
-			return &wornBridge{name: name, noIPv6: true}, nil
+			return &unusableBridge{name: name, noIPv6: true}, nil
 		}
 		return nil, nil
 	}
 	if err != nil {
 		return nil, ioFailure("finding the bridge "+name, err)
 	}
-	addresses, err := complete(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
+	addresses, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, ioFailure("reading the addresses of the bridge "+name, err)
 	}
-	b := wornBridge{name: name, link: link}
+	b := unusableBridge{name: name, link: link}
 	for _, gateway := range env.Gateways {
-		other, free := disagreeing(addresses, gateway, env.Networks)
+		other, free := conflicting(addresses, gateway, env.Networks)
 		if len(other) > 0 {
 			b.address, b.removable, b.gateway = append(b.address, other...), append(b.removable, free...), gateway
 		}
@@ -102,7 +102,7 @@ func (n NetConf) findWornBridge(env SubnetEnv) (*wornBridge, error) {
 	if len(b.address) == 0 && !b.noMAC && !b.noIPv6 && b.foreign == "" {
 		return nil, nil
 	}
-	links, err := complete(netlink.LinkList)
+	links, err := retryDump(netlink.LinkList)
 	if err != nil {
 		return nil, ioFailure("reading the ports of the bridge "+name, err)
 	}
@@ -138,14 +138,14 @@ func lacksIPv6(link string) bool {
 	return err == nil && string(bytes.TrimSpace(b)) == "1"
 }
 
-// disagreeing returns the addresses because of which the bridge plugin would refuse
+// conflicting returns the addresses because of which the bridge plugin would refuse
 // to assign the gateway's: of IPv4 all others, of IPv6 those that overlap the
 // gateway's network or are in the cluster networks. Like the plugin, it looks in the
 // kernel's order and stops at the gateway's own address. free are those that no pod
 // can use as its gateway: link-local addresses, which programs assign to any link
 // without an address, and the gateway's own with another prefix length, which the
 // plugin assigns again.
-func disagreeing(addresses []netlink.Addr, gateway netip.Prefix, networks []netip.Prefix) (all, free []netlink.Addr) {
+func conflicting(addresses []netlink.Addr, gateway netip.Prefix, networks []netip.Prefix) (all, free []netlink.Addr) {
 	for _, a := range addresses {
 		ip, ok := netip.AddrFromSlice(a.IP)
 		if !ok || ip.Unmap().Is4() != gateway.Addr().Is4() {
@@ -173,14 +173,14 @@ func disagreeing(addresses []netlink.Addr, gateway netip.Prefix, networks []neti
 }
 
 // repairable reports whether repair can succeed.
-func (b *wornBridge) repairable() bool {
+func (b *unusableBridge) repairable() bool {
 	return b.foreign == "" && (b.ports == 0 || len(b.removable) == len(b.address))
 }
 
 // repair prepares the bridge for the delegate, which then assigns the gateway's
 // address. It removes addresses that pods may use as their gateway only if the
 // bridge has no ports; otherwise the administrator must move the pods.
-func (b *wornBridge) repair() error {
+func (b *unusableBridge) repair() error {
 	if !b.repairable() {
 		return b.err()
 	}
@@ -218,7 +218,7 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
-func (b *wornBridge) err() error {
+func (b *unusableBridge) err() error {
 	if b.foreign != "" {
 		return types.NewError(types.ErrTryAgainLater,
 			fmt.Sprintf("%s %s: pods cannot be attached to it", b.name, b.foreign),
@@ -234,8 +234,8 @@ func (b *wornBridge) err() error {
 		"delete the pods of the old subnet (drain the node); after that the plugin repairs the bridge")
 }
 
-// complete repeats a netlink dump that was interrupted by a concurrent change.
-func complete[T any](dump func() ([]T, error)) ([]T, error) {
+// retryDump repeats a netlink dump that was interrupted by a concurrent change.
+func retryDump[T any](dump func() ([]T, error)) ([]T, error) {
 	for range 20 {
 		all, err := dump()
 		if !errors.Is(err, netlink.ErrDumpInterrupted) {

@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockPatience is how long to wait for a lock: GC for ADDs in progress, ADD for a GC,
+// lockTimeout is how long to wait for a lock: GC for ADDs in progress, ADD for a GC,
 // both for host-local.
-const lockPatience = 10 * time.Second
+const lockTimeout = 10 * time.Second
 
 // validity is the runtime's list of valid attachments.
 type validity struct {
@@ -85,7 +85,7 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 		fmt.Fprintln(os.Stderr, "culvert-cni: GC: the list of valid attachments is empty, so only what an earlier boot left is released; \"gcEmptyMeansAll\": true releases everything")
 	}
 	s := state{n.DataDir}
-	alone, err := s.take(unix.LOCK_EX, lockPatience)
+	alone, err := s.take(unix.LOCK_EX, lockTimeout)
 	if errors.Is(err, errLocked) {
 		return types.NewError(types.ErrTryAgainLater, "an ADD is still in progress: "+err.Error(), "")
 	}
@@ -153,7 +153,7 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 	env, enverr := ReadSubnetEnv(n.SubnetFile)
 	failed = append(failed, n.collectLeftovers(ctx, env.Subnets(), released, valid)...)
 	if enverr == nil && valid.certain {
-		failed = append(failed, n.passOnGC(ctx, env))
+		failed = append(failed, n.delegateGC(ctx, env))
 	}
 	if err := errors.Join(failed...); err != nil {
 		return types.NewError(types.ErrInternal, "GC could not release everything", err.Error())
@@ -183,8 +183,8 @@ func (n NetConf) collectLeftovers(ctx context.Context, subnets []netip.Prefix, r
 	return failed
 }
 
-// passOnGC passes the list on to the delegate's GC.
-func (n NetConf) passOnGC(ctx context.Context, env SubnetEnv) error {
+// delegateGC passes the list on to the delegate's GC.
+func (n NetConf) delegateGC(ctx context.Context, env SubnetEnv) error {
 	conf, err := n.Delegate(env)
 	if err != nil {
 		return err
@@ -196,15 +196,15 @@ func (n NetConf) passOnGC(ctx context.Context, env SubnetEnv) error {
 		return err
 	}
 	err = delegate(ctx, "GC", Attachment{}, conf, "")
-	if predates(err) {
+	if unsupportedVerb(err) {
 		return nil
 	}
 	return err
 }
 
-// predates reports whether a plugin rejected a verb because its version of the
+// unsupportedVerb reports whether a plugin rejected a verb because its version of the
 // specification does not have it.
-func predates(err error) bool {
+func unsupportedVerb(err error) bool {
 	var e *types.Error
 	return errors.As(err, &e) && (e.Code == types.ErrInvalidEnvironmentVariables || e.Code == types.ErrIncompatibleCNIVersion)
 }

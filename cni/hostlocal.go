@@ -82,7 +82,7 @@ func (s addressStore) release(since time.Time, doomed func(reservation) bool) (r
 		return nil, ioFailure("opening the lock of "+s.dir, err)
 	}
 	defer func() { _ = unix.Close(fd) }()
-	if err := flock(fd, unix.LOCK_EX, lockPatience); err != nil {
+	if err := flock(fd, unix.LOCK_EX, lockTimeout); err != nil {
 		return nil, ioFailure("locking "+s.dir, err)
 	}
 	entries, err := os.ReadDir(s.dir)

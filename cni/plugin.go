@@ -68,13 +68,13 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 	}
 	s := state{n.DataDir}
 	// Inherited by the delegates and held until they exit, so that GC waits.
-	if _, err := s.take(unix.LOCK_SH, lockPatience); err != nil {
+	if _, err := s.take(unix.LOCK_SH, lockTimeout); err != nil {
 		if errors.Is(err, errLocked) {
 			return types.NewError(types.ErrTryAgainLater, "a GC is in progress: "+err.Error(), "")
 		}
 		return err
 	}
-	if b, err := n.findWornBridge(env); err != nil {
+	if b, err := n.findUnusableBridge(env); err != nil {
 		return err
 	} else if b != nil {
 		if err := b.repair(); err != nil {
@@ -163,10 +163,10 @@ func (n NetConf) currentSubnet(ctx context.Context) (SubnetEnv, error) {
 	}
 	expired, disputed := env.Expired(now)
 	if disputed {
-		asking, cancel := context.WithTimeout(ctx, daemonPatience)
+		askCtx, cancel := context.WithTimeout(ctx, daemonTimeout)
 		defer cancel()
-		said, asked := readiness.Ask(asking, n.runDir())
-		expired = asked != nil || said.Code == readiness.Fenced || said.Code == readiness.NoLease
+		answer, askErr := readiness.Ask(askCtx, n.runDir())
+		expired = askErr != nil || answer.Code == readiness.Fenced || answer.Code == readiness.NoLease
 	}
 	if expired {
 		return SubnetEnv{}, types.NewError(types.ErrTryAgainLater,

@@ -136,7 +136,7 @@ func (s addressStore) releaseEarlierBoot(here map[string]bool, kept func(reserva
 // address.
 func neighbours() map[netip.Addr]bool {
 	all := make(map[netip.Addr]bool)
-	list, err := complete(func() ([]netlink.Neigh, error) { return netlink.NeighList(0, netlink.FAMILY_ALL) })
+	list, err := retryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(0, netlink.FAMILY_ALL) })
 	if err != nil {
 		return all
 	}

@@ -21,14 +21,14 @@ const errUnavailable = 50
 // meanwhile; a late answer on a host that is busy starting pods would make the
 // node NotReady.
 const (
-	statusPatience = 900 * time.Millisecond
-	daemonPatience = 600 * time.Millisecond
+	statusTimeout = 900 * time.Millisecond
+	daemonTimeout = 600 * time.Millisecond
 )
 
 // Status reports whether an ADD would succeed: the daemon is ready, the lease is
 // valid, the bridge is usable and the delegate's STATUS succeeds.
 func (p Plugin) Status(args *skel.CmdArgs) error {
-	ctx, cancel := context.WithTimeout(context.Background(), statusPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
 	defer cancel()
 	n, err := ParseNetConf(args.StdinData, p.defaults)
 	if err != nil {
@@ -54,7 +54,7 @@ func (p Plugin) Status(args *skel.CmdArgs) error {
 		kind, _ := n.delegateType()
 		return unavailable(fmt.Errorf("delegate %s: STATUS timed out", kind))
 	}
-	if err != nil && !predates(err) {
+	if err != nil && !unsupportedVerb(err) {
 		return unavailable(err)
 	}
 	return nil
@@ -79,7 +79,7 @@ func (n NetConf) runDir() string {
 }
 
 // ready returns the subnet in which an ADD would take place, or why it would fail.
-// It waits for the daemon at most daemonPatience.
+// It waits for the daemon at most daemonTimeout.
 //
 // A missing daemon is an error, although an ADD would succeed until the lease
 // expires: without it the lease is not renewed, changes of peers are not applied,
@@ -87,20 +87,20 @@ func (n NetConf) runDir() string {
 // exception is a subnet.env without an expiry, written by flanneld, which has no
 // socket.
 func (n NetConf) ready(ctx context.Context) (SubnetEnv, error) {
-	asking, cancel := context.WithTimeout(ctx, daemonPatience)
+	askCtx, cancel := context.WithTimeout(ctx, daemonTimeout)
 	defer cancel()
-	said, asked := readiness.Ask(asking, n.runDir())
-	if asked == nil && !said.Ready {
-		return SubnetEnv{}, errors.New(said.Reason)
+	answer, askErr := readiness.Ask(askCtx, n.runDir())
+	if askErr == nil && !answer.Ready {
+		return SubnetEnv{}, errors.New(answer.Reason)
 	}
 	env, err := n.currentSubnet(ctx)
 	if err != nil {
 		return SubnetEnv{}, err
 	}
-	if asked != nil && (!env.Expires.IsZero() || !errors.Is(asked, readiness.ErrNoDaemon)) {
-		return SubnetEnv{}, fmt.Errorf("%w: see `systemctl status culvert` and `culvert status`", asked)
+	if askErr != nil && (!env.Expires.IsZero() || !errors.Is(askErr, readiness.ErrNoDaemon)) {
+		return SubnetEnv{}, fmt.Errorf("%w: see `systemctl status culvert` and `culvert status`", askErr)
 	}
-	b, err := n.findWornBridge(env)
+	b, err := n.findUnusableBridge(env)
 	if err != nil {
 		return SubnetEnv{}, err
 	}

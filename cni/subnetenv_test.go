@@ -180,7 +180,7 @@ func FuzzParseSubnetEnv(f *testing.F) {
 }
 
 // The wall clock may be set in either direction after the file was written.
-func TestF5ExpiryByTheClockThatNobodySets(t *testing.T) {
+func TestExpiryByBootTime(t *testing.T) {
 	ends := time.Date(2026, 2, 3, 4, 5, 6, 0, time.UTC)
 	e := SubnetEnv{Expires: ends, ExpiresUp: time.Hour, Boot: "b"}
 	for name, c := range map[string]struct {

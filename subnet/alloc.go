@@ -18,9 +18,9 @@ type Search struct {
 	Prefer []netip.Prefix
 	// Taken are never allocated: leases and reservations of any length.
 	Taken []netip.Prefix
-	// Resting are free subnets in quarantine, the longest unused first. They are
+	// Quarantined are free subnets in quarantine, the longest unused first. They are
 	// allocated, in this order, only if no other subnet is free.
-	Resting []netip.Prefix
+	Quarantined []netip.Prefix
 	// Seed selects where the search starts, so that nodes searching at the same
 	// time try different subnets (NodeSeed).
 	Seed uint64
@@ -46,11 +46,11 @@ func (s Search) Next() (netip.Prefix, error) {
 			return p, nil
 		}
 	}
-	resting := ranges(append(slices.Clone(s.Resting), s.Taken...), is4)
-	if p, ok := n.firstFree(resting, s.Seed); ok {
+	unavailable := ranges(append(slices.Clone(s.Quarantined), s.Taken...), is4)
+	if p, ok := n.firstFree(unavailable, s.Seed); ok {
 		return p, nil
 	}
-	for _, p := range s.Resting {
+	for _, p := range s.Quarantined {
 		if free(p) {
 			return p, nil
 		}

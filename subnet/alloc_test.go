@@ -81,7 +81,7 @@ func TestSearchAgainstEnumeration(t *testing.T) {
 			}), 0, 2*len(all)).Draw(t, label)
 		}
 		s := subnet.Search{
-			Network: n, Taken: drawPrefixes("taken"), Resting: drawPrefixes("resting"), Prefer: drawPrefixes("prefer"),
+			Network: n, Taken: drawPrefixes("taken"), Quarantined: drawPrefixes("quarantined"), Prefer: drawPrefixes("prefer"),
 			Seed: rapid.Uint64().Draw(t, "seed"),
 		}
 		isFree := func(p netip.Prefix) bool { return !slices.ContainsFunc(s.Taken, p.Overlaps) }
@@ -89,7 +89,7 @@ func TestSearchAgainstEnumeration(t *testing.T) {
 		for _, p := range all {
 			if isFree(p) {
 				free = append(free, p)
-				if slices.ContainsFunc(s.Resting, p.Overlaps) {
+				if slices.ContainsFunc(s.Quarantined, p.Overlaps) {
 					rested = append(rested, p)
 				}
 			}
@@ -116,8 +116,8 @@ func TestSearchAgainstEnumeration(t *testing.T) {
 		if len(rested) < len(free) && slices.Contains(rested, got) {
 			t.Fatalf("got %v, which is in quarantine, but %v are free", got, free)
 		}
-		if i := slices.IndexFunc(s.Resting, func(p netip.Prefix) bool { return slices.Contains(free, p) }); len(rested) == len(free) && i >= 0 && got != s.Resting[i] {
-			t.Fatalf("got %v, want the longest unused %v", got, s.Resting[i])
+		if i := slices.IndexFunc(s.Quarantined, func(p netip.Prefix) bool { return slices.Contains(free, p) }); len(rested) == len(free) && i >= 0 && got != s.Quarantined[i] {
+			t.Fatalf("got %v, want the longest unused %v", got, s.Quarantined[i])
 		}
 	})
 }

@@ -14,8 +14,8 @@ type Occupancy struct {
 	// Unreadable are the subnets of malformed values. A node may be using them, so
 	// they are never allocated.
 	Unreadable []netip.Prefix
-	// Resting are free subnets in quarantine (Search.Resting).
-	Resting []netip.Prefix
+	// Quarantined are free subnets in quarantine (Search.Quarantined).
+	Quarantined []netip.Prefix
 	// Mine reports whether this node owns the lease by evidence other than its
 	// value: the lease ID saved in the node's state file. May be nil.
 	Mine func(Lease) bool
@@ -107,7 +107,7 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 
 	var keep *Lease
 	for i := range own {
-		if keep == nil && c.keeps(own[i], o.Leases) {
+		if keep == nil && c.canKeep(own[i], o.Leases) {
 			keep = &own[i]
 		}
 	}
@@ -135,14 +135,14 @@ func Choose(c Claim, o Occupancy) (Choice, error) {
 	for _, p := range c.Previous {
 		// Skip a subnet that another node has used since: peers may still
 		// have cached it as that node's.
-		if !slices.ContainsFunc(o.Resting, p.Overlaps) {
+		if !slices.ContainsFunc(o.Quarantined, p.Overlaps) {
 			prefer = append(prefer, p)
 		}
 	}
 	subnets := make([]netip.Prefix, len(c.Config.Networks))
 	for i, n := range c.Config.Networks {
 		var err error
-		search := Search{Network: n, Prefer: prefer, Taken: taken, Resting: o.Resting, Seed: NodeSeed(c.Node)}
+		search := Search{Network: n, Prefer: prefer, Taken: taken, Quarantined: o.Quarantined, Seed: NodeSeed(c.Node)}
 		if subnets[i], err = search.Next(); err != nil {
 			return Choice{}, err
 		}
@@ -203,9 +203,9 @@ func (c Claim) addresses() string {
 	return strings.Join(texts, ", ")
 }
 
-// keeps reports whether the node may keep its own lease: the configuration
+// canKeep reports whether the node may keep its own lease: the configuration
 // allocates these subnets, and no older lease overlaps them.
-func (c Claim) keeps(own Lease, all []Lease) bool {
+func (c Claim) canKeep(own Lease, all []Lease) bool {
 	if len(own.Endpoints) != len(c.Config.Networks) {
 		return false
 	}
@@ -269,7 +269,7 @@ func checkPublic(a netip.Addr, c Config) error {
 		return fmt.Errorf("the public address %s is not a unicast host address", a)
 	}
 	for _, n := range c.Networks {
-		if _, inside := n.GivenOf(netip.PrefixFrom(a, a.BitLen())); inside {
+		if _, inside := n.AllocatableOverlap(netip.PrefixFrom(a, a.BitLen())); inside {
 			return fmt.Errorf("the public address %s is inside the cluster network %s", a, n.Prefix)
 		}
 	}

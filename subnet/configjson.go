@@ -372,7 +372,7 @@ func (c Config) Network(is4 bool) (Network, bool) {
 func (c Config) CheckUnderlay(prefixes []netip.Prefix) error {
 	for _, n := range c.Networks {
 		for _, p := range prefixes {
-			if _, overlaps := n.GivenOf(p); overlaps {
+			if _, overlaps := n.AllocatableOverlap(p); overlaps {
 				return fmt.Errorf("the cluster network %s overlaps %s, which the underlay uses: the tunnel would carry its own packets", n.Prefix, p.Masked())
 			}
 		}

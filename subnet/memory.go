@@ -13,17 +13,17 @@ import (
 // rules of package subnet/etcd: the same Choose and BuildSnapshot, and leases
 // that expire without Hold.
 type Memory struct {
-	mu       sync.Mutex
-	revision int64
-	lastID   int64
-	config   *Config
-	entries  map[string]Entry
-	lives    map[int64]*life
-	changed  chan struct{} // closed and replaced on every change
+	mu        sync.Mutex
+	revision  int64
+	lastID    int64
+	config    *Config
+	entries   map[string]Entry
+	lifetimes map[int64]*lifetime
+	changed   chan struct{} // closed and replaced on every change
 }
 
-// life corresponds to an etcd lease: it deletes its entry when it expires.
-type life struct {
+// lifetime corresponds to an etcd lease: it deletes its entry when it expires.
+type lifetime struct {
 	ttl   time.Duration
 	timer *time.Timer
 }
@@ -32,7 +32,7 @@ var _ Registry = (*Memory)(nil)
 
 // NewMemory returns an empty registry without a configuration.
 func NewMemory() *Memory {
-	return &Memory{entries: map[string]Entry{}, lives: map[int64]*life{}, changed: make(chan struct{})}
+	return &Memory{entries: map[string]Entry{}, lifetimes: map[int64]*lifetime{}, changed: make(chan struct{})}
 }
 
 // SetConfig sets the network configuration.
@@ -144,7 +144,7 @@ func (m *Memory) renew(l *Lease) (time.Duration, <-chan struct{}, error) {
 	} else if is, err := e.Lease(); err != nil || is.Node != l.Node {
 		return 0, nil, fmt.Errorf("%w: its key now holds %s", ErrLost, is)
 	}
-	life, ok := m.lives[e.ID]
+	life, ok := m.lifetimes[e.ID]
 	if !ok {
 		return time.Hour, m.changed, nil // has no lifetime
 	}
@@ -221,7 +221,7 @@ func (m *Memory) lease(l Lease, value []byte, ttl time.Duration) (Lease, error) 
 	key := l.Key()
 	m.lastID++
 	id := m.lastID
-	m.lives[id] = &life{ttl: ttl, timer: time.AfterFunc(ttl, func() {
+	m.lifetimes[id] = &lifetime{ttl: ttl, timer: time.AfterFunc(ttl, func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if m.entries[key].ID == id {
@@ -253,9 +253,9 @@ func (m *Memory) remove(key string) {
 }
 
 func (m *Memory) end(id int64) {
-	if life, ok := m.lives[id]; ok {
+	if life, ok := m.lifetimes[id]; ok {
 		life.timer.Stop()
-		delete(m.lives, id)
+		delete(m.lifetimes, id)
 	}
 }
 

@@ -94,13 +94,13 @@ type Admin interface {
 	// at (AnyRevision disables the check). A running node recreates its lease.
 	// ErrChanged, ErrAbsent.
 	ReleaseKey(ctx context.Context, key string, at int64) error
-	// Resting returns the subnets in quarantine, the longest unused first.
-	Resting(ctx context.Context) ([]Rest, error)
+	// Quarantined returns the subnets in quarantine, the longest unused first.
+	Quarantined(ctx context.Context) ([]QuarantinedSubnet, error)
 }
 
-// Rest is a subnet in quarantine: free, but released recently, so other nodes
+// QuarantinedSubnet is a subnet in quarantine: free, but released recently, so other nodes
 // may still have cached state of its old owner.
-type Rest struct {
+type QuarantinedSubnet struct {
 	Key   string    // key of the released lease
 	Node  string    // previous owner
 	Until time.Time // end of the quarantine

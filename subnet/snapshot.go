@@ -85,7 +85,7 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 		return cmp.Or(cmp.Compare(a.CreateRevision, b.CreateRevision), cmp.Compare(a.Key, b.Key))
 	})
 
-	seen := newRegister(len(entries))
+	seen := newAccepted(len(entries))
 	selfKey := self.Key()
 	isSelf := func(e *Entry) bool {
 		l, err := e.Lease()
@@ -95,7 +95,7 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 		s.Self, _ = ordered[i].Lease()
 		ordered = slices.Delete(ordered, i, i+1)
 	}
-	seen.enter(selfKey, s.Self)
+	seen.add(selfKey, s.Self)
 	for _, e := range ordered {
 		l, err := e.Lease()
 		reason := ""
@@ -104,20 +104,20 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 			reason = "malformed: " + err.Error()
 		case l.Reserved:
 			if seen.overlaps(l) == "" {
-				seen.enter(e.Key, l)
+				seen.add(e.Key, l)
 			}
 			continue
 		default:
-			l, reason = fitPeer(cfg, l)
+			l, reason = checkPeer(cfg, l)
 			if reason == "" {
-				reason = seen.refuses(l)
+				reason = seen.conflict(l)
 			}
 		}
 		if reason != "" {
 			s.Rejected = append(s.Rejected, Rejection{Key: e.Key, Reason: reason})
 			continue
 		}
-		seen.enter(e.Key, l)
+		seen.add(e.Key, l)
 		s.Peers = append(s.Peers, l)
 	}
 	slices.SortFunc(s.Peers, func(a, b Lease) int { return a.Endpoints[0].Subnet.Compare(b.Endpoints[0].Subnet) })
@@ -125,9 +125,9 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 	return s
 }
 
-// fitPeer checks a lease against the configuration and removes the endpoint of a
+// checkPeer checks a lease against the configuration and removes the endpoint of a
 // family that the network does not have. It returns the reason for a rejection.
-func fitPeer(cfg Config, l Lease) (Lease, string) {
+func checkPeer(cfg Config, l Lease) (Lease, string) {
 	if l.Backend != cfg.Backend.Type {
 		return l, fmt.Sprintf("its backend is %q, the network uses %q", clip(l.Backend), cfg.Backend.Type)
 	}
@@ -161,23 +161,23 @@ func fitPeer(cfg Config, l Lease) (Lease, string) {
 	return l, ""
 }
 
-// register holds the subnets, addresses and MACs of the accepted leases, each
+// accepted holds the subnets, addresses and MACs of the accepted leases, each
 // with its key.
-type register struct {
+type accepted struct {
 	subnets map[netip.Prefix]string
 	lengths map[int]bool // BitLen<<8 | Bits of every subnet
 	publics map[netip.Addr]string
 	macs    map[MAC]string
 }
 
-func newRegister(n int) *register {
-	return &register{
+func newAccepted(n int) *accepted {
+	return &accepted{
 		subnets: make(map[netip.Prefix]string, n), lengths: map[int]bool{},
 		publics: make(map[netip.Addr]string, n), macs: make(map[MAC]string, n),
 	}
 }
 
-func (r *register) enter(key string, l Lease) {
+func (r *accepted) add(key string, l Lease) {
 	for _, e := range l.Endpoints {
 		r.subnets[e.Subnet] = key
 		r.lengths[e.Subnet.Addr().BitLen()<<8|e.Subnet.Bits()] = true
@@ -193,8 +193,8 @@ func (r *register) enter(key string, l Lease) {
 	}
 }
 
-// refuses returns why the lease conflicts with an accepted one, or "".
-func (r *register) refuses(l Lease) string {
+// conflict returns why the lease conflicts with an accepted one, or "".
+func (r *accepted) conflict(l Lease) string {
 	if key := r.overlaps(l); key != "" {
 		return "overlaps " + key + ", which is older or ours"
 	}
@@ -214,7 +214,7 @@ func (r *register) refuses(l Lease) string {
 
 // overlaps returns the key of an accepted lease that shares an address with l.
 // Subnets nearly always have the same length, so one map look-up suffices.
-func (r *register) overlaps(l Lease) string {
+func (r *accepted) overlaps(l Lease) string {
 	for _, e := range l.Endpoints {
 		addr, bits := e.Subnet.Addr(), e.Subnet.Bits()
 		for packed := range r.lengths {

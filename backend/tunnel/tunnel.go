@@ -500,7 +500,7 @@ func (t *Tunnel) Close(how backend.How) error {
 func (t *Tunnel) makeWay() error {
 	var catchAll []host.Route
 	for _, n := range t.options.Config.Networks {
-		for _, p := range n.Given() {
+		for _, p := range n.Allocatable() {
 			catchAll = append(catchAll, host.Route{To: p, Metric: host.UnreachableMetric})
 		}
 	}

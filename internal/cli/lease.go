@@ -80,7 +80,7 @@ func newLeaseListCommand() *cobra.Command {
 					v.Value = "" // which show shows
 					views = append(views, v)
 				}
-				rests, err := admin.Resting(ctx)
+				rests, err := admin.Quarantined(ctx)
 				if err != nil {
 					return err
 				}

@@ -76,7 +76,7 @@ or if etcd cannot be asked, and with 2 if the command line is not understood.`,
 				if err != nil {
 					return err
 				}
-				rests, err := admin.Resting(ctx)
+				rests, err := admin.Quarantined(ctx)
 				r = checkLeases(text, entries, nodes, time.Now())
 				r.Resting = len(rests)
 				return err

@@ -122,7 +122,7 @@ func cutOff(c subnet.Config, f host.Facts, needs []need) (warned []api.Warning, 
 			continue
 		}
 		for _, n := range c.Networks {
-			given, inside := n.GivenOf(netip.PrefixFrom(w.addr, w.addr.BitLen()))
+			given, inside := n.AllocatableOverlap(netip.PrefixFrom(w.addr, w.addr.BitLen()))
 			if !inside {
 				continue
 			}
@@ -153,7 +153,7 @@ func overlapping(c subnet.Config, own []netip.Prefix, networks []host.LinkNetwor
 			continue
 		}
 		for _, n := range c.Networks {
-			given, overlaps := n.GivenOf(h.Prefix)
+			given, overlaps := n.AllocatableOverlap(h.Prefix)
 			if !overlaps {
 				continue
 			}
@@ -184,7 +184,7 @@ func (d *node) survey(ctx context.Context, config subnet.Config, at place) ([]su
 		for _, n := range config.Networks {
 			// A network around the whole cluster's is not lost to a peer, but to all
 			// of them: it is warned of.
-			if given, overlaps := n.GivenOf(h.Prefix); overlaps && h.Prefix.Bits() > given.Bits() {
+			if given, overlaps := n.AllocatableOverlap(h.Prefix); overlaps && h.Prefix.Bits() > given.Bits() {
 				keep = append(keep, subnet.HostNetwork{Link: h.Link, Prefix: h.Prefix})
 			}
 		}
@@ -236,11 +236,11 @@ func (s *session) fit(ctx context.Context, snapshot subnet.Snapshot) subnet.Snap
 			_, err = cutOff(snapshot.Config, f, s.needs(ctx, f, s.at.underlay))
 		}
 		if err != nil {
-			snapshot = snapshot.Within(s.networks)
+			snapshot = snapshot.WithNetworks(s.networks)
 			snapshot.ConfigRefused = err.Error()
 		} else {
 			s.networks = snapshot.Config.Networks
 		}
 	}
-	return snapshot.SetAside(s.nets)
+	return snapshot.WithoutOverlaps(s.nets)
 }

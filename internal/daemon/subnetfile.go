@@ -177,7 +177,7 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 // look has the store asked whether the lease still stands, if it is one that has
 // leases that end.
 func (s *session) look() {
-	if r, ok := s.registry.(interface{ Look() }); ok {
-		r.Look()
+	if r, ok := s.registry.(interface{ VerifyLease() }); ok {
+		r.VerifyLease()
 	}
 }

@@ -166,11 +166,11 @@ func (p *Pinger) Ping(ctx context.Context, to netip.Addr, size int) (time.Durati
 
 // PathMTU returns the size in bytes of the largest IP packet between low and high
 // that gets a reply, 0 if not even low does. A size is too big if two requests,
-// each with a timeout of patience, get no reply.
-func (p *Pinger) PathMTU(ctx context.Context, to netip.Addr, low, high int, patience time.Duration) (int, error) {
+// each limited by timeout, get no reply.
+func (p *Pinger) PathMTU(ctx context.Context, to netip.Addr, low, high int, timeout time.Duration) (int, error) {
 	passes := func(size int) (bool, error) {
 		for range 2 {
-			each, cancel := context.WithTimeout(ctx, patience)
+			each, cancel := context.WithTimeout(ctx, timeout)
 			_, err := p.Ping(each, to, size)
 			cancel()
 			var refused Refused
@@ -227,12 +227,12 @@ func (s Summary) Median() time.Duration {
 }
 
 // Series sends count requests, one after the other and at least interval apart,
-// each with a timeout of patience. Its error is that of ctx.
-func (p *Pinger) Series(ctx context.Context, to netip.Addr, count, size int, interval, patience time.Duration) (Summary, error) {
+// each limited by timeout. Its error is that of ctx.
+func (p *Pinger) Series(ctx context.Context, to netip.Addr, count, size int, interval, timeout time.Duration) (Summary, error) {
 	var s Summary
 	for i := range count {
 		next := time.Now().Add(interval)
-		each, cancel := context.WithTimeout(ctx, patience)
+		each, cancel := context.WithTimeout(ctx, timeout)
 		took, err := p.Ping(each, to, size)
 		cancel()
 		if ctx.Err() != nil {

@@ -33,7 +33,7 @@ func TestEcho(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	const patience = 300 * time.Millisecond
+	const timeout = 300 * time.Millisecond
 	for family, nobody := range []string{"198.18.0.99", "fd00:18::99"} {
 		var p *echo.Pinger
 		if err := n1.Do(func() (err error) {
@@ -56,11 +56,11 @@ func TestEcho(t *testing.T) {
 			{n3.Addrs[family], 1300, 1500, 1404}, // a veth accepts 4 bytes more, for a VLAN tag
 			{n3.Addrs[family], 1450, 1500, 0},
 		} {
-			if got, err := p.PathMTU(ctx, c.to, c.low, c.high, patience); err != nil || got != c.want {
+			if got, err := p.PathMTU(ctx, c.to, c.low, c.high, timeout); err != nil || got != c.want {
 				t.Errorf("path MTU to %s between %d and %d: %d, %v; want %d", c.to, c.low, c.high, got, err, c.want)
 			}
 		}
-		short, cancel := context.WithTimeout(ctx, patience)
+		short, cancel := context.WithTimeout(ctx, timeout)
 		if _, err := p.Ping(short, netip.MustParseAddr(nobody), 0); !errors.Is(err, echo.ErrTimeout) {
 			t.Errorf("unused address: %v", err)
 		}

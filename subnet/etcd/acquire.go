@@ -24,9 +24,9 @@ type grant struct {
 	id int64 // zero: none yet
 	// ends is the earliest expiry, counted from before the request.
 	ends time.Time
-	// doubtful is set if a transaction with this ID was not answered: it may
+	// unanswered is set if a transaction with this ID was not answered: it may
 	// have been committed, or may still be.
-	doubtful bool
+	unanswered bool
 }
 
 // Acquire implements subnet.Registry. It retries while etcd is unreachable.
@@ -37,7 +37,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 	if c.TTL <= 0 {
 		c.TTL = DefaultTTL
 	}
-	done, err := r.takeTurn(ctx)
+	done, err := r.lockKey(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
@@ -57,7 +57,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 				r.revoke(g.id)
 			}
 			r.setHeld(l)
-			r.remember()
+			r.allowSnapshot()
 			return l, nil
 		}
 		again := !permanent(err)
@@ -67,7 +67,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 		if again && pause.wait(ctx) == nil {
 			continue
 		}
-		if !g.doubtful { // else our lease may use it; the next start will find out
+		if !g.unanswered { // else our lease may use it; the next start will find out
 			r.revoke(g.id)
 		}
 		return subnet.Lease{}, fmt.Errorf("acquire a lease: %w", err)
@@ -95,7 +95,7 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 	saved := r.savedID()
 	occupancy := subnet.Occupied(entries)
 	occupancy.Mine = func(l subnet.Lease) bool { return l.ID != 0 && (l.ID == saved || l.ID == g.id) }
-	choice, err := r.choose(ctx, c, occupancy, resting(marks, entries, c.Node))
+	choice, err := r.choose(ctx, c, occupancy, quarantined(marks, entries, c.Node))
 	if err != nil {
 		return subnet.Lease{}, err
 	}
@@ -105,13 +105,13 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 	if choice.Keep == nil {
 		// The unanswered transaction has not been committed. Revoke its lease so
 		// that it never can be; then another subnet may be tried.
-		if g.doubtful {
+		if g.unanswered {
 			if err := r.revokeNow(ctx, g.id); err != nil {
 				return subnet.Lease{}, err
 			}
 			*g = grant{}
 		}
-		if err := r.granted(ctx, c.Node, c.TTL, g); err != nil {
+		if err := r.ensureGranted(ctx, c.Node, c.TTL, g); err != nil {
 			return subnet.Lease{}, err
 		}
 		choice.Lease.ID, choice.Lease.Expires = g.id, g.ends
@@ -126,7 +126,7 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 		}
 		choice.Lease.Expires = ends
 		if ends.IsZero() || whole != time.Duration(seconds(c.TTL))*time.Second || keep.Node != c.Node {
-			if err := r.granted(ctx, c.Node, c.TTL, g); err != nil {
+			if err := r.ensureGranted(ctx, c.Node, c.TTL, g); err != nil {
 				return subnet.Lease{}, err
 			}
 			choice.Lease.ID, choice.Lease.Expires = g.id, g.ends
@@ -225,7 +225,7 @@ func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64
 	resp, err := r.client.Txn(rctx).If(ifs...).Then(then...).Commit()
 	if err != nil {
 		if l.ID == g.id {
-			g.doubtful = true
+			g.unanswered = true
 		}
 		if expired(err) {
 			*g = grant{}
@@ -240,7 +240,7 @@ func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64
 		l.CreateRevision = resp.Header.Revision
 	}
 	for _, kv := range resp.Responses[len(resp.Responses)-1].GetResponseRange().Kvs {
-		if err := r.secondTo(l, r.entry(kv)); err != nil {
+		if err := r.conflictsWithOlder(l, r.entry(kv)); err != nil {
 			r.undo(ctx, choice, l)
 			return subnet.Lease{}, err
 		}
@@ -265,9 +265,9 @@ func (r *Registry) stillFree(l subnet.Lease, listed int64, replacing bool) []cli
 	}
 }
 
-// secondTo returns an error if the other entry is older than our lease and
+// conflictsWithOlder returns an error if the other entry is older than our lease and
 // conflicts with it.
-func (r *Registry) secondTo(l subnet.Lease, e subnet.Entry) error {
+func (r *Registry) conflictsWithOlder(l subnet.Lease, e subnet.Entry) error {
 	if e.CreateRevision >= l.CreateRevision || e.Key == l.Key() {
 		return nil
 	}
@@ -298,8 +298,8 @@ func (r *Registry) undo(ctx context.Context, choice subnet.Choice, l subnet.Leas
 	}
 }
 
-// granted ensures that g holds an etcd lease whose ID is saved.
-func (r *Registry) granted(ctx context.Context, node string, ttl time.Duration, g *grant) error {
+// ensureGranted ensures that g holds an etcd lease whose ID is saved.
+func (r *Registry) ensureGranted(ctx context.Context, node string, ttl time.Duration, g *grant) error {
 	if g.id != 0 {
 		return nil
 	}

@@ -118,7 +118,7 @@ func (r *Registry) ReleaseKey(ctx context.Context, key string, at int64) error {
 	} else if len(now.Kvs) == 1 {
 		// No node has used a reservation, so it needs no quarantine.
 		if l, err := r.entry(now.Kvs[0]).Lease(); err == nil && !l.Reserved {
-			if rest, err = r.restOps(ctx, key, l.Node); err != nil {
+			if rest, err = r.quarantineOps(ctx, key, l.Node); err != nil {
 				return fmt.Errorf("release %s: %w", key, err)
 			}
 		}
@@ -138,8 +138,8 @@ func (r *Registry) ReleaseKey(ctx context.Context, key string, at int64) error {
 	}
 }
 
-// Resting implements subnet.Admin.
-func (r *Registry) Resting(ctx context.Context) ([]subnet.Rest, error) {
+// Quarantined implements subnet.Admin.
+func (r *Registry) Quarantined(ctx context.Context) ([]subnet.QuarantinedSubnet, error) {
 	marks, err := r.marks(ctx)
 	if err != nil {
 		return nil, err
@@ -148,5 +148,5 @@ func (r *Registry) Resting(ctx context.Context) ([]subnet.Rest, error) {
 	if err != nil {
 		return nil, err
 	}
-	return r.restUntil(ctx, resting(marks, entries, ""))
+	return r.quarantineEnds(ctx, quarantined(marks, entries, ""))
 }

@@ -25,14 +25,14 @@ import (
 //     daemon could not start while etcd is unreachable.
 //   - The password file may change while the daemon runs.
 type authentication struct {
-	options Options
-	asking  chan struct{} // serializes Authenticate: each costs etcd a bcrypt
+	options    Options
+	requesting chan struct{} // serializes Authenticate: each costs etcd a bcrypt
 
 	mu    sync.Mutex
 	token string
 	asked time.Time // when etcd issued token; zero: no token. "" if etcd requires none
 	// refused is the last password that etcd rejected, so that waiting requests
-	// do not each try it again. Guarded by asking.
+	// do not each try it again. Guarded by requesting.
 	refused   string
 	refusedAt time.Time
 }
@@ -44,7 +44,7 @@ const refusedFor = time.Second
 const tokenFresh = 5 * time.Second
 
 func newAuthentication(o Options) *authentication {
-	return &authentication{options: o, asking: make(chan struct{}, 1)}
+	return &authentication{options: o, requesting: make(chan struct{}, 1)}
 }
 
 // unary is the interceptor of unary requests.
@@ -57,10 +57,10 @@ func (a *authentication) unary(ctx context.Context, method string, req, reply an
 		return err
 	}
 	err = invoke(withToken(ctx, token), method, req, reply, conn, opts...)
-	if !refusesToken(err) {
+	if !tokenRejected(err) {
 		return err
 	}
-	a.void(token)
+	a.discard(token)
 	if token, err = a.get(ctx, conn); err != nil {
 		return err
 	}
@@ -84,16 +84,16 @@ func (a *authentication) stream(ctx context.Context, desc *grpc.StreamDesc, conn
 
 // get returns the token; it requests one if there is none.
 func (a *authentication) get(ctx context.Context, conn *grpc.ClientConn) (string, error) {
-	if token, ok := a.known(); ok {
+	if token, ok := a.cached(); ok {
 		return token, nil
 	}
 	select {
-	case a.asking <- struct{}{}:
-		defer func() { <-a.asking }()
+	case a.requesting <- struct{}{}:
+		defer func() { <-a.requesting }()
 	case <-ctx.Done():
 		return "", ctx.Err()
 	}
-	if token, ok := a.known(); ok {
+	if token, ok := a.cached(); ok {
 		return token, nil
 	}
 	password, err := a.options.password()
@@ -121,14 +121,14 @@ func (a *authentication) get(ctx context.Context, conn *grpc.ClientConn) (string
 	return a.token, nil
 }
 
-func (a *authentication) known() (string, bool) {
+func (a *authentication) cached() (string, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.token, !a.asked.IsZero()
 }
 
-// void discards the token if it has not been replaced.
-func (a *authentication) void(token string) {
+// discard drops the token if it has not been replaced.
+func (a *authentication) discard(token string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.token == token {
@@ -143,9 +143,9 @@ func withToken(ctx context.Context, token string) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, rpctypes.TokenFieldNameGRPC, token)
 }
 
-// refusesToken reports whether a new token may help. ErrUserEmpty is the answer to
+// tokenRejected reports whether a new token may help. ErrUserEmpty is the answer to
 // a request without a token.
-func refusesToken(err error) bool {
+func tokenRejected(err error) bool {
 	err = rpctypes.Error(err)
 	return errors.Is(err, rpctypes.ErrInvalidAuthToken) || errors.Is(err, rpctypes.ErrAuthOldRevision) || errors.Is(err, rpctypes.ErrUserEmpty)
 }

@@ -19,7 +19,7 @@ const HowToSetConfig = `culvert config set '{"Network":"10.5.0.0/16","Backend":{
 // Config implements subnet.Registry.
 func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 	var pause backoff
-	var said time.Time
+	var lastLogged time.Time
 	for {
 		text, revision, at, err := r.configText(ctx)
 		switch {
@@ -41,8 +41,8 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 		default:
 			err = fmt.Errorf("there is no network configuration at %s", r.configKey())
 		}
-		if said.IsZero() || time.Since(said) >= remindEvery {
-			said = time.Now()
+		if lastLogged.IsZero() || time.Since(lastLogged) >= remindEvery {
+			lastLogged = time.Now()
 			r.log.Warn("waiting for a network configuration", "key", r.configKey(), "error", r.Explain(ctx, err), "set_it_with", HowToSetConfig)
 		}
 		if at != 0 { // etcd answered; wait for a change

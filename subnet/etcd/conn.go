@@ -12,15 +12,15 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// renewedTLS reads the CA, the certificate and the key again for each connection,
+// reloadingTLS reads the CA, the certificate and the key again for each connection,
 // so that files renewed on disk take effect.
-type renewedTLS struct {
+type reloadingTLS struct {
 	options Options
 	contact *contact
 }
 
 // ClientHandshake implements credentials.TransportCredentials.
-func (c *renewedTLS) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (c *reloadingTLS) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	to := authority
 	if one, ok := conn.(*connection); ok {
 		to = one.address
@@ -28,7 +28,7 @@ func (c *renewedTLS) ClientHandshake(ctx context.Context, authority string, conn
 	cfg, err := c.options.tls()
 	if err != nil {
 		_ = conn.Close()
-		c.contact.note(to, err)
+		c.contact.record(to, err)
 		return nil, nil, err
 	}
 	secured, info, err := credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
@@ -36,28 +36,28 @@ func (c *renewedTLS) ClientHandshake(ctx context.Context, authority string, conn
 		err = fmt.Errorf("%w: %w", errHandshake, err)
 	}
 	if err != nil {
-		c.contact.note(to, err)
+		c.contact.record(to, err)
 		return nil, nil, err
 	}
-	return &listening{Conn: secured, address: to, contact: c.contact}, info, nil
+	return &observedConn{Conn: secured, address: to, contact: c.contact}, info, nil
 }
 
 // ServerHandshake implements credentials.TransportCredentials. It is not used.
-func (c *renewedTLS) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (c *reloadingTLS) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return credentials.NewTLS(nil).ServerHandshake(conn)
 }
 
 // Info implements credentials.TransportCredentials.
-func (c *renewedTLS) Info() credentials.ProtocolInfo { return credentials.NewTLS(nil).Info() }
+func (c *reloadingTLS) Info() credentials.ProtocolInfo { return credentials.NewTLS(nil).Info() }
 
 // Clone implements credentials.TransportCredentials.
-func (c *renewedTLS) Clone() credentials.TransportCredentials {
-	return &renewedTLS{c.options, c.contact}
+func (c *reloadingTLS) Clone() credentials.TransportCredentials {
+	return &reloadingTLS{c.options, c.contact}
 }
 
 // OverrideServerName implements credentials.TransportCredentials. It is deprecated
 // and not used.
-func (c *renewedTLS) OverrideServerName(string) error { return nil }
+func (c *reloadingTLS) OverrideServerName(string) error { return nil }
 
 // connections are the open connections to etcd. They can be closed when this
 // host's address changes: a connection from the old address would only time out.
@@ -90,11 +90,11 @@ func newConnections(o Options, c *contact, plain bool) *connections {
 func (c *connections) connect(ctx context.Context, address string) (net.Conn, error) {
 	conn, err := c.dial(ctx, address)
 	if err != nil {
-		c.contact.note(address, err)
+		c.contact.record(address, err)
 		return nil, err
 	}
 	if c.plain {
-		conn = &listening{Conn: conn, address: address, contact: c.contact, plain: true}
+		conn = &observedConn{Conn: conn, address: address, contact: c.contact, plain: true}
 	}
 	one := &connection{conn, address, c}
 	c.mu.Lock()

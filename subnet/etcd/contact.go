@@ -27,7 +27,7 @@ type contact struct {
 
 func newContact(o Options) *contact { return &contact{options: o, failed: map[string]error{}} }
 
-func (c *contact) note(address string, err error) {
+func (c *contact) record(address string, err error) {
 	if errors.Is(err, context.Canceled) || errors.Is(err, net.ErrClosed) {
 		return // caused by us
 	}
@@ -40,9 +40,9 @@ func (c *contact) note(address string, err error) {
 	}
 }
 
-// errMute: the server closed the connection without sending anything, as one does
-// that expects TLS.
-var errMute = errors.New("it closes the connection without answering")
+// errClosedSilently: the server closed the connection without sending anything, as
+// one does that expects TLS.
+var errClosedSilently = errors.New("it closes the connection without answering")
 
 // trouble returns why no server can be reached; nil if one answered last, or none
 // has been tried.
@@ -59,15 +59,15 @@ func (c *contact) trouble() error {
 	var words []string
 	for _, e := range c.options.Endpoints {
 		_, address, _ := strings.Cut(e, "://")
-		if w := e + ": " + c.inWords(address, failed[address]); !slices.Contains(words, w) {
+		if w := e + ": " + c.explain(address, failed[address]); !slices.Contains(words, w) {
 			words = append(words, w)
 		}
 	}
 	return errors.New("etcd is unreachable at " + strings.Join(words, "; "))
 }
 
-// inWords returns what is wrong and what to do, on one line.
-func (c *contact) inWords(address string, err error) string {
+// explain returns what is wrong and what to do, on one line.
+func (c *contact) explain(address string, err error) string {
 	if err == nil {
 		return "no answer"
 	}
@@ -90,7 +90,7 @@ func (c *contact) inWords(address string, err error) string {
 		return fmt.Sprintf("it rejects this client (%v): set a certificate that it accepts with --etcd-certfile and --etcd-keyfile", err)
 	case errors.Is(err, errAfterHandshake) && c.options.CertFile == "":
 		return errAfterHandshake.Error() + ", as a server does that requires a client certificate: set one that it accepts with --etcd-certfile and --etcd-keyfile"
-	case errors.Is(err, errMute), errors.Is(err, errNotHTTP2):
+	case errors.Is(err, errClosedSilently), errors.Is(err, errNotHTTP2):
 		if speaksTLS(c.options, address) {
 			return "it requires TLS: write https:// in --etcd-endpoints and set its CA with --etcd-cafile"
 		}
@@ -149,8 +149,8 @@ func speaksTLS(o Options, address string) bool {
 	return err == nil || strings.Contains(err.Error(), "remote error: tls:")
 }
 
-// listening records the outcome of a connection by the first bytes received.
-type listening struct {
+// observedConn records the outcome of a connection by the first bytes received.
+type observedConn struct {
 	net.Conn
 	address string
 	contact *contact
@@ -159,23 +159,23 @@ type listening struct {
 }
 
 // Read implements net.Conn.
-func (l *listening) Read(b []byte) (int, error) {
+func (l *observedConn) Read(b []byte) (int, error) {
 	n, err := l.Conn.Read(b)
 	l.once.Do(func() {
 		switch {
 		// The server's first frame must be SETTINGS: a length below 2^16, type 4
 		// (RFC 9113, 3.4 and 4.1).
 		case n > 0 && l.plain && (b[0] != 0 || n > 3 && b[3] != 4):
-			l.contact.note(l.address, errNotHTTP2)
+			l.contact.record(l.address, errNotHTTP2)
 		case n > 0:
-			l.contact.note(l.address, nil)
+			l.contact.record(l.address, nil)
 		case err != nil && strings.Contains(err.Error(), "remote error: tls:"):
-			l.contact.note(l.address, err) // TLS 1.3 rejects a client only now
+			l.contact.record(l.address, err) // TLS 1.3 rejects a client only now
 		case err != nil && !errors.Is(err, net.ErrClosed) && l.plain:
-			l.contact.note(l.address, errMute)
+			l.contact.record(l.address, errClosedSilently)
 		case err != nil && !errors.Is(err, net.ErrClosed):
 			// The alert with the reason may be lost to the RST that follows it.
-			l.contact.note(l.address, fmt.Errorf("%w: %w", errAfterHandshake, err))
+			l.contact.record(l.address, fmt.Errorf("%w: %w", errAfterHandshake, err))
 		}
 	})
 	return n, err
@@ -183,7 +183,7 @@ func (l *listening) Read(b []byte) (int, error) {
 
 // Write implements net.Conn. If it fails, it reads what the server sent before it
 // closed the connection, such as an alert that asks for a certificate.
-func (l *listening) Write(b []byte) (int, error) {
+func (l *observedConn) Write(b []byte) (int, error) {
 	n, err := l.Conn.Write(b)
 	if err != nil && !errors.Is(err, net.ErrClosed) {
 		_ = l.SetReadDeadline(time.Now().Add(100 * time.Millisecond))

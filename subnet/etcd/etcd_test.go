@@ -153,7 +153,7 @@ func movedTo(l subnet.Lease, public string) subnet.Lease {
 	return l
 }
 
-func TestLifeOfALease(t *testing.T) {
+func TestLeaseLifecycle(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	stateFile := filepath.Join(t.TempDir(), "lease.json")

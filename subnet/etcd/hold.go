@@ -14,9 +14,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// lookEvery is how often Hold verifies our key even if Watch reports no change
+// verifyEvery is how often Hold verifies our key even if Watch reports no change
 // to it.
-const lookEvery = time.Minute
+const verifyEvery = time.Minute
 
 // Hold implements subnet.Registry. It retries while etcd is unreachable: the
 // lease is lost only if etcd answers that another node has the subnet.
@@ -24,9 +24,9 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	if held, ok := r.Held(); !ok || held.Key() != l.Key() {
 		r.setHeld(l)
 	}
-	r.mark = 0 // may belong to another subnet
+	r.markLease = 0 // may belong to another subnet
 	var g grant
-	var k keeping
+	var k renewal
 	var pause backoff
 	away := outage{log: r.log.With("subnet", l.Key())}
 	for {
@@ -58,9 +58,9 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	}
 }
 
-// keeping is the etcd lease to renew (0: none yet) and when to renew it: after a
+// renewal is the etcd lease to renew (0: none yet) and when to renew it: after a
 // third of its lifetime.
-type keeping struct {
+type renewal struct {
 	id  int64
 	due time.Time
 }
@@ -72,16 +72,16 @@ type keeping struct {
 // it was sent. A response that lay unread while the process was stopped says
 // nothing about now: counting from its arrival, this node could use a subnet that
 // another node has acquired.
-func (r *Registry) renew(ctx context.Context, k *keeping) error {
+func (r *Registry) renew(ctx context.Context, k *renewal) error {
 	held, ok := r.Held()
 	if !ok {
 		return errors.New("released")
 	}
 	if k.id != held.ID {
-		*k = keeping{id: held.ID}
+		*k = renewal{id: held.ID}
 	}
-	look := time.NewTimer(lookEvery/2 + rand.N(lookEvery))
-	defer look.Stop()
+	periodic := time.NewTimer(verifyEvery/2 + rand.N(verifyEvery))
+	defer periodic.Stop()
 	for {
 		var due <-chan time.Time
 		if k.id != 0 {
@@ -92,9 +92,9 @@ func (r *Registry) renew(ctx context.Context, k *keeping) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-r.poke:
+		case <-r.verifyNow:
 			return errors.New("verification was requested")
-		case <-look.C:
+		case <-periodic.C:
 			return errors.New("periodic")
 		case <-due:
 			ttl, err := r.keepAlive(ctx, k.id)
@@ -112,7 +112,7 @@ func (r *Registry) renew(ctx context.Context, k *keeping) error {
 // keepAlive renews an etcd lease once and returns its lifetime. It returns
 // ErrLeaseNotFound if the lease does not exist.
 func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, error) {
-	rctx, cancel := r.brief(ctx)
+	rctx, cancel := r.leaseRequest(ctx)
 	defer cancel()
 	asked := time.Now()
 	resp, err := r.client.KeepAliveOnce(rctx, clientv3.LeaseID(id))
@@ -125,7 +125,7 @@ func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, erro
 	if r.held.ID == id {
 		l := r.held
 		l.Expires = asked.Add(ttl)
-		r.keepHeld(l)
+		r.setHeldLocked(l)
 	}
 	return ttl, nil
 }
@@ -133,7 +133,7 @@ func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, erro
 // verify makes our key match the held lease: it adopts, rewrites or recreates it.
 // It returns ErrLost if another node has the subnet.
 func (r *Registry) verify(ctx context.Context, g *grant) error {
-	done, err := r.takeTurn(ctx)
+	done, err := r.lockKey(ctx)
 	if err != nil {
 		return err
 	}
@@ -145,9 +145,9 @@ func (r *Registry) verify(ctx context.Context, g *grant) error {
 	return r.repair(ctx, held, g)
 }
 
-// repair is verify for the wanted lease. The caller has the turn.
+// repair is verify for the wanted lease. The caller holds keyLock.
 func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) error {
-	rctx, cancel := r.brief(ctx)
+	rctx, cancel := r.leaseRequest(ctx)
 	defer cancel()
 	resp, err := r.client.Get(rctx, r.subnetsDir()+want.Key())
 	if err != nil {
@@ -178,7 +178,7 @@ func (r *Registry) repair(ctx context.Context, want subnet.Lease, g *grant) erro
 		case e.ID != 0:
 			err = fmt.Errorf("lease %s expired during verification: %w", want, errRace)
 		default:
-			err = r.granted(ctx, want.Node, r.lifetime(), g)
+			err = r.ensureGranted(ctx, want.Node, r.lifetime(), g)
 			want.ID, want.Expires = g.id, g.ends
 		}
 		if err != nil {
@@ -258,10 +258,10 @@ func (r *Registry) recreate(ctx context.Context, want subnet.Lease, g *grant) er
 			return fmt.Errorf("%w: it expired, and another node took its identity or address: %w", subnet.ErrLost, err)
 		}
 	}
-	if g.doubtful { // it expired too, or is attached to nothing
+	if g.unanswered { // it expired too, or is attached to nothing
 		*g = grant{}
 	}
-	if err := r.granted(ctx, want.Node, r.lifetime(), g); err != nil {
+	if err := r.ensureGranted(ctx, want.Node, r.lifetime(), g); err != nil {
 		return err
 	}
 	want.ID, want.Expires = g.id, g.ends
@@ -279,7 +279,7 @@ func (r *Registry) recreate(ctx context.Context, want subnet.Lease, g *grant) er
 // while etcd is unreachable. It fails with ErrConflict if another node has the new
 // address, and with ErrLost if another node has the subnet.
 func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, error) {
-	done, err := r.takeTurn(ctx)
+	done, err := r.lockKey(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
@@ -328,7 +328,7 @@ func (r *Registry) checkRivals(ctx context.Context, l subnet.Lease) error {
 // Release implements subnet.Registry. It is not an error if the lease no longer
 // exists or belongs to another node. A running Hold returns ErrLost.
 func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
-	done, err := r.takeTurn(ctx)
+	done, err := r.lockKey(ctx)
 	if err != nil {
 		return err
 	}
@@ -350,7 +350,7 @@ func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
 		}
 	}
 	r.setHeld(subnet.Lease{})
-	r.look()
+	r.requestVerify()
 	return r.dropID()
 }
 
@@ -369,7 +369,7 @@ func (r *Registry) release(ctx context.Context, l subnet.Lease, g *grant) error 
 	if _, err := r.ours(l, g, e); err != nil {
 		return nil
 	}
-	rest, err := r.restOps(ctx, e.Key, l.Node)
+	rest, err := r.quarantineOps(ctx, e.Key, l.Node)
 	if err != nil {
 		return err
 	}

@@ -50,7 +50,7 @@ func TestHoldRenews(t *testing.T) {
 	}
 }
 
-func TestEndedRenewalsAreNoLoss(t *testing.T) {
+func TestFailedRenewalsAreNoLoss(t *testing.T) {
 	t.Parallel()
 	r := open(t, etcdtest.Start(t))
 	broken := &brokenLease{Lease: r.client.Lease}
@@ -69,7 +69,7 @@ func TestEndedRenewalsAreNoLoss(t *testing.T) {
 	}
 }
 
-func TestVanishedLeaseIsWrittenAgain(t *testing.T) {
+func TestMissingLeaseIsRecreated(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	for name, vanish := range map[string]func(r *Registry, l subnet.Lease) error{
@@ -113,7 +113,7 @@ func TestVanishedLeaseIsWrittenAgain(t *testing.T) {
 }
 
 // Without a watch, renewals detect an expiry.
-func TestExpiryIsNoticedWithoutWatch(t *testing.T) {
+func TestExpiryIsDetectedWithoutWatch(t *testing.T) {
 	t.Parallel()
 	r := open(t, etcdtest.Start(t))
 	c := claim(t, vxlanConfig, 1)

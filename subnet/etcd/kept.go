@@ -20,15 +20,15 @@ import (
 //
 //	etcd ── list, watch ── mirror ── Snapshot
 //	                        │  ▲
-//	                   keep ▼  │ Resume: replaces the first list while etcd is unreachable
+//	                persist ▼  │ Resume: replaces the first list while etcd is unreachable
 //	                        file
 //
 // Package kept owns the file and decides how long it is valid. It is written at
 // most once a second.
 
-// keepEvery is the shortest interval between two writes. It is longer if a write
+// persistEvery is the shortest interval between two writes. It is longer if a write
 // takes long, so that writing uses at most 2 % of a core.
-const keepEvery = time.Second
+const persistEvery = time.Second
 
 // Kept returns the state saved by this node, nil if there is none, or an error that
 // says why it cannot be used.
@@ -61,7 +61,7 @@ func (r *Registry) Resume(k *kept.State, ttl time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.ttl, r.resumed = ttl, k
-	r.keepHeld(k.Lease)
+	r.setHeldLocked(k.Lease)
 }
 
 // Answers returns an error if etcd is unreachable: no server accepts a connection,
@@ -104,9 +104,9 @@ func (r *Registry) Answers(ctx context.Context) error {
 // Forget deletes the saved state and stops saving it: the lease is not this node's
 // any more, or may soon not be.
 func (r *Registry) Forget() {
-	r.keeping.Lock()
-	defer r.keeping.Unlock()
-	r.forgotten = true
+	r.snapshotMu.Lock()
+	defer r.snapshotMu.Unlock()
+	r.snapshotOff = true
 	if r.opts.SnapshotFile == "" {
 		return
 	}
@@ -115,22 +115,22 @@ func (r *Registry) Forget() {
 	}
 }
 
-// remember makes keep save the state again, for a new lease.
-func (r *Registry) remember() {
-	r.keeping.Lock()
-	defer r.keeping.Unlock()
-	r.forgotten = false
+// allowSnapshot makes persist save the state again, for a new lease.
+func (r *Registry) allowSnapshot() {
+	r.snapshotMu.Lock()
+	defer r.snapshotMu.Unlock()
+	r.snapshotOff = false
 }
 
-// keep saves the mirror's state whenever it changes, until ctx ends, and then once
+// persist saves the mirror's state whenever it changes, until ctx ends, and then once
 // more.
-func (r *Registry) keep(ctx context.Context, m *mirror) {
+func (r *Registry) persist(ctx context.Context, m *mirror) {
 	if r.opts.SnapshotFile == "" {
 		return
 	}
-	var written keptState
+	var written snapshotState
 	away := outage{log: r.log}
-	tick := time.NewTicker(keepEvery) // a renewal does not signal m.changed
+	tick := time.NewTicker(persistEvery) // a renewal does not signal m.changed
 	defer tick.Stop()
 	for {
 		last := false
@@ -141,9 +141,9 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 		case <-tick.C:
 		}
 		began := time.Now()
-		state, news := m.state(written)
-		if news {
-			if err := r.writeKept(state); err != nil {
+		state, dirty := m.state(written)
+		if dirty {
+			if err := r.writeSnapshot(state); err != nil {
 				away.failed("cannot write the snapshot file", err)
 			} else {
 				written, written.entries = state, nil
@@ -152,17 +152,17 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 		if last {
 			return
 		}
-		if took := time.Since(began); news && sleep(ctx, max(keepEvery, 50*took)) != nil {
+		if took := time.Since(began); dirty && sleep(ctx, max(persistEvery, 50*took)) != nil {
 			continue // to the final write
 		}
 	}
 }
 
-// writeKept writes the state, unless the lease was lost or released meanwhile.
-func (r *Registry) writeKept(s keptState) error {
-	r.keeping.Lock()
-	defer r.keeping.Unlock()
-	if r.forgotten {
+// writeSnapshot writes the state, unless the lease was lost or released meanwhile.
+func (r *Registry) writeSnapshot(s snapshotState) error {
+	r.snapshotMu.Lock()
+	defer r.snapshotMu.Unlock()
+	if r.snapshotOff {
 		return nil
 	}
 	return kept.Write(r.opts.SnapshotFile, kept.State{
@@ -171,8 +171,8 @@ func (r *Registry) writeKept(s keptState) error {
 	})
 }
 
-// keptState is the state to save.
-type keptState struct {
+// snapshotState is the state to save.
+type snapshotState struct {
 	version int // mirror.version
 	held    subnet.Lease
 	config  subnet.Config
@@ -183,18 +183,18 @@ type keptState struct {
 
 // state returns the state to save, if it differs enough from what was written.
 // There is none before etcd was read, nor without a lease whose expiry is known.
-func (m *mirror) state(written keptState) (keptState, bool) {
+func (m *mirror) state(written snapshotState) (snapshotState, bool) {
 	held, ok := m.r.Held()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !ok || held.Key() != m.self.Key() || held.ID != 0 && held.Expires.IsZero() || !m.listed || len(m.config.Networks) == 0 {
-		return keptState{}, false
+		return snapshotState{}, false
 	}
-	s := keptState{version: m.version, held: held, config: m.config, cluster: m.cluster, at: m.revision}
+	s := snapshotState{version: m.version, held: held, config: m.config, cluster: m.cluster, at: m.revision}
 	if !s.differs(written) {
-		return keptState{}, false
+		return snapshotState{}, false
 	}
-	for _, entries := range []map[string]subnet.Entry{m.entries, m.missed} {
+	for _, entries := range []map[string]subnet.Entry{m.entries, m.retained} {
 		for _, e := range entries {
 			if _, err := e.Lease(); err == nil {
 				s.entries = append(s.entries, e)
@@ -206,7 +206,7 @@ func (m *mirror) state(written keptState) (keptState, bool) {
 
 // differs reports whether the state is worth writing: any lease has changed, or
 // our own now lasts longer by an eighth of its remaining time.
-func (s keptState) differs(written keptState) bool {
+func (s snapshotState) differs(written snapshotState) bool {
 	return s.version != written.version || s.held.ID != written.held.ID || s.held.ModRevision != written.held.ModRevision ||
 		s.held.Expires.Sub(written.held.Expires).Abs() > time.Until(s.held.Expires).Abs()/8
 }

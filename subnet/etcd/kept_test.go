@@ -106,7 +106,7 @@ func TestResume(t *testing.T) {
 }
 
 // The saved state is deleted as soon as another node may have the subnet.
-func TestKeptIsForgotten(t *testing.T) {
+func TestSavedStateIsDeleted(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	dir := t.TempDir()
@@ -253,13 +253,13 @@ func BenchmarkKeep5000(b *testing.B) {
 	}
 	held.Node, held.ID = "node-1", 5
 	held.Expires = time.Now().Add(time.Hour)
-	s := keptState{held: held, config: cfg, cluster: 1, at: 1}
+	s := snapshotState{held: held, config: cfg, cluster: 1, at: 1}
 	for i := range 5000 {
 		s.entries = append(s.entries, subnet.NewEntry(subnet.Entry{Key: fmt.Sprintf("10.%d.%d.0-24", i/250, i%250), Value: []byte(peerValue(i % 250)), CreateRevision: 1, ModRevision: 1, ID: 1 << 60}))
 	}
 	r := &Registry{opts: Options{SnapshotFile: filepath.Join(b.TempDir(), "snapshot.json")}}
 	for b.Loop() {
-		if err := r.writeKept(s); err != nil {
+		if err := r.writeSnapshot(s); err != nil {
 			b.Fatal(err)
 		}
 	}

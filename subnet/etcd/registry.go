@@ -47,12 +47,12 @@ type Registry struct {
 	opts    Options
 	log     *slog.Logger
 
-	// turn serializes writers of our own key, across all requests of one operation.
-	turn chan struct{}
-	// poke makes Hold verify our key at once.
-	poke chan struct{}
-	kept int64 // lease ID that this process wrote to the state file; guarded by turn
-	mark int64 // etcd lease ID of our subnet's mark, 0 if unknown; used only by Hold
+	// keyLock serializes writers of our own key, across all requests of one operation.
+	keyLock chan struct{}
+	// verifyNow makes Hold verify our key at once.
+	verifyNow chan struct{}
+	writtenID int64 // lease ID that this process wrote to the state file; guarded by keyLock
+	markLease int64 // etcd lease ID of our subnet's mark, 0 if unknown; used only by Hold
 
 	mu      sync.Mutex
 	held    subnet.Lease  // as last written or read; no Endpoints: none
@@ -63,8 +63,8 @@ type Registry struct {
 	listed  *listing      // read by Acquire, used by the first list of Watch
 	resumed *kept.State   // start of Watch while etcd is unreachable; nil once etcd was read
 
-	keeping   sync.Mutex // guards the snapshot file and forgotten
-	forgotten bool       // do not write the snapshot file
+	snapshotMu  sync.Mutex // guards the snapshot file and snapshotOff
+	snapshotOff bool       // do not write the snapshot file
 }
 
 // listing is a response of listAll and when it arrived.
@@ -73,8 +73,8 @@ type listing struct {
 	at   time.Time
 }
 
-// listedLimit is the maximum age of a listing that a watch starts from.
-const listedLimit = 10 * time.Second
+// listingMaxAge is the maximum age of a listing that a watch starts from.
+const listingMaxAge = 10 * time.Second
 
 var (
 	_ subnet.Registry = (*Registry)(nil)
@@ -118,9 +118,9 @@ func New(o Options) (*Registry, error) {
 	conns := newConnections(o, reached, tlsConfig == nil)
 	cfg.DialOptions = append(cfg.DialOptions, grpc.WithContextDialer(conns.connect))
 	if tlsConfig != nil {
-		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(&renewedTLS{o, reached}))
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(&reloadingTLS{o, reached}))
 	}
-	r := &Registry{opts: o, conns: conns, contact: reached, log: o.Logger, turn: make(chan struct{}, 1), poke: make(chan struct{}, 1)}
+	r := &Registry{opts: o, conns: conns, contact: reached, log: o.Logger, keyLock: make(chan struct{}, 1), verifyNow: make(chan struct{}, 1)}
 	if o.FailFast {
 		cfg.DialOptions = append(cfg.DialOptions, grpc.WithChainUnaryInterceptor(failFast))
 	}
@@ -161,11 +161,11 @@ func (r *Registry) Held() (subnet.Lease, bool) {
 func (r *Registry) setHeld(l subnet.Lease) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.keepHeld(l)
+	r.setHeldLocked(l)
 }
 
-// keepHeld is setHeld for callers that hold mu.
-func (r *Registry) keepHeld(l subnet.Lease) {
+// setHeldLocked is setHeld for callers that hold mu.
+func (r *Registry) setHeldLocked(l subnet.Lease) {
 	r.held, r.endsUp = l, 0
 	// Read this clock first: too early an expiry is harmless.
 	if up, err := boottime.Up(); err == nil {
@@ -173,9 +173,9 @@ func (r *Registry) keepHeld(l subnet.Lease) {
 	}
 }
 
-// Look makes Hold compare the held lease with etcd at once. Call it after a clock
-// was stepped, or the machine was suspended or restored to an earlier snapshot.
-func (r *Registry) Look() { r.look() }
+// VerifyLease makes Hold compare the held lease with etcd at once. Call it after a
+// clock was stepped, or the machine was suspended or restored to an earlier snapshot.
+func (r *Registry) VerifyLease() { r.requestVerify() }
 
 // lifetime returns the claimed TTL, for granting the lease again.
 func (r *Registry) lifetime() time.Duration {
@@ -194,10 +194,10 @@ func (r *Registry) request(ctx context.Context) (context.Context, context.Cancel
 	return context.WithTimeout(clientv3.WithRequireLeader(ctx), r.opts.RequestTimeout)
 }
 
-// brief limits a request that the lease depends on to a tenth of its lifetime, if
+// leaseRequest limits a request that the lease depends on to a tenth of its lifetime, if
 // that is shorter than RequestTimeout. Requests go to the members in turn; if all
 // connections are silently dead, each must time out before it is replaced.
-func (r *Registry) brief(ctx context.Context) (context.Context, context.CancelFunc) {
+func (r *Registry) leaseRequest(ctx context.Context) (context.Context, context.CancelFunc) {
 	most := min(max(r.lifetime()/10, time.Second), r.opts.RequestTimeout)
 	return context.WithTimeout(clientv3.WithRequireLeader(ctx), most)
 }
@@ -236,7 +236,7 @@ func (r *Registry) takeListed() *clientv3.TxnResponse {
 	defer r.mu.Unlock()
 	l := r.listed
 	r.listed = nil
-	if l == nil || time.Since(l.at) > listedLimit {
+	if l == nil || time.Since(l.at) > listingMaxAge {
 		return nil
 	}
 	return l.resp
@@ -249,20 +249,20 @@ func (r *Registry) entry(kv *mvccpb.KeyValue) subnet.Entry {
 	})
 }
 
-// takeTurn waits for the turn and returns the function that ends it.
-func (r *Registry) takeTurn(ctx context.Context) (func(), error) {
+// lockKey locks keyLock and returns the function that unlocks it.
+func (r *Registry) lockKey(ctx context.Context) (func(), error) {
 	select {
-	case r.turn <- struct{}{}:
-		return func() { <-r.turn }, nil
+	case r.keyLock <- struct{}{}:
+		return func() { <-r.keyLock }, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 }
 
-// look makes Hold verify our key at once.
-func (r *Registry) look() {
+// requestVerify makes Hold verify our key at once.
+func (r *Registry) requestVerify() {
 	select {
-	case r.poke <- struct{}{}:
+	case r.verifyNow <- struct{}{}:
 	default:
 	}
 }
@@ -315,18 +315,18 @@ func (r *Registry) Explain(ctx context.Context, err error) error {
 	server := strings.Join(r.opts.Endpoints, ", ")
 	switch {
 	case errors.Is(err, rpctypes.ErrAuthFailed):
-		return worded{fmt.Errorf("etcd at %s rejects the user %q or its password: set the right ones with --etcd-username and --etcd-password-file", server, r.opts.User), err}
+		return rewordedError{fmt.Errorf("etcd at %s rejects the user %q or its password: set the right ones with --etcd-username and --etcd-password-file", server, r.opts.User), err}
 	case errors.Is(err, rpctypes.ErrUserEmpty):
-		return worded{fmt.Errorf("etcd at %s requires authentication: set a user with --etcd-username and --etcd-password-file", server), err}
+		return rewordedError{fmt.Errorf("etcd at %s requires authentication: set a user with --etcd-username and --etcd-password-file", server), err}
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		return worded{fmt.Errorf("etcd at %s denies the user %q access to %s: grant its role readwrite on the prefix %s/", server, r.opts.User, r.opts.Prefix, r.opts.Prefix), err}
+		return rewordedError{fmt.Errorf("etcd at %s denies the user %q access to %s: grant its role readwrite on the prefix %s/", server, r.opts.User, r.opts.Prefix, r.opts.Prefix), err}
 	}
 	code := status.Code(unwrapAll(err))
 	if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) && code != codes.Unavailable && code != codes.DeadlineExceeded {
 		return err
 	}
 	if why := r.Trouble(); why != nil {
-		return worded{why, err}
+		return rewordedError{why, err}
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("no answer from %s within %v: %w", server, r.opts.RequestTimeout, err)
@@ -334,28 +334,28 @@ func (r *Registry) Explain(ctx context.Context, err error) error {
 	return err
 }
 
-// worded is err with another message.
-type worded struct{ words, err error }
+// rewordedError is err with another message.
+type rewordedError struct{ words, err error }
 
-func (w worded) Error() string { return w.words.Error() }
-func (w worded) Unwrap() error { return w.err }
+func (w rewordedError) Error() string { return w.words.Error() }
+func (w rewordedError) Unwrap() error { return w.err }
 
 // outage logs that etcd is unreachable: at once, then once a minute, and when it
 // answers again.
 type outage struct {
-	log         *slog.Logger
-	since, said time.Time
+	log               *slog.Logger
+	since, lastLogged time.Time
 }
 
-const sayEvery = time.Minute
+const logEvery = time.Minute
 
 func (o *outage) failed(message string, err error) {
 	now := time.Now()
 	if o.since.IsZero() {
 		o.since = now
 	}
-	if o.said.IsZero() || now.Sub(o.said) >= sayEvery {
-		o.said = now
+	if o.lastLogged.IsZero() || now.Sub(o.lastLogged) >= logEvery {
+		o.lastLogged = now
 		o.log.Warn(message, "error", err)
 	}
 }
@@ -363,7 +363,7 @@ func (o *outage) failed(message string, err error) {
 func (o *outage) over() {
 	if !o.since.IsZero() {
 		o.log.Info("etcd answers again", "after", time.Since(o.since).Round(time.Millisecond))
-		o.since, o.said = time.Time{}, time.Time{}
+		o.since, o.lastLogged = time.Time{}, time.Time{}
 	}
 }
 

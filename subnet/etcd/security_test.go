@@ -301,7 +301,7 @@ func TestOptions(t *testing.T) {
 
 // Config waits if etcd is unreachable when the daemon starts, with and without a
 // user.
-func TestEtcdAwayAtStart(t *testing.T) {
+func TestEtcdUnreachableAtStart(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
 	setConfig(t, open(t, server.URL()), vxlanConfig)
@@ -334,7 +334,7 @@ func TestEtcdAwayAtStart(t *testing.T) {
 }
 
 // Explain says within 1.5 s and on one line why a server cannot be used.
-func TestD8TroubleIsNamed(t *testing.T) {
+func TestTroubleNamesTheCause(t *testing.T) {
 	t.Parallel()
 	a, stranger := newAuthority(t), newAuthority(t)
 	a.issue(t, "server", a)
@@ -383,7 +383,7 @@ func TestD8TroubleIsNamed(t *testing.T) {
 }
 
 // The password file is read again when etcd rejects the password.
-func TestD2PasswordFileChanges(t *testing.T) {
+func TestPasswordFileChanges(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
 	secure(t, server.URL())
@@ -416,7 +416,7 @@ func TestD2PasswordFileChanges(t *testing.T) {
 	stands(t, r, l, lost)
 }
 
-func TestEndpointsAsPeopleWriteThem(t *testing.T) {
+func TestEndpointsWithBlanks(t *testing.T) {
 	t.Parallel()
 	o, err := Options{Endpoints: strings.Split(" http://10.0.0.1:2379, http://10.0.0.2:2379 ,,", ","), Logger: slog.New(slog.DiscardHandler)}.complete()
 	if want := []string{"http://10.0.0.1:2379", "http://10.0.0.2:2379"}; err != nil || !slices.Equal(o.Endpoints, want) {

@@ -44,10 +44,10 @@ func (r *Registry) savedID() int64 {
 }
 
 // saveID saves the lease ID before it is used, so that a crash does not lose it. A
-// failure is only logged: a full disk must not cost us the lease. The caller has
-// the turn.
+// failure is only logged: a full disk must not cost us the lease. The caller holds
+// keyLock.
 func (r *Registry) saveID(node string, id int64) {
-	if r.opts.StateFile == "" || r.kept == id {
+	if r.opts.StateFile == "" || r.writtenID == id {
 		return
 	}
 	text, err := json.Marshal(state{Node: node, LeaseID: strconv.FormatInt(id, 16)})
@@ -58,11 +58,11 @@ func (r *Registry) saveID(node string, id int64) {
 		r.log.Warn("the state file cannot be written; a restart will recognize our lease only by identity and address", "file", r.opts.StateFile, "error", err)
 		return
 	}
-	r.kept = id
+	r.writtenID = id
 }
 
 func (r *Registry) dropID() error {
-	r.kept = 0
+	r.writtenID = 0
 	if r.opts.StateFile == "" {
 		return nil
 	}

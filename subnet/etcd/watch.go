@@ -25,16 +25,16 @@ import (
 const (
 	// lostAfter is how long there may be no connection before it is reported.
 	lostAfter = 2 * time.Second
-	// quietLimit is how long a watch may receive nothing, not even one of the
+	// watchIdleLimit is how long a watch may receive nothing, not even one of the
 	// progress notifications that etcd sends every 10 minutes.
-	quietLimit = 30 * time.Minute
+	watchIdleLimit = 30 * time.Minute
 )
 
 var (
-	errCompacted = errors.New("the watched revision was compacted")
-	errFlapped   = errors.New("the connection was re-established")
-	errSilent    = errors.New("the watch received nothing for too long")
-	errSettled   = errors.New("the settle time is over")
+	errCompacted   = errors.New("the watched revision was compacted")
+	errReconnected = errors.New("the connection was re-established")
+	errWatchIdle   = errors.New("the watch received nothing for too long")
+	errSettled     = errors.New("the settle time is over")
 )
 
 // Watch implements subnet.Registry. A goroutine mirrors the store; Pace yields
@@ -45,10 +45,10 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 		m := newMirror(r, self)
 		var mirroring sync.WaitGroup
 		mirroring.Go(func() { r.mirror(ctx, m) })
-		mirroring.Go(func() { r.keep(ctx, m) })
+		mirroring.Go(func() { r.persist(ctx, m) })
 		defer mirroring.Wait()
 		defer cancel()
-		subnet.Pace(ctx, m.news, m.take, yield)
+		subnet.Pace(ctx, m.notify, m.take, yield)
 	}
 }
 
@@ -64,7 +64,7 @@ func (r *Registry) mirror(ctx context.Context, m *mirror) {
 		if listed {
 			pause.reset()
 		}
-		if errors.Is(err, errCompacted) || errors.Is(err, errFlapped) || errors.Is(err, errSilent) {
+		if errors.Is(err, errCompacted) || errors.Is(err, errReconnected) || errors.Is(err, errWatchIdle) {
 			r.log.Info("listing all leases again", "reason", err)
 		} else {
 			err = r.Explain(ctx, err)
@@ -110,7 +110,7 @@ func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed 
 
 	changes := r.client.Watch(wctx, r.directory(), clientv3.WithPrefix(),
 		clientv3.WithRev(resp.Header.Revision+1), clientv3.WithProgressNotify())
-	quiet := time.NewTimer(quietLimit)
+	quiet := time.NewTimer(watchIdleLimit)
 	defer quiet.Stop()
 	var settle <-chan time.Time
 	if m.unsettled() {
@@ -123,7 +123,7 @@ func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed 
 		case <-wctx.Done():
 			return true, context.Cause(wctx)
 		case <-quiet.C:
-			return true, errSilent
+			return true, errWatchIdle
 		case <-settle:
 			r.log.Info("removing the peers that have not returned", "reason", errSettled)
 			m.settle()
@@ -136,7 +136,7 @@ func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed 
 			case resp.Err() != nil:
 				return true, resp.Err()
 			}
-			quiet.Reset(quietLimit)
+			quiet.Reset(watchIdleLimit)
 			m.change(resp)
 		}
 	}
@@ -163,40 +163,40 @@ func superviseConnection(ctx context.Context, conn *grpc.ClientConn, stop contex
 			return
 		}
 	}
-	stop(errFlapped)
+	stop(errReconnected)
 }
 
 // mirror is a copy of the network's keys in the store. The goroutine that follows
 // the store writes it; the consumer of the watch takes snapshots of it.
 type mirror struct {
-	r    *Registry
-	news chan struct{} // capacity 1; signals that take has something new
-	// changed signals the same to keep.
+	r      *Registry
+	notify chan struct{} // capacity 1; signals that take has something new
+	// changed signals the same to persist.
 	changed chan struct{}
 
-	mu       sync.Mutex
-	self     subnet.Lease
-	entries  map[string]subnet.Entry
-	missed   map[string]subnet.Entry // peers missing from a wiped or restored store, kept until settle
-	revision int64
-	cluster  uint64
-	config   subnet.Config
-	refused  string
-	settings string // text that config and refused come from
-	fresh    bool
-	err      error
-	told     map[string]int64 // ModRevision of each logged rejection, by key
-	version  int              // incremented by publish
-	listed   bool             // etcd was read
-	kept     time.Time        // when the content was saved to disk; zero once etcd was read
+	mu           sync.Mutex
+	self         subnet.Lease
+	entries      map[string]subnet.Entry
+	retained     map[string]subnet.Entry // peers missing from a wiped or restored store, kept until settle
+	revision     int64
+	cluster      uint64
+	config       subnet.Config
+	refused      string
+	configSource string // text that config and refused come from
+	fresh        bool
+	err          error
+	logged       map[string]int64 // ModRevision of each logged rejection, by key
+	version      int              // incremented by publish
+	listed       bool             // etcd was read
+	kept         time.Time        // when the content was saved to disk; zero once etcd was read
 }
 
 func newMirror(r *Registry, self subnet.Lease) *mirror {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	m := &mirror{
-		r: r, news: make(chan struct{}, 1), changed: make(chan struct{}, 1), self: self, config: r.config, settings: r.text,
-		entries: map[string]subnet.Entry{}, missed: map[string]subnet.Entry{}, told: map[string]int64{},
+		r: r, notify: make(chan struct{}, 1), changed: make(chan struct{}, 1), self: self, config: r.config, configSource: r.text,
+		entries: map[string]subnet.Entry{}, retained: map[string]subnet.Entry{}, logged: map[string]int64{},
 	}
 	if k := r.resumed; k != nil && k.Lease.Key() == self.Key() {
 		m.revision, m.cluster, m.kept = k.Revision, k.Cluster, k.Saved
@@ -231,18 +231,18 @@ func (m *mirror) replace(resp *clientv3.TxnResponse) {
 			"revision", resp.Header.Revision, "before", m.revision, "settle", m.r.opts.Settle)
 		for key, e := range m.entries {
 			e.CreateRevision = math.MaxInt64 // entries in the store take precedence
-			m.missed[key] = subnet.NewEntry(e)
+			m.retained[key] = subnet.NewEntry(e)
 		}
 	}
 	for key := range entries {
-		delete(m.missed, key)
+		delete(m.retained, key)
 	}
-	delete(m.missed, m.self.Key())
+	delete(m.retained, m.self.Key())
 	first := m.cluster == 0 // which may be older than our own lease
 	m.listed, m.kept = true, time.Time{}
 	m.entries, m.revision, m.cluster = entries, resp.Header.Revision, resp.Header.ClusterId
 	if e, ok := entries[m.self.Key()]; !first && (!ok || !m.current(e)) {
-		m.r.look()
+		m.r.requestVerify()
 	}
 	m.publish()
 }
@@ -265,14 +265,14 @@ func (m *mirror) change(resp clientv3.WatchResponse) {
 			continue
 		case gone:
 			delete(m.entries, key)
-			delete(m.missed, key)
+			delete(m.retained, key)
 		default:
 			m.entries[key] = m.r.entry(event.Kv)
-			delete(m.missed, key)
+			delete(m.retained, key)
 		}
 		changed = true
 		if key == m.self.Key() && (gone || !m.current(m.entries[key])) {
-			m.r.look()
+			m.r.requestVerify()
 		}
 	}
 	if changed {
@@ -290,13 +290,13 @@ func (m *mirror) current(e subnet.Entry) bool {
 func (m *mirror) unsettled() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return len(m.missed) > 0
+	return len(m.retained) > 0
 }
 
 func (m *mirror) settle() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	clear(m.missed)
+	clear(m.retained)
 	m.publish()
 }
 
@@ -305,17 +305,17 @@ const missingConfig = "it is missing from etcd"
 // configure applies the configuration's text if a running node can follow it; nil
 // means that it is missing.
 func (m *mirror) configure(text []byte) {
-	if text != nil && m.settings == string(text) {
+	if text != nil && m.configSource == string(text) {
 		return
 	}
 	if text == nil {
 		if m.refused != missingConfig {
 			m.r.log.Warn("the network configuration is missing from etcd; the last one remains in force", "key", m.r.configKey())
 		}
-		m.settings, m.refused = "", missingConfig
+		m.configSource, m.refused = "", missingConfig
 		return
 	}
-	m.settings = string(text)
+	m.configSource = string(text)
 	cfg, warnings, err := subnet.ParseConfig(text)
 	if err == nil && len(m.self.Endpoints) > 0 {
 		err = cfg.Admits(m.self)
@@ -329,7 +329,7 @@ func (m *mirror) configure(text []byte) {
 		m.r.log.Warn("network configuration", "key", w.Key, "warning", w.Message)
 	}
 	m.config, m.refused = cfg, ""
-	m.r.rememberConfig(cfg, m.settings)
+	m.r.rememberConfig(cfg, m.configSource)
 }
 
 // publish signals the consumers. Nothing is published without a configuration,
@@ -356,7 +356,7 @@ func (m *mirror) fail(err error) {
 
 func (m *mirror) wake() {
 	select {
-	case m.news <- struct{}{}:
+	case m.notify <- struct{}{}:
 	default:
 	}
 }
@@ -371,11 +371,11 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	if !fresh {
 		return subnet.Snapshot{}, false, err
 	}
-	all := make([]subnet.Entry, 0, len(m.entries)+len(m.missed))
+	all := make([]subnet.Entry, 0, len(m.entries)+len(m.retained))
 	for _, e := range m.entries {
 		all = append(all, e)
 	}
-	for _, e := range m.missed {
+	for _, e := range m.retained {
 		all = append(all, e)
 	}
 	self := m.self
@@ -387,22 +387,22 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 		s.Self.Expires = self.Expires
 	}
 	s.ConfigRefused, s.Kept = m.refused, m.kept
-	m.tell(s.Rejected)
+	m.logRejections(s.Rejected)
 	return s, true, err
 }
 
-// tell logs each rejected entry once per revision.
-func (m *mirror) tell(rejected []subnet.Rejection) {
+// logRejections logs each rejected entry once per revision.
+func (m *mirror) logRejections(rejected []subnet.Rejection) {
 	for _, rejection := range rejected {
 		revision := m.entries[rejection.Key].ModRevision
-		if m.told[rejection.Key] != revision {
-			m.told[rejection.Key] = revision
+		if m.logged[rejection.Key] != revision {
+			m.logged[rejection.Key] = revision
 			m.r.log.Warn("a lease is ignored", "subnet", rejection.Key, "reason", rejection.Reason)
 		}
 	}
-	for key := range m.told {
+	for key := range m.logged {
 		if !slices.ContainsFunc(rejected, func(x subnet.Rejection) bool { return x.Key == key }) {
-			delete(m.told, key)
+			delete(m.logged, key)
 		}
 	}
 }

@@ -33,7 +33,7 @@ func peerValue(n int) string {
 		n, subnet.DeriveMAC(fmt.Sprint(n), 1, false))
 }
 
-func TestMalformedLeasesAreNamedOnce(t *testing.T) {
+func TestMalformedLeasesAreLoggedOnce(t *testing.T) {
 	t.Parallel()
 	log := &lines{}
 	r, l, w := ready(t, etcdtest.Start(t), log.options)
@@ -178,7 +178,7 @@ func TestSlowConsumer(t *testing.T) {
 	}
 }
 
-func TestConfigIsAwaited(t *testing.T) {
+func TestConfigWaits(t *testing.T) {
 	t.Parallel()
 	log := &lines{}
 	endpoint := etcdtest.Start(t)
@@ -207,7 +207,7 @@ func TestConfigIsAwaited(t *testing.T) {
 	}
 }
 
-func TestLiveConfig(t *testing.T) {
+func TestConfigChanges(t *testing.T) {
 	t.Parallel()
 	r, l, w := ready(t, etcdtest.Start(t))
 	for _, step := range []struct{ text, network, refused string }{
@@ -237,7 +237,7 @@ func TestLiveConfig(t *testing.T) {
 	}
 }
 
-func TestMirrorTimesAreSane(t *testing.T) {
+func TestBackoffAndPermanentErrors(t *testing.T) {
 	t.Parallel()
 	var b backoff
 	for range 50 {

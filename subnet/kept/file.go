@@ -108,7 +108,7 @@ func withSum(body []byte) []byte {
 }
 
 // parse is the inverse of marshal. It fails unless the whole file is valid and
-// consistent; whether the lease is still valid is checked by believe.
+// consistent; whether the lease is still valid is checked by expiry.
 func parse(text []byte) (file, *State, error) {
 	head, body, found := bytes.Cut(text, []byte("\n"))
 	var h header

@@ -55,7 +55,7 @@ func Read(name string) (*State, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.Lease.Expires, err = f.believe(s.Lease, now); err != nil {
+	if s.Lease.Expires, err = f.expiry(s.Lease, now); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -76,9 +76,9 @@ func Write(name string, s State) error {
 	return statefile.Write(name, text, 0o600)
 }
 
-// believe returns when the lease expires (zero: never), or an error if it may
+// expiry returns when the lease expires (zero: never), or an error if it may
 // have expired already.
-func (f file) believe(l subnet.Lease, now boottime.Moment) (time.Time, error) {
+func (f file) expiry(l subnet.Lease, now boottime.Moment) (time.Time, error) {
 	switch {
 	case f.BootID != now.Boot:
 		return time.Time{}, errors.New("the machine was rebooted since it was written")

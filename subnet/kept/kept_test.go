@@ -36,7 +36,7 @@ func TestBelieve(t *testing.T) {
 		{name: "another boot", boot: "another", up: time.Minute, wall: time.Minute},
 	} {
 		now := boottime.Moment{Boot: f.BootID + c.boot, Up: saved.Up + c.up, Wall: saved.Wall.Add(c.wall)}
-		ends, err := f.believe(s.Lease, now)
+		ends, err := f.expiry(s.Lease, now)
 		if left := ends.Sub(now.Wall); (err == nil) != (c.left > 0) || err == nil && left != c.left {
 			t.Errorf("%s: %v left, %v", c.name, left, err)
 		}

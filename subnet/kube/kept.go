@@ -19,9 +19,9 @@ import (
 // do not expire, so the saved state is valid until the host reboots; then no pod
 // is left that needs it.
 
-// keepEvery is the shortest interval between two writes. It is longer if a write
+// persistEvery is the shortest interval between two writes. It is longer if a write
 // takes long, so that writing uses at most 2 % of a core.
-const keepEvery = time.Second
+const persistEvery = time.Second
 
 // Kept returns the state saved by this node, nil if there is none, or an error that
 // says why it cannot be used.
@@ -67,9 +67,9 @@ func (r *Registry) Answers(ctx context.Context) error {
 // Forget deletes the saved state and stops saving it: the lease is not this node's
 // any more, or may soon not be.
 func (r *Registry) Forget() {
-	r.keeping.Lock()
-	defer r.keeping.Unlock()
-	r.forgotten = true
+	r.snapshotMu.Lock()
+	defer r.snapshotMu.Unlock()
+	r.snapshotOff = true
 	if r.opts.SnapshotFile == "" {
 		return
 	}
@@ -78,16 +78,16 @@ func (r *Registry) Forget() {
 	}
 }
 
-// remember makes keep save the state again, for a new lease.
-func (r *Registry) remember() {
-	r.keeping.Lock()
-	defer r.keeping.Unlock()
-	r.forgotten = false
+// allowSnapshot makes persist save the state again, for a new lease.
+func (r *Registry) allowSnapshot() {
+	r.snapshotMu.Lock()
+	defer r.snapshotMu.Unlock()
+	r.snapshotOff = false
 }
 
-// keep writes the mirror's state whenever it changes, until ctx ends, and then once
+// persist saves the mirror's state whenever it changes, until ctx ends, and then once
 // more.
-func (r *Registry) keep(ctx context.Context, m *mirror) {
+func (r *Registry) persist(ctx context.Context, m *mirror) {
 	if r.opts.SnapshotFile == "" {
 		return
 	}
@@ -100,25 +100,25 @@ func (r *Registry) keep(ctx context.Context, m *mirror) {
 		case <-m.changed:
 		}
 		began := time.Now()
-		state, version, news := m.state(written)
-		if !news {
+		state, version, dirty := m.state(written)
+		if !dirty {
 			continue
 		}
-		if err := r.writeKept(state); err != nil {
+		if err := r.writeSnapshot(state); err != nil {
 			away.failed("cannot write the snapshot file", err)
 		} else {
 			written = version
 		}
-		if !last && sleep(ctx, max(keepEvery, 50*time.Since(began))) != nil {
+		if !last && sleep(ctx, max(persistEvery, 50*time.Since(began))) != nil {
 			continue // to the final write
 		}
 	}
 }
 
-func (r *Registry) writeKept(s kept.State) error {
-	r.keeping.Lock()
-	defer r.keeping.Unlock()
-	if r.forgotten {
+func (r *Registry) writeSnapshot(s kept.State) error {
+	r.snapshotMu.Lock()
+	defer r.snapshotMu.Unlock()
+	if r.snapshotOff {
 		return nil
 	}
 	return kept.Write(r.opts.SnapshotFile, s)
@@ -142,7 +142,7 @@ func (m *mirror) state(written int) (kept.State, int, bool) {
 		return kept.State{}, 0, false
 	}
 	s.Entries = append(s.Entries, subnet.NewEntry(subnet.Entry{Key: held.Key(), Value: value, CreateRevision: held.CreateRevision, ModRevision: held.ModRevision}))
-	for _, entries := range []map[string]subnet.Entry{m.entries, m.missed} {
+	for _, entries := range []map[string]subnet.Entry{m.entries, m.retained} {
 		for _, e := range entries {
 			if _, err := e.Lease(); err == nil {
 				s.Entries = append(s.Entries, e)

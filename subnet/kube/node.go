@@ -112,7 +112,7 @@ type facts struct {
 	created  int64 // Unix time; of two conflicting Nodes the older wins
 	revision int64
 	cidrs    []netip.Prefix // of all families; empty: unknown
-	sure     bool           // cidrs are from the spec, not from the annotation
+	fromSpec bool           // cidrs are from the spec, not from the annotation
 	managed  bool           // flannel or culvert runs on it
 	notes    notes
 }
@@ -139,7 +139,7 @@ func (n names) facts(o *object) (facts, error) {
 	}
 	var err error
 	if f.cidrs, err = o.podCIDRs(); err != nil || len(f.cidrs) > 0 {
-		f.sure = err == nil
+		f.fromSpec = err == nil
 		return f, err
 	}
 	// The annotation repeats them. One with another UID was copied from another
@@ -177,7 +177,7 @@ func disputed(nodes map[string]facts, ours []netip.Prefix) []string {
 	})
 	var all []string
 	add := func(name string) {
-		if name != "" && !nodes[name].sure && !slices.Contains(all, name) {
+		if name != "" && !nodes[name].fromSpec && !slices.Contains(all, name) {
 			all = append(all, name)
 		}
 	}
@@ -346,9 +346,9 @@ func newPatch(o *object, want map[string]string) (patch, bool) {
 	return p, len(p.Metadata.Annotations) > 0
 }
 
-// withdraw returns the patch that removes all annotations that newPatch writes. It
+// removeAnnotations returns the patch that removes all annotations that newPatch writes. It
 // leaves the overwrites, which belong to the administrator.
-func (n names) withdraw(o *object) (patch, bool) {
+func (n names) removeAnnotations(o *object) (patch, bool) {
 	var p patch
 	p.Metadata.UID = o.Metadata.UID
 	p.Metadata.Annotations = map[string]*string{}

@@ -242,7 +242,7 @@ func TestPatch(t *testing.T) {
 	}
 	o = nodeOf(t, `{"metadata":{"uid":"u-1","annotations":{"flannel.alpha.coreos.com/public-ip":"192.0.2.1","flannel.alpha.coreos.com/public-ip-overwrite":"192.0.2.9","other":"x"}},
 		"status":{"conditions":[{"type":"NetworkUnavailable","status":"False"}]}}`)
-	p, changed = newNames(DefaultPrefix).withdraw(o)
+	p, changed = newNames(DefaultPrefix).removeAnnotations(o)
 	text, err = json.Marshal(p)
 	if err != nil || !changed || string(text) != `{"metadata":{"uid":"u-1","annotations":{"flannel.alpha.coreos.com/public-ip":null}}}` {
 		t.Errorf("withdraw: %s, %v", text, err)
@@ -389,8 +389,8 @@ func TestErrors(t *testing.T) {
 
 // TestDisputed finds Nodes whose annotations claim podCIDRs of other Nodes.
 func TestDisputed(t *testing.T) {
-	node := func(sure bool, cidrs ...string) facts {
-		f := facts{managed: true, sure: sure}
+	node := func(fromSpec bool, cidrs ...string) facts {
+		f := facts{managed: true, fromSpec: fromSpec}
 		for _, c := range cidrs {
 			f.cidrs = append(f.cidrs, netip.MustParsePrefix(c))
 		}

@@ -25,10 +25,10 @@ type Registry struct {
 	keys names
 	log  *slog.Logger
 
-	// turn serializes writers of our Node, across all requests of one operation.
-	turn chan struct{}
-	// poke makes Hold verify our Node at once.
-	poke chan struct{}
+	// nodeLock serializes writers of our Node, across all requests of one operation.
+	nodeLock chan struct{}
+	// verifyNow makes Hold verify our Node at once.
+	verifyNow chan struct{}
 
 	mu      sync.Mutex
 	held    subnet.Lease  // no Endpoints: none. Has the node's own addresses, even if overwritten
@@ -37,8 +37,8 @@ type Registry struct {
 	resumed *kept.State   // start of Watch while the API server is unreachable; nil once it was read
 	mirror  *mirror       // of the running Watch, or nil
 
-	keeping   sync.Mutex // guards the snapshot file and forgotten
-	forgotten bool       // do not write the snapshot file
+	snapshotMu  sync.Mutex // guards the snapshot file and snapshotOff
+	snapshotOff bool       // do not write the snapshot file
 }
 
 var _ subnet.Registry = (*Registry)(nil)
@@ -59,7 +59,7 @@ func New(o Options) (*Registry, error) {
 	}
 	return &Registry{
 		c: c, opts: o, keys: newNames(o.Prefix), log: o.Logger,
-		turn: make(chan struct{}, 1), poke: make(chan struct{}, 1),
+		nodeLock: make(chan struct{}, 1), verifyNow: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -126,7 +126,7 @@ func NodeName(ctx context.Context, o Options, namespace, pod string) (string, er
 
 // Config implements subnet.Registry.
 func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
-	said := reminder{}
+	reminded := reminder{}
 	for {
 		text, err := os.ReadFile(r.opts.NetConf)
 		if err == nil {
@@ -142,7 +142,7 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 			err = fmt.Errorf("%w: mount the ConfigMap with net-conf.json there, or set its path with --net-config-path", err)
 		}
 		r.opts.Waiting("waiting for a network configuration: " + err.Error())
-		if said.due() {
+		if reminded.due() {
 			r.log.Warn("waiting for a network configuration", "file", r.opts.NetConf, "error", err)
 		}
 		if err := sleep(ctx, readConfigEvery); err != nil {
@@ -170,17 +170,17 @@ func (r *Registry) rememberConfig(cfg subnet.Config, text string) {
 // Acquire implements subnet.Registry. It waits until our Node has podCIDRs that
 // fit the configuration, and writes its annotations.
 func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
-	done, err := r.takeTurn(ctx)
+	done, err := r.lockNode(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
 	defer done()
 	var pause backoff
-	said := reminder{}
+	reminded := reminder{}
 	for {
 		l, err := r.claim(ctx, c)
 		if err == nil {
-			r.remember()
+			r.allowSnapshot()
 			r.setHeld(l)
 			return l, nil
 		}
@@ -188,7 +188,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 			return subnet.Lease{}, fmt.Errorf("wait for the Node's podCIDRs: %w", err)
 		}
 		r.opts.Waiting("waiting for this node's subnet: " + err.Error())
-		if said.due() {
+		if reminded.due() {
 			r.log.Warn("waiting for this node's subnet", "node", r.opts.Node, "error", err)
 		}
 		if pause.wait(ctx, err) != nil {
@@ -269,9 +269,9 @@ func (r *Registry) annotate(ctx context.Context, o *object, l subnet.Lease, up b
 }
 
 const (
-	// lookEvery is how often Hold verifies our Node even if Watch reports no
+	// verifyEvery is how often Hold verifies our Node even if Watch reports no
 	// change to it.
-	lookEvery = time.Minute
+	verifyEvery = time.Minute
 	// orphanEvery is the interval while our Node does not exist.
 	orphanEvery = 5 * time.Second
 )
@@ -288,7 +288,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	wasUID := ""
 	for {
 		uid, err := r.verify(ctx, wasUID)
-		wait := lookEvery/2 + rand.N(lookEvery)
+		wait := verifyEvery/2 + rand.N(verifyEvery)
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -302,7 +302,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 			wait = orphanEvery
 		case err != nil:
 			away.failed("cannot verify our Node; keeping its subnet and retrying", err)
-			r.complain(err)
+			r.reportFailure(err)
 			if pause.wait(ctx, err) != nil {
 				return nil
 			}
@@ -315,7 +315,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
-		case <-r.poke:
+		case <-r.verifyNow:
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -326,7 +326,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 var errOrphan = errors.New("this node's Node is gone")
 
 func (r *Registry) verify(ctx context.Context, wasUID string) (string, error) {
-	done, err := r.takeTurn(ctx)
+	done, err := r.lockNode(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -340,7 +340,7 @@ func (r *Registry) verify(ctx context.Context, wasUID string) (string, error) {
 
 // repair makes our Node's annotations match the lease and returns its UID. If it
 // differs from wasUID, the Node is new and its condition is set too. The caller
-// has the turn.
+// holds nodeLock.
 func (r *Registry) repair(ctx context.Context, want subnet.Lease, wasUID string) (string, error) {
 	o, err := r.c.node(ctx, r.opts.Node, "")
 	if has(err, http.StatusNotFound) {
@@ -389,8 +389,8 @@ func (r *Registry) orphaned(l subnet.Lease, why string) error {
 	return fmt.Errorf("%w: %s", errOrphan, why)
 }
 
-// complain makes a running Watch yield the error.
-func (r *Registry) complain(err error) {
+// reportFailure makes a running Watch yield the error.
+func (r *Registry) reportFailure(err error) {
 	r.mu.Lock()
 	m := r.mirror
 	r.mu.Unlock()
@@ -402,7 +402,7 @@ func (r *Registry) complain(err error) {
 // Update implements subnet.Registry. It does not change the subnets and retries
 // while the API server is unreachable.
 func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, error) {
-	done, err := r.takeTurn(ctx)
+	done, err := r.lockNode(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
@@ -432,7 +432,7 @@ func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, er
 // Release implements subnet.Registry. It removes our annotations, so that no peer
 // sends to this node. The Node keeps its podCIDRs.
 func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
-	done, err := r.takeTurn(ctx)
+	done, err := r.lockNode(ctx)
 	if err != nil {
 		return err
 	}
@@ -440,7 +440,7 @@ func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
 	r.Forget()
 	var pause backoff
 	for {
-		err := r.withdraw(ctx)
+		err := r.removeAnnotations(ctx)
 		if err == nil || has(err, http.StatusNotFound) {
 			break
 		}
@@ -449,16 +449,16 @@ func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
 		}
 	}
 	r.setHeld(subnet.Lease{})
-	r.look()
+	r.requestVerify()
 	return nil
 }
 
-func (r *Registry) withdraw(ctx context.Context) error {
+func (r *Registry) removeAnnotations(ctx context.Context) error {
 	o, err := r.c.node(ctx, r.opts.Node, "")
 	if err != nil {
 		return err
 	}
-	if p, changed := r.keys.withdraw(o); changed {
+	if p, changed := r.keys.removeAnnotations(o); changed {
 		return r.c.patchStatus(ctx, r.opts.Node, p)
 	}
 	return nil
@@ -512,20 +512,20 @@ func (r *Registry) takenBy(ctx context.Context, node string, subnets []netip.Pre
 	return who, err
 }
 
-// takeTurn waits for the turn and returns the function that ends it.
-func (r *Registry) takeTurn(ctx context.Context) (func(), error) {
+// lockNode locks nodeLock and returns the function that unlocks it.
+func (r *Registry) lockNode(ctx context.Context) (func(), error) {
 	select {
-	case r.turn <- struct{}{}:
-		return func() { <-r.turn }, nil
+	case r.nodeLock <- struct{}{}:
+		return func() { <-r.nodeLock }, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 }
 
-// look makes Hold verify our Node at once.
-func (r *Registry) look() {
+// requestVerify makes Hold verify our Node at once.
+func (r *Registry) requestVerify() {
 	select {
-	case r.poke <- struct{}{}:
+	case r.verifyNow <- struct{}{}:
 	default:
 	}
 }
@@ -533,16 +533,16 @@ func (r *Registry) look() {
 // outage logs that the API server fails: at once, then once a minute, and when it
 // answers again.
 type outage struct {
-	log   *slog.Logger
-	since time.Time
-	said  reminder
+	log      *slog.Logger
+	since    time.Time
+	reminded reminder
 }
 
 func (o *outage) failed(message string, err error) {
 	if o.since.IsZero() {
 		o.since = time.Now()
 	}
-	if o.said.due() {
+	if o.reminded.due() {
 		o.log.Warn(message, "error", err)
 	}
 }
@@ -550,7 +550,7 @@ func (o *outage) failed(message string, err error) {
 func (o *outage) over() {
 	if !o.since.IsZero() {
 		o.log.Info("the API server answers again", "after", time.Since(o.since).Round(time.Millisecond))
-		o.since, o.said = time.Time{}, reminder{}
+		o.since, o.reminded = time.Time{}, reminder{}
 	}
 }
 

@@ -37,10 +37,10 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 		var mirroring sync.WaitGroup
 		mirroring.Go(func() { r.follow(ctx, m) })
 		mirroring.Go(func() { r.followConfig(ctx, m) })
-		mirroring.Go(func() { r.keep(ctx, m) })
+		mirroring.Go(func() { r.persist(ctx, m) })
 		defer mirroring.Wait()
 		defer cancel()
-		subnet.Pace(ctx, m.news, m.take, yield)
+		subnet.Pace(ctx, m.notify, m.take, yield)
 	}
 }
 
@@ -169,13 +169,13 @@ func (r *Registry) resolve(ctx context.Context, found map[string]facts, unknown 
 		if !ok || f.uid != o.Metadata.UID || !slices.Contains(unknown, o.Metadata.Name) {
 			return
 		}
-		said := f.cidrs
+		claimed := f.cidrs
 		f.cidrs, _ = o.podCIDRs() // if empty, entry reports it
-		f.sure = true
+		f.fromSpec = true
 		found[o.Metadata.Name] = f
-		if len(said) > 0 && !slices.Equal(said, f.cidrs) {
+		if len(claimed) > 0 && !slices.Equal(claimed, f.cidrs) {
 			r.log.Error("a Node's annotation does not match its podCIDRs; using its podCIDRs",
-				"node", o.Metadata.Name, "annotation", podCIDRsAnnotation, "claims", said, "has", f.cidrs)
+				"node", o.Metadata.Name, "annotation", podCIDRsAnnotation, "claims", claimed, "has", f.cidrs)
 		}
 	}
 	if len(unknown) > fewUnknown {
@@ -252,36 +252,36 @@ func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *ou
 // mirror is a copy of the Nodes. The goroutine that follows them writes it; the
 // consumer of the watch takes snapshots of it.
 type mirror struct {
-	r    *Registry
-	news chan struct{} // capacity 1; signals that take has something new
-	// changed signals the same to keep.
+	r      *Registry
+	notify chan struct{} // capacity 1; signals that take has something new
+	// changed signals the same to persist.
 	changed chan struct{}
 
-	mu       sync.Mutex
-	self     subnet.Lease
-	own      facts                   // of our Node
-	nodes    map[string]facts        // of the other managed Nodes
-	entries  map[string]subnet.Entry // leases of nodes, by the Node's name
-	missed   map[string]subnet.Entry // peers missing from a restored store, kept until settle
-	revision int64
-	config   subnet.Config
-	refused  string
-	settings string // text that config and refused come from
-	fresh    bool
-	err      error
-	lost     bool             // fail was called, and there was no contact since
-	told     map[string]int64 // revision of each logged rejection, by Node
-	version  int              // incremented by publish
-	listed   bool             // the API server was read
-	kept     time.Time        // when the content was saved to disk; zero once the API server was read
+	mu           sync.Mutex
+	self         subnet.Lease
+	own          facts                   // of our Node
+	nodes        map[string]facts        // of the other managed Nodes
+	entries      map[string]subnet.Entry // leases of nodes, by the Node's name
+	retained     map[string]subnet.Entry // peers missing from a restored store, kept until settle
+	revision     int64
+	config       subnet.Config
+	refused      string
+	configSource string // text that config and refused come from
+	fresh        bool
+	err          error
+	lost         bool             // fail was called, and there was no contact since
+	logged       map[string]int64 // revision of each logged rejection, by Node
+	version      int              // incremented by publish
+	listed       bool             // the API server was read
+	kept         time.Time        // when the content was saved to disk; zero once the API server was read
 }
 
 func newMirror(r *Registry, self subnet.Lease) *mirror {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	m := &mirror{
-		r: r, news: make(chan struct{}, 1), changed: make(chan struct{}, 1), self: self, config: r.config, settings: r.text,
-		nodes: map[string]facts{}, entries: map[string]subnet.Entry{}, missed: map[string]subnet.Entry{}, told: map[string]int64{},
+		r: r, notify: make(chan struct{}, 1), changed: make(chan struct{}, 1), self: self, config: r.config, configSource: r.text,
+		nodes: map[string]facts{}, entries: map[string]subnet.Entry{}, retained: map[string]subnet.Entry{}, logged: map[string]int64{},
 	}
 	if k := r.resumed; k != nil && k.Lease.Key() == self.Key() {
 		m.revision, m.kept = k.Revision, k.Saved
@@ -308,12 +308,12 @@ func (m *mirror) known(name string, f facts) facts {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	is, ok := m.nodes[name]
-	if ok && is.uid == f.uid && (len(f.cidrs) == 0 || is.sure) {
-		f.cidrs, f.sure = is.cidrs, is.sure
+	if ok && is.uid == f.uid && (len(f.cidrs) == 0 || is.fromSpec) {
+		f.cidrs, f.fromSpec = is.cidrs, is.fromSpec
 	}
 	// Our own podCIDRs are verified by Hold.
 	if name == m.self.Node {
-		f.cidrs, f.sure = m.self.Subnets(), true
+		f.cidrs, f.fromSpec = m.self.Subnets(), true
 	}
 	return f
 }
@@ -347,18 +347,18 @@ func (m *mirror) replace(found map[string]facts, at string) {
 		for name, e := range m.entries {
 			if e.Key != name { // the key of a malformed entry is the name
 				e.CreateRevision = math.MaxInt64 // entries in the store take precedence
-				m.missed[name] = subnet.NewEntry(e)
+				m.retained[name] = subnet.NewEntry(e)
 			}
 		}
 	}
 	own, there := found[m.self.Node]
 	if !there || !own.same(m.own) {
 		m.own = own
-		m.r.look()
+		m.r.requestVerify()
 	}
 	nodes, entries := map[string]facts{}, map[string]subnet.Entry{}
 	for name, f := range found {
-		delete(m.missed, name)
+		delete(m.retained, name)
 		if name == m.self.Node || !f.managed {
 			continue
 		}
@@ -371,7 +371,7 @@ func (m *mirror) replace(found map[string]facts, at string) {
 	}
 	m.nodes, m.entries, m.revision = nodes, entries, reached
 	m.listed, m.kept = true, time.Time{}
-	m.contend()
+	m.checkContention()
 	m.r.mu.Lock()
 	m.r.resumed = nil
 	m.r.mu.Unlock()
@@ -388,40 +388,40 @@ func (m *mirror) change(name string, f facts, deleted bool) {
 		}
 		if deleted || !f.same(m.own) {
 			m.own = f
-			m.r.look()
+			m.r.requestVerify()
 		}
 		return
 	}
-	_, missed := m.missed[name]
-	delete(m.missed, name)
+	_, retained := m.retained[name]
+	delete(m.retained, name)
 	is, known := m.nodes[name]
 	switch {
 	case deleted || !f.managed:
 		delete(m.nodes, name)
 		delete(m.entries, name)
-		if !known && !missed {
+		if !known && !retained {
 			return // was no peer
 		}
-	case known && is.same(f) && !missed:
+	case known && is.same(f) && !retained:
 		return // unchanged, such as a heartbeat
 	default:
 		m.nodes[name] = f
 		m.entries[name] = f.entry(name, m.config)
-		m.contend()
+		m.checkContention()
 	}
 	m.publish()
 }
 
 // same reports whether two facts of a Node are equal, except for the revision.
 func (f facts) same(as facts) bool {
-	return f.uid == as.uid && f.managed == as.managed && f.notes == as.notes && slices.Equal(f.cidrs, as.cidrs) && f.sure == as.sure
+	return f.uid == as.uid && f.managed == as.managed && f.notes == as.notes && slices.Equal(f.cidrs, as.cidrs) && f.fromSpec == as.fromSpec
 }
 
-// contend makes Hold verify our lease if another Node has our subnet, which is
+// checkContention makes Hold verify our lease if another Node has our subnet, which is
 // possible only while our Node does not exist.
-func (m *mirror) contend() {
+func (m *mirror) checkContention() {
 	if held, ok := m.r.Held(); ok && !held.Expires.IsZero() && m.ownerLocked(held) != "" {
-		m.r.look()
+		m.r.requestVerify()
 	}
 }
 
@@ -460,13 +460,13 @@ func (m *mirror) contact() {
 func (m *mirror) unsettled() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return len(m.missed) > 0
+	return len(m.retained) > 0
 }
 
 func (m *mirror) settle() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	clear(m.missed)
+	clear(m.retained)
 	m.publish()
 }
 
@@ -482,14 +482,14 @@ func (m *mirror) configure(text []byte, err error) {
 		}
 	}
 	if err != nil {
-		m.settings = ""
+		m.configSource = ""
 		refuse(err.Error())
 		return
 	}
-	if m.settings == string(text) {
+	if m.configSource == string(text) {
 		return
 	}
-	m.settings = string(text)
+	m.configSource = string(text)
 	cfg, warnings, err := subnet.ParseConfig(text)
 	if err == nil {
 		err = cfg.Admits(m.self)
@@ -500,7 +500,7 @@ func (m *mirror) configure(text []byte, err error) {
 	}
 	m.r.warn(warnings)
 	m.config, m.refused = cfg, ""
-	m.r.rememberConfig(cfg, m.settings)
+	m.r.rememberConfig(cfg, m.configSource)
 	m.publish()
 }
 
@@ -535,7 +535,7 @@ func (m *mirror) fail(err error) {
 
 func (m *mirror) wake() {
 	select {
-	case m.news <- struct{}{}:
+	case m.notify <- struct{}{}:
 	default:
 	}
 }
@@ -550,8 +550,8 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	if !fresh {
 		return subnet.Snapshot{}, false, err
 	}
-	all := make([]subnet.Entry, 0, len(m.entries)+len(m.missed))
-	for _, entries := range []map[string]subnet.Entry{m.entries, m.missed} {
+	all := make([]subnet.Entry, 0, len(m.entries)+len(m.retained))
+	for _, entries := range []map[string]subnet.Entry{m.entries, m.retained} {
 		for name, e := range entries {
 			e.Key = name // so that a rejection names the Node
 			all = append(all, e)
@@ -564,22 +564,22 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	s = subnet.BuildSnapshot(m.config, self, all, m.revision)
 	s.Usage = nil // the Node controller allocates
 	s.ConfigRefused, s.Kept = m.refused, m.kept
-	m.tell(s.Rejected)
+	m.logRejections(s.Rejected)
 	return s, true, err
 }
 
-// tell logs each rejected Node once per revision.
-func (m *mirror) tell(rejected []subnet.Rejection) {
+// logRejections logs each rejected Node once per revision.
+func (m *mirror) logRejections(rejected []subnet.Rejection) {
 	for _, x := range rejected {
 		at := m.entries[x.Key].ModRevision
-		if was, ok := m.told[x.Key]; !ok || was != at {
-			m.told[x.Key] = at
+		if was, ok := m.logged[x.Key]; !ok || was != at {
+			m.logged[x.Key] = at
 			m.r.log.Warn("a Node is ignored", "node", x.Key, "reason", x.Reason)
 		}
 	}
-	for key := range m.told {
+	for key := range m.logged {
 		if !slices.ContainsFunc(rejected, func(x subnet.Rejection) bool { return x.Key == key }) {
-			delete(m.told, key)
+			delete(m.logged, key)
 		}
 	}
 }

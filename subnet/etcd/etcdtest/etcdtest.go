@@ -18,12 +18,12 @@ import (
 // Server is a single-member etcd server that ends with the test. Clients reach it
 // through a proxy:
 //
-//	client ── URL ── line ── member
+//	client ── URL ── proxy ── member
 type Server struct {
 	t      testing.TB
 	opts   member.Options
 	member *member.Member // nil while stopped
-	line   *line
+	proxy  *proxy
 	scheme string
 }
 
@@ -55,16 +55,16 @@ func StartServer(t testing.TB, o member.Options) *Server {
 	if err != nil {
 		t.Fatalf("etcdtest: %v", err)
 	}
-	s := &Server{t: t, opts: o, line: &line{listener: listener, cut: true, conns: map[net.Conn]bool{}}}
-	s.line.running.Go(s.line.accept)
-	t.Cleanup(s.line.close)
+	s := &Server{t: t, opts: o, proxy: &proxy{listener: listener, cut: true, conns: map[net.Conn]bool{}}}
+	s.proxy.running.Go(s.proxy.accept)
+	t.Cleanup(s.proxy.close)
 	t.Cleanup(s.Stop)
 	s.Start()
 	return s
 }
 
 // URL returns the URL for clients. It does not change on a restart.
-func (s *Server) URL() string { return s.scheme + "://" + s.line.listener.Addr().String() }
+func (s *Server) URL() string { return s.scheme + "://" + s.proxy.listener.Addr().String() }
 
 // Start starts a stopped server with its existing data.
 func (s *Server) Start() {
@@ -78,7 +78,7 @@ func (s *Server) Start() {
 	s.member = m
 	var host string
 	s.scheme, host, _ = strings.Cut(m.URL(), "://")
-	s.line.connect(host)
+	s.proxy.connect(host)
 }
 
 // Stop closes all connections and stops the server if it runs. The data stays.
@@ -98,29 +98,29 @@ func (s *Server) Wipe() {
 }
 
 // Cut closes all connections and accepts no new ones. The server keeps running.
-func (s *Server) Cut() { s.line.disconnect() }
+func (s *Server) Cut() { s.proxy.disconnect() }
 
 // Mend ends a Cut or a Freeze.
 func (s *Server) Mend() {
 	_, host, _ := strings.Cut(s.member.URL(), "://")
-	s.line.connect(host)
+	s.proxy.connect(host)
 }
 
 // Freeze stops forwarding without closing connections, like a firewall that drops
 // packets. Mend ends it, and what was held back is delivered.
 func (s *Server) Freeze() {
-	s.line.mu.Lock()
-	defer s.line.mu.Unlock()
-	if s.line.frozen == nil {
-		s.line.frozen = make(chan struct{})
+	s.proxy.mu.Lock()
+	defer s.proxy.mu.Unlock()
+	if s.proxy.frozen == nil {
+		s.proxy.frozen = make(chan struct{})
 	}
 }
 
 // Direct returns the server's own URL, not subject to Cut and Freeze.
 func (s *Server) Direct() string { return s.member.URL() }
 
-// line is a TCP proxy in front of the member.
-type line struct {
+// proxy is a TCP proxy in front of the member.
+type proxy struct {
 	listener net.Listener
 	running  sync.WaitGroup
 
@@ -131,7 +131,7 @@ type line struct {
 	conns  map[net.Conn]bool
 }
 
-func (l *line) accept() {
+func (l *proxy) accept() {
 	for {
 		near, err := l.listener.Accept()
 		if err != nil {
@@ -142,7 +142,7 @@ func (l *line) accept() {
 }
 
 // join dials while holding the lock, so that no connection survives a Cut.
-func (l *line) join(near net.Conn) {
+func (l *proxy) join(near net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.cut {
@@ -159,7 +159,7 @@ func (l *line) join(near net.Conn) {
 	l.running.Go(func() { l.pipe(far, near) })
 }
 
-func (l *line) pipe(from, to net.Conn) {
+func (l *proxy) pipe(from, to net.Conn) {
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buf)
@@ -185,14 +185,14 @@ func (l *line) pipe(from, to net.Conn) {
 	delete(l.conns, to)
 }
 
-func (l *line) connect(to string) {
+func (l *proxy) connect(to string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.to, l.cut = to, false
 	l.thaw()
 }
 
-func (l *line) disconnect() {
+func (l *proxy) disconnect() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cut = true
@@ -203,14 +203,14 @@ func (l *line) disconnect() {
 }
 
 // thaw requires the lock.
-func (l *line) thaw() {
+func (l *proxy) thaw() {
 	if l.frozen != nil {
 		close(l.frozen)
 		l.frozen = nil
 	}
 }
 
-func (l *line) close() {
+func (l *proxy) close() {
 	_ = l.listener.Close()
 	l.disconnect()
 	l.running.Wait()

@@ -5,11 +5,11 @@ import (
 	"slices"
 )
 
-// Given returns the allocatable part of the network, from SubnetMin to
+// Allocatable returns the allocatable part of the network, from SubnetMin to
 // SubnetMax, as the fewest prefixes. The host routes only this part into the
 // tunnel. The first subnet is included if nothing else is left out below
 // SubnetMin, so that by default the result is the whole network.
-func (n Network) Given() []netip.Prefix {
+func (n Network) Allocatable() []netip.Prefix {
 	is4, length := n.Prefix.Addr().Is4(), n.Prefix.Addr().BitLen()
 	low, high := toU128(n.SubnetMin), lastOf(netip.PrefixFrom(n.SubnetMax, n.SubnetLen))
 	first, size := toU128(n.Prefix.Masked().Addr()), u128pow2(length-n.SubnetLen)
@@ -35,10 +35,10 @@ func (n Network) Given() []netip.Prefix {
 	}
 }
 
-// GivenOf returns the first prefix of Given that overlaps p, and whether there is
-// one.
-func (n Network) GivenOf(p netip.Prefix) (netip.Prefix, bool) {
-	given := n.Given()
+// AllocatableOverlap returns the first prefix of Allocatable that overlaps p, and
+// whether there is one.
+func (n Network) AllocatableOverlap(p netip.Prefix) (netip.Prefix, bool) {
+	given := n.Allocatable()
 	i := slices.IndexFunc(given, p.Overlaps)
 	if i < 0 {
 		return netip.Prefix{}, false
@@ -50,7 +50,7 @@ func (n Network) GivenOf(p netip.Prefix) (netip.Prefix, bool) {
 // the allocatable part of the network, and the subnets of leases outside it,
 // allocated under an earlier configuration.
 func (s Snapshot) Covered(n Network) []netip.Prefix {
-	all := n.Given()
+	all := n.Allocatable()
 	inside := func(p netip.Prefix) bool {
 		return slices.ContainsFunc(all, func(g netip.Prefix) bool { return g.Contains(p.Addr()) && g.Bits() <= p.Bits() })
 	}
@@ -66,10 +66,10 @@ func (s Snapshot) Covered(n Network) []netip.Prefix {
 	return all
 }
 
-// SetAside returns the snapshot without the peers that overlap one of the host's
+// WithoutOverlaps returns the snapshot without the peers that overlap one of the host's
 // own networks, each moved to Rejected, in the order of their keys: routing such
 // a peer would make that network unreachable from the host.
-func (s Snapshot) SetAside(networks []HostNetwork) Snapshot {
+func (s Snapshot) WithoutOverlaps(networks []HostNetwork) Snapshot {
 	if len(networks) == 0 {
 		return s
 	}
@@ -93,9 +93,9 @@ func (s Snapshot) SetAside(networks []HostNetwork) Snapshot {
 	return s
 }
 
-// Within returns the snapshot with other networks, for a node that cannot apply
+// WithNetworks returns the snapshot with other networks, for a node that cannot apply
 // the configured ones. Peers outside them are moved to Rejected.
-func (s Snapshot) Within(networks []Network) Snapshot {
+func (s Snapshot) WithNetworks(networks []Network) Snapshot {
 	s.Config.Networks = networks
 	peers := make([]Lease, 0, len(s.Peers))
 	s.Rejected = slices.Clone(s.Rejected)

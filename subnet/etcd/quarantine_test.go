@@ -14,7 +14,7 @@ func withQuarantine(d time.Duration) func(*Options) { return func(o *Options) { 
 
 // Of four subnets two are reserved. Two nodes release theirs, which are then in
 // quarantine: a new node gets the one freed first, a returning node its own.
-func TestFreedSubnetsRest(t *testing.T) {
+func TestFreedSubnetsAreQuarantined(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	const config = `{"Network":"10.5.0.0/26","SubnetLen":28,"SubnetMin":"10.5.0.0"}`
@@ -40,7 +40,7 @@ func TestFreedSubnetsRest(t *testing.T) {
 	eventually(t, "a mark", func() bool { return marked(1) })
 	r2, l2 := live(2)
 	eventually(t, "two marks", func() bool { return marked(2) })
-	if rests, err := admin.Resting(t.Context()); err != nil || len(rests) != 0 {
+	if rests, err := admin.Quarantined(t.Context()); err != nil || len(rests) != 0 {
 		t.Errorf("in quarantine while leased: %v, %v", rests, err)
 	}
 	// The first is released by its node, the second later by the administrator.
@@ -54,7 +54,7 @@ func TestFreedSubnetsRest(t *testing.T) {
 	if err := admin.ReleaseKey(t.Context(), l2.Key(), subnet.AnyRevision); err != nil {
 		t.Fatal(err)
 	}
-	rests, err := admin.Resting(t.Context())
+	rests, err := admin.Quarantined(t.Context())
 	if err != nil || len(rests) != 2 || rests[0].Key != l1.Key() || rests[0].Node != "node-1" || rests[1].Key != l2.Key() ||
 		time.Until(rests[1].Until) > time.Hour || time.Until(rests[1].Until) < 59*time.Minute {
 		t.Fatalf("in quarantine: %+v, %v", rests, err)
@@ -79,14 +79,14 @@ func TestFreedSubnetsRest(t *testing.T) {
 	if err := admin.ReleaseKey(t.Context(), "10.5.0.16-28", subnet.AnyRevision); err != nil {
 		t.Fatal(err)
 	}
-	if rests, err := admin.Resting(t.Context()); err != nil || slices.ContainsFunc(rests, func(r subnet.Rest) bool { return r.Key == "10.5.0.16-28" }) {
+	if rests, err := admin.Quarantined(t.Context()); err != nil || slices.ContainsFunc(rests, func(r subnet.QuarantinedSubnet) bool { return r.Key == "10.5.0.16-28" }) {
 		t.Errorf("%v, %v", rests, err)
 	}
 }
 
 // The subnet of an expired lease is quarantined too. It is not leased while
 // another is free; after the quarantine it is.
-func TestExpiredSubnetsRest(t *testing.T) {
+func TestExpiredSubnetsAreQuarantined(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
 	rest := withQuarantine(3 * time.Second)
@@ -102,7 +102,7 @@ func TestExpiredSubnetsRest(t *testing.T) {
 	if got := acquire(t, open(t, endpoint, rest), other); got.Key() == l.Key() {
 		t.Errorf("%s was leased while in quarantine", got)
 	}
-	eventually(t, "the end of the quarantine", func() bool { rests, err := admin.Resting(t.Context()); return err == nil && len(rests) == 0 })
+	eventually(t, "the end of the quarantine", func() bool { rests, err := admin.Quarantined(t.Context()); return err == nil && len(rests) == 0 })
 	other = claim(t, vxlanConfig, 3)
 	other.Previous = l.Subnets()
 	if got := acquire(t, open(t, endpoint, rest), other); got.Key() != l.Key() {
@@ -112,7 +112,7 @@ func TestExpiredSubnetsRest(t *testing.T) {
 
 // The lifetime counts from before the renewal was sent, however late the response
 // is read.
-func TestLifetimeCountsFromTheQuestion(t *testing.T) {
+func TestLifetimeCountsFromTheRequest(t *testing.T) {
 	t.Parallel()
 	r := open(t, etcdtest.Start(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))

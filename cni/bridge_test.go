@@ -32,7 +32,7 @@ func (h host) dual(t *testing.T) {
 
 // A bridge was created or modified by another program: ADD repairs it if no pod can
 // depend on the change; otherwise it fails with the reason.
-func TestC1WornBridge(t *testing.T) {
+func TestUnusableBridge(t *testing.T) {
 	bridge := func() netlink.Link { return &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}} }
 	address := func(s string) func() error {
 		return func() error {
@@ -189,7 +189,7 @@ func (h host) fill(t *testing.T, but ...int) {
 }
 
 // The subnet is full of stale reservations, and the runtime never calls GC.
-func TestC2ReservationsOfAnEarlierBoot(t *testing.T) {
+func TestReservationsOfAnEarlierBoot(t *testing.T) {
 	t.Run("without records", func(t *testing.T) {
 		h := newHost(t, "10.42.7.0/24")
 		first := sandbox(t, h)

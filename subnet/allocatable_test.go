@@ -20,7 +20,7 @@ func TestGiven(t *testing.T) {
 		if err != nil {
 			t.Fatal(text, err)
 		}
-		if got := fmt.Sprint(c.Networks[0].Given()); got != want {
+		if got := fmt.Sprint(c.Networks[0].Allocatable()); got != want {
 			t.Errorf("%s: %s, want %s", text, got, want)
 		}
 	}
@@ -38,7 +38,7 @@ func TestCoveredAndSetAside(t *testing.T) {
 	if got := fmt.Sprint(s.Covered(c.Networks[0])); got != "[10.5.0.0/16 10.9.1.0/24]" {
 		t.Errorf("covered %s", got)
 	}
-	s = s.SetAside([]subnet.HostNetwork{{Link: "eth1", Prefix: netip.MustParsePrefix("10.5.7.9/25")}})
+	s = s.WithoutOverlaps([]subnet.HostNetwork{{Link: "eth1", Prefix: netip.MustParsePrefix("10.5.7.9/25")}})
 	if len(s.Peers) != 1 || len(s.Rejected) != 1 || s.Rejected[0].Key != "10.5.7.0-24" || s.Rejected[0].Reason != "overlaps 10.5.7.0/25 on eth1 of this node, which would become unreachable" {
 		t.Errorf("%+v", s)
 	}

@@ -59,7 +59,7 @@ func oldest(t *testing.T) (url string, restart func()) {
 			}
 			defer c.Close()
 			_, err = c.Get(ctx, "x")
-			return err == nil || refusesToken(err)
+			return err == nil || tokenRejected(err)
 		})
 	}
 	t.Cleanup(func() { stop() })
@@ -69,7 +69,7 @@ func oldest(t *testing.T) (url string, restart func()) {
 
 // etcd 3.4 checks the token of Authenticate requests too, so the client must not
 // send an invalid one there.
-func TestD7AuthenticationWithEtcd34(t *testing.T) {
+func TestAuthenticationWithEtcd34(t *testing.T) {
 	url, restart := oldest(t)
 	secure(t, url)
 	asUser := func(o *Options) { o.User, o.Password = "culvert", password }

@@ -31,11 +31,11 @@ type markValue struct {
 	NodeID string
 }
 
-func (r *Registry) usedDir() string { return r.opts.Prefix + "/culvert/used/" }
+func (r *Registry) marksDir() string { return r.opts.Prefix + "/culvert/used/" }
 
-// restLimit is for how many marks one search for the longest unused subnet asks
-// the time to live.
-const restLimit = 512
+// quarantineLookups limits how many marks are queried for their time to live in one
+// search for the longest unused subnet.
+const quarantineLookups = 512
 
 // marks lists the marks; none if there is no quarantine.
 func (r *Registry) marks(ctx context.Context) ([]*mvccpb.KeyValue, error) {
@@ -44,7 +44,7 @@ func (r *Registry) marks(ctx context.Context) ([]*mvccpb.KeyValue, error) {
 	}
 	rctx, cancel := r.request(ctx)
 	defer cancel()
-	resp, err := r.client.Get(rctx, r.usedDir(), clientv3.WithPrefix())
+	resp, err := r.client.Get(rctx, r.marksDir(), clientv3.WithPrefix())
 	if err != nil {
 		return nil, fmt.Errorf("list the quarantine marks: %w", err)
 	}
@@ -58,9 +58,9 @@ type mark struct {
 	id        int64
 }
 
-// resting returns the marks that have no lease and are not the node's own. The
+// quarantined returns the marks that have no lease and are not the node's own. The
 // marks must have been listed before the entries.
-func resting(marks []*mvccpb.KeyValue, entries []subnet.Entry, node string) []mark {
+func quarantined(marks []*mvccpb.KeyValue, entries []subnet.Entry, node string) []mark {
 	leased := make(map[string]bool, len(entries))
 	for _, e := range entries {
 		leased[e.Key] = true
@@ -84,34 +84,34 @@ func resting(marks []*mvccpb.KeyValue, entries []subnet.Entry, node string) []ma
 // only if one of them has to be used.
 func (r *Registry) choose(ctx context.Context, c subnet.Claim, o subnet.Occupancy, marks []mark) (subnet.Choice, error) {
 	for _, m := range marks {
-		o.Resting = append(o.Resting, m.subnets...)
+		o.Quarantined = append(o.Quarantined, m.subnets...)
 	}
 	choice, err := subnet.Choose(c, o)
-	if err != nil || choice.Keep != nil || !slices.ContainsFunc(o.Resting, func(p netip.Prefix) bool {
+	if err != nil || choice.Keep != nil || !slices.ContainsFunc(o.Quarantined, func(p netip.Prefix) bool {
 		return slices.ContainsFunc(choice.Lease.Subnets(), p.Overlaps)
 	}) {
 		return choice, err
 	}
-	rests, err := r.restUntil(ctx, marks)
+	rests, err := r.quarantineEnds(ctx, marks)
 	if err != nil {
 		return subnet.Choice{}, err
 	}
-	o.Resting = nil
+	o.Quarantined = nil
 	for _, rest := range rests {
-		subnets, _ := subnet.ParseKey(rest.Key) // validated by resting
-		o.Resting = append(o.Resting, subnets...)
+		subnets, _ := subnet.ParseKey(rest.Key) // validated by quarantined
+		o.Quarantined = append(o.Quarantined, subnets...)
 	}
 	r.log.Info("all free subnets are in quarantine; using the longest unused one", "resting", len(rests), "quarantine", r.opts.Quarantine)
 	return subnet.Choose(c, o)
 }
 
-// restUntil returns the marks sorted by the end of their quarantine, which is the
+// quarantineEnds returns the marks sorted by the end of their quarantine, which is the
 // order in which they were freed.
-func (r *Registry) restUntil(ctx context.Context, marks []mark) ([]subnet.Rest, error) {
-	var rests []subnet.Rest
+func (r *Registry) quarantineEnds(ctx context.Context, marks []mark) ([]subnet.QuarantinedSubnet, error) {
+	var rests []subnet.QuarantinedSubnet
 	for i, m := range marks {
-		rest := subnet.Rest{Key: m.key, Node: m.node}
-		if i < restLimit {
+		rest := subnet.QuarantinedSubnet{Key: m.key, Node: m.node}
+		if i < quarantineLookups {
 			var err error
 			if rest.Until, _, err = r.timeToLive(ctx, m.id); err != nil {
 				return nil, err
@@ -121,7 +121,7 @@ func (r *Registry) restUntil(ctx context.Context, marks []mark) ([]subnet.Rest, 
 		}
 		rests = append(rests, rest)
 	}
-	slices.SortStableFunc(rests, func(a, b subnet.Rest) int { return a.Until.Compare(b.Until) })
+	slices.SortStableFunc(rests, func(a, b subnet.QuarantinedSubnet) int { return a.Until.Compare(b.Until) })
 	return rests, nil
 }
 
@@ -131,14 +131,14 @@ func (r *Registry) keepMark(ctx context.Context, held subnet.Lease) {
 	if r.opts.Quarantine <= 0 || held.ID == 0 {
 		return
 	}
-	if r.mark != 0 {
+	if r.markLease != 0 {
 		rctx, cancel := r.request(ctx)
-		_, err := r.client.KeepAliveOnce(rctx, clientv3.LeaseID(r.mark))
+		_, err := r.client.KeepAliveOnce(rctx, clientv3.LeaseID(r.markLease))
 		cancel()
 		if err == nil || !expired(err) {
 			return
 		}
-		r.mark = 0
+		r.markLease = 0
 	}
 	if err := r.makeMark(ctx, held); err != nil && ctx.Err() == nil {
 		r.log.Debug("cannot write the quarantine mark of our subnet", "subnet", held.Key(), "error", err)
@@ -149,7 +149,7 @@ func (r *Registry) keepMark(ctx context.Context, held subnet.Lease) {
 func (r *Registry) makeMark(ctx context.Context, held subnet.Lease) error {
 	rctx, cancel := r.request(ctx)
 	defer cancel()
-	key, life := r.usedDir()+held.Key(), r.lifetime()+r.opts.Quarantine
+	key, life := r.marksDir()+held.Key(), r.lifetime()+r.opts.Quarantine
 	resp, err := r.client.Get(rctx, key)
 	if err != nil {
 		return err
@@ -164,8 +164,8 @@ func (r *Registry) makeMark(ctx context.Context, held subnet.Lease) error {
 			return err
 		}
 		if !ends.IsZero() && whole == time.Duration(seconds(life))*time.Second {
-			r.mark = resp.Kvs[0].Lease
-			_, err := r.client.KeepAliveOnce(rctx, clientv3.LeaseID(r.mark))
+			r.markLease = resp.Kvs[0].Lease
+			_, err := r.client.KeepAliveOnce(rctx, clientv3.LeaseID(r.markLease))
 			return err
 		}
 	}
@@ -181,13 +181,13 @@ func (r *Registry) makeMark(ctx context.Context, held subnet.Lease) error {
 		r.revoke(int64(lease.ID))
 		return err
 	}
-	r.mark = int64(lease.ID)
+	r.markLease = int64(lease.ID)
 	return nil
 }
 
-// restOps returns the operations that start the quarantine, for the transaction
+// quarantineOps returns the operations that start the quarantine, for the transaction
 // that frees a subnet; none if there is no quarantine.
-func (r *Registry) restOps(ctx context.Context, key, node string) ([]clientv3.Op, error) {
+func (r *Registry) quarantineOps(ctx context.Context, key, node string) ([]clientv3.Op, error) {
 	if r.opts.Quarantine <= 0 {
 		return nil, nil
 	}
@@ -201,5 +201,5 @@ func (r *Registry) restOps(ctx context.Context, key, node string) ([]clientv3.Op
 	if err != nil {
 		return nil, err
 	}
-	return []clientv3.Op{clientv3.OpPut(r.usedDir()+key, string(value), clientv3.WithLease(lease.ID))}, nil
+	return []clientv3.Op{clientv3.OpPut(r.marksDir()+key, string(value), clientv3.WithLease(lease.ID))}, nil
 }
