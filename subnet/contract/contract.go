@@ -148,19 +148,19 @@ func wholeSnapshots(t *testing.T, s Store) {
 	}
 	b := join(t, s, 2, t.TempDir())
 	a.await(t, "the node that joins", func(x subnet.Snapshot) bool { return len(x.Peers) == 4 })
-	b.await(t, "all others", func(x subnet.Snapshot) bool { return len(x.Peers) == 4 })
+	b.await(t, "all other nodes", func(x subnet.Snapshot) bool { return len(x.Peers) == 4 })
 	moved := netip.MustParseAddr("198.51.100.77")
 	s.PutPeer(t, 0, moved)
-	a.await(t, "another address", func(x subnet.Snapshot) bool {
+	a.await(t, "the new address", func(x subnet.Snapshot) bool {
 		l, ok := peer(x, PeerSubnet(0))
 		return ok && l.Publics()[0] == moved && len(x.Peers) == 4
 	})
 	s.SpoilPeer(t, 1)
-	a.await(t, "the malformed one alone is set aside", func(x subnet.Snapshot) bool { return len(x.Peers) == 3 && len(x.Rejected) == 1 })
+	a.await(t, "only the malformed lease is rejected", func(x subnet.Snapshot) bool { return len(x.Peers) == 3 && len(x.Rejected) == 1 })
 	s.PutPeer(t, 1, netip.MustParseAddr("198.51.100.2"))
-	a.await(t, "it is back", func(x subnet.Snapshot) bool { return len(x.Peers) == 4 && len(x.Rejected) == 0 })
+	a.await(t, "the repaired lease is a peer again", func(x subnet.Snapshot) bool { return len(x.Peers) == 4 && len(x.Rejected) == 0 })
 	s.DropPeer(t, 2)
-	a.await(t, "one is gone", func(x subnet.Snapshot) bool {
+	a.await(t, "the deleted lease is no peer", func(x subnet.Snapshot) bool {
 		_, ok := peer(x, PeerSubnet(2))
 		return !ok && len(x.Peers) == 3
 	})
@@ -170,7 +170,7 @@ func wholeSnapshots(t *testing.T, s Store) {
 func updateAndRelease(t *testing.T, s Store) {
 	a, b := join(t, s, 1, t.TempDir()), join(t, s, 2, t.TempDir())
 	own := a.lease.Subnets()[0]
-	b.await(t, "the other", func(x subnet.Snapshot) bool { _, ok := peer(x, own); return ok })
+	b.await(t, "the other node", func(x subnet.Snapshot) bool { _, ok := peer(x, own); return ok })
 	moved := a.lease
 	moved.Endpoints = []subnet.Endpoint{moved.Endpoints[0]}
 	moved.Endpoints[0].Public = netip.MustParseAddr("192.0.2.201")
@@ -186,7 +186,7 @@ func updateAndRelease(t *testing.T, s Store) {
 	if err := a.registry.Release(t.Context(), after); err != nil {
 		t.Fatal(err)
 	}
-	b.await(t, "it is gone", func(x subnet.Snapshot) bool { _, ok := peer(x, own); return !ok })
+	b.await(t, "the released lease is no peer", func(x subnet.Snapshot) bool { _, ok := peer(x, own); return !ok })
 }
 
 // While the store is unreachable the last snapshot remains valid, the lease is
@@ -219,7 +219,7 @@ func keptOnDisk(t *testing.T, s Remote) {
 	s.PutPeer(t, 1, netip.MustParseAddr("198.51.100.2"))
 	first := join(t, s, 1, dir)
 	first.await(t, "two peers", func(x subnet.Snapshot) bool { return len(x.Peers) == 2 })
-	eventually(t, "they are kept", func() bool {
+	eventually(t, "they are saved", func() bool {
 		k, err := first.registry.(Keeper).Kept(NodeName(1))
 		return err == nil && k != nil && len(k.Entries) == 3
 	})
@@ -329,7 +329,7 @@ func (n *node) await(t *testing.T, what string, ok func(subnet.Snapshot) bool) {
 
 func (n *node) awaitError(t *testing.T) {
 	t.Helper()
-	eventually(t, "an error is told", func() bool {
+	eventually(t, "an error is yielded", func() bool {
 		n.mu.Lock()
 		defer n.mu.Unlock()
 		return n.err != nil

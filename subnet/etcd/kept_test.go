@@ -52,7 +52,7 @@ func TestResume(t *testing.T) {
 			put(t, before, "subnets/10.5.252.0-24", "malformed")
 			l := acquire(t, before, claim(t, vxlanConfig, 1))
 			first := watch(t, before, l)
-			eventually(t, "the first snapshot is kept", func() bool { k, err := before.Kept("node-1"); return k != nil && err == nil })
+			eventually(t, "the first snapshot is saved", func() bool { k, err := before.Kept("node-1"); return k != nil && err == nil })
 			put(t, before, "subnets/10.5.251.0-24", peerValue(3))
 			eventually(t, "a change", func() bool {
 				s := first.last()
@@ -124,7 +124,7 @@ func TestSavedStateIsDeleted(t *testing.T) {
 
 	l := acquire(t, r, c)
 	w := watch(t, r, l)
-	eventually(t, "it is kept", there)
+	eventually(t, "it is saved", there)
 	if err := r.Release(t.Context(), l); err != nil {
 		t.Fatal(err)
 	}
@@ -134,7 +134,7 @@ func TestSavedStateIsDeleted(t *testing.T) {
 	l = acquire(t, r, c)
 	w = watch(t, r, l)
 	lost := hold(t, r, l)
-	eventually(t, "it is kept again", there)
+	eventually(t, "it is saved again", there)
 	put(t, r, "subnets/"+l.Key(), peerValue(9))
 	if err := <-lost; !errors.Is(err, subnet.ErrLost) {
 		t.Fatal(err)
@@ -147,7 +147,7 @@ func TestSavedStateIsDeleted(t *testing.T) {
 	r = open(t, endpoint, withFiles(dir))
 	l = acquire(t, r, c)
 	w = watch(t, r, l)
-	eventually(t, "it is kept once more", there)
+	eventually(t, "it is saved once more", there)
 	w.stop()
 	c.Config.Networks = append(c.Config.Networks[:0:0], c.Config.Networks...)
 	c.Config.Networks[0].SubnetLen = 25
