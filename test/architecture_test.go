@@ -1,5 +1,6 @@
-// Package test holds the scenarios that cross packages, and the tests that
-// keep the house in order.
+// Package test contains the scenario tests, which run the built binaries in labs, and
+// the tests of the repository's rules, such as who may import whom. It contains no code
+// for other packages and holds no state.
 package test
 
 import (
@@ -20,9 +21,8 @@ import (
 	"culvert/encap"
 )
 
-// allowed says what each package of culvert may import of culvert. A package
-// that is not named here must be added, with thought: imports run downward
-// only.
+// allowed lists which packages of culvert each package may import. Add new packages
+// here; imports run downward only.
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
 	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
@@ -54,14 +54,13 @@ var allowed = map[string][]string{
 	"culvert/subnet/etcd/member":       {},
 	"culvert/subnet/etcd/etcdtest":     {"subnet/etcd/member"},
 	"culvert/subnet/etcd/culvert-etcd": {"subnet/etcd/member"},
-	// Not internal/host, although the plugin reads a bridge's addresses: what a
-	// daemon needs of the kernel would triple a program that is started for
-	// every pod.
+	// The plugin must not import internal/host, although it reads a bridge's
+	// addresses: that would triple the size of a program that is started for every pod.
 	"culvert/cni":             {"subnet", "internal/api/readiness", "internal/boottime", "internal/statefile"},
 	"culvert/cni/culvert-cni": {"cni"},
 }
 
-// outside says which packages may import a heavy or far-reaching module.
+// outside lists which packages may import certain large external modules.
 var outside = map[string][]string{
 	"go.etcd.io/etcd/client/v3":      {"culvert/subnet/etcd"},
 	"go.etcd.io/etcd/server":         {"culvert/subnet/etcd/member"},
@@ -103,11 +102,11 @@ func packages(t *testing.T) []listed {
 func TestImportsRunDownward(t *testing.T) {
 	for _, p := range packages(t) {
 		if len(p.GoFiles) == 0 {
-			continue // tests only
+			continue // only test files
 		}
 		may, known := allowed[p.ImportPath]
 		if !known {
-			t.Errorf("%s is not in the table of import rules", p.ImportPath)
+			t.Errorf("%s is not in the table of import rules (allowed)", p.ImportPath)
 			continue
 		}
 		for _, i := range p.Imports {
@@ -119,14 +118,14 @@ func TestImportsRunDownward(t *testing.T) {
 			}
 			for module, by := range outside {
 				if strings.HasPrefix(i, module) && !contains(by, p.ImportPath) {
-					t.Errorf("%s imports %s, which is for %v", p.ImportPath, i, by)
+					t.Errorf("%s imports %s, which only %v may import", p.ImportPath, i, by)
 				}
 			}
 		}
 	}
 }
 
-// TestPackagesSayWhatTheyAre asks for one package comment each.
+// TestPackagesSayWhatTheyAre checks that every package has one package comment.
 func TestPackagesSayWhatTheyAre(t *testing.T) {
 	for _, p := range packages(t) {
 		comments := 0
@@ -140,7 +139,7 @@ func TestPackagesSayWhatTheyAre(t *testing.T) {
 			}
 		}
 		if len(p.GoFiles) > 0 && comments != 1 {
-			t.Errorf("%s has %d package comments", p.ImportPath, comments)
+			t.Errorf("%s has %d package comments instead of one", p.ImportPath, comments)
 		}
 	}
 }
@@ -154,8 +153,7 @@ func contains(all []string, s string) bool {
 	return false
 }
 
-// TestEveryDropReasonHasATest: a reason that no test names is a promise that
-// nobody holds.
+// TestEveryDropReasonHasATest checks that each drop reason of encap occurs in a test.
 func TestEveryDropReasonHasATest(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), filepath.Join("..", "encap", "reason.go"), nil, 0)
 	if err != nil {
@@ -187,7 +185,7 @@ func TestEveryDropReasonHasATest(t *testing.T) {
 	for i, r := range reasons {
 		named := regexp.MustCompile(`\b` + idents[i+1] + `\b|[^a-z-]` + r.String() + `[^a-z-]`)
 		if !named.Match(tests) {
-			t.Errorf("no test names %s (%s)", idents[i+1], r)
+			t.Errorf("no test mentions %s (%s)", idents[i+1], r)
 		}
 	}
 }

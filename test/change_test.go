@@ -17,9 +17,10 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestUnderlayAddressChanges gives a node another underlay address: its lease is
-// published anew, its peers follow, and pods reach each other again; with etcd
-// away it carries on from the new address, and publishes when etcd is back.
+// TestUnderlayAddressChanges changes a node's underlay address: the node publishes the
+// new address in its lease, its peers follow, and pods reach each other again. While
+// etcd is unreachable the node uses the new address at once, and publishes it when etcd
+// is back.
 //
 //	pod ── n1 198.18.0.1 → 198.18.0.77 ── fabric ── n2 198.18.0.2 ── pod
 func TestUnderlayAddressChanges(t *testing.T) {
@@ -42,35 +43,35 @@ func underlayChanges(t *testing.T, datapath string) {
 	to := netip.MustParseAddr("198.18.0.77")
 	began := time.Now()
 	readdress(t, mover, mover.Addrs[0], to)
-	c.wait(peer, "follows", func(s api.Status) bool { return len(s.Peers) == 1 && slices.Contains(s.Peers[0].PublicIPs, to) })
+	c.wait(peer, "has the peer's new address", func(s api.Status) bool { return len(s.Peers) == 1 && slices.Contains(s.Peers[0].PublicIPs, to) })
 	took := time.Since(began)
 	t.Logf("the peer followed %v after the address changed", took.Round(time.Millisecond))
-	// Not before the old address has been gone for a while: it might be back.
+	// The node moves only after MoveAfter, since the old address might come back.
 	if took < host.MoveAfter || took > host.MoveAfter+2*time.Second {
-		t.Errorf("the peer followed after %v, and was to after %v", took, host.MoveAfter)
+		t.Errorf("the peer followed after %v, want shortly after %v", took, host.MoveAfter)
 	}
 	ping(t, pods[0], pods[1])
-	after := c.wait(mover, "says so itself", func(s api.Status) bool {
+	after := c.wait(mover, "reports its new address", func(s api.Status) bool {
 		return s.Ready && len(s.Peers) == 1 && s.Lease.PublicIPs[0] == to && s.Underlay.Addrs[0] == to
 	})
 	if after.Lease.Subnets[0] != before.Lease.Subnets[0] {
-		t.Errorf("the mover says %+v", after)
+		t.Errorf("the node's subnet changed: %+v", after)
 	}
 
-	// Back again, while etcd does not answer: the mover is ready at once, and
-	// tells the others when it can.
+	// Change it back while etcd does not answer: the node is ready at once, and
+	// publishes the address later.
 	c.stopEtcd()
 	readdress(t, mover, to, mover.Addrs[0])
-	c.wait(mover, "carries on", func(s api.Status) bool { return s.Ready && s.Underlay.Addrs[0] == mover.Addrs[0] && len(s.Peers) == 1 })
+	c.wait(mover, "is ready with its first address", func(s api.Status) bool { return s.Ready && s.Underlay.Addrs[0] == mover.Addrs[0] && len(s.Peers) == 1 })
 	c.continueEtcd()
-	c.wait(peer, "follows again", func(s api.Status) bool {
+	c.wait(peer, "has the peer's first address again", func(s api.Status) bool {
 		return len(s.Peers) == 1 && slices.Contains(s.Peers[0].PublicIPs, mover.Addrs[0])
 	})
 	ping(t, pods[1], pods[0])
 }
 
-// readdress replaces the address of a node's underlay link, as DHCP would, and
-// the default route that goes with it.
+// readdress replaces the address of a node's underlay link and the default route, as a
+// DHCP client would.
 func readdress(t *testing.T, n *lab.Node, from, to netip.Addr) {
 	t.Helper()
 	err := n.Do(func() error {
@@ -105,7 +106,7 @@ func (c *cluster) pods() []*lab.Pod {
 	return pods
 }
 
-// ping has one pod reach another, in each family that both have.
+// ping pings one pod from another, in each address family.
 func ping(t *testing.T, from, to *lab.Pod) {
 	t.Helper()
 	for i, a := range to.Addrs {
@@ -118,9 +119,8 @@ func ping(t *testing.T, from, to *lab.Pod) {
 	}
 }
 
-// TestFamilies goes through the address families of the cluster network and of
-// the underlay: pods reach each other in every one that they have, over one
-// underlay or two, and their addresses are not translated.
+// TestFamilies tests dual-stack and IPv6-only clusters: pods reach each other in every
+// family that they have, and their addresses are not translated.
 func TestFamilies(t *testing.T) {
 	under4, under6 := netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:198:18::/64")
 	const four, six = `"Network":"10.5.0.0/16"`, `"EnableIPv6":true,"IPv6Network":"fd00:12::/48"`
@@ -142,12 +142,12 @@ func TestFamilies(t *testing.T) {
 				for _, n := range c.Nodes {
 					s := c.waitReady(n, 1)
 					if len(s.Lease.Subnets) != f.addrs || len(s.Networks) != f.addrs {
-						t.Errorf("%s has %v in %v", n.ID, s.Lease.Subnets, s.Networks)
+						t.Errorf("%s has the subnets %v in %v", n.ID, s.Lease.Subnets, s.Networks)
 					}
 				}
 				pods := c.pods()
 				if len(pods[0].Addrs) != f.addrs {
-					t.Fatalf("a pod has %v", pods[0].Addrs)
+					t.Fatalf("a pod has the addresses %v", pods[0].Addrs)
 				}
 				ping(t, pods[0], pods[1])
 				for i, a := range pods[1].Addrs {
@@ -165,9 +165,9 @@ func TestFamilies(t *testing.T) {
 	}
 }
 
-// TestGrowingNetwork makes the cluster network larger under running pods: the
-// running nodes follow, a node in the new part reaches the old ones, and what a
-// running node cannot follow is refused, with the reason.
+// TestGrowingNetwork enlarges the cluster network while pods run: running nodes apply the
+// change, a node in the new part reaches the old ones, and a configuration that a
+// running node cannot apply is rejected with the reason.
 func TestGrowingNetwork(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) { growingNetwork(t, "--datapath="+d) })
@@ -194,18 +194,18 @@ func growingNetwork(t *testing.T, datapath string) {
 	stream := startPings(t, pods[0], pods[1])
 	c.setConfig(`{"Network":"10.4.0.0/15","SubnetLen":24,"SubnetMin":"10.4.200.0","SubnetMax":"10.4.200.0","Backend":{"Type":"vxlan"}}`)
 	for _, n := range c.Nodes[:2] {
-		c.wait(n, "follows", func(s api.Status) bool { return s.Ready && s.Networks[0].String() == "10.4.0.0/15" })
-		eventually(t, "subnet.env", func() error {
+		c.wait(n, "has the larger network", func(s api.Status) bool { return s.Ready && s.Networks[0].String() == "10.4.0.0/15" })
+		eventually(t, "subnet.env has the larger network", func() error {
 			env, err := cni.ReadSubnetEnv(n.SubnetFile())
 			if err != nil || env.Networks[0].String() != "10.4.0.0/15" {
-				return fmt.Errorf("it says %v: %w", env.Networks, err)
+				return fmt.Errorf("it has %v: %w", env.Networks, err)
 			}
 			return nil
 		})
 	}
 	c.start(c.Nodes[2], datapath)
 	if s := c.waitReady(c.Nodes[2], 2); s.Lease.Subnets[0].String() != "10.4.200.0/24" {
-		t.Errorf("the new node has %v", s.Lease.Subnets)
+		t.Errorf("the new node has the subnets %v", s.Lease.Subnets)
 	}
 	c.waitReady(c.Nodes[0], 2)
 	fresh, err := c.Nodes[2].AddPod(t.Context(), "p1")
@@ -216,31 +216,31 @@ func growingNetwork(t *testing.T, datapath string) {
 	ping(t, pods[1], fresh)
 
 	c.put("/coreos.com/network/config", `{"Network":"10.99.0.0/16","Backend":{"Type":"vxlan"}}`)
-	s := c.wait(c.Nodes[0], "refuses", func(s api.Status) bool { return s.Store.ConfigRefused != "" })
+	s := c.wait(c.Nodes[0], "rejects the configuration", func(s api.Status) bool { return s.Store.ConfigRefused != "" })
 	if !s.Ready || s.Networks[0].String() != "10.4.0.0/15" || !strings.Contains(s.Store.ConfigRefused, "outside 10.99.0.0/16") {
 		t.Errorf("%+v", s)
 	}
 	if sent, lost := stream.stop(); lost > 0 {
-		t.Errorf("%d of %d pings were lost meanwhile", lost, sent)
+		t.Errorf("%d of %d pings were lost", lost, sent)
 	}
 
-	// What the datapath is made of changes too: another port, and direct routes.
+	// Change an option of the datapath, the port.
 	c.setConfig(`{"Network":"10.4.0.0/15","SubnetLen":24,"SubnetMin":"10.4.200.0","SubnetMax":"10.4.200.0","Backend":{"Type":"vxlan","Port":4790}}`)
 	for _, n := range c.Nodes {
 		eventually(t, n.ID+" uses the new port", func() error { return udpBound(n, 4790) })
-		c.wait(n, "goes on", func(s api.Status) bool { return s.Ready && len(s.Peers) == 2 })
+		c.wait(n, "is ready with both peers", func(s api.Status) bool { return s.Ready && len(s.Peers) == 2 })
 	}
 	ping(t, fresh, pods[0])
 	ping(t, pods[1], fresh)
 }
 
-// udpBound says whether a socket of the node's has the port: a kernel device's
-// or a program's.
+// udpBound returns nil if the UDP port is in use on the node, by a kernel device or a
+// program.
 func udpBound(n *lab.Node, port int) error {
 	c, err := n.ListenPacket(context.Background(), "udp4", netip.AddrPortFrom(n.Addrs[0], uint16(port)).String())
 	if err == nil {
 		_ = c.Close()
-		return fmt.Errorf("nobody has port %d on %s", port, n.ID)
+		return fmt.Errorf("port %d on %s is not in use", port, n.ID)
 	}
 	return nil
 }

@@ -29,15 +29,14 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// cluster is a lab with an etcd in its fabric, which the tests start daemons
-// against: the binaries, as they are shipped.
+// cluster is a lab with etcd in its fabric, in which tests start the built daemons.
 type cluster struct {
 	*lab.Lab
 	t        testing.TB
 	bin      string
 	endpoint string
 	starts   int
-	datapath string // what a node's daemon is told; the flags may say otherwise
+	datapath string // default of --datapath for start, which flags may override
 }
 
 const config = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
@@ -77,7 +76,7 @@ func (c *cluster) setConfig(text string) {
 	c.culvert("config", "set", text, "--etcd-endpoints", c.endpoint)
 }
 
-// etcd is the server's process.
+// etcd returns the server's process.
 func (c *cluster) etcd() *lab.Process {
 	c.t.Helper()
 	for _, p := range c.Processes() {
@@ -85,11 +84,11 @@ func (c *cluster) etcd() *lab.Process {
 			return p
 		}
 	}
-	c.t.Fatal("there is no etcd")
+	c.t.Fatal("etcd is not running in this lab")
 	return nil
 }
 
-// stopEtcd stops the server without ending it, and continueEtcd lets it go on.
+// stopEtcd suspends the server (SIGSTOP), and continueEtcd resumes it.
 func (c *cluster) stopEtcd()     { c.signalEtcd(syscall.SIGSTOP) }
 func (c *cluster) continueEtcd() { c.signalEtcd(syscall.SIGCONT) }
 
@@ -117,8 +116,8 @@ func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
 	return p
 }
 
-// startAll starts every node's daemon, and waits until each has all others as
-// its peers.
+// startAll starts every node's daemon and waits until each is ready and has all others
+// as peers.
 func (c *cluster) startAll(flags ...string) (daemons []*lab.Process) {
 	c.t.Helper()
 	for _, n := range c.Nodes {
@@ -130,14 +129,14 @@ func (c *cluster) startAll(flags ...string) (daemons []*lab.Process) {
 	return daemons
 }
 
-// status asks a node's daemon.
+// status returns the status of a node's daemon.
 func (c *cluster) status(n *lab.Node) (api.Status, error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)
 	defer cancel()
 	return api.GetStatus(ctx, n.RunDir)
 }
 
-// wait waits until a node's daemon says what the condition asks for.
+// wait waits until the status of a node's daemon meets a condition; what names it.
 func (c *cluster) wait(n *lab.Node, what string, is func(api.Status) bool) api.Status {
 	c.t.Helper()
 	var s api.Status
@@ -154,8 +153,8 @@ func (c *cluster) wait(n *lab.Node, what string, is func(api.Status) bool) api.S
 	return s
 }
 
-// get asks a node's daemon for its health or metrics, over the node's loopback,
-// until it answers.
+// get fetches a path of the daemon's health and metrics server over the node's loopback;
+// it retries until the server answers.
 func (c *cluster) get(n *lab.Node, path string) (code int, text string) {
 	c.t.Helper()
 	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}, Timeout: 5 * time.Second}
@@ -178,11 +177,11 @@ func (c *cluster) get(n *lab.Node, path string) (code int, text string) {
 
 func (c *cluster) waitReady(n *lab.Node, peers int) api.Status {
 	c.t.Helper()
-	return c.wait(n, "ready", func(s api.Status) bool { return s.Ready && len(s.Peers) == peers })
+	return c.wait(n, "is ready", func(s api.Status) bool { return s.Ready && len(s.Peers) == peers })
 }
 
-// eventually repeats try until it succeeds, for a time that is generous: the
-// machine may be slow, and the test is not about speed.
+// eventually repeats try until it succeeds, for up to 30 s: the machine may be slow, and
+// the test is not about speed.
 func eventually(t testing.TB, what string, try func() error) {
 	t.Helper()
 	var err error
@@ -194,8 +193,8 @@ func eventually(t testing.TB, what string, try func() error) {
 	t.Fatalf("%s: %v", what, err)
 }
 
-// client is one of etcd that ends with the test. Its connection is made inside
-// the fabric, which alone reaches etcd.
+// client returns an etcd client that is closed when the test ends. It connects from
+// inside the fabric, since the test's own namespace cannot reach etcd.
 func (c *cluster) client() *clientv3.Client {
 	c.t.Helper()
 	client, err := clientv3.New(clientv3.Config{
@@ -212,7 +211,7 @@ func (c *cluster) client() *clientv3.Client {
 	return client
 }
 
-// put writes a key as it is, as another program would.
+// put writes a key to etcd, as another program would.
 func (c *cluster) put(key, value string) {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), 10*time.Second)
@@ -222,8 +221,8 @@ func (c *cluster) put(key, value string) {
 	}
 }
 
-// transfer sends n random bytes over TCP, and checks that they arrive and that
-// the receiver saw the sender's own address.
+// transfer sends n random bytes over TCP and checks that they arrive unchanged, from the
+// sender's own address.
 func transfer(t testing.TB, from, to *lab.Namespace, source, destination netip.Addr, n int64) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
@@ -244,7 +243,7 @@ func transfer(t testing.TB, from, to *lab.Namespace, source, destination netip.A
 			}
 			defer c.Close()
 			if a := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); a != source {
-				return fmt.Errorf("the connection came from %s, not from %s: translated", a, source)
+				return fmt.Errorf("the connection came from %s, not from %s: the address was translated", a, source)
 			}
 			k, err := io.Copy(received, c)
 			if err == nil && k != n {
@@ -266,12 +265,12 @@ func transfer(t testing.TB, from, to *lab.Namespace, source, destination netip.A
 		t.Fatal(err)
 	}
 	if string(want.Sum(nil)) != string(received.Sum(nil)) {
-		t.Fatal("what arrived is not what was sent")
+		t.Fatal("the received bytes differ from the sent ones")
 	}
 }
 
-// datagrams sends one UDP datagram of every size from 1 to 1380 bytes, which
-// is never fragmented, a few at a time, has each echoed, and checks every byte.
+// datagrams sends UDP datagrams of every size from 1 to 1380 bytes, which are never
+// fragmented, a few at a time, and checks that each is echoed unchanged and in order.
 func datagrams(t testing.TB, from, to *lab.Namespace, source, destination netip.Addr) {
 	t.Helper()
 	server, err := to.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(destination, 0).String())
@@ -314,7 +313,7 @@ func datagrams(t testing.TB, from, to *lab.Namespace, source, destination netip.
 			t.Fatalf("no answer to %v: %v", missing, err)
 		}
 		if n != next || string(answer[:n]) != string(pattern(n)) {
-			t.Fatalf("a datagram of %d bytes came, %d was due, or its bytes differ", n, next)
+			t.Fatalf("a datagram of %d bytes arrived, want %d, or its bytes differ", n, next)
 		}
 		delete(missing, n)
 		next++

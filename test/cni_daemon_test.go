@@ -20,7 +20,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// cniStatus is the plugin's STATUS on a node: nil, or the error of code 50.
+// cniStatus calls the plugin's STATUS on a node. It returns nil or an error with code
+// 50 (plugin not available); another code fails the test.
 func cniStatus(t *testing.T, n *lab.Node) error {
 	t.Helper()
 	err := n.CNI(func(c *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
@@ -28,16 +29,15 @@ func cniStatus(t *testing.T, n *lab.Node) error {
 	})
 	var e *types.Error
 	if err != nil && (!errors.As(err, &e) || e.Code != 50) {
-		t.Errorf("STATUS: %v, which is not of code 50", err)
+		t.Errorf("STATUS: %v, want an error with code 50", err)
 	}
 	return err
 }
 
-// TestCNIFollowsTheDaemon goes through what can be wrong with a node, and what
-// the plugin says to it:
+// TestCNIFollowsTheDaemon checks the plugin's answers in each state of a node:
 //
-//	no configuration → ready → daemon stopped (SIGSTOP) → etcd gone, lease run
-//	out → etcd back → daemon killed
+//	no configuration → ready → daemon suspended (SIGSTOP) → etcd unreachable and lease
+//	expired → etcd back → daemon killed
 func TestCNIFollowsTheDaemon(t *testing.T) {
 	c := newCluster(t, 1)
 	n := c.Nodes[0]
@@ -45,7 +45,7 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 		t.Helper()
 		eventually(t, when, func() error {
 			if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), says) {
-				return fmt.Errorf("STATUS says %w, not %q", err, says)
+				return fmt.Errorf("STATUS returns %w, want %q", err, says)
 			}
 			return nil
 		})
@@ -63,31 +63,31 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// A daemon that hangs does not hang the runtime.
+	// A daemon that hangs does not block the runtime.
 	if err := d.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	start := time.Now()
 	if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "does not answer") {
-		t.Errorf("STATUS beside a stopped daemon: %v", err)
+		t.Errorf("STATUS with a suspended daemon: %v", err)
 	}
-	if took := time.Since(start); took > 3*time.Second { // 900 ms, and the machine is busy
+	if took := time.Since(start); took > 3*time.Second { // the timeout is 900 ms; leave room for a busy machine
 		t.Errorf("STATUS took %s", took)
 	}
 	if err := d.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	ready("going on")
+	ready("the daemon is resumed")
 
-	// Fenced: the pod that is there stays, and no other comes.
+	// With an expired lease existing pods stay, and new ones are refused.
 	c.stopEtcd()
-	refused("fenced", "ran out at")
+	refused("the lease has expired", "ran out at")
 	var e *types.Error
 	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "ran out at") {
-		t.Errorf("ADD on a fenced node: %v", err)
+		t.Errorf("ADD with an expired lease: %v", err)
 	}
 	if err := pod.Check(t.Context()); err != nil {
-		t.Errorf("CHECK on a fenced node: %v", err)
+		t.Errorf("CHECK with an expired lease: %v", err)
 	}
 	c.continueEtcd()
 	ready("etcd is back")
@@ -96,7 +96,7 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// Without a daemon: not ready, but what is there can be deleted.
+	// Without a daemon the plugin is not ready, but pods can be deleted.
 	if err := d.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -106,21 +106,22 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	// And when the lease has run out nobody needs to say so.
+	// When the lease expires, the plugin refuses ADD without a daemon: subnet.env has
+	// the expiry time.
 	refusedADD := func() error {
 		env, err := cni.ReadSubnetEnv(n.SubnetFile())
 		if err != nil || !expired(t, env) {
-			return fmt.Errorf("the file says %s: %w", env.Expires, err)
+			return fmt.Errorf("subnet.env says %s: %w", env.Expires, err)
 		}
 		return nil
 	}
-	eventually(t, "the lease runs out", refusedADD)
+	eventually(t, "the lease expires", refusedADD)
 	if _, err := n.AddPod(t.Context(), "p3"); !errors.As(err, &e) || !strings.Contains(e.Msg, "ran out at") {
-		t.Errorf("ADD long after the daemon died: %v", err)
+		t.Errorf("ADD after the lease of a killed daemon expired: %v", err)
 	}
 }
 
-// TestCNIInstallStatusUninstall is a host's life, through the command line.
+// TestCNIInstallStatusUninstall runs `culvert cni` install, status and uninstall.
 func TestCNIInstallStatusUninstall(t *testing.T) {
 	c := newCluster(t, 1)
 	n := c.Nodes[0]
@@ -152,12 +153,13 @@ func TestCNIInstallStatusUninstall(t *testing.T) {
 	c.waitReady(n, 0)
 	r, err := report()
 	if err != nil || !r.Ready || len(r.Subnets) != 1 || !netip.MustParsePrefix("10.5.0.0/16").Overlaps(r.Subnets[0]) || r.Expires.Before(time.Now()) {
-		t.Errorf("status beside a daemon: %+v (%v)", r, err)
+		t.Errorf("status with a daemon: %+v (%v)", r, err)
 	}
 	if out, err := culvert("status"); err != nil || !strings.Contains(out, "a pod can be added") || !strings.Contains(out, "0 attachments") {
 		t.Errorf("status: %s (%v)", out, err)
 	}
-	// The runtime would use another configuration, and a delegate is missing.
+	// Another configuration sorts first, so the runtime would use it; and a delegate is
+	// missing.
 	if err := os.WriteFile(filepath.Join(dir, "net.d", "05-other.conf"), []byte("{}"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +167,7 @@ func TestCNIInstallStatusUninstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r, err := report(); err == nil || len(r.Rivals) != 1 || !strings.Contains(r.NotReady, "host-local: it is not there") {
-		t.Errorf("status of a half installation: %+v (%v)", r, err)
+		t.Errorf("status of an incomplete installation: %+v (%v)", r, err)
 	}
 	if out, err := culvert("uninstall"); err != nil {
 		t.Errorf("%v\n%s", err, out)
@@ -175,7 +177,7 @@ func TestCNIInstallStatusUninstall(t *testing.T) {
 	}
 }
 
-// expired says what the CNI plugin makes of the file now.
+// expired reports whether the CNI plugin considers the lease in subnet.env expired.
 func expired(t *testing.T, env cni.SubnetEnv) bool {
 	t.Helper()
 	now, err := boottime.Now()

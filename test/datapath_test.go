@@ -14,17 +14,17 @@ import (
 	"culvert/subnet"
 )
 
-// dual is a network of both address families.
+// dual is a dual-stack network configuration.
 const dual = `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}`
 
 var dualUnderlay = []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:198:18::/64")}
 
-// TestMixedCluster is a full mesh, in both address families, of nodes that
-// produce the same bytes in different ways:
+// TestMixedCluster sends traffic between all pairs of nodes with different datapaths and
+// the same wire format, in both address families:
 //
 //	n1 userspace (culvert0) ──┐
 //	n2 kernel (cvt.1, cvt6.1) ┼── underlay
-//	n3 made by hand (flannel.1, flannel-v6.1), its lease written into etcd
+//	n3 made by hand (flannel.1, flannel-v6.1), with its lease written to etcd
 func TestMixedCluster(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
 	c.setConfig(dual)
@@ -72,8 +72,8 @@ func TestMixedCluster(t *testing.T) {
 	}
 }
 
-// addHandmade makes a node that is kernel devices alone, one for each subnet, and
-// writes its lease into etcd.
+// addHandmade sets up a node without a daemon: a kernel vxlan device for each subnet, and
+// a lease in etcd.
 func (c *cluster) addHandmade(n *lab.Node, subnets ...string) []*lab.HandmadeVXLAN {
 	c.t.Helper()
 	var devices []*lab.HandmadeVXLAN
@@ -94,8 +94,8 @@ func (c *cluster) addHandmade(n *lab.Node, subnets ...string) []*lab.HandmadeVXL
 	return devices
 }
 
-// introduce enters a node as a peer of the devices that were made by hand, as
-// flannel would from its lease.
+// introduce adds a node as a peer to the handmade devices, as flannel would from its
+// lease.
 func (c *cluster) introduce(hand []*lab.HandmadeVXLAN, n *lab.Node, s api.Status) {
 	c.t.Helper()
 	for k, p := range s.Lease.Subnets {
@@ -117,9 +117,9 @@ func drops(s api.Status, reason string) uint64 {
 	return 0
 }
 
-// TestDatapathChanges restarts a node with another datapath, there and back, and
-// then with the device that flannel leaves in its place: a connection that is
-// open all the while goes on, and a ping finds the way again.
+// TestDatapathChanges restarts a node with the other datapath several times, and then
+// takes over from flannel's device with each. The TCP connections that are open
+// meanwhile survive.
 //
 //	pod ── n1: userspace, kernel, userspace ── underlay ── n2: kernel ── pod
 func TestDatapathChanges(t *testing.T) {
@@ -143,7 +143,7 @@ func TestDatapathChanges(t *testing.T) {
 		c.goesOn(back)
 	}
 
-	// As a node of flannel's looks, whose flanneld was stopped.
+	// Replace culvert's state by what a stopped flanneld leaves.
 	if err := p.Stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -169,10 +169,10 @@ func TestDatapathChanges(t *testing.T) {
 		select {
 		case <-p.Exited():
 		case <-time.After(20 * time.Second):
-			t.Fatal("beside flannel.1 it runs")
+			t.Fatal("the daemon runs although flannel.1 exists")
 		}
 		if log := p.Tail(3); p.Err() == nil || !strings.Contains(log, "flannel.1") || !strings.Contains(log, "--take-over-flannel") {
-			t.Errorf("beside flannel.1 it said %q", log)
+			t.Errorf("with flannel.1 the daemon printed %q", log)
 		}
 	}
 	c.goesOn(flow)
@@ -183,7 +183,7 @@ func TestDatapathChanges(t *testing.T) {
 		c.goesOn(back)
 		if err := n.Do(func() error {
 			if _, err := netlink.LinkByName("flannel.1"); err == nil {
-				return fmt.Errorf("flannel.1 is still there")
+				return fmt.Errorf("flannel.1 still exists")
 			}
 			return nil
 		}); err != nil {
@@ -198,9 +198,9 @@ func TestDatapathChanges(t *testing.T) {
 	}
 	for _, f := range []*namedFlow{{"there", flow}, {"back", back}} {
 		turns, longest, err := f.flow.stop()
-		t.Logf("%s: to and fro %d times, with %s at the longest", f.name, turns, longest)
+		t.Logf("%s: %d round trips, the longest took %s", f.name, turns, longest)
 		if err != nil {
-			t.Errorf("the connection %s: %v", f.name, err)
+			t.Errorf("the connection %s broke: %v", f.name, err)
 		}
 	}
 }
@@ -210,9 +210,9 @@ type namedFlow struct {
 	flow *flow
 }
 
-// TestStrangers sends to a kernel node what its vxlan device would take and must
-// not: packets of a node that leases nothing, of a peer with another's inner
-// source, and what a pod encapsulates itself.
+// TestStrangers sends packets to a kernel node that its vxlan device alone would accept:
+// from a node without a lease, and from a peer with an inner source outside the peer's
+// subnet. It also has a pod send to a tunnel port. All are dropped and counted.
 func TestStrangers(t *testing.T) {
 	c := newCluster(t, 3)
 	c.setConfig(config)
@@ -238,7 +238,7 @@ func TestStrangers(t *testing.T) {
 	if _, err := c.Nodes[1].Ping(t.Context(), peer.Self.Subnet.Addr(), pod.Addr(true)); err != nil {
 		t.Fatal(err)
 	}
-	// The pod answers nobody, whoever asks; what arrives is what counts.
+	// Check whether packets arrive in the pod, which does not answer.
 	arrives := func(from *lab.Node, source netip.Addr) bool {
 		l, err := pod.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(pod.Addr(true), 7).String())
 		if err != nil {
@@ -260,17 +260,17 @@ func TestStrangers(t *testing.T) {
 		return err == nil
 	}
 	if !arrives(c.Nodes[1], peer.Self.Subnet.Addr()) {
-		t.Error("a peer's packet does not arrive")
+		t.Error("a peer's packet did not arrive")
 	}
 	if arrives(c.Nodes[2], stranger.Self.Subnet.Addr()) {
-		t.Error("a stranger's packet arrives")
+		t.Error("a stranger's packet arrived")
 	}
 	forged := netip.MustParseAddr("10.5.251.9")
 	c.addAddr(c.Nodes[1], "flannel.1", netip.PrefixFrom(forged, 32))
 	if arrives(c.Nodes[1], forged) {
-		t.Error("a peer's packet with another's inner source arrives")
+		t.Error("a peer's packet with an inner source outside its subnet arrived")
 	}
-	got := c.wait(n, "counts them", func(s api.Status) bool { return drops(s, "ingress-source") >= 1 && drops(s, "ingress-stranger") >= 1 })
+	got := c.wait(n, "counts both drops", func(s api.Status) bool { return drops(s, "ingress-source") >= 1 && drops(s, "ingress-stranger") >= 1 })
 
 	sink, err := c.Nodes[1].ListenPacket(t.Context(), "udp", netip.AddrPortFrom(c.Nodes[1].Addrs[0], 0).String())
 	if err != nil {
@@ -285,7 +285,7 @@ func TestStrangers(t *testing.T) {
 	if _, err := from.Write(make([]byte, 64)); err != nil {
 		t.Fatal(err)
 	}
-	c.wait(n, "drops what the pod encapsulates", func(s api.Status) bool { return drops(s, "egress-encapsulated") == 1 })
+	c.wait(n, "drops the packet that the pod encapsulated", func(s api.Status) bool { return drops(s, "egress-encapsulated") == 1 })
 	t.Logf("dropped: %v", got.Datapath.Drops)
 }
 
@@ -306,8 +306,8 @@ func (c *cluster) addAddr(n *lab.Node, device string, p netip.Prefix) {
 	}
 }
 
-// TestUnderlayMTU lowers the underlay's MTU under running pods: the datapath and
-// what new pods get follow, and the pod that was made before is named.
+// TestUnderlayMTU lowers the underlay's MTU while a pod runs: the datapath and new pods
+// get the lower MTU, and the existing pod is reported as stale.
 func TestUnderlayMTU(t *testing.T) {
 	for _, kind := range []string{"kernel", "userspace"} {
 		t.Run(kind, func(t *testing.T) {
@@ -331,7 +331,7 @@ func TestUnderlayMTU(t *testing.T) {
 			}); err != nil {
 				t.Fatal(err)
 			}
-			c.wait(n, "follows", func(s api.Status) bool {
+			c.wait(n, "has the lower MTU", func(s api.Status) bool {
 				return s.Ready && s.Datapath.MTU == 1350 && len(s.Datapath.StalePods) == 1
 			})
 			eventually(t, "new pods get the new MTU", func() error {

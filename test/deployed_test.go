@@ -15,23 +15,25 @@ import (
 	"culvert/internal/lab"
 )
 
-// exit waits for the end of a daemon that is refused, and returns its last line.
+// exit waits until a program that must fail exits, and returns the last line that it
+// printed.
 func exit(t *testing.T, p *lab.Process, within time.Duration) string {
 	t.Helper()
 	select {
 	case <-p.Exited():
 	case <-time.After(within):
-		t.Fatalf("it still runs after %s: %s", within, p.Tail(3))
+		t.Fatalf("still running after %s: %s", within, p.Tail(3))
 	}
 	if p.Err() == nil {
-		t.Error("it ended without an error")
+		t.Error("it exited without an error")
 	}
 	lines := strings.Split(strings.TrimSpace(p.Tail(3)), "\n")
 	return lines[len(lines)-1]
 }
 
-// Two daemons in one network namespace would undo each other's changes: the
-// second is refused, and names the first. So is `culvert cleanup`.
+// TestU9SecondDaemonIsRefused starts a second daemon in a network namespace. Two would
+// undo each other's changes, so it exits with an error that names the first, and so does
+// `culvert cleanup`.
 func TestU9SecondDaemonIsRefused(t *testing.T) {
 	c := newCluster(t, 1)
 	c.setConfig(config)
@@ -42,7 +44,7 @@ func TestU9SecondDaemonIsRefused(t *testing.T) {
 	said := exit(t, second, 5*time.Second)
 	for _, want := range []string{fmt.Sprintf("pid %d", first.PID), "node " + n.ID, "run directory " + n.RunDir, "stop it first"} {
 		if !strings.Contains(said, want) {
-			t.Errorf("the second daemon said %q, without %q", said, want)
+			t.Errorf("the second daemon printed %q, want %q in it", said, want)
 		}
 	}
 	cleanup, err := n.Start(lab.Command{Name: "cleanup", Path: filepath.Join(c.bin, "culvert"), Args: []string{"cleanup"}})
@@ -50,12 +52,12 @@ func TestU9SecondDaemonIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	if said := exit(t, cleanup, 5*time.Second); !strings.Contains(said, n.ID) || !strings.Contains(said, "--force") {
-		t.Errorf("cleanup said %q", said)
+		t.Errorf("cleanup printed %q", said)
 	}
 	if s := c.waitReady(n, 0); len(s.Datapath.Repairs) != 0 {
-		t.Errorf("the first one had to repair %v", s.Datapath.Repairs)
+		t.Errorf("the first daemon had to repair %v", s.Datapath.Repairs)
 	}
-	// The kernel frees the lock, however the first one ends.
+	// The kernel releases the lock even if the first daemon is killed.
 	if err := first.Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -64,8 +66,8 @@ func TestU9SecondDaemonIsRefused(t *testing.T) {
 	c.waitReady(n, 0)
 }
 
-// Of daemons that are started at one moment, one runs: in one namespace, and in
-// several that share a run directory.
+// TestP10DaemonsAtOneMoment starts two daemons at the same time, in one namespace or with
+// one run directory: exactly one runs.
 func TestP10DaemonsAtOneMoment(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -103,7 +105,8 @@ func TestP10DaemonsAtOneMoment(t *testing.T) {
 	}
 }
 
-// D9: without the right to configure the network nothing is leased.
+// TestD9WithoutRights starts a daemon without CAP_NET_ADMIN: it exits before it takes a
+// lease.
 func TestD9WithoutRights(t *testing.T) {
 	c := newCluster(t, 1)
 	c.setConfig(config)
@@ -115,7 +118,7 @@ func TestD9WithoutRights(t *testing.T) {
 		t.Fatal(err)
 	}
 	if said := exit(t, p, 3*time.Second); !strings.Contains(said, "CAP_NET_ADMIN") || !strings.Contains(said, "as root") {
-		t.Errorf("said %q", said)
+		t.Errorf("the daemon printed %q", said)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -124,7 +127,8 @@ func TestD9WithoutRights(t *testing.T) {
 	}
 }
 
-// What a user meets at first is said on one line, with what to do, within 3 s.
+// TestFirstContact checks the errors that new users see first: one line that says what to
+// do, within 3 s.
 func TestFirstContact(t *testing.T) {
 	c := newCluster(t, 1)
 	n := c.Nodes[0]
@@ -153,23 +157,23 @@ func TestFirstContact(t *testing.T) {
 		said := exit(t, p, 3*time.Second)
 		for _, want := range m.says {
 			if !strings.Contains(said, want) {
-				t.Errorf("%s: said %q, without %q", m.name, said, want)
+				t.Errorf("%s: printed %q, want %q in it", m.name, said, want)
 			}
 		}
 	}
-	// A daemon waits, and says for what.
+	// The daemon waits and reports what for.
 	c.endpoint = "https://127.0.0.1:1"
 	p := c.start(n)
 	began := time.Now()
-	eventually(t, "the reason", func() error {
+	eventually(t, "the status has the reason", func() error {
 		s, err := c.status(n)
 		if err == nil && !strings.Contains(s.NotReady, "connection refused: is etcd running there") {
-			err = fmt.Errorf("says %q", s.NotReady)
+			err = fmt.Errorf("not ready: %q", s.NotReady)
 		}
 		return err
 	})
 	if took := time.Since(began); took > 3*time.Second {
-		t.Errorf("said after %s", took)
+		t.Errorf("the status had the reason only after %s", took)
 	}
 	if err := p.Stop(); err != nil {
 		t.Error(err)

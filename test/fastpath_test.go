@@ -24,7 +24,7 @@ import (
 	"culvert/subnet"
 )
 
-// fastEnd is what carries one end of a tunnel in a test of the fast path.
+// fastEnd is a kind of datapath at one end of a tunnel, in tests of the fast path.
 type fastEnd struct {
 	name  string
 	flags []string
@@ -36,13 +36,13 @@ var fastEnds = []fastEnd{
 	{"loop", []string{"--datapath", "userspace"}},
 }
 
-// place is where traffic begins or ends.
+// place is one end of traffic.
 type place struct {
 	*lab.Namespace
 	addrs []netip.Addr // IPv4 first
 }
 
-// exchange moves every kind of traffic in both directions, over both families.
+// exchange sends all kinds of traffic between two places, in each address family.
 func exchange(t *testing.T, a, b place, bytes int64) {
 	t.Helper()
 	for i := range a.addrs {
@@ -59,13 +59,13 @@ func exchange(t *testing.T, a, b place, bytes int64) {
 	}
 }
 
-// TestFastPathOracle is the oracle of the fast path: with it on one end and on
-// both, with every kind of other end, over every kind of link, what one pod sends
-// is what the other receives, in order and in both address families.
+// TestFastPathOracle compares what one pod sends with what the other receives, with the
+// fast path on n1, each kind of datapath at the other end, and each underlay profile, in
+// both address families.
 //
 //	pod ── n1: kernel, fast path ──┐
-//	pod ── n2: one end after another ── underlay
-//	       n3: devices made by hand ──┘
+//	pod ── n2: each of fastEnds ───┼── underlay
+//	       n3: handmade devices ───┘
 func TestFastPathOracle(t *testing.T) {
 	profiles, ends := lab.Profiles(), fastEnds
 	if testing.Short() {
@@ -87,7 +87,7 @@ func TestFastPathOracle(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, d := range hand { // pods have the lesser MTU of both families
+	for _, d := range hand { // pods have the lower MTU of both families
 		if out, err := c.Nodes[2].Run(t.Context(), "ip", "link", "set", d.Device(), "mtu", "1430"); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
@@ -112,10 +112,10 @@ func TestFastPathOracle(t *testing.T) {
 				before := c.fastPath(n)
 				exchange(t, pods[0], there, 3<<20)
 				after := c.fastPath(n)
-				t.Logf("fast: %d and %d packets, joined %d, left to the device: %v", after.Egress.Packets-before.Egress.Packets,
+				t.Logf("fast path: %d packets sent and %d received, %d coalesced, left to the device: %v", after.Egress.Packets-before.Egress.Packets,
 					after.Ingress.Packets-before.Ingress.Packets, after.Joined-before.Joined, after.Slow)
 				if after.Egress.Packets == before.Egress.Packets || after.Ingress.Packets == before.Ingress.Packets {
-					t.Error("nothing took the fast path")
+					t.Error("no packet took the fast path")
 				}
 			})
 		}
@@ -134,17 +134,17 @@ func TestFastPathOracle(t *testing.T) {
 	}
 }
 
-// fastPath is what a node's fast path says of itself, once it is on.
+// fastPath waits until a node's fast path is on, and returns its status.
 func (c *cluster) fastPath(n *lab.Node) api.FastPath {
 	c.t.Helper()
 	s := c.wait(n, "has the fast path on", func(s api.Status) bool { return s.Datapath.FastPath != nil && s.Datapath.FastPath.On })
 	return *s.Datapath.FastPath
 }
 
-// TestFastPathLife leads a node's fast path through what happens to it, under a
-// connection and pings in both directions: while the daemon is away, killed or
-// replaced, not one ping is lost; what others take away comes back; what the fast
-// path would pass by turns it off; and nothing is left when it is not wanted.
+// TestFastPathLife tests a node's fast path under a TCP connection and pings in both
+// directions: no ping is lost while the daemon is killed, stopped or restarted; parts
+// that others delete are restored; a qdisc that the fast path would bypass turns it off;
+// and nothing is left when it is off or cleaned up.
 func TestFastPathLife(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -161,7 +161,7 @@ func TestFastPathLife(t *testing.T) {
 		t.Helper()
 		before := c.fastPath(n)
 		c.goesOn(flow)
-		c.wait(n, "carries by the fast path", func(s api.Status) bool {
+		c.wait(n, "sends and receives by the fast path", func(s api.Status) bool {
 			f := s.Datapath.FastPath
 			return f.Egress.Packets > before.Egress.Packets && f.Ingress.Packets > before.Ingress.Packets
 		})
@@ -175,7 +175,7 @@ func TestFastPathLife(t *testing.T) {
 	<-p.Exited()
 	c.goesOn(flow)
 	if left := filters(t, n); len(left) != 3 {
-		t.Errorf("without a daemon the filters are %v", left)
+		t.Errorf("while the daemon is not running the filters are %v, want 3", left)
 	}
 	p = c.start(n, on...)
 	c.waitReady(n, 1)
@@ -186,7 +186,7 @@ func TestFastPathLife(t *testing.T) {
 	carries()
 	for _, p := range []*pings{there, back} {
 		if sent, lost := p.stop(); lost != 0 {
-			t.Errorf("of %d pings %d were lost while the daemon was away", sent, lost)
+			t.Errorf("of %d pings %d were lost while the daemon was not running", sent, lost)
 		}
 	}
 
@@ -200,7 +200,7 @@ func TestFastPathLife(t *testing.T) {
 		})
 	}
 	for what, harm := range map[string]func() error{
-		"the filters go": func() error {
+		"the filters are deleted": func() error {
 			return n.Do(func() error {
 				all, err := host.Filters()
 				for _, f := range all {
@@ -209,12 +209,12 @@ func TestFastPathLife(t *testing.T) {
 				return err
 			})
 		},
-		"the clsact qdisc goes": func() error {
+		"the clsact qdisc is deleted": func() error {
 			return uplink(func(l netlink.Link) error {
 				return netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}})
 			})
 		},
-		"the pair of veth goes": func() error {
+		"the veth pair is deleted": func() error {
 			return n.Do(func() error {
 				l, err := netlink.LinkByName(host.JoinNear)
 				if err != nil {
@@ -224,15 +224,15 @@ func TestFastPathLife(t *testing.T) {
 			})
 		},
 	} {
-		before := c.wait(n, "answers", func(s api.Status) bool { return s.Ready }).Datapath.Repairs[string(host.KindFastPath)]
+		before := c.wait(n, "is ready", func(s api.Status) bool { return s.Ready }).Datapath.Repairs[string(host.KindFastPath)]
 		if err := harm(); err != nil {
 			t.Fatalf("%s: %v", what, err)
 		}
-		c.wait(n, "repairs it: "+what, func(s api.Status) bool { return s.Datapath.Repairs[string(host.KindFastPath)] > before })
+		c.wait(n, "repairs the fast path after "+what, func(s api.Status) bool { return s.Datapath.Repairs[string(host.KindFastPath)] > before })
 		carries()
 	}
 
-	// What shapes packets on the tunnel device must see them.
+	// A qdisc on the tunnel device must see all packets, so the fast path turns off.
 	shape := func(do func(netlink.Qdisc) error) {
 		t.Helper()
 		if err := n.Do(func() error {
@@ -248,17 +248,17 @@ func TestFastPathLife(t *testing.T) {
 		}
 	}
 	shape(netlink.QdiscAdd)
-	c.wait(n, "steps back", func(s api.Status) bool {
+	c.wait(n, "turns the fast path off", func(s api.Status) bool {
 		return !s.Datapath.FastPath.On && strings.Contains(s.Datapath.FastPath.Why, "the qdisc pfifo on cvt.1")
 	})
 	if left := filters(t, n); len(left) != 0 {
-		t.Errorf("the filters %v stand before a qdisc", left)
+		t.Errorf("with a qdisc the filters %v are left", left)
 	}
 	c.goesOn(flow)
 	shape(netlink.QdiscDel)
 	carries()
 
-	// Who else looks at the uplink's packets looks first, and stays.
+	// Another program's filter on the uplink keeps running, before ours.
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type: ebpf.SchedCLS, License: "Apache-2.0", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}, // TC_ACT_UNSPEC
 	})
@@ -275,11 +275,11 @@ func TestFastPathLife(t *testing.T) {
 	}
 	carries()
 
-	// Others: without it, in userspace, and with it again.
+	// Restart without the fast path, with it, with the userspace datapath, with it again.
 	for _, flags := range [][]string{{"--datapath", "kernel", "--fast-path", "off"}, on, {"--datapath", "userspace"}, on} {
 		stop(t, p)
 		p = c.start(n, flags...)
-		c.wait(n, "carries", func(s api.Status) bool { return s.Ready && s.Datapath.Kind == flags[1] })
+		c.wait(n, "is ready with the new flags", func(s api.Status) bool { return s.Ready && s.Datapath.Kind == flags[1] })
 		if slices.Equal(flags, on) {
 			carries()
 			continue
@@ -290,7 +290,7 @@ func TestFastPathLife(t *testing.T) {
 		}
 	}
 	if turns, longest, err := flow.stop(); err != nil {
-		t.Errorf("the connection, after %d turns, %s at the longest: %v", turns, longest, err)
+		t.Errorf("the connection broke after %d round trips, the longest of %s: %v", turns, longest, err)
 	}
 	stop(t, p)
 	if out, err := n.Run(t.Context(), filepath.Join(c.bin, "culvert"), "cleanup", "--run-dir", n.RunDir); err != nil {
@@ -303,7 +303,7 @@ func TestFastPathLife(t *testing.T) {
 		links, err := netlink.LinkList()
 		for _, l := range links {
 			if host.Ours(l.Attrs().Name) {
-				err = fmt.Errorf("after cleanup %s is left", l.Attrs().Name)
+				err = fmt.Errorf("after cleanup the device %s is left", l.Attrs().Name)
 			}
 		}
 		return err
@@ -313,7 +313,7 @@ func TestFastPathLife(t *testing.T) {
 	if err := uplink(func(l netlink.Link) error {
 		left, err := netlink.FilterList(l, netlink.HANDLE_MIN_INGRESS)
 		if err == nil && len(left) == 0 {
-			err = errors.New("the other program's filter is gone too")
+			err = errors.New("cleanup deleted another program's filter")
 		}
 		return err
 	}); err != nil {
@@ -321,7 +321,7 @@ func TestFastPathLife(t *testing.T) {
 	}
 }
 
-// filters are culvert's tc filters in a node.
+// filters returns culvert's tc filters in a node.
 func filters(t *testing.T, n *lab.Node) (all []host.Filter) {
 	t.Helper()
 	if err := n.Do(func() (err error) { all, err = host.Filters(); return err }); err != nil {
@@ -330,8 +330,8 @@ func filters(t *testing.T, n *lab.Node) (all []host.Filter) {
 	return all
 }
 
-// TestFastPathBulk asserts that the fast path carries what it is for: of a bulk
-// transfer, nearly every byte.
+// TestFastPathBulk checks that at least 95 % of a bulk transfer's bytes take the fast
+// path.
 func TestFastPathBulk(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 2, Underlay: lab.Direct})
 	c.setConfig(config)
@@ -353,11 +353,11 @@ func TestFastPathBulk(t *testing.T) {
 		after, slowly := c.fastPath(c.Nodes[0]), tunnelTraffic(t, c.Nodes[0])
 		sent, received := after.Egress.Bytes-before.Egress.Bytes, after.Ingress.Bytes-before.Ingress.Bytes
 		left, arrived := slowly.SentBytes-device.SentBytes, slowly.ReceivedBytes-device.ReceivedBytes
-		t.Logf("%s: sent %d and %d by the device, received %d and %d", profile, sent, left, received, arrived)
-		// What arrives joined is the device's.
+		t.Logf("%s: bytes sent by the fast path %d, by the device %d; received %d and %d", profile, sent, left, received, arrived)
+		// Packets that arrive coalesced (GRO) are left to the device.
 		joined := profile == lab.Offload || profile == lab.Plain
 		if 100*left > 5*(sent+left) || !joined && 100*arrived > 5*(received+arrived) {
-			t.Errorf("%s: by the device went %d of %d bytes sent, and %d of %d received; left to it: %v", profile, left, sent+left, arrived, received+arrived, after.Slow)
+			t.Errorf("%s: the device handled %d of %d bytes sent, and %d of %d received; packets left to it: %v", profile, left, sent+left, arrived, received+arrived, after.Slow)
 		}
 	}
 }
@@ -370,9 +370,9 @@ func tunnelTraffic(t *testing.T, n *lab.Node) (traffic host.Traffic) {
 	return traffic
 }
 
-// TestFastPathHostRules has nftables rules on every hook that sees the tunnel
-// device, and conntrack's states, decide about packets: they decide the same, and
-// count the same, with the fast path and without.
+// TestFastPathHostRules has nftables rules on every hook that sees the tunnel device,
+// some with conntrack states: with the fast path and without, they drop and count the
+// same packets.
 func TestFastPathHostRules(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -394,12 +394,12 @@ func TestFastPathHostRules(t *testing.T) {
 	s := c.waitReady(n, 1)
 	node := s.Lease.Subnets[0].Addr()
 
-	// Each rule drops one port's datagrams, where it sees the device.
+	// Each rule drops one port's datagrams on one hook, matched by the tunnel device.
 	type rule struct {
 		chain   string
-		in      bool // by its input device
+		in      bool // match the input device; otherwise the output device
 		port    uint16
-		state   uint32 // of conntrack; 0: any
+		state   uint32 // conntrack state; 0: any
 		crosses string
 	}
 	const isNew, established = expr.CtStateBitNEW, expr.CtStateBitESTABLISHED
@@ -463,8 +463,8 @@ func TestFastPathHostRules(t *testing.T) {
 		}
 	}
 	t.Cleanup(func() { place(true) })
-	// exchange sends two datagrams to a port, each of which the other end answers,
-	// and says how many of the four arrive.
+	// exchange sends two datagrams to a port, has each answered, and returns how many of
+	// the four arrive.
 	exchange := func(r rule) (arrived int) {
 		from, to, source, destination := pods[1].Namespace, pods[0].Namespace, pods[1].Addr(true), pods[0].Addr(true)
 		switch r.crosses {
@@ -494,7 +494,7 @@ func TestFastPathHostRules(t *testing.T) {
 			if _, _, err := server.ReadFrom(b); err == nil {
 				arrived++
 			}
-			// An answer even to what did not come, so that both see the same.
+			// Answer even a lost datagram, so that both modes send the same packets.
 			if _, err := server.WriteTo([]byte("!"), client.LocalAddr()); err != nil && !errors.Is(err, unix.EPERM) {
 				t.Fatal(err)
 			}
@@ -542,12 +542,12 @@ func TestFastPathHostRules(t *testing.T) {
 		counts[mode] = counted()
 	}
 	if !slices.Equal(results["on"], results["off"]) || !slices.Equal(counts["on"], counts["off"]) {
-		t.Errorf("with the fast path %v arrived and %v were counted, without %v and %v", results["on"], counts["on"], results["off"], counts["off"])
+		t.Errorf("with the fast path %v arrived and %v were counted, without it %v and %v", results["on"], counts["on"], results["off"], counts["off"])
 	}
 	if i := slices.Index(counts["off"], 0); i >= 0 {
-		t.Errorf("the rules counted %v: one saw nothing", counts["off"])
+		t.Errorf("the rules counted %v: one matched nothing", counts["off"])
 	}
 	if f := c.fastPath(n); f.Egress.Packets == 0 || f.Ingress.Packets == 0 {
-		t.Error("nothing took the fast path")
+		t.Error("no packet took the fast path")
 	}
 }

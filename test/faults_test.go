@@ -25,10 +25,10 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// datapaths are what the scenarios of leasing run over.
+// datapaths are the datapaths that the tests of leases run with.
 var datapaths = []string{"userspace", "kernel"}
 
-// stopOfEtcd is how long etcd is away in TestFaultsUnderTraffic: a minute, or
+// stopOfEtcd returns how long etcd is unreachable in TestFaultsUnderTraffic: a minute or
 // CULVERT_ETCD_AWAY.
 func stopOfEtcd(t *testing.T) time.Duration {
 	text := os.Getenv("CULVERT_ETCD_AWAY")
@@ -42,31 +42,30 @@ func stopOfEtcd(t *testing.T) time.Duration {
 	return d
 }
 
-// TestFaultsUnderTraffic takes etcd through all that can happen to it, while a
-// pod pings another 100 times a second and TCP flows go to and fro. No ping may
-// be lost and no flow break, and after each fault a change in etcd must reach
-// the nodes.
+// TestFaultsUnderTraffic injects faults into etcd while one pod pings another 100 times a
+// second and TCP flows run in both directions. No ping may be lost, no flow may break,
+// and after each fault a change in etcd must reach the nodes.
 //
 //	pod ── n1 ══ tunnel ══ n2 ── pod
 //	         \            /
-//	       n3, n4, n5: an etcd of three
+//	       n3, n4, n5: etcd with three members
 func TestFaultsUnderTraffic(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes two minutes")
 	}
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
-			t.Parallel() // it waits, mostly
+			t.Parallel() // it mostly waits
 			f := startFaults(t, d)
 			for _, fault := range []struct {
 				name string
 				run  func(*testing.T)
 			}{
-				{"another leader", f.anotherLeader},
+				{"a new leader", f.anotherLeader},
 				{"a pause of 5 s", f.pause},
-				{"garbage", f.garbage},
-				{"a dead connection, and a compaction meanwhile", f.deadConnection},
-				{"etcd is away", f.away},
+				{"malformed leases", f.garbage},
+				{"a dead connection and a compaction", f.deadConnection},
+				{"etcd is unreachable", f.away},
 				{"restored to an older state", f.restored},
 				{"wiped", f.wiped},
 			} {
@@ -81,14 +80,14 @@ func TestFaultsUnderTraffic(t *testing.T) {
 	}
 }
 
-// faults is the scenario under way.
+// faults is the state of a TestFaultsUnderTraffic.
 type faults struct {
 	*cluster
 	members *members
 	client  *clientv3.Client
-	nodes   []*lab.Node // that carry
+	nodes   []*lab.Node // with daemons
 	daemons []*lab.Process
-	subnets []netip.Prefix // that they have, from first to last
+	subnets []netip.Prefix // of the nodes, which keep them
 	pods    []*lab.Pod
 	stream  *pings
 	flows   []*flow
@@ -120,8 +119,8 @@ func startFaults(t *testing.T, datapath string) *faults {
 	return f
 }
 
-// announce puts another peer into etcd, and waits until the nodes have it. What
-// they had before must be there still.
+// announce adds a peer to etcd and waits until the nodes have it, and still have all
+// earlier ones.
 func (f *faults) announce(t *testing.T, within time.Duration) {
 	t.Helper()
 	key, value := f.nextPeer()
@@ -137,7 +136,7 @@ func (f *faults) nextPeer() (key, value string) {
 
 func (f *faults) put(t *testing.T, key, value string) {
 	t.Helper()
-	eventually(t, "writing to etcd", func() error {
+	eventually(t, "write to etcd", func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
 		_, err := f.client.Put(ctx, key, value)
@@ -159,12 +158,12 @@ func (f *faults) expect(t *testing.T, within time.Duration, peers int) {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %d peers, connected, ready; but %s", within, peers, strings.Join(said, "; "))
+			t.Fatalf("after %v the nodes are not connected and ready with %d peers: %s", within, peers, strings.Join(said, "; "))
 		}
 	}
 }
 
-// check is made after each fault.
+// check checks the pings and flows after a fault.
 func (f *faults) check(t *testing.T, after string, took time.Duration) {
 	t.Helper()
 	if n := f.stream.lostSoFar(); n > 0 {
@@ -173,9 +172,9 @@ func (f *faults) check(t *testing.T, after string, took time.Duration) {
 	for i, fl := range f.flows {
 		turns, longest, err := fl.state()
 		if err != nil {
-			t.Errorf("after %q flow %d has ended: %v", after, i, err)
+			t.Errorf("after %q flow %d broke: %v", after, i, err)
 		}
-		t.Logf("%-45s %6.1fs: flow %d at %d turns, longest %v", after, took.Seconds(), i, turns, longest.Round(time.Millisecond))
+		t.Logf("%-45s %6.1fs: flow %d has %d round trips, longest %v", after, took.Seconds(), i, turns, longest.Round(time.Millisecond))
 	}
 }
 
@@ -187,7 +186,7 @@ func (f *faults) end(t *testing.T) {
 	}
 	for i, fl := range f.flows {
 		if turns, _, err := fl.stop(); err != nil || turns == 0 {
-			t.Errorf("flow %d ended after %d turns with %v", i, turns, err)
+			t.Errorf("flow %d broke after %d round trips: %v", i, turns, err)
 		}
 	}
 	for _, n := range f.nodes {
@@ -219,7 +218,7 @@ func (f *faults) pause(t *testing.T) {
 	f.announce(t, 30*time.Second)
 }
 
-// garbage is what no node may take for a lease.
+// garbage writes keys that nodes must not accept as leases.
 func (f *faults) garbage(t *testing.T) {
 	const dir = "/coreos.com/network/subnets/"
 	bad := map[string]string{
@@ -236,7 +235,7 @@ func (f *faults) garbage(t *testing.T) {
 	}
 	f.announce(t, 30*time.Second)
 	for _, n := range f.nodes {
-		f.wait(n, "sets them aside", func(s api.Status) bool { return len(s.Rejected) == len(bad) })
+		f.wait(n, "rejects the malformed leases", func(s api.Status) bool { return len(s.Rejected) == len(bad) })
 	}
 	for key := range bad {
 		if _, err := f.client.Delete(t.Context(), dir+key); err != nil {
@@ -244,13 +243,13 @@ func (f *faults) garbage(t *testing.T) {
 		}
 	}
 	for _, n := range f.nodes {
-		f.wait(n, "forgets them", func(s api.Status) bool { return len(s.Rejected) == 0 })
+		f.wait(n, "forgets the malformed leases", func(s api.Status) bool { return len(s.Rejected) == 0 })
 	}
 }
 
-// deadConnection drops what the first node's connections to etcd carry, both
-// ways and for good, as a firewall that forgot them would: new ones are made
-// when the old are found dead. What was written meanwhile has been compacted.
+// deadConnection drops all packets of the first node's connections to etcd from now on,
+// as a firewall that lost its state would. The node must detect that and reconnect. A
+// change that was written meanwhile is compacted.
 func (f *faults) deadConnection(t *testing.T) {
 	began := time.Now()
 	if err := f.nodes[0].Do(func() error { return dropConnections(2379) }); err != nil {
@@ -266,11 +265,11 @@ func (f *faults) deadConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.expect(t, 45*time.Second, f.news+1)
-	t.Logf("up to date %v after its connection died", time.Since(began).Round(100*time.Millisecond))
+	t.Logf("up to date %v after the connection died", time.Since(began).Round(100*time.Millisecond))
 }
 
-// dropConnections drops packets of the TCP connections to a port that there are
-// now in this namespace.
+// dropConnections drops the packets of this namespace's established TCP connections to a
+// port.
 func dropConnections(port int) error {
 	text, err := os.ReadFile("/proc/thread-self/net/tcp")
 	if err != nil {
@@ -307,13 +306,13 @@ func dropConnections(port int) error {
 		}
 	}
 	if found == 0 {
-		return fmt.Errorf("there is no connection to port %d", port)
+		return fmt.Errorf("no connection to port %d", port)
 	}
 	return c.Flush()
 }
 
-// away kills all members, for longer than the leases last: forwarding goes on,
-// new flows too, new pods are refused, liveness holds, and nobody spins.
+// away kills all members for longer than the leases last: forwarding continues, also of
+// new flows; new pods are refused; /livez succeeds; no daemon busy-loops.
 func (f *faults) away(t *testing.T) {
 	for i := range f.members.procs {
 		f.members.kill(i)
@@ -326,19 +325,19 @@ func (f *faults) away(t *testing.T) {
 	time.Sleep(5 * time.Second)
 	f.flows = append(f.flows, startFlow(f.t, f.pods[1], f.pods[0]))
 	for i, n := range f.nodes {
-		f.wait(n, "says so", func(s api.Status) bool { return !s.Store.Connected && s.Store.Error != "" && len(s.Peers) == f.news+1 })
-		eventually(t, "STATUS past the lease's end", func() error {
+		f.wait(n, "reports that etcd is unreachable", func(s api.Status) bool { return !s.Store.Connected && s.Store.Error != "" && len(s.Peers) == f.news+1 })
+		eventually(t, "STATUS after the lease expired", func() error {
 			if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "ran out at") {
-				return fmt.Errorf("it says %w", err)
+				return fmt.Errorf("it returns %w", err)
 			}
 			return nil
 		})
 		if code, _ := f.get(n, "/livez"); code != http.StatusOK {
 			t.Errorf("/livez of %s: %d", n.ID, code)
 		}
-		eventually(t, "/readyz past the lease's end", func() error {
+		eventually(t, "/readyz after the lease expired", func() error {
 			if code, _ := f.get(n, "/readyz"); code != http.StatusServiceUnavailable {
-				return fmt.Errorf("it says %d", code)
+				return fmt.Errorf("it returns %d", code)
 			}
 			return nil
 		})
@@ -352,12 +351,12 @@ func (f *faults) away(t *testing.T) {
 	for i, d := range f.daemons {
 		used := processorTime(t, d.PID) - before[i]
 		share := 100 * used.Seconds() / time.Since(began).Seconds()
-		t.Logf("%s used %.1f %% of a core meanwhile, with its traffic", f.nodes[i].ID, share)
-		if share > 20 { // 5 is the aim; whoever spins has 100
-			t.Errorf("%s uses %.1f %% of a core without etcd", f.nodes[i].ID, share)
+		t.Logf("%s used %.1f %% of a CPU meanwhile, including its traffic", f.nodes[i].ID, share)
+		if share > 20 { // the aim is 5; a busy loop uses 100
+			t.Errorf("%s used %.1f %% of a CPU while etcd was unreachable", f.nodes[i].ID, share)
 		}
 	}
-	// A copy of what etcd had, to be put back later.
+	// Copy etcd's data, for restored.
 	if out, err := exec.CommandContext(t.Context(), "sh", "-c", "cd "+f.Dir+" && for d in etcd-n?; do cp -a $d copy-$d; done").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -370,31 +369,31 @@ func (f *faults) away(t *testing.T) {
 	}
 }
 
-// restored puts etcd back to what it was when it was away: revisions go back.
+// restored restores the copy of etcd's data, so that revisions go back.
 func (f *faults) restored(t *testing.T) {
 	f.announce(t, 30*time.Second)
 	f.replaceData(t, "for d in etcd-n?; do rm -rf $d; cp -a copy-$d $d; done")
-	// Peers that the older state lacks stand, for the time to settle.
+	// Nodes keep the peers that the older state lacks for a while.
 	f.expect(t, 45*time.Second, f.news+1)
 	f.announce(t, 30*time.Second)
 }
 
-// wiped empties etcd: the nodes write their leases again, and go on without a
-// configuration.
+// wiped deletes etcd's data: the nodes write their leases again and keep running without
+// a configuration.
 func (f *faults) wiped(t *testing.T) {
 	f.replaceData(t, "rm -rf etcd-n?")
 	f.expect(t, 45*time.Second, f.news+1)
 	for _, n := range f.nodes {
-		f.wait(n, "misses the configuration", func(s api.Status) bool { return strings.Contains(s.Store.ConfigRefused, "missing") && s.Ready })
+		f.wait(n, "reports that the configuration is missing", func(s api.Status) bool { return strings.Contains(s.Store.ConfigRefused, "missing") && s.Ready })
 	}
-	eventually(t, "both leases", func() error { return f.listed("leased", 2) })
+	eventually(t, "both leases are listed", func() error { return f.listed("leased", 2) })
 	f.setConfig(config)
 	for _, n := range f.nodes {
-		f.wait(n, "has its configuration again", func(s api.Status) bool { return s.Store.ConfigRefused == "" })
+		f.wait(n, "accepts the configuration again", func(s api.Status) bool { return s.Store.ConfigRefused == "" })
 	}
 }
 
-// replaceData stops etcd, does something to its data, and starts it.
+// replaceData stops etcd, runs a shell script on its data and starts it again.
 func (f *faults) replaceData(t *testing.T, script string) {
 	t.Helper()
 	for i := range f.members.procs {
@@ -415,8 +414,8 @@ func (f *faults) replaceData(t *testing.T, script string) {
 	}
 }
 
-// processorTime is what a process has used: proc(5), fields 14 and 15 of stat,
-// in hundredths of a second.
+// processorTime returns the CPU time of a process: utime and stime, fields 14 and 15 of
+// /proc/pid/stat in hundredths of a second (proc(5)).
 func processorTime(t *testing.T, pid int) time.Duration {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))

@@ -19,15 +19,15 @@ import (
 	"culvert/internal/lab"
 )
 
-// thief is the lease of a node that has the subnet now.
+// thief is the lease of another node, which takes a subnet over.
 const thief = `{"PublicIP":"198.18.0.99","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"},"NodeID":"thief"}`
 
 func (c *cluster) leaseKey(s api.Status) string {
 	return "/coreos.com/network/subnets/" + strings.Replace(s.Lease.Subnets[0].String(), "/", "-", 1)
 }
 
-// cleanKernel says what of the lost subnet is still in a node's kernel: the
-// cluster network must be unreachable, and nothing else of culvert's be there.
+// cleanKernel returns an error unless a fenced node's kernel has the unreachable route for
+// the cluster network and nothing else of culvert's.
 func cleanKernel(n *lab.Node, lost netip.Prefix) error {
 	var problem error
 	err := n.Do(func() error {
@@ -38,18 +38,18 @@ func cleanKernel(n *lab.Node, lost netip.Prefix) error {
 			}
 		}
 		if len(changes) == 0 {
-			problem = fmt.Errorf("packets of %s to the cluster network can leave by the default route", n.ID)
+			problem = fmt.Errorf("packets from %s to the cluster network can take the default route", n.ID)
 		}
 		return err
 	})
 	return errors.Join(err, problem)
 }
 
-// TestFence stops a daemon (SIGSTOP) past the end of its lease while another node
-// takes the subnet, and lets it go on:
+// TestFence suspends a daemon until its lease has expired and another node has taken the
+// subnet, and resumes it:
 //
-//	SIGSTOP ... lease runs out, "thief" has the subnet ... SIGCONT → fenced within 5 s
-//	→ daemon killed and started: fenced still → pod deleted → leases another
+//	SIGSTOP ... lease expires, "thief" leases the subnet ... SIGCONT → fenced within 5 s
+//	→ daemon killed and started: still fenced → pod deleted → leases another subnet
 func TestFence(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) { fence(t, "--datapath="+d) })
@@ -72,15 +72,15 @@ func fence(t *testing.T, datapath string) {
 	if err := d.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	c.wait(witness, "sees the lease run out", func(s api.Status) bool { return len(s.Peers) == 0 })
+	c.wait(witness, "sees the lease expire", func(s api.Status) bool { return len(s.Peers) == 0 })
 	c.put(c.leaseKey(before), thief)
-	c.wait(witness, "sees the other", func(s api.Status) bool { return len(s.Peers) == 1 && s.Peers[0].Node == "thief" })
+	c.wait(witness, "has the thief as peer", func(s api.Status) bool { return len(s.Peers) == 1 && s.Peers[0].Node == "thief" })
 
 	continued := time.Now()
 	if err := d.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	s := c.wait(n, "fenced", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
+	s := c.wait(n, "is fenced", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
 	t.Logf("fenced %v after SIGCONT", time.Since(continued).Round(time.Millisecond))
 	if took := time.Since(continued); took > 5*time.Second {
 		t.Errorf("fenced only %v after SIGCONT", took)
@@ -102,17 +102,17 @@ func fence(t *testing.T, datapath string) {
 		t.Errorf("ADD on a fenced node: %v", err)
 	}
 	if log := d.Tail(50); !strings.Contains(log, "FENCED") || !strings.Contains(log, "thief") {
-		t.Errorf("the log says nothing of it:\n%s", log)
+		t.Errorf("the log lacks the fence or the thief:\n%s", log)
 	}
 
-	// A restart does not leave the fence.
+	// A restart does not end the fence.
 	if err := d.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	d = c.start(n, datapath, "--lease-ttl", "5s")
-	c.wait(n, "fenced after a restart", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
+	c.wait(n, "is fenced after a restart", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
 
-	// With the last pod gone it leases another subnet.
+	// When the last pod of the lost subnet is deleted, the node leases another subnet.
 	if err := pod.Delete(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -124,13 +124,14 @@ func fence(t *testing.T, datapath string) {
 		t.Fatal(err)
 	}
 
-	// Lost while no daemon runs, and the operator says so: at once another.
+	// The subnet is lost while the daemon is not running. With --on-lost=release the
+	// daemon leases another at once.
 	if err := d.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	c.put(c.leaseKey(after), thief)
 	d = c.start(n, datapath, "--lease-ttl", "5s")
-	s = c.wait(n, "fenced at its start", func(s api.Status) bool { return s.Fenced != nil })
+	s = c.wait(n, "is fenced at its start", func(s api.Status) bool { return s.Fenced != nil })
 	if s.Fenced.Subnets[0] != after.Lease.Subnets[0] || !strings.Contains(s.Fenced.Reason, "thief") {
 		t.Errorf("fenced with %+v", s.Fenced)
 	}
@@ -138,22 +139,22 @@ func fence(t *testing.T, datapath string) {
 		t.Fatal(err)
 	}
 	c.start(n, datapath, "--on-lost=release")
-	last := c.wait(n, "leases anew", func(s api.Status) bool { return s.Ready && s.Lease != nil })
+	last := c.wait(n, "leases another subnet", func(s api.Status) bool { return s.Ready && s.Lease != nil })
 	if last.Lease.Subnets[0] == after.Lease.Subnets[0] || last.Lease.Subnets[0] == lost {
-		t.Errorf("has %s again", last.Lease.Subnets[0])
+		t.Errorf("the node has the lost subnet %s again", last.Lease.Subnets[0])
 	}
-	// The pod of the lost subnet keeps the plugin from giving out the new one.
+	// While a pod of the lost subnet exists, the plugin does not add pods to the new one.
 	if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "cni0") {
-		t.Errorf("STATUS beside a pod of another subnet: %v", err)
+		t.Errorf("STATUS with a pod of another subnet: %v", err)
 	}
 	if err := pod.Delete(t.Context()); err != nil {
 		t.Error(err)
 	}
-	eventually(t, "STATUS without it", func() error { return cniStatus(t, n) })
+	eventually(t, "STATUS without that pod", func() error { return cniStatus(t, n) })
 }
 
-// TestReleaseOnExit drains a node for good: nothing of it is left, and its subnet
-// rests; a node that asks gets another.
+// TestReleaseOnExit stops a node with --release-on-exit: nothing of it is left in the
+// kernel or in the run directory, and its subnet is in quarantine.
 func TestReleaseOnExit(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -161,12 +162,12 @@ func TestReleaseOnExit(t *testing.T) {
 	c.start(c.Nodes[1])
 	had := c.waitReady(c.Nodes[0], 1).Lease.Subnets[0]
 	c.waitReady(c.Nodes[1], 1)
-	eventually(t, "the mark", func() error { return c.listed("leased", 2) })
+	eventually(t, "both leases are listed", func() error { return c.listed("leased", 2) })
 	if err := d.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	if d.Err() != nil {
-		t.Errorf("it ended with %v", d.Err())
+		t.Errorf("the daemon exited with %v", d.Err())
 	}
 	c.waitReady(c.Nodes[1], 0)
 	for _, name := range []string{"subnet.env", "lease.json"} {
@@ -186,10 +187,10 @@ func TestReleaseOnExit(t *testing.T) {
 	if err := c.listed("resting", 1); err != nil {
 		t.Error(err)
 	}
-	t.Logf("%s rests", had)
+	t.Logf("%s is in quarantine", had)
 }
 
-// listed says whether `culvert lease list` shows as many entries of a state.
+// listed returns nil if `culvert lease list` shows n entries of a state.
 func (c *cluster) listed(state string, n int) error {
 	out, err := c.Fabric.Run(c.t.Context(), filepath.Join(c.bin, "culvert"), "lease", "list", "-o", "json", "--etcd-endpoints", c.endpoint)
 	if err != nil {
@@ -206,7 +207,7 @@ func (c *cluster) listed(state string, n int) error {
 		}
 	}
 	if k != n {
-		return fmt.Errorf("%d entries are %s, not %d: %s", k, state, n, out)
+		return fmt.Errorf("%d entries are %s, want %d: %s", k, state, n, out)
 	}
 	return nil
 }

@@ -22,10 +22,10 @@ import (
 	"culvert/subnet"
 )
 
-// The cluster of TestP1NobodyForges. The attacker has a raw socket; what it wants
-// is that a packet of its making comes out of a tunnel, in a victim.
+// forgery is the cluster of TestP1NobodyForges. The attacker has a raw socket and tries to
+// have a packet that it forged decapsulated and delivered to a victim.
 //
-//	n1: attacker, bystander     n2: victim     n3 (whom it wants to be)
+//	n1: attacker, bystander     n2: victim     n3: the node that it pretends to be
 //	 │   └ box (a container of another program, masqueraded)
 //	 └──────────── bridge ───────┴──────────────┘
 type forgery struct {
@@ -41,8 +41,8 @@ type forgery struct {
 	victims             map[*lab.Pod]net.PacketConn
 }
 
-// victimPort is where victims listen, remotePort what n2 translates to its own
-// tunnel port, and serviceAddr a Service of n1's that leads to n2's tunnel port.
+// Victims listen on victimPort; n2 translates (DNAT) remotePort to its own tunnel port;
+// serviceAddr is a Service address on n1 that is translated to n2's tunnel port.
 const (
 	victimPort = 7777
 	remotePort = 9999
@@ -50,8 +50,8 @@ const (
 
 var serviceAddr = map[bool]netip.Addr{true: netip.MustParseAddr("172.20.0.1"), false: netip.MustParseAddr("fd00:20::1")}
 
-// TestP1NobodyForges has a pod with a raw socket, and a container of another
-// program, try everything to have a packet taken for a peer's.
+// TestP1NobodyForges has a pod with a raw socket and a container of another program send
+// packets that pretend to be a peer's. None may reach a victim.
 func TestP1NobodyForges(t *testing.T) {
 	for _, c := range []struct{ name, config, datapath string }{
 		{"vxlan/kernel", dualConfig, "kernel"},
@@ -120,7 +120,7 @@ func forge(t *testing.T, c *cluster, vxlan bool) {
 		for _, filter := range []string{"0", "2"} {
 			name := map[bool]string{true: "ipv4", false: "ipv6"}[is4] + "/rp_filter=" + filter
 			if !is4 && filter != "0" {
-				continue // IPv4's alone
+				continue // rp_filter exists only for IPv4
 			}
 			t.Run(name, func(t *testing.T) {
 				f.t = t
@@ -138,7 +138,7 @@ func forge(t *testing.T, c *cluster, vxlan bool) {
 	}
 }
 
-// attack is one way of trying.
+// attack is one kind of forged packet.
 type attack struct {
 	name   string
 	from   *lab.Namespace
@@ -146,10 +146,10 @@ type attack struct {
 	to     netip.AddrPort // of the outer packet
 	inner  netip.Addr     // source of the inner packet
 	victim *lab.Pod
-	reason string // that it is counted under; empty if culvert does not see it
-	at     int    // the node that counts it
-	cut    bool   // sent in two fragments
-	mac    bool   // the frame bears another's Ethernet address as its source
+	reason string // expected drop reason; empty if culvert does not see the packet
+	at     int    // index of the node that counts it
+	cut    bool   // send it in two fragments
+	mac    bool   // send it with another source MAC
 }
 
 func (f *forgery) attacks() {
@@ -170,7 +170,7 @@ func (f *forgery) attacks() {
 	pod := f.attacker.Namespace
 	martian := "egress-forged"
 	if f.is4 {
-		martian = "" // the kernel drops it before: nobody else has a local address
+		martian = "" // the kernel drops it first, as a martian: the source is a local address
 	}
 	all := []attack{
 		{name: "as n3 to n2", from: pod, source: n3, to: at(n2, tunnel), inner: other(2), victim: f.victim, reason: "egress-forged"},
@@ -210,7 +210,7 @@ func (f *forgery) attacks() {
 			f.t.Errorf("%s: not counted as %s on n%d: %v", a.name, a.reason, a.at+1, s.Datapath.Drops)
 		}
 	}
-	// What a pod sends by right comes after all of it, and alone.
+	// A legitimate packet sent after all attacks must be the first to arrive.
 	for victim, l := range f.victims {
 		c, err := f.attacker.Dial(f.t.Context(), "udp", netip.AddrPortFrom(victim.Addr(f.is4), victimPort).String())
 		if err != nil {
@@ -227,15 +227,15 @@ func (f *forgery) attacks() {
 			}
 			n, from, err := l.ReadFrom(b)
 			if err != nil {
-				f.t.Fatalf("what a pod sends by right does not arrive in %s: %v", victim.ID, err)
+				f.t.Fatalf("a legitimate packet does not arrive in %s: %v", victim.ID, err)
 			}
 			if string(b[:n]) == "by right" {
 				break
 			}
-			f.t.Errorf("%s got %q from %s", victim.ID, b[:n], from)
+			f.t.Errorf("%s received the forged packet %q from %s", victim.ID, b[:n], from)
 		}
 	}
-	for i, n := range f.Nodes[1:] { // nodes talk to each other's pods
+	for i, n := range f.Nodes[1:] { // nodes still reach other nodes' pods
 		if _, err := n.Ping(f.t.Context(), f.subnets[i+1].Addr(), f.bystander.Addr(f.is4)); err != nil {
 			f.t.Error(err)
 		}
@@ -250,7 +250,7 @@ func (f *forgery) count(a attack) uint64 {
 	return drops(s, a.reason)
 }
 
-// strike sends the attack's packet, three times.
+// strike sends the attack's packet three times.
 func (f *forgery) strike(a attack) {
 	f.t.Helper()
 	to := a.victim.Addr(f.is4)
@@ -285,7 +285,7 @@ func (f *forgery) strike(a attack) {
 	}
 }
 
-// sendRaw sends whole IP packets, three times.
+// sendRaw sends complete IP packets, three times each.
 func sendRaw(to netip.Addr, packets [][]byte) error {
 	family, name := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Addr: to.As16()})
 	if to.Is4() {
@@ -306,8 +306,8 @@ func sendRaw(to netip.Addr, packets [][]byte) error {
 	return nil
 }
 
-// sendFrames sends IP packets to the host end of a pod's link, three times, from
-// an Ethernet address that is not the pod's.
+// sendFrames sends IP packets to the gateway of a pod's link, three times each, in frames
+// with the given source MAC, which need not be the pod's.
 func sendFrames(link string, from [6]byte, is4 bool, packets [][]byte) error {
 	l, err := netlink.LinkByName(link)
 	if err != nil {
@@ -317,7 +317,7 @@ func sendFrames(link string, from [6]byte, is4 bool, packets [][]byte) error {
 	if !is4 {
 		family, ethertype = netlink.FAMILY_V6, []byte{0x86, 0xdd}
 	}
-	// The gateway's address is known once it has been asked for.
+	// Send to the gateway, so that its MAC gets into the neighbour table.
 	routes, err := netlink.RouteList(l, family)
 	if err != nil {
 		return err
@@ -352,7 +352,7 @@ func sendFrames(link string, from [6]byte, is4 bool, packets [][]byte) error {
 		}
 	}
 	if to == nil {
-		return fmt.Errorf("the neighbour %s is not known", gateway)
+		return fmt.Errorf("no MAC address of the gateway %s in the neighbour table", gateway)
 	}
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -388,7 +388,7 @@ func ipPacket(from, to netip.Addr, protocol byte, payload []byte) []byte {
 	return append(b, payload...)
 }
 
-// fragmentsOf cuts what ipPacket would make in two.
+// fragmentsOf returns the packet that ipPacket would return as two fragments.
 func fragmentsOf(from, to netip.Addr, protocol byte, payload []byte) [][]byte {
 	const at, id = 16, 4711
 	if from.Is4() {
@@ -433,8 +433,8 @@ func boxAddr(is4 bool) netip.Addr {
 	return netip.MustParseAddr("fd00:31::2")
 }
 
-// addBox adds what another program runs on n1: a container on a veth pair whose
-// traffic that program masquerades.
+// addBox adds another program's container to n1: a namespace on a veth pair, with
+// masqueraded traffic.
 func addBox(t *testing.T, c *cluster) *lab.Namespace {
 	t.Helper()
 	box, err := c.AddNamespace("box")
@@ -507,7 +507,7 @@ func addBox(t *testing.T, c *cluster) *lab.Namespace {
 	return box
 }
 
-// address gives a link addresses that are usable at once, and sets it up.
+// address adds addresses to a link, without duplicate address detection, and sets it up.
 func address(link string, prefixes ...string) error {
 	l, err := netlink.LinkByName(link)
 	if err != nil {
@@ -528,7 +528,7 @@ func address(link string, prefixes ...string) error {
 	return netlink.LinkSetUp(l)
 }
 
-// addressIs matches a packet's source or destination address.
+// addressIs returns expressions that match a packet's source or destination address.
 func addressIs(is4 bool, a netip.Addr, source bool) []expr.Any {
 	proto, offset, n := byte(unix.NFPROTO_IPV4), uint32(12), uint32(4)
 	if !is4 {
@@ -545,8 +545,8 @@ func addressIs(is4 bool, a netip.Addr, source bool) []expr.Any {
 	}
 }
 
-// translate has a node lead UDP to an address and port to another node's tunnel
-// port, as a Service does whose endpoint is that port.
+// translate makes a node translate (DNAT) UDP to an address and port to another node's
+// tunnel port, as for a Service with that port as endpoint.
 func (f *forgery) translate(n *lab.Node, at netip.Addr, port uint16, to netip.Addr) {
 	f.t.Helper()
 	if err := n.Do(func() error {

@@ -8,8 +8,8 @@ import (
 	"culvert/internal/api"
 )
 
-// TestFullNetwork fills a network of five subnets: the nodes warn and say how full
-// it is, and the node that finds no subnet says so, with what helps.
+// TestFullNetwork fills a network of five subnets: nodes warn at 80 % and report the
+// usage, and a node that finds no free subnet exits with an error that says what to do.
 func TestFullNetwork(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(`{"Network":"10.5.0.0/21","SubnetLen":24,"SubnetMax":"10.5.5.0","Backend":{"Type":"vxlan"}}`)
@@ -17,7 +17,7 @@ func TestFullNetwork(t *testing.T) {
 		c.culvert("lease", "reserve", s, "--etcd-endpoints", c.endpoint)
 	}
 	d := c.start(c.Nodes[0])
-	s := c.wait(c.Nodes[0], "counts", func(s api.Status) bool {
+	s := c.wait(c.Nodes[0], "reports the usage", func(s api.Status) bool {
 		return s.Ready && len(s.Usage) == 1 && s.Usage[0].Used == 4 && s.Usage[0].Capacity == 5
 	})
 	if log := d.Tail(100); !strings.Contains(log, "nearly full") || !strings.Contains(log, "used=4 capacity=5") {
@@ -36,14 +36,14 @@ func TestFullNetwork(t *testing.T) {
 	select {
 	case <-full.Exited():
 	case <-time.After(20 * time.Second):
-		t.Fatal("a node without a subnet runs on")
+		t.Fatal("a daemon that cannot get a subnet keeps running")
 	}
 	if log := full.Tail(5); full.Err() == nil || !strings.Contains(log, "no free subnet is left in the network: the 5 subnets of /24") || !strings.Contains(log, "culvert lease check") {
-		t.Errorf("it says\n%s", log)
+		t.Errorf("the daemon printed\n%s", log)
 	}
-	// Room is made, live.
+	// Enlarge the network while a daemon runs.
 	c.setConfig(`{"Network":"10.5.0.0/20","SubnetLen":24,"Backend":{"Type":"vxlan"}}`)
 	c.start(c.Nodes[1])
 	c.waitReady(c.Nodes[1], 1)
-	c.wait(c.Nodes[0], "sees more room", func(s api.Status) bool { return s.Usage[0].Capacity == 15 && s.Usage[0].Used == 6 })
+	c.wait(c.Nodes[0], "reports the larger capacity", func(s api.Status) bool { return s.Usage[0].Capacity == 15 && s.Usage[0].Used == 6 })
 }

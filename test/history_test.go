@@ -13,7 +13,7 @@ import (
 	"culvert/subnet"
 )
 
-// history is all that happened under a prefix's subnets, as etcd tells it.
+// history is the sequence of changes of the lease keys under a prefix, read by a watch.
 type history struct {
 	prefix string
 
@@ -23,7 +23,7 @@ type history struct {
 	errs     []string
 }
 
-// change is a subnet's new owner; 0 if it was deleted.
+// change is a change of a subnet's owner, 0 if the lease was deleted.
 type change struct {
 	revision      int64
 	subnet, owner int
@@ -34,15 +34,16 @@ func newHistory(prefix string, after int64) *history {
 	return &history{prefix: prefix + "/subnets/", revision: after}
 }
 
-// follow reads the history until ctx ends, over every failure of the members.
-// The compactions of the test never overtake it.
+// follow reads the history until ctx ends, and watches again after failures of etcd
+// members. A compaction of revisions that it has not read is a problem: the test avoids
+// that.
 func (h *history) follow(ctx context.Context, c *clientv3.Client) {
 	for ctx.Err() == nil {
 		wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 		for resp := range c.Watch(wctx, h.prefix, clientv3.WithPrefix(), clientv3.WithRev(h.at()+1), clientv3.WithPrevKV()) {
 			if resp.Err() != nil {
 				if resp.CompactRevision != 0 {
-					h.problem("the history was compacted at %d, and was read to %d", resp.CompactRevision, h.at())
+					h.problem("etcd was compacted at revision %d, but the history had been read only to %d", resp.CompactRevision, h.at())
 					cancel()
 					return
 				}
@@ -69,7 +70,7 @@ func (h *history) read(resp clientv3.WatchResponse) {
 	defer h.mu.Unlock()
 	for _, e := range resp.Events {
 		if e.Kv.ModRevision <= h.revision {
-			continue // told again after a break
+			continue // repeated by a new watch
 		}
 		key := strings.TrimPrefix(string(e.Kv.Key), h.prefix)
 		if key == "end" {
@@ -96,7 +97,7 @@ func (h *history) read(resp clientv3.WatchResponse) {
 	}
 }
 
-// at is the revision up to which all has been read.
+// at returns the revision up to which everything has been read.
 func (h *history) at() int64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -109,7 +110,7 @@ func (h *history) count() int {
 	return len(h.changes)
 }
 
-// has says whether the subnet is the node's, as far as has been read.
+// has reports whether the node owns the subnet at the last revision read.
 func (h *history) has(index, node int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -122,7 +123,7 @@ func (h *history) has(index, node int) bool {
 	return owner == node
 }
 
-// ownersAt is who had what at a revision.
+// ownersAt returns the owners of all subnets at a revision.
 func (h *history) ownersAt(revision int64) owners {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -135,8 +136,8 @@ func (h *history) ownersAt(revision int64) owners {
 	return o
 }
 
-// fullWithout says whether, at some revision of those, every subnet was another
-// node's than this one's.
+// fullWithout reports whether at some revision between from and to other nodes than this
+// one owned all subnets.
 func (h *history) fullWithout(node int, from, to int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -161,8 +162,8 @@ func (h *history) fullWithout(node int, from, to int64) bool {
 	return full()
 }
 
-// problems are the places where a subnet went from one owner to another without
-// having been deleted, or a node had two.
+// problems returns the violations: a subnet that changed its owner without having been
+// deleted, or a node with two subnets.
 func (h *history) problems() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()

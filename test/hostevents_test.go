@@ -31,21 +31,24 @@ import (
 	"culvert/subnet"
 )
 
-// TestRandomHostEvents does to two nodes, in random order, what administrators,
-// DHCP clients, VPNs and other programs do to a host: links, addresses of both
-// families, routes, names, MTU, settings, and what is ours. A peer pings.
+// TestRandomHostEvents changes two nodes' hosts at random, as administrators, DHCP
+// clients, VPNs and other programs do: links and their names, addresses of both families,
+// routes, MTU, sysctls and culvert's own state. A peer pings them.
 //
 //	pod ── n1 (kernel)    ── fabric ── n3 (kernel) ── pod
 //	pod ── n2 (userspace) ──┘  etcd
 //	        ▲ events
 //
-// What must hold: whenever a host has borne the published address for 5 s, and
-// full-size pings from it to the peer's underlay address have passed, pings
-// through the tunnel pass, in each family; the daemons never end; an address that
-// the host does not bear is never published anew. After the host has been put
-// right, which is done at every other stop, all of it must hold soon.
+// Invariants, for each family:
+//   - If for 5 s a host has had the published address, and full-size pings from it to the
+//     peer's underlay address have passed, then pings through the tunnel pass.
+//   - The daemons do not exit.
+//   - A node never publishes a new address that its host does not have.
 //
-// CULVERT_SEED repeats a run, CULVERT_EVENTS makes it longer.
+// Every second batch of events ends with the host restored; then pings through the tunnel
+// must pass within 30 s.
+//
+// CULVERT_SEED repeats a run; CULVERT_EVENTS is the number of events.
 func TestRandomHostEvents(t *testing.T) {
 	seed, total := uint64(time.Now().UnixNano()), 200
 	for _, v := range []struct {
@@ -111,7 +114,7 @@ func TestRandomHostEvents(t *testing.T) {
 		for _, v := range victims {
 			select {
 			case <-v.daemon.Exited():
-				t.Errorf("the daemon of %s has ended: %v", v.node.ID, v.daemon.Err())
+				t.Errorf("the daemon of %s exited: %v", v.node.ID, v.daemon.Err())
 			default:
 			}
 		}
@@ -123,12 +126,12 @@ func TestRandomHostEvents(t *testing.T) {
 		}
 	}
 	if checked == 0 {
-		t.Error("the condition was never met, so nothing was checked")
+		t.Error("the underlay never worked for 5 s, so the tunnel was never checked")
 	}
-	t.Logf("%d events, and pings through the tunnel checked %d times", total, checked)
+	t.Logf("%d events; the tunnel was checked %d times", total, checked)
 }
 
-// victim is a node that events befall.
+// victim is a node whose host is changed.
 type victim struct {
 	c       *cluster
 	node    *lab.Node
@@ -137,13 +140,13 @@ type victim struct {
 	pod     *lab.Pod
 	peer    *lab.Node
 	peerPod *lab.Pod
-	history []string // what was done since the host was last put right
+	history []string // the events so far
 
 	mu    sync.Mutex
-	borne map[netip.Addr]time.Time // when the host was last seen to bear it
+	borne map[netip.Addr]time.Time // when the host was last seen with the address
 }
 
-// uplink is the present name of the link to the fabric.
+// uplink returns the current name of the link to the fabric.
 func (v *victim) uplink() string {
 	name := ""
 	_ = v.node.Do(func() error {
@@ -158,8 +161,8 @@ func (v *victim) uplink() string {
 	return name
 }
 
-// do executes a command. One that does not apply now, such as the removal of an
-// address that is not there, changes nothing.
+// do runs commands and records them. It ignores errors: a command may not apply, such as
+// the removal of an address that does not exist.
 func (v *victim) do(commands ...string) {
 	for _, c := range commands {
 		err := tryIP(v.node.Namespace, c)
@@ -175,7 +178,7 @@ func (v *victim) own() (four, six string) {
 	return v.node.Addrs[0].String() + "/24", v.node.Addrs[1].String() + "/64"
 }
 
-// event does one thing to the host.
+// event makes one random change to the host.
 func (v *victim) event(r *rand.Rand) {
 	up := v.uplink()
 	four, six := v.own()
@@ -237,10 +240,10 @@ func (v *victim) event(r *rand.Rand) {
 	case 23:
 		v.do("addr add 169.254.77.7/16 dev "+ours, "route add default dev "+ours+" src 169.254.77.7 metric 3")
 	case 24:
-		v.history = append(v.history, "our routes, neighbours and FDB entries go")
+		v.history = append(v.history, "delete culvert's routes, neighbours and FDB entries")
 		_ = v.node.Do(removeOurs)
 	case 25:
-		v.history = append(v.history, "our nftables table goes")
+		v.history = append(v.history, "delete culvert's nftables table")
 		_ = v.node.Do(func() error {
 			n, err := nftables.New()
 			if err != nil {
@@ -259,7 +262,7 @@ func (v *victim) devices() []string {
 	return []string{"culvert0", "culvert0s"}
 }
 
-// removeOurs removes our routes, lasting neighbours and FDB entries.
+// removeOurs removes culvert's routes, permanent neighbours and FDB entries.
 func removeOurs() error {
 	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
 	for _, r := range routes {
@@ -282,8 +285,8 @@ func removeOurs() error {
 	return err
 }
 
-// heal puts the host right: its uplink is up and wide enough, bears its own
-// addresses, and has the default routes; what was added is gone.
+// heal restores the host: the uplink is up with an MTU of 1500, its own addresses and the
+// default routes; added links are deleted.
 func (v *victim) heal() {
 	for i := range 4 {
 		v.do(fmt.Sprintf("link del d%d", i), fmt.Sprintf("link del vd%d", i))
@@ -292,12 +295,12 @@ func (v *victim) heal() {
 	four, six := v.own()
 	v.do("link set "+up+" mtu 1500", "link set "+up+" up", "addr add "+four+" dev "+up, "addr add "+six+" dev "+up,
 		"route replace default via 198.18.0.254", "route replace default6 via fd00:198:18:0:ffff:ffff:ffff:fffe")
-	v.history = append(v.history, "--- put right")
+	v.history = append(v.history, "--- restored")
 }
 
-// settle watches the condition, for as long as it may need to be met, and once
-// it has been for 5 s, demands that pings through the tunnel pass. With must it
-// also demands that the condition is met. It returns how often it has checked.
+// settle waits until the underlay has worked for 5 s in each family, and then checks that
+// pings through the tunnel pass. With must the underlay has to work within 30 s; without,
+// settle gives up after 6 s. It returns the number of checks.
 func (v *victim) settle(t *testing.T, must bool) (checked int) {
 	const held = 5 * time.Second
 	const patience = 30 * time.Second
@@ -313,7 +316,7 @@ func (v *victim) settle(t *testing.T, must bool) (checked int) {
 		if time.Since(began) > limit {
 			for i, d := range done {
 				if must && !d {
-					t.Errorf("%s (%s), put right, family %d: after %s: %s", v.node.ID, v.kind, i, patience, last[i])
+					t.Errorf("%s (%s), restored, family %d: after %s: %s", v.node.ID, v.kind, i, patience, last[i])
 				}
 			}
 			return checked
@@ -337,12 +340,12 @@ func (v *victim) settle(t *testing.T, must bool) (checked int) {
 				continue
 			}
 			if err := v.tunnelWorks(s, i); err != nil {
-				// What changed in the same moment is no fault.
+				// The underlay may have failed at the same moment: then it is no error.
 				if again := v.underlayWorks(s, i); again != nil {
 					since[i], last[i] = time.Time{}, again.Error()
 					continue
 				}
-				t.Errorf("%s (%s): for %s it has borne what it published, and pinged the peer from it, yet: %v", v.node.ID, v.kind, held, err)
+				t.Errorf("%s (%s): for %s the host had the published address and the underlay worked, but: %v", v.node.ID, v.kind, held, err)
 				return checked
 			}
 			done[i] = true
@@ -353,7 +356,8 @@ func (v *victim) settle(t *testing.T, must bool) (checked int) {
 	return checked
 }
 
-// underlayWorks says why the condition is not met in a family.
+// underlayWorks returns an error unless the host has the published address of a family,
+// reaches the peer's underlay address from it, and has an MTU large enough for the tunnel.
 func (v *victim) underlayWorks(s api.Status, family int) error {
 	var at netip.Addr
 	if s.Lease != nil {
@@ -364,7 +368,7 @@ func (v *victim) underlayWorks(s api.Status, family int) error {
 		}
 	}
 	if !at.IsValid() {
-		return fmt.Errorf("nothing is published: %s", s.NotReady)
+		return fmt.Errorf("no address is published: %s", s.NotReady)
 	}
 	mtu, err := v.uplinkMTU()
 	if err != nil {
@@ -377,14 +381,14 @@ func (v *victim) underlayWorks(s api.Status, family int) error {
 		return err
 	})
 	if err != nil || !borne {
-		return fmt.Errorf("the host does not bear %s: %w", at, err)
+		return fmt.Errorf("the host does not have the address %s: %w", at, err)
 	}
 	if err := sizedPing(v.node.Namespace, at, v.peer.Addrs[family], mtu); err != nil {
 		return fmt.Errorf("the underlay: %w", err)
 	}
-	// Where pods' packets have no room at all, none can pass.
+	// With a smaller MTU the tunnel cannot carry the least IP packet.
 	if family == 0 && mtu < 576+70 || family == 1 && mtu < 1280+70 {
-		return fmt.Errorf("the MTU is %d", mtu)
+		return fmt.Errorf("the MTU of %d is too small", mtu)
 	}
 	return nil
 }
@@ -401,8 +405,8 @@ func (v *victim) uplinkMTU() (mtu int, err error) {
 	return mtu, err
 }
 
-// tunnelWorks pings from the peer's pod, with as much as the node says that
-// pods may send, and as its link takes.
+// tunnelWorks pings from the peer's pod with the largest packets that the node's reported
+// MTU, its link and the peer's pod allow.
 func (v *victim) tunnelWorks(s api.Status, family int) error {
 	mtu, err := v.uplinkMTU()
 	if err != nil {
@@ -416,8 +420,8 @@ func (v *victim) tunnelWorks(s api.Status, family int) error {
 	return fmt.Errorf("through the tunnel: %w", err)
 }
 
-// sizedPing sends one echo request in an IP packet of so many bytes, and waits a
-// second for the answer.
+// sizedPing sends one echo request in an IP packet of the given size, and waits for the
+// reply for a second.
 func sizedPing(n *lab.Namespace, source, destination netip.Addr, size int) error {
 	network, protocol, header := "ip4:icmp", 1, 20+8
 	var request, reply icmp.Type = ipv4.ICMPTypeEcho, ipv4.ICMPTypeEchoReply
@@ -459,8 +463,7 @@ func sizedPing(n *lab.Namespace, source, destination netip.Addr, size int) error
 	}
 }
 
-// sample notes which addresses the host bears, 20 times a second, until the test
-// ends.
+// sample records the host's addresses 20 times a second until the test ends.
 func (v *victim) sample(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
@@ -488,10 +491,10 @@ func (v *victim) look() {
 	})
 }
 
-// watchPublished checks each lease that is written: a new address in it must be
-// one that the host has borne just before.
+// watchPublished checks each lease that is written: the host must have had each new
+// address just before.
 func (c *cluster) watchPublished(t *testing.T, victims []*victim) {
-	// A write may be on its way for as long as a node waits for its answer.
+	// A write may take as long as the node waits for its answer.
 	const grace = 3 * time.Second
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
@@ -523,7 +526,7 @@ func (c *cluster) watchPublished(t *testing.T, victims []*victim) {
 					ago := time.Since(v.borne[a])
 					v.mu.Unlock()
 					if !slices.Contains(published[l.Node], a) && ago > grace {
-						t.Errorf("%s has published %s, which it does not bear", l.Node, a)
+						t.Errorf("%s has published %s, which its host does not have", l.Node, a)
 					}
 				}
 				published[l.Node] = l.Publics()
@@ -533,10 +536,10 @@ func (c *cluster) watchPublished(t *testing.T, victims []*victim) {
 	t.Cleanup(func() { cancel(); <-ended })
 }
 
-// explain says what was done to a node, and how it stands.
+// explain logs a node's last events and its current state.
 func (v *victim) explain(t *testing.T) {
 	from := max(0, len(v.history)-80)
-	t.Logf("%s (%s): what was done last:\n\t%s", v.node.ID, v.kind, strings.Join(v.history[from:], "\n\t"))
+	t.Logf("%s (%s): the last events:\n\t%s", v.node.ID, v.kind, strings.Join(v.history[from:], "\n\t"))
 	if s, err := v.c.status(v.node); err == nil {
 		t.Logf("%s: underlay %+v, lease %+v, ready %t %s, warnings %v", v.node.ID, s.Underlay, s.Lease, s.Ready, s.NotReady, s.Warnings)
 	}

@@ -22,17 +22,16 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestFirewallsAndSettings has a node on a host as they are: with a firewall, and
-// with kernel settings that somebody has changed, before the start and while it
-// runs. Whatever happens, pods of both nodes reach each other in both directions
-// and both families, or the node's status names what keeps them from it.
+// TestFirewallsAndSettings runs a node on a host with a firewall and changed sysctls, and
+// changes more while it runs. After each change pods of both nodes reach each other in
+// both directions and both families, or the node's status names the obstacle.
 //
 //	pod ── n1 ── underlay ── n2 ── pod
 //	       ▲ firewall, settings, routes
 func TestFirewallsAndSettings(t *testing.T) {
 	for _, datapath := range []string{"kernel", "userspace"} {
 		t.Run(datapath, func(t *testing.T) {
-			t.Parallel() // it waits, mostly
+			t.Parallel() // it mostly waits
 			testWornHost(t, datapath)
 		})
 	}
@@ -46,7 +45,7 @@ func testWornHost(t *testing.T, datapath string) {
 	device := map[string]string{"kernel": "cvt.1", "userspace": "culvert0"}[datapath]
 	device6 := map[string]string{"kernel": "cvt6.1", "userspace": "culvert0"}[datapath]
 
-	// Before the start: F1, F3, F4, F7.
+	// Before the start of the daemon: cases F1, F3, F4, F7.
 	do := func(t *testing.T, what string, f func() error) {
 		t.Helper()
 		if err := n.Do(f); err != nil {
@@ -87,7 +86,7 @@ func testWornHost(t *testing.T, datapath string) {
 		began := time.Now()
 		eventually(t, "pods reach each other", func() error { return reaches(t, pods) })
 		if took := time.Since(began); took > 7*time.Second {
-			t.Errorf("after %s", took)
+			t.Errorf("pods reached each other only after %s", took)
 		}
 	}
 	warned := func(s api.Status, check string) (text string) {
@@ -100,7 +99,7 @@ func testWornHost(t *testing.T, datapath string) {
 	}
 	quiet := func(t *testing.T) {
 		t.Helper()
-		c.wait(n, "no warnings", func(s api.Status) bool { return len(s.Warnings) == 0 })
+		c.wait(n, "has no warnings", func(s api.Status) bool { return len(s.Warnings) == 0 })
 	}
 	reach(t)
 	quiet(t)
@@ -110,7 +109,7 @@ func testWornHost(t *testing.T, datapath string) {
 	do(t, "the default route", func() error {
 		all, err := netlink.RouteListFiltered(netlink.FAMILY_V6, advertised, netlink.RT_FILTER_GW|netlink.RT_FILTER_PROTOCOL)
 		if len(all) != 1 {
-			err = errors.Join(err, fmt.Errorf("there are %d from the router", len(all)))
+			err = errors.Join(err, fmt.Errorf("%d default routes from the router, want 1", len(all)))
 		}
 		return err
 	})
@@ -127,7 +126,7 @@ func testWornHost(t *testing.T, datapath string) {
 			if err != nil {
 				return err
 			}
-			// Two halves, since a route of the same length would give way to cni0's.
+			// Half of the subnet, since cni0's route wins against one of the same length.
 			half := netip.PrefixFrom(self.Masked().Addr(), self.Bits()+1)
 			return do(&netlink.Route{Dst: host.IPNet(half), Gw: c.Nodes[1].Addrs[0].AsSlice(), LinkIndex: l.Attrs().Index, Protocol: unix.RTPROT_BOOT})
 		}
@@ -147,7 +146,7 @@ func testWornHost(t *testing.T, datapath string) {
 				&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 				&expr.Verdict{Kind: expr.VerdictAccept},
 			}})
-			// Neighbours are asked for by ICMPv6.
+			// Accept ICMPv6, which neighbour discovery needs.
 			x.AddRule(&nftables.Rule{Table: table, Chain: ch, Exprs: []expr.Any{
 				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_ICMPV6}}, &expr.Verdict{Kind: expr.VerdictAccept},
 			}})
@@ -182,13 +181,13 @@ func testWornHost(t *testing.T, datapath string) {
 	for _, e := range []struct {
 		name   string
 		event  func() error
-		repair host.Kind // that is counted; empty if there is none
-		check  string    // of the warning; pods need not reach each other then
-		says   string
+		repair host.Kind // the repair to be counted, if check is empty
+		check  string    // the expected warning's check; then pods need not reach each other
+		says   string    // part of the expected warning
 		undo   func() error
 	}{
 		{
-			name: "F2: INPUT drops what is not established",
+			name: "F2: INPUT drops packets that are not established",
 			event: iptablesLike(func(x *iptables) {
 				x.base("INPUT", nftables.ChainHookInput, nftables.ChainPolicyDrop,
 					x.state(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED),
@@ -197,7 +196,7 @@ func testWornHost(t *testing.T, datapath string) {
 			repair: host.KindForward,
 		},
 		{
-			name: "the rules of the firewall are loaded anew, without ours",
+			name: "the firewall is reloaded without our rules",
 			event: iptablesLike(func(x *iptables) {
 				x.flush("FORWARD")
 				x.flush("INPUT")
@@ -206,7 +205,7 @@ func testWornHost(t *testing.T, datapath string) {
 			repair: host.KindForward,
 		},
 		{
-			name: "a rule that rejects is put before ours",
+			name: "a rule that rejects is inserted before ours",
 			event: iptablesLike(func(x *iptables) {
 				x.insert("FORWARD", &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH})
 				x.insert("INPUT", &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictJump, Chain: "ufw-reject-forward"})
@@ -220,14 +219,14 @@ func testWornHost(t *testing.T, datapath string) {
 		{name: "F3: our device does not forward", event: set("net/ipv4/conf/"+device+"/forwarding", "0"), repair: host.KindSysctl},
 		{name: "F3: the pods' bridge does not forward", event: set("net/ipv4/conf/cni0/forwarding", "0"), repair: host.KindSysctl},
 		{name: "F3: the underlay does not forward", event: set("net/ipv4/conf/"+n.Link+"/forwarding", "0"), repair: host.KindSysctl},
-		{name: "F7: our device without IPv6", event: set("net/ipv6/conf/"+device6+"/disable_ipv6", "1"), repair: host.KindSysctl},
-		{name: "strict reverse paths", event: set("net/ipv4/conf/"+device+"/rp_filter", "1"), repair: host.KindSysctl},
+		{name: "F7: IPv6 is disabled on our device", event: set("net/ipv6/conf/"+device6+"/disable_ipv6", "1"), repair: host.KindSysctl},
+		{name: "strict reverse path filtering", event: set("net/ipv4/conf/"+device+"/rp_filter", "1"), repair: host.KindSysctl},
 		{
-			name: "F6: a route for a part of this node's subnet by a peer", event: stale(netlink.RouteAdd), check: "foreign-route",
+			name: "F6: a route for part of this node's subnet via a peer", event: stale(netlink.RouteAdd), check: "foreign-route",
 			says: "this node's own pods", undo: stale(netlink.RouteDel),
 		},
 		{
-			name: "a rule with the tunnel's port that somebody wants",
+			name: "another program's rule drops the tunnel's port",
 			event: iptablesLike(func(x *iptables) {
 				x.append("INPUT", &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
 					&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(8472)},
@@ -236,11 +235,11 @@ func testWornHost(t *testing.T, datapath string) {
 			check: "input-drop", says: "table filter, chain INPUT, rule 1", undo: iptablesLike(func(x *iptables) { x.flush("INPUT") }),
 		},
 		{
-			name: "F2: a table of nftables", event: inet(nftables.ChainPolicyDrop), check: "input-drop",
+			name: "F2: a chain of an nftables table drops by policy", event: inet(nftables.ChainPolicyDrop), check: "input-drop",
 			says: "table inet castle, chain gate, by its policy", undo: inet(nftables.ChainPolicyAccept),
 		},
 		{
-			name: "F2: nothing comes in from the peer", event: eaten(true), check: "silent-peer", says: c.Nodes[1].Addrs[0].String(), undo: eaten(false),
+			name: "F2: packets from the peer are dropped at ingress", event: eaten(true), check: "silent-peer", says: c.Nodes[1].Addrs[0].String(), undo: eaten(false),
 		},
 	} {
 		t.Run(e.name, func(t *testing.T) {
@@ -258,7 +257,7 @@ func testWornHost(t *testing.T, datapath string) {
 					t.Errorf("warnings: %v", s.Warnings)
 				}
 			} else {
-				// Pods go on to talk, as far as they can.
+				// Keep sending, since the warnings depend on traffic.
 				end := time.Now().Add(70 * time.Second)
 				for text := ""; !strings.Contains(text, e.says); time.Sleep(200 * time.Millisecond) {
 					_ = reaches(t, pods)
@@ -267,17 +266,17 @@ func testWornHost(t *testing.T, datapath string) {
 						text = warned(s, e.check)
 					}
 					if time.Now().After(end) {
-						t.Fatalf("it is not said: %v", s.Warnings)
+						t.Fatalf("the expected warning is missing: %v", s.Warnings)
 					}
 				}
 			}
 			if e.check == "silent-peer" {
 				s, err := c.status(n)
 				if err != nil || !strings.Contains(warned(s, "input-drop"), "table netdev moat, chain bridge, rule 1") || len(s.Datapath.SilentPeers) == 0 {
-					t.Errorf("the cause is not named: %v (%v)", s.Warnings, err)
+					t.Errorf("the warnings do not name the cause: %v (%v)", s.Warnings, err)
 				}
 				if _, text := c.get(n, "/metrics"); strings.Contains(text, "culvert_silent_peers 0") || !strings.Contains(text, "culvert_silent_peers ") {
-					t.Error("no metric says so")
+					t.Error("the metric culvert_silent_peers is 0 or missing")
 				}
 			}
 			if e.undo != nil {
@@ -289,8 +288,7 @@ func testWornHost(t *testing.T, datapath string) {
 	}
 }
 
-// reaches has pods of two nodes ping each other, in both directions and every
-// family.
+// reaches pings between two pods, in both directions and each family.
 func reaches(t *testing.T, pods []*lab.Pod) error {
 	var errs []error
 	for _, way := range [][2]*lab.Pod{{pods[0], pods[1]}, {pods[1], pods[0]}} {
@@ -304,13 +302,13 @@ func reaches(t *testing.T, pods []*lab.Pod) error {
 	return errors.Join(errs...)
 }
 
-// iptables writes into the filter tables of both families as iptables-nft does.
+// iptables writes to the filter tables of both families as iptables-nft does.
 type iptables struct {
 	c      *nftables.Conn
 	tables []*nftables.Table
 }
 
-// iptablesLike is what does so, in one transaction.
+// iptablesLike returns a function that applies f in one transaction.
 func iptablesLike(f func(*iptables)) func() error {
 	return func() error {
 		c, err := nftables.New()
@@ -364,7 +362,7 @@ func (x *iptables) flush(chain string) {
 	}
 }
 
-// state accepts by conntrack's state.
+// state returns a rule that accepts packets with the given conntrack states.
 func (*iptables) state(bits uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},

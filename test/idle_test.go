@@ -20,13 +20,13 @@ import (
 	"culvert/internal/lab"
 )
 
-// A node of a large cluster on a host with a large routing table:
+// TestD5IdleDaemon runs a node of a large cluster on a host with a large routing table:
 //
 //	n1: culvert, 1,000 peers       50,000 routes of another program,
-//	                               some of which come and go all the time
+//	                               some of which are deleted and added all the time
 //
-// A daemon that has nothing to do uses next to nothing of a core, and its
-// /readyz answers at once, during a repair too.
+// An idle daemon uses nearly no CPU time, and its /readyz answers at once, even during a
+// repair.
 func TestD5IdleDaemon(t *testing.T) {
 	for _, datapath := range []string{"kernel", "userspace"} {
 		t.Run(datapath, func(t *testing.T) { idle(t, datapath) })
@@ -45,7 +45,7 @@ func idle(t *testing.T, datapath string) {
 	c.waitReady(n, peers)
 	c.settled(n)
 
-	const watch = 9 * time.Second // two looks of the timer at least
+	const watch = 9 * time.Second // at least two of the Keeper's periodic checks
 	share := func(over time.Duration, meanwhile func()) float64 {
 		began, before := time.Now(), processorTime(t, p.PID)
 		for end := began.Add(over); time.Now().Before(end); {
@@ -54,7 +54,7 @@ func idle(t *testing.T, datapath string) {
 		return 100 * float64(processorTime(t, p.PID)-before) / float64(time.Since(began))
 	}
 	idle := share(watch, func() { time.Sleep(100 * time.Millisecond) })
-	// 500 foreign routes go and come each second, and none of them matters.
+	// Another program changes 500 routes per second; none concerns culvert.
 	swarm := share(watch, func() {
 		alter(t, n, netlink.RouteDel, 0, 50)
 		alter(t, n, netlink.RouteAdd, 0, 50)
@@ -78,21 +78,21 @@ func idle(t *testing.T, datapath string) {
 	if writes() == before {
 		t.Error("nothing was repaired")
 	}
-	t.Logf("%s: %.2f %% of a core when idle, %.2f %% among 500 foreign route changes a second; /readyz: median %s, at most %s in 99 of 100; during repairs %s, %s",
+	t.Logf("%s: %.2f %% of a CPU when idle, %.2f %% with 500 foreign route changes per second; /readyz: median %s, p99 %s; during repairs %s, %s",
 		datapath, idle, swarm, quiet, quietMost, repair, repairMost)
-	if idle > 2 { // 1 on a machine of its own (docs/scale.md)
-		t.Errorf("an idle daemon used %.2f %% of a core", idle)
+	if idle > 2 { // 1 on an otherwise idle machine (docs/scale.md)
+		t.Errorf("an idle daemon used %.2f %% of a CPU", idle)
 	}
 	if swarm > 5 {
-		t.Errorf("foreign routes cost %.2f %% of a core", swarm)
+		t.Errorf("with foreign route changes the daemon used %.2f %% of a CPU", swarm)
 	}
-	// The median, since tests share the machine with others.
+	// Check the median, since other tests share the machine.
 	if quiet > 5*time.Millisecond || repair > 5*time.Millisecond {
 		t.Errorf("/readyz took %s, and %s during a repair", quiet, repair)
 	}
 }
 
-// alter adds or deletes routes as a routing daemon makes them, from the from-th on.
+// alter adds or deletes count routes of a routing daemon, beginning with the from-th.
 func alter(t *testing.T, n *lab.Node, do func(*netlink.Route) error, from, count int) {
 	t.Helper()
 	if err := n.Do(func() error {
@@ -142,10 +142,10 @@ func (c *cluster) addPeers(n int) {
 	}
 }
 
-// settled waits until the daemon has carried out what it was told.
+// settled waits until the daemon makes no more repairs.
 func (c *cluster) settled(n *lab.Node) {
 	var last uint64
-	c.wait(n, "settled", func(s api.Status) bool {
+	c.wait(n, "has settled", func(s api.Status) bool {
 		var sum uint64
 		for _, k := range s.Datapath.Repairs {
 			sum += k
@@ -156,8 +156,8 @@ func (c *cluster) settled(n *lab.Node) {
 	})
 }
 
-// readyz asks n times over one connection, while something happens five times,
-// and returns what half of the answers took at most, and 99 of 100.
+// readyz requests /readyz the given number of times over one connection, while meanwhile
+// is called five times. It returns the median and the 99th percentile of the times.
 func (c *cluster) readyz(n *lab.Node, times int, meanwhile func()) (half, most time.Duration) {
 	c.t.Helper()
 	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial}, Timeout: 5 * time.Second}
@@ -186,6 +186,6 @@ func (c *cluster) readyz(n *lab.Node, times int, meanwhile func()) (half, most t
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	slices.Sort(took[1:]) // the first one makes the connection
+	slices.Sort(took[1:]) // the first request includes connecting
 	return took[len(took)/2], took[len(took)*99/100]
 }

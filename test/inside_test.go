@@ -12,9 +12,8 @@ import (
 	"culvert/internal/api"
 )
 
-// TestP7LostLeaseKeepsPodsInside gives a node's subnet to another node while a
-// pod sends to the cluster network: none of its packets leaves by the default
-// route, at any moment.
+// TestP7LostLeaseKeepsPodsInside gives a node's subnet to another node while a pod sends to
+// the cluster network: at no moment does a packet leave by the default route.
 func TestP7LostLeaseKeepsPodsInside(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -54,8 +53,8 @@ func TestP7LostLeaseKeepsPodsInside(t *testing.T) {
 				}
 			}()
 			c.put(c.leaseKey(before), thief)
-			c.wait(n, "fenced", func(s api.Status) bool { return s.Fenced != nil })
-			eventually(t, "nothing but unreachable", func() error { return cleanKernel(n, before.Lease.Subnets[0]) })
+			c.wait(n, "is fenced", func(s api.Status) bool { return s.Fenced != nil })
+			eventually(t, "only the unreachable route is left", func() error { return cleanKernel(n, before.Lease.Subnets[0]) })
 			time.Sleep(50 * time.Millisecond)
 			close(stop)
 			if k := <-sent; k < 100 {
@@ -65,8 +64,8 @@ func TestP7LostLeaseKeepsPodsInside(t *testing.T) {
 	}
 }
 
-// clear fails the test for each packet on the link, in either direction, whose
-// destination is in the cluster network: it would be on its way in the clear.
+// clear fails the test if the sniffer has seen a packet on the link, in either direction,
+// with a destination in the cluster network, that is one that was not encapsulated.
 func (s *sniffer) clear(t *testing.T, network netip.Prefix) {
 	t.Helper()
 	b := make([]byte, 1<<16)
@@ -79,7 +78,7 @@ func (s *sniffer) clear(t *testing.T, network netip.Prefix) {
 			t.Fatal(err)
 		}
 		if p, ok := parseIP(b[:n]); ok && network.Contains(p.to) {
-			t.Errorf("a packet from %s to %s is on the underlay in the clear", p.from, p.to)
+			t.Errorf("a packet from %s to %s was on the underlay without encapsulation", p.from, p.to)
 			return
 		}
 	}

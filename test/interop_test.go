@@ -14,15 +14,15 @@ import (
 	"culvert/subnet"
 )
 
-// TestKernelNode joins a culvert node and a node that is nothing but kernel
-// devices, set up as flannel does, its lease written into etcd by hand:
+// TestKernelNode sends traffic between a userspace node and a node without a daemon, which
+// has a kernel vxlan device as flannel sets it up and a lease that the test writes:
 //
 //	pod 10.5.x.2 ── cni0 ── culvert0 ── culvert run ── eth0
 //	                                                    │ underlay
 //	       10.5.200.0 on flannel.1 (kernel vxlan) ──── eth0
 //
-// Its own packets to the culvert node's pod use every offload that the kernel
-// has, and arrive in the shapes that they give.
+// The kernel's node sends with all offloads that the kernel has, so its packets arrive as
+// large frames and with unfinished checksums.
 func TestKernelNode(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -76,14 +76,13 @@ func TestKernelNode(t *testing.T) {
 			}
 		})
 	}
-	s := c.wait(c.Nodes[0], "answers", func(api.Status) bool { return true })
+	s := c.wait(c.Nodes[0], "has a status", func(api.Status) bool { return true })
 	if len(s.Datapath.Drops) != 0 {
 		t.Errorf("dropped: %v", s.Datapath.Drops)
 	}
 }
 
-// setOffloads turns what the underlay link can do for segmentation, joining
-// and checksums on or off.
+// setOffloads turns segmentation, GRO and checksum offloads of the underlay link on or off.
 func setOffloads(t *testing.T, n *lab.Node, on bool) {
 	t.Helper()
 	features := make(map[string]bool)
@@ -106,8 +105,8 @@ func setOffloads(t *testing.T, n *lab.Node, on bool) {
 	}
 }
 
-// TestKilledDaemonComesBack kills a daemon without warning and starts another:
-// it has the same subnet, and the pods' traffic goes on.
+// TestKilledDaemonComesBack kills a daemon and starts another: it gets the same subnet, and
+// the pods' traffic resumes.
 func TestKilledDaemonComesBack(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -142,37 +141,37 @@ func TestKilledDaemonComesBack(t *testing.T) {
 	transfer(t, pods[1].Namespace, pods[0].Namespace, pods[1].Addr(true), pods[0].Addr(true), 1<<20)
 }
 
-// TestDaemonWaitsForConfiguration starts a daemon on an empty etcd: it waits,
-// says how to go on, and goes on by itself.
+// TestDaemonWaitsForConfiguration starts a daemon with an empty etcd: it waits, says how to
+// set a configuration, and becomes ready once there is one.
 func TestDaemonWaitsForConfiguration(t *testing.T) {
 	c := newCluster(t, 1)
 	p := c.start(c.Nodes[0])
-	c.wait(c.Nodes[0], "waits", func(s api.Status) bool {
+	c.wait(c.Nodes[0], "waits for the configuration", func(s api.Status) bool {
 		return !s.Ready && s.NotReady == "waiting for the network configuration in etcd: set one with `culvert config set`"
 	})
 	select {
 	case <-p.Exited():
-		t.Fatalf("it ended: %v", p.Err())
+		t.Fatalf("the daemon exited: %v", p.Err())
 	default:
 	}
 	c.setConfig(config)
 	c.waitReady(c.Nodes[0], 0)
 	if err := p.Stop(); err != nil {
-		t.Errorf("SIGTERM: %v", err)
+		t.Errorf("stopping the daemon: %v", err)
 	}
 	if err := p.Err(); err != nil {
-		t.Errorf("after SIGTERM: %v", err)
+		t.Errorf("after SIGTERM the daemon exited with %v", err)
 	}
 }
 
-// TestMalformedLeaseIsSetAside writes garbage beside good leases: the garbage
-// is named in the status, and nobody else is harmed.
+// TestMalformedLeaseIsSetAside writes a malformed lease beside good ones: the status lists
+// it as rejected, and the other peers are not affected.
 func TestMalformedLeaseIsSetAside(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
 	c.startAll()
 	c.put("/coreos.com/network/subnets/10.5.99.0-24", "{")
-	s := c.wait(c.Nodes[0], "sets it aside", func(s api.Status) bool { return len(s.Rejected) == 1 })
+	s := c.wait(c.Nodes[0], "rejects the malformed lease", func(s api.Status) bool { return len(s.Rejected) == 1 })
 	if len(s.Peers) != 1 || !s.Ready {
 		t.Errorf("peers %v, ready %t", s.Peers, s.Ready)
 	}

@@ -16,8 +16,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// ipDo does in a namespace what the commands of iproute2 would, as far as the
-// tests need them, on a machine without it:
+// ipDo runs commands in a namespace, in a subset of iproute2's syntax, without needing
+// iproute2:
 //
 //	link add NAME type bridge|veth [peer NAME]     link del NAME
 //	link set NAME [up|down|name NEW|mtu N|master BRIDGE|nomaster]
@@ -169,7 +169,7 @@ func runRoute(verb string, w []string, word func(string) string, device func(str
 	return netlink.RouteDel(r)
 }
 
-// absentAddress returns an error if a link of a node bears an address.
+// absentAddress returns an error if a link of a node has an address.
 func absentAddress(n *lab.Node, link, addr string) error {
 	return n.Do(func() error {
 		l, err := netlink.LinkByName(link)
@@ -182,7 +182,7 @@ func absentAddress(n *lab.Node, link, addr string) error {
 		}
 		for _, a := range all {
 			if a.IP.String() == addr {
-				return fmt.Errorf("%s bears %s", link, addr)
+				return fmt.Errorf("%s has the address %s", link, addr)
 			}
 		}
 		return nil

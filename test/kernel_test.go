@@ -8,8 +8,7 @@ import (
 	"culvert/internal/host"
 )
 
-// kernelState lists what of culvert's is in the kernel of the present namespace:
-// routes of its protocol, and its devices.
+// kernelState lists culvert's routes and devices in the current network namespace.
 func kernelState() ([]string, error) {
 	var lines []string
 	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)

@@ -20,9 +20,8 @@ import (
 	"culvert/subnet/kube/kubetest"
 )
 
-// kubernetes is a real API server in a lab's fabric, with the manifests applied
-// as shipped. There is no kubelet: the test makes the Nodes, and starts on each
-// what the DaemonSet would.
+// kubernetes is a cluster with a real API server in its fabric and the shipped manifests
+// applied. There is no kubelet: the test creates the Nodes and starts the daemons.
 type kubernetes struct {
 	*cluster
 	server string // the API server's URL
@@ -47,7 +46,8 @@ func newKubernetes(t *testing.T, nodes int) *kubernetes {
 	return k
 }
 
-// startAPI starts the API server, again after its end, and waits for it.
+// startAPI starts the API server, for the first time or after it was killed, and waits
+// until it is ready.
 func (k *kubernetes) startAPI() {
 	k.t.Helper()
 	k.starts++
@@ -94,7 +94,7 @@ func (k *kubernetes) write(name, text string) string {
 	return path
 }
 
-// addNode makes a Node with a podCIDR, as kubelet and controllers do.
+// addNode creates a Node with a podCIDR, as the kubelet and the controller manager do.
 func (k *kubernetes) addNode(name, podCIDR string, annotations map[string]string) {
 	k.t.Helper()
 	text, err := json.Marshal(map[string]any{
@@ -107,15 +107,15 @@ func (k *kubernetes) addNode(name, podCIDR string, annotations map[string]string
 	k.kubectl("create", "-f", k.write(name+".json", string(text)))
 }
 
-// token asks for one of the service account's, as the kubelet does: it says on
-// which Node its bearer is.
+// token requests a token of the service account that is bound to a Node, as the kubelet
+// does.
 func (k *kubernetes) token(node string) string {
 	k.t.Helper()
 	return strings.TrimSpace(k.kubectl("create", "token", "culvert", "-n", "culvert", "--bound-object-kind", "Node", "--bound-object-name", node))
 }
 
-// flags are those of a node's daemon, whose files are seen in a directory. The
-// first time it gets its token.
+// flags returns the flags of a node's daemon. files is the path at which the daemon sees
+// k.files. The first call for a node creates its token and kubeconfig.
 func (k *kubernetes) flags(n *lab.Node, files string) []string {
 	k.t.Helper()
 	config := n.ID + ".kubeconfig"
@@ -142,8 +142,8 @@ func (k *kubernetes) run(n *lab.Node, more ...string) *lab.Process {
 	return p
 }
 
-// confined are the mounts and the capabilities that the DaemonSet's container
-// has: an image FROM scratch, read-only, with a read-only /proc/sys.
+// confined is a script that sets up the mounts and capabilities of the DaemonSet's
+// container: a read-only image FROM scratch, with a read-only /proc/sys.
 const confined = `set -e
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$ROOT"
@@ -164,7 +164,7 @@ mount -o remount,ro "$ROOT"
 exec setpriv --bounding-set -all,+net_admin,+net_raw,+sys_chroot --inh-caps -all --no-new-privs chroot "$ROOT" /culvert "$@"
 `
 
-// runConfined starts a node's daemon as the container would be.
+// runConfined starts a node's daemon with the mounts and capabilities of the container.
 func (k *kubernetes) runConfined(n *lab.Node, more ...string) *lab.Process {
 	k.t.Helper()
 	k.starts++
@@ -180,8 +180,8 @@ func (k *kubernetes) runConfined(n *lab.Node, more ...string) *lab.Process {
 	return p
 }
 
-// TestKubernetes is a cluster whose store is the API server: a userspace node, a
-// kernel node confined as the manifest has it, and one that flannel runs on.
+// TestKubernetes tests a cluster with the API server as its store: a userspace node, a
+// kernel node confined as in the manifest, and a node with flannel.
 //
 //	pod ── n1 (userspace) ──┐                     ┌── kube-apiserver, etcd
 //	pod ── n2 (kernel) ─────┼── underlay ── fabric
@@ -258,7 +258,7 @@ func TestKubernetes(t *testing.T) {
 		ping(t, pods[0], p)
 		ping(t, p, pods[1])
 		if mac := k.kubectl("get", "node", "n3", "-o", `jsonpath={.metadata.annotations.flannel\.alpha\.coreos\.com/backend-data}`); !strings.Contains(mac, subnet.DeriveMAC("n3", 1, false).String()) {
-			t.Errorf("its annotation is %s", mac)
+			t.Errorf("the annotation backend-data of n3 is %s", mac)
 		}
 	})
 
@@ -267,13 +267,13 @@ func TestKubernetes(t *testing.T) {
 		if err := k.api.Kill(); err != nil {
 			t.Fatal(err)
 		}
-		k.wait(n1, "misses the API server", func(s api.Status) bool { return s.Ready && !s.Store.Connected && s.Store.Error != "" })
+		k.wait(n1, "reports that the API server is unreachable", func(s api.Status) bool { return s.Ready && !s.Store.Connected && s.Store.Error != "" })
 		pings := startPings(t, pods[1], pods[0])
 		if err := first.Stop(); err != nil {
 			t.Fatal(err)
 		}
 		k.run(n1, "--datapath=userspace", "--start-jitter=1h")
-		s := k.wait(n1, "serves from its disk", func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
+		s := k.wait(n1, "is ready with the leases from disk", func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
 		if len(s.Peers) != 2 {
 			t.Errorf("peers: %v", s.Peers)
 		}
@@ -282,12 +282,12 @@ func TestKubernetes(t *testing.T) {
 		}
 		ping(t, pods[0], pods[1])
 		sent, lost := pings.stop()
-		t.Logf("of %d pings %d lost, %s without an answer at the longest", sent, lost, pings.gap())
+		t.Logf("of %d pings %d lost, longest gap %s", sent, lost, pings.gap())
 		k.startAPI()
-		k.wait(n1, "follows the API server again", func(s api.Status) bool { return s.Store.Connected && s.Store.Snapshot.IsZero() })
+		k.wait(n1, "is connected to the API server again", func(s api.Status) bool { return s.Store.Connected && s.Store.Snapshot.IsZero() })
 	})
 
-	t.Run("a Node made anew with another podCIDR", func(t *testing.T) {
+	t.Run("a Node recreated with another podCIDR", func(t *testing.T) {
 		k.kubectl("delete", "node", "n2", "--wait=false")
 		k.addNode("n2", "10.244.9.0/24", nil)
 		s := k.wait(n2, "is fenced", func(s api.Status) bool { return s.Fenced != nil })
@@ -306,8 +306,8 @@ func TestKubernetes(t *testing.T) {
 			t.Errorf("its subnet is %v", s.Lease.Subnets)
 		}
 		k.waitReady(n1, 2)
-		// The others' kernel has nothing left of the old subnet.
-		eventually(t, "n3's routes", func() error {
+		// Peers' kernels have the new subnet's route and not the old one's.
+		eventually(t, "n3's routes follow", func() error {
 			routes, err := n3.Run(t.Context(), "ip", "route")
 			if err == nil && (strings.Contains(string(routes), "10.244.2.0/24") || !strings.Contains(string(routes), "10.244.9.0/24")) {
 				err = fmt.Errorf("%s", routes)

@@ -20,8 +20,8 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// members is an etcd of three, each a process in a node of its own, the last
-// three nodes of a lab:
+// members is an etcd cluster of three members, one on each of the last three nodes of a
+// lab:
 //
 //	n1 ... culvert nodes ...   n(k-2) etcd   n(k-1) etcd   nk etcd
 //	 └──────────────┴────── fabric ──┴─────────────┴───────────┘
@@ -62,7 +62,7 @@ func startMembers(t testing.TB, l *lab.Lab) *members {
 	return m
 }
 
-// start starts a member that does not run, with the data that it had.
+// start starts a member that is not running, with its existing data.
 func (m *members) start(i int) {
 	m.t.Helper()
 	m.run++
@@ -87,7 +87,8 @@ func (m *members) signal(i int, s syscall.Signal) {
 	}
 }
 
-// cut takes a member off the underlay, silently: what is sent to it is lost.
+// cut disconnects a member from the underlay, or reconnects it. Packets to and from it are
+// lost without an error.
 func (m *members) cut(i int, off bool) {
 	err := m.lab.Fabric.Do(func() error {
 		port, err := netlink.LinkByName(m.nodes[i].ID)
@@ -104,7 +105,7 @@ func (m *members) cut(i int, off bool) {
 	}
 }
 
-// urls are where clients reach the members.
+// urls returns the members' client URLs.
 func (m *members) urls() []string {
 	var urls []string
 	for _, n := range m.nodes {
@@ -113,12 +114,12 @@ func (m *members) urls() []string {
 	return urls
 }
 
-// dial reaches the members from this process, by the fabric.
+// dial connects to a member from the fabric's namespace.
 func (m *members) dial(ctx context.Context, address string) (net.Conn, error) {
 	return m.lab.Fabric.Dial(ctx, "tcp", address)
 }
 
-// client is one that ends with the test.
+// client returns a client that is closed when the test ends.
 func (m *members) client() *clientv3.Client {
 	m.t.Helper()
 	c, err := clientv3.New(clientv3.Config{
@@ -132,7 +133,7 @@ func (m *members) client() *clientv3.Client {
 	return c
 }
 
-// leader is the index of the leading member, or -1.
+// leader returns the index of the leader, or -1.
 func (m *members) leader(ctx context.Context, c *clientv3.Client) int {
 	for i, url := range m.urls() {
 		ctx, cancel := context.WithTimeout(ctx, time.Second)

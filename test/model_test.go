@@ -22,36 +22,35 @@ import (
 	"culvert/subnet/etcd"
 )
 
-// The model test: 100 nodes want 50 subnets, of an etcd of three members that
-// are killed, paused, partitioned and compacted meanwhile. Nodes release what
-// they have and ask again; some are cut off until their lease has run out, and
-// come back; of these, some are restarted meanwhile, and go on with what they
-// have on disk. Four things are held against what was recorded:
+// The model test: 100 nodes compete for 50 subnets in an etcd cluster of three members,
+// which are killed, paused, partitioned and compacted meanwhile. Nodes release their leases
+// and acquire new ones. Some nodes are cut off from etcd until their lease has expired, and
+// then reconnected; some of these are restarted meanwhile and resume from their files. Four
+// properties are checked:
 //
-//  1. etcd's own history: no key ever goes from one owner to another without
-//     having been deleted, and no node has two.
-//  2. What each list said is what that history has at the list's revision, and
-//     whoever was told that no subnet is free was told so while all 50 were others'.
-//  3. For each subnet, the history of calls is linearizable (porcupine).
-//  4. At no moment do two nodes hold themselves ready to give out addresses of
-//     one subnet, by what each of them knows.
+//  1. In etcd's history no key changes its owner without having been deleted, and no node
+//     has two subnets.
+//  2. Each list equals that history at the list's revision, and a node is told that no
+//     subnet is free only if at some moment of the call other nodes had all 50.
+//  3. For each subnet the history of calls is linearizable (porcupine).
+//  4. At no moment do two nodes both believe that they hold a valid lease of one subnet.
 //
-// CULVERT_MODEL_ROUNDS is how many rounds; 5 if it is not set.
+// CULVERT_MODEL_ROUNDS is the number of rounds; the default is 5, or 1 with -short.
 const (
 	modelNodes   = 100
 	modelSubnets = 50
 	modelConfig  = `{"Network":"10.5.0.0/18","SubnetMin":"10.5.1.0","SubnetMax":"10.5.50.0","Backend":{"Type":"vxlan"}}`
-	modelFaults  = 4 * time.Second // how long the faults of a round go on
-	modelTTL     = 3 * time.Second // of the nodes that will be cut off; others' never ends here
+	modelFaults  = 4 * time.Second // duration of the faults in a round
+	modelTTL     = 3 * time.Second // of mortal nodes; other leases do not expire during a round
 )
 
-// mortal nodes are those whose leases run out: because they are cut off, or
-// because etcd is away for longer. They never release.
+// mortal reports whether a node has a short lease, which may expire because the node is cut
+// off or because etcd is unreachable. Mortal nodes never release their leases.
 func mortal(n int) bool { return n%10 == 0 }
 
 func TestModel(t *testing.T) {
 	labtest.Need(t)
-	t.Parallel() // with the scenario that mostly waits
+	t.Parallel() // with the tests that mostly wait
 	rounds := 5
 	if testing.Short() {
 		rounds = 1
@@ -90,7 +89,7 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// tally is what happened.
+// tally counts the events of a round.
 type tally struct{ acquired, exhausted, released, lists, expiries, resumed, kills, pauses, cuts, compactions, changes int }
 
 func (a *tally) add(b tally) {
@@ -99,21 +98,21 @@ func (a *tally) add(b tally) {
 	a.kills, a.pauses, a.cuts, a.compactions, a.changes = a.kills+b.kills, a.pauses+b.pauses, a.cuts+b.cuts, a.compactions+b.compactions, a.changes+b.changes
 }
 
-// call is one call of a node, or of etcd (an expiry), and its answer.
+// call is one call of a node and its result, or an expiry in etcd.
 type call struct {
 	kind   string // acquire, exhausted, release, expire, list
 	node   int    // 1 to modelNodes
 	subnet int    // 1 to modelSubnets; 0: none
-	owners owners // of a list
-	// revision is a list's, the one that an acquired lease was created at, and of
-	// others one that the store had surely reached before.
+	owners owners // result of a list
+	// revision is that of the list, or the one that created the acquired lease. For
+	// other kinds it is one that etcd had reached before the call.
 	revision int64
 }
 
-// owners says which node has each subnet, 0 for none.
+// owners has the owner of each subnet, 0 for none.
 type owners [modelSubnets + 1]int
 
-// round is one race in a directory of its own.
+// round is one round, under a separate prefix in etcd.
 type round struct {
 	t       *testing.T
 	members *members
@@ -125,10 +124,10 @@ type round struct {
 
 	mu    sync.Mutex
 	calls []porcupine.Operation
-	ready [modelNodes + 1]*etcd.Registry // of the nodes that give out addresses
+	ready [modelNodes + 1]*etcd.Registry // of the nodes that hold a lease
 
 	history *history
-	faults  atomic.Bool // are under way
+	faults  atomic.Bool // faults are being injected
 }
 
 func (r *round) now() int64 { return int64(time.Since(r.began)) }
@@ -173,7 +172,7 @@ func (r *round) play() {
 		r.break_(ctx, nemesis)
 	})
 
-	// Whoever won holds on until all have played.
+	// Winners keep their lease until all nodes have finished.
 	var nodes, playing sync.WaitGroup
 	playing.Add(modelNodes)
 	winners := make(chan int, modelNodes)
@@ -194,17 +193,17 @@ func (r *round) play() {
 	}
 	nodes.Wait()
 	if ctx.Err() != nil {
-		r.t.Error("the round did not end in its time")
+		r.t.Error("the round took longer than its timeout")
 	}
 	unsample()
-	// Everything that happened is in the history once it has what happens last.
+	// The history is complete once it contains a last write.
 	last, err := r.client.Put(ctx, r.prefix+"/subnets/end", "")
 	if err != nil {
 		r.t.Error(err)
 	} else {
-		eventually(r.t, "etcd's whole history", func() error {
+		eventually(r.t, "etcd's history is complete", func() error {
 			if at := r.history.at(); at < last.Header.Revision {
-				return fmt.Errorf("read to %d of %d", at, last.Header.Revision)
+				return fmt.Errorf("read to revision %d of %d", at, last.Header.Revision)
 			}
 			return nil
 		})
@@ -212,13 +211,13 @@ func (r *round) play() {
 	unwatch()
 	background.Wait()
 	if len(winners) != modelSubnets {
-		r.t.Errorf("%d winners of %d subnets", len(winners), modelSubnets)
+		r.t.Errorf("%d nodes hold the %d subnets", len(winners), modelSubnets)
 	}
 	r.judge()
 }
 
-// sample looks, again and again, for two nodes that would give out addresses of
-// one subnet: that hold a lease whose end, as far as they know, is to come.
+// sample repeatedly checks that no two nodes hold a lease of one subnet that, as far as they
+// know, has not expired.
 func (r *round) sample(ctx context.Context) {
 	for ctx.Err() == nil {
 		r.mu.Lock()
@@ -233,7 +232,7 @@ func (r *round) sample(ctx context.Context) {
 			}
 			index := l.Subnets()[0].Addr().As4()[2]
 			if other := by[index]; other != 0 {
-				r.t.Errorf("nodes %d and %d both give out addresses of subnet %d", other, n, index)
+				r.t.Errorf("nodes %d and %d both believe that they hold subnet %d", other, n, index)
 			}
 			by[index] = n
 		}
@@ -242,7 +241,7 @@ func (r *round) sample(ctx context.Context) {
 	}
 }
 
-// read lists the leases, as an administrator would.
+// read lists the leases repeatedly and records the results.
 func (r *round) read(ctx context.Context, reader int) {
 	registry, err := etcd.New(etcd.Options{Endpoints: r.members.urls(), Prefix: r.prefix, Logger: slog.New(slog.DiscardHandler), RequestTimeout: time.Second, Dial: r.members.dial})
 	if err != nil {
@@ -276,8 +275,8 @@ func nodeNumber(name string) int {
 	return n
 }
 
-// break_ makes faults, one after another, and mends each before the next: one
-// member at a time, or, now and then, two, so that there is no quorum.
+// break_ injects faults one after another and ends each before the next. A fault affects one
+// member or, at times, two, so that there is no quorum.
 func (r *round) break_(ctx context.Context, random *rand.Rand) {
 	m := r.members
 	for end := time.Now().Add(modelFaults); time.Now().Before(end) && ctx.Err() == nil; {
@@ -321,7 +320,7 @@ func (r *round) break_(ctx context.Context, random *rand.Rand) {
 				m.cut(v, false)
 			}
 		case 3:
-			// No further than our own reading of the history.
+			// Only up to the revision that our history has read.
 			if at := r.history.at(); at > 1 {
 				cctx, cancel := context.WithTimeout(ctx, time.Second)
 				if _, err := r.client.Compact(cctx, at); err == nil {
@@ -334,7 +333,7 @@ func (r *round) break_(ctx context.Context, random *rand.Rand) {
 	}
 }
 
-// judge holds the calls against the history and the model.
+// judge checks the calls against the history and the model.
 func (r *round) judge() {
 	for _, problem := range r.history.problems() {
 		r.t.Error(problem)
@@ -345,11 +344,11 @@ func (r *round) judge() {
 		switch c := o.Input.(call); c.kind {
 		case "list":
 			if want := r.history.ownersAt(c.revision); want != c.owners {
-				r.t.Errorf("a list at revision %d says %v; etcd's history has %v", c.revision, c.owners, want)
+				r.t.Errorf("a list at revision %d has %v, but etcd's history has %v", c.revision, c.owners, want)
 			}
 		case "exhausted":
 			if until := r.revisionAfter(o.Return); !r.history.fullWithout(c.node, c.revision, until) {
-				r.t.Errorf("node %d was told that no subnet is free, and from revision %d to %d one was", c.node, c.revision, until)
+				r.t.Errorf("node %d was told that no subnet is free, but at all revisions from %d to %d one was", c.node, c.revision, until)
 			}
 			continue
 		}
@@ -357,18 +356,18 @@ func (r *round) judge() {
 	}
 	result, info := porcupine.CheckOperationsVerbose(subnetModel, calls, 30*time.Second)
 	if result != porcupine.Ok {
-		r.t.Errorf("linearizable: %v", result)
+		r.t.Errorf("the calls are not linearizable: %v", result)
 		if f, err := os.CreateTemp("", "culvert-model-*.html"); err == nil {
 			_ = porcupine.Visualize(subnetModel, info, f)
-			r.t.Logf("shown in %s", f.Name())
+			r.t.Logf("visualization: %s", f.Name())
 			_ = f.Close()
 		}
 	}
 }
 
-// unasked are the changes that nobody called for: leases that ran out, and those
-// that their holders wrote again. When they happened is known from the history:
-// before it was seen there, and after every list that does not have it yet.
+// unasked returns the changes without a recorded call as operations: leases that expired,
+// and leases that their holders wrote again. Their time is bounded by the history: before
+// the watch delivered the change, and after every list that does not have it yet.
 func (r *round) unasked() []porcupine.Operation {
 	asked := map[int64]bool{} // the revisions of acquired leases
 	for _, o := range r.calls {
@@ -378,7 +377,7 @@ func (r *round) unasked() []porcupine.Operation {
 	}
 	var out []porcupine.Operation
 	var o owners
-	var stray [modelSubnets + 1]bool // owned by a node that was not told so
+	var stray [modelSubnets + 1]bool // owned by a node that did not get the answer
 	for _, ch := range r.history.changes {
 		was := o[ch.subnet]
 		o[ch.subnet] = ch.owner
@@ -388,8 +387,8 @@ func (r *round) unasked() []porcupine.Operation {
 			c.kind, c.node = "expire", was
 			r.tally.expiries++
 		case ch.owner == 0 && stray[ch.subnet]:
-			// A commit in doubt came after all, and its node, which had seen that
-			// it had not yet, has revoked it.
+			// A transaction whose answer was lost was committed late. Its node had
+			// checked before that and found nothing, and has revoked the etcd lease.
 			c.kind, c.node = "expire", was
 		case ch.owner == 0 || ch.owner == was:
 			continue
@@ -410,8 +409,8 @@ func (r *round) unasked() []porcupine.Operation {
 	return out
 }
 
-// revisionAfter is one that the store had not passed at a time: that of the
-// first list which was asked for later.
+// revisionAfter returns an upper bound of etcd's revision at a time: the least revision of
+// the lists that were called later.
 func (r *round) revisionAfter(at int64) int64 {
 	least := r.history.at()
 	for _, o := range r.calls {
@@ -422,7 +421,8 @@ func (r *round) revisionAfter(at int64) int64 {
 	return least
 }
 
-// subnetModel is one subnet: nobody's, or a node's. A list is seen from each.
+// subnetModel is the model of one subnet. Its state is the owner, 0 for none. A list is part
+// of every subnet's history.
 var subnetModel = porcupine.Model{
 	Partition: func(all []porcupine.Operation) [][]porcupine.Operation {
 		parts := make([][]porcupine.Operation, modelSubnets)
@@ -458,5 +458,5 @@ var subnetModel = porcupine.Model{
 		c := input.(call)
 		return fmt.Sprintf("%s by %d", c.kind, c.node)
 	},
-	DescribeState: func(state any) string { return fmt.Sprintf("node %d's", state) },
+	DescribeState: func(state any) string { return fmt.Sprintf("owner: node %d", state) },
 }

@@ -16,8 +16,8 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestMasquerade connects from a pod to a machine outside the cluster network,
-// which must see the node's address with --ip-masq, and the pod's without.
+// TestMasquerade sends from a pod to a machine outside the cluster network, which sees the
+// node's address with --ip-masq, and the pod's without.
 //
 //	pod 10.5.x.2 ── cni0 ── node eth0 198.18.0.1 ── fabric 198.18.0.254
 func TestMasquerade(t *testing.T) {
@@ -57,15 +57,15 @@ func TestMasquerade(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got := from.(*net.UDPAddr).AddrPort().Addr(); got != want {
-				t.Errorf("the outside saw %s, want %s", got, want)
+				t.Errorf("the machine outside saw %s, want %s", got, want)
 			}
 		})
 	}
 }
 
-// TestUnleasedAddressesStayInside looks where a packet to a cluster address
-// that nobody leases would go: never to the default route, with the daemon or
-// after it.
+// TestUnleasedAddressesStayInside sends packets to an address of the cluster network that
+// no node leases: they do not take the default route, neither while the daemon runs nor
+// after it has stopped.
 func TestUnleasedAddressesStayInside(t *testing.T) {
 	c := newCluster(t, 1)
 	c.setConfig(config)
@@ -83,7 +83,7 @@ func TestUnleasedAddressesStayInside(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
 		if _, err := n.Ping(ctx, netip.Addr{}, nobody); err == nil {
-			t.Fatalf("%s answers", nobody)
+			t.Fatalf("%s answered, although no node leases it", nobody)
 		}
 	}
 	ping()
@@ -107,8 +107,8 @@ func TestUnleasedAddressesStayInside(t *testing.T) {
 	}
 }
 
-// TestProbes asks a node for its health and metrics, over the loopback of the
-// node, before and after it has a network.
+// TestProbes fetches a node's /livez, /readyz and /metrics, before and after it has a
+// network configuration.
 func TestProbes(t *testing.T) {
 	c := newCluster(t, 1)
 	n := c.Nodes[0]
@@ -118,7 +118,7 @@ func TestProbes(t *testing.T) {
 		t.Errorf("/livez: %d %s", code, text)
 	}
 	if code, text := get("/readyz"); code != http.StatusServiceUnavailable || strings.TrimSpace(text) == "" {
-		t.Errorf("/readyz without a network: %d %q", code, text)
+		t.Errorf("/readyz without a network configuration: %d %q", code, text)
 	}
 	c.setConfig(config)
 	c.waitReady(n, 0)
@@ -137,9 +137,9 @@ func TestProbes(t *testing.T) {
 	}
 }
 
-// TestEmbeddedEtcd is a site of two bare machines: the first carries etcd, the
-// second points at it. Killing the server does not harm the node, which starts
-// it again.
+// TestEmbeddedEtcd has two machines, the first with --embedded-etcd. If the etcd process is
+// killed, the daemon starts it again; if the daemon is killed, etcd ends too, and the next
+// daemon does not wait for it before it is ready.
 func TestEmbeddedEtcd(t *testing.T) {
 	labtest.NeedTUN(t)
 	bin := labtest.Bin(t)
@@ -163,14 +163,14 @@ func TestEmbeddedEtcd(t *testing.T) {
 	}
 	eventually(t, "etcd is started again", func() error {
 		if again := findChild(first.PID, "culvert-etcd"); again == 0 || again == server {
-			return fmt.Errorf("the server is %d", again)
+			return fmt.Errorf("the server has the PID %d", again)
 		}
 		return nil
 	})
 	c.put("/coreos.com/network/subnets/10.5.99.0-24", "{")
-	c.wait(l.Nodes[1], "hears from etcd again", func(s api.Status) bool { return len(s.Rejected) == 1 && len(s.Peers) == 1 && s.Ready })
+	c.wait(l.Nodes[1], "gets changes from etcd again", func(s api.Status) bool { return len(s.Rejected) == 1 && len(s.Peers) == 1 && s.Ready })
 
-	// A daemon that is started again does not wait for the server that it starts.
+	// A restarted daemon is ready from its snapshot, without waiting for its etcd.
 	pods := c.pods()
 	ping(t, pods[0], pods[1])
 	c.waitKept(l.Nodes[0], 2)
@@ -179,26 +179,26 @@ func TestEmbeddedEtcd(t *testing.T) {
 		t.Fatal(err)
 	}
 	first = startFirst()
-	c.wait(l.Nodes[0], "ready again", func(s api.Status) bool { return s.Ready && s.Store.Connected && len(s.Peers) == 1 })
+	c.wait(l.Nodes[0], "is ready again", func(s api.Status) bool { return s.Ready && s.Store.Connected && len(s.Peers) == 1 })
 	sent, lost := pings.stop()
-	t.Logf("of %d pings %d lost, %s without an answer at the longest", sent, lost, pings.gap())
+	t.Logf("of %d pings %d lost, longest gap %s", sent, lost, pings.gap())
 	if log := first.Tail(50); !strings.Contains(log, "serving from the snapshot on disk") {
-		t.Errorf("it has waited for its own etcd:\n%s", log)
+		t.Errorf("the daemon waited for its own etcd:\n%s", log)
 	}
 
 	server = childOf(t, first.PID, "culvert-etcd")
 	if err := first.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the server ends with its daemon", func() error {
+	eventually(t, "etcd ends with its daemon", func() error {
 		if alive(server) {
-			return fmt.Errorf("process %d goes on", server)
+			return fmt.Errorf("process %d is still running", server)
 		}
 		return nil
 	})
 }
 
-// TestRefusals starts daemons that must not run, and looks for the reason.
+// TestRefusals starts daemons that must exit with an error, and checks the reason.
 func TestRefusals(t *testing.T) {
 	c := newCluster(t, 2)
 	ends := func(p *lab.Process, say string) {
@@ -206,10 +206,10 @@ func TestRefusals(t *testing.T) {
 		select {
 		case <-p.Exited():
 		case <-time.After(20 * time.Second):
-			t.Fatalf("it runs on; it should say %q", say)
+			t.Fatalf("the daemon keeps running; it must exit with %q", say)
 		}
 		if log := p.Tail(20); p.Err() == nil || !strings.Contains(log, say) {
-			t.Errorf("it ended with %v and said\n%s\nnot %q", p.Err(), log, say)
+			t.Errorf("the daemon exited with %v and printed\n%s\nwant %q", p.Err(), log, say)
 		}
 	}
 	ends(c.start(c.Nodes[0], "--iface", "nonsense7"), "interfaces here: eth0")
@@ -219,7 +219,7 @@ func TestRefusals(t *testing.T) {
 	c.start(c.Nodes[0])
 	c.waitReady(c.Nodes[0], 0)
 	ends(c.start(c.Nodes[0]), "is at work in this network namespace")
-	// The clone of a machine: the same identity at another address.
+	// A cloned machine has the same node ID at another address.
 	c.starts++
 	clone, err := c.Nodes[1].Start(lab.Command{
 		Name: "clone", Path: filepath.Join(c.bin, "culvert"),

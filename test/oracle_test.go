@@ -21,13 +21,12 @@ import (
 	"culvert/subnet"
 )
 
-// The kernel's vxlan device is the oracle: whatever mechanisms the loop uses,
-// and whatever the underlay's links do by themselves, what one side sends is
-// what the other receives.
+// These tests have the kernel's vxlan device as an oracle: with every combination of
+// mechanisms and underlay profiles, the one side must receive what the other sends.
 
 const dualConfig = `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}`
 
-// killSwitches are the flags of which all combinations that differ are tried.
+// killSwitches are the combinations of flags to test.
 var killSwitches = [][]string{
 	{},
 	{"--no-super-frame"},
@@ -38,8 +37,8 @@ var killSwitches = [][]string{
 	{"--queues", "2", "--source-ports", "4", "--copy-dscp"},
 }
 
-// oracle is a pod behind a culvert daemon and a node of kernel devices, both
-// dual-stack.
+// oracle is a dual-stack cluster of a pod behind a culvert daemon and a node with kernel
+// vxlan devices.
 type oracle struct {
 	*cluster
 	pod    *lab.Pod
@@ -112,23 +111,23 @@ func TestEveryMechanismAgainstTheKernel(t *testing.T) {
 				o.exchange(t, 3<<20)
 			})
 		}
-		s := o.wait(o.Nodes[0], "answers", func(api.Status) bool { return true })
+		s := o.wait(o.Nodes[0], "has a status", func(api.Status) bool { return true })
 		if d := dropped(s); len(d) != 0 {
-			t.Errorf("%v dropped: %v", flags, d)
+			t.Errorf("with %v packets were dropped: %v", flags, d)
 		}
 		if m := mechanism(s, "multi-queue"); m.On != slices.Contains(flags, "--queues") && runtime.NumCPU() <= 2 {
 			t.Errorf("%v: %+v", flags, m)
 		}
 		if whole := s.Datapath.Egress.SuperFrames; len(flags) == 0 && whole == 0 && mechanism(s, "super-frame").Why == "" {
-			t.Error("no frame left whole")
+			t.Error("no super-frame was sent")
 		} else if len(flags) > 0 && flags[len(flags)-1] == "--no-super-frame" && whole != 0 {
-			t.Errorf("%d frames left whole", whole)
+			t.Errorf("with --no-super-frame %d super-frames were sent", whole)
 		}
 		stop(t, p)
 	}
 }
 
-// dropped is what was dropped and should not have been.
+// dropped returns the drops except those of link-local packets, which are expected.
 func dropped(s api.Status) []api.Drop {
 	return slices.DeleteFunc(s.Datapath.Drops, func(d api.Drop) bool { return d.Reason == "egress-link-local" })
 }
@@ -142,7 +141,7 @@ func mechanism(s api.Status, name string) api.Mechanism {
 	return api.Mechanism{}
 }
 
-// exchange moves every kind of traffic in both directions, over both families.
+// exchange sends all kinds of traffic between the pod and the kernel node, in each family.
 func (o *oracle) exchange(t *testing.T, bytes int64) {
 	t.Helper()
 	for i, there := range o.there {
@@ -156,7 +155,7 @@ func (o *oracle) exchange(t *testing.T, bytes int64) {
 	}
 }
 
-// extremes has datagrams of no bytes and of many echoed, which IP fragments.
+// extremes has empty datagrams and datagrams that IP must fragment echoed.
 func extremes(t *testing.T, from, to *lab.Namespace, source, destination netip.Addr) {
 	t.Helper()
 	server, client := udpPair(t, from, to, source, destination)
@@ -188,13 +187,13 @@ func extremes(t *testing.T, from, to *lab.Namespace, source, destination netip.A
 			t.Fatalf("no answer to a datagram of %d bytes: %v", size, err)
 		}
 		if !bytes.Equal(answer[:n], want) {
-			t.Fatalf("a datagram of %d bytes came back as %d, or other ones", size, n)
+			t.Fatalf("a datagram of %d bytes came back with %d, or its bytes differ", size, n)
 		}
 	}
 }
 
-// bursts sends datagrams that the kernel is to cut up (UDP_SEGMENT): they
-// arrive each by itself, whole, and in order.
+// bursts sends large buffers that the kernel segments into datagrams (UDP_SEGMENT): each
+// datagram arrives unchanged and in order.
 func bursts(t *testing.T, from, to *lab.Namespace, source, destination netip.Addr) {
 	t.Helper()
 	server, client := udpPair(t, from, to, source, destination)
@@ -230,7 +229,7 @@ func bursts(t *testing.T, from, to *lab.Namespace, source, destination netip.Add
 				t.Fatalf("datagram %d of burst %d: %v", i, round, err)
 			}
 			if want := burst[i*size : min((i+1)*size, len(burst))]; !bytes.Equal(got[:n], want) {
-				t.Fatalf("datagram %d of burst %d is %d bytes, number %d", i, round, n, binary.BigEndian.Uint32(got))
+				t.Fatalf("datagram %d of burst %d has %d bytes and number %d", i, round, n, binary.BigEndian.Uint32(got))
 			}
 		}
 	}
@@ -251,9 +250,9 @@ func udpPair(t *testing.T, from, to *lab.Namespace, source, destination netip.Ad
 	return server, client
 }
 
-// TestSuperFramesFollowTheUplink changes what super-frames depend on while a
-// transfer runs: the uplink's features, and the neighbour. The transfer is
-// whole, and the status says what is on and why not.
+// TestSuperFramesFollowTheUplink changes the uplink's features and deletes its neighbours
+// during a transfer. Super-frames go off and on, with the reason in the status, and the
+// transfer arrives unchanged.
 func TestSuperFramesFollowTheUplink(t *testing.T) {
 	o := newOracle(t)
 	o.start(o.Nodes[0], "--iface", o.Nodes[0].Link)
@@ -271,7 +270,7 @@ func TestSuperFramesFollowTheUplink(t *testing.T) {
 	here, there := o.pod.Addr(true), o.there[0]
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
-	if _, err := o.pod.Ping(ctx, here, there); err != nil { // which finds the neighbour
+	if _, err := o.pod.Ping(ctx, here, there); err != nil { // resolves the neighbour
 		t.Fatal(err)
 	}
 	settled(true, "")
@@ -290,7 +289,7 @@ func TestSuperFramesFollowTheUplink(t *testing.T) {
 		} else {
 			settled(false, "does not segment tunnels")
 		}
-		// A neighbour that is gone is found again, by what leaves meanwhile.
+		// Traffic resolves a deleted neighbour again.
 		flushNeighbours(t, o.Nodes[0])
 	}
 	<-done
@@ -303,7 +302,7 @@ func TestSuperFramesFollowTheUplink(t *testing.T) {
 	}
 }
 
-// flushNeighbours forgets every neighbour on the node's underlay.
+// flushNeighbours deletes all neighbours on the node's underlay link.
 func flushNeighbours(t *testing.T, n *lab.Node) {
 	t.Helper()
 	err := n.Do(func() error {

@@ -19,13 +19,13 @@ import (
 	"culvert/internal/lab"
 )
 
-// family is how one IP version says that a packet is too long.
+// family describes the packet-too-big errors and the sizes of one IP version.
 type family struct {
 	name            string
 	index           int // among a node's addresses
-	outer, inner    int // bytes that the tunnel adds, and of a pod's IP and UDP headers
-	narrow          int // bytes of an outer packet
-	source          int // a byte of the inner source's prefix
+	outer, inner    int // bytes that the tunnel adds, and bytes of a pod's IP and UDP headers
+	narrow          int // MTU of the narrow link, in bytes of an outer packet
+	source          int // offset of a byte of the inner source's prefix
 	level, discover int
 	icmp            func(mtu int, quote []byte) []byte
 	socket          [2]int
@@ -55,15 +55,15 @@ var families = []family{
 	},
 }
 
-// TestPathMTU answers a node's packets as a router with a narrower link behind
-// it would: the sending pod gets its own ICMP error and sends less. An error
-// that quotes what the node never sent changes nothing.
+// TestPathMTU answers a node's packets with packet-too-big errors, as a router before a
+// narrower link would: the sending pod gets its own ICMP error and sends less. An error with
+// a forged quote is ignored.
 func TestPathMTU(t *testing.T) {
 	o := newOracle(t)
 	o.start(o.Nodes[0], "--iface", o.Nodes[0].Link, "--df", "--no-super-frame")
 	o.waitReady(o.Nodes[0], 1)
-	// With br_netfilter the host puts a pod's IPv6 fragments together, and forgets
-	// how long they were (docs/backends.md).
+	// With br_netfilter the host reassembles a pod's IPv6 fragments and loses their sizes
+	// (docs/backends.md).
 	if err := o.Nodes[0].Do(func() error {
 		err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-ip6tables", []byte("0"), 0o644)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -81,13 +81,13 @@ func TestPathMTU(t *testing.T) {
 func (o *oracle) pathMTU(t *testing.T, f family) {
 	here, there := o.pod.Addr(f.index == 0), o.there[f.index]
 	server, client := udpPair(t, o.pod.Namespace, o.kernel.Namespace, here, there)
-	limit := f.narrow - f.outer - f.inner // of what a pod sends
+	limit := f.narrow - f.outer - f.inner // largest UDP payload of a pod that fits
 	long := limit + 70
 	send := func(size int) error {
 		_, err := client.WriteTo(pattern(size), server.LocalAddr())
 		return err
 	}
-	// discover is how the pod sends: with DF, told by its kernel what fits, or not.
+	// discover sets the pod socket's path MTU discovery (IP_MTU_DISCOVER).
 	discover := func(how int) {
 		t.Helper()
 		raw, err := client.(*net.UDPConn).SyscallConn()
@@ -100,7 +100,7 @@ func (o *oracle) pathMTU(t *testing.T, f family) {
 			t.Fatal(err)
 		}
 	}
-	discover(unix.IP_PMTUDISC_DO) // the values are IPv6's too
+	discover(unix.IP_PMTUDISC_DO) // IPv6 has the same values
 	wire := sniff(t, o.kernel)
 	if err := send(long); err != nil {
 		t.Fatal(err)
@@ -111,40 +111,40 @@ func (o *oracle) pathMTU(t *testing.T, f family) {
 	outer := wire.next(t, large)
 
 	answer := func(change int) { o.tooBig(t, f, outer, change) }
-	vxlan := len(outer.header) + 8 // where that header begins in the quote
+	vxlan := len(outer.header) + 8 // offset of the VXLAN header in the quote
 	for name, change := range map[string]int{"VNI": vxlan + 6, "MAC": vxlan + 10, "inner source": vxlan + 22 + f.source} {
 		answer(change)
-		for range 2 { // the first would be the one that is answered
+		for range 2 { // an error would be returned by the second send
 			if err := send(long); err != nil {
-				t.Errorf("an error that quotes another %s was believed: %v", name, err)
+				t.Errorf("an error with a forged %s in its quote was accepted: %v", name, err)
 			}
 			wire.next(t, large)
 		}
 	}
 	answer(-1)
-	eventually(t, "the pod is told", func() error {
+	eventually(t, "the pod gets the error", func() error {
 		if err := send(long); !errors.Is(err, unix.EMSGSIZE) {
-			return fmt.Errorf("it sent %d bytes: %w", long, err)
+			return fmt.Errorf("sending %d bytes: %w", long, err)
 		}
 		return nil
 	})
 	if err := send(limit); err != nil {
-		t.Errorf("what fits is refused: %v", err)
+		t.Errorf("sending a packet that fits: %v", err)
 	}
 	wire.next(t, func(p ip) bool { return len(p.header)+len(p.payload) == f.narrow })
 	transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 1<<20)
 
-	// The status has it.
-	s := o.wait(o.Nodes[0], "says so", func(s api.Status) bool { return len(s.Datapath.NarrowPaths) == f.index+1 })
+	// The status and the metrics show the narrow path.
+	s := o.wait(o.Nodes[0], "reports the narrow path", func(s api.Status) bool { return len(s.Datapath.NarrowPaths) == f.index+1 })
 	by := o.kernel.Addrs[f.index]
 	if p := s.Datapath.NarrowPaths[f.index]; !p.Subnet.Contains(there) || p.PublicIP != by || p.By != by || p.MTU != f.narrow-f.outer || time.Since(p.Since) > time.Minute {
-		t.Errorf("the status says %+v", p)
+		t.Errorf("the narrow path in the status is %+v", p)
 	}
 	if _, text := o.get(o.Nodes[0], "/metrics"); !strings.Contains(text, fmt.Sprintf("\nculvert_narrow_paths %d\n", f.index+1)) {
-		t.Errorf("the metrics do not say it")
+		t.Errorf("the metric culvert_narrow_paths does not count it")
 	}
 
-	// What may be fragmented is: on its way with IPv4, by the pod with IPv6.
+	// Packets that may be fragmented are: IPv4 on the path, IPv6 by the pod.
 	how := unix.IP_PMTUDISC_OMIT
 	if f.index == 1 {
 		how = unix.IPV6_PMTUDISC_WANT
@@ -168,12 +168,12 @@ func (o *oracle) pathMTU(t *testing.T, f family) {
 		return nil
 	})
 	if !bytes.Equal(got[:marked], pattern(marked)) {
-		t.Error("what arrived in fragments is not what was sent")
+		t.Error("the reassembled datagram differs from the one sent")
 	}
 }
 
-// tooBig answers an outer packet as a router with a narrower link behind it, with
-// one byte of its quote changed if that is not -1.
+// tooBig answers an outer packet with a packet-too-big error, as a router before a narrower
+// link would. If change is not -1, the byte at that offset of the quote is changed.
 func (o *oracle) tooBig(t *testing.T, f family, outer ip, change int) {
 	t.Helper()
 	quote := append(append([]byte{}, outer.header...), outer.payload[:100]...)
@@ -194,8 +194,8 @@ func (o *oracle) tooBig(t *testing.T, f family, outer ip, change int) {
 	time.Sleep(100 * time.Millisecond)
 }
 
-// TestNarrowPathWithoutDF is the same without --df: the outer packets are
-// fragmented, whatever they leave by, and pods notice nothing.
+// TestNarrowPathWithoutDF has a narrow path without --df: the outer packets are fragmented,
+// and pods get no error.
 func TestNarrowPathWithoutDF(t *testing.T) {
 	o := newOracle(t)
 	if _, err := o.SetProfile(lab.Offload); err != nil {
@@ -217,14 +217,14 @@ func TestNarrowPathWithoutDF(t *testing.T) {
 			})
 			transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 5<<20)
 			o.tooBig(t, f, outer, -1)
-			before := o.wait(n, "answers", func(api.Status) bool { return true })
+			before := o.wait(n, "has a status", func(api.Status) bool { return true })
 			transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 5<<20)
 			datagrams(t, o.pod.Namespace, o.kernel.Namespace, here, there)
-			after := o.wait(n, "answers", func(api.Status) bool { return true })
+			after := o.wait(n, "has a status", func(api.Status) bool { return true })
 			whole := after.Datapath.Egress.SuperFrames - before.Datapath.Egress.SuperFrames
 			t.Logf("%d super-frames before, %d after; %+v", before.Datapath.Egress.SuperFrames, whole, mechanism(after, "super-frame"))
 			if len(after.Datapath.NarrowPaths) != f.index || f.index == 1 && whole > 0 {
-				t.Errorf("narrow paths %+v, and %d super-frames that nobody fragments", after.Datapath.NarrowPaths, whole)
+				t.Errorf("narrow paths %+v, and %d super-frames, which are not fragmented", after.Datapath.NarrowPaths, whole)
 			}
 			if d := dropped(after); len(d) > 0 {
 				t.Errorf("dropped %v", d)

@@ -14,9 +14,9 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestPing has `culvert ping` measure a kernel node, one that is made by hand
-// as flannel makes it, and a pod, from a userspace node and from a kernel node:
-// whole, then with each thing broken that it tells apart.
+// TestPing runs `culvert ping` from a userspace node and a kernel node to a kernel node, a
+// handmade node as of flannel, and a pod; then with each fault that it distinguishes. It
+// also checks what `culvert doctor` finds.
 func TestPing(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
 	c.setConfig(dual)
@@ -57,7 +57,7 @@ func TestPing(t *testing.T) {
 	if got, err := ping(n1, "--all"); err != nil || len(got) != 4 || !slices.ContainsFunc(got, well) || slices.ContainsFunc(got, func(r result) bool { return !well(r) }) {
 		t.Errorf("n1 pings all: %+v, %v", got, err)
 	}
-	// n3's administrator has entered n1 alone, not n2.
+	// n3 has only n1 as a peer, so n2 does not ping it.
 	if got, err := ping(n2, "n1"); err != nil || len(got) != 2 || slices.ContainsFunc(got, func(r result) bool { return !well(r) || r.Node != "n1" }) {
 		t.Errorf("n2 pings n1: %+v, %v", got, err)
 	}
@@ -72,7 +72,7 @@ func TestPing(t *testing.T) {
 		}
 	}
 
-	// doctor returns the checks with which `culvert doctor` finds something bad.
+	// doctor returns the checks of the bad findings of `culvert doctor`.
 	doctor := func(on *lab.Node) (found []string) {
 		t.Helper()
 		out, err := on.Run(t.Context(), filepath.Join(c.bin, "culvert"), "doctor", "--run-dir", on.RunDir, "--no-cni", "-o", "json")
@@ -90,7 +90,7 @@ func TestPing(t *testing.T) {
 			}
 		}
 		if (err != nil) != (len(found) > 0) {
-			t.Errorf("doctor found %v and ended with %v", found, err)
+			t.Errorf("doctor found %v and exited with %v", found, err)
 		}
 		return found
 	}
@@ -98,7 +98,7 @@ func TestPing(t *testing.T) {
 		t.Errorf("doctor on a healthy node: %v", found)
 	}
 
-	// A link on the way that silently takes less than the nodes' own links.
+	// A link on the path silently drops packets that the nodes' own links allow.
 	setMTU := func(mtu int) {
 		t.Helper()
 		if err := c.Fabric.Do(func() error {
@@ -117,12 +117,12 @@ func TestPing(t *testing.T) {
 	if err == nil || len(got) != 2 || got[0].Answered != 3 || got[0].MTU >= self.Datapath.MTU || got[0].MTU < 1250 || !strings.Contains(got[0].Problem, "do not pass") {
 		t.Errorf("over a narrow link: %+v, %v", got, err)
 	}
-	if found := doctor(n1); !slices.Equal(found, []string{"path-mtu", "path-mtu"}) { // one for each family
-		t.Errorf("doctor, over a narrow link: %v", found)
+	if found := doctor(n1); !slices.Equal(found, []string{"path-mtu", "path-mtu"}) { // one per family
+		t.Errorf("doctor over a narrow link: %v", found)
 	}
 	setMTU(1500)
 
-	// A node without its tunnel.
+	// The peer's tunnel is removed.
 	if err := n2Daemon.Stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -131,15 +131,15 @@ func TestPing(t *testing.T) {
 	}
 	got, err = ping(n1, n2Address.String())
 	if err == nil || len(got) != 1 || got[0].Answered != 0 || !strings.Contains(got[0].Problem, "answers on the underlay") {
-		t.Errorf("a node without its tunnel: %+v, %v", got, err)
+		t.Errorf("ping to a node without its tunnel: %+v, %v", got, err)
 	}
 	if found := doctor(n1); !slices.Equal(found, []string{"peer-unreachable", "peer-unreachable"}) {
-		t.Errorf("doctor, of a node without its tunnel: %v", found)
+		t.Errorf("doctor with a peer without its tunnel: %v", found)
 	}
 	if found := doctor(n2); !slices.Contains(found, "daemon") {
 		t.Errorf("doctor without a daemon: %v", found)
 	}
-	// A node that is down.
+	// The peer is down.
 	if err := n2.Do(func() error {
 		link, err := netlink.LinkByName("eth0")
 		if err != nil {
@@ -151,6 +151,6 @@ func TestPing(t *testing.T) {
 	}
 	got, err = ping(n1, n2Address.String())
 	if err == nil || len(got) != 1 || !strings.Contains(got[0].Problem, "the node is down") {
-		t.Errorf("a node that is down: %+v, %v", got, err)
+		t.Errorf("ping to a node that is down: %+v, %v", got, err)
 	}
 }

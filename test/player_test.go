@@ -17,21 +17,21 @@ import (
 	"culvert/subnet/etcd"
 )
 
-// player is a node.
+// player is a node in the model test.
 type player struct {
 	*round
 	n        int
 	random   *rand.Rand
 	registry *etcd.Registry
 	line     *frozenLine
-	dir      string      // of a mortal one's files
-	lost     atomic.Bool // says Hold
+	dir      string      // of the files of a mortal node; others have none
+	lost     atomic.Bool // Hold has returned that the lease is lost
 	holding  sync.WaitGroup
 	cancel   context.CancelFunc
 }
 
-// play takes part until the faults are over and the node has either a subnet or
-// the word that there is none.
+// play acquires and gives up leases until the faults are over, and then until the node has
+// a subnet or has been told that none is free.
 func (p *player) play(ctx context.Context) (won bool) {
 	p.pause(ctx, 500*time.Millisecond)
 	for ctx.Err() == nil {
@@ -47,7 +47,7 @@ func (p *player) play(ctx context.Context) (won bool) {
 			continue
 		}
 		index := int(l.Subnets()[0].Addr().As4()[2])
-		// Some keep what they have; others give it back, or are cut off.
+		// Keep the lease for a while; then release it or, if mortal, be cut off.
 		for p.faults.Load() && p.random.IntN(3) != 0 {
 			p.pause(ctx, 500*time.Millisecond)
 		}
@@ -78,7 +78,7 @@ func (p *player) pause(ctx context.Context, most time.Duration) {
 	}
 }
 
-// acquire asks for a lease, and holds what it gets.
+// acquire acquires a lease and holds it.
 func (p *player) acquire(ctx context.Context) (subnet.Lease, bool) {
 	p.leave()
 	p.line = &frozenLine{dial: p.members.dial, thawed: make(chan struct{})}
@@ -91,7 +91,7 @@ func (p *player) acquire(ctx context.Context) (subnet.Lease, bool) {
 		p.t.Error(err)
 		return subnet.Lease{}, false
 	}
-	if mortal(p.n) { // keeps what it watches
+	if mortal(p.n) { // it writes a snapshot, which needs the configuration
 		if _, err := p.registry.Config(ctx); err != nil {
 			return subnet.Lease{}, false
 		}
@@ -120,7 +120,7 @@ func (p *player) acquire(ctx context.Context) (subnet.Lease, bool) {
 	return l, true
 }
 
-// open makes the registry that the node's process has.
+// open opens the registry of the node's process.
 func (p *player) open() (*etcd.Registry, error) {
 	o := etcd.Options{
 		Endpoints: p.members.urls(), Prefix: p.prefix, Logger: slog.New(slog.DiscardHandler),
@@ -132,7 +132,7 @@ func (p *player) open() (*etcd.Registry, error) {
 	return etcd.New(o)
 }
 
-// hold keeps the lease, and what is around it, until the process ends.
+// hold holds the lease until leave; a mortal node also watches the leases.
 func (p *player) hold(ctx context.Context, l subnet.Lease) {
 	hctx, cancel := context.WithCancel(ctx)
 	p.cancel = cancel
@@ -155,8 +155,8 @@ func (p *player) hold(ctx context.Context, l subnet.Lease) {
 	}
 }
 
-// restart ends the process of a node that is cut off, and starts another, which
-// goes on with what is on its disk if that says that the lease lasts.
+// restart ends the process of a node that is cut off and starts another, which resumes the
+// lease from its files if that has not expired.
 func (p *player) restart(ctx context.Context) {
 	p.leave()
 	p.line = &frozenLine{dial: p.members.dial, thawed: make(chan struct{})}
@@ -168,7 +168,7 @@ func (p *player) restart(ctx context.Context) {
 	}
 	k, err := p.registry.Kept(nodeName(p.n))
 	if err != nil || k == nil {
-		return // too late, or too early
+		return // the lease has expired, or was not saved yet
 	}
 	p.registry.Resume(k, modelTTL)
 	p.startReady()
@@ -178,8 +178,8 @@ func (p *player) restart(ctx context.Context) {
 	p.mu.Unlock()
 }
 
-// isolate cuts the node off, as a stopped process is, until its lease has run
-// out and been deleted; it does not notice. Then the process is gone.
+// isolate cuts the node off from etcd, without an error that it could notice, until its
+// lease has expired and been deleted. Then the node's process ends.
 func (p *player) isolate(ctx context.Context, index int) {
 	p.line.freeze()
 	deadline := time.Now().Add(8 * modelTTL)
@@ -192,17 +192,17 @@ func (p *player) isolate(ctx context.Context, index int) {
 		time.Sleep(20 * time.Millisecond)
 		gone = !p.history.has(index, p.n)
 	}
-	// Whoever has the subnet now, this node must have stopped to be ready by
-	// itself: the sampler looks at it a little longer.
+	// Another node may have the subnet now. Keep this node for a moment, so that the
+	// sampler sees whether it still believes that it holds the lease.
 	p.pause(ctx, time.Second)
 	p.stopReady()
 	p.leave()
 	if !gone && !p.lost.Load() && ctx.Err() == nil {
-		p.t.Errorf("node %d: the lease of subnet %d did not run out", p.n, index)
+		p.t.Errorf("node %d: the lease of subnet %d did not expire", p.n, index)
 	}
 }
 
-// leave ends the process that the node is.
+// leave ends the node's process.
 func (p *player) leave() {
 	p.stopReady()
 	if p.registry == nil {
@@ -229,12 +229,11 @@ func (p *player) stopReady() {
 	p.ready[p.n] = nil
 }
 
-// frozenLine is a node's way to etcd, which can be frozen: nothing goes through
-// any more, and nothing is said of it.
+// frozenLine makes a node's connections to etcd. Once frozen, they block without an error.
 type frozenLine struct {
 	dial   func(context.Context, string) (net.Conn, error)
 	frozen atomic.Bool
-	thawed chan struct{} // closed at the end
+	thawed chan struct{} // closed by close, which ends blocked calls
 	once   sync.Once
 }
 

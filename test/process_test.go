@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// findChild returns the process of that name whose parent it is, or 0.
+// findChild returns the PID of parent's child process with the given name, or 0.
 func findChild(parent int, name string) int {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -39,7 +39,7 @@ func findChild(parent int, name string) int {
 func childOf(t *testing.T, parent int, name string) int {
 	t.Helper()
 	var pid int
-	eventually(t, name+" runs", func() error {
+	eventually(t, name+" is running", func() error {
 		if pid = findChild(parent, name); pid == 0 {
 			return fmt.Errorf("process %d has no child %s", parent, name)
 		}
@@ -50,8 +50,7 @@ func childOf(t *testing.T, parent int, name string) int {
 
 func kill(pid int) error { return syscall.Kill(pid, syscall.SIGKILL) }
 
-// alive says whether the process runs; one that has ended and waits for its
-// parent to notice does not.
+// alive reports whether the process is running. A zombie is not.
 func alive(pid int) bool {
 	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
 	if err != nil {

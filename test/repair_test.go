@@ -15,9 +15,9 @@ import (
 	"culvert/internal/host"
 )
 
-// TestRepairs does to a node, while traffic goes through it, what other programs
-// do to the network of a host: all of it is undone within 5 s, is counted by
-// kind, and no connection is lost.
+// TestRepairs damages a kernel node's network state as other programs do, under traffic.
+// The daemon repairs everything within 5 s and counts it by kind, and the TCP connection
+// survives.
 //
 //	pod ── n1 cvt.1 ── underlay ── cvt.1 n2 ── pod
 //	        ▲ harm
@@ -62,13 +62,13 @@ func TestRepairs(t *testing.T) {
 		kind host.Kind
 		do   func() error
 	}{
-		{"the routes go, as systemd-networkd takes them", host.KindRoute, func() error { return ours(func(r netlink.Route) error { return netlink.RouteDel(&r) }) }},
-		{"the neighbours go", host.KindNeighbour, func() error { return neighbours(netlink.FAMILY_V4) }},
-		{"the FDB goes", host.KindFDB, func() error { return neighbours(unix.AF_BRIDGE) }},
-		{"the device goes", host.KindLink, func() error { return netlink.LinkDel(device()) }},
+		{"the routes are deleted, as by systemd-networkd", host.KindRoute, func() error { return ours(func(r netlink.Route) error { return netlink.RouteDel(&r) }) }},
+		{"the neighbours are deleted", host.KindNeighbour, func() error { return neighbours(netlink.FAMILY_V4) }},
+		{"the FDB entries are deleted", host.KindFDB, func() error { return neighbours(unix.AF_BRIDGE) }},
+		{"the device is deleted", host.KindLink, func() error { return netlink.LinkDel(device()) }},
 		{"the device is set down", host.KindLink, func() error { return netlink.LinkSetDown(device()) }},
 		{"the device's MTU is changed", host.KindLink, func() error { return netlink.LinkSetMTU(device(), 1300) }},
-		{"the addresses go", host.KindAddress, func() error {
+		{"the addresses are deleted", host.KindAddress, func() error {
 			addrs, err := netlink.AddrList(device(), netlink.FAMILY_ALL)
 			for _, a := range addrs {
 				if err == nil {
@@ -86,7 +86,7 @@ func TestRepairs(t *testing.T) {
 			return c.Flush()
 		}},
 		{"forwarding is turned off", host.KindSysctl, func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0) }},
-		{"somebody else's device of our name", host.KindLink, func() error {
+		{"another device has our name", host.KindLink, func() error {
 			if err := netlink.LinkDel(device()); err != nil {
 				return err
 			}
@@ -103,23 +103,23 @@ func TestRepairs(t *testing.T) {
 				t.Fatal(err)
 			}
 			began := time.Now()
-			c.wait(n, "repairs", func(s api.Status) bool { return s.Datapath.Repairs[string(harm.kind)] > before })
+			c.wait(n, "repairs it", func(s api.Status) bool { return s.Datapath.Repairs[string(harm.kind)] > before })
 			ping(t, pods[1], pods[0])
 			if took := time.Since(began); took > 5*time.Second {
-				t.Errorf("repaired after %s", took)
+				t.Errorf("repaired only after %s", took)
 			}
 			c.goesOn(flow)
 		})
 	}
 	turns, longest, err := flow.stop()
-	t.Logf("the connection went to and fro %d times, with %s at the longest", turns, longest)
+	t.Logf("the connection made %d round trips, the longest took %s", turns, longest)
 	if err != nil {
-		t.Errorf("the connection: %v", err)
+		t.Errorf("the connection broke: %v", err)
 	}
 }
 
-// TestRepairsInUserspace is the same where a process carries the packets. When its
-// device is taken away it opens another.
+// TestRepairsInUserspace is TestRepairs for the userspace datapath. When its TUN device is
+// deleted, the daemon opens another.
 func TestRepairsInUserspace(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -133,8 +133,8 @@ func TestRepairsInUserspace(t *testing.T) {
 		do   func(netlink.Link) error
 	}{
 		{"the device is set down", host.KindLink, netlink.LinkSetDown},
-		{"the device goes", host.KindLink, netlink.LinkDel},
-		{"the addresses go", host.KindAddress, func(l netlink.Link) error {
+		{"the device is deleted", host.KindLink, netlink.LinkDel},
+		{"the addresses are deleted", host.KindAddress, func(l netlink.Link) error {
 			addrs, err := netlink.AddrList(l, netlink.FAMILY_V4)
 			for _, a := range addrs {
 				if err == nil {
@@ -143,7 +143,7 @@ func TestRepairsInUserspace(t *testing.T) {
 			}
 			return err
 		}},
-		{"the device goes again", host.KindLink, netlink.LinkDel},
+		{"the device is deleted again", host.KindLink, netlink.LinkDel},
 		{"nft flush ruleset", host.KindNFTables, func(netlink.Link) error {
 			c, err := nftables.New()
 			if err != nil {
@@ -169,21 +169,21 @@ func TestRepairsInUserspace(t *testing.T) {
 				t.Fatal(err)
 			}
 			began := time.Now()
-			c.wait(n, "repairs", func(s api.Status) bool { return s.Datapath.Repairs[string(harm.kind)] > before })
+			c.wait(n, "repairs it", func(s api.Status) bool { return s.Datapath.Repairs[string(harm.kind)] > before })
 			ping(t, pods[1], pods[0])
 			if took := time.Since(began); took > 5*time.Second {
-				t.Errorf("repaired after %s", took)
+				t.Errorf("repaired only after %s", took)
 			}
 			c.goesOn(flow)
 		})
 	}
 	if _, longest, err := flow.stop(); err != nil {
-		t.Errorf("the connection, %s at the longest: %v", longest, err)
+		t.Errorf("the connection broke, after a longest round trip of %s: %v", longest, err)
 	}
 }
 
-// TestForwardDrop lets a node's FORWARD chains drop, as Docker does, while pods
-// talk: the cluster network is let through again.
+// TestForwardDrop sets the policy of a node's FORWARD chain to drop, as Docker does, while
+// pods communicate: the daemon adds rules that accept the cluster network.
 func TestForwardDrop(t *testing.T) {
 	for _, kind := range []string{"kernel", "userspace"} {
 		t.Run(kind, func(t *testing.T) {
@@ -212,14 +212,14 @@ func TestForwardDrop(t *testing.T) {
 			}); err != nil {
 				t.Fatal(err)
 			}
-			c.wait(c.Nodes[0], "lets it through", func(s api.Status) bool { return s.Datapath.Repairs[string(host.KindForward)] == 2 })
+			c.wait(c.Nodes[0], "accepts the cluster network", func(s api.Status) bool { return s.Datapath.Repairs[string(host.KindForward)] == 2 })
 			ping(t, pods[1], pods[0])
 			c.goesOn(flow)
 		})
 	}
 }
 
-// goesOn waits until a connection carries again.
+// goesOn waits until a connection has made five more round trips.
 func (c *cluster) goesOn(f *flow) {
 	c.t.Helper()
 	turns := func() uint64 {
@@ -228,16 +228,16 @@ func (c *cluster) goesOn(f *flow) {
 		return f.turns
 	}
 	before := turns()
-	eventually(c.t, "the connection goes on", func() error {
+	eventually(c.t, "the connection makes progress", func() error {
 		if turns() < before+5 {
-			return fmt.Errorf("%d times to and fro", turns()-before)
+			return fmt.Errorf("%d round trips", turns()-before)
 		}
 		return nil
 	})
 }
 
-// TestOthersAreLeftAlone has things beside culvert's that look alike: none is
-// touched, by a daemon, its repairs, or culvert cleanup.
+// TestOthersAreLeftAlone adds a device, a route and a table that resemble culvert's: neither
+// the daemon nor `culvert cleanup` changes them.
 func TestOthersAreLeftAlone(t *testing.T) {
 	c := newCluster(t, 1)
 	c.datapath = "kernel"
@@ -276,18 +276,18 @@ func TestOthersAreLeftAlone(t *testing.T) {
 		return all
 	}
 	if got := fmt.Sprint(state()); got != "[unreachable 10.5.0.0/16 index 0 link cvt.x1 link cvt.1]" {
-		t.Errorf("after SIGTERM there is %s: forwarding should stay in place", got)
+		t.Errorf("after SIGTERM the kernel has %s: what forwards must stay", got)
 	}
 	if _, err := n.Run(t.Context(), c.bin+"/culvert", "cleanup", "--run-dir", n.RunDir); err != nil {
 		t.Fatal(err)
 	}
 	if got := fmt.Sprint(state()); got != "[link cvt.x1]" {
-		t.Errorf("after culvert cleanup there is %s", got)
+		t.Errorf("after culvert cleanup the kernel has %s", got)
 	}
 	if err := n.Do(func() error {
 		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: 66}, netlink.RT_FILTER_PROTOCOL)
 		if err == nil && len(routes) != 1 {
-			err = fmt.Errorf("somebody else's route is gone: %v", routes)
+			err = fmt.Errorf("another program's route was deleted: %v", routes)
 		}
 		if err != nil {
 			return err
@@ -298,7 +298,7 @@ func TestOthersAreLeftAlone(t *testing.T) {
 		}
 		tables, err := nft.ListTables()
 		if err == nil && (len(tables) != 1 || tables[0].Family != nftables.TableFamilyIPv4) {
-			err = fmt.Errorf("somebody else's table is gone, or ours is not: %v", tables)
+			err = fmt.Errorf("another program's table was deleted, or ours was not: %v", tables)
 		}
 		return err
 	}); err != nil {

@@ -20,13 +20,13 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestRestartWithoutEtcd restarts daemons while etcd is away, under a ping 100
-// times a second and a TCP flow: they go on with what they have on disk, until
-// the end that their lease had before, and follow etcd when it is back.
+// TestRestartWithoutEtcd restarts daemons while etcd is unreachable, under 100 pings per
+// second and a TCP flow: they resume from their files, until their lease expires as it would
+// have without the restart, and follow etcd when it is back.
 //
 //	pod ── n1 (userspace) ── fabric ── n2 (kernel) ── pod
 //	         SIGTERM, SIGKILL    │         SIGKILL
-//	                         n3, n4, n5: an etcd of three
+//	                         n3, n4, n5: etcd with three members
 func TestRestartWithoutEtcd(t *testing.T) {
 	labtest.NeedTUN(t)
 	l := labtest.New(t, lab.Options{Nodes: 5})
@@ -47,7 +47,7 @@ func TestRestartWithoutEtcd(t *testing.T) {
 	client := m.client()
 	put := func(value string) {
 		t.Helper()
-		eventually(t, "writing to etcd", func() error {
+		eventually(t, "write to etcd", func() error {
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 			defer cancel()
 			_, err := client.Put(ctx, extra, value)
@@ -89,7 +89,7 @@ func TestRestartWithoutEtcd(t *testing.T) {
 		if err := step.stop(daemons[step.node]); err != nil {
 			t.Fatal(err)
 		}
-		// The jitter is for nodes that are booted.
+		// The jitter does not delay a start with a snapshot of this boot.
 		daemons[step.node] = c.start(n, append(flags(step.node), "--start-jitter", "1h")...)
 		s := c.wait(n, step.name, func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
 		if s.Store.Connected || len(s.Peers) != 2 || s.Lease.Subnets[0] != before[step.node].Lease.Subnets[0] || len(s.Datapath.Repairs) != 0 {
@@ -100,50 +100,50 @@ func TestRestartWithoutEtcd(t *testing.T) {
 		}
 		c.goesOn(flow)
 		sent, lost := pings.stop()
-		t.Logf("%s: of %d pings %d lost, %s without an answer at the longest", step.name, sent, lost, pings.gap())
+		t.Logf("%s: of %d pings %d lost, longest gap %s", step.name, sent, lost, pings.gap())
 		if gap := pings.gap(); step.node == 1 && lost > 0 || gap > 5*time.Second {
-			t.Errorf("%s: of %d pings %d were lost, %s long", step.name, sent, lost, gap)
+			t.Errorf("%s: of %d pings %d were lost, with a gap of %s", step.name, sent, lost, gap)
 		}
 		if _, text := c.get(n, "/metrics"); !strings.Contains(text, "\nculvert_serving_from_snapshot 1\n") {
-			t.Errorf("the metric says otherwise: %s", text)
+			t.Errorf("the metric culvert_serving_from_snapshot is not 1: %s", text)
 		}
 	}
 
-	// The end of the lease is the one that it had before.
+	// The restart did not extend the lease.
 	n := nodes[0]
-	s := c.wait(n, "answers", func(api.Status) bool { return true })
+	s := c.wait(n, "has a status", func(api.Status) bool { return true })
 	if lasts := s.Lease.Expires.Sub(away); lasts > ttl || lasts < ttl/3 {
-		t.Errorf("the lease ends %v after etcd did", lasts)
+		t.Errorf("the lease expires %v after etcd stopped", lasts)
 	}
 	pings := startPings(t, pods[0], pods[1])
-	s = c.wait(n, "does not rely on its lease any longer", func(s api.Status) bool { return !s.Ready })
+	s = c.wait(n, "is not ready after its lease expired", func(s api.Status) bool { return !s.Ready })
 	if over := time.Since(s.Lease.Expires); over < 0 || over > 5*time.Second || !strings.Contains(s.NotReady, "ran out") {
-		t.Errorf("%v after the end it says %q", over, s.NotReady)
+		t.Errorf("%v after the lease expired the status is %q", over, s.NotReady)
 	}
 	if err := cniStatus(t, n); err == nil {
-		t.Error("STATUS past the end of the lease")
+		t.Error("STATUS succeeds after the lease expired")
 	}
 	if env, err := cni.ReadSubnetEnv(n.SubnetFile()); err != nil || !expired(t, env) {
 		t.Errorf("subnet.env says %+v (%v)", env, err)
 	}
 
-	// etcd is back: the lease is taken up, and what has changed is followed, and
-	// not a ping is lost.
+	// When etcd is back, the nodes renew their leases and follow the change, and no ping
+	// is lost.
 	for i := range m.procs {
 		m.start(i)
 	}
 	put(peer("192.0.2.2"))
 	for i, n := range nodes {
-		s := c.wait(n, "follows", func(s api.Status) bool {
+		s := c.wait(n, "follows etcd again", func(s api.Status) bool {
 			return s.Ready && s.Store.Connected && s.Store.Snapshot.IsZero() && len(s.Peers) == 2 &&
 				slices.ContainsFunc(s.Peers, func(p api.Peer) bool { return p.PublicIPs[0] == netip.MustParseAddr("192.0.2.2") })
 		})
 		if s.Lease.Subnets[0] != before[i].Lease.Subnets[0] {
-			t.Errorf("%s has %v, and had %v", n.ID, s.Lease.Subnets, before[i].Lease.Subnets)
+			t.Errorf("%s has the subnets %v, want %v", n.ID, s.Lease.Subnets, before[i].Lease.Subnets)
 		}
 	}
 	if _, text := c.get(n, "/metrics"); !strings.Contains(text, "\nculvert_serving_from_snapshot 0\n") {
-		t.Errorf("the metric says otherwise: %s", text)
+		t.Errorf("the metric culvert_serving_from_snapshot is not 0: %s", text)
 	}
 	c.goesOn(flow)
 	if sent, lost := pings.stop(); lost > 0 {
@@ -154,9 +154,9 @@ func TestRestartWithoutEtcd(t *testing.T) {
 	}
 }
 
-// TestRestartWithoutTrust starts daemons without etcd whose file says nothing
-// that can be relied on: each says why, and waits for etcd; and a lease that
-// another has meanwhile fences the node, whatever is on its disk.
+// TestRestartWithoutTrust starts daemons while etcd is unreachable with snapshots that they
+// must not use: each logs the reason and waits for etcd. If another node has leased the
+// subnet meanwhile, the node is fenced even with a valid snapshot.
 func TestRestartWithoutTrust(t *testing.T) {
 	c := newCluster(t, 1)
 	c.setConfig(config)
@@ -200,17 +200,18 @@ func TestRestartWithoutTrust(t *testing.T) {
 		d := c.start(n, change.flags...)
 		c.wait(n, reason, func(s api.Status) bool { return !s.Ready && strings.Contains(s.NotReady, "etcd") && s.Lease == nil })
 		if log := d.Tail(50); strings.Count(log, "what is kept for a start without etcd is not used") != 1 || !strings.Contains(log, reason) {
-			t.Errorf("the log says nothing of %q:\n%s", reason, log)
+			t.Errorf("the log lacks %q:\n%s", reason, log)
 		}
 		stop(t, d)
 	}
 
-	// A thief has the subnet by now: what is kept serves until etcd says so.
+	// Another node takes the subnet: this node is ready from its snapshot until it learns
+	// that from etcd.
 	if err := errors.Join(os.Remove(file), os.WriteFile(file, good, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	d = c.start(n)
-	c.wait(n, "serves from the snapshot", func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
+	c.wait(n, "is ready from the snapshot", func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
 	if err := d.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -219,12 +220,12 @@ func TestRestartWithoutTrust(t *testing.T) {
 	if err := d.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	c.wait(n, "fenced", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
+	c.wait(n, "is fenced", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
 	if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("a fenced node keeps its snapshot: %v", err)
+		t.Errorf("a fenced node still has its snapshot: %v", err)
 	}
 
-	// Put back, it is not taken for more than it is.
+	// Even if the snapshot is put back, the node stays fenced.
 	if err := os.WriteFile(file, good, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -233,11 +234,11 @@ func TestRestartWithoutTrust(t *testing.T) {
 	}
 	c.stopEtcd()
 	c.start(n)
-	c.wait(n, "fenced still", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
+	c.wait(n, "is still fenced", func(s api.Status) bool { return s.Fenced != nil && s.Fenced.Pods == 1 })
 	c.continueEtcd()
 }
 
-// waitKept waits until a node has put so many leases on its disk.
+// waitKept waits until a node's snapshot on disk has the given number of leases.
 func (c *cluster) waitKept(n *lab.Node, leases int) {
 	c.t.Helper()
 	eventually(c.t, n.ID+": the snapshot is on disk", func() error {

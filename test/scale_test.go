@@ -28,13 +28,13 @@ import (
 	"culvert/subnet/etcd"
 )
 
-// TestScale has many nodes join a large network at one moment, spread over a
-// jitter, and measures what that asks of etcd, and of a daemon:
+// TestScale has many nodes join a large network at the same time, spread over a jitter, and
+// measures the load on etcd and on a daemon:
 //
 //	1,000 registries in this process ── fabric ── culvert-etcd, 5,000 leases
 //	one real daemon that follows them
 //
-// Small numbers unless CULVERT_SCALE says others, such as 5000,1000;
+// The default numbers are small; CULVERT_SCALE=leases,nodes sets others, such as 5000,1000.
 // docs/scale.md has the figures.
 func TestScale(t *testing.T) {
 	leases, watchers, jitter, digest := 300, 30, 500*time.Millisecond, time.Duration(0)
@@ -42,8 +42,7 @@ func TestScale(t *testing.T) {
 		if _, err := fmt.Sscanf(text, "%d,%d", &leases, &watchers); err != nil {
 			t.Fatal(err)
 		}
-		// All nodes share this machine's cores: each takes its time with a
-		// snapshot, as it would not on its own.
+		// All nodes share this machine's CPUs, so have each wait after a snapshot.
 		jitter, digest = time.Duration(watchers)*120*time.Millisecond, 20*time.Second
 	}
 	c := newCluster(t, 1)
@@ -56,7 +55,7 @@ func TestScale(t *testing.T) {
 	time.Sleep(time.Second)
 	empty := residentMemory(t, daemon.PID)
 	fill(t, client, 0, leases-watchers)
-	c.wait(n, "has all", func(s api.Status) bool { return len(s.Peers) == leases-watchers })
+	c.wait(n, "has all peers", func(s api.Status) bool { return len(s.Peers) == leases-watchers })
 
 	server := c.etcd()
 	before, usedBefore := requests(t, c), processorTime(t, server.PID)
@@ -73,8 +72,8 @@ func TestScale(t *testing.T) {
 	took := time.Since(began)
 	after, used := requests(t, c), processorTime(t, server.PID)-usedBefore
 
-	t.Logf("%d nodes join a network that then has %d leases, within a jitter of %v, on %d cores with etcd", watchers, leases, jitter, runtime.NumCPU())
-	t.Logf("all have a lease after %v, all have the full snapshot after %v; a node takes %v (median) and %v (worst) from its start to the snapshot of that moment",
+	t.Logf("%d nodes join a network that then has %d leases, within a jitter of %v, on %d CPUs shared with etcd", watchers, leases, jitter, runtime.NumCPU())
+	t.Logf("all have a lease after %v, all have the full snapshot after %v; a node takes %v (median) and %v (maximum) from its start to its first snapshot",
 		leased.Round(time.Millisecond), took.Round(time.Millisecond), s.quantile(0.5), s.quantile(1))
 	total := 0
 	for _, name := range sortedKeys(after) {
@@ -83,30 +82,30 @@ func TestScale(t *testing.T) {
 			total += k
 		}
 	}
-	t.Logf("  %.2f requests, %.0f kB received and %.1f kB sent per join; etcd used %v of processor time, %v per join, and has %d MB",
+	t.Logf("  %.2f requests, %.0f kB received and %.1f kB sent per join; etcd used %v of CPU time, %v per join, and has %d MB",
 		float64(total)/float64(watchers), float64(s.received.Load())/1000/float64(watchers), float64(s.sent.Load())/1000/float64(watchers),
 		used.Round(time.Millisecond), (used / time.Duration(watchers)).Round(100*time.Microsecond), residentMemory(t, server.PID)>>20)
 	if watches := after["Watch"] - before["Watch"]; watches != watchers {
-		t.Errorf("%d watches of %d nodes", watches, watchers)
+		t.Errorf("%d watches by %d nodes", watches, watchers)
 	}
 
-	// One change, to everybody, when all is quiet.
+	// One change while nothing else happens.
 	time.Sleep(s.digest + time.Second)
 	s.received.Store(0)
 	began = time.Now()
-	fill(t, client, 50_000, 50_001) // not beside the others, where a joiner may be
+	fill(t, client, 50_000, 50_001) // a subnet that no joining node has
 	s.heard.Wait()
-	t.Logf("a change reached all after %v, with %d bytes to each", time.Since(began).Round(time.Millisecond), s.received.Load()/int64(watchers))
+	t.Logf("a change reached all nodes after %v, with %d bytes to each", time.Since(began).Round(time.Millisecond), s.received.Load()/int64(watchers))
 	s.stop()
 
-	c.wait(n, "has all", func(s api.Status) bool { return len(s.Peers) >= leases })
+	c.wait(n, "has all peers", func(s api.Status) bool { return len(s.Peers) >= leases })
 	time.Sleep(2 * time.Second)
 	full := residentMemory(t, daemon.PID)
-	t.Logf("a daemon has %.1f MB with no peer and %.1f MB with %d: %.2f MB per 1,000 peers, userspace datapath",
+	t.Logf("a daemon has %.1f MB without peers and %.1f MB with %d: %.2f MB per 1,000 peers, userspace datapath",
 		float64(empty)/1e6, float64(full)/1e6, leases, float64(full-empty)/1e6/float64(leases)*1000)
 }
 
-// fill writes the leases of some of many nodes.
+// fill writes the leases of nodes from to to-1.
 func fill(t *testing.T, c *clientv3.Client, from, to int) {
 	t.Helper()
 	var ops []clientv3.Op
@@ -144,8 +143,8 @@ type swarm struct {
 	cluster *cluster
 	config  subnet.Config
 	jitter  time.Duration
-	digest  time.Duration // that a node takes over a snapshot
-	want    int           // peers of each node: the real daemon, and all but itself
+	digest  time.Duration // how long a node waits after a snapshot
+	want    int           // number of peers of each node: the real daemon, and all but itself
 
 	received, sent      atomic.Int64
 	joined, full, heard sync.WaitGroup
@@ -178,7 +177,7 @@ func (s *swarm) quantile(q float64) time.Duration {
 	return s.took[int(q*float64(len(s.took)-1))].Round(time.Millisecond)
 }
 
-// live is one node: it waits for its turn, leases, and follows.
+// live is one node: it waits for its jitter, acquires a lease and watches.
 func (s *swarm) live(ctx context.Context, i int) {
 	time.Sleep(rand.N(s.jitter))
 	began := time.Now()
@@ -219,7 +218,7 @@ func (s *swarm) live(ctx context.Context, i int) {
 			full = true
 			s.full.Done()
 		}
-		if !heard && len(snapshot.Peers) > s.want { // the one more
+		if !heard && len(snapshot.Peers) > s.want { // the last change
 			heard = true
 			s.heard.Done()
 		}
@@ -229,7 +228,7 @@ func (s *swarm) live(ctx context.Context, i int) {
 	}
 }
 
-// dial counts what goes over the line.
+// dial returns a connection to etcd that counts its bytes.
 func (s *swarm) dial(ctx context.Context, address string) (net.Conn, error) {
 	c, err := s.cluster.Fabric.Dial(ctx, "tcp", address)
 	if err != nil {
@@ -255,7 +254,7 @@ func (c countedConn) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// requests is how many requests of each kind etcd says that it was sent.
+// requests returns etcd's count of requests by method.
 func requests(t *testing.T, c *cluster) map[string]int {
 	t.Helper()
 	client := &http.Client{Transport: &http.Transport{DialContext: c.Fabric.Dial, DisableKeepAlives: true}}
@@ -294,7 +293,7 @@ func sortedKeys(m map[string]int) []string {
 	return keys
 }
 
-// residentMemory is a process's, in bytes.
+// residentMemory returns a process's resident memory in bytes.
 func residentMemory(t *testing.T, pid int) int64 {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))

@@ -17,8 +17,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// serviceRules are what kube-proxy writes in its iptables mode for one service
-// with one endpoint: a ClusterIP 10.96.0.10:80, the same by UDP, and a NodePort 30080.
+// serviceRules are the rules that kube-proxy in iptables mode writes for a service with one
+// endpoint: ClusterIP 10.96.0.10:80 over TCP and UDP, and NodePort 30080.
 const serviceRules = `*nat
 :KUBE-SERVICES - [0:0]
 :KUBE-NODEPORTS - [0:0]
@@ -50,7 +50,7 @@ const serviceRules = `*nat
 COMMIT
 `
 
-// TestServices crosses each datapath with what kube-proxy does to packets:
+// TestServices reaches a service through each datapath, with kube-proxy's rules:
 //
 //	pod1 on n1, n1 itself ── ClusterIP ──┐
 //	outside ── NodePort of n1 ───────────┼── n1 ── underlay ── n2 ── pod2, the endpoint
@@ -60,7 +60,7 @@ func TestServices(t *testing.T) {
 		if os.Getenv("CULVERT_FULL") != "" {
 			t.Fatal(err)
 		}
-		t.Skip("needs iptables: make test-system installs it, and runs this test")
+		t.Skip("needs iptables: make test-system installs it and runs this test")
 	}
 	for name, flags := range map[string][]string{
 		"kernel": {"--datapath", "kernel", "--fast-path", "off"}, "fast path": {"--datapath", "kernel", "--fast-path", "on"}, "userspace": {"--datapath", "userspace"},
@@ -88,11 +88,11 @@ func TestServices(t *testing.T) {
 				network, to string
 				seenAs      netip.Addr // by the endpoint
 			}{
-				{"a pod by ClusterIP", pods[0].Namespace, "tcp", clusterIP, pods[0].Addr(true)},
-				{"a pod by ClusterIP", pods[0].Namespace, udp, clusterIP, pods[0].Addr(true)},
-				{"the node by ClusterIP", c.Nodes[0].Namespace, "tcp", clusterIP, subnets[0].Addr()},
-				{"outside by NodePort", c.Fabric, "tcp", netip.AddrPortFrom(c.Nodes[0].Addrs[0], 30080).String(), subnets[0].Addr()},
-				{"the endpoint itself by ClusterIP (hairpin)", pods[1].Namespace, "tcp", clusterIP, subnets[1].Addr().Next()},
+				{"from a pod to the ClusterIP", pods[0].Namespace, "tcp", clusterIP, pods[0].Addr(true)},
+				{"from a pod to the ClusterIP", pods[0].Namespace, udp, clusterIP, pods[0].Addr(true)},
+				{"from the node to the ClusterIP", c.Nodes[0].Namespace, "tcp", clusterIP, subnets[0].Addr()},
+				{"from outside to the NodePort", c.Fabric, "tcp", netip.AddrPortFrom(c.Nodes[0].Addrs[0], 30080).String(), subnets[0].Addr()},
+				{"from the endpoint itself to the ClusterIP (hairpin)", pods[1].Namespace, "tcp", clusterIP, subnets[1].Addr().Next()},
 			} {
 				seen, err := useService(t.Context(), u.from, u.network, u.to)
 				if err != nil {
@@ -115,7 +115,7 @@ func restoreServices(t *testing.T, n *lab.Node, endpoint netip.Addr) {
 	}
 }
 
-// serve is the endpoint: it says whom it sees, and echoes.
+// serve runs the endpoint: it sends the client's address as a line and echoes all data.
 func serve(t *testing.T, pod *lab.Pod) {
 	t.Helper()
 	at := netip.AddrPortFrom(pod.Addr(true), 8080).String()
@@ -152,8 +152,8 @@ func serve(t *testing.T, pod *lab.Pod) {
 	}()
 }
 
-// useService sends bytes there, and checks those that come back. It returns
-// whom the endpoint saw.
+// useService sends bytes to a service and checks that the same come back. It returns the
+// client address that the endpoint saw.
 func useService(ctx context.Context, from *lab.Namespace, network, to string) (netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
@@ -187,7 +187,7 @@ func useService(ctx context.Context, from *lab.Namespace, network, to string) (n
 		return netip.Addr{}, err
 	}
 	if !bytes.Equal(got, payload) {
-		return netip.Addr{}, fmt.Errorf("what came back is not what was sent")
+		return netip.Addr{}, fmt.Errorf("the echoed bytes differ from the sent ones")
 	}
 	seen, err := netip.ParseAddrPort(strings.TrimSpace(line))
 	return seen.Addr(), err
