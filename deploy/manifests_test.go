@@ -124,6 +124,16 @@ func checkDaemonSet(t *testing.T, set *appsv1.DaemonSet) {
 		}
 	}
 	pod := set.Spec.Template.Spec
+	daemon := pod.Containers[0]
+	update := set.Spec.UpdateStrategy.RollingUpdate
+	switch {
+	case update.MaxSurge.IntValue() != 1 || update.MaxUnavailable.IntValue() != 0:
+		t.Error("an update takes the old pod away before the new one has taken over")
+	case !slices.Contains(daemon.Args, "--replace") || !slices.Contains(daemon.Args, "--handed-over=wait"):
+		t.Errorf("the daemon is started with %v: the two pods of an update would stand in each other's way", daemon.Args)
+	case daemon.StartupProbe == nil || daemon.StartupProbe.Exec == nil:
+		t.Error("the new pod is ready as soon as the old one answers")
+	}
 	for _, c := range append(pod.InitContainers, pod.Containers...) {
 		for _, m := range c.VolumeMounts {
 			if !slices.ContainsFunc(pod.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name }) {
@@ -149,7 +159,7 @@ func checkDaemonSet(t *testing.T, set *appsv1.DaemonSet) {
 			t.Errorf("container %s declares ports", c.Name)
 		}
 		for _, p := range []*corev1.Probe{c.StartupProbe, c.LivenessProbe, c.ReadinessProbe} {
-			if p != nil && p.HTTPGet.Port.IntValue() == 0 {
+			if p != nil && p.HTTPGet != nil && p.HTTPGet.Port.IntValue() == 0 {
 				t.Errorf("a probe of container %s does not have a numeric port", c.Name)
 			}
 		}

@@ -2,6 +2,7 @@ package test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -147,9 +148,8 @@ func TestEmbeddedEtcd(t *testing.T) {
 	c := &cluster{Lab: l, t: t, bin: bin}
 	listen := netip.AddrPortFrom(l.Nodes[0].Addrs[0], 2379).String()
 	c.endpoint = "http://" + listen
-	startFirst := func() *lab.Process {
-		return c.start(l.Nodes[0], "--datapath", "userspace", "--embedded-etcd", "--etcd-listen", listen, "--etcd-data-dir", filepath.Join(l.Dir, "embedded"))
-	}
+	flags := []string{"--datapath", "userspace", "--embedded-etcd", "--etcd-listen", listen, "--etcd-data-dir", filepath.Join(l.Dir, "embedded")}
+	startFirst := func() *lab.Process { return c.start(l.Nodes[0], flags...) }
 	first := startFirst()
 	c.wait(l.Nodes[0], "waits for a configuration", func(s api.Status) bool { return strings.Contains(s.NotReady, "culvert config set") })
 	c.start(l.Nodes[1])
@@ -169,6 +169,21 @@ func TestEmbeddedEtcd(t *testing.T) {
 	})
 	c.put("/coreos.com/network/subnets/10.5.99.0-24", "{")
 	c.wait(l.Nodes[1], "gets changes from etcd again", func(s api.Status) bool { return len(s.Rejected) == 1 && len(s.Peers) == 1 && s.Ready })
+
+	// The server of the daemon that hands over is followed by its successor's.
+	server = childOf(t, first.PID, "culvert-etcd")
+	first, _ = c.replace(l.Nodes[0], first, flags...)
+	if alive(server) {
+		t.Error("the server of the daemon that ended goes on")
+	}
+	eventually(t, "the successor carries etcd", func() error {
+		if findChild(first.PID, "culvert-etcd") == 0 {
+			return errors.New("no server")
+		}
+		return nil
+	})
+	c.put("/coreos.com/network/subnets/10.5.98.0-24", "{")
+	c.wait(l.Nodes[1], "hears from the successor's etcd", func(s api.Status) bool { return len(s.Rejected) == 2 && len(s.Peers) == 1 && s.Ready })
 
 	// A restarted daemon is ready from its snapshot, without waiting for its etcd.
 	pods := c.pods()

@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
@@ -202,20 +201,10 @@ func TestUpgradeInUserspace(t *testing.T) {
 	}
 }
 
-// deviceIndex returns the number of the TUN device, which is another for each
-// that is made.
-func deviceIndex(t *testing.T, n *lab.Node) (index int) {
+// deviceIndex is linkIndex of the TUN device.
+func deviceIndex(t *testing.T, n *lab.Node) int {
 	t.Helper()
-	if err := n.Do(func() error {
-		l, err := netlink.LinkByName("culvert0")
-		if err == nil {
-			index = l.Attrs().Index
-		}
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	return index
+	return linkIndex(t, n, "culvert0")
 }
 
 // TestKilledWithoutSystemd kills a userspace daemon that nobody holds

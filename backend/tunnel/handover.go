@@ -14,7 +14,8 @@ import (
 // kernel keeps what arrives: the device 500 packets, a socket what its
 // buffer holds. So a successor that is quick loses nothing.
 //
-//	predecessor ── Descriptors ── systemd's store ── Options.Inherited ── successor
+//	predecessor ── Descriptors ──┬─ systemd's store ──────┬─ Options.Inherited ── successor
+//	                             └─ internal/handover ────┘
 //
 // The device lasts by itself, too, with its addresses and routes: a successor
 // without its descriptor opens it by its name.
@@ -24,6 +25,9 @@ func (t *Tunnel) Descriptors() []int {
 	all := append([]int(nil), t.sockets...)
 	if t.device != nil {
 		all = append(all, t.device.queues...)
+	}
+	if t.super != nil {
+		all = append(all, t.super.fd)
 	}
 	return all
 }

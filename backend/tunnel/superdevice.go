@@ -38,29 +38,43 @@ const (
 // errNoSuperFrames says that the kernel has no such thing.
 var errNoSuperFrames = errors.New("the kernel does not offer it (Linux 6.17 does)")
 
-// openSuperDevice makes the device and sets it up. It returns an error that
-// wraps errNoSuperFrames if the kernel is too old.
-func openSuperDevice(format encap.Format) (*superDevice, error) {
-	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("opening /dev/net/tun: %w", err)
+// openSuperDevice takes over the device that was left, or makes it, and sets it
+// up. It returns an error that wraps errNoSuperFrames if the kernel is too old.
+func (i *inherited) openSuperDevice(format encap.Format) (*superDevice, error) {
+	d := &superDevice{format: format}
+	var left bool
+	var err error
+	if d.fd, left = i.device(SuperDeviceName); !left {
+		d.fd, err = makeSuperDevice()
 	}
-	d := &superDevice{fd: fd, format: format}
-	if err := d.prepare(); err != nil {
-		return nil, errors.Join(fmt.Errorf("making the TAP device %s: %w", SuperDeviceName, err), unix.Close(fd))
+	if err == nil {
+		if err = d.prepare(); err != nil {
+			err = errors.Join(err, unix.Close(d.fd))
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("making the TAP device %s: %w", SuperDeviceName, err)
 	}
 	return d, nil
 }
 
-func (d *superDevice) prepare() error {
-	request, err := unix.NewIfreq(SuperDeviceName)
+func makeSuperDevice() (fd int, err error) {
+	fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return -1, fmt.Errorf("opening /dev/net/tun: %w", err)
 	}
-	request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-	if err := unix.IoctlIfreq(d.fd, unix.TUNSETIFF, request); err != nil {
-		return fmt.Errorf("TUNSETIFF: %w", err)
+	request, err := unix.NewIfreq(SuperDeviceName)
+	if err == nil {
+		request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
 	}
+	if err != nil {
+		return -1, errors.Join(fmt.Errorf("TUNSETIFF: %w", err), unix.Close(fd))
+	}
+	return fd, nil
+}
+
+func (d *superDevice) prepare() (err error) {
 	if err := unix.IoctlSetPointerInt(d.fd, unix.TUNSETVNETHDRSZ, superHeaderLen); err != nil {
 		return fmt.Errorf("TUNSETVNETHDRSZ: %w", err)
 	}

@@ -82,6 +82,12 @@ func (t Tuning) sourcePorts() int {
 	return 8
 }
 
+// Shape is what two tunnels must agree in, besides their Options, for one to go
+// on with the other's descriptors.
+func (t Tuning) Shape() string {
+	return fmt.Sprintf("%d queues, pairs %t, DF %t", t.queues(), !t.NoMultiQueue, t.DontFragment)
+}
+
 // Tunnel is the userspace datapath.
 type Tunnel struct {
 	options Options
@@ -210,7 +216,7 @@ func (t *Tunnel) openSuper() error {
 		return nil
 	}
 	var err error
-	t.super, err = openSuperDevice(t.format)
+	t.super, err = t.inherited.openSuperDevice(t.format)
 	if errors.Is(err, errNoSuperFrames) {
 		t.noSuper = errNoSuperFrames.Error()
 		return nil
@@ -319,19 +325,34 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	}
 	asker := backend.OpenAsker(t.options.Log)
 	defer asker.Close()
+	// Packets are carried until the other parts have ended, which takes longer.
+	carrying, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	broken := make(chan error, 1)
+	var loop sync.WaitGroup
+	loop.Go(func() {
+		if err := t.loop.Run(carrying); err != nil {
+			broken <- fmt.Errorf("%w: %w", backend.ErrBroken, err)
+		}
+	})
 	parts, ctx := errgroup.WithContext(ctx)
 	parts.Go(func() error { t.listenForPeers(ctx, asker); return nil })
 	parts.Go(func() error {
-		if err := t.loop.Run(ctx); err != nil {
-			return fmt.Errorf("%w: %w", backend.ErrBroken, err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-broken:
+			return err
 		}
-		return nil
 	})
 	parts.Go(func() error { return t.keeper.Run(ctx) })
 	if t.uplink != nil {
 		parts.Go(func() error { return t.uplink.run(ctx) })
 	}
-	return parts.Wait()
+	err := parts.Wait()
+	stop()
+	loop.Wait()
+	return err
 }
 
 // listenForPeers looks for silent peers until ctx ends.

@@ -28,6 +28,8 @@ type Status struct {
 	Rejected   []Rejection    `json:"rejected,omitempty"`
 	// Fenced is set if another node holds the subnet that this node had.
 	Fenced *Fenced `json:"fenced,omitempty"`
+	// Handover says that this daemon took over from one that ran.
+	Handover *Handover `json:"handover,omitempty"`
 	// Usage is the allocation state of each cluster network.
 	Usage []Usage `json:"usage,omitempty"`
 	// Warnings are conditions that prevent packets from being forwarded, or may.
@@ -40,6 +42,15 @@ type Fenced struct {
 	Since   time.Time      `json:"since"`
 	Reason  string         `json:"reason"`
 	Pods    int            `json:"pods,omitempty"` // pods of the lost subnet still on this node
+}
+
+// Handover is how a daemon took over from its predecessor.
+type Handover struct {
+	PID       int       `json:"pid"` // the predecessor's, as it says
+	Version   string    `json:"version"`
+	At        time.Time `json:"at"`
+	Inherited bool      `json:"inherited"`     // the datapath was never closed
+	Why       string    `json:"why,omitempty"` // it was not inherited
 }
 
 // Usage is the number of subnets allocated from one cluster network.

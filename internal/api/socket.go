@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api/readiness"
+	"culvert/internal/handover"
 )
 
 // DefaultRunDir is the default directory of the daemon's socket, subnet.env and
@@ -26,10 +27,16 @@ const DefaultRunDir = "/run/culvert"
 // SocketPath returns the daemon's socket in its run directory.
 func SocketPath(runDir string) string { return readiness.SocketPath(runDir) }
 
-// Listen opens the daemon's socket and locks the run directory until the listener
-// is closed, so that only one daemon can use it. It replaces a socket left behind
-// by a killed daemon.
-func Listen(runDir string) (net.Listener, error) {
+// Socket is the daemon's socket, and the lock of its run directory.
+type Socket struct {
+	runDir         string
+	lock, listener int // descriptors
+}
+
+// Open opens the daemon's socket, and locks the run directory until it is
+// closed: of daemons that start at one moment, one has it. A socket that a
+// killed daemon left behind is replaced.
+func Open(runDir string) (*Socket, error) {
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
 		return nil, err
 	}
@@ -37,12 +44,62 @@ func Listen(runDir string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := listen(SocketPath(runDir))
-	if err != nil {
-		_ = lock.Close()
+	defer lock.Close()
+	s := &Socket{runDir: runDir}
+	if s.lock, err = handover.Descriptor(lock); err != nil {
 		return nil, err
 	}
-	return &lockedListener{l, lock}, nil
+	if s.listener, err = listen(SocketPath(runDir)); err != nil {
+		_ = unix.Close(s.lock)
+		return nil, err
+	}
+	return s, nil
+}
+
+// Inherit returns the socket that a predecessor passed on as descriptors.
+func Inherit(runDir string, lock, listener int) *Socket { return &Socket{runDir, lock, listener} }
+
+// Descriptors returns what a successor needs. They stay the Socket's.
+func (s *Socket) Descriptors() (lock, listener int) { return s.lock, s.listener }
+
+// Sign writes this process's id into the lock.
+func (s *Socket) Sign() {
+	if unix.Ftruncate(s.lock, 0) == nil {
+		_, _ = unix.Pwrite(s.lock, fmt.Appendln(nil, os.Getpid()), 0)
+	}
+}
+
+// Close removes the socket and frees the run directory.
+func (s *Socket) Close() error {
+	return errors.Join(os.Remove(SocketPath(s.runDir)), s.Leave())
+}
+
+// Leave closes this process's share, with the socket there for a successor.
+func (s *Socket) Leave() error {
+	return errors.Join(unix.Close(s.listener), unix.Close(s.lock))
+}
+
+// Listen is Open for a process that has no successor.
+func Listen(runDir string) (net.Listener, error) {
+	s, err := Open(runDir)
+	if err != nil {
+		return nil, err
+	}
+	l, err := handover.Listener(s.listener)
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return &socketListener{l, s}, nil
+}
+
+type socketListener struct {
+	net.Listener
+	socket *Socket
+}
+
+// Close implements net.Listener.
+func (l *socketListener) Close() error {
+	return errors.Join(l.Listener.Close(), l.socket.Close())
 }
 
 // lockDir locks the run directory with flock(2), which the kernel releases when
@@ -66,36 +123,27 @@ func lockDir(runDir string) (*os.File, error) {
 	return f, nil
 }
 
-func listen(path string) (net.Listener, error) {
+func listen(path string) (fd int, err error) {
 	// A daemon of a version without the lock.
 	if c, err := net.Dial("unix", path); err == nil {
 		_ = c.Close()
-		return nil, fmt.Errorf("another daemon listens on %s: stop it, or give this one another --run-dir", path)
+		return -1, fmt.Errorf("another daemon listens on %s: stop it, or give this one another --run-dir", path)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
+		return -1, err
 	}
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
-		return nil, err
+		return -1, err
 	}
+	l.SetUnlinkOnClose(false)
+	defer l.Close()
 	// The status contains addresses and counters but no secrets; still, only root
 	// may read it.
 	if err := os.Chmod(path, 0o600); err != nil {
-		_ = l.Close()
-		return nil, err
+		return -1, errors.Join(err, os.Remove(path))
 	}
-	return l, nil
-}
-
-type lockedListener struct {
-	net.Listener
-	lock *os.File
-}
-
-// Close implements net.Listener.
-func (l *lockedListener) Close() error {
-	return errors.Join(l.Listener.Close(), l.lock.Close())
+	return handover.Descriptor(l)
 }
 
 // Handler serves GET /status.

@@ -26,10 +26,10 @@ While a daemon runs it is refused: the daemon would put everything back.`,
 				return err
 			}
 			// Held meanwhile, so that no daemon begins in the middle.
-			release, err := host.Own(host.Owner{PID: os.Getpid(), What: "culvert cleanup", Since: time.Now()})
+			own, err := host.Own(host.Owner{PID: os.Getpid(), What: "culvert cleanup", Since: time.Now()})
 			switch {
 			case err == nil:
-				defer release()
+				defer own.Release()
 			case !force:
 				return fmt.Errorf("%w (`systemctl stop culvert`), or --force: it would put everything back", err)
 			}

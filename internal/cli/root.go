@@ -135,6 +135,7 @@ Ask a running node:       culvert status`,
 		newLeaseCommand(),
 		newCNICommand(),
 		newCleanupCommand(),
+		newProbeCommand(),
 		newVersionCommand(),
 		newManCommand(),
 	)

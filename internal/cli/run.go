@@ -83,6 +83,8 @@ type runFlags struct {
 	datapath    string
 	fastPath    string
 	metrics     string
+	replace     bool
+	handedOver  string
 	logLevel    string
 	logFormat   string
 	tunnel      daemon.Tunnel
@@ -141,6 +143,8 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "who carries the packets: auto, userspace or kernel")
 	flags.StringVar(&f.fastPath, "fast-path", "off", "carry what can be by eBPF programs before the kernel's vxlan device: auto (where kernel and host allow it), on or off")
 	flags.BoolVar(&f.takeOver, "take-over-flannel", false, "remove flannel's device once the lease is held, and carry on in its place (stop flanneld first)")
+	flags.BoolVar(&f.replace, "replace", false, "take over from the daemon that runs with this --run-dir, without an interruption; without one, start as ever")
+	flags.StringVar(&f.handedOver, "handed-over", string(daemon.Exit), "when another daemon has taken over from this one: exit, or wait to be told to stop (where a supervisor would start it again, as the kubelet)")
 	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
@@ -161,7 +165,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.etcdServer.key, "etcd-server-keyfile", "", "its key (PEM)")
 	flags.StringVar(&f.etcdServer.clientCA, "etcd-server-client-cafile", "", "CA that the embedded etcd demands client certificates of (PEM)")
 	for name, values := range map[string][]string{
-		"store": {"auto", "etcd", "kubernetes"}, "datapath": {"auto", "userspace", "kernel"}, "fast-path": {"auto", "on", "off"}, "on-lost": {"fence", "release"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
+		"store": {"auto", "etcd", "kubernetes"}, "datapath": {"auto", "userspace", "kernel"}, "fast-path": {"auto", "on", "off"}, "on-lost": {"fence", "release"}, "handed-over": {"exit", "wait"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 	}
@@ -179,7 +183,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
 		Datapath: daemon.Datapath(f.datapath), FastPath: daemon.FastPath(f.fastPath), Metrics: f.metrics,
 		Tunnel: f.tunnel, Log: log,
-		TakeOverFlannel: f.takeOver,
+		TakeOverFlannel: f.takeOver, Replace: f.replace, HandedOver: daemon.HandedOver(f.handedOver),
 	}
 	if o.SubnetFile == "" {
 		o.SubnetFile = filepath.Join(f.runDir, "subnet.env")
@@ -194,6 +198,8 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		return o, usagef("--start-jitter %s: a duration, or 0 for none", f.jitter)
 	case o.OnLost != daemon.Fence && o.OnLost != daemon.Release:
 		return o, usagef("--on-lost %s: fence or release", f.onLost)
+	case o.HandedOver != daemon.Exit && o.HandedOver != daemon.Wait:
+		return o, usagef("--handed-over %s: exit or wait", f.handedOver)
 	}
 	if q := f.tunnel.Queues; q < 0 || q > 64 {
 		return o, usagef("--queues %d: 1 to 64, or 0 for the default", q)

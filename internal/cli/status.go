@@ -55,6 +55,16 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 	}
 	line("node", "%s, culvert %s, up %s", s.Node, s.Version, age(now.Sub(s.Started)))
 	line("state", "%s", state)
+	if h := s.Handover; h != nil {
+		how := "without closing the datapath"
+		if !h.Inherited {
+			how = "with a datapath of its own"
+		}
+		if h.Why != "" {
+			how += ", since " + h.Why
+		}
+		line("handover", "%s ago from pid %d, culvert %s, %s", age(now.Sub(h.At)), h.PID, h.Version, how)
+	}
 	line("network", "%s", join(s.Networks))
 	if s.Lease != nil {
 		expires := ""

@@ -10,19 +10,18 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
 	"culvert/backend/tunnel"
-	"culvert/internal/api"
+	"culvert/internal/handover"
 	"culvert/internal/host"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
@@ -59,6 +58,10 @@ type Options struct {
 	FastPath    FastPath
 	// TakeOverFlannel removes flannel's device where ours cannot be beside it.
 	TakeOverFlannel bool
+	// Replace takes over from a daemon that runs with the same run directory.
+	Replace bool
+	// HandedOver is what to do when another has taken over from this one.
+	HandedOver HandedOver
 	// Metrics is where metrics and probes are served, "" for nowhere.
 	Metrics string
 	// Embedded is the etcd server to carry along, or nil.
@@ -77,31 +80,66 @@ func Run(ctx context.Context, o Options) error {
 	if err := host.MayConfigure(); err != nil {
 		return err
 	}
-	release, err := host.AwaitOwn(ctx, o.owner(), ownerPatience)
-	if err != nil {
-		return err
-	}
-	defer release()
-	d := &node{options: o, log: o.Log, health: newHealth(o), store: newFDStore()}
-	socket, err := api.Listen(o.RunDir)
-	if err != nil {
-		return err
-	}
-	// What is asked about is served from the first moment to the last, in a
-	// context of its own: while waiting for the store is when people ask.
-	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var servers errgroup.Group
-	servers.Go(func() error { return serve(serving, socket, d.health.socket()) })
-	defer func() { _ = servers.Wait() }()
-	defer stop()
-	if o.Metrics != "" {
-		l, err := net.Listen("tcp", o.Metrics)
-		if err != nil {
-			return fmt.Errorf("serving metrics: %w (take another address with --metrics, or \"\" for none)", err)
+	for {
+		err := runOnce(ctx, o)
+		switch {
+		case !errors.Is(err, errHandedOver):
+			return err
+		case o.HandedOver != Wait:
+			return nil
 		}
-		servers.Go(func() error { return serve(serving, l, probes(d.health)) })
+		debug.FreeOSMemory()
+		if err := standBy(ctx, o); err != nil {
+			return stopped(ctx, err)
+		}
+		o.Log.Warn("the successor has ended; taking its place")
 	}
-	return d.run(ctx)
+}
+
+// standBy waits until the successor has ended.
+func standBy(ctx context.Context, o Options) error {
+	o.Log.Info("waiting to be told to stop")
+	own, err := host.AwaitOwn(ctx, o.owner(), 1<<62)
+	if err != nil {
+		return cmp.Or(ctx.Err(), err)
+	}
+	own.Release()
+	return nil
+}
+
+func runOnce(ctx context.Context, o Options) error {
+	ctx, abort := context.WithCancelCause(ctx)
+	defer abort(nil)
+	d := &node{options: o, log: o.Log, health: newHealth(o), store: newFDStore(), requests: make(chan request)}
+	// What is asked about is served from the first moment to the last: while
+	// waiting for the store is when people ask.
+	defer func() {
+		d.possessions.close()
+		if d.successor != nil {
+			_ = d.successor.Close() // last: it says that all of this is done
+		}
+	}()
+	err := d.start(ctx, abort)
+	if err == nil {
+		err = d.run(ctx)
+	}
+	if errors.Is(err, errHandedOver) {
+		return errors.Join(errHandedOver, d.store.keep(nil))
+	}
+	if back, ok := errors.AsType[takenBack](context.Cause(ctx)); ok {
+		d.possessions.passed = true
+		return back
+	}
+	return err
+}
+
+// start takes what only one daemon of a node has: from the kernel, or from a
+// daemon that runs.
+func (d *node) start(ctx context.Context, abort context.CancelCauseFunc) error {
+	if d.options.Replace {
+		return d.replace(ctx, abort)
+	}
+	return d.possess(ctx)
 }
 
 // ownerPatience is how long another daemon, or a cleanup, may take to end.
@@ -124,7 +162,11 @@ type node struct {
 	// embedded is the etcd server that is carried along, nil if there is none.
 	embedded *supervised
 	// had are the subnets that this daemon has leased.
-	had []netip.Prefix
+	had         []netip.Prefix
+	possessions possessions
+	requests    chan request   // of successors
+	takeover    *takeover      // of a start beside a running daemon, else nil
+	successor   *handover.Conn // of the daemon that this one has handed over to
 }
 
 // run goes through the start in the order in which things need each other, and
@@ -135,7 +177,11 @@ func (d *node) run(ctx context.Context) error {
 		return err
 	}
 	if d.options.Embedded != nil {
-		d.embedded = d.options.Embedded.start(ctx, d.log)
+		var after <-chan struct{}
+		if d.takeover != nil { // which has one that serves until then
+			after = d.takeover.gone
+		}
+		d.embedded = d.options.Embedded.start(ctx, after, d.log)
 		defer d.embedded.stop()
 	}
 	registry, err := d.openStore()
@@ -150,7 +196,7 @@ func (d *node) run(ctx context.Context) error {
 // stopped returns nil where an error only says that the daemon was told to
 // stop.
 func stopped(ctx context.Context, err error) error {
-	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, errKept)) {
 		return nil
 	}
 	return err

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -60,13 +61,18 @@ func choose(asked Datapath, format string, supports func(kind string) error) (ki
 
 // open chooses the datapath and opens it. Of other programs' devices that stand
 // in its way, flannel's are replaced if that was asked for; any other is named.
-func (d *node) open(c subnet.Config, l subnet.Lease, n backend.Node) (backend.Backend, error) {
+func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n backend.Node) (backend.Backend, error) {
 	d.health.notReady("opening the datapath")
 	format := c.Backend.Type
 	kind, why, err := choose(d.options.Datapath, format, host.Supports)
 	if err != nil {
 		return nil, err
 	}
+	inherited, err := d.inherit(ctx, d.datapathFacts(kind, c, l, n.Underlay))
+	if err != nil {
+		return nil, err
+	}
+	d.store.add(inherited)
 	replaces, err := d.takeOver(c, n, kind == Userspace)
 	if err != nil {
 		return nil, err

@@ -49,17 +49,25 @@ type supervised struct {
 	done   chan struct{}
 	first  chan struct{} // closed when the first server serves, or has ended
 	err    error         // why it ended, then
+	after  <-chan struct{}
 }
 
 // start starts the server, and keeps it running: it is started anew when it
-// ends.
-func (e EmbeddedEtcd) start(ctx context.Context, log *slog.Logger) *supervised {
+// ends. Where a predecessor's still serves, it starts after that (nil: at once).
+func (e EmbeddedEtcd) start(ctx context.Context, after <-chan struct{}, log *slog.Logger) *supervised {
 	// The server outlives ctx: the daemon gives its last word to etcd while
 	// stopping, and stops it last.
 	running, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	s := &supervised{cancel: cancel, done: make(chan struct{}), first: make(chan struct{})}
+	s := &supervised{cancel: cancel, done: make(chan struct{}), first: make(chan struct{}), after: after}
 	go func() {
 		defer close(s.done)
+		if after != nil {
+			select {
+			case <-after:
+			case <-running.Done():
+				return
+			}
+		}
 		// The server is told to end when the thread that started it does
 		// (Pdeathsig), so that a killed daemon leaves none behind: the thread is
 		// kept for as long as it supervises.
@@ -73,6 +81,9 @@ func (e EmbeddedEtcd) start(ctx context.Context, log *slog.Logger) *supervised {
 // await waits until the server serves. One that ended before it ever did is an
 // error.
 func (s *supervised) await(ctx context.Context) error {
+	if s.after != nil { // the predecessor's serves, or comes back as ours
+		return nil
+	}
 	var err error
 	select {
 	case <-s.first:

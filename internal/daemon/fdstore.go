@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/coreos/go-systemd/v22/activation"
@@ -44,6 +45,20 @@ func (s *fdStore) take() []int {
 	left := s.left
 	s.left = nil
 	return left
+}
+
+// peek returns what is held, which stays the store's.
+func (s *fdStore) peek() []int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.left)
+}
+
+// add holds what a predecessor passed on, until it is taken.
+func (s *fdStore) add(fds []int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.left = append(s.left, fds...)
 }
 
 // keep stores descriptors, which stay the caller's, in the place of those that

@@ -1,12 +1,9 @@
 package daemon
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
-	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -288,17 +285,6 @@ func (h *health) socket() http.Handler {
 	mux.Handle("/", api.Handler(h.status))
 	mux.Handle(readiness.Path, api.ReadinessHandler(func() readiness.Answer { return h.readiness(time.Now()) }))
 	return mux
-}
-
-// serve serves until ctx ends.
-func serve(ctx context.Context, l net.Listener, h http.Handler) error {
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
-	stop := context.AfterFunc(ctx, func() { _ = s.Close() })
-	defer stop()
-	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
 }
 
 // probes serves /metrics, /livez and /readyz.

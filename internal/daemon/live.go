@@ -36,7 +36,14 @@ func (d *node) live(ctx context.Context, r store, at place) error {
 		}
 	}
 	for {
-		t, err := d.begin(ctx, r, at)
+		waiting, done := d.untilAsked(ctx)
+		t, err := d.begin(waiting, r, at)
+		if request := done(); request != nil {
+			if err := d.give(ctx, *request, nil); errors.Is(err, errHandedOver) || ctx.Err() != nil {
+				return stopped(ctx, err)
+			}
+			continue
+		}
 		if err != nil {
 			return stopped(ctx, err)
 		}
@@ -92,7 +99,7 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 	opened, unopened := false, "" // and the last reason why not
 	for {
 		s.at, s.backend = at, config.Backend
-		path, err := d.open(config, s.lease, backend.Node{
+		path, err := d.open(ctx, config, s.lease, backend.Node{
 			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel,
 		})
 		if err != nil && opened && config.Backend != s.worked.Backend {
@@ -117,11 +124,11 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 		} else {
 			s.worked, opened, unopened = config, true, ""
 		}
-		s.path = path
+		s.path = path // until it is dropped for a successor's
 		began := time.Now()
 		err = s.serve(ctx)
 		if m, ok := errors.AsType[moved](err); ok {
-			if err := path.Close(backend.Keep); err != nil {
+			if err := s.path.Close(backend.Keep); err != nil {
 				d.log.Warn("closing the datapath for another", "error", err)
 			}
 			if !slices.Equal(m.to.publics, at.publics) || m.to.underlay.Index != at.underlay.Index {
@@ -134,12 +141,18 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 			}
 			continue
 		}
+		if errors.Is(err, errKept) && ctx.Err() == nil && !errors.Is(err, subnet.ErrLost) {
+			if err := s.path.Close(backend.Keep); err != nil {
+				d.log.Warn("closing the datapath to open it again", "error", err)
+			}
+			continue
+		}
 		if errors.Is(err, backend.ErrBroken) && ctx.Err() == nil && !errors.Is(err, subnet.ErrLost) {
 			if unopened == "" {
 				d.log.Error("the datapath is broken and is opened anew", "error", err)
 				d.health.repaired(string(host.KindLink), 1)
 			}
-			if err := path.Close(backend.Keep); err != nil {
+			if err := s.path.Close(backend.Keep); err != nil {
 				d.log.Warn("closing the broken datapath", "error", err)
 			}
 			if time.Since(began) < brokenSoon && unopened == "" {
@@ -151,15 +164,17 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 			d.log.Debug("systemd was not told", "error", err)
 		}
 		switch {
+		case errors.Is(err, errHandedOver), d.takeover.pending():
+			return errors.Join(stopped(ctx, err), s.path.Close(backend.Keep))
 		case errors.Is(err, subnet.ErrLost):
 			// Not Remove: for a moment the cluster network would be the default
 			// route's. keepInside takes away all but the word that it is unreachable.
-			return errors.Join(err, path.Close(backend.Keep), d.keepInside())
+			return errors.Join(err, s.path.Close(backend.Keep), d.keepInside())
 		case ctx.Err() != nil && d.options.ReleaseOnExit:
-			return errors.Join(stopped(ctx, err), s.file.remove(), path.Close(backend.Remove), d.release(ctx, r, s.lease))
+			return errors.Join(stopped(ctx, err), s.file.remove(), s.path.Close(backend.Remove), d.release(ctx, r, s.lease))
 		}
 		d.health.notReady("stopping")
-		return errors.Join(stopped(ctx, err), path.Close(backend.Keep))
+		return errors.Join(stopped(ctx, err), s.path.Close(backend.Keep))
 	}
 }
 
@@ -217,12 +232,15 @@ func (s *session) serve(ctx context.Context) error {
 	s.health.setDatapath(s.path)
 	// Packets are carried to the last, since the other parts take their time to
 	// end.
+	told := ctx
 	carrying, stop := context.WithCancel(context.WithoutCancel(ctx))
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	var carrier errgroup.Group
+	path, ended := s.path, make(chan struct{})
 	carrier.Go(func() error {
-		err := s.path.Run(carrying)
+		defer close(ended)
+		err := path.Run(carrying)
 		fail(err)
 		return err
 	})
@@ -238,9 +256,40 @@ func (s *session) serve(ctx context.Context) error {
 	parts.Go(func() error { return s.follow(ctx) })
 	parts.Go(func() error { return s.publish(ctx) })
 	parts.Go(func() error { return s.awaitMove(ctx) })
+	parts.Go(func() error {
+		select {
+		case <-ctx.Done():
+			return nil
+		case r := <-s.requests:
+			return asked{r}
+		}
+	})
 	err := parts.Wait()
+	if a, ok := errors.AsType[asked](err); ok {
+		err = s.hand(told, a.request, ended, func() error {
+			stop()
+			return carrier.Wait()
+		})
+	}
 	stop()
 	return errors.Join(err, carrier.Wait())
+}
+
+// hand gives the node to a successor while the datapath carries.
+func (s *session) hand(ctx context.Context, r request, ended <-chan struct{}, stop func() error) error {
+	if _, down := s.path.(backend.Down); down || !s.told {
+		return s.give(ctx, r, nil)
+	}
+	kind := Datapath(s.path.Status().Kind)
+	return s.give(ctx, r, &carrying{
+		facts: s.datapathFacts(kind, s.worked, s.lease, s.at.underlay), stop: stop, ended: ended,
+		drop: func() {
+			if err := errors.Join(s.path.Close(backend.Keep), s.store.keep(nil)); err != nil {
+				s.log.Warn("closing the datapath for the successor's", "error", err)
+			}
+			s.path = backend.Down{Format: s.backend.Type, Err: errKept, Retry: reopenAfter}
+		},
+	})
 }
 
 // follow makes the datapath equal to each snapshot. A datapath that replaces
@@ -279,7 +328,15 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 		snapshot.Config.Backend = s.backend
 		s.health.refuseConfig(errors.New("no datapath could be opened with its options (see the log)"))
 	}
+	// The running daemon, if there is one, is waited for with all that this one
+	// needs at hand.
+	if err := s.takeover.take(ctx, true); err != nil {
+		return err
+	}
 	if err := s.path.Apply(ctx, snapshot); err != nil {
+		if s.takeover.pending() {
+			return fmt.Errorf("the datapath does not follow the leases, and the running daemon's does: %w", err)
+		}
 		s.log.Error("the datapath does not follow the leases", "revision", snapshot.Revision, "error", err)
 		s.health.notReady("the datapath does not follow the leases: " + err.Error())
 		return nil
@@ -307,7 +364,7 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	}
 	s.last = &snapshot
 	s.health.ready()
-	return nil
+	return s.tookOver()
 }
 
 // publishSoon is when to try again to publish an address, since the store is

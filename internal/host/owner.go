@@ -6,10 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/handover"
 )
 
 // Owner is the one process that changes what is culvert's in a network
@@ -39,6 +42,8 @@ const ownerSocket = "@culvert-owner"
 type OwnedError struct {
 	By  Owner // PID as the kernel tells it here; the rest is zero if it does not say
 	UID uint32
+
+	seen int // its PID in this namespace, 0 if it is in another
 }
 
 // Error implements error.
@@ -53,9 +58,19 @@ func (e *OwnedError) Error() string {
 	return fmt.Sprintf("`%s` is at work in this network namespace (%s), and two would undo each other's changes: stop it first", e.By.What, who)
 }
 
-// Own makes this process the owner of its network namespace until release, or
+// Ownership is the lock, held. It outlives the process that took it where the
+// descriptor was passed on.
+type Ownership struct {
+	fd   int
+	text []byte // of the Owner
+
+	listener net.Listener // nil while nobody is answered
+	ended    chan struct{}
+}
+
+// Own makes this process the owner of its network namespace until Release, or
 // its end. An *OwnedError says that there is one.
-func Own(o Owner) (release func(), err error) {
+func Own(o Owner) (*Ownership, error) {
 	l, err := net.Listen("unix", ownerSocket)
 	if errors.Is(err, unix.EADDRINUSE) {
 		by, err := askOwner()
@@ -67,14 +82,49 @@ func Own(o Owner) (release func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("taking culvert's lock of this network namespace: %w", err)
 	}
-	text, err := json.Marshal(o)
+	fd, err := handover.Descriptor(l.(*net.UnixListener))
+	_ = l.Close()
 	if err != nil {
-		_ = l.Close()
 		return nil, err
 	}
-	ended := make(chan struct{})
+	own, err := InheritOwnership(fd, o)
+	if err == nil {
+		err = own.Answer()
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	return own, nil
+}
+
+// InheritOwnership returns the ownership that a predecessor passed on as a
+// descriptor. The predecessor answers for it until Answer.
+func InheritOwnership(fd int, o Owner) (*Ownership, error) {
+	text, err := json.Marshal(o)
+	if err != nil {
+		return nil, err
+	}
+	return &Ownership{fd: fd, text: text}, nil
+}
+
+// Descriptor is what a successor needs. It stays the Ownership's.
+func (o *Ownership) Descriptor() int { return o.fd }
+
+// Answer tells whoever asks that this process is the owner.
+func (o *Ownership) Answer() error {
+	// The kernel tells those who connect of the process that called listen last
+	// (unix_listen).
+	if err := unix.Listen(o.fd, unix.SOMAXCONN); err != nil {
+		return fmt.Errorf("listening on %s: %w", ownerSocket, err)
+	}
+	l, err := handover.Listener(o.fd)
+	if err != nil {
+		return err
+	}
+	o.listener, o.ended = l, make(chan struct{})
 	go func() {
-		defer close(ended)
+		defer close(o.ended)
 		for {
 			conn, err := l.Accept()
 			if errors.Is(err, net.ErrClosed) {
@@ -85,24 +135,38 @@ func Own(o Owner) (release func(), err error) {
 				continue
 			}
 			_ = conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-			_, _ = conn.Write(text) // it fits into the socket's buffer
+			_, _ = conn.Write(o.text) // it fits into the socket's buffer
 			_ = conn.Close()
 		}
 	}()
-	return func() {
-		_ = l.Close()
-		<-ended
-	}, nil
+	return nil
+}
+
+// Pause stops answering: who asks waits for the successor, or for Answer.
+func (o *Ownership) Pause() {
+	if o.listener == nil {
+		return
+	}
+	_ = o.listener.Close()
+	<-o.ended
+	o.listener = nil
+}
+
+// Release gives up this process's share, and so the lock, unless a descriptor
+// was passed on.
+func (o *Ownership) Release() {
+	o.Pause()
+	_ = unix.Close(o.fd)
 }
 
 // AwaitOwn is Own for a process that may come while another is just ending.
-func AwaitOwn(ctx context.Context, o Owner, most time.Duration) (release func(), err error) {
+func AwaitOwn(ctx context.Context, o Owner, most time.Duration) (*Ownership, error) {
 	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	for {
-		release, err = Own(o)
+		own, err := Own(o)
 		if err == nil {
-			return release, nil
+			return own, nil
 		}
 		select {
 		case <-ctx.Done():
@@ -134,7 +198,7 @@ func askOwner() (*OwnedError, error) {
 	if credErr != nil {
 		return nil, credErr
 	}
-	owned := &OwnedError{UID: cred.Uid}
+	owned := &OwnedError{UID: cred.Uid, seen: int(cred.Pid)}
 	_ = conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
 	if json.NewDecoder(conn).Decode(&owned.By) != nil {
 		owned.By = Owner{}
@@ -143,6 +207,19 @@ func askOwner() (*OwnedError, error) {
 		owned.By.PID = int(cred.Pid)
 	}
 	return owned, nil
+}
+
+// OwnerHere returns the owner's process id if it is in this process's PID
+// namespace, else 0: of a container, whether its own daemon is the owner.
+func OwnerHere() (pid int, err error) {
+	o, err := askOwner()
+	if err != nil {
+		return 0, fmt.Errorf("no daemon has culvert's lock of this network namespace: %w", err)
+	}
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", o.seen)); o.seen == 0 || err != nil {
+		return 0, nil
+	}
+	return o.seen, nil
 }
 
 // MayConfigure says why this process cannot change the network of its

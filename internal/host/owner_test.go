@@ -14,7 +14,7 @@ import (
 func TestU9OneOwnerPerNamespace(t *testing.T) {
 	first := host.Owner{PID: os.Getpid(), What: "culvert run", Node: "n1", RunDir: "/run/a", Store: "x", Since: time.Now()}
 	inside(t, node(t), func() error {
-		release, err := host.Own(first)
+		own, err := host.Own(first)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -28,11 +28,11 @@ func TestU9OneOwnerPerNamespace(t *testing.T) {
 		if owned.By.Same(second) || !owned.By.Same(first) {
 			t.Error("who is whose successor is not known")
 		}
-		release()
-		if release, err = host.Own(second); err != nil {
+		own.Release()
+		if own, err = host.Own(second); err != nil {
 			t.Fatalf("after the first: %v", err)
 		}
-		release()
+		own.Release()
 		return host.MayConfigure()
 	})
 }
@@ -46,8 +46,8 @@ func TestP10ManyAtOnce(t *testing.T) {
 		for range 4 {
 			all.Go(func() {
 				_ = n.Do(func() error {
-					if release, err := host.Own(host.Owner{What: "culvert run"}); err == nil {
-						releases <- release
+					if own, err := host.Own(host.Owner{What: "culvert run"}); err == nil {
+						releases <- own.Release
 					}
 					return nil
 				})

@@ -1,0 +1,28 @@
+package cli
+
+import (
+	"errors"
+
+	"github.com/spf13/cobra"
+
+	"culvert/internal/host"
+)
+
+// newProbeCommand is for a container's startup probe. Status and metrics do not
+// tell the two daemons of an update apart: until the new one has taken over, the
+// old one answers.
+func newProbeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "probe",
+		Short:  "Succeed if the node's daemon is in this container",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			pid, err := host.OwnerHere()
+			if err == nil && pid == 0 {
+				err = errors.New("the daemon of this node is not in this PID namespace: that of an update has not taken over yet")
+			}
+			return err
+		},
+	}
+}

@@ -1,0 +1,184 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/handover"
+	"culvert/internal/host"
+)
+
+// possessions are what one daemon of a node has at a time besides its datapath:
+// the lock of the network namespace, the run directory with its socket, and the
+// address of metrics and probes. All of them are descriptors, which a successor
+// gets (package handover): whoever asks between the two waits in the kernel and
+// is answered by the successor.
+type possessions struct {
+	owner   *host.Ownership
+	socket  *api.Socket
+	asked   *service // on the socket
+	metrics *service // nil without --metrics
+	// passed says that a successor has them, or still its predecessor: they are not
+	// taken down with this process.
+	passed bool
+}
+
+// possess takes them where no daemon runs.
+func (d *node) possess(ctx context.Context) error {
+	own, err := host.AwaitOwn(ctx, d.options.owner(), ownerPatience)
+	if owned, ok := errors.AsType[*host.OwnedError](err); ok && owned.By.Same(d.options.owner()) {
+		return fmt.Errorf("%w, or start this one with --replace, which takes over from it", err)
+	}
+	if err != nil {
+		return err
+	}
+	p := &d.possessions
+	p.owner = own
+	if p.socket, err = api.Open(d.options.RunDir); err != nil {
+		return err
+	}
+	_, listener := p.socket.Descriptors()
+	p.asked = &service{fd: listener, handler: d.socketHandler()}
+	if d.options.Metrics != "" {
+		fd, err := listenTCP(d.options.Metrics)
+		if err != nil {
+			return err
+		}
+		p.metrics = &service{fd: fd, handler: probes(d.health)}
+	}
+	return p.serve()
+}
+
+func listenTCP(address string) (fd int, err error) {
+	l, err := net.Listen("tcp", address)
+	if err == nil {
+		fd, err = handover.Descriptor(l.(*net.TCPListener))
+		_ = l.Close()
+	}
+	if err != nil {
+		return -1, fmt.Errorf("serving metrics: %w (take another address with --metrics, or \"\" for none)", err)
+	}
+	return fd, nil
+}
+
+// serve answers what is asked.
+func (p *possessions) serve() error {
+	err := p.asked.start()
+	if p.metrics != nil {
+		err = errors.Join(err, p.metrics.start())
+	}
+	return err
+}
+
+// pause stops taking connections; requests that were read are answered.
+func (p *possessions) pause() {
+	p.owner.Pause()
+	p.asked.pause()
+	if p.metrics != nil {
+		p.metrics.pause()
+	}
+}
+
+// close ends what is here: for good, or only this process's share of it.
+func (p *possessions) close() {
+	if p.asked != nil {
+		p.asked.stop()
+	}
+	if p.metrics != nil {
+		p.metrics.stop()
+		_ = unix.Close(p.metrics.fd)
+	}
+	switch {
+	case p.socket == nil:
+	case p.passed:
+		_ = p.socket.Leave()
+	default:
+		_ = p.socket.Close()
+	}
+	if p.owner != nil {
+		p.owner.Release()
+	}
+}
+
+// service is a listening socket, and what is served on it.
+type service struct {
+	fd      int
+	handler http.Handler
+
+	now    *serving       // nil while nothing is served
+	ending sync.WaitGroup // those that answer their last requests
+}
+
+// serving is a server on a service's socket.
+type serving struct {
+	listener net.Listener
+	server   *http.Server
+	accepts  chan struct{}  // closed when it takes no more connections
+	open     sync.WaitGroup // connections
+}
+
+// start serves until pause or stop.
+func (s *service) start() error {
+	l, err := handover.Listener(s.fd)
+	if err != nil {
+		return err
+	}
+	v := &serving{listener: l, accepts: make(chan struct{})}
+	v.server = &http.Server{Handler: s.handler, ReadHeaderTimeout: 5 * time.Second, ConnState: v.count}
+	s.now = v
+	go func() {
+		defer close(v.accepts)
+		_ = v.server.Serve(l) // until l is closed
+	}()
+	return nil
+}
+
+func (v *serving) count(_ net.Conn, state http.ConnState) {
+	switch state {
+	case http.StateNew:
+		v.open.Add(1)
+	case http.StateClosed, http.StateHijacked:
+		v.open.Done()
+	}
+}
+
+// lastAnswers is how long requests that have come may take when their daemon
+// ends.
+const lastAnswers = time.Second
+
+// pause takes no more connections, and returns at once. Requests on those that
+// were taken are answered (which http.Server.Shutdown would not do with the last
+// one).
+func (s *service) pause() {
+	v := s.now
+	if v == nil {
+		return
+	}
+	s.now = nil
+	_ = v.listener.Close()
+	<-v.accepts
+	v.server.SetKeepAlivesEnabled(false)
+	s.ending.Go(func() {
+		timer := time.AfterFunc(lastAnswers, func() { _ = v.server.Close() })
+		defer timer.Stop()
+		v.open.Wait()
+	})
+}
+
+// stop ends all connections.
+func (s *service) stop() {
+	if v := s.now; v != nil {
+		s.now = nil
+		_ = v.server.Close()
+		<-v.accepts
+	}
+	s.ending.Wait()
+}

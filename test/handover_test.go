@@ -1,0 +1,490 @@
+package test
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/handover"
+	"culvert/internal/lab"
+)
+
+// replace starts a daemon beside the one that runs, and waits until it has taken
+// its place.
+func (c *cluster) replace(n *lab.Node, old *lab.Process, flags ...string) (*lab.Process, api.Status) {
+	c.t.Helper()
+	p := c.start(n, append([]string{"--replace"}, flags...)...)
+	select {
+	case <-old.Exited():
+	case <-p.Exited():
+		c.t.Fatalf("the successor ended: %v\n%s", p.Err(), p.Tail(10))
+	case <-time.After(30 * time.Second):
+		c.t.Fatalf("the daemon does not end\n%s\n%s", old.Tail(10), p.Tail(10))
+	}
+	if err := old.Err(); err != nil {
+		c.t.Errorf("the daemon that handed over: %v\n%s", err, old.Tail(10))
+	}
+	return p, c.wait(n, "taken over", func(s api.Status) bool { return s.Ready && s.Handover != nil })
+}
+
+// bulk is a TCP transfer of random bytes that lasts until stop, which compares
+// the sums of both ends.
+type bulk struct {
+	cancel   context.CancelFunc
+	ended    sync.WaitGroup
+	sent     [32]byte
+	received [32]byte
+	n        int64
+	errs     [2]error
+}
+
+func startBulk(t testing.TB, from, to *lab.Pod) *bulk {
+	t.Helper()
+	l, err := to.Listen(t.Context(), "tcp", netip.AddrPortFrom(to.Addrs[0], 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	b := &bulk{cancel: cancel}
+	b.ended.Go(func() {
+		defer l.Close()
+		b.errs[0] = func() error {
+			c, err := l.Accept()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			sum := sha256.New()
+			b.n, err = io.Copy(sum, c)
+			sum.Sum(b.received[:0])
+			return err
+		}()
+	})
+	c, err := from.Dial(t.Context(), "tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.ended.Go(func() {
+		defer c.Close()
+		b.errs[1] = func() error {
+			sum, block, random := sha256.New(), make([]byte, 64<<10), rand.NewChaCha8([32]byte{2})
+			for ctx.Err() == nil {
+				_, _ = random.Read(block)
+				sum.Write(block)
+				if err := c.SetWriteDeadline(time.Now().Add(30 * time.Second)); err != nil {
+					return err
+				}
+				if _, err := c.Write(block); err != nil {
+					return err
+				}
+				time.Sleep(time.Millisecond)
+			}
+			sum.Sum(b.sent[:0])
+			return nil
+		}()
+	})
+	t.Cleanup(func() { cancel(); l.Close(); c.Close(); b.ended.Wait() })
+	return b
+}
+
+func (b *bulk) stop() (int64, error) {
+	b.cancel()
+	b.ended.Wait()
+	if err := errors.Join(b.errs[:]...); err != nil {
+		return b.n, err
+	}
+	if b.sent != b.received {
+		return b.n, errors.New("what arrived is not what was sent")
+	}
+	return b.n, nil
+}
+
+// scraper asks a node for its readiness and metrics, each time by a new
+// connection, as probes do, until stop, which returns what failed.
+type scraper struct {
+	cancel context.CancelFunc
+	ended  sync.WaitGroup
+	asked  int
+	failed []string
+}
+
+func startScraper(t testing.TB, n *lab.Node) *scraper {
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &scraper{cancel: cancel}
+	client := &http.Client{Transport: &http.Transport{DialContext: n.Dial, DisableKeepAlives: true}, Timeout: 10 * time.Second}
+	s.ended.Go(func() {
+		for ctx.Err() == nil {
+			for _, path := range []string{"/readyz", "/readyz", "/readyz", "/metrics"} {
+				r, err := client.Get("http://127.0.0.1:9472" + path)
+				s.asked++
+				if err != nil {
+					s.failed = append(s.failed, err.Error())
+					continue
+				}
+				text, err := io.ReadAll(r.Body)
+				r.Body.Close()
+				if err != nil || r.StatusCode != http.StatusOK {
+					s.failed = append(s.failed, fmt.Sprint(path, " ", r.Status, " ", string(text[:min(len(text), 200)]), err))
+				}
+				time.Sleep(2 * time.Millisecond)
+			}
+		}
+	})
+	t.Cleanup(func() { cancel(); s.ended.Wait() })
+	return s
+}
+
+func (s *scraper) stop() (int, []string) {
+	s.cancel()
+	s.ended.Wait()
+	return s.asked, s.failed
+}
+
+// TestReplace has daemons take over from one another under pings, a transfer and
+// a scraper: nothing is lost, the device is never another, and no connection is
+// refused. CULVERT_TEST_PINGS=3000 is the long form.
+//
+//	pod ── n1: daemon ► daemon ► daemon ── fabric ── n2 ── pod
+func TestReplace(t *testing.T) {
+	for _, datapath := range datapaths {
+		t.Run(datapath, func(t *testing.T) {
+			c := newCluster(t, 2)
+			c.datapath = datapath
+			c.setConfig(config)
+			n := c.Nodes[0]
+			p := c.startAll()[0]
+			pods := c.pods()
+			ping(t, pods[0], pods[1])
+			before := c.waitReady(n, 1)
+			file, err := os.Stat(before.SubnetFile)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pings, there, scraped := startPings(t, pods[0], pods[1]), startBulk(t, pods[0], pods[1]), startScraper(t, n)
+			back := startBulk(t, pods[1], pods[0])
+			index := linkIndex(t, n, before.Datapath.Device)
+			began := time.Now()
+			var after api.Status
+			for i := range 3 {
+				if i > 0 {
+					time.Sleep(time.Until(began.Add(time.Duration(i) * pingTrain / 3)))
+				}
+				old := p
+				p, after = c.replace(n, old)
+				if after.Handover.PID != old.PID || !after.Handover.Inherited || after.Handover.Why != "" {
+					t.Errorf("the status says %+v", after.Handover)
+				}
+				if len(after.Datapath.Repairs) != 0 || linkIndex(t, n, after.Datapath.Device) != index {
+					t.Errorf("repaired %v, device %d and before it %d", after.Datapath.Repairs, linkIndex(t, n, after.Datapath.Device), index)
+				}
+			}
+			time.Sleep(time.Until(began.Add(pingTrain)))
+			sent, lost := pings.stop()
+			t.Logf("of %d pings %d lost, the slowest took %s", sent, lost, pings.slowest)
+			if lost != 0 {
+				t.Errorf("of %d pings %d were lost", sent, lost)
+			}
+			for _, b := range []*bulk{there, back} {
+				n, err := b.stop()
+				t.Logf("%d MB arrived", n>>20)
+				if err != nil {
+					t.Error(err)
+				}
+			}
+			asked, failed := scraped.stop()
+			t.Logf("asked %d times", asked)
+			if len(failed) > 0 {
+				t.Errorf("of %d probes %d failed: %v", asked, len(failed), failed[:min(3, len(failed))])
+			}
+			now, err := os.Stat(after.SubnetFile)
+			if err != nil || after.Lease.Subnets[0] != before.Lease.Subnets[0] {
+				t.Errorf("the lease is %v, and was %v; %v", after.Lease, before.Lease, err)
+			}
+			if now != nil && file.ModTime().After(now.ModTime()) {
+				t.Error("subnet.env went back in time")
+			}
+			// The lock is the last one's.
+			other := c.start(n)
+			<-other.Exited()
+			if text := other.Tail(5); !strings.Contains(text, fmt.Sprint("pid ", p.PID)) || !strings.Contains(text, "--replace") {
+				t.Errorf("another daemon is told: %s", text)
+			}
+		})
+	}
+}
+
+// TestReplaceAnother starts successors of another configuration: they say what
+// is another, open a datapath of their own, and the pods go on.
+func TestReplaceAnother(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	p := c.startAll()[0]
+	pods := c.pods()
+	ping(t, pods[0], pods[1])
+	flow := startFlow(t, pods[0], pods[1])
+	for _, step := range []struct{ datapath, flag, why string }{
+		{"kernel", "", "datapath is kernel, and was userspace"},
+		{"userspace", "", "datapath is userspace, and was kernel"},
+		{"userspace", "--no-multi-queue", "queues"},
+	} {
+		c.datapath = step.datapath
+		flags := []string{"--log-level=info"}
+		if step.flag != "" {
+			flags = append(flags, step.flag)
+		}
+		var s api.Status
+		p, s = c.replace(n, p, flags...)
+		if s.Handover.Inherited || !strings.Contains(s.Handover.Why, step.why) || s.Datapath.Kind != step.datapath {
+			t.Errorf("%v: the status says %+v, %s", step, s.Handover, s.Datapath.Kind)
+		}
+		c.goesOn(flow)
+	}
+	// One that cannot start leaves the node to the running daemon.
+	failing := c.start(n, "--replace", "--iface", "none0")
+	<-failing.Exited()
+	if failing.Err() == nil {
+		t.Error("a daemon without an underlay started")
+	}
+	c.wait(n, "as before", func(s api.Status) bool { return s.Ready && s.Handover.PID != 0 })
+	c.goesOn(flow)
+	select {
+	case <-p.Exited():
+		t.Errorf("the running daemon ended: %v", p.Tail(5))
+	default:
+	}
+	if _, _, err := flow.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestStandBy has a daemon wait that has handed over, as in a pod of an update
+// until the kubelet ends it: when its successor ends first, it takes its place.
+func TestStandBy(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	old := c.startAll("--handed-over=wait")[0]
+	pods := c.pods()
+	ping(t, pods[0], pods[1])
+	probe := func(inContainer bool) error {
+		args := []string{filepath.Join(c.bin, "culvert"), "probe"}
+		if inContainer {
+			args = append([]string{"unshare", "--pid", "--fork", "--mount-proc"}, args...)
+		}
+		_, err := n.Run(t.Context(), args[0], args[1:]...)
+		return err
+	}
+	if err := probe(false); err != nil {
+		t.Errorf("beside the daemon: %v", err)
+	}
+	if err := probe(true); err == nil {
+		t.Error("in another container than the daemon's, the probe succeeds")
+	}
+	next := c.start(n, "--replace", "--handed-over=wait")
+	c.wait(n, "taken over", func(s api.Status) bool { return s.Ready && s.Handover != nil && s.Handover.PID == old.PID })
+	if err := probe(false); err != nil {
+		t.Errorf("beside the successor: %v", err)
+	}
+	select {
+	case <-old.Exited():
+		t.Fatalf("the daemon that handed over has ended: %s", old.Tail(5))
+	default:
+	}
+	// The successor crashes.
+	if err := next.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	c.wait(n, "back again", func(s api.Status) bool { return s.Ready && s.Handover == nil && len(s.Peers) == 1 })
+	ping(t, pods[0], pods[1])
+	// Another one takes over, and the old one is told to stop.
+	c.start(n, "--replace")
+	c.wait(n, "taken over again", func(s api.Status) bool { return s.Ready && s.Handover != nil })
+	stop(t, old)
+	if s := c.waitReady(n, 1); s.Handover == nil {
+		t.Error("the daemon that waited took the node with it")
+	}
+	ping(t, pods[0], pods[1])
+}
+
+// pingTrain is how long TestReplace sends pings, 100 a second.
+var pingTrain = pingEvery * time.Duration(pingsFromEnv())
+
+func pingsFromEnv() int {
+	if n, err := strconv.Atoi(os.Getenv("CULVERT_TEST_PINGS")); err == nil {
+		return n
+	}
+	return 500
+}
+
+// TestReplaceKilled kills one of the two with SIGKILL at each message of the
+// handover: the other carries on, and nothing is lost. The messages pass through
+// the test, which has the daemon's socket meanwhile:
+//
+//	successor ── run-dir/culvert.sock (the test) ── run-dir/culvert.sock.real ── running daemon
+func TestReplaceKilled(t *testing.T) {
+	for _, datapath := range datapaths {
+		t.Run(datapath, func(t *testing.T) {
+			c := newCluster(t, 2)
+			c.datapath = datapath
+			c.setConfig(config)
+			n := c.Nodes[0]
+			running := c.startAll()[0]
+			pods := c.pods()
+			ping(t, pods[0], pods[1])
+			// Before the descriptors are passed on, the running daemon's end is any end.
+			running = c.killAt(n, running, handover.Hello, "running daemon", false)
+			running = c.killAt(n, running, handover.Offer, "running daemon", false)
+			pings, there := startPings(t, pods[0], pods[1]), startBulk(t, pods[0], pods[1])
+			for _, step := range []handover.Step{handover.Offer, handover.Take, handover.Yours, handover.Running} {
+				for _, victim := range []string{"successor", "running daemon"} {
+					for _, passed := range []bool{false, true} {
+						if step == handover.Running && passed || step == handover.Offer && victim == "running daemon" && !passed {
+							continue // after the end, and above
+						}
+						running = c.killAt(n, running, step, victim, passed)
+					}
+				}
+			}
+			sent, lost := pings.stop()
+			t.Logf("of %d pings %d lost, the slowest took %s", sent, lost, pings.slowest)
+			if lost != 0 {
+				t.Errorf("of %d pings %d were lost", sent, lost)
+			}
+			if _, err := there.stop(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// killAt starts a successor, kills one of the two when a message is due, before
+// or after it is passed on, and returns the daemon that is left.
+func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, victim string, passed bool) *lab.Process {
+	c.t.Helper()
+	name := fmt.Sprintf("%s, %s killed, passed %t", at, victim, passed)
+	socket := api.SocketPath(n.RunDir)
+	real := socket + ".real"
+	if err := os.Rename(socket, real); err != nil {
+		c.t.Fatal(err)
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	var successor *lab.Process
+	started, done := make(chan struct{}), make(chan struct{})
+	// Without the descriptors the successor starts as where none ran.
+	alone := victim == "running daemon" && (at == handover.Hello || at == handover.Offer && !passed)
+	kill := func() {
+		if alone {
+			_ = os.Remove(socket)
+		}
+		p := running
+		if victim == "successor" {
+			p = successor
+		}
+		_ = p.Kill() // and is reaped: what it had open is closed
+	}
+	server := &http.Server{Handler: handover.Handler(func(to *handover.Conn, hello handover.Message) {
+		defer close(done)
+		defer to.Close()
+		<-started
+		if at == handover.Hello {
+			kill()
+			return
+		}
+		from, offer, err := handover.Ask(c.t.Context(), real, hello)
+		if err != nil {
+			c.t.Errorf("%s: %v", name, err)
+			return
+		}
+		defer from.Close()
+		pass := func(m handover.Message, on *handover.Conn, fds ...int) bool {
+			if m.Step == at && !passed {
+				kill()
+				return false
+			}
+			_ = on.Send(m, fds...)
+			if m.Step == at {
+				kill()
+				return false
+			}
+			return true
+		}
+		fds := from.TakeDescriptors()
+		more := pass(offer, to, fds...)
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+		if !more {
+			return
+		}
+		ofRunning, ofSuccessor := from.Messages(), to.Messages()
+		for {
+			var m handover.Message
+			var on *handover.Conn
+			var ok bool
+			select {
+			case m, ok = <-ofRunning:
+				on = to
+			case m, ok = <-ofSuccessor:
+				on = from
+			}
+			if !ok {
+				c.t.Errorf("%s: the connection ended before", name)
+				return
+			}
+			if !pass(m, on) {
+				return
+			}
+		}
+	})}
+	go func() { _ = server.Serve(l) }()
+	successor = c.start(n, "--replace")
+	close(started)
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		c.t.Fatalf("%s: nothing happens\n%s\n%s", name, running.Tail(10), successor.Tail(10))
+	}
+	_ = server.Close()
+	left, gone := successor, running
+	if victim == "successor" {
+		left, gone = running, successor
+	}
+	<-gone.Exited()
+	if !alone { // else the successor has made its own
+		if err := os.Rename(real, socket); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	s := c.wait(n, name, func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 })
+	select {
+	case <-left.Exited():
+		c.t.Fatalf("%s: both have ended: %v\n%s", name, left.Err(), left.Tail(10))
+	default:
+	}
+	if victim == "running daemon" && !alone && (s.Handover == nil || !s.Handover.Inherited) {
+		c.t.Errorf("%s: the status says %+v", name, s.Handover)
+	}
+	_ = os.Remove(filepath.Join(n.RunDir, filepath.Base(real)))
+	return left
+}
