@@ -30,7 +30,8 @@ func Pace(ctx context.Context, news <-chan struct{}, take func() (s Snapshot, fr
 			return
 		}
 		// Building a snapshot of thousands of leases takes milliseconds. Pause for 4
-		// times that, so that a burst of joining nodes costs at most 20 % of a core.
+		// times that, so that a burst of joining nodes costs at most 20 % of a core
+		// (more only if building one takes over 50 ms).
 		gather := time.NewTimer(min(4*built, gatherLimit))
 		select {
 		case <-ctx.Done():

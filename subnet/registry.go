@@ -56,7 +56,7 @@ type Snapshot struct {
 	Self     Lease   // this node's own lease, from the store, or as last held
 	Peers    []Lease // every other lease in force, sorted by subnet
 	Rejected []Rejection
-	Usage    []Usage // per network of Config
+	Usage    []Usage // per network of Config; nil if the store does not allocate subnets
 	// ConfigRefused is why the configuration in the store is not in use: it is
 	// missing, invalid, or requires a restart. Config is then the last good one.
 	// Empty if the configuration is in use.

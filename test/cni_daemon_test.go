@@ -166,7 +166,7 @@ func TestCNIInstallStatusUninstall(t *testing.T) {
 	if err := os.Remove(filepath.Join(dir, "bin", "host-local")); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := report(); err == nil || len(r.Rivals) != 1 || !strings.Contains(r.NotReady, "host-local: it is not there") {
+	if r, err := report(); err == nil || len(r.Rivals) != 1 || !strings.Contains(r.NotReady, "host-local: it does not exist") {
 		t.Errorf("status of an incomplete installation: %+v (%v)", r, err)
 	}
 	if out, err := culvert("uninstall"); err != nil {
