@@ -108,6 +108,16 @@ func udpPort(port uint16) rule {
 	return rule{fmt.Sprintf("udp dport %d", port), append(protocol(unix.IPPROTO_UDP, "").exprs, r.exprs...), ""}
 }
 
+// notUDP matches what is not UDP, and notUDPPort UDP to another port.
+func notUDP() rule {
+	return meta("meta l4proto != udp", expr.MetaKeyL4PROTO, expr.CmpOpNeq, []byte{unix.IPPROTO_UDP})
+}
+
+func notUDPPort(port uint16) rule {
+	r := transport(2, 2, false, binaryutil.BigEndian.PutUint16(port))
+	return rule{fmt.Sprintf("udp dport != %d", port), append(protocol(unix.IPPROTO_UDP, "").exprs, r.exprs...), ""}
+}
+
 // transport compares bytes at an offset in what is above IP.
 func transport(offset, length uint32, equal bool, data []byte) rule {
 	op, word := expr.CmpOpEq, ""
@@ -172,13 +182,18 @@ func notTheWayBack() rule {
 	}, ""}
 }
 
-// translated matches what had another destination when it came.
-func translated() rule {
+// translated matches what had another destination when it came, and untranslated
+// what had not. What conntrack does not follow is matched by neither.
+func translated() rule { return dnat("ct status dnat", expr.CmpOpNeq) }
+
+func untranslated() rule { return dnat("ct status & dnat == 0", expr.CmpOpEq) }
+
+func dnat(text string, op expr.CmpOp) rule {
 	status := binaryutil.NativeEndian.PutUint32(1 << 5) // IPS_DST_NAT (nf_conntrack_common.h)
-	return rule{"ct status dnat", []expr.Any{
+	return rule{text, []expr.Any{
 		&expr.Ct{Register: 1, Key: expr.CtKeySTATUS},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: status, Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+		&expr.Cmp{Op: op, Register: 1, Data: make([]byte, 4)},
 	}, ""}
 }
 

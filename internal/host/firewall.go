@@ -100,6 +100,44 @@ func (t Tunnel) is() rule {
 	return udpPort(t.Port)
 }
 
+// notOf returns the lines that let all pass that is no VXLAN packet of these
+// tunnels, so that it meets no further line. Nothing follows that would concern
+// it. None if the tunnels are IPIP's.
+func notOf(tunnels []Tunnel) []rule {
+	port := tunnels[0].Port
+	if port == 0 || slices.ContainsFunc(tunnels, func(t Tunnel) bool { return t.Port != port }) {
+		return nil
+	}
+	return []rule{all(notUDP(), leave()), all(notUDPPort(port), leave())}
+}
+
+// expected returns the lines that let the packets of peers pass, before all that
+// would look at them one by one: what is no translation, comes in by the underlay
+// (which no line of forged concerns), not from this node's own pods, and belongs
+// to its peer. So most packets meet one line.
+func (t Tunnel) expected() []rule {
+	if t.Device == "" || t.Port == 0 || t.Underlay == "" || !t.Subnet.IsValid() {
+		return nil
+	}
+	is, right := t.inner()
+	var lines []rule
+	for _, s := range t.sets() {
+		lines = append(lines, all(inputDevice(t.Underlay), is, untranslated(), address("saddr", false, t.Subnet), right, s.pair(), leave()))
+	}
+	return lines
+}
+
+// inner matches VXLAN packets of our VNI, and, as the second part, those of them
+// that have an IP packet of the family inside.
+func (t Tunnel) inner() (is, right rule) {
+	ethertype := []byte{0x08, 0x00}
+	if !t.is4() {
+		ethertype = []byte{0x86, 0xdd}
+	}
+	is = all(t.isNamed(), transport(vxlanVNI, 3, true, []byte{byte(t.VNI >> 16), byte(t.VNI >> 8), byte(t.VNI)}))
+	return is, transport(vxlanEtherType, 2, true, ethertype)
+}
+
 // received returns the lines that drop what may not come in: packets that a
 // kernel device would take, but of strangers, or of a peer with an inner source
 // that is not in its subnet. What belongs to a peer leaves by the first line, or
@@ -109,17 +147,9 @@ func (t Tunnel) is() rule {
 // has not seen the packet. IPIP has no number of its own like the VNI: its packets are ours
 // if they lead into the cluster network.
 func (t Tunnel) received() []rule {
-	is4, is := t.is4(), t.isNamed()
-	var right rule
-	if t.Port == 0 {
-		right = innerDestination(t.Network)
-	} else {
-		ethertype := []byte{0x08, 0x00}
-		if !is4 {
-			ethertype = []byte{0x86, 0xdd}
-		}
-		is = all(is, transport(vxlanVNI, 3, true, []byte{byte(t.VNI >> 16), byte(t.VNI >> 8), byte(t.VNI)}))
-		right = transport(vxlanEtherType, 2, true, ethertype)
+	is, right := t.isNamed(), innerDestination(t.Network)
+	if t.Port != 0 {
+		is, right = t.inner()
 	}
 	var lines []rule
 	for _, s := range t.sets() {
@@ -284,6 +314,12 @@ func (f Firewall) table() *table {
 		t.chains = append(t.chains, chain{"postrouting", lines})
 	}
 	var in, inner, out, departed []rule
+	if len(f.Tunnels) > 0 {
+		in = notOf(f.Tunnels)
+	}
+	for _, tunnel := range f.Tunnels {
+		in = append(in, tunnel.expected()...)
+	}
 	for _, tunnel := range f.Tunnels {
 		in = append(in, tunnel.arriving()...)
 		if tunnel.Device == "" && tunnel.Port == 0 {
