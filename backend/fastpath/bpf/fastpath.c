@@ -620,6 +620,14 @@ inline_always __u32 way_of(__u32 gso, const struct tunnel *t, struct flow *f, in
 	return f->way;
 }
 
+// left_at_once says that a large frame is the device's whatever it holds, before it
+// has cost more than that: nearly all bulk is such where frames come joined. What is
+// left takes no look at its source here, and has a full one below.
+inline_always int left_at_once(__u32 gso, const struct flow *f)
+{
+	return gso && (!f || f->way != JOINED);
+}
+
 // joining keeps account of what the pair of veth holds of a flow: by is what goes in,
 // or, negative, what comes out. at is where the TCP header is.
 inline_always void joining(struct __sk_buff *skb, struct flow *f, int at, int by)
@@ -726,17 +734,19 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	length -= COST4;
 	outer.word[0] = h.outer.ip.saddr;
 	source.word[0] = h.ip.saddr;
+	destination.word[0] = h.ip.daddr;
+	if (!(h.ip.frag_off & bpf_htons(0x3fff)) && (h.ip.protocol == IPPROTO_TCP || h.ip.protocol == IPPROTO_UDP))
+		bpf_skb_load_bytes(skb, ETH_HLEN + COST4 + h.ip.ihl * 4, &ports, 4);
+	f = flow_of(&source, &destination, ports);
+	if (left_at_once(gso, f))
+		return leave(f, SLOW_IN_SEGMENTS);
 	if (!known(t, &outer, &source))
 		return slow(SLOW_IN_SOURCE);
-	destination.word[0] = h.ip.daddr;
 	if (!ours(t, &destination))
 		return slow(SLOW_IN_DESTINATION);
 	class = decapsulated(h.outer.ip.tos, h.ip.tos);
 	if (class < 0)
 		return slow(SLOW_IN_ECN);
-	if (!(h.ip.frag_off & bpf_htons(0x3fff)) && (h.ip.protocol == IPPROTO_TCP || h.ip.protocol == IPPROTO_UDP))
-		bpf_skb_load_bytes(skb, ETH_HLEN + COST4 + h.ip.ihl * 4, &ports, 4);
-	f = flow_of(&source, &destination, ports);
 	if (bpf_ntohs(h.ip.tot_len) != length || length < h.ip.ihl * 4)
 		return leave(f, SLOW_IN_LENGTH);
 	way = way_of(gso, t, f, h.ip.protocol == IPPROTO_TCP, length);
@@ -798,18 +808,20 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	length -= COST6;
 	__builtin_memcpy(&outer, &h.outer.ip.saddr, 16);
 	__builtin_memcpy(&source, &h.ip.saddr, 16);
+	__builtin_memcpy(&destination, &h.ip.daddr, 16);
+	if (h.ip.nexthdr == IPPROTO_TCP || h.ip.nexthdr == IPPROTO_UDP)
+		bpf_skb_load_bytes(skb, ETH_HLEN + COST6 + sizeof(h.ip), &ports, 4);
+	f = flow_of(&source, &destination, ports);
+	if (left_at_once(gso, f))
+		return leave(f, SLOW_IN_SEGMENTS);
 	if (!known(t, &outer, &source))
 		return slow(SLOW_IN_SOURCE);
-	__builtin_memcpy(&destination, &h.ip.daddr, 16);
 	if (!ours(t, &destination))
 		return slow(SLOW_IN_DESTINATION);
 	inner_class = h.ip.flow_lbl[0] >> 4;
 	class = decapsulated(h.outer.ip.flow_lbl[0] >> 4, inner_class);
 	if (class < 0)
 		return slow(SLOW_IN_ECN);
-	if (h.ip.nexthdr == IPPROTO_TCP || h.ip.nexthdr == IPPROTO_UDP)
-		bpf_skb_load_bytes(skb, ETH_HLEN + COST6 + sizeof(h.ip), &ports, 4);
-	f = flow_of(&source, &destination, ports);
 	if (bpf_ntohs(h.ip.payload_len) + sizeof(h.ip) != length)
 		return leave(f, SLOW_IN_LENGTH);
 	way = way_of(gso, t, f, h.ip.nexthdr == IPPROTO_TCP, length);
