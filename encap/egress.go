@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,8 +18,12 @@ type egress struct {
 	fragmenter [2]Source
 	classes    uint8   // the bits of the inner traffic class that the outer one bears
 	super      uintptr // descriptor of the device that takes super-frames, if Offload says that there is one
-	device     uintptr // descriptor
+	device     uintptr // descriptor of the first queue
 	counters   *Counters
+
+	moves *atomic.Uint64 // see Options
+	moved uint64         // of moves, by when nothing was left in the first queue
+	held  []byte         // a frame that others go before
 
 	dontFragment bool // super-frames bear DF
 
@@ -62,6 +67,7 @@ func newEgress(c *common, sources [2][]Source, counters *Counters) *egress {
 		cut:      newSegmenter(),
 		used:     slabStart,
 		scratch:  make([]byte, 0, maxFrame),
+		held:     make([]byte, 0, maxFrame),
 	}
 }
 
@@ -73,12 +79,13 @@ const (
 
 // drain sends what the device holds, or as much as is one turn's.
 func (e *egress) drain(device uintptr) error {
-	err := e.read(device)
+	_, err := e.read(device)
 	e.flush()
 	return errors.Join(err, e.failed)
 }
 
-func (e *egress) read(device uintptr) error {
+// read reads a turn's frames, and says whether there are no more.
+func (e *egress) read(device uintptr) (dry bool, err error) {
 	for frames, bytes := 0, 0; frames < turnFrames && bytes < turnBytes; {
 		at := e.used + frameHeadroom
 		n, errno := read(device, e.slab[at:at+maxFrame])
@@ -86,11 +93,19 @@ func (e *egress) read(device uintptr) error {
 		if errno != 0 {
 			switch deviceRead.of(errno).fault {
 			case faultDry:
-				return nil
+				return true, nil
 			case faultAgain:
 				continue
 			default:
-				return fmt.Errorf("reading the tunnel device: %w", errno)
+				return false, fmt.Errorf("reading the tunnel device: %w", errno)
+			}
+		}
+		if e.moves != nil && device != e.device {
+			if moves := e.moves.Load(); moves != e.moved {
+				if at, err = e.letOthersFirst(at, n); err != nil {
+					return false, err
+				}
+				e.moved = moves
 			}
 		}
 		if big := e.add(at, n); big || e.batch.full() || e.used+frameHeadroom+maxFrame > len(e.slab) {
@@ -99,7 +114,30 @@ func (e *egress) read(device uintptr) error {
 		frames++
 		bytes += n
 	}
-	return nil
+	return false, nil
+}
+
+// mostTurns is how many turns the first queue has at the most before a frame of
+// the second one: as many as it has places (500 by default), since what it held
+// when that frame was put into the other is no more.
+const mostTurns = 512
+
+// letOthersFirst sends what the first queue holds before the frame of n bytes at
+// slab[at:], of a flow that may have moved, and returns where the frame is then.
+func (e *egress) letOthersFirst(at, n int) (int, error) {
+	e.held = append(e.held[:0], e.slab[at:at+n]...)
+	for range mostTurns {
+		e.flush()
+		if dry, err := e.read(e.device); err != nil {
+			return 0, err
+		} else if dry {
+			break
+		}
+	}
+	e.flush()
+	at = e.used + frameHeadroom
+	copy(e.slab[at:], e.held)
+	return at, nil
 }
 
 // add puts the frame of n bytes at slab[at:] into the batch: a virtio header

@@ -81,6 +81,11 @@ type Options struct {
 	// its own.
 	Devices []Descriptor
 	Threads int
+	// Moves counts the flows that the kernel has begun to put into the second queue
+	// of their thread, instead of the first one; it counts before it does so. What the
+	// first one holds of a flow is then sent before what the second one does. Nil
+	// where flows do not move.
+	Moves *atomic.Uint64
 	// Super is a TAP device with IFF_VNET_HDR and a header of 24 bytes, of which
 	// every frame is redirected to the uplink: for VXLAN with
 	// TUN_F_UDP_TUNNEL_GSO, for IPIP by a program that tells the kernel of the
@@ -192,6 +197,9 @@ func (l *Loop) open(i int) (*queue, error) {
 	out.fragmenter = [2]Source{o.IPv4.Fragment, o.IPv6.Fragment}
 	out.super = uintptr(o.Super.FD())
 	out.device = device
+	if o.Moves != nil && o.threads() < len(o.Devices) {
+		out.moves, out.moved = o.Moves, o.Moves.Load()
+	}
 	out.dontFragment = o.DontFragment
 	if o.CopyDSCP {
 		out.classes = 0xff

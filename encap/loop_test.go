@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -315,6 +316,75 @@ func TestFlowsKeepTheirOrder(t *testing.T) {
 			next[flow]++
 			got++
 		}
+	}
+}
+
+// TestMovedFlowKeepsItsOrder has the kernel move a flow to the second queue of a
+// thread while the first one holds more than one turn's frames.
+func TestMovedFlowKeepsItsOrder(t *testing.T) {
+	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
+	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
+	var moves atomic.Uint64
+	var queues, kernel [2]int // pipes, which hold more than a pair of sockets
+	a.options.Devices = nil
+	for i := range queues {
+		var pipe [2]int
+		if err := unix.Pipe2(pipe[:], unix.O_DIRECT|unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _, _ = unix.Close(pipe[0]), unix.Close(pipe[1]) })
+		if _, err := unix.FcntlInt(uintptr(pipe[1]), unix.F_SETPIPE_SZ, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		queues[i], kernel[i] = pipe[0], pipe[1]
+		a.options.Devices = append(a.options.Devices, NewDescriptor(pipe[0]))
+	}
+	a.options.Threads, a.options.Moves = 1, &moves
+	a.loop = NewLoop(a.options)
+	meet(a, b)
+	q, err := a.loop.open(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(q.close)
+
+	const half = 3*turnFrames + 1
+	const length = VXLANHeaderLen + 20 + 8 + 60
+	sent, next, overtaken := uint32(0), uint32(0), 0
+	arrived := make([]byte, 1<<16)
+	for range 4 {
+		moves.Add(1)
+		for i := range 2 * half {
+			s := tcpSpec(60)
+			s.proto, s.flags = protoUDP, 0
+			binary.BigEndian.PutUint32(s.payload, sent)
+			sent++
+			frame := make([]byte, vnetHeaderLen)
+			(&vnetHeader{flags: vnetNeedsCsum, csumStart: 20, csumOffset: 6}).put(frame)
+			if _, err := unix.Write(kernel[i/half], append(frame, s.partial()...)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range 8 { // the second queue first
+			if err := q.out.drain(uintptr(queues[1-i%2])); err != nil {
+				t.Fatal(err)
+			}
+			for {
+				n, err := unix.Read(b.options.IPv4.Receive[0].FD(), arrived)
+				if err != nil {
+					break
+				}
+				for datagram := range slices.Chunk(arrived[:n], length) {
+					if binary.BigEndian.Uint32(datagram[VXLANHeaderLen+28:]) != next {
+						overtaken++
+					}
+					next++
+				}
+			}
+		}
+	}
+	if next != sent || overtaken > 0 {
+		t.Errorf("of %d datagrams %d arrived, %d of them out of their order", sent, next, overtaken)
 	}
 }
 

@@ -6,7 +6,9 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"sync/atomic"
 	"syscall"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -23,7 +25,8 @@ type device struct {
 	sparse  bool   // each thread has two, one of them for sparse flows
 	// noSparse is why not.
 	noSparse string
-	uso      bool // the kernel takes and gives UDP frames to be cut (Linux 6.2)
+	moves    []byte // a page: see steer; nil if there are none
+	uso      bool   // the kernel takes and gives UDP frames to be cut (Linux 6.2)
 }
 
 // deviceSize is what a TUN device is to have: a thread for each queue, or for each
@@ -150,11 +153,19 @@ func (d *device) openMany(name string, queues int) error {
 }
 
 // steer has the kernel choose queues by flow.
-func (d *device) steer() error {
-	if err := steer(d.queues[0], d.threads, d.sparse); err != nil {
+func (d *device) steer() (err error) {
+	if d.moves, err = steer(d.queues[0], d.threads, d.sparse); err != nil {
 		return fmt.Errorf("%w: %w", errNotSteered, err)
 	}
 	return nil
+}
+
+// counted is what moves counts, for encap.Options.
+func (d *device) counted() *atomic.Uint64 {
+	if d.moves == nil {
+		return nil
+	}
+	return (*atomic.Uint64)(unsafe.Pointer(&d.moves[0]))
 }
 
 // offloads asks for what the loop can do.
@@ -178,6 +189,10 @@ func (d *device) close() error {
 	var errs []error
 	for _, fd := range d.queues {
 		errs = append(errs, unix.Close(fd))
+	}
+	if d.moves != nil {
+		errs = append(errs, unix.Munmap(d.moves))
+		d.moves = nil
 	}
 	return errors.Join(errs...)
 }

@@ -1,9 +1,17 @@
 package tunnel
 
 import (
+	"errors"
+	"fmt"
 	"log/slog"
+	"net"
+	"net/netip"
 	"testing"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
 )
@@ -23,6 +31,9 @@ func TestSparseQueue(t *testing.T) {
 			if !d.sparse || len(d.queues) != 2*threads {
 				t.Errorf("%d threads: %d queues, and %q", threads, len(d.queues), d.noSparse)
 			}
+			if err := movesAreCounted(d, threads); err != nil {
+				t.Errorf("%d threads: %v", threads, err)
+			}
 			if err := d.close(); err != nil {
 				return err
 			}
@@ -31,4 +42,51 @@ func TestSparseQueue(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// movesAreCounted sends datagrams of one flow through the device, and checks that
+// they go to the second queue of a thread once they are many, and that this has
+// been counted.
+func movesAreCounted(d *device, threads int) error {
+	link, err := netlink.LinkByName(DeviceName)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(
+		netlink.LinkSetUp(link),
+		netlink.AddrReplace(link, &netlink.Addr{IPNet: host.IPNet(netip.MustParsePrefix("10.5.1.1/24"))}),
+	); err != nil {
+		return err
+	}
+	c, err := net.Dial("udp", "10.5.1.2:9")
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	before := d.counted().Load()
+	const size, packets = 1000, 2 * bulkBytes / 1000
+	for range packets {
+		if _, err := c.Write(make([]byte, size)); err != nil {
+			return err
+		}
+	}
+	if n := d.counted().Load() - before; n != 1 {
+		return fmt.Errorf("%d moves were counted, and there was one", n)
+	}
+	held := make([]int, 2)
+	for i, fd := range d.queues {
+		for b := make([]byte, 2*size); ; {
+			n, err := unix.Read(fd, b)
+			if err != nil {
+				break
+			}
+			if n > size {
+				held[i/threads]++
+			}
+		}
+	}
+	if held[0] == 0 || held[1] == 0 || held[0]+held[1] != packets {
+		return fmt.Errorf("of %d datagrams the first queue had %d, and the second %d", packets, held[0], held[1])
+	}
+	return nil
 }

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -21,31 +22,49 @@ import (
 // With sparse, there are two queues for each thread, and flows that send little have
 // the first of them to themselves: a request does not wait behind all that a bulk
 // stream has in the device.
-func steer(device, threads int, sparse bool) (err error) {
+//
+// The moves count the flows that have become bulk, each before its first packet goes to
+// the other queue (encap.Options); their page is the caller's to unmap.
+func steer(device, threads int, sparse bool) (moves []byte, err error) {
 	program := hashing()
 	if sparse {
 		flows, err := ebpf.NewMap(&ebpf.MapSpec{
 			Name: "culvert_flows", Type: ebpf.Array, KeySize: 4, ValueSize: 24, MaxEntries: flowBuckets,
 		})
 		if err != nil {
-			return fmt.Errorf("making the map of flows (needs CAP_BPF): %w", err)
+			return nil, fmt.Errorf("making the map of flows (needs CAP_BPF): %w", err)
 		}
-		defer func() { err = errors.Join(err, flows.Close()) }() // the program keeps it
-		program = append(program, sparseFirst(flows.FD(), threads)...)
+		defer flows.Close() // the program keeps it
+		count, err := ebpf.NewMap(&ebpf.MapSpec{
+			Name: "culvert_moves", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1, Flags: unix.BPF_F_MMAPABLE,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("making the map of moves (needs CAP_BPF): %w", err)
+		}
+		defer count.Close() // the program keeps it, and so does the page
+		if moves, err = unix.Mmap(count.FD(), 0, os.Getpagesize(), unix.PROT_READ, unix.MAP_SHARED); err != nil {
+			return nil, fmt.Errorf("mapping the map of moves: %w", err)
+		}
+		program = append(program, sparseFirst(flows.FD(), count.FD(), threads)...)
 	} else {
 		program = append(program, asm.Mov.Reg(asm.R0, asm.R7), asm.Return())
 	}
+	defer func() {
+		if err != nil && moves != nil {
+			err, moves = errors.Join(err, unix.Munmap(moves)), nil
+		}
+	}()
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "culvert_steer", Type: ebpf.SocketFilter, Instructions: program, License: "Apache-2.0",
 	})
 	if err != nil {
-		return fmt.Errorf("loading the program that steers flows (needs CAP_BPF): %w", err)
+		return moves, fmt.Errorf("loading the program that steers flows (needs CAP_BPF): %w", err)
 	}
 	err = unix.IoctlSetPointerInt(device, unix.TUNSETSTEERINGEBPF, p.FD())
 	if err != nil {
 		err = fmt.Errorf("TUNSETSTEERINGEBPF: %w", err)
 	}
-	return errors.Join(err, p.Close()) // the device keeps it
+	return moves, errors.Join(err, p.Close()) // the device keeps it
 }
 
 const (
@@ -61,8 +80,9 @@ const (
 // sparseFirst chooses the queue by the hash in R7 and by what the flow has sent:
 // hash % threads for a sparse one, and as many queues further for bulk. A flow's
 // entry is when its window began, the bytes in it, and, of a bulk one, when it sent
-// last, in ns. Two processors may write one at once; that costs precision alone.
-func sparseFirst(flows, threads int) asm.Instructions {
+// last, in ns. Two processors may write one at once; that costs precision alone, since
+// a move is counted before it is written down.
+func sparseFirst(flows, moves, threads int) asm.Instructions {
 	const key = -48 // in the stack frame
 	return asm.Instructions{
 		asm.Mov.Reg(asm.R1, asm.R7),
@@ -99,6 +119,10 @@ func sparseFirst(flows, threads int) asm.Instructions {
 		asm.Add.Reg(asm.R1, asm.R2),
 		asm.StoreMem(asm.R9, 8, asm.R1, asm.DWord),
 		asm.JLT.Imm(asm.R1, bulkBytes, "sparse"),
+
+		asm.LoadMapValue(asm.R1, moves, 0),
+		asm.Mov.Imm(asm.R2, 1),
+		asm.AddAtomic.Mem(asm.R1, asm.R2, asm.DWord, 0),
 
 		asm.StoreMem(asm.R9, 16, asm.R8, asm.DWord).WithSymbol("bulk"),
 		asm.Mov.Reg(asm.R0, asm.R7),
