@@ -79,6 +79,20 @@ func TestChecksumsOnTheWire(t *testing.T) {
 		o.exchange(t, 1<<20)
 		wire.check(t)
 	})
+	t.Run("fast path", func(t *testing.T) {
+		o := newOracle(t)
+		n := o.Nodes[0]
+		o.start(n, "--iface", n.Link, "--datapath", "kernel", "--fast-path", "on")
+		o.waitReady(n, 1)
+		withoutOffloads(t, o.Lab)
+		wire := sniff(t, o.kernel)
+		before := o.fastPath(n)
+		o.exchange(t, 1<<20)
+		wire.check(t)
+		if after := o.fastPath(n); after.Egress.Packets-before.Egress.Packets < 500 {
+			t.Errorf("the fast path sent %d packets", after.Egress.Packets-before.Egress.Packets)
+		}
+	})
 	t.Run("ipip", func(t *testing.T) {
 		c, pods := ipipPods(t)
 		withoutOffloads(t, c.Lab)
