@@ -26,7 +26,7 @@ func TestSilence(t *testing.T) {
 		{"s.s...s", true, 5},           // a connection attempt and its retries
 		{"bbbbsssssss", true, 5},       // the peer fell silent
 		{"sssssssr", false, 5},         // it answered
-		{"sssssssrssss", false, 5 + 2}, // after an answer the time starts anew
+		{"sssssssrssss", false, 5 + 2}, // after an answer the time starts again
 		{"sssssss........................", true, 5 + 24},
 		{"sssssss.........................", false, 5 + 24}, // forgotten: nothing sent for two minutes
 	} {

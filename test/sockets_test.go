@@ -22,8 +22,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// udpSockets returns the UDP sockets of a node's namespace: local port and bytes
-// that wait in it.
+// udpSockets returns the UDP sockets of a node's namespace: the bytes in the receive queue
+// by local port.
 func udpSockets(t *testing.T, n *lab.Node) map[int]int {
 	t.Helper()
 	all := make(map[int]int)
@@ -58,9 +58,9 @@ func udpSockets(t *testing.T, n *lab.Node) map[int]int {
 	return all
 }
 
-// TestP2SendersTakeNothingIn floods the ports of the sockets that only send:
-// nothing waits in them, and with --df, where they are watched for errors, the
-// daemon does not spin.
+// TestP2SendersTakeNothingIn floods the ports of the sockets that only send: their filter
+// keeps the receive queues empty, and with --df, when the daemon polls these sockets for
+// errors, it does not busy-loop.
 func TestP2SendersTakeNothingIn(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:18::/64")}})
 	c.setConfig(dualConfig)
@@ -79,7 +79,7 @@ func TestP2SendersTakeNothingIn(t *testing.T) {
 				}
 			}
 			if len(ports) < 6 {
-				t.Fatalf("only %d sockets send: %v", len(ports), ports)
+				t.Fatalf("only %d sockets that send: %v", len(ports), ports)
 			}
 			for i := range 2 {
 				from, err := c.Nodes[1].ListenPacket(t.Context(), "udp", netip.AddrPortFrom(c.Nodes[1].Addrs[i], 0).String())
@@ -96,19 +96,19 @@ func TestP2SendersTakeNothingIn(t *testing.T) {
 			waiting := udpSockets(t, n)
 			for _, port := range ports {
 				if waiting[port] > 0 {
-					t.Errorf("%d bytes wait in the socket of port %d", waiting[port], port)
+					t.Errorf("%d bytes are in the receive queue of port %d", waiting[port], port)
 				}
 			}
 			used := cpuTime(t, p.PID)
 			time.Sleep(500 * time.Millisecond)
 			if used = cpuTime(t, p.PID) - used; used > 250*time.Millisecond {
-				t.Errorf("it used %v of half a second", used)
+				t.Errorf("the daemon used %v of CPU time in half a second", used)
 			}
 		})
 	}
 }
 
-// cpuTime is what a process has used of the processors.
+// cpuTime returns the CPU time of a process.
 func cpuTime(t *testing.T, pid int) time.Duration {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -142,8 +142,8 @@ func setLink(t *testing.T, n *lab.Node, up bool) {
 	}
 }
 
-// TestP4LinkFlaps sets the underlay's link down and up: the loop goes on with the
-// first packet after it, and nothing is opened anew.
+// TestP4LinkFlaps sets the underlay's link down and up: packets pass again at once, and the
+// datapath is not reopened.
 func TestP4LinkFlaps(t *testing.T) {
 	for _, format := range []string{"vxlan", "ipip"} {
 		t.Run(format, func(t *testing.T) {
@@ -165,25 +165,25 @@ func TestP4LinkFlaps(t *testing.T) {
 			eventually(t, "the first ping", ping)
 			for range 3 {
 				setLink(t, a, false)
-				_ = ping() // what is sent meanwhile is lost
+				_ = ping() // a packet sent meanwhile is lost
 				setLink(t, a, true)
 				up := time.Now()
 				eventually(t, "a ping after the flap", ping)
 				if took := time.Since(up); took > 1500*time.Millisecond {
-					t.Errorf("it took %v after the flap", took)
+					t.Errorf("packets passed only %v after the flap", took)
 				}
 			}
 			for i, d := range daemons {
 				if log := d.Tail(200); strings.Contains(log, "broken") {
-					t.Errorf("%s was opened anew:\n%s", c.Nodes[i].ID, log)
+					t.Errorf("%s reopened its datapath:\n%s", c.Nodes[i].ID, log)
 				}
 			}
 		})
 	}
 }
 
-// TestP5ShortQuotes is TestPathMTU with a router that quotes no more than the
-// outer IP header and 8 bytes (RFC 792), in IPIP and in VXLAN with --df.
+// TestP5ShortQuotes is TestPathMTU with a router that quotes only the outer IP header and 8
+// bytes (RFC 792), with IPIP and with VXLAN and --df.
 func TestP5ShortQuotes(t *testing.T) {
 	for _, format := range []string{"vxlan", "ipip"} {
 		t.Run(format, func(t *testing.T) {
@@ -227,24 +227,25 @@ func TestP5ShortQuotes(t *testing.T) {
 			}); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, "the pod is told", func() error {
+			eventually(t, "the pod gets the error", func() error {
 				if err := send(); !errors.Is(err, unix.EMSGSIZE) {
-					return fmt.Errorf("it sent %d bytes: %w", long, err)
+					return fmt.Errorf("sending %d bytes: %w", long, err)
 				}
 				return nil
 			})
 			cost := map[string]int{"vxlan": 50, "ipip": 20}[format]
-			s := c.wait(a, "says so", func(s api.Status) bool { return len(s.Datapath.NarrowPaths) == 1 })
+			s := c.wait(a, "reports the narrow path", func(s api.Status) bool { return len(s.Datapath.NarrowPaths) == 1 })
 			if p := s.Datapath.NarrowPaths[0]; p.MTU != narrow-cost || p.By != b.Addrs[0] || time.Until(p.Until) > 3*time.Minute {
-				t.Errorf("the status says %+v", p)
+				t.Errorf("the narrow path in the status is %+v", p)
 			}
 			transfer(t, pod.Namespace, b.Namespace, pod.Addr(true), there, 1<<20)
 		})
 	}
 }
 
-// TestP6FragmentsOutside narrows a path over IPv6 to less than what pods' packets
-// of 1280 bytes need with --df: the outer packets are fragmented (RFC 2473, 7.1).
+// TestP6FragmentsOutside narrows an IPv6 path so much that a pod's packet of 1280 bytes does
+// not fit with the tunnel's headers. Even with --df the outer packets are then fragmented
+// (RFC 2473, section 7.1).
 func TestP6FragmentsOutside(t *testing.T) {
 	o := newOracle(t)
 	n := o.Nodes[0]
@@ -263,8 +264,8 @@ func TestP6FragmentsOutside(t *testing.T) {
 		return p.from == n.Addrs[1] && p.protocol == unix.IPPROTO_UDP && len(p.payload) > size
 	})
 	o.tooBig(t, f, outer, -1)
-	if s := o.wait(n, "knows", func(s api.Status) bool { return len(s.Datapath.NarrowPaths) == 1 }); s.Datapath.NarrowPaths[0].MTU != 1280 {
-		t.Errorf("pods are told %+v", s.Datapath.NarrowPaths[0])
+	if s := o.wait(n, "reports the narrow path", func(s api.Status) bool { return len(s.Datapath.NarrowPaths) == 1 }); s.Datapath.NarrowPaths[0].MTU != 1280 {
+		t.Errorf("the narrow path is %+v, want the MTU 1280", s.Datapath.NarrowPaths[0])
 	}
 	wire = sniff(t, o.kernel)
 	if _, err := client.WriteTo(pattern(size), server.LocalAddr()); err != nil {
@@ -282,13 +283,13 @@ func TestP6FragmentsOutside(t *testing.T) {
 	for range 2 {
 		k, _, err := server.ReadFrom(got)
 		if err != nil || string(got[:k]) != string(pattern(size)) {
-			t.Fatalf("of the datagram arrived %d bytes: %v", k, err)
+			t.Fatalf("%d bytes of the datagram arrived: %v", k, err)
 		}
 	}
-	// A link that is so narrow loses nothing of a transfer.
+	// TCP transfers over such a path arrive unchanged.
 	transfer(t, o.pod.Namespace, o.kernel.Namespace, here, there, 1<<20)
 	transfer(t, o.kernel.Namespace, o.pod.Namespace, there, here, 1<<20)
-	if d := dropped(o.wait(n, "answers", func(api.Status) bool { return true })); len(d) > 0 && d[0].Reason != "egress-too-big" {
+	if d := dropped(o.wait(n, "has a status", func(api.Status) bool { return true })); len(d) > 0 && d[0].Reason != "egress-too-big" {
 		t.Errorf("dropped %v", d)
 	}
 	long := func(p ip) bool {
@@ -301,7 +302,7 @@ func TestP6FragmentsOutside(t *testing.T) {
 			break
 		}
 		if p, ok := parseIP(b[:k]); ok && long(p) {
-			t.Fatalf("a packet of %d bytes left after the path was known", k)
+			t.Fatalf("a packet of %d bytes was sent after the path MTU was known", k)
 		}
 	}
 }

@@ -20,21 +20,20 @@ import (
 	"culvert/internal/lab"
 )
 
-// pings are echo requests from pod to pod, 100 a second, each of which must be
-// answered.
+// pings sends echo requests from pod to pod at an interval, and counts replies.
 type pings struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup
 	mu      sync.Mutex
-	missing map[uint64]time.Time // sent, not answered
+	missing map[uint64]time.Time // when the requests without a reply were sent
 	sent    uint64
 	every   time.Duration
-	slowest time.Duration // answer
+	slowest time.Duration // longest round-trip time
 }
 
 const pingEvery = 10 * time.Millisecond
 
-// startPings sends until stop is called, or the test ends.
+// startPings sends 100 requests per second until stop is called or the test ends.
 func startPings(t testing.TB, from, to *lab.Pod) *pings {
 	t.Helper()
 	return startPingsEvery(t, from, to, pingEvery)
@@ -67,14 +66,14 @@ func startPingsEvery(t testing.TB, from, to *lab.Pod, every time.Duration) *ping
 			p.mu.Unlock()
 			m := icmp.Message{Type: request, Body: &icmp.Echo{ID: id, Seq: int(n & 0xffff), Data: binary.BigEndian.AppendUint64(nil, n)}}
 			if text, err := m.Marshal(nil); err == nil {
-				_, _ = conn.WriteTo(text, &net.IPAddr{IP: dest.AsSlice()}) // a failure is a loss, and counted as one
+				_, _ = conn.WriteTo(text, &net.IPAddr{IP: dest.AsSlice()}) // an error counts as a loss
 			}
 			select {
 			case <-ctx.Done():
 			case <-tick.C:
 			}
 		}
-		time.Sleep(time.Second) // for the last answers
+		time.Sleep(time.Second) // wait for the last replies
 	})
 	p.running.Go(func() {
 		b := make([]byte, 1500)
@@ -102,7 +101,7 @@ func startPingsEvery(t testing.TB, from, to *lab.Pod, every time.Duration) *ping
 	return p
 }
 
-// stop ends it and returns how many were sent, and how many had no answer.
+// stop stops sending and returns how many requests were sent and how many had no reply.
 func (p *pings) stop() (sent, lost int) {
 	p.cancel()
 	p.running.Wait()
@@ -111,8 +110,7 @@ func (p *pings) stop() (sent, lost int) {
 	return int(p.sent), len(p.missing)
 }
 
-// gap is, after stop, the longest time without an answer, as far as the pings
-// tell.
+// gap returns the longest time of consecutive lost requests. Call it after stop.
 func (p *pings) gap() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -131,7 +129,7 @@ func (p *pings) gap() time.Duration {
 	return longest
 }
 
-// lostSoFar counts those that should have been answered by now.
+// lostSoFar counts the requests without a reply that were sent more than a second ago.
 func (p *pings) lostSoFar() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -144,14 +142,14 @@ func (p *pings) lostSoFar() int {
 	return n
 }
 
-// flow is a TCP connection from pod to pod that goes on for as long as the test
-// wants: a counter goes to and fro, a hundred times a second.
+// flow is a TCP connection from pod to pod on which a counter makes round trips, at most 100
+// per second, until stop is called or the test ends.
 type flow struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup
 	mu      sync.Mutex
 	turns   uint64
-	longest time.Duration // between two turns
+	longest time.Duration // of one round trip
 	err     error
 }
 
@@ -204,7 +202,7 @@ func (f *flow) turn(ctx context.Context, c net.Conn) error {
 			return err
 		}
 		if got := binary.BigEndian.Uint64(buf); got != n {
-			return fmt.Errorf("%d came back, not %d", got, n)
+			return fmt.Errorf("the counter %d came back instead of %d", got, n)
 		}
 		f.mu.Lock()
 		f.turns, f.longest = n, max(f.longest, time.Since(began))
@@ -214,14 +212,15 @@ func (f *flow) turn(ctx context.Context, c net.Conn) error {
 	return nil
 }
 
-// state is what stop returns, while it goes on.
+// state returns what stop returns, without stopping.
 func (f *flow) state() (turns uint64, longest time.Duration, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.turns, f.longest, f.err
 }
 
-// stop ends it and returns how often it went, and the longest wait.
+// stop closes the connection and returns the number of round trips, the longest of them,
+// and the error if the connection broke.
 func (f *flow) stop() (turns uint64, longest time.Duration, err error) {
 	f.cancel()
 	f.running.Wait()

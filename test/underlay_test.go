@@ -17,30 +17,28 @@ import (
 	"culvert/internal/lab"
 )
 
-// scenario is what befalls a node's host, and what must come of it.
+// scenario is a change of a node's underlay and the expected result.
 //
 //	pod ── n1 (the host of the scenario) ── fabric, 198.18.0.254 ── n2 ── pod
 //	        198.18.0.1, default route metric 303                198.18.0.2
 type scenario struct {
 	name      string
-	datapaths []string // all, if nil
+	datapaths []string // all if nil
 	dual      bool     // IPv4 and IPv6
-	// Prepare is done to n1 before its start, and to n2 what concerns its way to
-	// n1.
+	// prepare and peer are commands to run on n1 and on n2 before the daemons start.
 	prepare, peer []string
-	flags         []string
-	// Event is done to n1 while pods ping each other.
+	flags         []string // of n1's daemon
+	// event are commands to run on n1 while pods ping each other.
 	event []string
-	// Stays says that no ping may be lost from the event on, nor anything else be
-	// published, for longer than a node waits before it moves.
+	// stays: for longer than MoveAfter after the event, no ping may be lost.
 	stays bool
-	// Published are n1's addresses as n2 sees them in the end.
+	// published are n1's addresses as n2 sees them at the end.
 	published []string
-	// Warned is the check of a warning that n1 must show; Mended are commands
-	// after which it must be gone.
+	// warned is the check of a warning that n1 must show; mended are commands after which
+	// it must disappear.
 	warned string
 	mended []string
-	// Also looks at what is particular.
+	// also makes further checks.
 	also func(t *testing.T, c *cluster)
 }
 
@@ -51,10 +49,8 @@ func device(datapath string) string {
 	return "culvert0"
 }
 
-// TestUnderlayScenarios goes through hosts that do what real ones do. Each is
-// named after the case that it stands for. Before the underlay was held, all of
-// these failed but the address that moves to a bridge and, in userspace, the one on
-// lo by its route.
+// TestUnderlayScenarios changes the underlay as real hosts do. The names begin with the case
+// that each reproduces.
 func TestUnderlayScenarios(t *testing.T) {
 	const four, six = "198.18.0.1", "fd00:198:18::1"
 	for _, s := range []scenario{
@@ -70,7 +66,7 @@ func TestUnderlayScenarios(t *testing.T) {
 			stays: true, published: []string{four},
 		},
 		{
-			name: "U2 a further IPv6 address", dual: true,
+			name: "U2 another IPv6 address", dual: true,
 			event: []string{"addr add fd00:198:18::100/64 dev eth0"},
 			stays: true, published: []string{four, six},
 		},
@@ -83,7 +79,7 @@ func TestUnderlayScenarios(t *testing.T) {
 				c.waitReady(c.Nodes[2], 2)
 				s := c.wait(c.Nodes[0], "has the new peer", func(s api.Status) bool { return s.Ready && len(s.Peers) == 2 })
 				if s.Underlay.Interface != "ens3" {
-					t.Errorf("the underlay is said to be %s", s.Underlay.Interface)
+					t.Errorf("the underlay in the status is %s, want ens3", s.Underlay.Interface)
 				}
 				p, err := c.Nodes[2].AddPod(t.Context(), "p1")
 				if err != nil {
@@ -103,7 +99,7 @@ func TestUnderlayScenarios(t *testing.T) {
 			published: []string{"192.168.99.11"},
 		},
 		{
-			name:      "U5 named by flag",
+			name:      "U5 the node's address is on lo, by --public-ip",
 			prepare:   []string{"addr add 192.168.99.11/32 dev lo"},
 			peer:      []string{"route add 192.168.99.11/32 via 198.18.0.1"},
 			flags:     []string{"--public-ip", "192.168.99.11"},
@@ -134,7 +130,7 @@ func TestUnderlayScenarios(t *testing.T) {
 			event:     []string{"link add br0 type bridge", "link set br0 up", "addr del 198.18.0.1/24 dev eth0", "link set eth0 master br0", "addr add 198.18.0.1/24 dev br0", "route add default via 198.18.0.254 metric 303"},
 			published: []string{four},
 			also: func(t *testing.T, c *cluster) {
-				c.wait(c.Nodes[0], "follows", func(s api.Status) bool { return s.Ready && s.Underlay.Interface == "br0" })
+				c.wait(c.Nodes[0], "has the underlay br0", func(s api.Status) bool { return s.Ready && s.Underlay.Interface == "br0" })
 			},
 		},
 		{
@@ -144,7 +140,7 @@ func TestUnderlayScenarios(t *testing.T) {
 			warned:    "underlay-mtu", mended: []string{"link set eth0 mtu 1500"},
 		},
 		{
-			name:      "the address is gone for a moment",
+			name:      "the address is removed for a moment",
 			event:     []string{"addr del 198.18.0.1/24 dev eth0", "addr add 198.18.0.77/32 dev lo"},
 			published: []string{four},
 			warned:    "underlay-address-gone", mended: []string{"addr add 198.18.0.1/24 dev eth0", "route add default via 198.18.0.254 metric 303"},
@@ -196,7 +192,7 @@ func (s scenario) play(t *testing.T, datapath string) {
 		ipDo(t, n.Namespace, strings.ReplaceAll(command, "TUNNEL", device(datapath)))
 	}
 	if s.stays {
-		// That nothing happens can only be waited for.
+		// Wait long enough for a move, which must not happen.
 		time.Sleep(host.MoveAfter + time.Second)
 		if sent, lost := stream.stop(); lost > 0 {
 			t.Errorf("of %d pings %d were lost", sent, lost)
@@ -206,10 +202,10 @@ func (s scenario) play(t *testing.T, datapath string) {
 		return slices.ContainsFunc(st.Warnings, func(w api.Warning) bool { return w.Check == s.warned })
 	}
 	if s.warned != "" {
-		st := c.wait(n, "warns", has)
+		st := c.wait(n, "shows the warning", has)
 		t.Log(st.Warnings)
 		ipDo(t, n.Namespace, s.mended...)
-		c.wait(n, "warns no longer", func(st api.Status) bool { return st.Ready && !has(st) })
+		c.wait(n, "no longer shows the warning", func(st api.Status) bool { return st.Ready && !has(st) })
 	}
 	published := func(st api.Status) bool {
 		for _, p := range st.Peers {
@@ -234,20 +230,20 @@ func (s scenario) play(t *testing.T, datapath string) {
 	}
 	select {
 	case <-daemon.Exited():
-		t.Errorf("the daemon has ended: %v", daemon.Err())
+		t.Errorf("the daemon exited: %v", daemon.Err())
 	default:
 	}
 }
 
-// noAddress waits until a link of a node does not bear an address.
+// noAddress waits until a link of a node does not have an address.
 func noAddress(t *testing.T, n *lab.Node, link, addr string) {
 	t.Helper()
 	eventually(t, addr+" is gone from "+link, func() error { return absentAddress(n, link, addr) })
 }
 
-// TestU3VirtualAddress takes a node's address away beside a virtual one: the node
-// takes that, and goes back when its own is there again, running or restarted,
-// with its record of where it was or without.
+// TestU3VirtualAddress removes a node's address while the link has a virtual one. The node
+// moves to the virtual address, and back when its own address returns: while it runs, after
+// a restart, and after a restart without underlay.json.
 func TestU3VirtualAddress(t *testing.T) {
 	const own, virtual = "198.18.0.1", "198.18.0.200"
 	c := newCluster(t, 2)
@@ -278,8 +274,8 @@ func TestU3VirtualAddress(t *testing.T) {
 	lose()
 	regain()
 	sees(own)
-	if s := c.wait(n, "says why", func(s api.Status) bool { return strings.Contains(s.Underlay.Why, "back from "+virtual) }); s.Underlay.Addrs[0].String() != own {
-		t.Errorf("its underlay is %+v", s.Underlay)
+	if s := c.wait(n, "reports why it moved back", func(s api.Status) bool { return strings.Contains(s.Underlay.Why, "back from "+virtual) }); s.Underlay.Addrs[0].String() != own {
+		t.Errorf("the underlay is %+v", s.Underlay)
 	}
 	ipDo(t, n.Namespace, "addr del 198.18.0.200/32 dev eth0")
 
@@ -301,10 +297,10 @@ func TestU3VirtualAddress(t *testing.T) {
 	}
 }
 
-// TestU8Overlaps has an etcd behind the router within the cluster network, and
-// networks of the hosts' own in it.
+// TestU8Overlaps has a cluster network that contains the address of etcd, which is behind
+// the router, and the networks of some host links.
 //
-//	n1, n2 ── 198.18.0.254 fabric, which bears 10.99.0.5: etcd
+//	n1, n2 ── 198.18.0.254 fabric, which has 10.99.0.5: etcd
 func TestU8Overlaps(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -336,23 +332,24 @@ func overlaps(t *testing.T, datapath string) {
 	c.endpoint = "http://" + server + ":2379"
 	n, peer := c.Nodes[0], c.Nodes[1]
 
-	// The whole network would cut the node off: refused, before a lease is taken.
+	// The whole network would cut the node off from etcd, so the daemon exits before it takes
+	// a lease.
 	c.setConfig(whole)
 	daemon := c.start(n)
 	select {
 	case <-daemon.Exited():
 	case <-time.After(20 * time.Second):
-		t.Fatal("it runs on")
+		t.Fatal("the daemon keeps running")
 	}
 	if log := daemon.Tail(20); daemon.Err() == nil || !strings.Contains(log, server) || !strings.Contains(log, "10.96.0.0/12") {
-		t.Errorf("it ended with %v and said\n%s", daemon.Err(), log)
+		t.Errorf("the daemon exited with %v and printed\n%s", daemon.Err(), log)
 	}
 	client := c.client()
 	if got, err := client.Get(t.Context(), "/coreos.com/network/subnets/", clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil || got.Count != 0 {
-		t.Errorf("%d leases (%v)", got.Count, err)
+		t.Errorf("%d leases, want none (%v)", got.Count, err)
 	}
 
-	// The part that is given out leaves etcd out. A bridge of the host's is within.
+	// The range of subnets excludes etcd, but contains the network of a bridge of the host.
 	c.setConfig(part)
 	ipDo(t, n.Namespace, "link add docker0 type bridge", "addr add 10.97.7.1/24 dev docker0", "link set docker0 up")
 	lease := func(subnet, public, mac string) {
@@ -361,7 +358,7 @@ func overlaps(t *testing.T, datapath string) {
 	lease("10.97.7.0-24", "198.18.0.77", "02:00:00:00:00:77")
 	c.start(n)
 	c.start(peer)
-	s := c.wait(n, "sets the lease aside", func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 && len(s.Rejected) == 1 })
+	s := c.wait(n, "rejects the overlapping lease", func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 && len(s.Rejected) == 1 })
 	if r := s.Rejected[0]; r.Key != "10.97.7.0-24" || !strings.Contains(r.Reason, "10.97.7.0/24 on docker0") {
 		t.Errorf("%+v", r)
 	}
@@ -373,27 +370,27 @@ func overlaps(t *testing.T, datapath string) {
 			return w.Check == "network-overlap" && strings.Contains(w.Text, text)
 		})
 	}
-	c.wait(n, "warns of the bridge", func(s api.Status) bool { return warns(s, "docker0") })
+	c.wait(n, "warns about the bridge", func(s api.Status) bool { return warns(s, "docker0") })
 
-	// What comes up later is warned of.
+	// The node also warns about a bridge that is added later.
 	ipDo(t, n.Namespace, "link add docker1 type bridge", "addr add 10.97.9.1/24 dev docker1")
-	c.wait(n, "warns of the new one", func(s api.Status) bool { return warns(s, "docker1") })
+	c.wait(n, "warns about the new bridge", func(s api.Status) bool { return warns(s, "docker1") })
 	if _, text := c.get(n, "/metrics"); !strings.Contains(text, `culvert_warnings{check="network-overlap"} 2`) {
-		t.Error("the metric does not say so")
+		t.Error("the metric culvert_warnings does not count both")
 	}
 	ipDo(t, n.Namespace, "link del docker1")
-	c.wait(n, "warns no longer", func(s api.Status) bool { return !warns(s, "docker1") })
+	c.wait(n, "no longer warns about the new bridge", func(s api.Status) bool { return !warns(s, "docker1") })
 
-	// The network grows over etcd: who has a route of its own there follows, and
-	// leaves that to no peer; who has not refuses.
+	// The network is enlarged to contain etcd. A node with a specific route to etcd applies
+	// the change; a node without one rejects it.
 	ipDo(t, peer.Namespace, "route add 10.99.0.5/32 via 198.18.0.254")
 	c.setConfig(whole)
-	s = c.wait(n, "refuses", func(s api.Status) bool { return s.Ready && strings.Contains(s.Store.ConfigRefused, server) })
+	s = c.wait(n, "rejects the configuration", func(s api.Status) bool { return s.Ready && strings.Contains(s.Store.ConfigRefused, server) })
 	if !s.Store.Connected {
 		t.Errorf("%+v", s.Store)
 	}
 	lease("10.98.1.0-24", "198.18.0.78", "02:00:00:00:00:78")
-	c.wait(peer, "follows", func(s api.Status) bool { return s.Ready && s.Store.ConfigRefused == "" && len(s.Peers) == 3 })
-	c.wait(n, "still hears from etcd", func(s api.Status) bool { return s.Ready && len(s.Peers) == 2 })
+	c.wait(peer, "accepts the configuration", func(s api.Status) bool { return s.Ready && s.Store.ConfigRefused == "" && len(s.Peers) == 3 })
+	c.wait(n, "still gets changes from etcd", func(s api.Status) bool { return s.Ready && len(s.Peers) == 2 })
 	ping(t, pods[1], pods[0])
 }

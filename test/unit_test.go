@@ -16,7 +16,7 @@ import (
 	"culvert/internal/lab"
 )
 
-// unit reads what the shipped systemd unit grants.
+// unit returns the settings of the shipped systemd unit.
 func unit(t *testing.T) map[string][]string {
 	t.Helper()
 	text, err := os.ReadFile("../deploy/systemd/culvert.service")
@@ -32,10 +32,9 @@ func unit(t *testing.T) map[string][]string {
 	return settings
 }
 
-// asUnit starts a daemon as the unit does: with its capabilities, and with its
-// view of the file system (systemd.exec(5): ProtectSystem=strict makes all
-// read-only but /dev, /proc, /sys and the unit's own directories). /run and
-// /var/lib are the sandbox's own.
+// asUnit starts a daemon with the unit's capabilities and view of the file system:
+// ProtectSystem=strict makes everything read-only except /dev, /proc, /sys and the unit's
+// directories (systemd.exec(5)). /run and /var/lib are empty tmpfs mounts.
 func (c *cluster) asUnit(n *lab.Node, settings map[string][]string, flags ...string) *lab.Process {
 	c.t.Helper()
 	var writable []string
@@ -51,7 +50,7 @@ func (c *cluster) asUnit(n *lab.Node, settings map[string][]string, flags ...str
 	}
 	for key, want := range map[string]string{"ProtectSystem": "strict", "NoNewPrivileges": "yes"} {
 		if !slices.Equal(settings[key], []string{want}) {
-			c.t.Fatalf("%s is %v: the sandbox here is another", key, settings[key])
+			c.t.Fatalf("the unit's %s is %v: change the sandbox of this test too", key, settings[key])
 		}
 	}
 	script := `set -e
@@ -70,7 +69,7 @@ awk '{print $5}' /proc/self/mountinfo | sort -r | while read -r m; do
 	*) mount -o remount,bind,ro "$m" 2>/dev/null || true ;;
 	esac
 done
-if touch /run/other 2>/dev/null || touch /etc/culvert-other 2>/dev/null; then echo 'the sandbox can be written to'; exit 9; fi
+if touch /run/other 2>/dev/null || touch /etc/culvert-other 2>/dev/null; then echo 'the sandbox is writable'; exit 9; fi
 exec setpriv --bounding-set ` + bounding + ` --inh-caps -all --no-new-privs "$0" "$@"`
 	c.starts++
 	p, err := n.Start(lab.Command{
@@ -85,19 +84,19 @@ exec setpriv --bounding-set ` + bounding + ` --inh-caps -all --no-new-privs "$0"
 	return p
 }
 
-// unitStatus asks a daemon that has a file system of its own.
+// unitStatus waits until the status of a daemon in such a sandbox meets a condition.
 func (c *cluster) unitStatus(p *lab.Process, n *lab.Node, is func(api.Status) error) {
 	c.t.Helper()
 	eventually(c.t, p.Name, func() error {
 		select {
 		case <-p.Exited():
-			c.t.Fatalf("it ended: %s", p.Tail(3))
+			c.t.Fatalf("the daemon exited: %s", p.Tail(3))
 		default:
 		}
 		cmd := exec.Command("nsenter", "--target", strconv.Itoa(p.PID), "--mount", filepath.Join(c.bin, "culvert"), "status", "-o", "json")
 		var out, errs bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &errs
-		_ = cmd.Run() // not ready is an exit code too
+		_ = cmd.Run() // it also exits with an error if the node is not ready
 		var s api.Status
 		if err := json.Unmarshal(out.Bytes(), &s); err != nil {
 			return fmt.Errorf("%w: %s", err, errs.String())
@@ -106,8 +105,8 @@ func (c *cluster) unitStatus(p *lab.Process, n *lab.Node, is func(api.Status) er
 	})
 }
 
-// D3 and D4: the daemon does its work under exactly what the unit grants it, and
-// writes subnet.env where flannel has it.
+// TestD3D4AsTheUnitRunsIt checks that the daemon works with exactly what the unit grants it,
+// and can write subnet.env at flannel's path (cases D3 and D4).
 func TestD3D4AsTheUnitRunsIt(t *testing.T) {
 	settings := unit(t)
 	for _, k := range []string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF"} {
@@ -147,7 +146,7 @@ func TestD3D4AsTheUnitRunsIt(t *testing.T) {
 				}
 				for line := range strings.Lines(p.Tail(200)) {
 					if strings.Contains(line, "not permitted") || strings.Contains(line, "permission denied") || strings.Contains(line, "read-only") {
-						t.Errorf("said: %s", line)
+						t.Errorf("the log has: %s", line)
 					}
 				}
 				if err := p.Stop(); err != nil {

@@ -19,9 +19,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestUpgrade restarts a daemon under a ping a thousand times a second, as an
-// upgrade does, and then kills one. A kernel goes on without it: nothing is
-// lost.
+// TestUpgrade restarts a kernel node's daemon, as an upgrade does, and then kills it, under
+// 1,000 pings per second. The kernel continues to forward: no ping is lost.
 func TestUpgrade(t *testing.T) {
 	c := newCluster(t, 2)
 	c.datapath = "kernel"
@@ -40,27 +39,27 @@ func TestUpgrade(t *testing.T) {
 			t.Fatal(err)
 		}
 		p = c.start(n)
-		s := c.wait(n, "ready again", func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 })
+		s := c.wait(n, "is ready again", func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 })
 		if len(s.Datapath.Repairs) != 0 {
-			t.Errorf("%s: repaired %v", end.name, s.Datapath.Repairs)
+			t.Errorf("%s: the new daemon repaired %v", end.name, s.Datapath.Repairs)
 		}
 		c.goesOn(flow)
 		sent, lost := pings.stop()
-		t.Logf("%s: of %d pings %d lost, %s without an answer at the longest", end.name, sent, lost, pings.gap())
+		t.Logf("%s: of %d pings %d lost, longest gap %s", end.name, sent, lost, pings.gap())
 		if lost != 0 {
 			t.Errorf("%s: of %d pings %d were lost", end.name, sent, lost)
 		}
 	}
 }
 
-// systemd is as much of it as holds a service's descriptors over its restart:
-// the socket that it listens on (sd_notify(3)), and what was stored there.
+// systemd implements systemd's file descriptor store: the notify socket (sd_notify(3)) and
+// the descriptors that the daemon stored.
 type systemd struct {
 	conn   *net.UnixConn
 	path   string
-	stored chan []*os.File // what was stored last
+	stored chan []*os.File // the descriptors stored last
 
-	starting sync.Mutex // a daemon is being started with it
+	starting sync.Mutex // held while a daemon is started with the descriptors
 }
 
 func newSystemd(t *testing.T, dir string) *systemd {
@@ -104,7 +103,8 @@ func newSystemd(t *testing.T, dir string) *systemd {
 	return s
 }
 
-// closeAll closes what is not held any more, but not while it is passed on.
+// closeAll closes descriptors that are not stored any more, but not while a daemon is being
+// started with them.
 func (s *systemd) closeAll(files []*os.File) {
 	s.starting.Lock()
 	defer s.starting.Unlock()
@@ -113,7 +113,7 @@ func (s *systemd) closeAll(files []*os.File) {
 	}
 }
 
-// start starts a daemon as systemd does, with what was stored.
+// start starts a daemon with the stored descriptors, as systemd does.
 func (s *systemd) start(t *testing.T, c *cluster, n *lab.Node, datapath string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, filepath.Join(c.bin, "culvert"),
@@ -142,9 +142,9 @@ func (s *systemd) start(t *testing.T, c *cluster, n *lab.Node, datapath string) 
 	return cmd
 }
 
-// TestUpgradeInUserspace is TestUpgrade with the packets in a process: systemd
-// holds its device and its socket over the restart, in which the kernel keeps
-// what arrives; and once more while etcd does not answer.
+// TestUpgradeInUserspace is TestUpgrade for the userspace datapath: systemd keeps the TUN
+// device and the sockets open during a restart, and the kernel queues the packets. The last
+// restart happens while etcd does not answer.
 func TestUpgradeInUserspace(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -162,8 +162,8 @@ func TestUpgradeInUserspace(t *testing.T) {
 	for i, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL, syscall.SIGKILL} {
 		every := time.Millisecond
 		if i == 2 {
-			// etcd does not answer, which takes half a second to say: of 100 pings a
-			// second the kernel can keep as many.
+			// It takes the daemon half a second to find that etcd does not answer. The
+			// kernel can queue that many packets at 100 pings per second.
 			every = pingEvery
 			c.stopEtcd()
 		}
@@ -174,19 +174,19 @@ func TestUpgradeInUserspace(t *testing.T) {
 		}
 		_ = cmd.Wait()
 		cmd = s.start(t, c, n, "userspace")
-		c.wait(n, "ready again", func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 })
+		c.wait(n, "is ready again", func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 })
 		c.goesOn(flow)
 		sent, lost := pings.stop()
-		t.Logf("%s: of %d pings %d lost, %s without an answer at the longest, the slowest took %s", signal, sent, lost, pings.gap(), pings.slowest)
+		t.Logf("%s: of %d pings %d lost, longest gap %s, slowest reply %s", signal, sent, lost, pings.gap(), pings.slowest)
 		if gap := pings.gap(); gap > 100*time.Millisecond {
-			t.Errorf("%s: of %d pings %d were lost, %s long", signal, sent, lost, gap)
+			t.Errorf("%s: of %d pings %d were lost, with a gap of %s", signal, sent, lost, gap)
 		}
 		if deviceIndex(t, n) != index {
-			t.Errorf("%s: the device is another", signal)
+			t.Errorf("%s: the device was recreated", signal)
 		}
 	}
 	c.continueEtcd()
-	// The kernel's device needs the port of the socket that systemd holds.
+	// The kernel's vxlan device needs the port of the socket that systemd keeps open.
 	for _, kind := range []string{"kernel", "userspace"} {
 		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
@@ -201,15 +201,15 @@ func TestUpgradeInUserspace(t *testing.T) {
 	}
 }
 
-// deviceIndex is linkIndex of the TUN device.
+// deviceIndex returns the interface index of the TUN device. It changes if the device is
+// recreated.
 func deviceIndex(t *testing.T, n *lab.Node) int {
 	t.Helper()
 	return linkIndex(t, n, "culvert0")
 }
 
-// TestKilledWithoutSystemd kills a userspace daemon that nobody holds
-// descriptors for: its device and routes stay, and the next one goes on with
-// them.
+// TestKilledWithoutSystemd kills a userspace daemon without a descriptor store: its device
+// and routes stay, and the next daemon takes them over.
 func TestKilledWithoutSystemd(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -230,12 +230,12 @@ func TestKilledWithoutSystemd(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := routes(); len(got) != len(before) || deviceIndex(t, n) != index {
-		t.Errorf("after SIGKILL there is %v, before it there was %v", got, before)
+		t.Errorf("after SIGKILL the kernel has %v, before it had %v", got, before)
 	}
 	c.start(n)
 	c.waitReady(n, 1)
 	c.goesOn(flow)
 	if deviceIndex(t, n) != index {
-		t.Error("the device is another")
+		t.Error("the device was recreated")
 	}
 }

@@ -19,11 +19,11 @@ import (
 	"culvert/subnet"
 )
 
-// These tests run in a virtual machine (make test-vm): they need a kernel with
-// ipip devices and netem, and a clock that is theirs to set.
+// These tests run in a virtual machine (make test-vm): they need a kernel with ipip devices
+// and netem, and they set the clock.
 
-// TestVMIPIP joins all that speaks IPIP: culvert's loop, culvert driving the
-// kernel's device, and a device made by hand, each with each other.
+// TestVMIPIP sends traffic between all pairs of IPIP implementations: the userspace
+// datapath, the kernel datapath, and handmade kernel devices.
 func TestVMIPIP(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 3})
 	c.setConfig(`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`)
@@ -69,7 +69,7 @@ func TestVMIPIP(t *testing.T) {
 					transfer(t, a.Namespace, b.Namespace, a.addr, b.addr, 2<<20)
 					datagrams(t, a.Namespace, b.Namespace, a.addr, b.addr)
 					if i == 0 || j != 0 || profile == lab.Bare {
-						// Else a packet socket of Linux 6.1 loses it: IngressUncut.
+						// In the excluded case a packet socket of Linux 6.1 loses them: IngressUncut.
 						bursts(t, a.Namespace, b.Namespace, a.addr, b.addr)
 					}
 				})
@@ -82,7 +82,7 @@ func TestVMIPIP(t *testing.T) {
 	}
 }
 
-// handmadeIPIP is, for the i-th peer:
+// handmadeIPIP runs, for the i-th peer:
 //
 //	ip link add ipip<i> type ipip local <self> remote <peer> ttl 64
 //	ip addr add 10.5.200.0/32 dev ipip<i>; ip link set ipip<i> up mtu 1480
@@ -115,8 +115,8 @@ func handmadeIPIP(t *testing.T, n *lab.Node, i int, peer netip.Addr, to netip.Pr
 	}
 }
 
-// TestVMBadNetwork loses 1 % of all packets and reorders 5 %: every transfer is
-// whole, between every pair of datapaths.
+// TestVMBadNetwork loses 1 % of all packets and reorders 5 %: transfers between a userspace
+// and a kernel node arrive unchanged in both directions.
 func TestVMBadNetwork(t *testing.T) {
 	for _, format := range []string{"vxlan", "ipip"} {
 		t.Run(format, func(t *testing.T) {
@@ -143,8 +143,11 @@ func TestVMBadNetwork(t *testing.T) {
 	}
 }
 
-// netem is: tc qdisc replace dev <link> root netem delay 2ms loss 1% reorder 95%
-// which sends 5 % late, and so out of order.
+// netem runs
+//
+//	tc qdisc replace dev <link> root netem delay 2ms loss 1% reorder 95%
+//
+// which delays 5 % of the packets, so that they arrive out of order.
 func netem(t *testing.T, n *lab.Node) {
 	t.Helper()
 	err := n.Do(func() error {
@@ -162,8 +165,8 @@ func netem(t *testing.T, n *lab.Node) {
 	}
 }
 
-// TestVMClockSteps sets the clock an hour forth and two back: leases, peers and
-// traffic stay as they are, and so does the lease's lifetime.
+// TestVMClockSteps sets the clock an hour forward, two hours back and an hour forward: nodes
+// stay ready with their leases and peers, and traffic and new pods work.
 func TestVMClockSteps(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 2})
 	c.setConfig(config)
@@ -190,7 +193,7 @@ func TestVMClockSteps(t *testing.T) {
 			for k, n := range c.Nodes {
 				s, err := c.status(n)
 				if err != nil || !s.Ready || len(s.Peers) != 1 || s.Lease == nil || s.Lease.Subnets[0] != before[k].Lease.Subnets[0] {
-					t.Fatalf("after a step of %v %s says %+v (%v)", step, n.ID, s, err)
+					t.Fatalf("after a step of %v the status of %s is %+v (%v)", step, n.ID, s, err)
 				}
 			}
 			if _, err := pods[0].Ping(t.Context(), pods[0].Addr(true), pods[1].Addr(true)); err != nil {
@@ -207,9 +210,9 @@ func TestVMClockSteps(t *testing.T) {
 	}
 }
 
-// F5: a node that booted without a right clock gets it, and loses it again.
-// subnet.env, the status, STATUS and ADD agree within seconds, no pod is refused,
-// and none is added past the lease's end.
+// TestVMF5ClockIsSet boots nodes with a wrong clock, sets it right and wrong again (case F5).
+// subnet.env, the status, STATUS and ADD agree within seconds; no pod is refused, and none is
+// added after the lease has expired.
 func TestVMF5ClockIsSet(t *testing.T) {
 	began := time.Now()
 	set := func(to time.Time) {
@@ -219,7 +222,7 @@ func TestVMF5ClockIsSet(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	right := func() time.Time { return began.Round(0).Add(time.Since(began)) } // by CLOCK_MONOTONIC
+	right := func() time.Time { return began.Round(0).Add(time.Since(began)) } // measured by CLOCK_MONOTONIC
 	t.Cleanup(func() { set(right()) })
 	wrong := time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 
@@ -233,7 +236,7 @@ func TestVMF5ClockIsSet(t *testing.T) {
 	c.waitReady(brief, 1)
 	for i, to := range []func() time.Time{right, func() time.Time { return wrong }, right} {
 		set(to())
-		// At once: neither the file nor the daemon has had its second yet.
+		// Add a pod at once, before the daemon has updated subnet.env.
 		if _, err := n.AddPod(t.Context(), fmt.Sprintf("p%d", i)); err != nil {
 			t.Errorf("step %d: ADD: %v", i, err)
 		}
@@ -253,24 +256,24 @@ func TestVMF5ClockIsSet(t *testing.T) {
 			return cniStatus(t, n)
 		})
 	}
-	// The clock is set back after the daemon died: the lease ends all the same.
+	// Setting the clock back after the daemon was killed does not extend the lease.
 	if err := d.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	set(wrong)
-	eventually(t, "the lease runs out", func() error {
+	eventually(t, "the lease expires", func() error {
 		env, err := cni.ReadSubnetEnv(brief.SubnetFile())
 		if err != nil || !expired(t, env) {
-			return fmt.Errorf("the file says %s, %s after the boot: %w", env.Expires, env.ExpiresUp, err)
+			return fmt.Errorf("subnet.env says %s, %s after boot: %w", env.Expires, env.ExpiresUp, err)
 		}
 		return nil
 	})
 	if _, err := brief.AddPod(t.Context(), "late"); err == nil {
-		t.Error("a pod was added past the lease's end")
+		t.Error("a pod was added after the lease had expired")
 	}
 }
 
-// TestVMIsOne says loudly where these tests run.
+// TestVMIsOne logs the kernel's version.
 func TestVMIsOne(t *testing.T) {
 	text, err := os.ReadFile("/proc/version")
 	if err != nil {

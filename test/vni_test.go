@@ -8,8 +8,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// linkIndex is the index of a node's device, which is another one if the
-// device was made anew.
+// linkIndex returns the interface index of a node's device. It changes if the device is
+// recreated.
 func linkIndex(t *testing.T, n *lab.Node, name string) (index int) {
 	t.Helper()
 	if err := n.Do(func() error {
@@ -24,7 +24,8 @@ func linkIndex(t *testing.T, n *lab.Node, name string) (index int) {
 	return index
 }
 
-// TestP3VNIZeroKeepsItsDevice restarts a daemon of a network with VNI 0.
+// TestP3VNIZeroKeepsItsDevice restarts a daemon in a network with VNI 0: it must not recreate
+// its device.
 func TestP3VNIZeroKeepsItsDevice(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -38,7 +39,7 @@ func TestP3VNIZeroKeepsItsDevice(t *testing.T) {
 			p = c.start(n, "--datapath", d)
 			c.waitReady(n, 0)
 			if after := linkIndex(t, n, device); after != before {
-				t.Errorf("%s was made anew:\n%s", device, p.Tail(20))
+				t.Errorf("%s was recreated:\n%s", device, p.Tail(20))
 			}
 		})
 	}

@@ -13,9 +13,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestIPIP carries IPIP in userspace between two nodes, over every kind of
-// underlay. How it meets the kernel's own ipip device is for a machine that has
-// one to show (make test-vm).
+// TestIPIP sends traffic between two userspace nodes with IPIP, over every underlay profile.
+// make test-vm tests against the kernel's ipip device, which many kernels lack.
 func TestIPIP(t *testing.T) {
 	c, pods := ipipPods(t)
 	profiles := lab.Profiles()
@@ -67,8 +66,8 @@ func ipipPods(t *testing.T) (*cluster, []*lab.Pod) {
 	return c, pods
 }
 
-// TestChecksumsOnTheWire looks at what leaves a node whose uplink completes no
-// checksum: every one, of the outer headers and the inner, is right.
+// TestChecksumsOnTheWire captures the packets of a node whose uplink has no checksum offload:
+// all checksums, of outer and inner headers, are correct.
 func TestChecksumsOnTheWire(t *testing.T) {
 	t.Run("vxlan", func(t *testing.T) {
 		o := newOracle(t)
@@ -124,7 +123,7 @@ func withoutOffloads(t *testing.T, l *lab.Lab) {
 	}
 }
 
-// sniffer keeps what arrives at a node's underlay link.
+// sniffer captures the packets on a node's underlay link.
 type sniffer struct{ fd int }
 
 func sniff(t *testing.T, n *lab.Node) *sniffer {
@@ -152,7 +151,7 @@ func sniff(t *testing.T, n *lab.Node) *sniffer {
 	return s
 }
 
-// check verifies the checksums of what has been received.
+// check verifies the checksums of the captured packets that the link received.
 func (s *sniffer) check(t *testing.T) {
 	t.Helper()
 	b := make([]byte, 1<<16)
@@ -187,20 +186,20 @@ func (s *sniffer) check(t *testing.T) {
 		}
 		q, ok := parseIP(in)
 		if !ok {
-			t.Fatalf("inner packet %d is none", inner)
+			t.Fatalf("inner packet %d is not an IP packet", inner)
 		}
 		inner++
 		if why := q.wrong(); why != "" {
 			t.Fatalf("inner packet %d: %s", inner, why)
 		}
 	}
-	t.Logf("%d packets, %d in the tunnel", outer, inner)
+	t.Logf("%d packets, %d of them tunnelled", outer, inner)
 	if inner < 500 {
-		t.Errorf("only %d packets were in the tunnel", inner)
+		t.Errorf("only %d packets were tunnelled", inner)
 	}
 }
 
-// ip is an IP packet, parsed the slow and obvious way.
+// ip is a parsed IP packet.
 type ip struct {
 	header, payload []byte
 	protocol        int
@@ -224,7 +223,7 @@ func parseIP(b []byte) (p ip, ok bool) {
 	return p, true
 }
 
-// wrong says which checksum of the packet is wrong, or "".
+// wrong names the first wrong checksum of the packet, or returns "".
 func (p ip) wrong() string {
 	if p.from.Is4() && onesSum(p.header) != 0xffff {
 		return "IPv4 header checksum"
@@ -244,7 +243,7 @@ func (p ip) wrong() string {
 	return ""
 }
 
-// onesSum is the sum of RFC 1071.
+// onesSum is the one's complement sum of RFC 1071, not inverted.
 func onesSum(b []byte) uint16 {
 	var sum uint32
 	for i := 0; i < len(b); i += 2 {
@@ -266,11 +265,11 @@ func interfaceIndex(name string) (int, error) {
 	return link.Index, nil
 }
 
-// next waits for a packet.
+// next waits for a received packet that meets a condition.
 func (s *sniffer) next(t *testing.T, is func(ip) bool) (found ip) {
 	t.Helper()
 	b := make([]byte, 1<<16)
-	eventually(t, "a packet", func() error {
+	eventually(t, "the expected packet arrives", func() error {
 		for {
 			n, from, err := unix.Recvfrom(s.fd, b, 0)
 			if err != nil {
