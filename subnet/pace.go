@@ -13,12 +13,12 @@ const gatherLimit = 200 * time.Millisecond
 // reports whether the snapshot is new; it and err may be returned together.
 // Changes that arrive while the consumer is busy are combined into the next
 // snapshot.
-func Pace(ctx context.Context, news <-chan struct{}, take func() (s Snapshot, fresh bool, err error), yield func(Snapshot, error) bool) {
+func Pace(ctx context.Context, notify <-chan struct{}, take func() (s Snapshot, fresh bool, err error), yield func(Snapshot, error) bool) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-news:
+		case <-notify:
 		}
 		began := time.Now()
 		snapshot, fresh, err := take()

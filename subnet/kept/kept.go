@@ -3,8 +3,8 @@
 // writes the file and decides whether the lease in it is still valid; the store
 // (subnet/etcd, subnet/kube) owns the state and decides when to save it.
 //
-// The lease is valid only until it has certainly not expired by both clocks that
-// survive a restart of the process: CLOCK_BOOTTIME, which counts suspend and
+// The lease counts as valid only while it has not expired by either of the clocks
+// that survive a restart of the process: CLOCK_BOOTTIME, which counts suspend and
 // cannot be set, and the wall clock, which also detects that a virtual machine
 // was restored to an earlier snapshot.
 package kept
