@@ -45,18 +45,18 @@ const checkedNative = "native/iperf3"
 // Datapaths returns all datapaths in display order.
 func Datapaths() []Datapath {
 	all := []Datapath{
-		{Name: "native", Title: "no tunnel", About: "the underlay itself, no tunnel: the limit", none: true},
+		{Name: "native", Title: "no tunnel", About: "the underlay without a tunnel: the upper bound", none: true},
 		{Name: checkedNative, Title: "no tunnel, traffic by iperf3", About: "the same with iperf3's traffic, to check the built-in generator", none: true, generator: iperf3Name},
-		{Name: "host-gw", Title: "plain routes (host-gw)", About: "routes on the underlay, no tunnel", kernel: true, culvert: true},
-		{Name: "vxlan/auto", Title: "VXLAN, culvert's choice", About: "what culvert takes by itself: --datapath=auto, --fast-path=auto", culvert: true, auto: true},
-		{Name: "vxlan/kernel", Title: "VXLAN, kernel", About: "the Linux kernel's vxlan device, as culvert drives it", kernel: true, culvert: true},
-		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same below culvert's fast path", kernel: true, culvert: true, fast: true},
-		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's own loop", culvert: true},
-		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same below culvert's fast path", culvert: true, fast: true},
-		{Name: "ipip/kernel", Title: "IPIP, kernel", About: "the Linux kernel's ipip device, as culvert drives it", kernel: true, culvert: true},
-		{Name: "ipip/userspace", Title: "IPIP, userspace", About: "culvert's own loop", culvert: true},
-		{Name: "naive", Title: "VXLAN, naive", About: "VXLAN with one packet per system call: the floor"},
-		{Name: "wireguard-go", Title: "WireGuard, userspace", About: "the library, which encrypts"},
+		{Name: "host-gw", Title: "plain routes (host-gw)", About: "routes over the underlay without a tunnel", kernel: true, culvert: true},
+		{Name: "vxlan/auto", Title: "VXLAN, culvert's choice", About: "culvert's default: --datapath=auto, --fast-path=auto", culvert: true, auto: true},
+		{Name: "vxlan/kernel", Title: "VXLAN, kernel", About: "the kernel's vxlan device, configured by culvert", kernel: true, culvert: true},
+		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same with culvert's fast path", kernel: true, culvert: true, fast: true},
+		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's userspace datapath", culvert: true},
+		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same with culvert's fast path", culvert: true, fast: true},
+		{Name: "ipip/kernel", Title: "IPIP, kernel", About: "the kernel's ipip device, configured by culvert", kernel: true, culvert: true},
+		{Name: "ipip/userspace", Title: "IPIP, userspace", About: "culvert's userspace datapath", culvert: true},
+		{Name: "naive", Title: "VXLAN, naive", About: "VXLAN with one packet per system call: the lower bound"},
+		{Name: "wireguard-go", Title: "WireGuard, userspace", About: "the library wireguard-go, which encrypts"},
 	}
 	for _, p := range programs() {
 		all = append(all, Datapath{Name: p.Name, Title: p.Title, About: p.About, Program: p})

@@ -114,7 +114,7 @@ func (r *Report) markdown(charts []chart, charted, reference string) string {
 		}
 	}
 	r.markdownRatios(&b, reference)
-	fmt.Fprintf(&b, "\nMedians, half of the span between the least and the greatest round, and the ratio to %s;\na ? marks a ratio that the rounds' spread makes worthless.\n", reference)
+	fmt.Fprintf(&b, "\nMedians, half of the span between the least and the greatest round, and the ratio to %s;\na ? marks a ratio that is not significant, because the rounds differ too much.\n", reference)
 	for _, u := range r.underlays() {
 		for _, s := range sections() {
 			columns := r.columns(u, s)

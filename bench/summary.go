@@ -9,10 +9,10 @@ import (
 // Descriptive names for pages, in place of the flags' names.
 var (
 	underlayTitles = map[string]string{
-		"offload": "everything offloaded: packets of 64 KB cross the link in one piece",
-		"cloud":   "a cloud VM's card: it segments, but not inside tunnels",
-		"plain":   "a simple card: nothing is segmented, the receiver joins packets",
-		"bare":    "the worst case: nothing is segmented or joined",
+		"offload": "all offloads: GSO frames of 64 KB cross the link unsegmented",
+		"cloud":   "a cloud VM's NIC: segmentation offload, except for tunnelled packets",
+		"plain":   "a simple NIC: no segmentation offload; the receiver has GRO",
+		"bare":    "the worst case: no segmentation offload and no GRO",
 		Existing:  "between two hosts",
 	}
 	metricTitles = map[Metric]string{

@@ -14,9 +14,9 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestFastPathBesideTCX has somebody else's tcx programs on the uplink and on the
-// tunnel device. They run before ours and see each packet: what they pass on takes
-// the fast path, and what they drop is gone.
+// TestFastPathBesideTCX attaches another program's tcx programs to the uplink and the tunnel
+// device. They run before ours and see every packet: packets that they pass take the fast
+// path, and packets that they drop do not arrive.
 func TestFastPathBesideTCX(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -47,19 +47,20 @@ func TestFastPathBesideTCX(t *testing.T) {
 			fast := after.Egress.Packets > before.Egress.Packets && after.Ingress.Packets > before.Ingress.Packets
 			switch {
 			case verdict == next && (err != nil || !fast):
-				t.Errorf("%s on %s passes all on: ping %v, fast path %t, left %v", at.attach, at.device, err, fast, after.Slow)
+				t.Errorf("%s on %s passes all packets: ping %v, fast path %t, left to the device %v", at.attach, at.device, err, fast, after.Slow)
 			case verdict == drop && err == nil:
-				t.Errorf("%s on %s drops all, and a ping was answered", at.attach, at.device)
+				t.Errorf("%s on %s drops all packets, but a ping was answered", at.attach, at.device)
 			}
 			if err := neighbour.Close(); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, "a ping", reaches)
+			eventually(t, "a ping is answered", reaches)
 		}
 	}
 }
 
-// tcx attaches a program that has one answer to the IPv4 packets that it sees.
+// tcx attaches a program that returns the verdict for all IPv4 packets and TCX_NEXT for
+// others.
 func tcx(t *testing.T, n *lab.Node, device string, at ebpf.AttachType, verdict int32) link.Link {
 	t.Helper()
 	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{

@@ -25,26 +25,26 @@ import (
 	"culvert/internal/lab"
 )
 
-// replace starts a daemon beside the one that runs, and waits until it has taken
-// its place.
+// replace starts a daemon with --replace and waits until it has taken over from the running
+// one.
 func (c *cluster) replace(n *lab.Node, old *lab.Process, flags ...string) (*lab.Process, api.Status) {
 	c.t.Helper()
 	p := c.start(n, append([]string{"--replace"}, flags...)...)
 	select {
 	case <-old.Exited():
 	case <-p.Exited():
-		c.t.Fatalf("the successor ended: %v\n%s", p.Err(), p.Tail(10))
+		c.t.Fatalf("the successor exited: %v\n%s", p.Err(), p.Tail(10))
 	case <-time.After(30 * time.Second):
-		c.t.Fatalf("the daemon does not end\n%s\n%s", old.Tail(10), p.Tail(10))
+		c.t.Fatalf("the old daemon does not exit\n%s\n%s", old.Tail(10), p.Tail(10))
 	}
 	if err := old.Err(); err != nil {
-		c.t.Errorf("the daemon that handed over: %v\n%s", err, old.Tail(10))
+		c.t.Errorf("the old daemon exited with %v\n%s", err, old.Tail(10))
 	}
-	return p, c.wait(n, "taken over", func(s api.Status) bool { return s.Ready && s.Handover != nil })
+	return p, c.wait(n, "is ready after the handover", func(s api.Status) bool { return s.Ready && s.Handover != nil })
 }
 
-// bulk is a TCP transfer of random bytes that lasts until stop, which compares
-// the sums of both ends.
+// bulk is a TCP transfer of random bytes that runs until stop, which compares the SHA-256 of
+// both ends.
 type bulk struct {
 	cancel   context.CancelFunc
 	ended    sync.WaitGroup
@@ -110,13 +110,13 @@ func (b *bulk) stop() (int64, error) {
 		return b.n, err
 	}
 	if b.sent != b.received {
-		return b.n, errors.New("what arrived is not what was sent")
+		return b.n, errors.New("the received bytes differ from the sent ones")
 	}
 	return b.n, nil
 }
 
-// scraper asks a node for its readiness and metrics, each time by a new
-// connection, as probes do, until stop, which returns what failed.
+// scraper fetches a node's /readyz and /metrics, with a new connection each time as probes
+// do, until stop, which returns the failures.
 type scraper struct {
 	cancel context.CancelFunc
 	ended  sync.WaitGroup
@@ -156,9 +156,9 @@ func (s *scraper) stop() (int, []string) {
 	return s.asked, s.failed
 }
 
-// TestReplace has daemons take over from one another under pings, a transfer and
-// a scraper: nothing is lost, the device is never another, and no connection is
-// refused. CULVERT_TEST_PINGS=3000 is the long form.
+// TestReplace has daemons take over from one another under pings, transfers and a scraper:
+// no packet is lost, the device is not recreated, and no connection to the daemon is refused.
+// CULVERT_TEST_PINGS=3000 is the long form.
 //
 //	pod ── n1: daemon ► daemon ► daemon ── fabric ── n2 ── pod
 func TestReplace(t *testing.T) {
@@ -188,15 +188,15 @@ func TestReplace(t *testing.T) {
 				old := p
 				p, after = c.replace(n, old)
 				if after.Handover.PID != old.PID || !after.Handover.Inherited || after.Handover.Why != "" {
-					t.Errorf("the status says %+v", after.Handover)
+					t.Errorf("the handover in the status is %+v", after.Handover)
 				}
 				if len(after.Datapath.Repairs) != 0 || linkIndex(t, n, after.Datapath.Device) != index {
-					t.Errorf("repaired %v, device %d and before it %d", after.Datapath.Repairs, linkIndex(t, n, after.Datapath.Device), index)
+					t.Errorf("repairs %v, the device has the index %d and had %d", after.Datapath.Repairs, linkIndex(t, n, after.Datapath.Device), index)
 				}
 			}
 			time.Sleep(time.Until(began.Add(pingTrain)))
 			sent, lost := pings.stop()
-			t.Logf("of %d pings %d lost, the slowest took %s", sent, lost, pings.slowest)
+			t.Logf("of %d pings %d lost, slowest reply %s", sent, lost, pings.slowest)
 			if lost != 0 {
 				t.Errorf("of %d pings %d were lost", sent, lost)
 			}
@@ -208,29 +208,29 @@ func TestReplace(t *testing.T) {
 				}
 			}
 			asked, failed := scraped.stop()
-			t.Logf("asked %d times", asked)
+			t.Logf("%d probes", asked)
 			if len(failed) > 0 {
 				t.Errorf("of %d probes %d failed: %v", asked, len(failed), failed[:min(3, len(failed))])
 			}
 			now, err := os.Stat(after.SubnetFile)
 			if err != nil || after.Lease.Subnets[0] != before.Lease.Subnets[0] {
-				t.Errorf("the lease is %v, and was %v; %v", after.Lease, before.Lease, err)
+				t.Errorf("the lease is %v and was %v (%v)", after.Lease, before.Lease, err)
 			}
 			if now != nil && file.ModTime().After(now.ModTime()) {
-				t.Error("subnet.env went back in time")
+				t.Error("subnet.env is older than before")
 			}
-			// The lock is the last one's.
+			// The last daemon holds the lock.
 			other := c.start(n)
 			<-other.Exited()
 			if text := other.Tail(5); !strings.Contains(text, fmt.Sprint("pid ", p.PID)) || !strings.Contains(text, "--replace") {
-				t.Errorf("another daemon is told: %s", text)
+				t.Errorf("another daemon printed: %s", text)
 			}
 		})
 	}
 }
 
-// TestReplaceAnother starts successors of another configuration: they say what
-// is another, open a datapath of their own, and the pods go on.
+// TestReplaceAnother starts successors with another configuration: they report the
+// difference and open a new datapath, and a TCP connection survives.
 func TestReplaceAnother(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -252,21 +252,21 @@ func TestReplaceAnother(t *testing.T) {
 		var s api.Status
 		p, s = c.replace(n, p, flags...)
 		if s.Handover.Inherited || !strings.Contains(s.Handover.Why, step.why) || s.Datapath.Kind != step.datapath {
-			t.Errorf("%v: the status says %+v, %s", step, s.Handover, s.Datapath.Kind)
+			t.Errorf("%v: the status has the handover %+v and the datapath %s", step, s.Handover, s.Datapath.Kind)
 		}
 		c.goesOn(flow)
 	}
-	// One that cannot start leaves the node to the running daemon.
+	// A successor that cannot start does not affect the running daemon.
 	failing := c.start(n, "--replace", "--iface", "none0")
 	<-failing.Exited()
 	if failing.Err() == nil {
 		t.Error("a daemon without an underlay started")
 	}
-	c.wait(n, "as before", func(s api.Status) bool { return s.Ready && s.Handover.PID != 0 })
+	c.wait(n, "is still ready", func(s api.Status) bool { return s.Ready && s.Handover.PID != 0 })
 	c.goesOn(flow)
 	select {
 	case <-p.Exited():
-		t.Errorf("the running daemon ended: %v", p.Tail(5))
+		t.Errorf("the running daemon exited: %v", p.Tail(5))
 	default:
 	}
 	if _, _, err := flow.stop(); err != nil {
@@ -274,8 +274,8 @@ func TestReplaceAnother(t *testing.T) {
 	}
 }
 
-// TestStandBy has a daemon wait that has handed over, as in a pod of an update
-// until the kubelet ends it: when its successor ends first, it takes its place.
+// TestStandBy has a daemon with --handed-over=wait hand over and wait, as the old pod of an
+// update does until the kubelet stops it. If its successor exits first, it takes over again.
 func TestStandBy(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -292,33 +292,33 @@ func TestStandBy(t *testing.T) {
 		return err
 	}
 	if err := probe(false); err != nil {
-		t.Errorf("beside the daemon: %v", err)
+		t.Errorf("probe of the daemon: %v", err)
 	}
 	if err := probe(true); err == nil {
-		t.Error("in another container than the daemon's, the probe succeeds")
+		t.Error("the probe succeeds in another PID namespace than the daemon's")
 	}
 	next := c.start(n, "--replace", "--handed-over=wait")
-	c.wait(n, "taken over", func(s api.Status) bool { return s.Ready && s.Handover != nil && s.Handover.PID == old.PID })
+	c.wait(n, "is ready after the handover", func(s api.Status) bool { return s.Ready && s.Handover != nil && s.Handover.PID == old.PID })
 	if err := probe(false); err != nil {
-		t.Errorf("beside the successor: %v", err)
+		t.Errorf("probe of the successor: %v", err)
 	}
 	select {
 	case <-old.Exited():
-		t.Fatalf("the daemon that handed over has ended: %s", old.Tail(5))
+		t.Fatalf("the daemon that handed over exited: %s", old.Tail(5))
 	default:
 	}
-	// The successor crashes.
+	// The successor crashes, and the old daemon takes over.
 	if err := next.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	c.wait(n, "back again", func(s api.Status) bool { return s.Ready && s.Handover == nil && len(s.Peers) == 1 })
+	c.wait(n, "is ready with the old daemon", func(s api.Status) bool { return s.Ready && s.Handover == nil && len(s.Peers) == 1 })
 	ping(t, pods[0], pods[1])
-	// Another one takes over, and the old one is told to stop.
+	// Another successor takes over, and the old daemon is stopped.
 	c.start(n, "--replace")
-	c.wait(n, "taken over again", func(s api.Status) bool { return s.Ready && s.Handover != nil })
+	c.wait(n, "is ready after the second handover", func(s api.Status) bool { return s.Ready && s.Handover != nil })
 	stop(t, old)
 	if s := c.waitReady(n, 1); s.Handover == nil {
-		t.Error("the daemon that waited took the node with it")
+		t.Error("when the waiting daemon stopped, the node changed")
 	}
 	ping(t, pods[0], pods[1])
 }
@@ -333,9 +333,9 @@ func pingsFromEnv() int {
 	return 500
 }
 
-// TestReplaceKilled kills one of the two with SIGKILL at each message of the
-// handover: the other carries on, and nothing is lost. The messages pass through
-// the test, which has the daemon's socket meanwhile:
+// TestReplaceKilled kills one of the two daemons at each message of the handover: the other
+// continues, and no packet is lost. The messages pass through the test, which listens on the
+// daemon's socket meanwhile:
 //
 //	successor ── run-dir/culvert.sock (the test) ── run-dir/culvert.sock.real ── running daemon
 func TestReplaceKilled(t *testing.T) {
@@ -348,7 +348,8 @@ func TestReplaceKilled(t *testing.T) {
 			running := c.startAll()[0]
 			pods := c.pods()
 			ping(t, pods[0], pods[1])
-			// Before the descriptors are passed on, the running daemon's end is any end.
+			// If the running daemon is killed before it has sent the descriptors, packets may be
+			// lost, as whenever a daemon is killed.
 			running = c.killAt(n, running, handover.Hello, "running daemon", false)
 			running = c.killAt(n, running, handover.Offer, "running daemon", false)
 			pings, there := startPings(t, pods[0], pods[1]), startBulk(t, pods[0], pods[1])
@@ -356,14 +357,14 @@ func TestReplaceKilled(t *testing.T) {
 				for _, victim := range []string{"successor", "running daemon"} {
 					for _, passed := range []bool{false, true} {
 						if step == handover.Running && passed || step == handover.Offer && victim == "running daemon" && !passed {
-							continue // after the end, and above
+							continue // nothing follows, or tested above
 						}
 						running = c.killAt(n, running, step, victim, passed)
 					}
 				}
 			}
 			sent, lost := pings.stop()
-			t.Logf("of %d pings %d lost, the slowest took %s", sent, lost, pings.slowest)
+			t.Logf("of %d pings %d lost, slowest reply %s", sent, lost, pings.slowest)
 			if lost != 0 {
 				t.Errorf("of %d pings %d were lost", sent, lost)
 			}
@@ -374,8 +375,8 @@ func TestReplaceKilled(t *testing.T) {
 	}
 }
 
-// killAt starts a successor, kills one of the two when a message is due, before
-// or after it is passed on, and returns the daemon that is left.
+// killAt starts a successor and kills one of the two daemons before or, if passed, after a
+// message is passed on. It returns the daemon that is left.
 func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, victim string, passed bool) *lab.Process {
 	c.t.Helper()
 	name := fmt.Sprintf("%s, %s killed, passed %t", at, victim, passed)
@@ -391,7 +392,7 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 	l.(*net.UnixListener).SetUnlinkOnClose(false)
 	var successor *lab.Process
 	started, done := make(chan struct{}), make(chan struct{})
-	// Without the descriptors the successor starts as where none ran.
+	// A successor without the descriptors starts as if no daemon had been running.
 	alone := victim == "running daemon" && (at == handover.Hello || at == handover.Offer && !passed)
 	kill := func() {
 		if alone {
@@ -401,7 +402,7 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 		if victim == "successor" {
 			p = successor
 		}
-		_ = p.Kill() // and is reaped: what it had open is closed
+		_ = p.Kill() // waits until it is reaped, so that its descriptors are closed
 	}
 	server := &http.Server{Handler: handover.Handler(func(to *handover.Conn, hello handover.Message) {
 		defer close(done)
@@ -449,7 +450,7 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 				on = from
 			}
 			if !ok {
-				c.t.Errorf("%s: the connection ended before", name)
+				c.t.Errorf("%s: the connection was closed before that", name)
 				return
 			}
 			if !pass(m, on) {
@@ -463,7 +464,7 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 	select {
 	case <-done:
 	case <-time.After(30 * time.Second):
-		c.t.Fatalf("%s: nothing happens\n%s\n%s", name, running.Tail(10), successor.Tail(10))
+		c.t.Fatalf("%s: the message was not sent within 30 s\n%s\n%s", name, running.Tail(10), successor.Tail(10))
 	}
 	_ = server.Close()
 	left, gone := successor, running
@@ -471,7 +472,7 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 		left, gone = running, successor
 	}
 	<-gone.Exited()
-	if !alone { // else the successor has made its own
+	if !alone { // otherwise the successor has created its own socket
 		if err := os.Rename(real, socket); err != nil {
 			c.t.Fatal(err)
 		}
@@ -479,11 +480,11 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 	s := c.wait(n, name, func(s api.Status) bool { return s.Ready && len(s.Peers) == 1 })
 	select {
 	case <-left.Exited():
-		c.t.Fatalf("%s: both have ended: %v\n%s", name, left.Err(), left.Tail(10))
+		c.t.Fatalf("%s: both daemons exited: %v\n%s", name, left.Err(), left.Tail(10))
 	default:
 	}
 	if victim == "running daemon" && !alone && (s.Handover == nil || !s.Handover.Inherited) {
-		c.t.Errorf("%s: the status says %+v", name, s.Handover)
+		c.t.Errorf("%s: the handover in the status is %+v", name, s.Handover)
 	}
 	_ = os.Remove(filepath.Join(n.RunDir, filepath.Base(real)))
 	return left

@@ -170,20 +170,20 @@ func TestEmbeddedEtcd(t *testing.T) {
 	c.put("/coreos.com/network/subnets/10.5.99.0-24", "{")
 	c.wait(l.Nodes[1], "gets changes from etcd again", func(s api.Status) bool { return len(s.Rejected) == 1 && len(s.Peers) == 1 && s.Ready })
 
-	// The server of the daemon that hands over is followed by its successor's.
+	// After a handover the successor runs its own etcd.
 	server = childOf(t, first.PID, "culvert-etcd")
 	first, _ = c.replace(l.Nodes[0], first, flags...)
 	if alive(server) {
-		t.Error("the server of the daemon that ended goes on")
+		t.Error("the old daemon's etcd is still running")
 	}
-	eventually(t, "the successor carries etcd", func() error {
+	eventually(t, "the successor runs etcd", func() error {
 		if findChild(first.PID, "culvert-etcd") == 0 {
-			return errors.New("no server")
+			return errors.New("it has no child culvert-etcd")
 		}
 		return nil
 	})
 	c.put("/coreos.com/network/subnets/10.5.98.0-24", "{")
-	c.wait(l.Nodes[1], "hears from the successor's etcd", func(s api.Status) bool { return len(s.Rejected) == 2 && len(s.Peers) == 1 && s.Ready })
+	c.wait(l.Nodes[1], "gets changes from the successor's etcd", func(s api.Status) bool { return len(s.Rejected) == 2 && len(s.Peers) == 1 && s.Ready })
 
 	// A restarted daemon is ready from its snapshot, without waiting for its etcd.
 	pods := c.pods()

@@ -142,7 +142,7 @@ func TestServices(t *testing.T) {
 				name        string
 				from        *lab.Namespace
 				network, to string
-				seenAs      netip.Addr // by the endpoint; none: it does not get there
+				seenAs      netip.Addr // by the endpoint; the zero Addr: it must not be reached
 			}
 			services := []use{
 				{"from a pod to the ClusterIP", pods[0].Namespace, "tcp", clusterIP, pods[0].Addr(true)},
@@ -208,7 +208,7 @@ func TestServices(t *testing.T) {
 	}
 }
 
-// command runs a program of the host's, which reads text, on a node.
+// command runs a program on a node, with text as its standard input.
 func command(t *testing.T, n *lab.Node, text string, words []string) {
 	t.Helper()
 	cmd := exec.Command(words[0], words[1:]...)
