@@ -228,7 +228,7 @@ func (g *ingress) check(table *Table, d []byte, p *packet, outer netip.Addr) Rea
 
 // checkInner is check without the tunnel's own header.
 func (g *ingress) checkInner(table *Table, b []byte, p *packet, outer netip.Addr) Reason {
-	if !p.parse(b) {
+	if !p.parse(b) || !p.headerIsRight(b) {
 		return IngressMalformed
 	}
 	peer := g.route.lookup(table, p.source(b))

@@ -37,6 +37,10 @@ func (g *ingress) ipipMessage(table *Table, m datagrams) {
 		return
 	}
 	from := outer.source(d)
+	if !outer.headerIsRight(d) { // the kernel has not looked yet
+		g.dropFrom(table, from, IngressMalformed)
+		return
+	}
 	if outer.fragment {
 		// The kernel would put it together for a raw socket, not for this one.
 		// Senders of IPIP set DF, as the kernel's device does.

@@ -30,19 +30,30 @@ func TestIPIPAcceptsPeersAlone(t *testing.T) {
 	truncated := ipipDatagram("198.18.0.1", good)
 	fragment := ipipDatagram("198.18.0.1", good)
 	fragment[vnetHeaderLen+14+6] = 0x20
+	sumOuter := func(b []byte) {
+		(&packet{is4: true, ipLen: 20}).setLength(b[vnetHeaderLen+14:], len(b)-vnetHeaderLen-14)
+	}
+	sumOuter(fragment)
 	other := ipipDatagram("198.18.0.1", good)
 	other[vnetHeaderLen+14+9] = 47
+	sumOuter(other)
+	damaged := ipipDatagram("198.18.0.1", good)
+	damaged[vnetHeaderLen+14+8]--
+	inside := ipipDatagram("198.18.0.1", good)
+	inside[vnetHeaderLen+14+20+8]--
 	for name, c := range map[string]struct {
 		message []byte
 		want    Reason
 	}{
-		"a peer's":             {ipipDatagram("198.18.0.1", good), Accepted},
-		"a stranger's":         {ipipDatagram("198.18.0.66", good), IngressStranger},
-		"another protocol":     {other, IngressShort},
-		"a fragment":           {fragment, IngressFragment},
-		"cut short":            {truncated[:len(truncated)-1], IngressShort},
-		"no room for headers":  {truncated[:vnetHeaderLen+13], IngressTruncated},
-		"nothing in the outer": {ipipDatagram("198.18.0.1", nil), IngressMalformed},
+		"a peer's":               {ipipDatagram("198.18.0.1", good), Accepted},
+		"a stranger's":           {ipipDatagram("198.18.0.66", good), IngressStranger},
+		"another protocol":       {other, IngressShort},
+		"a fragment":             {fragment, IngressFragment},
+		"a damaged outer header": {damaged, IngressMalformed},
+		"a damaged inner header": {inside, IngressMalformed},
+		"cut short":              {truncated[:len(truncated)-1], IngressShort},
+		"no room for headers":    {truncated[:vnetHeaderLen+13], IngressTruncated},
+		"nothing in the outer":   {ipipDatagram("198.18.0.1", nil), IngressMalformed},
 	} {
 		g := ipipIngress()
 		g.ipipMessage(g.table.Load(), datagrams{data: c.message})

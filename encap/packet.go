@@ -123,6 +123,12 @@ func (p *packet) flowHash(b []byte) uint32 {
 	return uint32(h >> 33)
 }
 
+// headerIsRight verifies the header checksum of IPv4. Who changes a header writes a
+// new checksum, so a damaged one must not come so far.
+func (p *packet) headerIsRight(b []byte) bool {
+	return !p.is4 || fold(sum(b[:p.ipLen], 0)) == 0xffff
+}
+
 // setLength writes the packet's length into its IP header, and renews the
 // header checksum of IPv4.
 func (p *packet) setLength(b []byte, n int) {

@@ -120,7 +120,7 @@ func explode(t rapid.TB, f *frame) [][]byte {
 // cutAsDevice does what the kernel does with a frame on its way to a wire.
 func cutAsDevice(t rapid.TB, v vnetHeader, b []byte) [][]byte {
 	if v.gsoType == gsoNone {
-		if v.flags&vnetNeedsCsum != 0 && !completeChecksum(b, int(v.csumStart), int(v.csumOffset), b[9] == protoUDP) {
+		if v.flags&vnetNeedsCsum != 0 && !completeChecksum(b, int(v.csumStart), int(v.csumOffset), v.csumOffset == 6) {
 			t.Fatal("the header points outside the packet")
 		}
 		return [][]byte{b}

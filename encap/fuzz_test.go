@@ -1,0 +1,122 @@
+package encap
+
+import (
+	"bytes"
+	"encoding/binary"
+	"testing"
+)
+
+// specOf makes a packet of what a fuzzer draws: any that may be cut.
+func specOf(kind uint8, id uint16, seq uint32, flags uint8, options, payload []byte) spec {
+	s := spec{
+		source: here4, destination: there4, proto: protoTCP, tos: kind & 0xfc, ttl: 64, id: id, df: kind&4 != 0,
+		sport: 1000, dport: 2000, seq: seq, ack: seq ^ 0x55, window: id, flags: tcpACK | flags&(tcpPSH|tcpFIN|tcpCWR), payload: payload,
+	}
+	if kind&1 != 0 {
+		s.source, s.destination = here6, there6
+	}
+	if kind&2 != 0 {
+		s.proto = protoUDP
+	} else {
+		s.options = options[:min(len(options), 40)&^3]
+	}
+	return s
+}
+
+// FuzzCut has the segmenter cut what the oracle cuts.
+func FuzzCut(f *testing.F) {
+	f.Add(uint8(0), uint16(0xfffe), uint32(0xffffff00), uint8(tcpPSH|tcpCWR), []byte{1, 1, 8, 10}, bytes.Repeat([]byte("payload"), 300), uint16(100))
+	f.Add(uint8(3), uint16(1), uint32(1), uint8(0), []byte{}, bytes.Repeat([]byte{0xff}, 1000), uint16(1))
+	f.Fuzz(func(t *testing.T, kind uint8, id uint16, seq uint32, flags uint8, options, payload []byte, size uint16) {
+		s := specOf(kind, id, seq, flags, options, payload)
+		if len(payload) == 0 || len(payload) > 60000 || size == 0 || len(payload) > int(size)*MaxFrameSegments {
+			return
+		}
+		frame := s.partial()
+		var p packet
+		if !p.parse(frame) {
+			t.Fatal("the frame does not parse")
+		}
+		want := s.cut(int(size))
+		got := newSegmenter().cut(nil, frame, &p, int(size))
+		if len(got) != len(want) {
+			t.Fatalf("%d segments, want %d", len(got), len(want))
+		}
+		for i := range got {
+			if b := append(bytes.Clone(got[i].head), got[i].data...); !bytes.Equal(b, want[i]) {
+				t.Fatalf("segment %d:\n%x\nwant\n%x", i, b, want[i])
+			}
+		}
+	})
+}
+
+// FuzzJoin joins packets of a flow in which bytes have been changed, and has the
+// frames cut again: every packet comes out as it went in, in its order, but that a
+// checksum that was left unfinished may be finished.
+func FuzzJoin(f *testing.F) {
+	f.Add(uint8(0), bytes.Repeat([]byte("payload"), 100), uint8(70), []byte{})
+	f.Add(uint8(0), bytes.Repeat([]byte("payload"), 100), uint8(70), []byte{1, 0, 8, 1, 2, 0, 33, 0x10})
+	f.Add(uint8(3), bytes.Repeat([]byte("payload"), 100), uint8(33), []byte{0, 0, 44, 0xff})
+	f.Fuzz(func(t *testing.T, kind uint8, payload []byte, size uint8, changes []byte) {
+		if len(payload) == 0 || len(payload) > 8000 || size == 0 || len(payload)/int(size) > 100 {
+			return
+		}
+		packets := specOf(kind, 7, 1000, kind&tcpPSH, nil, payload).cut(int(size))
+		for ; len(changes) >= 4; changes = changes[4:] {
+			b := packets[int(changes[0])%len(packets)]
+			b[int(binary.BigEndian.Uint16(changes[1:]))%len(b)] ^= changes[3]
+		}
+		c := newCoalescer(allOn(), len(packets))
+		var want [][]byte
+		for _, b := range packets {
+			lead := append(make([]byte, VXLANHeaderLen), b...)
+			var p packet
+			// As checkInner and datagram do.
+			if !p.parse(lead[VXLANHeaderLen:]) || !p.headerIsRight(lead[VXLANHeaderLen:]) {
+				continue
+			}
+			lead = lead[:VXLANHeaderLen+p.length]
+			want = append(want, finished(b[:p.length], &p))
+			c.add(lead, &p, checksumUnknown)
+		}
+		// By flow: one may overtake another.
+		got := make(map[flow][][]byte)
+		for i := range c.count {
+			fr := &c.frames[i]
+			for _, b := range explode(t, fr) {
+				var p packet
+				if !p.parse(b) {
+					t.Fatalf("no packet: %x", b)
+				}
+				k := flowIn(b, &p)
+				got[k] = append(got[k], b)
+			}
+		}
+		for _, b := range want {
+			var p packet
+			p.parse(b)
+			k := flowIn(b, &p)
+			if len(got[k]) == 0 || !bytes.Equal(got[k][0], b) {
+				t.Fatalf("%x is lost or changed: %x", b, got[k])
+			}
+			got[k] = got[k][1:]
+		}
+	})
+}
+
+// flowIn is a packet's flow, one for all that has none.
+func flowIn(b []byte, p *packet) flow {
+	if !p.transport {
+		return flow{}
+	}
+	return flowOf(b, p)
+}
+
+// finished is a packet with its checksum finished, where it was not.
+func finished(b []byte, p *packet) []byte {
+	b = bytes.Clone(b)
+	if p.transport && isPartial(b, p) {
+		completeChecksum(b, p.ipLen, p.checkOffset()-p.ipLen, p.proto == protoUDP)
+	}
+	return b
+}
