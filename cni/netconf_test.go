@@ -200,3 +200,38 @@ func TestAttachmentNames(t *testing.T) {
 		t.Errorf("the longest names: %v", err)
 	}
 }
+
+// FuzzNetConf has the plugin read whatever a configuration file may hold: it is
+// refused with an error of the specification's, or makes a delegate's configuration
+// that says what must be said.
+func FuzzNetConf(f *testing.F) {
+	for _, text := range []string{
+		`{"name":"n","cniVersion":"1.0.0"}`,
+		`{"name":"n","subnetFile":"/a","dataDir":"/b","delegate":{"type":"bridge","mtu":9},"ipam":{"type":"host-local","routes":[{"dst":"10.0.0.0/8"}]}}`,
+		`{"ipam":{"routes":{}},"runtimeConfig":{"ips":["1.2.3.4/8"]},"prevResult":{}}`,
+	} {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		n, err := ParseNetConf(text, DefaultsFor("culvert-cni"))
+		if err == nil {
+			var conf []byte
+			if conf, err = n.Delegate(dualStack); err == nil {
+				var made struct {
+					Name, Type string
+					IPAM       struct{ Ranges [][]json.RawMessage }
+				}
+				if err := json.Unmarshal(conf, &made); err != nil {
+					t.Fatalf("%s: %v", conf, err)
+				}
+				if made.Name != n.Name || made.Type == "" || strings.ContainsRune(made.Type, '/') || len(made.IPAM.Ranges) != 2 {
+					t.Errorf("%s makes %s", text, conf)
+				}
+			}
+		}
+		var e *types.Error
+		if err != nil && !errors.As(err, &e) {
+			t.Errorf("%s: %v is no error of CNI's", text, err)
+		}
+	})
+}

@@ -89,6 +89,11 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 	if err := s.clear(r); err != nil {
 		return err
 	}
+	done, err := n.refuseRouters(args.Netns)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "culvert-cni: %v\n", err)
+	}
+	defer done()
 	ctx := context.Background()
 	result, undone, err := s.attach(ctx, kind, r)
 	if err != nil && undone && noAddressLeft(err) {

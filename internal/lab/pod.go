@@ -91,10 +91,18 @@ func (n *Node) CNI(fn func(*libcni.CNIConfig, *libcni.NetworkConfigList) error) 
 // AddPod creates a namespace and attaches it by executing the node's CNI plugins.
 // The name must be unique among the node's pods.
 func (n *Node) AddPod(ctx context.Context, name string) (*Pod, error) {
+	return n.AddPodIn(ctx, name, func(*Namespace) error { return nil })
+}
+
+// AddPodIn is AddPod with a namespace that is prepared before the pod is attached.
+func (n *Node) AddPodIn(ctx context.Context, name string, prepare func(*Namespace) error) (*Pod, error) {
 	id := n.ID + "-" + name
 	ns, err := n.lab.AddNamespace(id)
 	if err != nil {
 		return nil, fmt.Errorf("adding pod %s: %w", id, err)
+	}
+	if err := prepare(ns); err != nil {
+		return nil, fmt.Errorf("adding pod %s: %w", id, errors.Join(err, ns.Delete()))
 	}
 	p := &Pod{Namespace: ns, ID: id, Node: n, IfName: "eth0"}
 	err = n.CNI(func(cni *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
