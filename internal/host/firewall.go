@@ -62,7 +62,8 @@ const kubeMark = 0x4000
 // masquerade returns the lines of a family, which say what flannel's say:
 //
 //  1. what goes to an exempted network: the pod's own address
-//  2. this node's pods to pods: no translation
+//  2. pods to pods: no translation; with the address of a pod that is not here, which
+//     flannel would translate to the node's, it is a forgery, for the tunnel to drop
 //  3. others to this node's pods: none either, the pod sees who it is
 //  4. pods to anywhere else, multicast apart: the node's address
 //  5. others to pods elsewhere: the node's address, so that the answer returns
@@ -78,7 +79,7 @@ func (m Masquerade) rules() []rule {
 		lines = append(lines, all(familyIs(is4, ""), address("daddr", true, p), leave()))
 	}
 	return append(lines,
-		all(familyIs(is4, ""), address("saddr", true, m.Subnet), address("daddr", true, m.Network), leave()),
+		all(familyIs(is4, ""), address("saddr", true, m.Network), address("daddr", true, m.Network), leave()),
 		all(familyIs(is4, ""), address("daddr", true, m.Subnet), leave()),
 		all(familyIs(is4, ""), address("saddr", true, m.Network), address("daddr", false, multicast), masquerade),
 		all(familyIs(is4, ""), address("saddr", false, m.Network), address("daddr", true, m.Network), masquerade),
