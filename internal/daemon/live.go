@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -14,7 +15,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"culvert/backend"
-	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -210,18 +210,19 @@ func atPlace(l subnet.Lease, at place) subnet.Lease {
 // underlay changes.
 type session struct {
 	*node
-	registry store
-	lease    subnet.Lease
-	at       place
-	path     backend.Backend
-	backend  subnet.BackendConfig // that path was opened with
-	refused  subnet.BackendConfig // one that no datapath could be opened with
-	worked   subnet.Config        // the last one that one could
-	file     *subnetFile
-	last     *subnet.Snapshot // the newest; the following goroutine's
-	told     bool             // that the node is ready
-	nets     []subnet.HostNetwork
-	networks []subnet.Network // of the last configuration that was followed; the following goroutine's
+	registry  store
+	lease     subnet.Lease
+	at        place
+	path      backend.Backend
+	backend   subnet.BackendConfig // that path was opened with
+	refused   subnet.BackendConfig // one that no datapath could be opened with
+	worked    subnet.Config        // the last one that one could
+	file      *subnetFile
+	last      *subnet.Snapshot // the newest; the following goroutine's
+	unapplied *subnet.Snapshot // the newest, if the datapath did not follow it; the following goroutine's
+	told      bool             // that the node is ready
+	nets      []subnet.HostNetwork
+	networks  []subnet.Network // of the last configuration that was followed; the following goroutine's
 	// announced are the underlay addresses that the lease in the store stands for.
 	announced atomic.Pointer[[]netip.Addr]
 }
@@ -302,23 +303,60 @@ func (s *session) follow(ctx context.Context) error {
 			return err
 		}
 	}
-	for snapshot, err := range s.registry.Watch(ctx, s.lease) {
-		if err != nil {
-			s.health.storeLost(err)
-			continue
+	type news struct {
+		subnet.Snapshot
+		error
+	}
+	watched := make(chan news)
+	ctx, stop := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	defer stop()
+	watching.Go(func() {
+		defer close(watched)
+		for snapshot, err := range s.registry.Watch(ctx, s.lease) {
+			select {
+			case watched <- news{snapshot, err}:
+			case <-ctx.Done():
+				return
+			}
 		}
-		snapshot = s.fit(ctx, snapshot)
-		s.health.setSnapshot(snapshot, s.log)
-		if err := s.apply(ctx, snapshot); err != nil {
-			return err
+	})
+	for {
+		// What was in the way, such as a want of descriptors or memory, may be gone long
+		// before the leases change again.
+		var again <-chan time.Time
+		if s.unapplied != nil {
+			again = time.After(applyAgain)
+		}
+		select {
+		case n, ok := <-watched:
+			switch {
+			case !ok:
+				return nil
+			case n.error != nil:
+				s.health.storeLost(n.error)
+				continue
+			}
+			snapshot := s.fit(ctx, n.Snapshot)
+			s.health.setSnapshot(snapshot, s.log)
+			if err := s.apply(ctx, snapshot); err != nil {
+				return err
+			}
+		case <-again:
+			if err := s.apply(ctx, *s.unapplied); err != nil {
+				return err
+			}
 		}
 	}
-	return nil
 }
+
+// applyAgain is when a snapshot is tried again that the datapath did not follow.
+const applyAgain = 2 * time.Second
 
 // apply makes the datapath equal to a snapshot. With the first one the node is
 // ready, and says so to the CNI plugin by writing subnet.env. A datapath that
-// does not follow is no end: it carries on, and the next snapshot tries again.
+// does not follow is no end: it carries on, and is tried again.
 func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	if b := snapshot.Config.Backend; b != s.backend && b != s.refused {
 		s.log.Warn("the options of the wire format have changed; opening the datapath anew", "before", s.backend, "now", b)
@@ -333,10 +371,12 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	if err := s.takeover.take(ctx, true); err != nil {
 		return err
 	}
+	s.unapplied = nil
 	if err := s.path.Apply(ctx, snapshot); err != nil {
 		if s.takeover.pending() {
 			return fmt.Errorf("the datapath does not follow the leases, and the running daemon's does: %w", err)
 		}
+		s.unapplied = &snapshot
 		s.log.Error("the datapath does not follow the leases", "revision", snapshot.Revision, "error", err)
 		s.health.notReady("the datapath does not follow the leases: " + err.Error())
 		return nil
@@ -350,7 +390,7 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	} else if err != nil {
 		s.last = &snapshot // which the datapath follows
 		s.log.Error("the CNI plugin goes on with the last subnet.env", "error", err)
-		s.health.setWarnings("subnet-file", api.Warning{Check: "subnet-file", Text: err.Error(), Fix: "make room for it, or name another place with --subnet-file"})
+		s.health.setWarnings("subnet-file", subnetFileWarning(err))
 		s.health.ready()
 		return nil
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/cni"
+	"culvert/internal/api"
 	"culvert/internal/boottime"
 	"culvert/subnet"
 )
@@ -147,6 +148,7 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	var c clocks
+	failing := false
 	for c.look(); ; {
 		select {
 		case <-ctx.Done():
@@ -166,12 +168,23 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 			if !f.due(now, l.Expires) {
 				continue
 			}
-			if err := f.extend(l.Expires); err != nil {
-				// The file that is there goes on being true until it says no longer.
+			// The file that is there goes on being true until it says no longer.
+			err := f.extend(l.Expires)
+			if err != nil && !failing {
 				d.log.Error("the CNI plugin will refuse pods when the old end of the lease is reached", "error", err)
+			}
+			if failing = err != nil; failing {
+				d.health.setWarnings("subnet-file", subnetFileWarning(err))
+			} else {
+				d.health.setWarnings("subnet-file")
 			}
 		}
 	}
+}
+
+// subnetFileWarning says that subnet.env cannot be written.
+func subnetFileWarning(err error) api.Warning {
+	return api.Warning{Check: "subnet-file", Text: err.Error(), Fix: "make room for it, or name another place with --subnet-file"}
 }
 
 // look has the store asked whether the lease still stands, if it is one that has
