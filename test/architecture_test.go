@@ -26,7 +26,8 @@ import (
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
 	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
-	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/handover", "internal/host", "internal/statefile"},
+	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/confine", "internal/handover", "internal/host", "internal/statefile"},
+	"culvert/internal/confine":         {},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet", "internal/statefile"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
 	"culvert/internal/echo":            {},

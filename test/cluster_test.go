@@ -107,7 +107,7 @@ func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
 		Name: n.ID + "-" + strconv.Itoa(c.starts), Path: filepath.Join(c.bin, "culvert"),
 		Args: append([]string{
 			"run", "--node-id", n.ID, "--run-dir", n.RunDir, "--etcd-endpoints", c.endpoint,
-			"--datapath", cmp.Or(c.datapath, "auto"),
+			"--datapath", cmp.Or(c.datapath, "auto"), "--confine", "kill",
 		}, flags...),
 	})
 	if err != nil {

@@ -75,7 +75,7 @@ exec setpriv --bounding-set ` + bounding + ` --inh-caps -all --no-new-privs "$0"
 	p, err := n.Start(lab.Command{
 		Name: "unit-" + strconv.Itoa(c.starts), Path: "/usr/bin/unshare",
 		Args: append([]string{
-			"--mount", "/bin/sh", "-c", script, filepath.Join(c.bin, "culvert"), "run", "--node-id", n.ID, "--etcd-endpoints", c.endpoint,
+			"--mount", "/bin/sh", "-c", script, filepath.Join(c.bin, "culvert"), "run", "--node-id", n.ID, "--etcd-endpoints", c.endpoint, "--confine", "kill",
 		}, flags...),
 	})
 	if err != nil {

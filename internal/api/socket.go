@@ -11,7 +11,9 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -35,8 +37,9 @@ type Socket struct {
 
 // Open opens the daemon's socket, and locks the run directory until it is
 // closed: of daemons that start at one moment, one has it. A socket that a
-// killed daemon left behind is replaced.
-func Open(runDir string) (*Socket, error) {
+// killed daemon left behind is replaced. A group, by name or number, may use the
+// socket besides root; "" for none.
+func Open(runDir, group string) (*Socket, error) {
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
 		return nil, err
 	}
@@ -49,7 +52,7 @@ func Open(runDir string) (*Socket, error) {
 	if s.lock, err = handover.Descriptor(lock); err != nil {
 		return nil, err
 	}
-	if s.listener, err = listen(SocketPath(runDir)); err != nil {
+	if s.listener, err = listen(SocketPath(runDir), group); err != nil {
 		_ = unix.Close(s.lock)
 		return nil, err
 	}
@@ -81,7 +84,7 @@ func (s *Socket) Leave() error {
 
 // Listen is Open for a process that has no successor.
 func Listen(runDir string) (net.Listener, error) {
-	s, err := Open(runDir)
+	s, err := Open(runDir, "")
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +126,7 @@ func lockDir(runDir string) (*os.File, error) {
 	return f, nil
 }
 
-func listen(path string) (fd int, err error) {
+func listen(path, group string) (fd int, err error) {
 	// A daemon of a version without the lock.
 	if c, err := net.Dial("unix", path); err == nil {
 		_ = c.Close()
@@ -132,18 +135,43 @@ func listen(path string) (fd int, err error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return -1, err
 	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	gid := -1
+	if group != "" {
+		if gid, err = groupID(group); err != nil {
+			return -1, err
+		}
+	}
+	// The status contains addresses and counters but no secrets; still, only root
+	// may read it. The file has that mode from its first moment: the kernel makes it
+	// with the socket's own, less the umask (unix_bind_bsd).
+	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		return errors.Join(c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }), err)
+	}}
+	l, err := private.Listen(context.Background(), "unix", path)
 	if err != nil {
 		return -1, err
 	}
-	l.SetUnlinkOnClose(false)
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
 	defer l.Close()
-	// The status contains addresses and counters but no secrets; still, only root
-	// may read it.
-	if err := os.Chmod(path, 0o600); err != nil {
-		return -1, errors.Join(err, os.Remove(path))
+	if gid >= 0 {
+		if err := errors.Join(os.Chown(path, -1, gid), os.Chmod(path, 0o660)); err != nil {
+			return -1, errors.Join(fmt.Errorf("giving the socket to the group %s: %w", group, err), os.Remove(path))
+		}
 	}
-	return handover.Descriptor(l)
+	return handover.Descriptor(l.(*net.UnixListener))
+}
+
+// groupID returns the ID of a group given by name or number.
+func groupID(group string) (int, error) {
+	if id, err := strconv.Atoi(group); err == nil && id >= 0 {
+		return id, nil
+	}
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		return -1, err
+	}
+	return strconv.Atoi(g.Gid)
 }
 
 // Handler serves GET /status.

@@ -85,6 +85,9 @@ type runFlags struct {
 	metrics     string
 	replace     bool
 	handedOver  string
+	access      daemon.Access
+	socketGroup string
+	confine     string
 	logLevel    string
 	logFormat   string
 	tunnel      daemon.Tunnel
@@ -146,6 +149,11 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.replace, "replace", false, "take over from the daemon that runs with this --run-dir, without an interruption; without one, start as ever")
 	flags.StringVar(&f.handedOver, "handed-over", string(daemon.Exit), "when another daemon has taken over from this one: exit, or wait to be told to stop (where a supervisor would start it again, as the kubelet)")
 	flags.StringVar(&f.metrics, "metrics", "127.0.0.1:9472", "where to serve /metrics, /livez and /readyz; empty for nowhere")
+	flags.StringVar(&f.access.CertFile, "metrics-certfile", "", "certificate to serve metrics and probes with (PEM); makes it https")
+	flags.StringVar(&f.access.KeyFile, "metrics-keyfile", "", "its key (PEM)")
+	flags.StringVar(&f.access.TokenFile, "metrics-token-file", "", "file of the bearer token that /metrics asks for")
+	flags.StringVar(&f.socketGroup, "socket-group", "", "group that may ask the daemon (culvert status), beside root")
+	flags.StringVar(&f.confine, "confine", string(daemon.ConfineOn), "give up the capabilities and system calls that the daemon never needs: on, off, or kill (ends it at such a call: for tests)")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
 	flags.BoolVar(&f.tunnel.NoGSO, "no-gso", false, "do not send many datagrams in one call (UDP_SEGMENT)")
@@ -165,7 +173,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.etcdServer.key, "etcd-server-keyfile", "", "its key (PEM)")
 	flags.StringVar(&f.etcdServer.clientCA, "etcd-server-client-cafile", "", "CA that the embedded etcd demands client certificates of (PEM)")
 	for name, values := range map[string][]string{
-		"store": {"auto", "etcd", "kubernetes"}, "datapath": {"auto", "userspace", "kernel"}, "fast-path": {"auto", "on", "off"}, "on-lost": {"fence", "release"}, "handed-over": {"exit", "wait"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
+		"store": {"auto", "etcd", "kubernetes"}, "datapath": {"auto", "userspace", "kernel"}, "fast-path": {"auto", "on", "off"}, "on-lost": {"fence", "release"}, "handed-over": {"exit", "wait"}, "confine": {"on", "off", "kill"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 	}
@@ -181,9 +189,10 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	o := daemon.Options{
 		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
-		Datapath: daemon.Datapath(f.datapath), FastPath: daemon.FastPath(f.fastPath), Metrics: f.metrics,
+		Datapath: daemon.Datapath(f.datapath), FastPath: daemon.FastPath(f.fastPath), Metrics: f.metrics, MetricsAccess: f.access,
 		Tunnel: f.tunnel, Log: log,
 		TakeOverFlannel: f.takeOver, Replace: f.replace, HandedOver: daemon.HandedOver(f.handedOver),
+		SocketGroup: f.socketGroup, Confine: daemon.Confine(f.confine),
 	}
 	if o.SubnetFile == "" {
 		o.SubnetFile = filepath.Join(f.runDir, "subnet.env")
@@ -216,6 +225,14 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	case "auto", "on", "off":
 	default:
 		return o, usagef("--fast-path %s: auto, on or off", f.fastPath)
+	}
+	if (f.access.CertFile == "") != (f.access.KeyFile == "") {
+		return o, usagef("--metrics-certfile and --metrics-keyfile go together")
+	}
+	switch o.Confine {
+	case daemon.ConfineOn, daemon.ConfineOff, daemon.ConfineKill:
+	default:
+		return o, usagef("--confine %s: on, off or kill", f.confine)
 	}
 	for _, text := range f.noMasq {
 		p, err := netip.ParsePrefix(text)

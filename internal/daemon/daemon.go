@@ -31,9 +31,13 @@ import (
 // Options is everything that a daemon is told. Every field is required unless
 // it says otherwise.
 type Options struct {
-	Version    string
-	Node       string // stable identity
-	RunDir     string // of the socket and the state
+	Version string
+	Node    string // stable identity
+	RunDir  string // of the socket and the state
+	// SocketGroup may ask the daemon, beside root; "" for none.
+	SocketGroup string
+	// Confine gives up the rights and system calls that the daemon does not need.
+	Confine    Confine
 	SubnetFile string // where the CNI plugin looks for subnet.env
 	Etcd       etcd.Options
 	// Kubernetes is where the leases are instead of in etcd, or nil.
@@ -64,6 +68,8 @@ type Options struct {
 	HandedOver HandedOver
 	// Metrics is where metrics and probes are served, "" for nowhere.
 	Metrics string
+	// MetricsAccess guards them.
+	MetricsAccess Access
 	// Embedded is the etcd server to carry along, or nil.
 	Embedded *EmbeddedEtcd
 	Tunnel   Tunnel
@@ -121,6 +127,7 @@ func runOnce(ctx context.Context, o Options) error {
 	}()
 	err := d.start(ctx, abort)
 	if err == nil {
+		o.confine() // a socket's group is set by then
 		err = d.run(ctx)
 	}
 	if errors.Is(err, errHandedOver) {

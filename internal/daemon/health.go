@@ -287,12 +287,12 @@ func (h *health) socket() http.Handler {
 	return mux
 }
 
-// probes serves /metrics, /livez and /readyz.
-func probes(h *health) http.Handler {
+// probes serves /metrics, for those whom access lets in, and /livez and /readyz.
+func probes(h *health, access Access) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), metrics{h})
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", access.guard(promhttp.HandlerFor(registry, promhttp.HandlerOpts{})))
 	// Alive is a daemon that can answer: an unreachable store is no reason to
 	// restart it, and a restart would not bring the store back.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })

@@ -42,7 +42,7 @@ func (d *node) possess(ctx context.Context) error {
 	}
 	p := &d.possessions
 	p.owner = own
-	if p.socket, err = api.Open(d.options.RunDir); err != nil {
+	if p.socket, err = api.Open(d.options.RunDir, d.options.SocketGroup); err != nil {
 		return err
 	}
 	_, listener := p.socket.Descriptors()
@@ -52,7 +52,9 @@ func (d *node) possess(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		p.metrics = &service{fd: fd, handler: probes(d.health)}
+		if p.metrics, err = d.web(fd); err != nil {
+			return err
+		}
 	}
 	return p.serve()
 }
@@ -112,6 +114,8 @@ func (p *possessions) close() {
 type service struct {
 	fd      int
 	handler http.Handler
+	wrap    func(net.Listener) net.Listener // or nil
+	write   time.Duration                   // that an answer may take; 0 for ever
 
 	now    *serving       // nil while nothing is served
 	ending sync.WaitGroup // those that answer their last requests
@@ -131,8 +135,12 @@ func (s *service) start() error {
 	if err != nil {
 		return err
 	}
+	if s.wrap != nil {
+		l = s.wrap(l)
+	}
 	v := &serving{listener: l, accepts: make(chan struct{})}
-	v.server = &http.Server{Handler: s.handler, ReadHeaderTimeout: 5 * time.Second, ConnState: v.count}
+	v.server = bounded(s.handler, s.write)
+	v.server.ConnState = v.count
 	s.now = v
 	go func() {
 		defer close(v.accepts)

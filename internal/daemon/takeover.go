@@ -115,7 +115,9 @@ func (d *node) adopt(fds []int) error {
 		}
 	}
 	if len(metrics) == 1 {
-		p.metrics = &service{fd: metrics[0], handler: probes(d.health)}
+		if p.metrics, err = d.web(metrics[0]); err != nil {
+			return err
+		}
 	}
 	return nil
 }

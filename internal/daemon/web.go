@@ -1,0 +1,132 @@
+package daemon
+
+import (
+	"crypto/subtle"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/net/netutil"
+	"golang.org/x/sys/unix"
+)
+
+// Access is how metrics are guarded where others than this host's programs reach
+// them. Files are read anew for each connection and request, so they may change.
+type Access struct {
+	CertFile, KeyFile string // PEM; serve TLS with them
+	TokenFile         string // asked for as a bearer token, of /metrics
+}
+
+// What a request may cost. None has much of a body, and all answers are short but
+// the metrics and the status of thousands of peers.
+const (
+	readPatience    = 5 * time.Second
+	writePatience   = 30 * time.Second // over TCP, for a client that reads slowly
+	idlePatience    = time.Minute
+	mostHeaderBytes = 16 << 10
+	mostBodyBytes   = 64 << 10
+	mostConnections = 512 // over TCP
+)
+
+// bounded returns a server that bounds what a request costs. An answer may take as
+// long as write, or with 0 for ever.
+func bounded(h http.Handler, write time.Duration) *http.Server {
+	return &http.Server{
+		Handler:     http.MaxBytesHandler(h, mostBodyBytes),
+		ReadTimeout: readPatience, WriteTimeout: write, IdleTimeout: idlePatience, MaxHeaderBytes: mostHeaderBytes,
+	}
+}
+
+// web returns the service of metrics and probes on a listening socket, which it
+// closes if there is an error.
+func (d *node) web(fd int) (*service, error) {
+	s, err := d.options.MetricsAccess.service(fd, d.health, d.log)
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(fd))
+	}
+	return s, nil
+}
+
+// service is metrics and probes on a listening socket, guarded.
+func (a Access) service(fd int, h *health, log *slog.Logger) (*service, error) {
+	s := &service{fd: fd, handler: probes(h, a), write: writePatience}
+	s.wrap = func(l net.Listener) net.Listener { return netutil.LimitListener(l, mostConnections) }
+	if _, err := a.token(); err != nil {
+		return nil, err
+	}
+	if a.CertFile == "" {
+		if at, loopback := listensAt(fd); !loopback {
+			log.Warn("whoever reaches the metrics' address reads them, in clear text: --metrics-certfile, --metrics-keyfile and --metrics-token-file guard them", "listen", at)
+		}
+		return s, nil
+	}
+	if _, err := tls.LoadX509KeyPair(a.CertFile, a.KeyFile); err != nil {
+		return nil, fmt.Errorf("serving metrics with TLS: %w", err)
+	}
+	config := &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			c, err := tls.LoadX509KeyPair(a.CertFile, a.KeyFile)
+			return &c, err
+		},
+	}
+	s.wrap = func(l net.Listener) net.Listener {
+		return tls.NewListener(netutil.LimitListener(l, mostConnections), config)
+	}
+	return s, nil
+}
+
+// listensAt is a socket's own address.
+func listensAt(fd int) (at netip.AddrPort, loopback bool) {
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		return at, false
+	}
+	switch n := name.(type) {
+	case *unix.SockaddrInet4:
+		at = netip.AddrPortFrom(netip.AddrFrom4(n.Addr), uint16(n.Port))
+	case *unix.SockaddrInet6:
+		at = netip.AddrPortFrom(netip.AddrFrom16(n.Addr).Unmap(), uint16(n.Port))
+	}
+	return at, at.Addr().IsLoopback()
+}
+
+// token returns what has to be shown, "" if nothing has.
+func (a Access) token() (string, error) {
+	if a.TokenFile == "" {
+		return "", nil
+	}
+	b, err := os.ReadFile(a.TokenFile)
+	if err != nil {
+		return "", fmt.Errorf("--metrics-token-file: %w", err)
+	}
+	text := strings.TrimSpace(string(b))
+	if text == "" {
+		return "", fmt.Errorf("--metrics-token-file: %s is empty", a.TokenFile)
+	}
+	return text, nil
+}
+
+// guard lets only those pass who show the token.
+func (a Access) guard(h http.Handler) http.Handler {
+	if a.TokenFile == "" {
+		return h
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		want, err := a.token()
+		shown, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		if err != nil || !ok || subtle.ConstantTimeCompare([]byte(shown), []byte(want)) != 1 {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+			http.Error(w, "show the token of --metrics-token-file", http.StatusUnauthorized)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}

@@ -1,0 +1,126 @@
+package daemon
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestWeb asks for metrics with and without TLS and the token, and with a header
+// that is too large.
+func TestWeb(t *testing.T) {
+	dir := t.TempDir()
+	token, cert, key := filepath.Join(dir, "token"), filepath.Join(dir, "cert"), filepath.Join(dir, "key")
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(token, "secret\n")
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, k.Public(), k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(cert, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	write(key, string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})))
+	roots := x509.NewCertPool()
+	parsed, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots.AddCert(parsed)
+
+	access := Access{CertFile: cert, KeyFile: key, TokenFile: token}
+	log := slog.New(slog.DiscardHandler)
+	listen := func(a Access) (*service, error) {
+		fd, err := listenTCP("127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = unix.Close(fd) })
+		return a.service(fd, newHealth(Options{}), log)
+	}
+	s, err := listen(access)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.stop)
+	at, loopback := listensAt(s.fd)
+	if !loopback {
+		t.Errorf("%s is no loopback address", at)
+	}
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}}
+	for _, c := range []struct {
+		url, header, value string
+		want               int
+	}{
+		{"https://" + at.String() + "/metrics", "Authorization", "Bearer secret", http.StatusOK},
+		{"https://" + at.String() + "/metrics", "Authorization", "Bearer secrets", http.StatusUnauthorized},
+		{"https://" + at.String() + "/metrics", "Authorization", "secret", http.StatusUnauthorized},
+		{"https://" + at.String() + "/metrics", "", "", http.StatusUnauthorized},
+		{"https://" + at.String() + "/livez", "", "", http.StatusOK},
+		{"https://" + at.String() + "/livez", "X-Large", strings.Repeat("x", 2*mostHeaderBytes), http.StatusRequestHeaderFieldsTooLarge},
+		{"http://" + at.String() + "/metrics", "", "", http.StatusBadRequest},
+	} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, c.url, http.NoBody)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.header != "" {
+			r.Header.Set(c.header, c.value)
+		}
+		answer, err := client.Do(r)
+		if err != nil {
+			t.Errorf("%s %.30s: %v", c.url, c.value, err)
+			continue
+		}
+		answer.Body.Close()
+		if answer.StatusCode != c.want {
+			t.Errorf("%s %.30s: %d, not %d", c.url, c.value, answer.StatusCode, c.want)
+		}
+	}
+	// Another token in the file is the one from then on.
+	write(token, "other")
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+at.String()+"/metrics", http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Authorization", "Bearer other")
+	if answer, err := client.Do(r); err != nil || answer.StatusCode != http.StatusOK {
+		t.Errorf("with the new token: %v %v", answer, err)
+	} else {
+		answer.Body.Close()
+	}
+	for _, wrong := range []Access{{TokenFile: filepath.Join(dir, "none")}, {CertFile: key, KeyFile: cert}} {
+		if _, err := listen(wrong); err == nil {
+			t.Errorf("%+v is taken", wrong)
+		}
+	}
+}

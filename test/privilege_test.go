@@ -1,0 +1,57 @@
+package test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/lab"
+)
+
+// TestChaosPrivileges looks at what a daemon that is ready may still do, thread by
+// thread. That it needs no more is shown by all other tests: their daemons run with
+// --confine=kill, which ends one at the first system call that it has given up.
+func TestChaosPrivileges(t *testing.T) {
+	const always = 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW | 1<<unix.CAP_NET_BIND_SERVICE | 1<<unix.CAP_BPF
+	for _, end := range fastEnds {
+		t.Run(end.name, func(t *testing.T) {
+			c := newClusterOf(t, lab.Options{Nodes: 1, Prefixes: dualUnderlay})
+			c.setConfig(dual)
+			p := c.start(c.Nodes[0], end.flags...)
+			c.waitReady(c.Nodes[0], 0)
+			want := uint64(always)
+			if end.name == "fast" {
+				want |= 1 << unix.CAP_PERFMON
+			}
+			files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p.PID))
+			if err != nil || len(files) < 3 {
+				t.Fatalf("threads: %v (%v)", files, err)
+			}
+			for _, file := range files {
+				text, err := os.ReadFile(file)
+				if err != nil {
+					continue // it has ended
+				}
+				for line := range strings.Lines(string(text)) {
+					name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
+					value = strings.TrimSpace(value)
+					is := map[string]string{
+						"CapPrm": fmt.Sprintf("%016x", want), "CapEff": fmt.Sprintf("%016x", want), "CapBnd": fmt.Sprintf("%016x", want),
+						"CapInh": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16), "NoNewPrivs": "1", "Seccomp": "2",
+					}[name]
+					if is != "" && value != is {
+						t.Errorf("%s: %s is %s, not %s", file, name, value, is)
+					}
+				}
+			}
+			socket, err := os.Stat(filepath.Join(c.Nodes[0].RunDir, "culvert.sock"))
+			if err != nil || socket.Mode().Perm() != 0o600 {
+				t.Errorf("the socket: %v (%v)", socket.Mode(), err)
+			}
+		})
+	}
+}
