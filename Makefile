@@ -61,6 +61,39 @@ fuzz:
 		done; \
 	done
 
+CHAOS := ^TestChaos|^TestP1NobodyForges|^TestStrangers
+
+.PHONY: test-chaos
+## test-chaos: attacks and faults under traffic, their short forms (part of make test; three minutes)
+test-chaos: build
+	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test -count 1 -timeout 20m -v -run '$(CHAOS)' ./test
+
+.PHONY: test-chaos-long
+## test-chaos-long: the same in their long forms: 10,000 packets a case, 200 kills, 10,000 nodes that join and leave (an hour)
+test-chaos-long: build
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_PACKETS=10000 CULVERT_KILLS=200 CULVERT_CHURN=5000 CULVERT_FLOOD=60 CGO_ENABLED=0 $(GO) test -count 1 -timeout 2h -v -run '$(CHAOS)' ./test
+
+.PHONY: soak
+## soak: two hours (CULVERT_SOAK) of mixed traffic with leases that come and go: memory, threads, descriptors and the kernel's objects must not grow
+soak: build
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_SOAK=$(or $(CULVERT_SOAK),2h) CGO_ENABLED=0 $(GO) test -count 1 -timeout 5h -v -run '^TestSoak$$' ./test
+
+.PHONY: mutation
+## mutation: takes checks away one at a time, and expects tests to fail (half an hour)
+mutation: build
+	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags mutation -count 1 -timeout 3h -v -run '^TestMutations$$' ./test
+
+FUZZ_SHARE ?= 1
+.PHONY: fuzz-long
+## fuzz-long: every fuzz target by executions, 10^8 for packets and 10^7 for others; FUZZ_SHARE=0.001 does a thousandth (days in full)
+fuzz-long:
+	internal/tools/fuzz-long $(FUZZ_SHARE)
+
+.PHONY: vuln
+## vuln: known vulnerabilities in what is linked (govulncheck; asks vuln.go.dev)
+vuln:
+	@$(TOOL) govulncheck ./... || { echo 'make vuln: see above; "fetching vulnerabilities" means that https://vuln.go.dev is out of reach, and nothing was checked' >&2; exit 1; }
+
 CLANG      ?= clang
 LLVM_STRIP ?= llvm-strip
 BPF_CFLAGS := -O2 -g -Wall -Werror -mcpu=v2 -fdebug-prefix-map=$(CURDIR)=. -I/usr/include/$(shell gcc -print-multiarch 2>/dev/null)
@@ -79,13 +112,14 @@ NIGHTLY_ROUNDS ?= 200
 NIGHTLY_SCALE ?= 5000,300
 
 .PHONY: nightly
-## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases (three hours)
+## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases; then test-chaos-long, mutation and vuln (five hours)
 nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_TEST_PINGS=3000 $(GO) test -count 1 -v -run '^TestReplace$$' ./test
 	for seed in 1 2 3 4 5 6 7 8 9 10; do CULVERT_BIN=$(CURDIR)/bin CULVERT_SEED=$$seed CULVERT_EVENTS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestRandomHostEvents$$' ./test || exit 1; done
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
+	$(MAKE) --no-print-directory test-chaos-long mutation vuln
 
 .PHONY: test-system
 ## test-system: the tests that need Debian packages: install them (as root), then test with -tags system
@@ -108,7 +142,7 @@ test-vm: build
 	CGO_ENABLED=0 $(GO) test -c -tags vm -o bin/vm/test.test ./test
 	CGO_ENABLED=0 $(GO) test -c -o bin/vm/ipip.test ./backend/ipip
 	cd test && ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin sh -c \
-		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestIPIP"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
+		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestIPIP|TestChaosInjection/ipip"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
 
 KUBERNETES := bin/kubernetes
 

@@ -53,16 +53,20 @@ var serviceAddr = map[bool]netip.Addr{true: netip.MustParseAddr("172.20.0.1"), f
 // TestP1NobodyForges has a pod with a raw socket and a container of another program send
 // packets that pretend to be a peer's. None may reach a victim.
 func TestP1NobodyForges(t *testing.T) {
-	for _, c := range []struct{ name, config, datapath string }{
-		{"vxlan/kernel", dualConfig, "kernel"},
-		{"vxlan/userspace", dualConfig, "userspace"},
-		{"ipip/userspace", `{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`, "userspace"},
+	for _, c := range []struct {
+		name, config string
+		flags        []string
+	}{
+		{"vxlan/kernel", dualConfig, fastEnds[1].flags},
+		{"vxlan/fast", dualConfig, fastEnds[0].flags},
+		{"vxlan/userspace", dualConfig, fastEnds[2].flags},
+		{"ipip/userspace", `{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`, fastEnds[2].flags},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			o := lab.Options{Nodes: 3, Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:18::/64")}}
 			cl := newClusterOf(t, o)
 			cl.setConfig(c.config)
-			cl.startAll("--datapath", c.datapath)
+			cl.startAll(c.flags...)
 			forge(t, cl, strings.HasPrefix(c.name, "vxlan"))
 		})
 	}

@@ -1,0 +1,933 @@
+package test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+	"culvert/subnet"
+)
+
+// TestChaosInjection sends to a node what it must not take, from a machine that
+// leases nothing and from a peer, thousands of times each, over every datapath:
+// nothing of it arrives in a pod, on the node or, by the node, anywhere else, and
+// each packet is counted under its reason.
+//
+//	n1: the datapath under test, a pod
+//	n2: a peer      n3: another peer      n4: a stranger
+//
+// n2 to n4 run no daemon. They have raw sockets. CULVERT_PACKETS is how many
+// packets each case sends: 200 if it is not set.
+func TestChaosInjection(t *testing.T) {
+	for _, d := range []struct{ format, kind string }{
+		{"vxlan", "userspace"},
+		{"vxlan", "kernel"},
+		{"vxlan", "fast"},
+		{"ipip", "userspace"},
+		{"ipip", "kernel"},
+	} {
+		t.Run(d.format+"/"+d.kind, func(t *testing.T) { newInjection(t, d.format, d.kind).run() })
+	}
+}
+
+// injection is one datapath under attack.
+type injection struct {
+	*cluster
+	t            *testing.T
+	format, kind string
+	packets      int
+	victim       *lab.Node
+	pod          *lab.Pod
+	subnets      []netip.Prefix // the victim's, IPv4 first
+	from         map[string]*sender
+	seen         *witness
+	cases        int
+}
+
+// leaseOf is the subnet of a node that runs no daemon, by its number and family.
+func leaseOf(node int, is4 bool) netip.Prefix {
+	if is4 {
+		return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(248 + node), 0}), 24)
+	}
+	return netip.MustParsePrefix(fmt.Sprintf("fd00:5:0:%x::/64", 0xf8+node))
+}
+
+// inside is an address in a subnet that no device has.
+func inside(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	b[len(b)-1] = 99
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+func newInjection(t *testing.T, format, kind string) *injection {
+	c := newClusterOf(t, lab.Options{Nodes: 4, Prefixes: dualUnderlay})
+	f := &injection{cluster: c, t: t, format: format, kind: kind, packets: 200, victim: c.Nodes[0]}
+	if testing.Short() {
+		f.packets = 50
+	}
+	if text := os.Getenv("CULVERT_PACKETS"); text != "" {
+		n, err := strconv.Atoi(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.packets = n
+	}
+	flags := []string{"--datapath", "userspace"}
+	switch kind {
+	case "kernel":
+		flags = []string{"--datapath", "kernel"}
+	case "fast":
+		flags = []string{"--datapath", "kernel", "--fast-path", "on"}
+	}
+	if format == "ipip" {
+		if kind == "kernel" {
+			needIPIP(t, f.victim)
+		}
+		c.setConfig(`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`)
+	} else {
+		c.setConfig(dual)
+	}
+	for k, n := range c.Nodes[1:3] {
+		l := subnet.Lease{Backend: format}
+		for i, is4 := range f.families() {
+			e := subnet.Endpoint{Subnet: leaseOf(k+1, is4), Public: n.Addrs[i]}
+			if format == "vxlan" {
+				e.VTEP = subnet.VTEP{VNI: 1, MAC: subnet.MAC{2, 0, 0, 0, byte(i), byte(k + 2)}}
+			}
+			l.Endpoints = append(l.Endpoints, e)
+		}
+		value, err := l.Value()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.put("/coreos.com/network/subnets/"+l.Key(), string(value))
+	}
+	c.start(f.victim, flags...)
+	s := c.waitReady(f.victim, 2)
+	f.subnets = s.Lease.Subnets
+	if kind == "fast" {
+		c.fastPath(f.victim)
+	}
+	var err error
+	if f.pod, err = f.victim.AddPod(t.Context(), "p1"); err != nil {
+		t.Fatal(err)
+	}
+	f.from = map[string]*sender{"peer": newSender(t, c.Nodes[1]), "stranger": newSender(t, c.Nodes[3])}
+	f.seen = newWitness(t, f.victim, f.pod)
+	return f
+}
+
+func (f *injection) families() []bool {
+	if f.format == "ipip" {
+		return []bool{true}
+	}
+	return []bool{true, false}
+}
+
+// needIPIP skips where the kernel has no ipip devices. The virtual machine's has.
+func needIPIP(t *testing.T, n *lab.Node) {
+	t.Helper()
+	err := n.Do(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "try"
+		l := &netlink.Iptun{LinkAttrs: attrs, Local: n.Addrs[0].AsSlice()}
+		if err := netlink.LinkAdd(l); err != nil {
+			return err
+		}
+		return netlink.LinkDel(l)
+	})
+	if err == nil {
+		return
+	}
+	if os.Getenv("CULVERT_VM") != "" {
+		t.Fatalf("no ipip device: %v", err)
+	}
+	t.Skipf("the kernel has no ipip devices (%v): make test-vm has", err)
+}
+
+// injected is one kind of packet.
+type injected struct {
+	name        string
+	by          string     // whose raw socket: peer or stranger
+	outer       netip.Addr // source; the sender's own if zero
+	source      netip.Addr // of the inner packet
+	destination netip.Addr
+	// change is made to what follows the outer IP header: of VXLAN the UDP payload, of
+	// IPIP the inner packet.
+	change func(b []byte) []byte
+	tos    byte // of the outer packet
+	cut    func(from, to netip.Addr, protocol byte, b []byte) [][]byte
+	// want is where the packets are counted, by the kind of datapath; "" for
+	// nowhere, "delivered" if they arrive. Other than reasons there are the kernel's:
+	// "snmp" (malformed headers), "device" (the tunnel device's errors).
+	want map[string]string
+}
+
+// everywhere is the same reason in every datapath, and either one in userspace and
+// another in the kernel's, which the fast path leaves it to.
+func everywhere(reason string) map[string]string { return either(reason, reason) }
+
+func either(userspace, kernel string) map[string]string {
+	return map[string]string{"userspace": userspace, "kernel": kernel, "fast": kernel}
+}
+
+func (f *injection) run() {
+	for i, is4 := range f.families() {
+		all := f.list(i, is4)
+		for _, c := range all {
+			f.try(i, is4, c)
+		}
+	}
+	time.Sleep(300 * time.Millisecond) // for what is late
+	f.seen.mu.Lock()
+	defer f.seen.mu.Unlock()
+	if len(f.seen.hits) > 0 {
+		f.t.Errorf("seen: %v", f.seen.hits)
+	}
+	if f.kind != "fast" {
+		return
+	}
+	// What was right took the fast path, or nothing of all this says anything of it.
+	if p := f.fastPath(f.victim); p.Ingress.Packets == 0 {
+		f.t.Errorf("nothing took the fast path: %v", p.Slow)
+	}
+}
+
+func (f *injection) list(i int, is4 bool) []injected {
+	pod := f.pod.Addr(is4)
+	ours := f.subnets[i]
+	peer, third := inside(leaseOf(1, is4)), inside(leaseOf(2, is4))
+	us, them, other := f.victim.Addrs[i], f.Nodes[1].Addrs[i], f.Nodes[3].Addrs[i]
+	parse := netip.MustParseAddr
+	sources := map[string]netip.Addr{
+		"another peer's": third, "ours": inside(ours), "the pod's own": pod, "our tunnel's": ours.Addr(), "our underlay's": us, "its own underlay's": them,
+		"nobody's": inside(leaseOf(5, is4)), "loopback": parse("127.0.0.1"), "link-local": parse("169.254.1.1"), "multicast": parse("224.0.0.1"),
+		"0/8": parse("0.0.0.1"), "unspecified": parse("0.0.0.0"), "240/4": parse("240.0.0.1"), "broadcast": parse("255.255.255.255"), "outside": parse("192.0.2.1"),
+	}
+	destinations := map[string]netip.Addr{
+		"outside": parse("192.0.2.1"), "a machine on the underlay": other, "another peer's pod": third, "its own pod": peer, "our underlay's": us,
+		"loopback": parse("127.0.0.1"), "multicast": parse("224.0.0.1"), "broadcast": parse("255.255.255.255"), "link-local": parse("169.254.1.1"),
+		"nobody's": inside(leaseOf(5, is4)), "the network's end": parse("10.5.255.255"),
+	}
+	if !is4 {
+		for name, a := range map[string]string{
+			"loopback": "::1", "link-local": "fe80::1", "multicast": "ff02::1", "0/8": "::7f00:1", "unspecified": "::", "240/4": "100::1", "broadcast": "ff0e::1", "outside": "2001:db8::1",
+			"the network's end": "fd00:5:0:ffff:ffff:ffff:ffff:ffff",
+		} {
+			if _, ok := sources[name]; ok {
+				sources[name] = parse(a)
+			}
+			if _, ok := destinations[name]; ok {
+				destinations[name] = parse(a)
+			}
+		}
+	}
+	var all []injected
+	add := func(c injected) {
+		if !c.source.IsValid() {
+			c.source = peer
+		}
+		if !c.destination.IsValid() {
+			c.destination = pod
+		}
+		if c.by == "" {
+			c.by = "peer"
+		}
+		all = append(all, c)
+	}
+	gateway := ours.Addr().Next()
+	add(injected{name: "by right", want: everywhere("delivered")})
+	for _, name := range byName(sources) {
+		add(injected{name: "a stranger, inner source " + name, by: "stranger", source: sources[name], want: everywhere("ingress-stranger")})
+		add(injected{name: "a peer, inner source " + name, source: sources[name], want: everywhere("ingress-source")})
+	}
+	add(injected{name: "a stranger, inner source a peer's", by: "stranger", want: everywhere("ingress-stranger")})
+	for _, name := range byName(destinations) {
+		want := everywhere("ingress-destination")
+		if !is4 && name == "loopback" { // ip6_rcv_core refuses it before any hook
+			want = either("ingress-destination", "snmp")
+		}
+		add(injected{name: "a peer, inner destination " + name, destination: destinations[name], want: want})
+		want = everywhere("ingress-stranger")
+		if f.format == "ipip" && !netip.MustParsePrefix("10.5.0.0/16").Contains(destinations[name]) {
+			// Another program's tunnel may want it: the rules wait for it to come out of ours.
+			want = either("ingress-stranger", "ingress-destination")
+		}
+		add(injected{name: "a stranger, inner destination " + name, by: "stranger", destination: destinations[name], want: want})
+	}
+	for name, a := range map[string]netip.Addr{"the tunnel's address": ours.Addr(), "the bridge's address": gateway} {
+		add(injected{name: "a stranger to " + name, by: "stranger", destination: a, want: everywhere("ingress-stranger")})
+		add(injected{name: "a peer with another's source to " + name, source: third, destination: a, want: everywhere("ingress-source")})
+		add(injected{name: "a peer by right to " + name, destination: a, want: everywhere("served")})
+	}
+	// An attacker who can send with a peer's address as the source is that peer, as
+	// far as any receiver can tell: docs/security.md says what helps.
+	add(injected{name: "a stranger with a peer's outer address", by: "stranger", outer: them, want: everywhere("delivered")})
+	add(injected{name: "congestion outside, not understood inside", tos: 3, want: either("ingress-ecn", "device")})
+
+	at := 0 // where the inner packet begins
+	if f.format == "vxlan" {
+		at = 22
+		f.addVXLAN(is4, add)
+	}
+	set := func(offset int, v ...byte) func([]byte) []byte {
+		return func(b []byte) []byte {
+			copy(b[at+offset:], v)
+			if is4 {
+				return sumHeader(b, at)
+			}
+			return b
+		}
+	}
+	// The kernel's IPIP device makes what is malformed into the outer packet's drop.
+	lie := func(name string, change func([]byte) []byte) {
+		add(injected{name: "a peer, " + name, change: change, want: either("ingress-malformed", "snmp")})
+		add(injected{name: "a stranger, " + name, by: "stranger", change: change, want: everywhere("ingress-stranger")})
+	}
+	if is4 {
+		lie("header of 16 bytes", set(0, 0x44))
+		lie("total length past the end", set(2, 0x0f, 0xff))
+		lie("total length of 19", set(2, 0, 19))
+		lie("header longer than the packet", func(b []byte) []byte { b[at], b[at+2], b[at+3] = 0x4f, 0, 40; return sumHeader(b, at) })
+		lie("bad header checksum", func(b []byte) []byte { b[at+10] ^= 0x55; return b })
+		lie("bad header checksum by the TTL", func(b []byte) []byte { b[at+8]--; return b })
+	} else {
+		lie("payload length past the end", set(4, 0x0f, 0xff))
+	}
+	if f.format == "vxlan" {
+		lie("version 5", set(0, 0x55))
+	}
+
+	// Fragments of the outer packet.
+	whole, strange := everywhere("delivered"), everywhere("ingress-stranger")
+	if f.format == "ipip" { // whose senders set DF; userspace takes no fragments
+		whole, strange = either("ingress-fragment x2", "delivered"), either("ingress-stranger x2", "ingress-stranger")
+	}
+	add(injected{name: "a stranger, in fragments", by: "stranger", cut: fragmentsOf, want: strange})
+	add(injected{name: "a peer by right, in fragments", cut: fragmentsOf, want: whole})
+	nowhere := everywhere("")
+	if f.format == "ipip" {
+		nowhere = either("ingress-fragment", "")
+	}
+	add(injected{name: "a peer, first fragment alone", cut: first(fragmentsOf), want: nowhere})
+	add(injected{name: "a peer, overlapping fragments", cut: overlapping, want: twice(nowhere)})
+	return all
+}
+
+// twice marks that each packet is counted twice: it is sent in two pieces that
+// nobody puts together.
+func twice(want map[string]string) map[string]string {
+	m := make(map[string]string)
+	for k, v := range want {
+		m[k] = v
+		if v != "" {
+			m[k] = v + " x2"
+		}
+	}
+	return m
+}
+
+// addVXLAN adds what only VXLAN has.
+func (f *injection) addVXLAN(is4 bool, add func(injected)) {
+	set := func(offset int, v ...byte) func([]byte) []byte {
+		return func(b []byte) []byte { copy(b[offset:], v); return b }
+	}
+	ethertype, otherType := []byte{0x08, 0x00}, []byte{0x86, 0xdd}
+	if !is4 {
+		ethertype, otherType = otherType, ethertype
+	}
+	kinds := []struct {
+		name   string
+		change func([]byte) []byte
+		want   map[string]string
+	}{
+		// Another program's device may have the VNI: nothing is dropped in its place.
+		{"another VNI", set(4, 0, 0, 2), either("ingress-vni", "")},
+		{"I flag clear", set(0, 0), either("ingress-flags", "")},
+		{"another inner MAC", set(8+5, 0x77), either("ingress-mac", "")},
+		{"ARP", set(20, 0x08, 0x06), everywhere("ingress-protocol")},
+		{"a VLAN tag", func(b []byte) []byte {
+			return append(append(append([]byte{}, b[:20]...), 0x81, 0, 0, 5, ethertype[0], ethertype[1]), b[22:]...)
+		}, everywhere("ingress-protocol")},
+		{"LLDP", set(20, 0x88, 0xcc), everywhere("ingress-protocol")},
+		{"the other family's ethertype", set(20, otherType...), either("ingress-malformed", "ingress-protocol")},
+		{"7 bytes", func(b []byte) []byte { return b[:7] }, either("ingress-short", "")},
+		{"no inner packet", func(b []byte) []byte { return b[:22] }, either("ingress-malformed", "ingress-source")},
+		{"an inner header cut short", func(b []byte) []byte { return b[:22+19] }, either("ingress-malformed", map[bool]string{true: "device", false: "ingress-source"}[is4])},
+	}
+	for _, k := range kinds {
+		add(injected{name: "a peer, " + k.name, change: k.change, want: k.want})
+		stranger := either("ingress-stranger", "ingress-stranger")
+		if k.name == "another VNI" || k.name == "7 bytes" { // by whose absence a packet is none of ours
+			stranger = either("ingress-stranger", "")
+		}
+		add(injected{name: "a stranger, " + k.name, by: "stranger", change: k.change, want: stranger})
+	}
+	// RFC 7348, section 5: ignored on receipt. The kernel's device refuses them.
+	for name, change := range map[string]func([]byte) []byte{
+		"a reserved flag": set(0, 0x08|0x40), "reserved bytes": set(1, 1, 2, 3), "a reserved last byte": set(7, 9),
+	} {
+		add(injected{name: "a peer, " + name, change: change, want: either("delivered", "device")})
+		add(injected{name: "a stranger, " + name, by: "stranger", change: change, want: everywhere("ingress-stranger")})
+	}
+	// A tunnel packet inside of one, for the node's own port: by right as far as the
+	// first tunnel goes, and of a stranger for the second. Of userspace the port is
+	// open at the underlay's address alone, and the node says that it is not.
+	add(injected{name: "a peer, VXLAN in VXLAN", change: func(b []byte) []byte {
+		return f.nested(is4, b)
+	}, want: either("answered", "ingress-stranger")})
+}
+
+// nested makes the inner packet of a VXLAN datagram into the payload of a second
+// one, for the tunnel's own address.
+func (f *injection) nested(is4 bool, b []byte) []byte {
+	from, to := inside(leaseOf(1, is4)), f.subnets[map[bool]int{true: 0, false: 1}[is4]].Addr()
+	inner := ipPacket(from, to, unix.IPPROTO_UDP, udpDatagram(from, to, 5000, 8472, b))
+	return append(append([]byte{}, b[:22]...), inner...)
+}
+
+// sumHeader renews the IPv4 header checksum of what begins at b[at:].
+func sumHeader(b []byte, at int) []byte {
+	n := min(int(b[at]&15)*4, len(b)-at)
+	b[at+10], b[at+11] = 0, 0
+	binary.BigEndian.PutUint16(b[at+10:], ^onesSum(b[at:at+n]))
+	return b
+}
+
+func first(cut func(from, to netip.Addr, protocol byte, b []byte) [][]byte) func(from, to netip.Addr, protocol byte, b []byte) [][]byte {
+	return func(from, to netip.Addr, protocol byte, b []byte) [][]byte { return cut(from, to, protocol, b)[:1] }
+}
+
+// overlapping cuts a packet in two pieces of which the second begins within the
+// first, and says something else there (RFC 5722).
+func overlapping(from, to netip.Addr, protocol byte, payload []byte) [][]byte {
+	parts := fragmentsOf(from, to, protocol, payload)
+	head := len(parts[1]) - (len(payload) - 16)
+	again := append(append([]byte{}, parts[1][:head]...), payload[8:]...)
+	if from.Is4() {
+		binary.BigEndian.PutUint16(again[2:], uint16(len(again)))
+		binary.BigEndian.PutUint16(again[6:], 1)
+		sumHeader(again, 0)
+	} else {
+		binary.BigEndian.PutUint16(again[4:], uint16(len(again)-40))
+		binary.BigEndian.PutUint16(again[40+2:], 1<<3)
+	}
+	return [][]byte{parts[0], again}
+}
+
+func byName(m map[string]netip.Addr) []string {
+	var all []string
+	for k := range m {
+		all = append(all, k)
+	}
+	slices.Sort(all)
+	return all
+}
+
+// packet makes the n-th whole packet of a case, as it goes onto the wire.
+func (f *injection) packet(i int, is4 bool, c injected, mark []byte) [][]byte {
+	b := ipPacket(c.source, c.destination, unix.IPPROTO_UDP, udpDatagram(c.source, c.destination, 5000, victimPort, mark))
+	from, to := c.outer, f.victim.Addrs[i]
+	if !from.IsValid() {
+		from = f.from[c.by].node.Addrs[i]
+	}
+	protocol := byte(unix.IPPROTO_IPIP)
+	if f.format == "vxlan" {
+		protocol = unix.IPPROTO_UDP
+		mac := subnet.DeriveMAC(f.victim.ID, 1, !is4)
+		ethertype := []byte{0x08, 0x00}
+		if !is4 {
+			ethertype = []byte{0x86, 0xdd}
+		}
+		frame := append([]byte{8, 0, 0, 0, 0, 0, 1, 0}, mac[:]...)
+		frame = append(append(frame, 2, 0, 0, 0, 0, 9), ethertype...)
+		b = append(frame, b...)
+	}
+	if c.change != nil {
+		b = c.change(b)
+	}
+	if f.format == "vxlan" {
+		b = udpDatagram(from, to, 50000, 8472, b)
+	}
+	if c.cut != nil {
+		f.cases++ // another identification for each packet, so that none completes another
+		parts := c.cut(from, to, protocol, b)
+		for _, p := range parts {
+			if is4 {
+				binary.BigEndian.PutUint16(p[4:], uint16(f.cases))
+				sumHeader(p, 0)
+			} else {
+				binary.BigEndian.PutUint32(p[44:], uint32(f.cases))
+			}
+		}
+		return parts
+	}
+	whole := ipPacket(from, to, protocol, b)
+	if c.tos != 0 {
+		if is4 {
+			whole[1] = c.tos
+			sumHeader(whole, 0)
+		} else {
+			whole[1] = c.tos << 4
+		}
+	}
+	return [][]byte{whole}
+}
+
+// chunk is how many packets are sent before it is looked what became of them, so
+// that no queue on the way is full.
+const chunk = 200
+
+// try sends a case's packets, and looks where they went.
+func (f *injection) try(i int, is4 bool, c injected) {
+	f.t.Helper()
+	want := c.want[f.kind]
+	reason, doubled := strings.CutSuffix(want, " x2")
+	family := map[bool]string{true: "IPv4", false: "IPv6"}[is4]
+	mark := f.seen.expect(c.name + " over " + family)
+	before := f.counter(is4, reason)
+	times := uint64(1)
+	if doubled {
+		times = 2
+	}
+	for sent := 0; sent < f.packets; {
+		n := min(chunk, f.packets-sent)
+		for range n {
+			if err := f.from[c.by].send(is4, f.victim.Addrs[i], f.packet(i, is4, c, mark)); err != nil {
+				f.t.Fatalf("%s over %s: %v", c.name, family, err)
+			}
+		}
+		sent += n
+		f.settle(i, is4)
+		if reason == "" || isPlace(reason) {
+			continue
+		}
+		var got uint64
+		for end := time.Now().Add(3 * time.Second); got < uint64(sent)*times; time.Sleep(5 * time.Millisecond) {
+			if got = f.counter(is4, reason) - before; time.Now().After(end) {
+				break
+			}
+		}
+		if got != uint64(sent)*times {
+			s, _ := f.status(f.victim)
+			f.t.Errorf("%s over %s: %d of %d counted as %s: %v", c.name, family, got, sent, reason, s.Datapath.Drops)
+			break
+		}
+	}
+	// IPIP that is not for the cluster network is not ours to keep from the kernel,
+	// which answers that it has no such tunnel.
+	foreign := f.format == "ipip" && f.kind == "userspace" && !netip.MustParsePrefix("10.5.0.0/16").Contains(c.destination)
+	delivered := f.seen.count(mark)
+	switch reason {
+	case "delivered", "served":
+		if delivered[reason] != f.packets {
+			f.t.Errorf("%s over %s: %d sent, seen %v", c.name, family, f.packets, delivered)
+		}
+	}
+	f.seen.forget(mark, map[string]bool{"delivered": reason == "delivered", "bridge": reason == "delivered", "served": reason == "served", "answered": reason == "answered" || foreign})
+	f.t.Logf("| %s, %s | %d | %d | %s |", c.name, family, f.packets, delivered["delivered"]+delivered["served"], orNone(want))
+	if c.cut != nil {
+		f.fragmentMemory(is4)
+	}
+}
+
+// isPlace says whether what a case wants is a place rather than a counter.
+func isPlace(want string) bool { return want == "delivered" || want == "served" || want == "answered" }
+
+func orNone(reason string) string {
+	if reason == "" {
+		return "none"
+	}
+	return reason
+}
+
+// settle waits until what was sent is dealt with: a packet that is right comes
+// after it.
+func (f *injection) settle(i int, is4 bool) {
+	f.t.Helper()
+	c := injected{by: "peer", source: inside(leaseOf(1, is4)), destination: f.pod.Addr(is4)}
+	mark := f.seen.expect("settling")
+	eventually(f.t, "a packet that is right", func() error {
+		if err := f.from["peer"].send(is4, f.victim.Addrs[i], f.packet(i, is4, c, mark)); err != nil {
+			return err
+		}
+		for range 10 {
+			if f.seen.count(mark)["delivered"] > 0 {
+				return nil
+			}
+			time.Sleep(time.Millisecond)
+		}
+		return errors.New("it does not arrive")
+	})
+	f.seen.forget(mark, map[string]bool{"delivered": true, "bridge": true})
+}
+
+// counter reads one counter of the victim's.
+func (f *injection) counter(is4 bool, name string) uint64 {
+	f.t.Helper()
+	switch name {
+	case "", "delivered", "served", "answered":
+		return 0
+	case "snmp":
+		return f.snmp(is4)
+	case "device":
+		return f.deviceErrors(is4)
+	}
+	var s api.Status
+	eventually(f.t, "the status", func() (err error) { s, err = f.status(f.victim); return err })
+	return drops(s, name)
+}
+
+// snmp sums up what the kernel counts of headers that contradict themselves
+// (RFC 4293; /proc/net/snmp).
+func (f *injection) snmp(is4 bool) (sum uint64) {
+	f.t.Helper()
+	if err := f.victim.Do(func() error {
+		if !is4 {
+			text, err := os.ReadFile("/proc/thread-self/net/snmp6")
+			for line := range strings.Lines(string(text)) {
+				w := strings.Fields(line)
+				switch w[0] {
+				case "Ip6InHdrErrors", "Ip6InTruncatedPkts", "Ip6InAddrErrors":
+					n, _ := strconv.ParseUint(w[1], 10, 64)
+					sum += n
+				}
+			}
+			return err
+		}
+		for _, name := range []string{"snmp", "netstat"} {
+			text, err := os.ReadFile("/proc/thread-self/net/" + name)
+			if err != nil {
+				return err
+			}
+			lines := strings.Split(string(text), "\n")
+			for k := 0; k+1 < len(lines); k += 2 {
+				names, values := strings.Fields(lines[k]), strings.Fields(lines[k+1])
+				for j := range names {
+					switch names[0] + names[j] {
+					case "Ip:InHdrErrors", "IpExt:InTruncatedPkts":
+						n, _ := strconv.ParseUint(values[j], 10, 64)
+						sum += n
+					}
+				}
+			}
+		}
+		return nil
+	}); err != nil {
+		f.t.Fatal(err)
+	}
+	return sum
+}
+
+// deviceErrors reads the tunnel device's own counters.
+func (f *injection) deviceErrors(is4 bool) (n uint64) {
+	f.t.Helper()
+	device := map[bool]string{true: "cvt.1", false: "cvt6.1"}[is4]
+	if f.format == "ipip" {
+		device = "cvt.ipip"
+	}
+	if err := f.victim.Do(func() error {
+		l, err := netlink.LinkByName(device)
+		if err != nil {
+			return err
+		}
+		n = l.Attrs().Statistics.RxErrors
+		return nil
+	}); err != nil {
+		f.t.Fatal(err)
+	}
+	return n
+}
+
+// fragmentMemory looks at what the kernel holds of packets of which pieces are
+// missing: no more than it is told to.
+func (f *injection) fragmentMemory(is4 bool) {
+	f.t.Helper()
+	file, name, limit := "sockstat", "FRAG:", "net/ipv4/ipfrag_high_thresh"
+	if !is4 {
+		file, name, limit = "sockstat6", "FRAG6:", "net/ipv6/ip6frag_high_thresh"
+	}
+	var held uint64
+	if err := f.victim.Do(func() error {
+		text, err := os.ReadFile("/proc/thread-self/net/" + file)
+		for line := range strings.Lines(string(text)) {
+			if w := strings.Fields(line); w[0] == name {
+				held, _ = strconv.ParseUint(w[4], 10, 64)
+			}
+		}
+		return err
+	}); err != nil {
+		f.t.Fatal(err)
+	}
+	text, err := f.victim.Sysctl(limit)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	most, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	if held > most+64<<10 {
+		f.t.Errorf("the kernel holds %d bytes of fragments, and may hold %d", held, most)
+	}
+}
+
+// sender has a node's raw sockets.
+type sender struct {
+	node *lab.Node
+	fds  map[bool]int
+}
+
+func newSender(t *testing.T, n *lab.Node) *sender {
+	t.Helper()
+	s := &sender{node: n, fds: make(map[bool]int)}
+	if err := n.Do(func() error {
+		for is4, family := range map[bool]int{true: unix.AF_INET, false: unix.AF_INET6} {
+			fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { unix.Close(fd) })
+			s.fds[is4] = fd
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (s *sender) send(is4 bool, to netip.Addr, packets [][]byte) error {
+	var name unix.Sockaddr = &unix.SockaddrInet4{Addr: [4]byte(to.AsSlice())}
+	if !is4 {
+		name = &unix.SockaddrInet6{Addr: to.As16()}
+	}
+	for _, p := range packets {
+		if err := unix.Sendto(s.fds[is4], p, 0, name); err != nil && !errors.Is(err, unix.ENOBUFS) {
+			return err
+		}
+	}
+	return nil
+}
+
+// witness sees everything that comes out of the tunnel: what arrives in the pod,
+// what the node itself is given, and what it sends on.
+type witness struct {
+	mu    sync.Mutex
+	names []string
+	hits  map[string]int // by case and place, of what should not be
+	now   map[string]map[string]int
+}
+
+const markSign = "chaos-case-"
+
+func newWitness(t *testing.T, node *lab.Node, pod *lab.Pod) *witness {
+	t.Helper()
+	w := &witness{hits: make(map[string]int), now: make(map[string]map[string]int)}
+	open := func(where *lab.Namespace, link string, outgoing bool, place func(string) string) {
+		var fd int
+		names := make(map[int]string)
+		if err := where.Do(func() (err error) {
+			fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
+				return err
+			}
+			if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 100000}); err != nil {
+				return err
+			}
+			if outgoing {
+				if err := onlyOutgoing(fd); err != nil {
+					return err
+				}
+			}
+			links, err := netlink.LinkList()
+			if err != nil {
+				return err
+			}
+			index := 0
+			for _, l := range links {
+				names[l.Attrs().Index] = l.Attrs().Name
+				if l.Attrs().Name == link {
+					index = l.Attrs().Index
+				}
+			}
+			const all = unix.ETH_P_ALL
+			return unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all>>8 | all&0xff<<8, Ifindex: index})
+		}); err != nil {
+			t.Fatal(err)
+		}
+		w.watch(t, fd, func(b []byte, from unix.Sockaddr) string {
+			if isICMP(b) {
+				return "answered"
+			}
+			return place(names[from.(*unix.SockaddrLinklayer).Ifindex])
+		})
+	}
+	open(pod.Namespace, "eth0", false, func(string) string { return "delivered" })
+	open(node.Namespace, "", true, func(link string) string {
+		if link == "eth0" || link == "lo" {
+			return link
+		}
+		return "bridge" // and the pod's end of it
+	})
+	// The node itself.
+	if err := node.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
+			return err
+		}
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 100000}); err != nil {
+			return err
+		}
+		if err := unix.Bind(fd, &unix.SockaddrInet6{Port: victimPort}); err != nil {
+			return err
+		}
+		w.watch(t, fd, func([]byte, unix.Sockaddr) string { return "served" })
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	// Nobody answers in the pod's place that there is no such port.
+	l, err := pod.ListenPacket(t.Context(), "udp", fmt.Sprintf(":%d", victimPort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return w
+}
+
+// isICMP says whether a packet is an ICMP error, or a tunnel packet with one inside.
+func isICMP(b []byte) bool {
+	p, ok := parseIP(b)
+	if !ok {
+		return false
+	}
+	switch {
+	case p.protocol == unix.IPPROTO_ICMP || p.protocol == unix.IPPROTO_ICMPV6:
+		return true
+	case p.protocol == unix.IPPROTO_IPIP:
+		return isICMP(p.payload)
+	case p.protocol == unix.IPPROTO_UDP && len(p.payload) > 8+22 && binary.BigEndian.Uint16(p.payload[2:]) == 8472:
+		return isICMP(p.payload[8+22:])
+	}
+	return false
+}
+
+// onlyOutgoing has a packet socket see what the host sends.
+func onlyOutgoing(fd int) error {
+	raw, err := bpf.Assemble([]bpf.Instruction{
+		bpf.LoadExtension{Num: bpf.ExtType},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.PACKET_OUTGOING, SkipTrue: 1},
+		bpf.RetConstant{Val: 1 << 17},
+		bpf.RetConstant{Val: 0},
+	})
+	if err != nil {
+		return err
+	}
+	var filter []unix.SockFilter
+	for _, r := range raw {
+		filter = append(filter, unix.SockFilter{Code: r.Op, Jt: r.Jt, Jf: r.Jf, K: r.K})
+	}
+	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+}
+
+// watch reads a socket until the test ends.
+func (w *witness) watch(t *testing.T, fd int, place func([]byte, unix.Sockaddr) string) {
+	stop, done := make(chan struct{}), make(chan struct{})
+	t.Cleanup(func() { close(stop); <-done; unix.Close(fd) })
+	go func() {
+		defer close(done)
+		b := make([]byte, 1<<16)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			n, from, err := unix.Recvfrom(fd, b, 0)
+			if err != nil {
+				continue
+			}
+			// A frame may be many packets, joined.
+			for rest := b[:n]; ; {
+				i := bytes.Index(rest, []byte(markSign))
+				if i < 0 || len(rest) < i+len(markSign)+6 {
+					break
+				}
+				w.note(string(rest[i:i+len(markSign)+6]), place(b[:n], from))
+				rest = rest[i+len(markSign):]
+			}
+		}
+	}()
+}
+
+func (w *witness) note(mark, place string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if now, ok := w.now[mark]; ok {
+		now[place]++
+		return
+	}
+	w.hits[mark+" "+place]++ // late
+}
+
+// expect makes a mark for the packets of a case.
+func (w *witness) expect(name string) []byte {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.names = append(w.names, name)
+	mark := fmt.Sprintf("%s%06d", markSign, len(w.names))
+	w.now[mark] = make(map[string]int)
+	return []byte(mark + strings.Repeat(".", 24))
+}
+
+func (w *witness) key(mark []byte) string { return string(mark[:len(markSign)+6]) }
+
+// count is what was seen of a case, by place.
+func (w *witness) count(mark []byte) map[string]int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	all := make(map[string]int)
+	for k, n := range w.now[w.key(mark)] {
+		all[k] = n
+	}
+	return all
+}
+
+// forget keeps of a case what was seen where it may not be.
+func (w *witness) forget(mark []byte, may map[string]bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	key := w.key(mark)
+	number, _ := strconv.Atoi(key[len(markSign):])
+	for place, n := range w.now[key] {
+		if !may[place] {
+			w.hits[w.names[number-1]+": "+place] += n
+		}
+	}
+	if !may["delivered"] && !may["served"] && !may["answered"] {
+		delete(w.now, key) // what comes later is late
+	}
+}
