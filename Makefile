@@ -9,8 +9,10 @@ LDFLAGS  := -s -w -X culvert/internal/cli.version=$(VERSION)
 BUILD    := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 TOOL     := $(GO) tool -modfile=internal/tools/go.mod
 PLUGINS  := github.com/containernetworking/plugins/plugins
+# What culvert-cni is under other names. Not dhcp, which would make each start of
+# any of them slower by half (net/rpc).
 DELEGATES := $(addprefix $(PLUGINS)/main/,bridge loopback) \
-             $(addprefix $(PLUGINS)/ipam/,host-local dhcp static) \
+             $(addprefix $(PLUGINS)/ipam/,host-local static) \
              $(addprefix $(PLUGINS)/meta/,portmap bandwidth tuning)
 FUZZTIME ?= 3s
 
@@ -21,13 +23,15 @@ SYSTEM_PACKAGES := etcd-server docker.io containerd runc util-linux iproute2 pro
 .PHONY: all build
 all: build
 
-## build: culvert, culvert-cni, culvert-etcd, and the CNI plugins they delegate to
+## build: culvert, culvert-cni (which is the CNI plugins in bin/cni, too) and culvert-etcd
 build:
 	@mkdir -p bin/cni
 	$(BUILD) -o bin/culvert .
-	$(BUILD) -o bin/culvert-cni ./cni/culvert-cni
+	$(GO) run ./cni/multicall -out bin/.multicall $(DELEGATES)
+	$(BUILD) -overlay bin/.multicall/overlay.json -o bin/culvert-cni ./cni/culvert-cni
 	$(BUILD) -o bin/culvert-etcd ./subnet/etcd/culvert-etcd
-	$(BUILD) -o bin/cni/ $(DELEGATES)
+	$(BUILD) -o bin/cni/ $(PLUGINS)/ipam/dhcp
+	@for name in $(notdir $(DELEGATES)); do ln -sfn ../culvert-cni bin/cni/$$name; done
 
 .PHONY: demo
 ## demo: connect pods on three nodes on this machine, then remove everything

@@ -56,14 +56,17 @@ func (i Install) Run() (done, warnings []string, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, source := range append([]string{filepath.Join(i.From, PluginName)}, delegates...) {
+	own := filepath.Join(i.BinDir, PluginName)
+	if err := copyProgram(filepath.Join(i.From, PluginName), own); err != nil {
+		return done, nil, err
+	}
+	done = append(done, own)
+	for _, source := range delegates {
 		target := filepath.Join(i.BinDir, filepath.Base(source))
-		if filepath.Base(source) != PluginName {
-			if _, err := os.Stat(target); err == nil {
-				continue
-			}
+		if _, err := os.Stat(target); err == nil {
+			continue
 		}
-		if err := copyProgram(source, target); err != nil {
+		if err := i.putDelegate(source, target); err != nil {
 			return done, nil, err
 		}
 		done = append(done, target)
@@ -78,6 +81,23 @@ func (i Install) Run() (done, warnings []string, err error) {
 	}
 	warnings, err = i.rivals()
 	return append(done, conf), warnings, err
+}
+
+// putDelegate installs a delegate. One that is culvert-cni under another name
+// becomes a hard link to it, which stays when culvert-cni is replaced.
+func (i Install) putDelegate(source, target string) error {
+	is, err := os.Stat(source)
+	if err != nil {
+		return fmt.Errorf("installing %s: %w", filepath.Base(source), err)
+	}
+	if own, err := os.Stat(filepath.Join(i.From, PluginName)); err == nil && os.SameFile(is, own) {
+		err := os.Link(filepath.Join(i.BinDir, PluginName), target)
+		if err == nil || errors.Is(err, fs.ErrExist) {
+			return nil
+		}
+		// A file system without links: a copy.
+	}
+	return copyProgram(source, target)
 }
 
 // Remove removes first the configuration, then the plugin. It keeps the delegates,

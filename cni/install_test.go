@@ -30,6 +30,10 @@ func TestInstall(t *testing.T) {
 	write(filepath.Join(from, PluginName), "new plugin")
 	write(filepath.Join(from, "cni", "bridge"), "our bridge")
 	write(filepath.Join(from, "cni", "host-local"), "our host-local")
+	// Another name of the plugin, as make build has it.
+	if err := os.Symlink(filepath.Join("..", PluginName), filepath.Join(from, "cni", "portmap")); err != nil {
+		t.Fatal(err)
+	}
 	i := Install{From: from, BinDir: filepath.Join(root, "bin"), ConfDir: filepath.Join(root, "net.d"), ConfName: "10-culvert.conflist"}
 	write(filepath.Join(i.BinDir, PluginName), "old plugin")
 	write(filepath.Join(i.BinDir, "bridge"), "the distribution's bridge")
@@ -47,6 +51,11 @@ func TestInstall(t *testing.T) {
 		if got := read(path); got != want {
 			t.Errorf("%s holds %q, want %q", path, got, want)
 		}
+	}
+	own, err := os.Stat(filepath.Join(i.BinDir, PluginName))
+	other, err2 := os.Lstat(filepath.Join(i.BinDir, "portmap"))
+	if err != nil || err2 != nil || !os.SameFile(own, other) {
+		t.Errorf("portmap is not another name of the plugin: %v, %v", err, err2)
 	}
 	if info, err := os.Stat(filepath.Join(i.BinDir, PluginName)); err != nil || info.Mode().Perm() != 0o755 {
 		t.Errorf("the plugin's mode is %v (%v)", info.Mode(), err)

@@ -60,6 +60,7 @@ var allowed = map[string][]string{
 	// addresses: that would triple the size of a program that is started for every pod.
 	"culvert/cni":             {"subnet", "internal/api/readiness", "internal/boottime", "internal/statefile"},
 	"culvert/cni/culvert-cni": {"cni"},
+	"culvert/cni/multicall":   {},
 }
 
 // outside lists which packages may import certain large external modules.

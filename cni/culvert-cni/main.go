@@ -20,7 +20,15 @@ import (
 // buildVersion is set by the Makefile: -ldflags "-X main.buildVersion=...".
 var buildVersion = ""
 
+// delegates are the plugins that are linked in (package multicall), by the names
+// that this program is started with for them.
+var delegates = make(map[string]func())
+
 func main() {
+	if run, ok := delegates[filepath.Base(os.Args[0])]; ok {
+		run()
+		return
+	}
 	if buildVersion == "" {
 		buildVersion = "(devel)"
 		if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {

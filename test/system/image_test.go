@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -90,6 +91,11 @@ func TestImage(t *testing.T) {
 
 	engine := startEngine(t, l, l.Nodes[0])
 	engine.run("build", "--tag", "culvert:test", filepath.Dir(bin))
+	stored, err := strconv.Atoi(strings.TrimSpace(engine.run("image", "inspect", "--format", "{{.Size}}", "culvert:test")))
+	t.Logf("the image is stored as %d bytes", stored)
+	if err != nil || stored > 40e6 {
+		t.Errorf("the image is stored as %d bytes, %v", stored, err)
+	}
 	if out := engine.run("run", "--rm", "--network", "host", "culvert:test", "version"); !strings.HasPrefix(out, "culvert ") {
 		t.Errorf("version: %s", out)
 	}
