@@ -25,13 +25,15 @@ import (
 // here; imports run downward only.
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
-	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
+	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "internal/report", "internal/trace", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
 	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/confine", "internal/handover", "internal/host", "internal/statefile"},
 	"culvert/internal/confine":         {},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet", "internal/statefile"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
 	"culvert/internal/echo":            {},
-	"culvert/internal/doctor":          {"internal/api", "internal/host"},
+	"culvert/internal/doctor":          {"internal/api", "internal/echo", "internal/host"},
+	"culvert/internal/trace":           {"internal/echo", "internal/host"},
+	"culvert/internal/report":          {"internal/host"},
 	"culvert/internal/host":            {"internal/api", "internal/handover"},
 	"culvert/internal/api":             {"internal/api/readiness", "internal/handover"},
 	"culvert/internal/handover":        {},

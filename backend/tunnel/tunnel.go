@@ -283,12 +283,26 @@ func (t *Tunnel) table(s subnet.Snapshot) *encap.Table {
 	return encap.NewTable(local, peers)
 }
 
-// state is what the host must be like, given a snapshot: the cluster network is
-// reached through the device, and is unreachable while it is gone.
+// state is what the host must be like, given a snapshot.
 func (t *Tunnel) state(s subnet.Snapshot, v host.View) host.State {
-	state := backend.Base(t.options.Node, s)
-	link := host.Link{Name: DeviceName, MTU: t.mtu, GSOMaxSegs: gsoMaxSegments}
-	for _, e := range t.options.Lease.Endpoints {
+	return state(t.options.Node, t.options.Config.Backend, t.options.Lease, t.mtu, s, v)
+}
+
+// Plan is what the host must be like for a tunnel that would be opened now.
+func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
+	mtu, err := PodMTU(s.Config.Backend, s.Self, n.Underlay)
+	if err != nil {
+		return backend.Wanted{}, err
+	}
+	return backend.Wanted{State: state(n, s.Config.Backend, s.Self, mtu, s, v), MTU: mtu}, nil
+}
+
+// state: the cluster network is reached through the device, and is unreachable
+// while it is gone.
+func state(n backend.Node, c subnet.BackendConfig, self subnet.Lease, mtu int, s subnet.Snapshot, v host.View) host.State {
+	state := backend.Base(n, s)
+	link := host.Link{Name: DeviceName, MTU: mtu, GSOMaxSegs: gsoMaxSegments}
+	for _, e := range self.Endpoints {
 		network, ok := backend.NetworkOf(s, e)
 		if !ok {
 			continue
@@ -303,10 +317,10 @@ func (t *Tunnel) state(s subnet.Snapshot, v host.View) host.State {
 		is4 := network.Addr().Is4()
 		guard := host.Tunnel{ // of IPIP, which has no port
 			Network: network, Subnet: e.Subnet, Peers: backend.Sources(backend.Peers(s, is4)),
-			Underlay: cmp.Or(v.Underlay.Name, t.options.Node.Underlay.Name), Local: t.options.Node.Underlay.Addr(is4), NoFIB: v.NoFIB,
+			Underlay: cmp.Or(v.Underlay.Name, n.Underlay.Name), Local: n.Underlay.Addr(is4), NoFIB: v.NoFIB,
 		}
-		if t.format == encap.FormatVXLAN {
-			guard.Port, guard.VNI = t.options.Config.Backend.Port, e.VTEP.VNI
+		if c.Type == "vxlan" {
+			guard.Port, guard.VNI = c.Port, e.VTEP.VNI
 		}
 		state.Firewall.Tunnels = append(state.Firewall.Tunnels, guard)
 	}

@@ -201,6 +201,34 @@ const maxAnswer = 64 << 20
 // GetStatus requests the status of the daemon that uses the run directory. If
 // there is none, the error says what to do.
 func GetStatus(ctx context.Context, runDir string) (Status, error) {
+	answer, err := get(ctx, runDir, "/status")
+	if err != nil {
+		return Status{}, err
+	}
+	defer func() { _ = answer.Close() }()
+	var s Status
+	if err := json.NewDecoder(io.LimitReader(answer, maxAnswer)).Decode(&s); err != nil {
+		return Status{}, fmt.Errorf("decoding the status from %s: %w", SocketPath(runDir), err)
+	}
+	return s, nil
+}
+
+// GetLog returns the last lines of the daemon's log.
+func GetLog(ctx context.Context, runDir string) ([]byte, error) {
+	answer, err := get(ctx, runDir, LogPath)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = answer.Close() }()
+	return io.ReadAll(io.LimitReader(answer, maxAnswer))
+}
+
+// LogPath is where the daemon's socket serves the last lines of its log.
+const LogPath = "/log"
+
+// get requests something of the daemon that has the run directory. The answer is
+// to be closed.
+func get(ctx context.Context, runDir, what string) (io.ReadCloser, error) {
 	path := SocketPath(runDir)
 	client := &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -209,27 +237,23 @@ func GetStatus(ctx context.Context, runDir string) (Status, error) {
 		},
 		DisableKeepAlives: true,
 	}}
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://culvert/status", http.NoBody)
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://culvert"+what, http.NoBody)
 	if err != nil {
-		return Status{}, err
+		return nil, err
 	}
 	answer, err := client.Do(r)
 	if err != nil {
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-			return Status{}, fmt.Errorf("no daemon answers on %s: is `culvert run` running, with this --run-dir?", path)
+			return nil, fmt.Errorf("no daemon answers on %s: is `culvert run` running, with this --run-dir?", path)
 		case errors.Is(err, fs.ErrPermission):
-			return Status{}, fmt.Errorf("%s: permission denied: run this as root", path)
+			return nil, fmt.Errorf("%s: permission denied: run this as root", path)
 		}
-		return Status{}, fmt.Errorf("requesting the status on %s: %w", path, err)
+		return nil, fmt.Errorf("requesting %s on %s: %w", what, path, err)
 	}
-	defer func() { _ = answer.Body.Close() }()
 	if answer.StatusCode != http.StatusOK {
-		return Status{}, fmt.Errorf("requesting the status on %s: %s", path, answer.Status)
+		_ = answer.Body.Close()
+		return nil, fmt.Errorf("requesting %s on %s: %s", what, path, answer.Status)
 	}
-	var s Status
-	if err := json.NewDecoder(io.LimitReader(answer.Body, maxAnswer)).Decode(&s); err != nil {
-		return Status{}, fmt.Errorf("decoding the status from %s: %w", path, err)
-	}
-	return s, nil
+	return answer.Body, nil
 }

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -13,7 +14,9 @@ import (
 
 	"culvert/cni"
 	"culvert/internal/api"
+	"culvert/internal/daemon"
 	"culvert/internal/doctor"
+	"culvert/internal/host"
 )
 
 // doctorOptions are the flags of culvert doctor.
@@ -24,6 +27,9 @@ type doctorOptions struct {
 	cni       cni.Install
 	noCNI     bool
 	noProbe   bool
+	list      bool
+	fix       bool
+	yes       bool
 	out       output
 }
 
@@ -34,16 +40,40 @@ func newDoctorCommand() *cobra.Command {
 		Short: "Examine this host for what keeps packets from passing, and say what mends it",
 		Long: `Examine this host: privileges, kernel, daemon, store, the tunnel's port, leftovers
 of other overlays, network managers, connection tracking, clock, the container
-runtime's configuration; and, if a daemon runs, every node through the tunnel
-with packets as large as pods may send. Each finding has its evidence and its fix.
-Nothing is changed.
+runtime's configuration. If a daemon runs, its warnings are part of it, and every
+node is probed through the tunnel with packets as large as pods may send. If none
+runs, the host is compared with what the last one left: devices, routes, rules,
+settings, and other programs' firewalls. Each finding has its evidence and its fix.
+
+Nothing is changed without --fix. With it, what a daemon would repair is repaired,
+and limits of the kernel are raised; what is another program's, or its
+configuration, is named, and changed only with --yes. Each command is printed.
 
 Exit code 1: something keeps packets from passing, or pods from being added.`,
+		Example: `  culvert doctor
+  culvert doctor --list
+  culvert doctor --fix`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			results := o.examine(c.Context())
+			if o.yes && !o.fix {
+				return usagef("--yes confirms what --fix does: give both")
+			}
+			if o.list {
+				return o.out.write(c.OutOrStdout(), api.Checks(), func(w io.Writer) error { return writeChecks(w) })
+			}
+			results, outlook := o.examine(c.Context())
 			if err := c.Context().Err(); err != nil {
 				return err
+			}
+			if o.fix {
+				tell := c.OutOrStdout()
+				if o.out != "table" {
+					tell = c.ErrOrStderr()
+				}
+				if err := o.mend(c.Context(), tell, results, outlook); err != nil {
+					return err
+				}
+				results, _ = o.examine(c.Context())
 			}
 			if err := o.out.write(c.OutOrStdout(), results, func(w io.Writer) error { return writeDoctor(w, results) }); err != nil {
 				return err
@@ -66,48 +96,140 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 	f.StringVar(&o.cni.ConfDir, "cni-conf-dir", "/etc/cni/net.d", "the container runtime's directory of network configurations")
 	f.BoolVar(&o.noCNI, "no-cni", false, "do not look at the container runtime's configuration")
 	f.BoolVar(&o.noProbe, "no-probe", false, "send no packets to other nodes")
+	f.BoolVar(&o.list, "list", false, "list the checks, and examine nothing")
+	f.BoolVar(&o.fix, "fix", false, "do what can be done about what is found")
+	f.BoolVar(&o.yes, "yes", false, "with --fix: what is another program's, too")
 	o.out.addTo(f)
 	return c
 }
 
-// examine runs the checks, and the pings if a daemon says of whom.
-func (o doctorOptions) examine(ctx context.Context) []doctor.Result {
+// examine runs the checks, and the pings if a daemon says of whom. The outlook is
+// for where no daemon runs.
+func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Outlook) {
 	h := doctor.Host{Endpoints: o.endpoints, Port: o.port}
+	var outlook daemon.Outlook
 	asking, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if s, err := api.GetStatus(asking, o.runDir); err == nil {
 		h.Status = &s
+		h.SubnetFile, h.Underlay, h.Addrs = s.SubnetFile, s.Underlay.Interface, s.Underlay.Addrs
 		if len(h.Endpoints) == 0 {
 			h.Endpoints = s.Store.Endpoints
 		}
 	} else {
 		h.NoDaemon = err
+		outlook, err = daemon.Preview(ctx, o.runDir)
+		if err != nil {
+			h.Flaws = append(h.Flaws, host.Flaw{Warning: api.Warning{Check: "host-state", Text: err.Error()}})
+		}
+		h.Flaws = append(h.Flaws, outlook.Flaws...)
+		h.Foreseen = outlook.Snapshot != nil
+		h.Underlay, h.Addrs = outlook.Underlay.Name, outlook.Underlay.Addrs
+		if told := outlook.Told; told != nil {
+			h.SubnetFile = told.SubnetFile
+			if len(h.Endpoints) == 0 && told.Store == "etcd" {
+				h.Endpoints = told.Endpoints
+			}
+		}
 	}
 	if !o.noCNI {
-		install := o.cni
-		install.ConfName, install.RunDir = cniConfName, o.runDir
-		install.From = filepath.Dir(install.BinDir)
-		h.CNI = install.Status(asking).NotReady
+		r := o.install().Status(asking)
+		h.CNI = r.NotReady
+		for _, flaw := range r.Flaws {
+			w := api.Warning{Check: flaw.Check, Text: flaw.Text, Fix: flaw.Fix}
+			f := doctor.Finding{Severity: doctor.Bad, Warning: w}
+			if flaw.Mends {
+				f.Severity = doctor.Risk
+				f.Repairs = []string{flaw.Fix}
+			}
+			h.CNIFlaws = append(h.CNIFlaws, f)
+		}
 	}
 	results := doctor.Examine(ctx, h)
 	if h.Status != nil && !o.noProbe {
-		results = append(results, probeNodes(ctx, *h.Status))
+		results = append(results, probeNodes(ctx, *h.Status, h.Port)...)
 	}
-	return results
+	return results, outlook
 }
 
-// probeNodes pings every node through the tunnel.
-func probeNodes(ctx context.Context, s api.Status) doctor.Result {
+// install is how the CNI plugin is installed.
+func (o doctorOptions) install() cni.Install {
+	i := o.cni
+	i.ConfName, i.RunDir = cniConfName, o.runDir
+	i.From = filepath.Dir(i.BinDir)
+	return i
+}
+
+// mend does what can be done about the findings, and prints each command.
+func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.Result, outlook daemon.Outlook) error {
+	var failed []error
+	tell := func(command string, err error) {
+		if err != nil {
+			failed = append(failed, fmt.Errorf("%s: %w", command, err))
+			return
+		}
+		fmt.Fprintln(w, "done:", command)
+	}
+	ours, pods := false, false
+	did := make(map[string]bool) // two findings may share an action
+	for _, r := range results {
+		for _, f := range r.Findings {
+			ours = ours || len(f.Repairs) > 0 && r.Check == "host-state"
+			pods = pods || len(f.Repairs) > 0 && r.Check == "cni"
+			for _, a := range f.Actions {
+				switch {
+				case did[a.Command]:
+				case a.Others && !o.yes:
+					fmt.Fprintln(w, "not done, since it is another program's (--yes does it):", a.Command)
+				default:
+					tell(a.Command, a.Do())
+				}
+				did[a.Command] = true
+			}
+		}
+	}
+	if ours {
+		changes, err := outlook.Mend()
+		for _, c := range changes {
+			fmt.Fprintln(w, "done:", c.Command)
+		}
+		if err != nil {
+			failed = append(failed, err)
+		}
+	}
+	if pods {
+		done, err := o.install().Mend(ctx)
+		for _, command := range done {
+			fmt.Fprintln(w, "done:", command)
+		}
+		if err != nil {
+			failed = append(failed, err)
+		}
+	}
+	if len(did) == 0 && !ours && !pods {
+		fmt.Fprintln(w, "there is nothing that --fix can do")
+	}
+	return errors.Join(failed...)
+}
+
+// probeNodes pings every node through the tunnel, and measures more of those that
+// answer, and of those that do not.
+func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result {
 	r := doctor.Result{Check: "peer-unreachable", Title: "other nodes"}
 	o := pingOptions{count: 2, interval: 50 * time.Millisecond, patience: time.Second}
 	targets, _ := pingTargets(s, nil) // without arguments no error
 	pings, err := o.pingAll(ctx, s, targets)
 	if err != nil {
 		r.Findings = []doctor.Finding{{Severity: doctor.Risk, Warning: api.Warning{Check: r.Check, Text: err.Error()}}}
-		return r
+		return []doctor.Result{r}
 	}
 	well := 0
+	var answering []doctor.Far
 	for _, p := range pings {
+		far := doctor.Far{Node: p.Node, Addr: p.Addr, Public: p.Public}
+		if p.Answered > 0 {
+			answering = append(answering, far)
+		}
 		if p.Problem == "" {
 			well++
 			continue
@@ -116,8 +238,18 @@ func probeNodes(ctx context.Context, s api.Status) doctor.Result {
 			Check: r.Check, Text: strings.TrimSpace(p.Node+" "+p.Addr.String()) + ": " + p.Problem,
 			Fix: "run `culvert doctor` on that node too, and see the firewalls between",
 		}}
-		if p.Answered > 0 && p.MTU < p.WantMTU {
+		public := sourceOf(s, from{far.Public.Is4(), false})
+		switch {
+		case p.Answered > 0 && p.MTU < p.WantMTU:
 			f.Check, f.Fix = "path-mtu", "give the network a smaller Backend.MTU (`culvert config set`), or mend the link on the way"
+		case p.Answered > 0 || s.Datapath.WireFormat != "vxlan" || !far.Public.IsValid():
+		case doctor.NobodyListens(ctx, public, far, port):
+			f.Text += fmt.Sprintf(" (it answers that nobody has UDP port %d there)", port)
+			f.Fix = "start culvert on that node, and see `culvert doctor` there"
+		case doctor.PortEaten(ctx, public, far, port):
+			f.Check = "port-eaten"
+			f.Text += fmt.Sprintf("; UDP to another port there is answered, and to %d it is not", port)
+			f.Fix = fmt.Sprintf("see the firewall of that node (`culvert doctor` there) and those between; where the virtual switch takes the port for itself, as VMware NSX does with 8472, give the network another one: Backend.Port (`culvert config set`), now %d", port)
 		}
 		r.Findings = append(r.Findings, f)
 	}
@@ -127,7 +259,23 @@ func probeNodes(ctx context.Context, s api.Status) doctor.Result {
 			r.Seen = "there are none"
 		}
 	}
-	return r
+	results := []doctor.Result{r}
+	if s.Datapath.WireFormat != "host-gw" {
+		results = append(results, doctor.Offload(ctx, sourceOf(s, from{is4: true, tunnel: true}), answering, s.Datapath.MTU))
+	}
+	return results
+}
+
+func writeChecks(w io.Writer) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, c := range api.Checks() {
+		severity := "bad"
+		if c.Risk {
+			severity = "risk"
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\n", c.ID, severity, c.Title)
+	}
+	return t.Flush()
 }
 
 func writeDoctor(w io.Writer, results []doctor.Result) error {
@@ -148,6 +296,9 @@ func writeDoctor(w io.Writer, results []doctor.Result) error {
 			fmt.Fprintf(t, "%s\t%s\t%s (%s)\n", mark, r.Title, f.Text, f.Check)
 			if f.Fix != "" {
 				fmt.Fprintf(t, "\t\tfix: %s\n", f.Fix)
+			}
+			if len(f.Repairs) > 0 {
+				fmt.Fprintf(t, "\t\tculvert does it when it is started; now: culvert doctor --fix\n")
 			}
 		}
 	}

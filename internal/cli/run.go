@@ -2,6 +2,7 @@ package cli
 
 import (
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -182,7 +183,8 @@ CULVERT_ETCD_ENDPOINTS.`,
 
 // options checks the flags and returns what the daemon is told.
 func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
-	log, err := newLogger(c, f.logLevel, f.logFormat)
+	var recent api.Ring
+	log, err := newLogger(io.MultiWriter(c.ErrOrStderr(), &recent), f.logLevel, f.logFormat)
 	if err != nil {
 		return daemon.Options{}, err
 	}
@@ -190,7 +192,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
 		Datapath: daemon.Datapath(f.datapath), FastPath: daemon.FastPath(f.fastPath), Metrics: f.metrics, MetricsAccess: f.access,
-		Tunnel: f.tunnel, Log: log,
+		Tunnel: f.tunnel, Log: log, Recent: &recent,
 		TakeOverFlannel: f.takeOver, Replace: f.replace, HandedOver: daemon.HandedOver(f.handedOver),
 		SocketGroup: f.socketGroup, Confine: daemon.Confine(f.confine),
 	}
@@ -353,7 +355,7 @@ func machineID() (string, error) {
 	return "", fmt.Errorf("this machine has no machine id (`systemd-machine-id-setup` makes one): name the node with --node-id")
 }
 
-func newLogger(c *cobra.Command, level, format string) (*slog.Logger, error) {
+func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 	var o slog.HandlerOptions
 	var l slog.Level
 	if err := l.UnmarshalText([]byte(level)); err != nil {
@@ -362,9 +364,9 @@ func newLogger(c *cobra.Command, level, format string) (*slog.Logger, error) {
 	o.Level = l
 	switch format {
 	case "text":
-		return slog.New(slog.NewTextHandler(c.ErrOrStderr(), &o)), nil
+		return slog.New(slog.NewTextHandler(w, &o)), nil
 	case "json":
-		return slog.New(slog.NewJSONHandler(c.ErrOrStderr(), &o)), nil
+		return slog.New(slog.NewJSONHandler(w, &o)), nil
 	}
 	return nil, usagef("--log-format %s: text or json", format)
 }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"culvert/backend/tunnel"
+	"culvert/internal/api"
 	"culvert/internal/handover"
 	"culvert/internal/host"
 	"culvert/subnet"
@@ -74,6 +75,8 @@ type Options struct {
 	Embedded *EmbeddedEtcd
 	Tunnel   Tunnel
 	Log      *slog.Logger
+	// Recent has the last lines of Log, for `culvert report`; nil if nothing has.
+	Recent *api.Ring
 }
 
 // Tunnel is what an operator can say of the userspace datapath.
@@ -127,6 +130,9 @@ func runOnce(ctx context.Context, o Options) error {
 	}()
 	err := d.start(ctx, abort)
 	if err == nil {
+		if err := o.remember(); err != nil {
+			d.log.Warn("what this daemon was told is not recorded: `culvert doctor` knows less while no daemon runs", "error", err)
+		}
 		o.confine() // a socket's group is set by then
 		err = d.run(ctx)
 	}

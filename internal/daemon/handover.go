@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/api"
 	"culvert/internal/handover"
 )
 
@@ -73,6 +74,12 @@ type request struct {
 func (d *node) socketHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", d.health.socket())
+	if recent := d.options.Recent; recent != nil {
+		mux.HandleFunc("GET "+api.LogPath, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+			_, _ = w.Write(recent.Bytes())
+		})
+	}
 	mux.Handle(handover.Path, handover.Handler(func(c *handover.Conn, hello handover.Message) {
 		select {
 		case d.requests <- request{c, hello}:

@@ -116,7 +116,16 @@ func resolvers(path string) []netip.Addr {
 // lies in it, unless the host itself bears it or a more specific route than the
 // network's leads there.
 func cutOff(c subnet.Config, f host.Facts, needs []need) (warned []api.Warning, refused error) {
+	warned, lost := losses(c, f, needs)
 	var errs []error
+	for _, w := range lost {
+		errs = append(errs, errors.New(w.String()))
+	}
+	return warned, errors.Join(errs...)
+}
+
+// losses is cutOff with both as warnings.
+func losses(c subnet.Config, f host.Facts, needs []need) (soft, hard []api.Warning) {
 	for _, w := range needs {
 		if w.addr.IsLoopback() || f.Bears([]netip.Addr{w.addr}) {
 			continue
@@ -135,13 +144,13 @@ func cutOff(c subnet.Config, f host.Facts, needs []need) (warned []api.Warning, 
 			}
 			const fix = "give the cluster another Network, or one whose SubnetMin and SubnetMax leave it out, or this host a more specific route to it"
 			if w.soft {
-				warned = append(warned, api.Warning{Check: "resolver-in-network", Text: text, Fix: fix})
+				soft = append(soft, api.Warning{Check: "resolver-in-network", Text: text, Fix: fix})
 				continue
 			}
-			errs = append(errs, fmt.Errorf("%s: %s", text, fix))
+			hard = append(hard, api.Warning{Check: "store-in-network", Text: text, Fix: fix})
 		}
 	}
-	return warned, errors.Join(errs...)
+	return soft, hard
 }
 
 // overlapping warns, purely, of the host's networks that overlap what is given
@@ -179,16 +188,7 @@ func (d *node) survey(ctx context.Context, config subnet.Config, at place) ([]su
 	if refused != nil {
 		return nil, refused
 	}
-	var keep []subnet.HostNetwork
-	for _, h := range f.Networks(d.podLinks()) {
-		for _, n := range config.Networks {
-			// A network around the whole cluster's is not lost to a peer, but to all
-			// of them: it is warned of.
-			if given, overlaps := n.AllocatableOverlap(h.Prefix); overlaps && h.Prefix.Bits() > given.Bits() {
-				keep = append(keep, subnet.HostNetwork{Link: h.Link, Prefix: h.Prefix})
-			}
-		}
-	}
+	keep := hostNetworks(config, f.Networks(d.podLinks()))
 	for _, w := range needs {
 		// A more specific route leads there: no lease may be more specific still.
 		r, ok := f.RouteOfOthers(w.addr)
@@ -198,6 +198,21 @@ func (d *node) survey(ctx context.Context, config subnet.Config, at place) ([]su
 		}
 	}
 	return keep, nil
+}
+
+// hostNetworks are those of the host's networks within the cluster's that no
+// peer's lease may have. A network around the whole cluster's is not lost to a
+// peer, but to all of them: it is warned of.
+func hostNetworks(config subnet.Config, networks []host.LinkNetwork) []subnet.HostNetwork {
+	var keep []subnet.HostNetwork
+	for _, h := range networks {
+		for _, n := range config.Networks {
+			if given, overlaps := n.AllocatableOverlap(h.Prefix); overlaps && h.Prefix.Bits() > given.Bits() {
+				keep = append(keep, subnet.HostNetwork{Link: h.Link, Prefix: h.Prefix})
+			}
+		}
+	}
+	return keep
 }
 
 // podLinks is what tells the pods' links from the host's.

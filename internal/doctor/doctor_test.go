@@ -163,6 +163,19 @@ func TestChecks(t *testing.T) {
 			write(t, *h, "/proc/net/stat/arp_cache", "entries  table_fulls\n000003ff 00000003\n000003ff 00000010\n")
 			return nothing
 		}, []string{"bad neighbour-table: |overflowed 19 times (1023 of 1024 entries)|net.ipv4.neigh.default.gc_thresh3=4096"}},
+		{"D4: the unit does not let subnet.env be written", func(h *doctor.Host) func() {
+			h.SubnetFile = "/run/elsewhere/subnet.env"
+			write(t, *h, "/run/elsewhere/x", "")
+			write(t, *h, "/etc/systemd/system/culvert.service", "[Service]\nProtectSystem=strict\nRuntimeDirectory=culvert flannel\n")
+			return nothing
+		}, []string{"bad subnet-file: the unit /etc/systemd/system/culvert.service does not let|/run/elsewhere|ReadWritePaths=/run/elsewhere"}},
+		{"D4: a drop-in lets it", func(h *doctor.Host) func() {
+			h.SubnetFile = "/run/elsewhere/subnet.env"
+			write(t, *h, "/run/elsewhere/x", "")
+			write(t, *h, "/etc/systemd/system/culvert.service", "[Service]\nProtectSystem=strict\nRuntimeDirectory=culvert flannel\n")
+			write(t, *h, "/etc/systemd/system/culvert.service.d/subnet-file.conf", "[Service]\nReadWritePaths=/run/elsewhere\n")
+			return nothing
+		}, nil},
 		{"no pod can be added", func(h *doctor.Host) func() {
 			h.CNI = "/opt/cni/bin/bridge: it is not there"
 			return nothing
@@ -175,6 +188,15 @@ func TestChecks(t *testing.T) {
 			got := examine(h)
 			if len(got) != len(c.want) {
 				t.Fatalf("found %q", got)
+			}
+			for _, r := range doctor.Examine(t.Context(), h) {
+				for _, f := range r.Findings {
+					for _, a := range f.Actions {
+						if a.Do == nil || a.Command == "" {
+							t.Errorf("%s: an action that does nothing: %q", f.Check, a.Command)
+						}
+					}
+				}
 			}
 			for i, want := range c.want {
 				rest := got[i]

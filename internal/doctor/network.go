@@ -30,7 +30,7 @@ func daemon(_ context.Context, h Host) (string, []Finding) {
 		all = append(all, bad("", "it is not ready: %s", h.Status.NotReady))
 	}
 	for _, w := range h.Status.Warnings {
-		all = append(all, Finding{Bad, w})
+		all = append(all, found(w))
 	}
 	for _, r := range h.Status.Rejected {
 		all = append(all, risk("see `culvert lease check`", "the lease %s was set aside: %s", r.Key, r.Reason))
@@ -118,9 +118,19 @@ func port(_ context.Context, h Host) (string, []Finding) {
 	return fmt.Sprintf("UDP %d is culvert's or free", h.Port), nil
 }
 
+// kernelHolds says whether a vxlan device has the port: the kernel's socket
+// belongs to no process.
+func kernelHolds(port uint16) bool {
+	links, err := host.Retry(netlink.LinkList)
+	return err == nil && slices.ContainsFunc(links, func(l netlink.Link) bool {
+		v, ok := l.(*netlink.Vxlan)
+		return ok && v.Port == int(port)
+	})
+}
+
 // udpHolders names the processes of this network namespace that have a socket
 // on the port, as "name (pid n)". The kernel's own sockets, of vxlan devices,
-// belong to no process and are left out.
+// are left out.
 func udpHolders(port uint16) ([]string, error) {
 	inodes := make(map[string]bool)
 	for _, path := range []string{"/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"} {
@@ -161,7 +171,7 @@ func udpHolders(port uint16) ([]string, error) {
 			holders = append(holders, who)
 		}
 	}
-	if len(holders) == 0 {
+	if len(holders) == 0 && !kernelHolds(port) {
 		holders = append(holders, "a process that this one may not see")
 	}
 	return holders, nil
@@ -206,12 +216,27 @@ func leftovers(_ context.Context, h Host) (string, []Finding) {
 		if o.whose == "flannel" {
 			fix = "stop flanneld, and start culvert with --take-over-flannel"
 		}
-		all = append(all, risk(fix, "devices of %s are here: %s", o.whose, strings.Join(devices, ", ")))
+		f := risk(fix, "devices of %s are here: %s", o.whose, strings.Join(devices, ", "))
+		for _, name := range devices {
+			f = f.doing(Action{Command: "ip link del " + name, Others: true, Do: func() error { return deleteLink(name) }})
+		}
+		all = append(all, f)
 	}
 	if len(all) > 0 {
 		return "", all
 	}
 	return "none here", nil
+}
+
+func deleteLink(name string) error {
+	l, err := netlink.LinkByName(name)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return nil // it went with another, as the end of a pair does
+	}
+	if err == nil {
+		err = netlink.LinkDel(l)
+	}
+	return err
 }
 
 // managers looks whether systemd-networkd or NetworkManager runs here and is told
@@ -220,10 +245,12 @@ func managers(_ context.Context, h Host) (string, []Finding) {
 	var all []Finding
 	var seen []string
 	if h.exists("/run/systemd/netif/state") {
+		const file = "/etc/systemd/networkd.conf.d/culvert.conf"
 		for _, key := range []string{"ManageForeignRoutes", "ManageForeignRoutingPolicyRules"} {
 			if !h.saysNo("networkd.conf", key) {
-				all = append(all, risk("put "+key+"=no into the [Network] section of /etc/systemd/networkd.conf.d/culvert.conf, and restart systemd-networkd",
-					"systemd-networkd removes what it did not make itself when it restarts (%s)", key))
+				all = append(all, risk("put "+key+"=no into the [Network] section of "+file+", and restart systemd-networkd",
+					"systemd-networkd removes what it did not make itself when it restarts (%s)", key).
+					doing(h.writing(file, "[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n")))
 			}
 		}
 		seen = append(seen, "systemd-networkd")
@@ -235,8 +262,9 @@ func managers(_ context.Context, h Host) (string, []Finding) {
 			return strings.TrimSpace(key) == "unmanaged-devices" && strings.Contains(value, "cvt") && strings.Contains(value, "culvert")
 		})
 		if !unmanaged {
-			all = append(all, risk("put unmanaged-devices=interface-name:cvt*;interface-name:culvert*;interface-name:cni*;interface-name:veth* into the [keyfile] section of /etc/NetworkManager/conf.d/culvert.conf",
-				"NetworkManager may take culvert's devices over"))
+			const file, devices = "/etc/NetworkManager/conf.d/culvert.conf", "unmanaged-devices=interface-name:cvt*;interface-name:culvert*;interface-name:cni*;interface-name:veth*"
+			all = append(all, risk("put "+devices+" into the [keyfile] section of "+file,
+				"NetworkManager may take culvert's devices over").doing(h.writing(file, "[keyfile]\n"+devices+"\n")))
 		}
 		seen = append(seen, "NetworkManager")
 	}
@@ -247,6 +275,17 @@ func managers(_ context.Context, h Host) (string, []Finding) {
 		return "none runs here", nil
 	}
 	return strings.Join(seen, " and ") + " leave culvert alone", nil
+}
+
+// writing is the action that writes a file of configuration of culvert's own
+// name in another program's directory; the program reads it when it is restarted.
+func (h Host) writing(path, text string) Action {
+	return Action{Command: fmt.Sprintf("printf %q > %s", text, path), Others: true, Do: func() error {
+		if err := os.MkdirAll(filepath.Dir(h.path(path)), 0o755); err != nil {
+			return err
+		}
+		return os.WriteFile(h.path(path), []byte(text), 0o644)
+	}}
 }
 
 func (h Host) exists(path string) bool {
@@ -284,8 +323,37 @@ func (h Host) configuration(patterns ...string) string {
 }
 
 func containers(_ context.Context, h Host) (string, []Finding) {
+	all := slices.Clone(h.CNIFlaws)
 	if h.CNI != "" {
-		return "", []Finding{bad("see `culvert cni status`", "no pod can be added: %s", h.CNI)}
+		all = append(all, bad("see `culvert cni status`", "no pod can be added: %s", h.CNI))
+	}
+	if len(all) > 0 {
+		return "", all
 	}
 	return "pods can be added", nil
+}
+
+// state passes on what a daemon that is started now would find.
+func state(_ context.Context, h Host) (string, []Finding) {
+	if h.Status != nil {
+		return "kept so by the daemon", nil
+	}
+	var all []Finding
+	for _, flaw := range h.Flaws {
+		f := found(flaw.Warning)
+		for _, c := range flaw.Repairs {
+			f.Repairs = append(f.Repairs, c.Command)
+		}
+		if flaw.Do != nil {
+			f = f.doing(Action{Command: flaw.Fix, Others: true, Do: flaw.Do})
+		}
+		all = append(all, f)
+	}
+	switch {
+	case len(all) > 0:
+		return "", all
+	case !h.Foreseen:
+		return "not known: no daemon has left word of what should be here", nil
+	}
+	return "as the leases want it, which the last daemon has left", nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -127,12 +128,13 @@ func conntrack(_ context.Context, h Host) (string, []Finding) {
 	if err != nil || most == 0 {
 		return "no limit", nil
 	}
-	fix := fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%d", 4*most)
+	more := setting("net/netfilter/nf_conntrack_max", strconv.FormatInt(4*most, 10))
+	fix := more.Command
 	switch {
 	case count >= most:
-		return "", []Finding{bad(fix, "the connection tracking table is full (%d of %d): packets of new connections are dropped", count, most)}
+		return "", []Finding{bad(fix, "the connection tracking table is full (%d of %d): packets of new connections are dropped", count, most).doing(more)}
 	case float64(count) >= nearlyFull*float64(most):
-		return "", []Finding{risk(fix, "the connection tracking table is nearly full (%d of %d)", count, most)}
+		return "", []Finding{risk(fix, "the connection tracking table is nearly full (%d of %d)", count, most).doing(more)}
 	}
 	return fmt.Sprintf("%d of %d connections", count, most), nil
 }
@@ -149,12 +151,13 @@ func neighbours(_ context.Context, h Host) (string, []Finding) {
 			continue
 		}
 		used, overflows := h.neighbourStat(table)
-		fix := fmt.Sprintf("sysctl -w net.%s.neigh.default.gc_thresh3=%d", family, 4*most)
+		more := setting("net/"+family+"/neigh/default/gc_thresh3", strconv.FormatInt(4*most, 10))
+		fix := more.Command
 		switch {
 		case overflows > 0 && float64(used) >= nearlyFull*float64(most):
-			all = append(all, bad(fix, "the %s neighbour table has overflowed %d times (%d of %d entries): new neighbours get no packets", family, overflows, used, most))
+			all = append(all, bad(fix, "the %s neighbour table has overflowed %d times (%d of %d entries): new neighbours get no packets", family, overflows, used, most).doing(more))
 		case float64(used) >= nearlyFull*float64(most):
-			all = append(all, risk(fix, "the %s neighbour table is nearly full (%d of %d entries)", family, used, most))
+			all = append(all, risk(fix, "the %s neighbour table is nearly full (%d of %d entries)", family, used, most).doing(more))
 		default:
 			seen = append(seen, fmt.Sprintf("%s %d of %d", family, used, most))
 		}

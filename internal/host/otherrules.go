@@ -39,8 +39,9 @@ func hookOf(ch *nftables.Chain) (nftables.ChainHook, bool) {
 	return 0, false
 }
 
-// readOthers reads the chains at the hooks, and whatever they lead to.
-func readOthers(c *nftables.Conn, chains []*nftables.Chain) (otherRules, error) {
+// readOthers reads the chains at the hooks, and whatever they lead to. Our own
+// rules in them are kept apart, unless all are to be read as they stand.
+func readOthers(c *nftables.Conn, chains []*nftables.Chain, all bool) (otherRules, error) {
 	var o otherRules
 	o.set.chains, o.warnings = readLegacy()
 	type name struct {
@@ -82,7 +83,7 @@ func readOthers(c *nftables.Conn, chains []*nftables.Chain) (otherRules, error) 
 		}
 		read.drops = ch.Policy != nil && *ch.Policy == nftables.ChainPolicyDrop
 		for _, r := range rules {
-			if isOurs(r) {
+			if !all && isOurs(r) {
 				o.ours = append(o.ours, ourRule{
 					text: matchText(r.Exprs, read.family == nftables.TableFamilyIPv4), handle: r.Handle,
 					family: read.family, table: read.table, chain: read.name, after: len(read.rules),

@@ -40,6 +40,12 @@ func setSysctl(key, value string) error {
 	return fmt.Errorf("%w: set it on the host, or mount the host's /proc/sys/net at %snet in the container (it is %s)", err, writableProcSys, sysctl(key))
 }
 
+// SetSysctl writes a kernel setting; key is a path below /proc/sys.
+func SetSysctl(key, value string) error { return setSysctl(key, value) }
+
+// Sysctl returns a kernel setting; one that the kernel does not have is "".
+func Sysctl(key string) string { return sysctl(key) }
+
 func sysctlCommand(key, value string) string {
 	// A dot within a name is a slash, and the other way round (sysctl(8)).
 	return "sysctl -w " + strings.Map(func(r rune) rune {

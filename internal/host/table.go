@@ -173,7 +173,7 @@ func (r *reading) readFirewall() error {
 	if r.table, err = readTable(c, chains); err != nil {
 		return fmt.Errorf("reading the nftables table %s: %w", TableName, err)
 	}
-	r.firewalls, err = readOthers(c, chains)
+	r.firewalls, err = readOthers(c, chains, false)
 	return err
 }
 

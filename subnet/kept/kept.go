@@ -61,6 +61,30 @@ func Read(name string) (*State, error) {
 	return s, nil
 }
 
+// Look returns what the file holds whether its lease may have run out or not, and
+// with ended why it may not be relied on: for who only looks at the node.
+func Look(name string) (s *State, ended, err error) {
+	text, err := statefile.Read(name, maxSize)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	f, s, err := parse(text)
+	if err != nil {
+		return nil, nil, err
+	}
+	now, err := boottime.Now()
+	if err != nil {
+		return nil, nil, err
+	}
+	if s.Lease.Expires, ended = f.expiry(s.Lease, now); ended != nil {
+		s.Lease.Expires = f.Ends
+	}
+	return s, ended, nil
+}
+
 // Write atomically replaces the file.
 func Write(name string, s State) error {
 	// Read the clocks first: if the process is stopped here, the recorded expiry is

@@ -1,0 +1,85 @@
+package api
+
+// Check is one condition that is looked for: by the daemon while it runs, whose
+// Warnings bear the id, by `culvert doctor`, or by both. There is one list.
+type Check struct {
+	ID    string `json:"id"`
+	Title string `json:"title"` // what is wrong when it is found
+	// Risk says that packets pass all the same, until something else happens.
+	Risk bool `json:"risk,omitempty"`
+}
+
+// Checks are all conditions, in the order in which one helps to understand the
+// next: this host, what is culvert's on it, other programs' rules, the store, the
+// container runtime, other nodes.
+func Checks() []Check {
+	return []Check{
+		{"privileges", "a capability is missing that culvert needs", false},
+		{"kernel", "the kernel lacks something, or is too old", false},
+		{"daemon", "no daemon answers, or it is not ready, or leases were set aside", false},
+		{"fenced", "another node has the subnet that this node had", false},
+		{"lease-expired", "the lease may have run out: no pod is added until it is renewed", false},
+		{"clock", "nothing synchronises the clock, or it was set while the lease counts", true},
+
+		{"underlay-gone", "the underlay interface is gone", false},
+		{"underlay-address-gone", "the host does not bear the address that peers send to", false},
+		{"underlay-mtu", "the underlay's MTU leaves too little for pods", false},
+		{"outer-source", "the tunnel device sends from another address than the published one", false},
+		{"duplicate-address", "another machine on the link has this node's underlay address", false},
+		{"port-taken", "another program has the tunnel's UDP port, or another device its VNI", false},
+		{"leftovers", "devices of other overlays are here", true},
+		{"network-manager", "systemd-networkd or NetworkManager may remove culvert's routes or devices", true},
+		{"conntrack-full", "the connection tracking table is full, or nearly", false},
+		{"neighbour-table", "a neighbour table is full, or nearly", false},
+
+		{"forwarding-off", "the host, or a link of it, does not forward packets", false},
+		{"reverse-path-filter", "strict reverse path filtering drops packets of peers", false},
+		{"router-advertisements", "the IPv6 default route goes once the host forwards (accept_ra)", false},
+		{"ipv6-off", "a device of culvert's takes no IPv6 address", false},
+		{"sysctl", "another kernel setting is not as packets need it", false},
+		{"host-link", "a device of culvert's is missing, or not as it should be", false},
+		{"host-address", "an address of a device of culvert's is missing, or one is too many", false},
+		{"host-route", "routes of culvert's are missing, or wrong", false},
+		{"host-neighbour", "neighbours on culvert's device are missing, or wrong", false},
+		{"host-fdb", "FDB entries of culvert's device are missing, or wrong", false},
+		{"host-nftables", "culvert's nftables table is not as it should be", false},
+		{"host-forward", "culvert's accepts in other programs' chains are not where they should be", true},
+		{"host-state", "the host cannot be made as it should be", false},
+		{"foreign-address", "somebody's address is on a device of culvert's", false},
+		{"foreign-route", "somebody's route takes packets of the cluster network", false},
+		{"fast-path", "the fast path is wanted and off", true},
+
+		{"forward-drop", "a rule drops packets of the cluster network", false},
+		{"input-drop", "a rule drops the tunnel's packets on their way in", false},
+		{"output-drop", "a rule drops the tunnel's packets on their way out", false},
+		{"forward-unreadable", "other programs' rules cannot be read", true},
+
+		{"store-latency", "the store cannot be reached, or is slow", false},
+		{"store-in-network", "a server that this node needs lies in the cluster network", false},
+		{"resolver-in-network", "a resolver lies in the cluster network", true},
+		{"network-overlap", "a network of the host's overlaps the cluster network", true},
+		{"network-nearly-full", "nearly all subnets are leased", true},
+		{"subnet-file", "subnet.env is missing, stale, or cannot be written", false},
+
+		{"cni", "no pod can be added", false},
+		{"cni-bridge", "the pods' bridge has addresses, or lacks something, that keeps pods from being added", false},
+		{"cni-addresses", "the subnet has no address left for a pod", false},
+
+		{"peer-off-link", "a peer is not on the underlay's link, and host-gw needs that", false},
+		{"peer-unreachable", "a node does not answer through the tunnel", false},
+		{"silent-peer", "this node sends to a peer, and nothing comes from it", false},
+		{"port-eaten", "the underlay carries UDP, but not the tunnel's port", false},
+		{"path-mtu", "packets as large as pods may send do not pass", false},
+		{"checksum-offload", "packets whose checksum the hardware is to fill in arrive damaged", false},
+	}
+}
+
+// CheckOf returns the check with an id; of one that is not in the list, only that.
+func CheckOf(id string) Check {
+	for _, c := range Checks() {
+		if c.ID == id {
+			return c
+		}
+	}
+	return Check{ID: id}
+}

@@ -1,0 +1,155 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"slices"
+
+	"culvert/backend"
+	"culvert/backend/hostgw"
+	"culvert/backend/ipip"
+	"culvert/backend/tunnel"
+	"culvert/backend/vxlan"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet"
+	"culvert/subnet/kept"
+)
+
+// Outlook is what a daemon that was started now, and told what the last one was,
+// would find on this host. It is made without the store and without changing
+// anything, from what the last daemon left: told.json, snapshot.json,
+// underlay.json, subnet.env.
+type Outlook struct {
+	Told     *Told            // nil if no daemon has left word
+	Snapshot *subnet.Snapshot // as last read from the store; nil if there is none
+	Underlay host.Underlay    // that it would use; the zero Underlay if none
+	Datapath Datapath         // userspace or kernel, as it would choose
+	State    host.State       // that it wants of the kernel
+	Flaws    []host.Flaw
+
+	underlay int
+	plan     host.Plan // nil if nothing is known of what should be there
+}
+
+// Preview looks at the host as a daemon with this run directory would.
+func Preview(ctx context.Context, runDir string) (Outlook, error) {
+	var o Outlook
+	told, err := Recall(runDir)
+	if err != nil {
+		return o, err
+	}
+	o.Told = told
+	if told == nil {
+		told = &Told{SubnetFile: runDir + "/subnet.env", Store: "etcd", IPMasq: true, Datapath: Auto, FastPath: "off"}
+	}
+	options := told.options(runDir)
+	d := &node{options: options, log: options.Log, health: newHealth(options)}
+	k, ended, err := kept.Look(options.snapshotFile())
+	if err != nil {
+		o.warn("host-state", "", "what was last read from %s cannot be read: %v", options.storeName(), err)
+	}
+	o.add(d.leftBehind(ctx)...)
+	if k == nil {
+		return o, nil
+	}
+	if _, err := os.Stat(d.fencePath()); !errors.Is(err, fs.ErrNotExist) {
+		o.warn("fenced", "delete the pods of the old subnet (drain the node), or start the daemon with --on-lost=release", "another node has the subnet %v that this node had", k.Lease.Subnets())
+		return o, nil
+	}
+	if ended != nil {
+		o.warn("lease-expired", "start the daemon: it takes the lease up again, or another", "the lease of %v is not certain any more: %v", k.Lease.Subnets(), ended)
+	}
+	snapshot := subnet.BuildSnapshot(k.Config, k.Lease, k.Entries, k.Revision)
+	return o, o.foresee(ctx, d, snapshot)
+}
+
+// foresee compares the host with what a snapshot asks for.
+func (o *Outlook) foresee(ctx context.Context, d *node, s subnet.Snapshot) error {
+	u, err := host.FindUnderlay(d.options.Underlay, d.known(&s.Config, s.Self.Publics()))
+	if err != nil {
+		o.warn("underlay-gone", "bring it back, or name another with --iface", "no underlay interface is found: %v", err)
+		return nil
+	}
+	o.Underlay = u
+	at := place{u, d.publics(u)}
+	for _, e := range s.Self.Endpoints {
+		is4 := e.Subnet.Addr().Is4()
+		if i := slices.IndexFunc(at.publics, func(a netip.Addr) bool { return a.Is4() == is4 }); i < 0 || at.publics[i] != e.Public {
+			o.warn("underlay-address-gone", fmt.Sprintf("ip address add %s/... dev %s, if it should have it", e.Public, u.Name),
+				"peers send to %s, as the lease says, and a daemon that is started now takes %v: %s", e.Public, at.publics, u.Why)
+		}
+	}
+	f, err := host.ReadFacts()
+	if err != nil {
+		return err
+	}
+	soft, hard := losses(s.Config, f, d.needs(ctx, f, u))
+	o.add(soft...)
+	o.add(hard...)
+	o.add(foreignAddresses(f)...)
+	o.add(overlapping(s.Config, s.Self.Subnets(), f.Networks(d.podLinks()))...)
+	s = s.WithoutOverlaps(hostNetworks(s.Config, f.Networks(d.podLinks())))
+	o.Snapshot = &s
+
+	n := backend.Node{Underlay: u, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel}
+	kind, _, err := choose(d.options.Datapath, s.Config.Backend.Type, host.Supports)
+	if err != nil {
+		o.warn("kernel", "", "%v", err)
+		return nil
+	}
+	replaces, err := d.takeOver(s.Config, n, kind == Userspace)
+	if err != nil {
+		o.warn("port-taken", "", "%v", err)
+	}
+	o.Datapath = kind
+	plan := map[string]backend.Plan{"vxlan": vxlan.Plan, "ipip": ipip.Plan, "host-gw": hostgw.Plan}[s.Config.Backend.Type]
+	if kind == Userspace {
+		plan = tunnel.Plan
+	}
+	if plan == nil {
+		return fmt.Errorf("there is no datapath for the wire format %q", s.Config.Backend.Type)
+	}
+	o.underlay = u.Index
+	o.plan = func(v host.View) (host.State, error) {
+		w, err := plan(n, s, v)
+		w.State.Replaces = replaces
+		w.State.FastPath = d.options.FastPath != "off"
+		return w.State, err
+	}
+	flaws, want, err := host.Preview(o.underlay, o.plan)
+	if err != nil {
+		o.warn("host-state", "", "the host cannot be made as it should be: %v", err)
+		return nil
+	}
+	o.Flaws, o.State = append(o.Flaws, flaws...), want
+	return nil
+}
+
+// Mend does what a daemon would do about the flaws that it repairs, and returns
+// what it changed. No daemon may run in the network namespace.
+func (o Outlook) Mend() ([]host.Change, error) {
+	if o.plan == nil {
+		return nil, errors.New("nothing is known of what culvert should have on this host: start the daemon")
+	}
+	own, err := host.Own(host.Owner{PID: os.Getpid(), What: "culvert doctor --fix"})
+	if err != nil {
+		return nil, err
+	}
+	defer own.Release()
+	return host.Mend(o.underlay, o.plan)
+}
+
+func (o *Outlook) warn(check, fix, format string, args ...any) {
+	o.add(api.Warning{Check: check, Text: fmt.Sprintf(format, args...), Fix: fix})
+}
+
+func (o *Outlook) add(all ...api.Warning) {
+	for _, w := range all {
+		o.Flaws = append(o.Flaws, host.Flaw{Warning: w})
+	}
+}

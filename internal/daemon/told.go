@@ -1,0 +1,91 @@
+package daemon
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+
+	"culvert/internal/host"
+	"culvert/internal/statefile"
+	"culvert/subnet/etcd"
+	"culvert/subnet/kube"
+)
+
+// Told is what a daemon was told, as it leaves it in its run directory: what
+// `culvert doctor`, `trace` and `report` go by while no daemon runs. It holds no
+// password, token or key.
+type Told struct {
+	Version         string         `json:"version"`
+	Node            string         `json:"node"`
+	SubnetFile      string         `json:"subnet_file"`
+	Store           string         `json:"store"` // etcd or kubernetes
+	Endpoints       []string       `json:"endpoints,omitempty"`
+	Prefix          string         `json:"prefix"`
+	Interfaces      []string       `json:"interfaces,omitempty"`
+	Regexes         []string       `json:"interface_regexes,omitempty"`
+	CanReach        netip.Addr     `json:"can_reach,omitzero"`
+	PublicIPs       []netip.Addr   `json:"public_ips,omitempty"`
+	IPMasq          bool           `json:"ip_masq"`
+	NoMasq          []netip.Prefix `json:"no_masq,omitempty"`
+	Datapath        Datapath       `json:"datapath"`
+	FastPath        FastPath       `json:"fast_path"`
+	TakeOverFlannel bool           `json:"take_over_flannel,omitempty"`
+	Metrics         string         `json:"metrics,omitempty"`
+}
+
+func toldPath(runDir string) string { return filepath.Join(runDir, "told.json") }
+
+// remember writes what this daemon was told.
+func (o Options) remember() error {
+	s := o.describeStore()
+	text, err := json.MarshalIndent(Told{
+		Version: o.Version, Node: o.Node, SubnetFile: o.SubnetFile, Store: s.Kind, Endpoints: s.Endpoints, Prefix: s.Prefix,
+		Interfaces: o.Underlay.Interfaces, Regexes: o.Underlay.Regexes, CanReach: o.Underlay.CanReach, PublicIPs: o.PublicIPs,
+		IPMasq: o.IPMasq, NoMasq: o.NoMasq, Datapath: o.Datapath, FastPath: o.FastPath, TakeOverFlannel: o.TakeOverFlannel, Metrics: o.Metrics,
+	}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return statefile.Write(toldPath(o.RunDir), append(text, '\n'), 0o644)
+}
+
+// Recall returns what the last daemon of a run directory was told, nil if there
+// was none, or one that leaves no word.
+func Recall(runDir string) (*Told, error) {
+	text, err := statefile.Read(toldPath(runDir), maxRecord)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var t Told
+	if err := json.Unmarshal(text, &t); err != nil {
+		return nil, fmt.Errorf("%s: %w", toldPath(runDir), err)
+	}
+	return &t, nil
+}
+
+// options are those of a daemon that would be told the same. It cannot reach the
+// store, of which it has no secrets.
+func (t Told) options(runDir string) Options {
+	o := Options{
+		Version: t.Version, Node: t.Node, RunDir: runDir, SubnetFile: t.SubnetFile,
+		Etcd: etcd.Options{Endpoints: t.Endpoints, Prefix: t.Prefix, SnapshotFile: snapshotPath(runDir)},
+		Underlay: host.UnderlaySelector{
+			Interfaces: t.Interfaces, Regexes: t.Regexes, CanReach: t.CanReach, PublicIPs: t.PublicIPs,
+		},
+		PublicIPs: t.PublicIPs, IPMasq: t.IPMasq, NoMasq: t.NoMasq, Datapath: t.Datapath, FastPath: t.FastPath,
+		TakeOverFlannel: t.TakeOverFlannel, Metrics: t.Metrics, Log: slog.New(slog.DiscardHandler),
+	}
+	if t.Store == "kubernetes" {
+		o.Kubernetes = &kube.Options{Prefix: t.Prefix, SnapshotFile: snapshotPath(runDir)}
+	}
+	return o
+}
+
+func snapshotPath(runDir string) string { return filepath.Join(runDir, "snapshot.json") }

@@ -1,0 +1,96 @@
+package echo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Sum says who computes the UDP checksum of a datagram.
+type Sum int
+
+const (
+	// Offloaded leaves it to the device that the packet leaves by, as pods' stacks
+	// do where the device says that it can.
+	Offloaded Sum = iota
+	// None sends no checksum (RFC 768), which only IPv4 may.
+	None
+)
+
+// Knock sends a UDP datagram in an IP packet of size bytes to a port where
+// nobody should listen, and waits for the ICMP error that a host answers with
+// (port unreachable): nil says that the datagram arrived whole, since a host
+// drops one whose checksum is wrong. ErrTimeout says that nothing came back, and
+// Refused that something else did.
+func Knock(ctx context.Context, from, to netip.AddrPort, size int, sum Sum) (time.Duration, error) {
+	header := 28
+	if !to.Addr().Is4() {
+		header = 48
+	}
+	control := func(_, _ string, c syscall.RawConn) error {
+		var failed error
+		err := c.Control(func(fd uintptr) {
+			if to.Addr().Is4() {
+				failed = errors.Join(
+					unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_RECVERR, 1),
+					unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE))
+				if sum == None {
+					failed = errors.Join(failed, unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_NO_CHECK, 1))
+				}
+				return
+			}
+			failed = errors.Join(
+				unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_RECVERR, 1),
+				unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE))
+		})
+		return errors.Join(err, failed)
+	}
+	d := net.Dialer{Control: control}
+	if from.Addr().IsValid() && !from.Addr().IsUnspecified() {
+		d.LocalAddr = net.UDPAddrFromAddrPort(from)
+	}
+	c, err := d.DialContext(ctx, "udp", to.String())
+	if err != nil {
+		return 0, fmt.Errorf("opening a UDP socket from %s to %s: %w", from.Addr(), to, err)
+	}
+	defer c.Close()
+	if end, ok := ctx.Deadline(); ok {
+		if err := c.SetDeadline(end); err != nil {
+			return 0, err
+		}
+	}
+	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
+	began := time.Now()
+	if _, err := c.Write(make([]byte, max(size-header, 1))); err != nil {
+		return 0, knocked(err)
+	}
+	_, err = c.Read(make([]byte, 1500))
+	if errors.Is(err, unix.ECONNREFUSED) {
+		return time.Since(began), nil
+	}
+	return time.Since(began), knocked(err)
+}
+
+// knocked is what a socket's error says of a datagram.
+func knocked(err error) error {
+	switch {
+	case err == nil: // somebody listens there, and answered
+		return nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return ErrTimeout
+	case errors.Is(err, unix.EMSGSIZE):
+		return ErrTooBig
+	case errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM), errors.Is(err, unix.ECONNREFUSED):
+		var errno syscall.Errno
+		errors.As(err, &errno)
+		return fmt.Errorf("refused: %w", errno)
+	}
+	return err
+}

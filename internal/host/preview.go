@@ -1,0 +1,214 @@
+package host
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"culvert/internal/api"
+)
+
+// Flaw is something about the host that is not as a plan wants it.
+type Flaw struct {
+	api.Warning
+	// Repairs are what a Keeper does about it; none if it is not culvert's to mend.
+	Repairs []Change
+	// Do carries out the Fix where that changes what is another program's; nil if
+	// it cannot be done from here.
+	Do func() error
+}
+
+// Preview returns what a Keeper with this plan would find, and what it wants,
+// without changing anything: it reads, plans and compares, and does not write.
+//
+//	kernel ── read ── View ── Plan ── State ── diff ── steps ── Flaws
+func Preview(underlay int, p Plan) ([]Flaw, State, error) {
+	have, want, err := look(underlay, p)
+	if err != nil {
+		return nil, want, err
+	}
+	flaws := settingFlaws(diff(have, want))
+	flaws = append(flaws, deviceFlaws(have, want)...)
+	flaws = append(flaws, firewallFlaws(have, want)...)
+	_, routes := foreignRoutes(have, want)
+	for _, w := range routes {
+		f := Flaw{Warning: w}
+		for _, r := range have.foreign {
+			if w.Fix == "ip route del "+r.String() {
+				f.Do = r.delete
+			}
+		}
+		flaws = append(flaws, f)
+	}
+	return flaws, want, nil
+}
+
+// Mend makes the kernel equal to what the plan wants, once, as a Keeper does, and
+// returns what it changed. Its Followers are not called.
+func Mend(underlay int, p Plan) ([]Change, error) {
+	have, want, err := look(underlay, p)
+	if err != nil {
+		return nil, err
+	}
+	return write(have, withoutFastPath(diff(have, want)))
+}
+
+// look reads the kernel for a plan.
+func look(underlay int, p Plan) (have reading, want State, err error) {
+	others := &survey{}
+	if have, err = read(underlay, others); err != nil {
+		return have, want, err
+	}
+	if want, err = p(have.view); err != nil {
+		return have, want, err
+	}
+	others.end()
+	err = others.within(want.Firewall.Forward)
+	have.foreign = others.foreign
+	return have, want, err
+}
+
+// withoutFastPath leaves the fast path as it is: only its own process knows
+// whether it is wanted.
+func withoutFastPath(steps []step) []step {
+	return slices.DeleteFunc(steps, func(s step) bool {
+		return s.Kind == KindFastPath || strings.HasPrefix(s.Command, "ip link del "+JoinNear) || strings.HasPrefix(s.Command, "ip link del "+JoinFar)
+	})
+}
+
+// settingFlaws turns steps into flaws: each kernel setting is one, since each
+// has an effect of its own; what else is culvert's is one for each kind.
+func settingFlaws(steps []step) []Flaw {
+	var flaws []Flaw
+	byKind := make(map[Kind][]Change)
+	remade := make(map[string]bool) // devices that are to be made: what they lack is no news
+	for _, s := range withoutFastPath(steps) {
+		switch {
+		case s.caution || s.Kind == KindForward:
+		case s.Kind == KindSysctl && remade[s.link]:
+		case s.Kind == KindSysctl:
+			flaws = append(flaws, settingFlaw(s.Change))
+		default:
+			if strings.HasPrefix(s.Command, "ip link add ") {
+				remade[s.link] = true
+			}
+			byKind[s.Kind] = append(byKind[s.Kind], s.Change)
+		}
+	}
+	for _, kind := range Kinds() {
+		changes := byKind[kind]
+		if len(changes) == 0 {
+			continue
+		}
+		text := map[Kind]string{
+			KindLink: "culvert's devices are", KindAddress: "the addresses of culvert's devices are", KindRoute: "culvert's routes are",
+			KindNeighbour: "the neighbours of culvert's device are", KindFDB: "the FDB of culvert's device is", KindNFTables: "culvert's nftables table is",
+		}[kind]
+		flaws = append(flaws, Flaw{
+			Warning: api.Warning{Check: "host-" + string(kind), Text: fmt.Sprintf("%s not as the leases want it", text), Fix: someCommands(changes)},
+			Repairs: changes,
+		})
+	}
+	return flaws
+}
+
+// someCommands are the first commands of changes.
+func someCommands(changes []Change) string {
+	const most = 3
+	commands := Commands(changes)
+	if len(commands) <= most {
+		return strings.Join(commands, "; ")
+	}
+	return fmt.Sprintf("%s; and %d more", strings.Join(commands[:most], "; "), len(commands)-most)
+}
+
+// settingFlaw says what a kernel setting does to packets. The setting is the one
+// of a step's command, in sysctl(8)'s spelling.
+func settingFlaw(c Change) Flaw {
+	setting := strings.TrimPrefix(c.Command, "sysctl -w ")
+	key, want, _ := strings.Cut(setting, "=")
+	w := api.Warning{Check: "sysctl", Text: fmt.Sprintf("%s is not %s", key, want), Fix: c.Command}
+	switch {
+	case strings.HasSuffix(key, "forwarding") || strings.HasSuffix(key, ".ip_forward"):
+		w.Check = "forwarding-off"
+		w.Text += ": this host does not forward packets of pods"
+	case strings.HasSuffix(key, ".accept_ra"):
+		w.Check = "router-advertisements"
+		w.Text += ": the kernel forgets the default route that came with router advertisements once it forwards"
+	case strings.HasSuffix(key, ".rp_filter"):
+		w.Check = "reverse-path-filter"
+		w.Text += ": packets of peers are dropped whose way back is another device"
+	case strings.HasSuffix(key, ".disable_ipv6"):
+		w.Check = "ipv6-off"
+		w.Text += ": culvert's device takes no IPv6 address"
+	}
+	return Flaw{Warning: w, Repairs: []Change{c}}
+}
+
+// deviceFlaws names what is dangerous about a device rather than only missing: an
+// outer source that is not the published address, which no peer accepts.
+func deviceFlaws(have reading, want State) []Flaw {
+	var flaws []Flaw
+	for _, w := range want.Links {
+		i := slices.IndexFunc(have.Links, func(h Link) bool { return h.Name == w.Name })
+		if i < 0 || w.VXLAN == nil || have.Links[i].VXLAN == nil {
+			continue
+		}
+		if h := have.Links[i].VXLAN; h.Local != w.VXLAN.Local {
+			flaws = append(flaws, Flaw{Warning: api.Warning{
+				Check: "outer-source",
+				Text:  fmt.Sprintf("%s sends from %s, and this node's lease says %s: peers drop what comes from any other address", w.Name, h.Local, w.VXLAN.Local),
+				Fix:   "ip link del " + w.Name + "; " + w.addCommand(),
+			}})
+		}
+	}
+	return flaws
+}
+
+// firewallFlaws are the chains of others that drop what must pass: those that an
+// accept of culvert's would mend, and those that it would not.
+func firewallFlaws(have reading, want State) []Flaw {
+	var flaws []Flaw
+	s := have.surroundings(want)
+	steps, warnings := diffOthers(have.firewalls, want.Firewall, s)
+	for _, w := range warnings {
+		flaws = append(flaws, Flaw{Warning: w})
+	}
+	var repairs []Change
+	for _, step := range steps {
+		repairs = append(repairs, step.Change)
+	}
+	if len(repairs) == 0 {
+		return flaws
+	}
+	named := false
+	for _, p := range want.Firewall.passages(s) {
+		found := p.findings(have.firewalls.set)
+		at, ok := have.firewalls.spot(p, found)
+		if !ok || !at.missing(have.firewalls, p) {
+			continue
+		}
+		for _, f := range found {
+			if !f.certain || !at.covers(f) {
+				continue
+			}
+			flaws = append(flaws, Flaw{Warning: p.warning(f), Repairs: repairs})
+			named = true
+			break // each kind of packet is dropped by the same rule
+		}
+	}
+	if !named { // what is left over, or may be needed with the next rule
+		flaws = append(flaws, Flaw{
+			Warning: api.Warning{Check: "host-" + string(KindForward), Text: "culvert's rules in other programs' chains are not where they are needed", Fix: someCommands(repairs)},
+			Repairs: repairs,
+		})
+	}
+	return flaws
+}
+
+// missing says whether one of the passage's accepts is not at the spot.
+func (s spot) missing(o otherRules, p passage) bool {
+	return slices.ContainsFunc(p.accepts, func(a accept) bool {
+		return !slices.ContainsFunc(o.ours, func(r ourRule) bool { return s.holds(r) && r.text == a.text })
+	})
+}
