@@ -33,6 +33,9 @@ type Backend interface {
 	// Status returns the datapath's state and the reason for it. It is safe for
 	// concurrent use.
 	Status() api.Datapath
+	// Peers says what is known of the way to each peer, by subnet, without its name,
+	// and what pods may send. It may be called at any time.
+	Peers() (all []api.PeerState, mtu int)
 	// Close closes the datapath. Call it after Run has returned.
 	Close(how How) error
 }
@@ -65,6 +68,8 @@ type Node struct {
 	// TakeOver removes other programs' routes to leased subnets, such as those
 	// that flannel's host-gw backend left.
 	TakeOver bool
+	// NoProbe says that peers are not to be asked by a Prober.
+	NoProbe bool
 }
 
 // Public returns the leased underlay address of a family, or the zero Addr.

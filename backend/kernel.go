@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -22,6 +23,7 @@ type Kernel struct {
 	options KernelOptions
 	keeper  *host.Keeper
 	silence Silence
+	prober  *Prober
 
 	mu     sync.Mutex
 	wanted Wanted // result of the last successful plan
@@ -53,7 +55,9 @@ type KernelOptions struct {
 	// created.
 	Replaces []string
 	FastPath FastPath // nil if there is none for this format
-	Log      *slog.Logger
+	// Sources are this node's subnets, whose first addresses its own packets come from.
+	Sources []netip.Prefix
+	Log     *slog.Logger
 }
 
 // NewKernel returns a datapath without peers; Apply sets it up.
@@ -62,12 +66,14 @@ func NewKernel(o KernelOptions) *Kernel {
 	if o.FastPath != nil {
 		followers = append(followers, o.FastPath)
 	}
-	return &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log, followers...)}
+	k := &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log, followers...)}
+	k.prober = NewProber(ProberOptions{Sources: o.Sources, Silence: &k.silence, Log: o.Log})
+	return k
 }
 
 // Apply makes the kernel's state match the snapshot.
 func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
-	return k.keeper.Apply(func(v host.View) (host.State, error) {
+	err := k.keeper.Apply(func(v host.View) (host.State, error) {
 		w, err := k.options.Plan(k.options.Node, s, v)
 		if err != nil {
 			return host.State{}, err
@@ -86,6 +92,8 @@ func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
 		k.wanted = w
 		return w.State, nil
 	})
+	k.prober.Set(k.probeTargets())
+	return err
 }
 
 // Run repairs changes that other programs make, and looks for silent peers.
@@ -97,6 +105,13 @@ func (k *Kernel) Run(ctx context.Context) error {
 		}
 		defer stop()
 	}
+	asking, stop := context.WithCancel(ctx)
+	var prober sync.WaitGroup
+	if !k.options.Node.NoProbe {
+		prober.Go(func() { k.prober.Run(asking) })
+	}
+	defer prober.Wait()
+	defer stop()
 	return k.keeper.Run(ctx)
 }
 
@@ -127,7 +142,7 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 			if k.options.FastPath != nil {
 				fast = k.options.FastPath.Passed()
 			}
-			passed, err := watch.Look(tunnels, waiting || slices.ContainsFunc(fast, func(p host.Passed) bool { return p.Sent }))
+			passed, err := watch.Look(tunnels, k.silence.asking(time.Now()), waiting || slices.ContainsFunc(fast, func(p host.Passed) bool { return p.Sent }))
 			passed = mergePassed(passed, fast)
 			if err != nil && err.Error() != last { // for example while a device is recreated
 				last = err.Error()
@@ -209,12 +224,14 @@ func (k *Kernel) Status() api.Datapath {
 	s.Warnings = slices.Clone(w.Warnings)
 	Describe(&s, k.keeper.Standing())
 	DescribeSilence(&s, &k.silence, "the tunnel's UDP port")
+	probes := k.prober.Count()
+	s.Probes = &probes
 	return s
 }
 
 // Describe adds the Keeper's repairs, obstacles and error to a datapath's status.
 func Describe(s *api.Datapath, standing host.Standing) {
-	s.Repairs = make(map[string]uint64)
+	s.Repairs, s.RepairTimes = make(map[string]uint64), standing.Took
 	for kind, n := range standing.Repairs {
 		s.Repairs[string(kind)] = n
 	}

@@ -3,6 +3,7 @@ package backend
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -23,6 +24,8 @@ import (
 type Silence struct {
 	mu    sync.Mutex
 	peers map[peerKey]*unanswered
+	heard map[peerKey]time.Time // the last look that saw a packet of a peer
+	probe map[peerKey]time.Time // the last echo request of the Prober
 }
 
 // peerKey identifies a peer: its subnet and its underlay address.
@@ -67,9 +70,13 @@ func (s *Silence) Observe(now time.Time, all []Exchange) (ask []netip.Prefix) {
 		h := s.peers[w]
 		switch {
 		case e.Received:
+			if s.heard == nil {
+				s.heard = make(map[peerKey]time.Time)
+			}
+			s.heard[w] = now
 			continue
-		case h == nil && !e.Sent:
-			continue
+		case h == nil && (!e.Sent || now.Sub(s.probe[w]) < 2*SilenceInterval):
+			continue // what was sent may be our own request: only pods' packets begin it
 		case h == nil:
 			h = &unanswered{since: now}
 		}
@@ -86,6 +93,47 @@ func (s *Silence) Observe(now time.Time, all []Exchange) (ask []netip.Prefix) {
 	}
 	s.peers = peers
 	return ask
+}
+
+// asked notes that the Prober has sent a request.
+func (s *Silence) asked(w peerKey, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.probe == nil {
+		s.probe = make(map[peerKey]time.Time)
+	}
+	s.probe[w] = now
+}
+
+// asking returns the underlay addresses of the peers that the Prober has asked
+// since about the last look.
+func (s *Silence) asking(now time.Time) map[netip.Addr]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := make(map[netip.Addr]bool)
+	for w, at := range s.probe {
+		if now.Sub(at) < SilenceInterval+time.Second {
+			all[w.public] = true
+		}
+	}
+	return all
+}
+
+// forget keeps nothing of peers that are none any more.
+func (s *Silence) forget(isPeer func(peerKey) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, m := range []map[peerKey]time.Time{s.heard, s.probe} {
+		maps.DeleteFunc(m, func(w peerKey, _ time.Time) bool { return !isPeer(w) })
+	}
+}
+
+// Heard returns when a packet came from a peer last, to within a look; zero if
+// none has, or none was looked for.
+func (s *Silence) Heard(subnet netip.Prefix, public netip.Addr) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.heard[peerKey{subnet, public}]
 }
 
 // observe records the traffic that the kernel reports, sends the echo requests,

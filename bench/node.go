@@ -118,7 +118,10 @@ func RunNode(ctx context.Context, p Part, out io.Writer, log *slog.Logger) error
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(func() api.Status { return api.Status{Ready: true, Datapath: c.Status()} })}
+	server := &http.Server{Handler: api.Handler(
+		func() api.Status { return api.Status{Ready: true, Datapath: c.Status()} },
+		func() api.Peers { return api.Peers{} },
+	)}
 	go func() { _ = server.Serve(socket) }()
 	defer func() { _ = server.Close() }()
 

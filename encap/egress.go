@@ -33,6 +33,7 @@ type egress struct {
 	cut   *segmenter
 	route route
 	tally tally
+	share share
 	// failed is the error of a call that cannot be made again.
 	failed error
 
@@ -62,6 +63,7 @@ func newEgress(c *common, sources [2][]Source, counters *Counters) *egress {
 		sources:  sources,
 		classes:  ecnBits,
 		counters: counters,
+		share:    share{direction: sending},
 		slab:     make([]byte, egressSlab),
 		batch:    newSendBatch(),
 		cut:      newSegmenter(),
@@ -265,7 +267,7 @@ func (e *egress) socket(peer *Peer, b []byte, p *packet) socketID {
 
 // flush sends the batch.
 func (e *egress) flush() {
-	defer e.tally.publish(e.counters)
+	defer e.publish()
 	if len(e.batch.runs) == 0 {
 		return
 	}
@@ -283,6 +285,12 @@ func (e *egress) flush() {
 	e.used = slabStart
 }
 
+// publish adds what was counted to the counters.
+func (e *egress) publish() {
+	e.tally.publish(e.counters)
+	e.share.publish()
+}
+
 // family is the index of the peer's underlay family: 0 for IPv4, 1 for IPv6.
 func (p *Peer) family() int {
 	if p.Underlay.Addr().Is4() {
@@ -298,6 +306,7 @@ func (e *egress) send(socket socketID, from, to int) {
 	if source.Socket.FD() < 0 {
 		for _, r := range e.batch.runs[from:to] {
 			e.tally.dropN(EgressUnreachable, r.segments) // a family that is not used
+			e.share.drop(r.peer, r.segments)
 		}
 		return
 	}
@@ -322,6 +331,7 @@ func (e *egress) send(socket socketID, from, to int) {
 		for _, r := range e.batch.runs[from : from+n] {
 			e.tally.packets += uint64(r.segments)
 			e.tally.bytes += uint64(r.payload)
+			e.share.add(r.peer, r.segments, r.payload)
 		}
 		again = false
 		from += n
@@ -355,17 +365,18 @@ func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
 		e.sendSingly(fd, i)
 		return
 	}
-	e.lost(errno, r.segments)
+	e.lost(r.peer, errno, r.segments)
 }
 
 // lost counts packets that the kernel would not send.
-func (e *egress) lost(errno unix.Errno, n int) {
+func (e *egress) lost(p *Peer, errno unix.Errno, n int) {
 	o := socketSend.of(errno)
 	if o.fault != faultCounted {
 		e.failed = fmt.Errorf("sending to the underlay: %w", errno)
 		o.reason = EgressSend
 	}
 	e.tally.dropN(o.reason, n)
+	e.share.drop(p, n)
 }
 
 // sendSingly sends the datagrams of a run one by one.
@@ -380,13 +391,15 @@ func (e *egress) sendSingly(fd uintptr, i int) {
 		sent, errno := sendmmsg(fd, e.batch.msgs[i:i+1])
 		e.tally.syscalls++
 		if sent != 1 {
-			e.lost(errno, 1)
+			e.lost(r.peer, errno, 1)
 			continue
 		}
-		e.tally.packets++
+		bytes := -len(r.peer.header)
 		for _, iov := range iovs {
-			e.tally.bytes += iov.Len
+			bytes += int(iov.Len)
 		}
-		e.tally.bytes -= uint64(len(r.peer.header))
+		e.tally.packets++
+		e.tally.bytes += uint64(bytes)
+		e.share.add(r.peer, 1, bytes)
 	}
 }

@@ -28,6 +28,7 @@ type ingress struct {
 	pieces [3]unix.Iovec
 	route  route
 	tally  tally
+	share  share
 
 	asks int // messages that the next receive may fill
 	// failed is the error of a call that cannot be made again.
@@ -45,6 +46,7 @@ func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu in
 		mac:      u.MAC,
 		mtu:      mtu,
 		counters: counters,
+		share:    share{direction: receiving},
 		batch:    newRecvBatch(ingressMessages),
 		join:     newCoalescer(c.offload, 2*ingressMessages),
 		cut:      newSegmenter(),
@@ -60,7 +62,7 @@ const ingressMessages = 64
 
 // drain delivers one batch of what the socket holds.
 func (g *ingress) drain() error {
-	defer g.tally.publish(g.counters)
+	defer g.publish()
 	n, errno := g.batch.receive(g.socket, g.asks)
 	g.tally.syscalls++
 	if errno != 0 {
@@ -179,6 +181,15 @@ func (g *ingress) dropFrom(table *Table, outer netip.Addr, r Reason) {
 		r = IngressStranger
 	}
 	g.tally.drop(r)
+	if from := table.outer[outer]; len(from) > 0 {
+		g.share.drop(from[0], 1)
+	}
+}
+
+// publish adds what was counted to the counters.
+func (g *ingress) publish() {
+	g.tally.publish(g.counters)
+	g.share.publish()
 }
 
 // deliver hands on a packet that has passed all checks, and ends lead. size is
@@ -198,6 +209,7 @@ func (g *ingress) deliver(lead []byte, p *packet, state checksum, size int) {
 	default:
 		g.tally.packets++
 		g.tally.bytes += uint64(p.length)
+		g.share.add(g.join.peer, 1, p.length)
 		g.join.add(lead, p, state)
 	}
 }
@@ -270,6 +282,7 @@ func (g *ingress) superFrame(lead []byte, p *packet, size int) {
 	n := segmentsOf(payload, size)
 	g.tally.packets += uint64(n)
 	g.tally.bytes += uint64(payload + n*p.headLen)
+	g.share.add(g.join.peer, n, payload+n*p.headLen)
 	if g.join.joins() && (p.proto == protoTCP || g.join.joinsUDP()) {
 		g.join.super(lead, p, size)
 		return

@@ -131,7 +131,9 @@ func NewLoop(o Options) *Loop {
 // SetTable makes the loop use t from the next packet on. It may be called at
 // any time.
 func (l *Loop) SetTable(t *Table) {
-	t.inheritPaths(l.table.Load())
+	old := l.table.Load()
+	t.inheritPaths(old)
+	t.count(l.options.threads(), old)
 	l.table.Store(t)
 }
 
@@ -190,11 +192,14 @@ func (l *Loop) open(i int) (*queue, error) {
 	var in []*ingress
 	for _, u := range []Underlay{o.IPv4, o.IPv6} {
 		if len(u.Receive) > 0 {
-			in = append(in, newIngress(&l.common, device, u.Receive[i], u, o.MTU, o.Ingress))
+			g := newIngress(&l.common, device, u.Receive[i], u, o.MTU, o.Ingress)
+			g.share.thread = i
+			in = append(in, g)
 		}
 	}
 	out := newEgress(&l.common, [2][]Source{o.IPv4.Send, o.IPv6.Send}, o.Egress)
 	out.fragmenter = [2]Source{o.IPv4.Fragment, o.IPv6.Fragment}
+	out.share.thread = i
 	out.super = uintptr(o.Super.FD())
 	out.device = device
 	if o.Moves != nil && o.threads() < len(o.Devices) {

@@ -274,6 +274,7 @@ func (e *egress) tooLong(peer *Peer, b []byte, p *packet, n int) bool {
 		return true
 	}
 	e.tally.drop(EgressTooBig)
+	e.share.drop(peer, 1)
 	if now := time.Now(); now.Sub(e.toldTooBig) >= tooBigPause {
 		e.toldTooBig = now
 		e.tellTooBig(peer, b, p, limit)

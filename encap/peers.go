@@ -34,6 +34,8 @@ type Peer struct {
 	// refused is until when the kernel is taken at its word that it does not take
 	// a mechanism with this peer, by the mechanism; 0 if it has not refused.
 	refused [refusals]atomic.Int64
+	// lanes are the threads' counters of what passes.
+	lanes []lane
 }
 
 // refusal is a batching mechanism that the kernel can refuse for the packets to

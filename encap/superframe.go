@@ -197,6 +197,7 @@ func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int)
 			e.superID += uint16(segments)
 			e.tally.packets += uint64(segments)
 			e.tally.bytes += uint64(payload + segments*p.headLen)
+			e.share.add(peer, segments, payload+segments*p.headLen)
 			e.tally.super++
 			return true
 		}

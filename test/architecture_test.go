@@ -25,8 +25,9 @@ import (
 // here; imports run downward only.
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
-	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "internal/report", "internal/trace", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
-	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/confine", "internal/handover", "internal/host", "internal/statefile"},
+	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "internal/page", "internal/report", "internal/trace", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
+	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/confine", "internal/handover", "internal/host", "internal/page", "internal/statefile"},
+	"culvert/internal/page":            {"internal/api"},
 	"culvert/internal/confine":         {},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet", "internal/statefile"},
 	"culvert/internal/lab/labtest":     {"internal/lab"},
@@ -38,7 +39,7 @@ var allowed = map[string][]string{
 	"culvert/internal/api":             {"internal/api/readiness", "internal/handover"},
 	"culvert/internal/handover":        {},
 	"culvert/internal/api/readiness":   {},
-	"culvert/backend":                  {"subnet", "internal/api", "internal/host"},
+	"culvert/backend":                  {"subnet", "internal/api", "internal/echo", "internal/host"},
 	"culvert/backend/tunnel":           {"backend", "subnet", "encap", "internal/api", "internal/host"},
 	"culvert/backend/fastpath":         {"internal/api", "internal/host"},
 	"culvert/backend/vxlan":            {"backend", "subnet", "encap", "internal/host"},

@@ -105,6 +105,7 @@ type Tunnel struct {
 
 	keeper    *host.Keeper
 	silence   backend.Silence
+	prober    *backend.Prober
 	inherited inherited
 	applied   chan struct{} // closed by the first Apply
 	once      sync.Once
@@ -121,6 +122,7 @@ func Open(o Options) (*Tunnel, error) {
 		options: o, format: format, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log),
 		inherited: inherited{o.Inherited}, applied: make(chan struct{}),
 	}
+	t.prober = backend.NewProber(backend.ProberOptions{Sources: o.Lease.Subnets(), Silence: &t.silence, Log: o.Log})
 	defer func() { _ = t.inherited.close() }()
 	var err error
 	if t.mtu, err = PodMTU(o.Config.Backend, o.Lease, o.Node.Underlay); err != nil {
@@ -256,7 +258,9 @@ func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 	}
 	t.loop.SetTable(table)
 	t.once.Do(func() { close(t.applied) })
-	return t.keeper.Apply(func(v host.View) (host.State, error) { return t.state(s, v), nil })
+	err := t.keeper.Apply(func(v host.View) (host.State, error) { return t.state(s, v), nil })
+	t.prober.Set(t.probeTargets(table))
+	return err
 }
 
 // table is the loop's view of a snapshot.
@@ -351,6 +355,9 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	})
 	parts, ctx := errgroup.WithContext(ctx)
 	parts.Go(func() error { t.listenForPeers(ctx, asker); return nil })
+	if !t.options.Node.NoProbe {
+		parts.Go(func() error { t.prober.Run(ctx); return nil })
+	}
 	parts.Go(func() error {
 		select {
 		case <-ctx.Done():
@@ -444,6 +451,8 @@ func (t *Tunnel) Status() api.Datapath {
 		packets = "IP protocol 4"
 	}
 	backend.DescribeSilence(&s, &t.silence, packets)
+	probes := t.prober.Count()
+	s.Probes = &probes
 	return s
 }
 

@@ -116,6 +116,8 @@ type Datapath struct {
 	FastPath *FastPath `json:"fast_path,omitempty"`
 	// Repairs counts, by kind, changes by other programs that were reverted.
 	Repairs map[string]uint64 `json:"repairs,omitempty"`
+	// RepairTimes has the durations of the repairs, in seconds.
+	RepairTimes Histogram `json:"-"`
 	// Warnings are the datapath's part of Status.Warnings.
 	Warnings []Warning `json:"-"`
 	// StalePods are the host interfaces of pods created with another MTU.
@@ -126,6 +128,8 @@ type Datapath struct {
 	// SilentPeers are the peers to which this node sends but from which it receives
 	// nothing.
 	SilentPeers []SilentPeer `json:"silent_peers,omitempty"`
+	// Probes is what the daemon's own requests to peers came to; nil without any.
+	Probes *Probes `json:"-"`
 }
 
 // SilentPeer is a peer from which nothing is received.
@@ -189,6 +193,17 @@ type Peer struct {
 	Backend   string         `json:"backend"`
 	Subnets   []netip.Prefix `json:"subnets"`
 	PublicIPs []netip.Addr   `json:"public_ips"`
+}
+
+// PublicOf returns the underlay address that the peer's i-th subnet is behind: of
+// the same family as the subnet, as leases have them.
+func (p Peer) PublicOf(i int) netip.Addr {
+	for _, a := range p.PublicIPs {
+		if a.Is4() == p.Subnets[i].Addr().Is4() {
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // Rejection is a lease that was ignored, and why.

@@ -174,15 +174,19 @@ func groupID(group string) (int, error) {
 	return strconv.Atoi(g.Gid)
 }
 
-// Handler serves GET /status.
-func Handler(status func() Status) http.Handler {
+// Handler serves the status and the peers.
+func Handler(status func() Status, peers func() Peers) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		// Ignore clients that disconnect.
-		_ = json.NewEncoder(w).Encode(status())
-	})
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { WriteJSON(w, status()) })
+	mux.HandleFunc("GET /peers", func(w http.ResponseWriter, _ *http.Request) { WriteJSON(w, peers()) })
 	return mux
+}
+
+// WriteJSON answers with v.
+func WriteJSON(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	// A client that went away is no concern of the daemon's.
+	_ = json.NewEncoder(w).Encode(v)
 }
 
 // ReadinessHandler serves the query of the CNI plugin. answer must not block.
@@ -201,16 +205,24 @@ const maxAnswer = 64 << 20
 // GetStatus requests the status of the daemon that uses the run directory. If
 // there is none, the error says what to do.
 func GetStatus(ctx context.Context, runDir string) (Status, error) {
-	answer, err := get(ctx, runDir, "/status")
+	return getJSON[Status](ctx, runDir, "/status")
+}
+
+// GetPeers requests what the daemon knows of its peers.
+func GetPeers(ctx context.Context, runDir string) (Peers, error) {
+	return getJSON[Peers](ctx, runDir, "/peers")
+}
+
+func getJSON[T any](ctx context.Context, runDir, what string) (v T, err error) {
+	answer, err := get(ctx, runDir, what)
 	if err != nil {
-		return Status{}, err
+		return v, err
 	}
 	defer func() { _ = answer.Close() }()
-	var s Status
-	if err := json.NewDecoder(io.LimitReader(answer, maxAnswer)).Decode(&s); err != nil {
-		return Status{}, fmt.Errorf("decoding the status from %s: %w", SocketPath(runDir), err)
+	if err := json.NewDecoder(io.LimitReader(answer, maxAnswer)).Decode(&v); err != nil {
+		return v, fmt.Errorf("decoding %s from %s: %w", what, SocketPath(runDir), err)
 	}
-	return s, nil
+	return v, nil
 }
 
 // GetLog returns the last lines of the daemon's log.

@@ -410,6 +410,7 @@ func (d *demo) leaveUp(ctx context.Context) (kept bool, err error) {
 	n1 := d.lab.Nodes[0]
 	fmt.Fprintf(w, "  %s%s %s status --run-dir %s\n", enter, n1.Name, self, n1.RunDir)
 	fmt.Fprintf(w, "  %s%s ip route\n", enter, n1.Name)
+	fmt.Fprintf(w, "  %s%s page --run-dir %s    # prints the address of a page that shows it\n", strings.Replace(inside, " -n ", " ", 1), self, n1.RunDir)
 	var a, b *demoEnd
 	for _, e := range d.ends {
 		switch {

@@ -141,7 +141,7 @@ func pingTargetsOf(s api.Status, arg string) ([]pingTarget, error) {
 		}
 		for i, subnet := range p.Subnets {
 			if subnet.Contains(addr) {
-				return []pingTarget{{Node: p.Node, Subnet: subnet, Addr: addr, Public: publicOf(p, i)}}, nil
+				return []pingTarget{{Node: p.Node, Subnet: subnet, Addr: addr, Public: p.PublicOf(i)}}, nil
 			}
 		}
 	}
@@ -164,24 +164,13 @@ func pingTargetsOf(s api.Status, arg string) ([]pingTarget, error) {
 func peerTargets(s api.Status, p api.Peer) []pingTarget {
 	var targets []pingTarget
 	for i, subnet := range p.Subnets {
-		t := pingTarget{Node: p.Node, Subnet: subnet, Addr: subnet.Masked().Addr(), Public: publicOf(p, i)}
+		t := pingTarget{Node: p.Node, Subnet: subnet, Addr: subnet.Masked().Addr(), Public: p.PublicOf(i)}
 		if s.Datapath.WireFormat == "host-gw" {
 			t.Addr = t.Public
 		}
 		targets = append(targets, t)
 	}
 	return targets
-}
-
-// publicOf returns the underlay address that the peer's i-th subnet is behind:
-// of the same family as the subnet, as leases have them.
-func publicOf(p api.Peer, i int) netip.Addr {
-	for _, a := range p.PublicIPs {
-		if a.Is4() == p.Subnets[i].Addr().Is4() {
-			return a
-		}
-	}
-	return netip.Addr{}
 }
 
 // pingWorkers bounds how many targets are measured at once.

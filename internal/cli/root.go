@@ -3,6 +3,8 @@
 package cli
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -129,6 +131,8 @@ Ask a running node:       culvert status`,
 		newDemoCommand(),
 		newBenchCommand(),
 		newStatusCommand(),
+		newPeersCommand(),
+		newPageCommand(),
 		newPingCommand(),
 		newDoctorCommand(),
 		newTraceCommand(),
@@ -207,8 +211,14 @@ func (o *output) addTo(flags *pflag.FlagSet) {
 	flags.StringVarP((*string)(o), "output", "o", "table", "how to show it: table, json or yaml")
 }
 
-// write shows v as JSON or YAML, or calls table.
+// write shows v as JSON or YAML, or calls table. A table of thousands of lines is
+// written cell by cell, so it is gathered first.
 func (o output) write(w io.Writer, v any, table func(io.Writer) error) error {
+	b := bufio.NewWriterSize(w, 64<<10)
+	return cmp.Or(o.show(b, v, table), b.Flush())
+}
+
+func (o output) show(w io.Writer, v any, table func(io.Writer) error) error {
 	switch o {
 	case "table":
 		return table(w)

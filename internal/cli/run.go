@@ -75,6 +75,7 @@ type runFlags struct {
 	publicIPv6  string
 	ipMasq      bool
 	noMasq      []string
+	probePeers  bool
 	takeOver    bool
 	leaseTTL    time.Duration
 	quarantine  time.Duration
@@ -165,6 +166,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.tunnel.NoBusyPoll, "no-busy-poll", false, "sleep as soon as there is nothing to carry, which costs latency and saves processor time")
 	flags.IntVar(&f.tunnel.Queues, "queues", 0, "queues of the tunnel device, each with a thread of its own (default: one less than there are processors, at most 8)")
 	flags.IntVar(&f.tunnel.SourcePorts, "source-ports", 0, "UDP source ports that flows are spread over (default: 8, on two processors 1)")
+	flags.BoolVar(&f.probePeers, "probe-peers", true, "ask peers that are not heard with echo requests through the tunnel, 32 in 10 s at most, for `culvert peers`")
 	flags.BoolVar(&f.tunnel.CopyDSCP, "copy-dscp", false, "have the outer packet bear the inner one's DSCP")
 	flags.BoolVar(&f.tunnel.DontFragment, "df", false, "send VXLAN packets that are not to be fragmented (DF), and follow the MTU of the path")
 	flags.BoolVar(&f.embedded, "embedded-etcd", false, "carry an etcd server along, for a site that has none")
@@ -192,7 +194,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
 		Datapath: daemon.Datapath(f.datapath), FastPath: daemon.FastPath(f.fastPath), Metrics: f.metrics, MetricsAccess: f.access,
-		Tunnel: f.tunnel, Log: log, Recent: &recent,
+		Tunnel: f.tunnel, Log: log, NoProbe: !f.probePeers, Recent: &recent,
 		TakeOverFlannel: f.takeOver, Replace: f.replace, HandedOver: daemon.HandedOver(f.handedOver),
 		SocketGroup: f.socketGroup, Confine: daemon.Confine(f.confine),
 	}

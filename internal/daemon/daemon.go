@@ -74,6 +74,7 @@ type Options struct {
 	// Embedded is the etcd server to carry along, or nil.
 	Embedded *EmbeddedEtcd
 	Tunnel   Tunnel
+	NoProbe  bool // peers are not asked whether they are there
 	Log      *slog.Logger
 	// Recent has the last lines of Log, for `culvert report`; nil if nothing has.
 	Recent *api.Ring

@@ -96,7 +96,7 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 	if err := d.store.keep(nil); err != nil {
 		d.log.Warn("what an earlier datapath stored is still there", "error", err)
 	}
-	k := backend.KernelOptions{Node: n, Format: format, Why: why, Replaces: replaces, Log: d.log}
+	k := backend.KernelOptions{Node: n, Format: format, Why: why, Replaces: replaces, Sources: l.Subnets(), Log: d.log}
 	switch format {
 	case "vxlan":
 		k.Plan = vxlan.Plan

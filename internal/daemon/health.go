@@ -18,6 +18,7 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/api/readiness"
 	"culvert/internal/host"
+	"culvert/internal/page"
 	"culvert/subnet"
 )
 
@@ -32,10 +33,11 @@ type health struct {
 	// warnings are the daemon's own, by the part of it that reports them.
 	warnings map[string][]api.Warning
 	warned   map[netip.Prefix]float64 // the shares in use that were warned of; the follower's
+	requests *requestTimes
 }
 
 func newHealth(o Options) *health {
-	return &health{warned: map[netip.Prefix]float64{}, warnings: map[string][]api.Warning{}, said: api.Status{
+	return &health{requests: newRequestTimes(), warned: map[netip.Prefix]float64{}, warnings: map[string][]api.Warning{}, said: api.Status{
 		Version: o.Version, Node: o.Node, Started: time.Now(), SubnetFile: o.SubnetFile,
 		NotReady: "starting",
 		Store:    o.describeStore(),
@@ -282,17 +284,20 @@ func (h *health) readiness(now time.Time) readiness.Answer {
 // socket serves everything that is asked on the daemon's unix socket.
 func (h *health) socket() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/", api.Handler(h.status))
+	mux.Handle("/", api.Handler(h.status, h.peers))
+	mux.Handle("GET /page/", http.StripPrefix("/page", page.Handler(h.status, h.peers)))
 	mux.Handle(readiness.Path, api.ReadinessHandler(func() readiness.Answer { return h.readiness(time.Now()) }))
 	return mux
 }
 
-// probes serves /metrics, for those whom access lets in, and /livez and /readyz.
+// probes serves /metrics and, to this host alone, the page, for those whom access
+// lets in, and /livez and /readyz.
 func probes(h *health, access Access) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), metrics{h})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", access.guard(promhttp.HandlerFor(registry, promhttp.HandlerOpts{})))
+	mux.Handle("GET /", page.LoopbackOnly(access.guard(page.Handler(h.status, h.peers))))
 	// Alive is a daemon that can answer: an unreachable store is no reason to
 	// restart it, and a restart would not bring the store back.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
@@ -306,115 +311,4 @@ func probes(h *health, access Access) http.Handler {
 		fmt.Fprintln(w, "ok")
 	})
 	return mux
-}
-
-// metrics turns the status into metrics at each scrape, so that there is one
-// truth and nothing to keep in step.
-type metrics struct{ health *health }
-
-var (
-	metricReady     = prometheus.NewDesc("culvert_ready", "Whether pods can be added on this node.", nil, nil)
-	metricConnected = prometheus.NewDesc("culvert_store_connected", "Whether the store (etcd, or the Kubernetes API) is in reach.", nil, nil)
-	metricSnapshot  = prometheus.NewDesc("culvert_serving_from_snapshot", "Whether this node serves from what it keeps on disk, since the store has been unreachable from its start on.", nil, nil)
-	metricRevision  = prometheus.NewDesc("culvert_store_revision", "Revision of the store that this node follows.", nil, nil)
-	metricPeers     = prometheus.NewDesc("culvert_peers", "Leases of other nodes in force.", nil, nil)
-	metricRejected  = prometheus.NewDesc("culvert_rejected_leases", "Keys in etcd, or Nodes, that were set aside.", nil, nil)
-	metricFenced    = prometheus.NewDesc("culvert_fenced", "Whether another has the subnet that this node had.", nil, nil)
-	metricExpires   = prometheus.NewDesc("culvert_lease_expires_seconds", "When the lease ends unless it is renewed, in Unix time.", nil, nil)
-	metricUsed      = prometheus.NewDesc("culvert_subnets_used", "Subnets of the cluster network that are leased or reserved.", []string{"network"}, nil)
-	metricCapacity  = prometheus.NewDesc("culvert_subnets_capacity", "Subnets that the cluster network has.", []string{"network"}, nil)
-	metricPackets   = prometheus.NewDesc("culvert_packets_total", "Inner packets carried, as on the wire.", []string{"direction"}, nil)
-	metricBytes     = prometheus.NewDesc("culvert_bytes_total", "Bytes of inner packets carried.", []string{"direction"}, nil)
-	metricSyscalls  = prometheus.NewDesc("culvert_syscalls_total", "System calls of the packet loop, waits apart.", []string{"direction"}, nil)
-	metricDrops     = prometheus.NewDesc("culvert_drops_total", "Packets dropped, by reason.", []string{"reason"}, nil)
-	metricRepairs   = prometheus.NewDesc("culvert_repairs_total", "What others did to this host's network and was undone, by kind.", []string{"kind"}, nil)
-	metricWarnings  = prometheus.NewDesc("culvert_warnings", "Conditions that keep packets from being carried, or may, by check; the status says what and how to mend it.", []string{"check"}, nil)
-	metricStale     = prometheus.NewDesc("culvert_stale_pods", "Pods that were made for another MTU.", nil, nil)
-	metricNarrow    = prometheus.NewDesc("culvert_narrow_paths", "Peers whose path takes less than the pods' MTU, as routers on it said.", nil, nil)
-	metricSilent    = prometheus.NewDesc("culvert_silent_peers", "Peers to which this node sends and from which nothing comes.", nil, nil)
-	metricInfo      = prometheus.NewDesc("culvert_info", "What runs here.", []string{"version", "wire_format", "datapath"}, nil)
-)
-
-// Of the fast path.
-var (
-	metricFast        = prometheus.NewDesc("culvert_fast_path", "Whether the fast path stands before the datapath.", nil, nil)
-	metricFastPackets = prometheus.NewDesc("culvert_fast_path_packets_total", "Of culvert_packets_total, those that took the fast path.", []string{"direction"}, nil)
-	metricFastBytes   = prometheus.NewDesc("culvert_fast_path_bytes_total", "Of culvert_bytes_total, those that took the fast path.", []string{"direction"}, nil)
-	metricFastLeft    = prometheus.NewDesc("culvert_fast_path_left_total", "Packets that the fast path left to the datapath, by reason.", []string{"reason"}, nil)
-)
-
-// Describe implements prometheus.Collector.
-func (metrics) Describe(c chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{
-		metricReady, metricConnected, metricSnapshot, metricRevision, metricPeers, metricRejected, metricFenced, metricExpires, metricUsed, metricCapacity,
-		metricPackets, metricBytes, metricSyscalls, metricDrops, metricInfo,
-		metricRepairs, metricWarnings, metricStale, metricNarrow, metricSilent,
-		metricFast, metricFastPackets, metricFastBytes, metricFastLeft,
-	} {
-		c <- d
-	}
-}
-
-// Collect implements prometheus.Collector.
-func (m metrics) Collect(c chan<- prometheus.Metric) {
-	s := m.health.status()
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		c <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
-	}
-	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
-		c <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
-	}
-	gauge(metricInfo, 1, s.Version, s.Datapath.WireFormat, s.Datapath.Kind)
-	gauge(metricReady, truth(s.Ready))
-	gauge(metricConnected, truth(s.Store.Connected))
-	gauge(metricSnapshot, truth(!s.Store.Snapshot.IsZero()))
-	gauge(metricRevision, float64(s.Store.Revision))
-	gauge(metricPeers, float64(len(s.Peers)))
-	gauge(metricRejected, float64(len(s.Rejected)))
-	gauge(metricFenced, truth(s.Fenced != nil))
-	if s.Lease != nil && !s.Lease.Expires.IsZero() {
-		gauge(metricExpires, float64(s.Lease.Expires.Unix()))
-	}
-	for _, u := range s.Usage {
-		gauge(metricUsed, float64(u.Used), u.Network.String())
-		gauge(metricCapacity, float64(u.Capacity), u.Network.String())
-	}
-	for direction, t := range map[string]api.Traffic{"egress": s.Datapath.Egress, "ingress": s.Datapath.Ingress} {
-		counter(metricPackets, t.Packets, direction)
-		counter(metricBytes, t.Bytes, direction)
-		counter(metricSyscalls, t.Syscalls, direction)
-	}
-	for _, kind := range host.Kinds() {
-		counter(metricRepairs, s.Datapath.Repairs[string(kind)], string(kind))
-	}
-	warnings := make(map[string]int)
-	for _, w := range s.Warnings {
-		warnings[w.Check]++
-	}
-	for check, n := range warnings {
-		gauge(metricWarnings, float64(n), check)
-	}
-	gauge(metricStale, float64(len(s.Datapath.StalePods)))
-	gauge(metricNarrow, float64(len(s.Datapath.NarrowPaths)))
-	gauge(metricSilent, float64(len(s.Datapath.SilentPeers)))
-	for _, d := range s.Datapath.Drops {
-		counter(metricDrops, d.Packets, d.Reason)
-	}
-	if f := s.Datapath.FastPath; f != nil {
-		gauge(metricFast, truth(f.On))
-		for direction, t := range map[string]api.Traffic{"egress": f.Egress, "ingress": f.Ingress} {
-			counter(metricFastPackets, t.Packets, direction)
-			counter(metricFastBytes, t.Bytes, direction)
-		}
-		for _, d := range f.Slow {
-			counter(metricFastLeft, d.Packets, d.Reason)
-		}
-	}
-}
-
-func truth(b bool) float64 {
-	if b {
-		return 1
-	}
-	return 0
 }

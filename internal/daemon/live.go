@@ -100,7 +100,7 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 	for {
 		s.at, s.backend = at, config.Backend
 		path, err := d.open(ctx, config, s.lease, backend.Node{
-			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel,
+			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel, NoProbe: d.options.NoProbe,
 		})
 		if err != nil && opened && config.Backend != s.worked.Backend {
 			// The others use it, and so should we: but not at the cost of carrying

@@ -53,10 +53,12 @@ type connection interface {
 // openStore makes the store that the options name.
 func (d *node) openStore() (store, error) {
 	if d.options.Kubernetes == nil {
-		return etcd.New(d.options.Etcd)
+		o := d.options.Etcd
+		o.Observe = d.health.requests.observe
+		return etcd.New(o)
 	}
 	o := *d.options.Kubernetes
-	o.Waiting = d.health.notReady
+	o.Waiting, o.Observe = d.health.notReady, d.health.requests.observe
 	r, err := kube.New(o)
 	if err != nil {
 		return nil, err

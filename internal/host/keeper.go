@@ -46,6 +46,8 @@ type Standing struct {
 	Obstacles []api.Warning
 	// Err is why the kernel is not as it should be; nil if it is.
 	Err error
+	// Took has the durations of the repairs, in seconds.
+	Took api.Histogram
 	// Writes counts all changes since the start.
 	Writes uint64
 }
@@ -53,7 +55,9 @@ type Standing struct {
 // NewKeeper returns a Keeper that does nothing yet. The underlay is the index of
 // the interface that the plan is told about, whatever its name becomes.
 func NewKeeper(underlay int, log *slog.Logger, followers ...Follower) *Keeper {
-	return &Keeper{underlay: underlay, log: log, followers: followers, said: Standing{Repairs: make(map[Kind]uint64)}}
+	return &Keeper{underlay: underlay, log: log, followers: followers, said: Standing{
+		Repairs: make(map[Kind]uint64), Took: api.NewHistogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+	}}
 }
 
 // Apply makes the kernel equal to what the plan wants, now and, while Run runs,
@@ -70,7 +74,7 @@ func (k *Keeper) Standing() Standing {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	s := k.said
-	s.Repairs = maps.Clone(s.Repairs)
+	s.Repairs, s.Took = maps.Clone(s.Repairs), s.Took.Clone()
 	return s
 }
 
@@ -202,6 +206,9 @@ func (k *Keeper) reconcile() (err error) {
 		if repair {
 			k.said.Repairs[c.Kind]++
 		}
+	}
+	if repair && len(done) > 0 {
+		k.said.Took.Observe(time.Since(began).Seconds())
 	}
 	return err
 }

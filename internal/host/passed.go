@@ -48,9 +48,10 @@ func WatchPassed() (*PassedWatch, error) {
 func (w *PassedWatch) Close() error { return errors.Join(w.route.Close(), w.nft.Close()) }
 
 // Look returns what has passed with each peer of the tunnels whose device is a
-// vxlan one. Where nothing was sent to anybody, and nobody waits for an answer,
-// what came is not looked at.
-func (w *PassedWatch) Look(tunnels []Tunnel, waiting bool) ([]Passed, error) {
+// vxlan one. Where nothing was sent to anybody but this process's own requests, to
+// the underlay addresses in own, and nobody waits for an answer, what came is not
+// looked at.
+func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bool) ([]Passed, error) {
 	used, err := w.lastUsed(tunnels)
 	if err != nil {
 		return nil, err
@@ -60,7 +61,9 @@ func (w *PassedWatch) Look(tunnels []Tunnel, waiting bool) ([]Passed, error) {
 		// An entry that is new has the time of its making.
 		before, known := w.used[a]
 		if known && at.Sub(before) > 200*time.Millisecond {
-			sent[a] = true
+			if !own[a] {
+				sent[a] = true
+			}
 			continue
 		}
 		if known {
@@ -160,24 +163,58 @@ func linkIndex(c *netlink.Conn, name string) (uint32, error) {
 	return binary.NativeEndian.Uint32(messages[0].Data[4:]), nil
 }
 
+// Count is what came from a peer.
+type Count struct{ Packets, Bytes uint64 }
+
+// ReceivedFrom returns what the kernel's tunnel devices have been let take from
+// each peer since its set was made: bytes of inner packets, and packets as the
+// input hook sees them, which may have been joined before.
+func ReceivedFrom(tunnels []Tunnel) (map[Source]Count, error) {
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, err
+	}
+	all := make(map[Source]Count)
+	err = eachCount(c, tunnels, func(t Tunnel, s Source, packets, bytes uint64) {
+		all[s] = Count{packets, bytes - min(bytes, packets*t.outerLen())}
+	})
+	return all, errors.Join(err, c.Close())
+}
+
+// outerLen is what stands before the inner packet, as the input hook sees it.
+func (t Tunnel) outerLen() uint64 {
+	n := uint64(20)
+	if !t.is4() {
+		n = 40
+	}
+	if t.Port != 0 {
+		n += 8 + 8 + 14
+	}
+	return n
+}
+
 // counts reads how many packets have come from each peer.
 func (w *PassedWatch) counts(tunnels []Tunnel) (map[Source]uint64, error) {
 	all := make(map[Source]uint64)
+	return all, eachCount(w.nft, tunnels, func(_ Tunnel, s Source, packets, _ uint64) { all[s] = packets })
+}
+
+func eachCount(c *netlink.Conn, tunnels []Tunnel, see func(t Tunnel, s Source, packets, bytes uint64)) error {
 	for _, t := range tunnels {
 		if t.Device == "" {
 			continue
 		}
 		for _, s := range t.sets() {
-			elements, err := setElementsBy(w.nft, nftables.TableFamilyINet, TableName, s.name)
+			elements, err := setElementsBy(c, nftables.TableFamilyINet, TableName, s.name)
 			if err != nil {
-				return nil, fmt.Errorf("reading the counters of the nftables set %s: %w", s.name, err)
+				return fmt.Errorf("reading the counters of the nftables set %s: %w", s.name, err)
 			}
 			for _, e := range elements {
 				if source, ok := sourceOf(e, s.bits); ok && e.Counter != nil {
-					all[source] = e.Counter.Packets
+					see(t, source, e.Counter.Packets, e.Counter.Bytes)
 				}
 			}
 		}
 	}
-	return all, nil
+	return nil
 }

@@ -59,6 +59,8 @@ type Options struct {
 	Dial func(ctx context.Context, address string) (net.Conn, error) `json:"-"`
 	// Logger is required.
 	Logger *slog.Logger
+	// Observe is told how long each request but a watch took; may be nil.
+	Observe func(operation string, took time.Duration, failed bool) `json:"-"`
 }
 
 // String omits the password, as do the forms that fmt, slog and encoding/json

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"path"
 	"strings"
 	"sync"
 	"time"
@@ -113,6 +114,14 @@ func New(o Options) (*Registry, error) {
 			Backoff:           grpcbackoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: 5 * time.Second},
 			MinConnectTimeout: o.DialTimeout,
 		})},
+	}
+	if o.Observe != nil {
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			began := time.Now()
+			err := invoke(ctx, method, req, reply, cc, opts...)
+			o.Observe(path.Base(method), time.Since(began), err != nil)
+			return err
+		}))
 	}
 	reached := newContact(o)
 	conns := newConnections(o, reached, tlsConfig == nil)

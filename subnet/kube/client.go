@@ -32,6 +32,8 @@ type client struct {
 	access access
 	http   *http.Client
 	limit  time.Duration // timeout of a request other than list or watch
+	// observe is Options.Observe.
+	observe func(operation string, took time.Duration, failed bool)
 
 	mu    sync.Mutex
 	conns map[net.Conn]struct{}
@@ -248,6 +250,19 @@ type request struct {
 	body         []byte
 }
 
+// operation is what the request does, in Kubernetes' words.
+func (r request) operation() string {
+	switch {
+	case r.method != http.MethodGet:
+		return strings.ToLower(r.method)
+	case r.query.Has("watch"):
+		return "watch"
+	case r.query.Has("limit"):
+		return "list"
+	}
+	return "get"
+}
+
 // do returns a successful response, whose body the caller must close, or an
 // apiError. If the token is rejected, it reads the token again and retries once.
 func (c *client) do(ctx context.Context, r request) (*http.Response, error) {
@@ -271,7 +286,11 @@ func (c *client) do(ctx context.Context, r request) (*http.Response, error) {
 		if token != "" {
 			req.Header.Set("Authorization", "Bearer "+token)
 		}
+		began := time.Now()
 		resp, err := c.http.Do(req)
+		if c.observe != nil {
+			c.observe(r.operation(), time.Since(began), err != nil || resp.StatusCode >= 400)
+		}
 		if err != nil {
 			if cause := context.Cause(ctx); cause != nil && ctx.Err() != nil {
 				return nil, cause

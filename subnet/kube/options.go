@@ -48,6 +48,8 @@ type Options struct {
 	// Waiting is called with what Config, Acquire and TakenBy wait for and how to
 	// fix it; may be nil.
 	Waiting func(why string) `json:"-"`
+	// Observe is told how long each request took until its answer began; may be nil.
+	Observe func(operation string, took time.Duration, failed bool) `json:"-"`
 	// Logger is required.
 	Logger *slog.Logger
 }

@@ -57,6 +57,7 @@ func New(o Options) (*Registry, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.observe = o.Observe
 	return &Registry{
 		c: c, opts: o, keys: newNames(o.Prefix), log: o.Logger,
 		nodeLock: make(chan struct{}, 1), verifyNow: make(chan struct{}, 1),

@@ -1,0 +1,341 @@
+package backend
+
+import (
+	"container/heap"
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+
+	"culvert/internal/api"
+	"culvert/internal/echo"
+)
+
+// Prober measures the way to peers: an echo request to the first address of a
+// peer's subnet, which its tunnel device bears, flannel's as well as culvert's, by
+// whatever carries pods' packets; where there is no tunnel, to its underlay address.
+//
+// Traffic goes before: a peer that pods' packets come from is asked rarely, for the
+// round-trip time. All peers together are asked at a bounded rate, however many
+// there are.
+type Prober struct {
+	options ProberOptions
+	changed chan struct{} // there are new targets
+
+	mu    sync.Mutex
+	peers map[peerKey]*probed
+	queue probeQueue
+	count api.Probes
+}
+
+// ProberOptions is what a Prober is made of.
+type ProberOptions struct {
+	// Sources are this node's subnets, whose first addresses the requests come from.
+	Sources []netip.Prefix
+	Silence *Silence // knows what pods' traffic says of a peer
+	Log     *slog.Logger
+}
+
+// ProbeTarget is a peer's subnet, and how it is asked.
+type ProbeTarget struct {
+	Subnet netip.Prefix
+	Public netip.Addr
+	Direct bool // by a plain route: the underlay address answers
+	MTU    int  // what pods may send there
+}
+
+// probed is what is known of one target.
+type probed struct {
+	ProbeTarget
+	next  time.Time // when it is due
+	index int       // in the queue; -1 while it is being asked
+
+	asked, answered time.Time
+	busy            bool // when it was asked, pods' packets came from it
+	rtt             time.Duration
+	mtu             int       // the largest that passed
+	sized           time.Time // when that was measured
+	failed, large   int       // requests in a row without an answer: small ones, and of full size
+	why             string    // it did not answer
+}
+
+const (
+	// probeBurst requests at most are sent at once, every probeInterval.
+	probeBurst    = 32
+	probeInterval = 10 * time.Second
+	probeSoon     = 200 * time.Millisecond // from a change of the peers to the next burst
+	// probeEach is the least time from one request to a peer to the next, and
+	// probeActive that to a peer with traffic.
+	probeEach   = 30 * time.Second
+	probeActive = 5 * time.Minute
+	probeSize   = 10 * time.Minute // from one measurement of the path's MTU to the next
+	// probePatience is how long an answer may take.
+	probePatience = time.Second
+)
+
+// NewProber returns a Prober that asks nobody until Run and Set.
+func NewProber(o ProberOptions) *Prober {
+	return &Prober{
+		options: o, changed: make(chan struct{}, 1), peers: make(map[peerKey]*probed),
+		count: api.Probes{Seconds: api.NewHistogram(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)},
+	}
+}
+
+// Set replaces the targets. New ones are asked soon.
+func (p *Prober) Set(targets []ProbeTarget) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	peers := make(map[peerKey]*probed, len(targets))
+	p.queue = p.queue[:0]
+	fresh := false
+	for _, t := range targets {
+		w := peerKey{t.Subnet, t.Public}
+		x := p.peers[w]
+		if x == nil {
+			x, fresh = &probed{}, true
+		}
+		if x.ProbeTarget != t {
+			x.ProbeTarget, x.sized = t, time.Time{}
+		}
+		peers[w] = x
+		if x.index >= 0 {
+			x.index = len(p.queue)
+			p.queue = append(p.queue, x)
+		}
+	}
+	heap.Init(&p.queue)
+	p.peers = peers
+	p.options.Silence.forget(func(w peerKey) bool { return peers[w] != nil })
+	if !fresh {
+		return
+	}
+	select {
+	case p.changed <- struct{}{}:
+	default:
+	}
+}
+
+// Run asks until ctx ends: every probeInterval a burst of at most probeBurst
+// requests, for whose answers it waits. One burst wakes the datapath once, which is most of
+// what a request costs.
+func (p *Prober) Run(ctx context.Context) {
+	socket, err := p.open()
+	if err != nil {
+		p.options.Log.Warn("peers cannot be asked whether they are there", "error", err)
+		return
+	}
+	defer socket.close()
+	wait := probeSoon
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		case <-p.changed:
+			wait = probeSoon
+			continue
+		}
+		began := time.Now()
+		if burst := p.take(began); len(burst) > 0 {
+			p.settle(burst, socket.measure(ctx, burst))
+			p.search(ctx)
+		}
+		wait = max(0, probeInterval-time.Since(began))
+	}
+}
+
+// take removes from the queue those that are to be asked now.
+func (p *Prober) take(now time.Time) (burst []request) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.queue) > 0 && len(burst) < probeBurst {
+		x := p.queue[0]
+		if x.next.After(now) {
+			break
+		}
+		if now.Sub(x.asked) < probeActive && !x.answered.IsZero() && x.failed == 0 && p.traffic(x) {
+			x.next = now.Add(probeEach)
+			heap.Fix(&p.queue, 0)
+			continue
+		}
+		heap.Pop(&p.queue)
+		heard := p.options.Silence.Heard(x.Subnet, x.Public)
+		x.busy = now.Sub(heard) < 2*SilenceInterval && (x.asked.IsZero() || p.traffic(x))
+		x.asked = now
+		p.options.Silence.asked(peerKey{x.Subnet, x.Public}, now)
+		burst = append(burst, request{peer: x, to: x.address()})
+		if x.MTU > 0 && now.Sub(x.sized) > probeSize {
+			burst = append(burst, request{peer: x, to: x.address(), size: x.MTU})
+		}
+	}
+	return burst
+}
+
+// address is the one that answers.
+func (t ProbeTarget) address() netip.Addr {
+	if t.Direct {
+		return t.Public
+	}
+	return t.Subnet.Masked().Addr()
+}
+
+// settle takes the answers to a burst and puts its peers back into the queue. One
+// that has not answered is asked again in the next burst.
+func (p *Prober) settle(burst []request, errs []error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, r := range burst {
+		x := r.peer
+		p.count.Sent++
+		if r.size > 0 {
+			switch {
+			case errs[i] == nil:
+				x.mtu, x.sized, x.large = r.size, time.Now(), 0
+			case x.failed == 0: // small ones pass
+				x.large++
+			}
+			continue
+		}
+		x.next = x.asked.Add(probeEach)
+		if errs[i] != nil {
+			p.count.Lost++
+			if x.failed++; x.failed > 1 {
+				x.why = errs[i].Error()
+			} else {
+				x.next = x.asked
+			}
+		} else {
+			p.count.Seconds.Observe(r.rtt.Seconds())
+			x.answered, x.rtt, x.why, x.failed = r.answered, r.rtt, "", 0
+		}
+		if p.peers[peerKey{x.Subnet, x.Public}] == x {
+			heap.Push(&p.queue, x)
+		}
+	}
+}
+
+// search looks for the largest packet that passes to one peer that did not answer
+// one of full size twice.
+func (p *Prober) search(ctx context.Context) {
+	p.mu.Lock()
+	var x *probed
+	for _, y := range p.queue {
+		if y.large > 1 {
+			x = y
+			break
+		}
+	}
+	if x == nil {
+		p.mu.Unlock()
+		return
+	}
+	to, want, rtt := x.address(), x.MTU, x.rtt
+	x.large = 0
+	p.mu.Unlock()
+	pinger, err := echo.Open(p.source(to.Is4(), x.Direct))
+	if err != nil {
+		return
+	}
+	defer func() { _ = pinger.Close() }()
+	low := 576
+	if !to.Is4() {
+		low = 1280
+	}
+	mtu, err := pinger.PathMTU(ctx, to, min(low, want), want, min(probePatience, max(200*time.Millisecond, 20*rtt)))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err == nil {
+		x.mtu, x.sized = mtu, time.Now()
+	}
+}
+
+// source is what requests come from: what a tunnel device bears of this node's
+// subnets, or what the kernel chooses.
+func (p *Prober) source(is4, direct bool) netip.Addr {
+	for _, n := range p.options.Sources {
+		if n.Addr().Is4() == is4 && !direct {
+			return n.Masked().Addr()
+		}
+	}
+	if is4 {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+// traffic says whether more has come from a peer lately than the answers to
+// requests, which are seen as traffic within a look or two.
+func (p *Prober) traffic(x *probed) bool {
+	return p.options.Silence.Heard(x.Subnet, x.Public).Sub(x.asked) > 2*SilenceInterval
+}
+
+// Describe adds to a peer's state what the measurements and the traffic say.
+func (p *Prober) Describe(s *api.PeerState, now time.Time) {
+	heard := p.options.Silence.Heard(s.Subnet, s.PublicIP)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	x := p.peers[peerKey{s.Subnet, s.PublicIP}]
+	if x == nil {
+		x = &probed{}
+	}
+	s.Heard, s.Asked = heard, x.asked
+	if x.answered.After(heard) {
+		s.Heard = x.answered
+	}
+	s.RTTSeconds, s.PathMTU = x.rtt.Seconds(), x.mtu
+	traffic := !heard.IsZero() && (x.asked.IsZero() || p.traffic(x)) || x.busy && now.Sub(x.asked) < 3*SilenceInterval
+	switch {
+	case traffic && now.Sub(heard) < 2*probeEach:
+		s.State = api.PeerActive
+	case x.why != "" && !s.Heard.After(x.asked):
+		s.State, s.Problem = api.PeerSilent, x.why
+		s.RTTSeconds = 0
+	case !s.Heard.IsZero():
+		s.State = api.PeerIdle
+	default:
+		s.State = api.PeerUnknown
+	}
+	switch {
+	case s.Problem != "" || x.sized.IsZero():
+	case x.mtu == 0:
+		s.Problem = "small packets pass, large ones do not"
+	case x.mtu < x.MTU:
+		s.Problem = fmt.Sprintf("packets of more than %d bytes do not pass, and pods send up to %d", x.mtu, x.MTU)
+	}
+}
+
+// Count returns what the requests came to so far.
+func (p *Prober) Count() api.Probes {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	c := p.count
+	c.Seconds = c.Seconds.Clone()
+	return c
+}
+
+// probeQueue is a heap of targets, the next one first.
+type probeQueue []*probed
+
+func (q probeQueue) Len() int           { return len(q) }
+func (q probeQueue) Less(i, k int) bool { return q[i].next.Before(q[k].next) }
+func (q probeQueue) Swap(i, k int) {
+	q[i], q[k] = q[k], q[i]
+	q[i].index, q[k].index = i, k
+}
+
+// Push implements heap.Interface.
+func (q *probeQueue) Push(x any) {
+	p := x.(*probed)
+	p.index = len(*q)
+	*q = append(*q, p)
+}
+
+// Pop implements heap.Interface.
+func (q *probeQueue) Pop() any {
+	last := len(*q) - 1
+	p := (*q)[last]
+	*q, p.index = (*q)[:last], -1
+	return p
+}

@@ -1,0 +1,38 @@
+package tunnel
+
+import (
+	"time"
+
+	"culvert/backend"
+	"culvert/encap"
+	"culvert/internal/api"
+)
+
+// probeTargets are the table's peers as the Prober asks them.
+func (t *Tunnel) probeTargets(table *encap.Table) []backend.ProbeTarget {
+	var all []backend.ProbeTarget
+	for _, p := range table.All() {
+		all = append(all, backend.ProbeTarget{Subnet: p.Subnet, Public: p.Underlay.Addr(), MTU: t.mtu})
+	}
+	return all
+}
+
+// Peers says what is known of the way to each peer, in no order, and what pods
+// may send.
+func (t *Tunnel) Peers() ([]api.PeerState, int) {
+	table, now := t.loop.Table(), time.Now()
+	all := make([]api.PeerState, 0, table.Peers())
+	for _, p := range table.All() {
+		s := api.PeerState{Subnet: p.Subnet, PublicIP: p.Underlay.Addr(), Way: api.WayUserspace}
+		t.prober.Describe(&s, now)
+		n := p.Traffic()
+		s.Sent = &api.PeerCount{Packets: n.SentPackets, Bytes: n.SentBytes}
+		s.Received = &api.PeerCount{Packets: n.ReceivedPackets, Bytes: n.ReceivedBytes}
+		s.Drops = &n.Drops
+		if k, ok := p.PathMTU(); ok && (s.PathMTU == 0 || k.MTU < s.PathMTU) {
+			s.PathMTU = k.MTU
+		}
+		all = append(all, s)
+	}
+	return all, t.mtu
+}

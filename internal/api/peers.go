@@ -1,0 +1,101 @@
+package api
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Peers is what a daemon knows of the way to each of its peers.
+type Peers struct {
+	Node string    `json:"node"`
+	At   time.Time `json:"at"`
+	// MTU is what pods may send, in bytes.
+	MTU int `json:"mtu"`
+	// Peers has one entry for each subnet of each peer, by name and subnet.
+	Peers []PeerState `json:"peers"`
+}
+
+// The states of a peer.
+const (
+	PeerActive  = "active"  // pods' packets have come from it lately
+	PeerIdle    = "idle"    // it answers when it is asked
+	PeerSilent  = "silent"  // it was asked and did not answer, nor has anything else come
+	PeerUnknown = "unknown" // it has not been asked yet
+)
+
+// The ways to a peer.
+const (
+	WayUserspace = "userspace"
+	WayKernel    = "kernel"
+	WayFastPath  = "fast path"
+	WayDirect    = "direct route" // no tunnel
+	WayNone      = "none"         // its subnet is not carried to
+)
+
+// PeerState is what is known of the way to one subnet of a peer.
+type PeerState struct {
+	Node     string       `json:"node,omitempty"`
+	Backend  string       `json:"backend"`
+	Subnet   netip.Prefix `json:"subnet"`
+	PublicIP netip.Addr   `json:"public_ip,omitzero"`
+	Way      string       `json:"way"`
+	State    string       `json:"state"`
+	// Problem says why it is silent, or what does not pass.
+	Problem string `json:"problem,omitempty"`
+	// RTTSeconds is the last round-trip time of an echo request through the
+	// tunnel; 0 if none was answered.
+	RTTSeconds float64 `json:"rtt_seconds,omitempty"`
+	// PathMTU is the largest packet of a pod that was seen to pass, in bytes; 0 if
+	// that is not measured yet.
+	PathMTU int `json:"path_mtu,omitempty"`
+	// Heard is when a packet came from it last, to within some seconds.
+	Heard time.Time `json:"heard,omitzero"`
+	Asked time.Time `json:"asked,omitzero"` // when the last echo request was sent
+	// Sent, Received and Drops count since the datapath was opened; nil where the
+	// datapath cannot tell.
+	Sent     *PeerCount `json:"sent,omitempty"`
+	Received *PeerCount `json:"received,omitempty"`
+	Drops    *uint64    `json:"drops,omitempty"`
+}
+
+// PeerCount is what went one way: packets as on the wire, bytes of inner packets.
+type PeerCount struct {
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+// Probes is what the echo requests to peers came to.
+type Probes struct {
+	Sent, Lost uint64
+	// Seconds has the round-trip times of those that were answered.
+	Seconds Histogram
+}
+
+// Histogram counts observations in buckets. Counts[i] are those of at most
+// Bounds[i] that no earlier bucket has; the last one has the rest.
+type Histogram struct {
+	Bounds []float64
+	Counts []uint64
+	Sum    float64
+}
+
+// NewHistogram returns an empty histogram.
+func NewHistogram(bounds ...float64) Histogram {
+	return Histogram{Bounds: bounds, Counts: make([]uint64, len(bounds)+1)}
+}
+
+// Observe counts v.
+func (h *Histogram) Observe(v float64) {
+	i := 0
+	for i < len(h.Bounds) && v > h.Bounds[i] {
+		i++
+	}
+	h.Counts[i]++
+	h.Sum += v
+}
+
+// Clone returns a copy.
+func (h Histogram) Clone() Histogram {
+	h.Counts = append([]uint64(nil), h.Counts...)
+	return h
+}

@@ -1,0 +1,40 @@
+package daemon
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"time"
+
+	"culvert/internal/api"
+)
+
+// peers joins the leases' names with what the datapath knows of the ways.
+func (h *health) peers() api.Peers {
+	h.mu.Lock()
+	s, path := h.said, h.path
+	h.mu.Unlock()
+	all := api.Peers{Node: s.Node, At: time.Now(), Peers: []api.PeerState{}}
+	var known []api.PeerState
+	if path != nil {
+		known, all.MTU = path.Peers()
+	}
+	at := make(map[netip.Prefix]int, len(known))
+	for i, k := range known {
+		at[k.Subnet] = i
+	}
+	for _, p := range s.Peers {
+		for i, subnet := range p.Subnets {
+			state := api.PeerState{Subnet: subnet, PublicIP: p.PublicOf(i), Way: api.WayNone, State: api.PeerUnknown}
+			if k, ok := at[subnet]; ok {
+				state = known[k]
+			}
+			state.Node, state.Backend = p.Node, p.Backend
+			all.Peers = append(all.Peers, state)
+		}
+	}
+	slices.SortFunc(all.Peers, func(a, b api.PeerState) int {
+		return cmp.Or(cmp.Compare(a.Node, b.Node), a.Subnet.Compare(b.Subnet))
+	})
+	return all
+}

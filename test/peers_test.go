@@ -1,0 +1,130 @@
+package test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+)
+
+// TestPeers has `culvert peers` show, from a userspace and from a kernel node, each
+// other, a node that is made by hand as flannel makes it, and one that is down, in
+// IPv4 and IPv6.
+func TestPeers(t *testing.T) {
+	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
+	c.setConfig(dual)
+	n1, n2 := c.Nodes[0], c.Nodes[1]
+	c.start(n1, "--datapath", "userspace")
+	n2Daemon := c.start(n2, "--datapath", "kernel", "--fast-path", "off")
+	self := c.waitReady(n1, 1)
+	other := c.waitReady(n2, 1)
+	c.introduce(c.addHandmade(c.Nodes[2], "10.5.250.0/24", "fd00:5:0:fa::/64"), n1, self)
+	c.put(`/coreos.com/network/subnets/10.5.251.0-24&fd00:5:0:fb::-64`,
+		`{"PublicIP":"198.18.0.99","PublicIPv6":"fd00:198:18::99","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:fb"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:01:fb"}}`)
+	c.waitReady(n1, 3)
+	c.waitReady(n2, 3)
+
+	peers := func(on *lab.Node, args ...string) (all []api.PeerState) {
+		t.Helper()
+		out, err := on.Run(t.Context(), filepath.Join(c.bin, "culvert"), append([]string{"peers", "--run-dir", on.RunDir, "-o", "json"}, args...)...)
+		if err != nil {
+			t.Fatalf("%s\n%v", out, err)
+		}
+		var p api.Peers
+		if err := json.Unmarshal(out, &p); err != nil {
+			t.Fatalf("%s\n%v", out, err)
+		}
+		return p.Peers
+	}
+	subnets := func(s api.Status) (all []string) {
+		for _, p := range s.Lease.Subnets {
+			all = append(all, p.String())
+		}
+		return all
+	}
+	absent := []string{"10.5.251.0/24", "fd00:5:0:fb::/64"}
+	// settle waits until a node says so of each peer's subnet; the absent one is
+	// asked again until it is silent.
+	settle := func(on *lab.Node, way string, up []string, is func(api.PeerState) error) {
+		t.Helper()
+		eventually(t, on.ID+" knows its peers", func() error {
+			all := peers(on)
+			if len(all) != 6 {
+				return fmt.Errorf("%d subnets", len(all))
+			}
+			for _, p := range all {
+				switch {
+				case p.Way != way:
+					return fmt.Errorf("%s is reached by %q", p.Subnet, p.Way)
+				case slices.Contains(up, p.Subnet.String()):
+					if p.State != api.PeerIdle || p.RTTSeconds <= 0 || p.PathMTU != self.Datapath.MTU || p.Heard.IsZero() || p.Problem != "" {
+						return fmt.Errorf("%+v", p)
+					}
+					if err := is(p); err != nil {
+						return err
+					}
+				case slices.Contains(absent, p.Subnet.String()):
+					if p.State != api.PeerSilent || p.Problem == "" || p.RTTSeconds != 0 {
+						return fmt.Errorf("%+v", p)
+					}
+				}
+			}
+			return nil
+		})
+	}
+	settle(n1, api.WayUserspace, append(subnets(other), "10.5.250.0/24", "fd00:5:0:fa::/64"), func(p api.PeerState) error {
+		// A request and its answer, and those of full size.
+		if p.Sent == nil || p.Received == nil || p.Drops == nil || p.Sent.Packets < 2 || p.Received.Packets < 2 || p.Received.Bytes < uint64(self.Datapath.MTU) || *p.Drops != 0 {
+			return fmt.Errorf("%s: sent %+v, received %+v", p.Subnet, p.Sent, p.Received)
+		}
+		return nil
+	})
+	// The administrator of the third node has entered n1 alone.
+	settle(n2, api.WayKernel, subnets(self), func(p api.PeerState) error {
+		if p.Sent != nil || p.Received == nil || p.Received.Packets < 2 || p.Received.Bytes < uint64(self.Datapath.MTU) {
+			return fmt.Errorf("%s: sent %+v, received %+v", p.Subnet, p.Sent, p.Received)
+		}
+		return nil
+	})
+	if got := peers(n1, "--filter", "state=silent", "--filter", "subnet=10.5.0.0/16"); len(got) != 1 || got[0].Subnet.String() != "10.5.251.0/24" {
+		t.Errorf("the silent ones: %+v", got)
+	}
+	// The absent node takes no warning as long as no pod sends to it.
+	if s, err := c.status(n1); err != nil || len(s.Datapath.SilentPeers) != 0 {
+		t.Errorf("silent peers: %+v, %v", s.Datapath.SilentPeers, err)
+	}
+	out, err := n1.Run(t.Context(), filepath.Join(c.bin, "culvert"), "peers", "--run-dir", n1.RunDir, "n2")
+	if err != nil || !bytes.Contains(out, []byte("2 peers' subnets: ")) {
+		t.Errorf("%s\n%v", out, err)
+	}
+	t.Logf("%s", out)
+
+	// Traffic of pods makes a peer active; of a node whose daemon is gone too.
+	from, err := n1.AddPod(t.Context(), "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	to, err := n2.AddPod(t.Context(), "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n2Daemon.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "n2 is active", func() error {
+		if _, err := from.Ping(t.Context(), from.Addrs[0], to.Addrs[0]); err != nil {
+			return err
+		}
+		for _, p := range peers(n1, "subnet="+subnets(other)[0]) {
+			if p.State == api.PeerActive {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v", peers(n1, subnets(other)[0]))
+	})
+}
