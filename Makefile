@@ -18,7 +18,8 @@ FUZZTIME ?= 3s
 
 # Packages that test-system needs: a container engine, and other network tools to check
 # culvert against.
-SYSTEM_PACKAGES := etcd-server docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium ethtool tcpdump clang llvm libbpf-dev gcc libc6-dev
+AXE := 4.11.1
+SYSTEM_PACKAGES := etcd-server docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium npm ethtool tcpdump clang llvm libbpf-dev gcc libc6-dev
 
 .PHONY: all build
 all: build
@@ -132,7 +133,9 @@ test-system: build
 	internal/tools/install-packages $(SYSTEM_PACKAGES)
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./cni ./internal/host ./backend/... ./subnet/etcd
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./test -run Services
+	npm install --silent --no-audit --no-fund --no-save --prefix bin/npm axe-core@$(AXE)
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
+	cd deploy/prometheus/rulestest && CULVERT_BIN=$(CURDIR)/bin $(GO) test -count 1 ./...
 
 # Packages that test-vm needs.
 VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod
@@ -205,6 +208,37 @@ bench-micro-baseline:
 ## image: build the container image from bin/, tagged with the version and with the tag that deploy/kubernetes uses
 image: build
 	docker build -t culvert:$(VERSION) -t culvert:v0.1.0 .
+
+# For which processors a release is, and of which time its files are.
+ARCHES ?= amd64 arm64 arm riscv64 s390x ppc64le
+RELEASE = VERSION=$(VERSION) ARCHES='$(ARCHES)' SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct)
+
+.PHONY: release
+## release: binaries, packages, bill of materials, licences and checksums for ARCHES, into bin/release (10 minutes of one core; needs gettext-base)
+release:
+	rm -rf bin/release
+	$(RELEASE) internal/tools/release/build bin/release
+
+.PHONY: reproducible
+## reproducible: a release for REPRODUCE, built twice from what is committed, in two directories and with caches of their own, has the same hashes
+REPRODUCE ?= amd64
+reproducible:
+	@set -e; work=$$(mktemp -d); trap 'chmod -R u+w '$$work'; rm -rf '$$work EXIT; \
+	for n in one another/place; do \
+		mkdir -p $$work/$$n; git archive HEAD | tar -x -C $$work/$$n; \
+		(cd $$work/$$n && GOCACHE=$$work/$$n.cache $(RELEASE) ARCHES='$(REPRODUCE)' internal/tools/release/build $$work/$$n.out); \
+	done; \
+	diff $$work/one.out/SHA256SUMS $$work/another/place.out/SHA256SUMS && cat $$work/one.out/SHA256SUMS
+
+.PHONY: test-arch
+## test-arch: the packet loop's tests for arm64 and s390x (big endian), under qemu-user
+test-arch:
+	internal/tools/install-packages qemu-user-static
+	@mkdir -p bin/arch
+	for arch in arm64:aarch64 s390x:s390x; do \
+		CGO_ENABLED=0 GOARCH=$${arch%:*} $(GO) test -c -o bin/arch/encap.$${arch%:*} ./encap && \
+		(cd encap && qemu-$${arch#*:}-static ../bin/arch/encap.$${arch%:*} -test.short) || exit 1; \
+	done
 
 .PHONY: format
 ## format: run gofumpt on all files
