@@ -51,7 +51,7 @@ func TestPage(t *testing.T) {
 		t.Errorf("in the page: %q", found)
 	}
 	for _, name := range []string{"page.css", "page.js", "page.json"} {
-		if code, text, _ := ask(here, "http://localhost:9472/"+name, ""); code != http.StatusOK || text == "" {
+		if code, text, _ := ask(here, "http://127.0.0.1:9472/"+name, "localhost:9472"); code != http.StatusOK || text == "" {
 			t.Errorf("%s: %d", name, code)
 		}
 	}

@@ -25,6 +25,7 @@ type view struct {
 	Marks                                                         []mark
 	Mesh                                                          []line // between the others
 	Grouped                                                       string // by what, or empty
+	Box                                                           string // of the drawing
 }
 
 // row is one node in the table.
@@ -214,8 +215,9 @@ func (v *view) draw(nodes []node) {
 	}
 	const middleX, middleY = width / 2, height / 2
 	first := -math.Pi / 2
+	v.Box = "0 0 920 620"
 	if len(v.Marks) < 3 {
-		first = 0 // beside this node
+		first, v.Box = 0, "0 190 920 240" // beside this node
 	}
 	for i := range v.Marks {
 		m := &v.Marks[i]
