@@ -67,7 +67,7 @@ func TestRules(t *testing.T) {
 		if name := fmt.Sprintf("10.5.%d.0-24", i); !slices.Contains(subnets, name) {
 			silent = name
 			subnets = append(subnets, name)
-			c.put("/coreos.com/network/subnets/"+name, strings.Replace(absent, ".99", "."+strconv.Itoa(100+i), 1))
+			c.put("/coreos.com/network/subnets/"+name, strings.NewReplacer(".99", "."+strconv.Itoa(100+i), "00:fb", fmt.Sprintf("01:%02x", i)).Replace(absent))
 		}
 	}
 	c.put("/coreos.com/network/subnets/10.5.15.0-24", "nonsense")
