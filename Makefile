@@ -123,6 +123,7 @@ nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_TEST_PINGS=3000 $(GO) test -count 1 -v -run '^TestReplace$$' ./test
 	for seed in 1 2 3 4 5 6 7 8 9 10; do CULVERT_BIN=$(CURDIR)/bin CULVERT_SEED=$$seed CULVERT_EVENTS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestRandomHostEvents$$' ./test || exit 1; done
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_PEERS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestManyPeers$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
 	$(MAKE) --no-print-directory test-chaos-long mutation vuln
 
