@@ -214,4 +214,3 @@ func readRequest(conn *ipv4.PacketConn, b []byte) (n int, from, to net.IP, err e
 	binary.BigEndian.PutUint16(b[vxlan+22:], uint16(sum+sum>>16))
 	return n, source.(*net.UDPAddr).IP, cm.Dst, nil
 }
-
