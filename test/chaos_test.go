@@ -25,8 +25,8 @@ import (
 	"culvert/subnet"
 )
 
-// Faults of the host under a running node, with traffic. Those of etcd are in
-// faults_test.go, those of the network in hostevents_test.go.
+// chaos is a cluster for tests that inject faults of the host under traffic. Faults of etcd
+// are in faults_test.go, those of the network in hostevents_test.go.
 //
 //	pod ── n1 ══ tunnel ══ n2 ── pod
 type chaos struct {
@@ -37,7 +37,7 @@ type chaos struct {
 	flow   *flow
 }
 
-// times is how often a test does what it does: short, or what the environment says.
+// times returns a test's number of repetitions: the environment variable's value, or short.
 func times(t *testing.T, variable string, short int) int {
 	t.Helper()
 	text := os.Getenv(variable)
@@ -71,7 +71,8 @@ func startChaos(t *testing.T, before func(*cluster), flags ...string) *chaos {
 	return f
 }
 
-// end is made after the fault: nothing was lost meanwhile.
+// end checks after the faults that no ping was lost, that the flow has not broken and that
+// the daemon is running.
 func (f *chaos) end(t *testing.T) {
 	t.Helper()
 	if t.Failed() {
@@ -79,29 +80,29 @@ func (f *chaos) end(t *testing.T) {
 	}
 	sent, lost := f.stream.stop()
 	turns, longest, err := f.flow.stop()
-	t.Logf("%d pings, %d lost; the flow went %d times, %v at the longest", sent, lost, turns, longest.Round(time.Millisecond))
+	t.Logf("%d pings, %d lost; the flow made %d round trips, the longest took %v", sent, lost, turns, longest.Round(time.Millisecond))
 	if lost > 0 || sent < 50 {
 		t.Errorf("%d of %d pings lost", lost, sent)
 	}
 	if err != nil || turns == 0 {
-		t.Errorf("the flow ended after %d turns with %v", turns, err)
+		t.Errorf("the flow broke after %d round trips: %v", turns, err)
 	}
 	select {
 	case <-f.daemon.Exited():
-		t.Errorf("the daemon ended: %s", f.daemon.Tail(3))
+		t.Errorf("the daemon exited: %s", f.daemon.Tail(3))
 	default:
 	}
 }
 
-// anotherPeer announces a node, which the daemon must learn of.
+// anotherPeer writes the lease of another peer to etcd.
 func (f *chaos) anotherPeer(t *testing.T) {
 	t.Helper()
 	f.put("/coreos.com/network/subnets/10.5.250.0-24", `{"PublicIP":"192.0.2.1","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:01:01"},"NodeID":"extra"}`)
 }
 
-// TestChaosDisk fills the run directory's file system, and makes it read-only, under
-// a node whose lease is renewed meanwhile: it carries on, says so, and takes what it
-// could not write back up when it can.
+// TestChaosDisk fills the run directory's file system, then makes it read-only, while the
+// node renews its lease: the node stays ready, shows a warning, and writes its files again
+// when it can.
 func TestChaosDisk(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -133,7 +134,7 @@ func TestChaosDisk(t *testing.T) {
 						if err := os.WriteFile(filepath.Join(dir, fmt.Sprint("filler", i)), make([]byte, 4096), 0o600); errors.Is(err, unix.ENOSPC) {
 							return nil
 						} else if err != nil || i > 1000 {
-							return fmt.Errorf("it does not fill: %w", err)
+							return fmt.Errorf("cannot fill the file system: %w", err)
 						}
 					}
 				}, func() error {
@@ -149,19 +150,19 @@ func TestChaosDisk(t *testing.T) {
 				if err := fault.begin(); err != nil {
 					t.Fatalf("%s: %v", fault.name, err)
 				}
-				s := f.wait(n, fault.name+": it is said", warns)
+				s := f.wait(n, fault.name+": shows the warning", warns)
 				if got := env(); got != before {
 					t.Errorf("%s: subnet.env became %q", fault.name, got)
 				}
-				f.wait(n, fault.name+": renewed all the same", func(now api.Status) bool {
+				f.wait(n, fault.name+": renews its lease", func(now api.Status) bool {
 					return now.Ready && now.Lease.Expires.After(s.Lease.Expires)
 				})
 				if err := fault.stop(); err != nil {
 					t.Fatal(err)
 				}
-				f.wait(n, fault.name+": over", func(s api.Status) bool { return s.Ready && !warns(s) })
+				f.wait(n, fault.name+": no longer shows the warning", func(s api.Status) bool { return s.Ready && !warns(s) })
 				if got := env(); got == before {
-					t.Errorf("%s: subnet.env was not written after", fault.name)
+					t.Errorf("%s: subnet.env was not written after the fault", fault.name)
 				}
 			}
 			f.anotherPeer(t)
@@ -171,8 +172,8 @@ func TestChaosDisk(t *testing.T) {
 	}
 }
 
-// coverReadOnly puts a read-only file system with the same files over a directory. One
-// in which a file is open for writing cannot be made read-only itself.
+// coverReadOnly mounts a read-only file system with the same files over a directory. The
+// directory's own file system cannot be made read-only while a file is open for writing.
 func coverReadOnly(stage, dir string) error {
 	if err := unix.Mount("tmpfs", stage, "tmpfs", 0, "size=256k"); err != nil {
 		return err
@@ -207,8 +208,8 @@ func coverReadOnly(stage, dir string) error {
 	return unix.Mount(stage, dir, "", unix.MS_BIND|unix.MS_REC, "")
 }
 
-// TestChaosDescriptors leaves a running daemon no descriptor to open: it carries on,
-// and answers, and follows the leases, once there are some again.
+// TestChaosDescriptors lowers a running daemon's limit of file descriptors so that it cannot
+// open any: it keeps forwarding, and follows the leases again once the limit is restored.
 func TestChaosDescriptors(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -217,7 +218,7 @@ func TestChaosDescriptors(t *testing.T) {
 			if err := unix.Prlimit(f.daemon.PID, unix.RLIMIT_NOFILE, nil, &before); err != nil {
 				t.Fatal(err)
 			}
-			// As many as there are. Fewer than ppoll(2) is given would be an error of its own.
+			// Limit it to the descriptors in use: ppoll(2) fails if it is given more than the limit.
 			most := uint64(16)
 			for ; ; most++ {
 				if _, err := os.Lstat(fmt.Sprintf("/proc/%d/fd/%d", f.daemon.PID, most)); err != nil {
@@ -235,10 +236,10 @@ func TestChaosDescriptors(t *testing.T) {
 				}
 			}
 			if s, err := f.status(f.Nodes[0]); err == nil {
-				t.Errorf("it answers: %v", s.Ready)
+				t.Errorf("the daemon answers without a free descriptor: ready %v", s.Ready)
 			}
 			f.anotherPeer(t)
-			time.Sleep(5 * time.Second) // a look at the host, and a renewal
+			time.Sleep(5 * time.Second) // long enough for a check of the host and a renewal
 			if err := unix.Prlimit(f.daemon.PID, unix.RLIMIT_NOFILE, &before, nil); err != nil {
 				t.Fatal(err)
 			}
@@ -251,8 +252,8 @@ func TestChaosDescriptors(t *testing.T) {
 	}
 }
 
-// TestChaosStopped stops the daemon's process for two seconds, and lets it go on:
-// what came meanwhile waits, and nothing is lost.
+// TestChaosStopped suspends the daemon for two seconds (SIGSTOP): the kernel queues the
+// packets meanwhile, and none is lost.
 func TestChaosStopped(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -274,7 +275,7 @@ func TestChaosStopped(t *testing.T) {
 	}
 }
 
-// TestChaosNeighbour takes the underlay's neighbours away again and again.
+// TestChaosNeighbour deletes the underlay's neighbours repeatedly: no packet is lost.
 func TestChaosNeighbour(t *testing.T) {
 	for _, end := range fastEnds {
 		t.Run(end.name, func(t *testing.T) {
@@ -289,9 +290,9 @@ func TestChaosNeighbour(t *testing.T) {
 	}
 }
 
-// TestChaosKills kills the daemon at a random moment of its start, and of its stop,
-// again and again. It keeps its subnet, leaves nothing, and in the kernel's datapath
-// loses nothing. CULVERT_KILLS is how often for each datapath; 12 if it is not set.
+// TestChaosKills kills the daemon repeatedly, at random moments of its start and stop. The
+// node keeps its subnet, leaves no other leases in etcd, and with the kernel datapath loses
+// no packet. CULVERT_KILLS is the number of kills per datapath; the default is 12.
 func TestChaosKills(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -302,10 +303,10 @@ func TestChaosKills(t *testing.T) {
 			if err := f.daemon.Kill(); err != nil {
 				t.Fatal(err)
 			}
-			if d == "userspace" { // its packets wait for a daemon, and too many are lost
+			if d == "userspace" { // without a daemon packets are queued, and some are lost
 				f.stream.stop()
 			}
-			last := make(map[string]int) // the last thing that was said
+			last := make(map[string]int) // counts the last log messages
 			started := 800 * time.Millisecond
 			for i := range rounds {
 				began := time.Now()
@@ -334,7 +335,7 @@ func TestChaosKills(t *testing.T) {
 			f.daemon = f.start(n, "--datapath", d)
 			after := f.waitReady(n, 1)
 			if after.Lease.Subnets[0] != first.Lease.Subnets[0] {
-				t.Errorf("it had %v and has %v", first.Lease.Subnets, after.Lease.Subnets)
+				t.Errorf("the node had the subnets %v and has %v", first.Lease.Subnets, after.Lease.Subnets)
 			}
 			ping(t, f.pods[0], f.pods[1])
 			resp, err := f.client().Get(t.Context(), "/coreos.com/network/subnets/", clientv3.WithPrefix())
@@ -347,20 +348,20 @@ func TestChaosKills(t *testing.T) {
 			}
 			t.Logf("killed %d times; etcd has %d leases; the last words: %v", rounds, len(leases.Leases), last)
 			if _, err := n.AddPod(t.Context(), "p2"); err != nil {
-				t.Errorf("a pod after it: %v", err)
+				t.Errorf("adding a pod afterwards: %v", err)
 			}
 			if d == "kernel" {
 				f.end(t)
 			} else if turns, _, err := f.flow.stop(); err != nil {
-				t.Errorf("the flow ended after %d turns: %v", turns, err)
+				t.Errorf("the flow broke after %d round trips: %v", turns, err)
 			}
 		})
 	}
 }
 
-// TestChaosFlood has a peer send as many small packets as it can, which is far more
-// than a node can take: the lease is renewed meanwhile, the daemon answers, and when it
-// is over all is as before. CULVERT_FLOOD is for how many seconds; 5 if it is not set.
+// TestChaosFlood has a peer send small packets as fast as it can, far more than a node can
+// process: meanwhile the lease is renewed and the daemon answers, and afterwards everything
+// works as before. CULVERT_FLOOD is the duration in seconds; the default is 5.
 func TestChaosFlood(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -416,30 +417,29 @@ func TestChaosFlood(t *testing.T) {
 			}
 			flooding.Wait()
 			if during.Lease == nil || !during.Lease.Expires.After(before.Lease.Expires) || !during.Ready {
-				t.Errorf("the lease was not renewed during the flood: %+v, before %+v", during.Lease, before.Lease)
+				t.Errorf("the lease was not renewed during the flood: it is %+v, and was %+v", during.Lease, before.Lease)
 			}
 			over := time.Now()
 			ping(t, pods[0], pods[1])
 			back := time.Since(over)
 			began := time.Now()
 			transfer(t, pods[1].Namespace, pods[0].Namespace, from, to, 20<<20)
-			t.Logf("%d packets in %d s; %d of %d answers within 100 ms, the slowest %v; a ping passes %v after, 20 MB in %v",
+			t.Logf("%d packets in %d s; %d of %d answers within 100 ms, the slowest %v; a ping passed %v after the flood, 20 MB in %v",
 				sent.Load(), seconds, prompt, asked, slowest.Round(time.Millisecond), back.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
 		})
 	}
 }
 
-// vxlanFrame puts an IPv4 packet before a node's VTEP.
+// vxlanFrame returns an IPv4 packet with the VXLAN and Ethernet headers for a node's VTEP.
 func vxlanFrame(node string, packet []byte) []byte {
 	mac := subnet.DeriveMAC(node, 1, false)
 	b := append([]byte{8, 0, 0, 0, 0, 0, 1, 0}, mac[:]...)
 	return append(append(b, 2, 0, 0, 0, 0, 9, 0x08, 0x00), packet...)
 }
 
-// TestChaosChurn has nodes join and leave by the hundred, while a flow runs: at the
-// end there are the peers that there were, and no more descriptors, threads or memory
-// than a while ago. CULVERT_CHURN is how many join and leave in each of three rounds;
-// 500 if it is not set.
+// TestChaosChurn has hundreds of nodes join and leave while a flow runs: at the end the
+// daemon has the same peers, and its descriptors, threads and memory have stopped growing.
+// CULVERT_CHURN is the number of nodes in each of three rounds; the default is 500.
 func TestChaosChurn(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -480,14 +480,14 @@ func TestChaosChurn(t *testing.T) {
 			}
 			t.Logf("%d joined and left three times: %+v", peers, after)
 			if a, b := after[1], after[2]; b.descriptors > a.descriptors+2 || b.threads > a.threads+4 || b.resident > a.resident+a.resident/4+8<<20 {
-				t.Errorf("it grows: %+v", after)
+				t.Errorf("the daemon's usage grows: %+v", after)
 			}
 			f.end(t)
 		})
 	}
 }
 
-// waitLong is wait for what takes its time.
+// waitLong is wait with a longer timeout.
 func (c *cluster) waitLong(n *lab.Node, what string, is func(api.Status) bool) {
 	c.t.Helper()
 	var s api.Status
@@ -500,7 +500,7 @@ func (c *cluster) waitLong(n *lab.Node, what string, is func(api.Status) bool) {
 	c.t.Fatalf("%s: not %s: ready %t (%s), %d peers", n.ID, what, s.Ready, s.NotReady, len(s.Peers))
 }
 
-// usage is what a process has of the machine.
+// usage is a process's use of resources.
 type usage struct {
 	descriptors, threads int
 	resident             int // bytes

@@ -12,9 +12,9 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestChaosPrivileges looks at what a daemon that is ready may still do, thread by
-// thread. That it needs no more is shown by all other tests: their daemons run with
-// --confine=kill, which ends one at the first system call that it has given up.
+// TestChaosPrivileges checks the capabilities, no_new_privs and the seccomp mode of each
+// thread of a ready daemon. The other tests show that it needs no more: their daemons run
+// with --confine=kill, which kills a daemon at the first system call that is not allowed.
 func TestChaosPrivileges(t *testing.T) {
 	const always = 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW | 1<<unix.CAP_NET_BIND_SERVICE | 1<<unix.CAP_BPF
 	for _, end := range fastEnds {
@@ -34,7 +34,7 @@ func TestChaosPrivileges(t *testing.T) {
 			for _, file := range files {
 				text, err := os.ReadFile(file)
 				if err != nil {
-					continue // it has ended
+					continue // the thread has exited
 				}
 				for line := range strings.Lines(string(text)) {
 					name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
@@ -44,13 +44,13 @@ func TestChaosPrivileges(t *testing.T) {
 						"CapInh": strings.Repeat("0", 16), "CapAmb": strings.Repeat("0", 16), "NoNewPrivs": "1", "Seccomp": "2",
 					}[name]
 					if is != "" && value != is {
-						t.Errorf("%s: %s is %s, not %s", file, name, value, is)
+						t.Errorf("%s: %s is %s, want %s", file, name, value, is)
 					}
 				}
 			}
 			socket, err := os.Stat(filepath.Join(c.Nodes[0].RunDir, "culvert.sock"))
 			if err != nil || socket.Mode().Perm() != 0o600 {
-				t.Errorf("the socket: %v (%v)", socket.Mode(), err)
+				t.Errorf("the mode of the socket is %v (%v)", socket.Mode(), err)
 			}
 		})
 	}

@@ -13,10 +13,10 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestSoak has pings, flows and bulk transfers go on, and nodes and pods come and go,
-// for as long as CULVERT_SOAK says: resident memory, threads, descriptors and the
-// kernel's objects are as many at the end as after the first quarter, and no packet is
-// dropped without a reason. Half of the nodes have one datapath, half the other.
+// TestSoak runs pings, flows and bulk transfers while nodes and pods come and go, for the
+// duration CULVERT_SOAK: after the first quarter resident memory, threads, descriptors and
+// kernel objects do not grow, and no packet is dropped unexpectedly. Half of the nodes have
+// the userspace datapath, half the kernel's.
 func TestSoak(t *testing.T) {
 	text := os.Getenv("CULVERT_SOAK")
 	if text == "" {
@@ -90,12 +90,12 @@ func TestSoak(t *testing.T) {
 		t.Logf("%s %s, %d rounds: after %v %+v, %d kernel objects; after %v %+v, %d", n.ID, datapaths[i], len(all),
 			early.at.Round(time.Second), early.usage, early.objects, late.at.Round(time.Second), late.usage, late.objects)
 		if late.usage.descriptors > early.usage.descriptors+3 || late.usage.threads > early.usage.threads+4 || late.objects > early.objects {
-			t.Errorf("%s: it grows", n.ID)
+			t.Errorf("the usage of %s grows", n.ID)
 		}
 		if most := early.usage.resident + early.usage.resident/10 + 4<<20; late.usage.resident > most {
 			t.Errorf("%s: %d bytes resident, and %d before", n.ID, late.usage.resident, early.usage.resident)
 		}
-		s := c.wait(n, "answers", func(api.Status) bool { return true })
+		s := c.wait(n, "has a status", func(api.Status) bool { return true })
 		if d := dropped(s); len(d) > 0 {
 			t.Errorf("%s dropped %v", n.ID, d)
 		}
@@ -107,7 +107,7 @@ func TestSoak(t *testing.T) {
 	}
 	for i, f := range flows {
 		if turns, longest, err := f.stop(); err != nil {
-			t.Errorf("flow %d ended after %d turns, %v at the longest: %v", i, turns, longest, err)
+			t.Errorf("flow %d broke after %d round trips, the longest of %v: %v", i, turns, longest, err)
 		}
 	}
 }

@@ -13,16 +13,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Syncs calls f and returns, in their order, what it made durable: "sync NAME" for
-// each fsync(2) of a file or directory, by its last element, and "rename" for each
-// renaming. A sync for which fail is true fails with EIO; fail may be nil.
+// Syncs calls f and returns its system calls that make files durable, in order: "sync NAME"
+// for each fsync(2) or fdatasync(2) of a file or directory with that base name, and
+// "rename" for each rename. A sync for which fail returns true fails with EIO; fail may be
+// nil.
 //
-// f is called on a thread of its own, whose system calls are told to this process
-// (seccomp_unotify(2)). What f has others do is not seen.
+// f runs on a separate thread, whose system calls seccomp reports to this process
+// (seccomp_unotify(2)). System calls of other threads and processes are not seen.
 func Syncs(t *testing.T, f func(), fail func(call string) bool) (calls []string) {
 	t.Helper()
 	if os.Getuid() != 0 {
-		t.Skip("needs root: to be told of system calls")
+		t.Skip("needs root to intercept system calls")
 	}
 	const (
 		newListener = 8 // SECCOMP_FILTER_FLAG_NEW_LISTENER
