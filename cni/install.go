@@ -33,6 +33,10 @@ type Install struct {
 	// both to flannel's (cbr0, /var/lib/cni/flannel), so that no address is assigned
 	// twice.
 	Network, DataDir string
+	// WhenReady leaves the configuration to the daemon, which publishes it when pods
+	// can be added (Publish). A configuration that is in place already stays, unless
+	// SubnetFile is missing: then no daemon has served since boot.
+	WhenReady bool
 	// RunDir is the daemon's run directory, written to the configuration unless it
 	// is empty or SubnetFile's directory.
 	RunDir string
@@ -76,6 +80,14 @@ func (i Install) Run() (done, warnings []string, err error) {
 	if err != nil {
 		return done, nil, err
 	}
+	if i.WhenReady {
+		if _, err := os.Stat(i.SubnetFile); errors.Is(err, fs.ErrNotExist) {
+			if err := os.Remove(conf); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return done, nil, fmt.Errorf("removing the network configuration until the daemon is ready: %w", err)
+			}
+		}
+		conf += pending
+	}
 	if err := statefile.Write(conf, text, 0o644); err != nil {
 		return done, nil, fmt.Errorf("writing the network configuration: %w", err)
 	}
@@ -100,10 +112,31 @@ func (i Install) putDelegate(source, target string) error {
 	return copyProgram(source, target)
 }
 
+// pending is the suffix of a configuration that waits for the daemon. Runtimes
+// read .conf, .conflist and .json only.
+const pending = ".pending"
+
+// Publish puts the configurations in place that Run left to the daemon, and
+// returns their paths.
+func Publish(confDir string) (done []string, err error) {
+	waiting, err := filepath.Glob(filepath.Join(confDir, "*"+pending))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range waiting {
+		conf := strings.TrimSuffix(path, pending)
+		if err := os.Rename(path, conf); err != nil {
+			return done, fmt.Errorf("publishing the network configuration: %w", err)
+		}
+		done = append(done, conf)
+	}
+	return done, nil
+}
+
 // Remove removes first the configuration, then the plugin. It keeps the delegates,
 // which other configurations may use.
 func (i Install) Remove() (done []string, err error) {
-	for _, path := range []string{filepath.Join(i.ConfDir, i.ConfName), filepath.Join(i.BinDir, PluginName)} {
+	for _, path := range []string{filepath.Join(i.ConfDir, i.ConfName), filepath.Join(i.ConfDir, i.ConfName+pending), filepath.Join(i.BinDir, PluginName)} {
 		switch err := os.Remove(path); {
 		case err == nil:
 			done = append(done, path)

@@ -101,3 +101,44 @@ func TestInstallBesideFlannelsPods(t *testing.T) {
 		t.Errorf("%s, %v", text, err)
 	}
 }
+
+// With WhenReady no runtime sees the configuration before the daemon serves.
+func TestInstallWhenReady(t *testing.T) {
+	root := t.TempDir()
+	i := Install{
+		From: t.TempDir(), BinDir: filepath.Join(root, "bin"), ConfDir: filepath.Join(root, "net.d"), ConfName: "10-culvert.conflist",
+		SubnetFile: filepath.Join(root, "subnet.env"), WhenReady: true,
+	}
+	if err := os.WriteFile(filepath.Join(i.From, PluginName), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	conf := filepath.Join(i.ConfDir, i.ConfName)
+	step := func(when string, there bool, do func() error) {
+		t.Helper()
+		if err := do(); err != nil {
+			t.Fatalf("%s: %v", when, err)
+		}
+		if _, err := os.Stat(conf); (err == nil) != there {
+			t.Errorf("%s: the configuration: %v", when, err)
+		}
+	}
+	install := func() error {
+		_, _, err := i.Run()
+		return err
+	}
+	publish := func() error {
+		_, err := Publish(i.ConfDir)
+		return err
+	}
+	step("installed", false, install)
+	step("the daemon is ready", true, publish)
+	step("the daemon is ready again", true, publish)
+	step("subnet.env is written", true, func() error { return os.WriteFile(i.SubnetFile, nil, 0o600) })
+	step("an update", true, install)
+	step("the updated daemon is ready", true, publish)
+	step("after a boot", true, func() error { return os.Remove(i.SubnetFile) })
+	step("installed after a boot", false, install)
+	if done, err := i.Remove(); err != nil || len(done) != 2 {
+		t.Errorf("removed %v (%v)", done, err)
+	}
+}

@@ -54,6 +54,7 @@ func newCNICommand() *cobra.Command {
 	install.Flags().StringVar(&i.SubnetFile, "subnet-file", cni.DefaultsFor(cni.PluginName).SubnetFile, "the daemon's subnet.env")
 	install.Flags().StringVar(&i.Network, "network-name", "culvert", "name of the configuration, which host-local keeps addresses by: flannel's (cbr0) where its pods run on")
 	install.Flags().StringVar(&i.DataDir, "data-dir", "", "the plugin's records: flannel's (/var/lib/cni/flannel) where its pods run on")
+	install.Flags().BoolVar(&i.WhenReady, "when-ready", false, "leave the configuration to the daemon, which puts it in place when pods can be added (culvert run --cni-conf-dir)")
 	install.Flags().StringVar(&i.RunDir, "run-dir", "", "the daemon's --run-dir (default: the directory of --subnet-file)")
 
 	var out output

@@ -68,6 +68,7 @@ type runFlags struct {
 	kube        kubeFlags
 	runDir      string
 	subnetFile  string
+	cniConfDir  string
 	iface       []string
 	ifaceRegex  []string
 	canReach    string
@@ -138,6 +139,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.publicIPv6, "public-ipv6", "", "the IPv6 one, as flannel has it")
 	flags.StringVar(&f.runDir, "run-dir", api.DefaultRunDir, "where the socket, the state and subnet.env live")
 	flags.StringVar(&f.subnetFile, "subnet-file", "", "where to write subnet.env (default: in --run-dir)")
+	flags.StringVar(&f.cniConfDir, "cni-conf-dir", "", "where to put the CNI configuration in place that culvert cni install --when-ready left there (default: nowhere)")
 	flags.BoolVar(&f.ipMasq, "ip-masq", true, "give traffic that leaves the cluster network the node's address")
 	flags.StringSliceVar(&f.noMasq, "no-masq-cidrs", nil, "networks outside of the cluster's that see the pods' own addresses")
 	flags.DurationVar(&f.leaseTTL, "lease-ttl", 24*time.Hour, "how long the lease outlives the last contact with etcd")
@@ -191,7 +193,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		return daemon.Options{}, err
 	}
 	o := daemon.Options{
-		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile,
+		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile, CNIConfDir: f.cniConfDir,
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
 		Datapath: daemon.Datapath(f.datapath), FastPath: daemon.FastPath(f.fastPath), Metrics: f.metrics, MetricsAccess: f.access,
 		Tunnel: f.tunnel, Log: log, NoProbe: !f.probePeers, Recent: &recent,

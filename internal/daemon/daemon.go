@@ -40,6 +40,9 @@ type Options struct {
 	// Confine gives up the rights and system calls that the daemon does not need.
 	Confine    Confine
 	SubnetFile string // where the CNI plugin looks for subnet.env
+	// CNIConfDir is where to put in place the network configuration that
+	// `culvert cni install --when-ready` left there; "" for nowhere.
+	CNIConfDir string
 	Etcd       etcd.Options
 	// Kubernetes is where the leases are instead of in etcd, or nil.
 	Kubernetes *kube.Options

@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"culvert/backend"
+	"culvert/cni"
+	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -223,6 +225,8 @@ type session struct {
 	told      bool             // that the node is ready
 	nets      []subnet.HostNetwork
 	networks  []subnet.Network // of the last configuration that was followed; the following goroutine's
+	// confPublished is whether the CNI configuration is in place.
+	confPublished bool
 	// announced are the underlay addresses that the lease in the store stands for.
 	announced atomic.Pointer[[]netip.Addr]
 }
@@ -395,6 +399,7 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 		return nil
 	}
 	s.health.setWarnings("subnet-file")
+	s.publishConf()
 	if !s.told {
 		s.told = true
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
@@ -405,6 +410,25 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	s.last = &snapshot
 	s.health.ready()
 	return s.tookOver()
+}
+
+// publishConf puts the CNI configuration in place, with which the runtime
+// begins to add pods, and a Node of Kubernetes becomes Ready.
+func (s *session) publishConf() {
+	if s.options.CNIConfDir == "" || s.confPublished {
+		return
+	}
+	done, err := cni.Publish(s.options.CNIConfDir)
+	if err != nil {
+		s.log.Error("the runtime does not learn that pods can be added", "error", err)
+		s.health.setWarnings("cni-conf", api.Warning{Check: "cni-conf", Text: err.Error(), Fix: "make --cni-conf-dir writable, or run culvert cni install on the node"})
+		return
+	}
+	s.health.setWarnings("cni-conf")
+	s.confPublished = true
+	for _, path := range done {
+		s.log.Info("the CNI configuration is in place", "path", path)
+	}
 }
 
 // publishSoon is when to try again to publish an address, since the store is
