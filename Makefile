@@ -154,12 +154,15 @@ test-vm: build
 
 KUBERNETES := bin/kubernetes
 
+# What test-kubernetes needs beyond Go: what a node of a cluster has.
+KUBERNETES_PACKAGES := containerd runc util-linux iproute2 iptables nftables
+
 .PHONY: kubernetes
-## kubernetes: build kube-apiserver and kubectl from their Go modules into bin/kubernetes (10 minutes on one core, then cached)
+## kubernetes: build Kubernetes' programs from their Go modules into bin/kubernetes (15 minutes on one core, then cached)
 kubernetes:
 	@mkdir -p $(KUBERNETES)
 	cd internal/tools/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.34.2' \
-		-o $(CURDIR)/$(KUBERNETES)/ k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubectl
+		-o $(CURDIR)/$(KUBERNETES)/ $(addprefix k8s.io/kubernetes/cmd/,kube-apiserver kubectl kube-controller-manager kube-scheduler kubelet kube-proxy)
 
 .PHONY: manifests
 ## manifests: render deploy/kubernetes into single files; run it after a change there
@@ -168,11 +171,12 @@ manifests: kubernetes
 	$(KUBERNETES)/kubectl kustomize deploy/kubernetes/etcd >deploy/kubernetes/culvert-etcd.yaml
 
 .PHONY: test-kubernetes
-## test-kubernetes: tests of the Kubernetes store against a real API server, with the manifests' RBAC
+## test-kubernetes: tests of the Kubernetes store against a real API server, and of a two-node cluster with kubelets; CULVERT_PODS=100 starts that many pods at once
 test-kubernetes: build kubernetes
-	internal/tools/install-packages util-linux iproute2
+	@echo 'needs: $(KUBERNETES_PACKAGES)'
+	internal/tools/install-packages $(KUBERNETES_PACKAGES)
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -p 1 -count 1 -timeout 15m ./subnet/kube ./deploy
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -count 1 -timeout 15m -run Kubernetes ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -count 1 -timeout 15m -v -run Kubernetes ./test
 
 .PHONY: bench
 ## bench: measure all datapaths, workloads and underlays (45 minutes; resumable) and write docs/benchmarks.md

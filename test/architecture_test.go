@@ -64,6 +64,7 @@ var allowed = map[string][]string{
 	"culvert/cni":             {"subnet", "internal/api/readiness", "internal/boottime", "internal/statefile"},
 	"culvert/cni/culvert-cni": {"cni"},
 	"culvert/cni/multicall":   {},
+	"culvert/test/image":      {},
 }
 
 // outside lists which packages may import certain large external modules.

@@ -32,17 +32,25 @@ type kubernetes struct {
 
 func newKubernetes(t *testing.T, nodes int) *kubernetes {
 	t.Helper()
-	labtest.NeedTUN(t)
-	l := labtest.New(t, lab.Options{Nodes: nodes})
-	k := &kubernetes{cluster: &cluster{Lab: l, t: t, bin: labtest.Bin(t)}, files: t.TempDir()}
-	at := netip.AddrPortFrom(l.FabricAddrs[0], 6443)
-	k.server = "https://" + at.String()
-	k.args = kubetest.Args(t, k.files, labtest.StartEtcd(t, l), at)
-	k.startAPI()
+	k := newAPI(t, nodes)
 	k.kubectl("apply", "-f", "../deploy/kubernetes/culvert.yaml")
 	k.kubectl("apply", "--dry-run=server", "-f", "../deploy/kubernetes/culvert-etcd.yaml")
 	text := k.kubectl("get", "configmap", "culvert-config", "-n", "culvert", "-o", `jsonpath={.data.net-conf\.json}`)
 	k.write("net-conf.json", text)
+	return k
+}
+
+// newAPI starts an API server without any manifest; more are additional flags.
+func newAPI(t *testing.T, nodes int, more ...string) *kubernetes {
+	t.Helper()
+	labtest.NeedTUN(t)
+	l := labtest.New(t, lab.Options{Nodes: nodes})
+	k := &kubernetes{cluster: &cluster{Lab: l, t: t, bin: labtest.Bin(t)}, files: t.TempDir()}
+	k.endpoint = labtest.StartEtcd(t, l)
+	at := netip.AddrPortFrom(l.FabricAddrs[0], 6443)
+	k.server = "https://" + at.String()
+	k.args = append(kubetest.Args(t, k.files, k.endpoint, at), more...)
+	k.startAPI()
 	return k
 }
 
@@ -77,7 +85,12 @@ func (k *kubernetes) kubectl(args ...string) string {
 }
 
 func (k *kubernetes) tryKubectl(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(k.t.Context(), 30*time.Second)
+	return k.kubectlFor(30*time.Second, args...)
+}
+
+func (k *kubernetes) kubectlFor(atMost time.Duration, args ...string) (string, error) {
+	// Also after the test, to say why it failed.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(k.t.Context()), atMost)
 	defer cancel()
 	out, err := k.Fabric.Run(ctx, kubetest.Program(k.t, "kubectl"), append([]string{
 		"--server", k.server, "--token", kubetest.AdminToken, "--insecure-skip-tls-verify", "--kubeconfig=/dev/null", "--cache-dir", filepath.Join(k.files, "cache"),

@@ -3,17 +3,14 @@
 package system
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,61 +25,16 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
+	"culvert/test/image"
 )
 
 const pauseImage = "culvert.test/pause:1"
 
-// writePauseImage makes an OCI image of one static program, as a tar.
+// writePauseImage makes the sandbox's image, of one static program.
 func writePauseImage(t *testing.T, path string) {
 	t.Helper()
-	program := buildTool(t, "./testdata/pause")
-	text, err := os.ReadFile(program)
-	if err != nil {
-		t.Fatal(err)
-	}
-	archive := func(files map[string][]byte, mode int64) []byte {
-		var b bytes.Buffer
-		w := tar.NewWriter(&b)
-		for name, content := range files {
-			if err := w.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: int64(len(content))}); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := w.Write(content); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
-		return b.Bytes()
-	}
-	image := map[string][]byte{"oci-layout": []byte(`{"imageLayoutVersion":"1.0.0"}`)}
-	blob := func(kind string, content []byte) map[string]any {
-		sum := fmt.Sprintf("%x", sha256.Sum256(content))
-		image["blobs/sha256/"+sum] = content
-		return map[string]any{"mediaType": "application/vnd.oci.image." + kind, "digest": "sha256:" + sum, "size": len(content)}
-	}
-	object := func(v any) []byte {
-		b, err := json.Marshal(v)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
-	}
-	layer := archive(map[string][]byte{"pause": text}, 0o755)
-	layerBlob := blob("layer.v1.tar", layer)
-	configBlob := blob("config.v1+json", object(map[string]any{
-		"os": "linux", "architecture": runtime.GOARCH,
-		"config": map[string]any{"Entrypoint": []string{"/pause"}},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": []any{layerBlob["digest"]}},
-	}))
-	manifest := blob("manifest.v1+json", object(map[string]any{
-		"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-		"config": configBlob, "layers": []any{layerBlob},
-	}))
-	manifest["annotations"] = map[string]string{"io.containerd.image.name": pauseImage, "org.opencontainers.image.ref.name": "1"}
-	image["index.json"] = object(map[string]any{"schemaVersion": 2, "manifests": []any{manifest}})
-	if err := os.WriteFile(path, archive(image, 0o644), 0o644); err != nil {
+	i := image.Image{Name: pauseImage, Files: map[string]string{"pause": buildTool(t, "./testdata/pause")}, Entrypoint: []string{"/pause"}}
+	if err := i.Write(path); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -414,8 +366,8 @@ func TestContainerd(t *testing.T) {
 		`{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`, "--etcd-endpoints", endpoint); err != nil {
 		t.Fatal(err)
 	}
-	image := filepath.Join(t.TempDir(), "pause.tar")
-	writePauseImage(t, image)
+	pause := filepath.Join(t.TempDir(), "pause.tar")
+	writePauseImage(t, pause)
 	var machines []*machine
 	daemon := func(m *machine, peers int) *lab.Process {
 		n := m.node
@@ -440,7 +392,7 @@ func TestContainerd(t *testing.T) {
 			first = p
 		}
 		m.powerOn()
-		if _, err := n.Run(ctx, "nsenter", m.inMounts("ctr", "--address", m.path("s"), "--namespace", "k8s.io", "images", "import", "--snapshotter", "native", image)...); err != nil {
+		if _, err := n.Run(ctx, "nsenter", m.inMounts("ctr", "--address", m.path("s"), "--namespace", "k8s.io", "images", "import", "--snapshotter", "native", pause)...); err != nil {
 			t.Fatal(err)
 		}
 	}
