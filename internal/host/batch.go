@@ -10,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// batchSize is how many messages go to the kernel in one call. Their
-// acknowledgements must fit in the socket's buffer.
+// batchSize is the number of messages sent to the kernel in one call. Their
+// acknowledgements must fit in the socket's receive buffer.
 const batchSize = 100
 
-// batch is a route netlink socket on which many messages are sent in one call.
+// batch is a route netlink socket that sends many messages in one call.
 type batch struct{ conn *netlink.Conn }
 
 func (b *batch) close() error {
@@ -43,7 +43,7 @@ func (w *writer) send(steps []step) []error {
 			return fail(err)
 		}
 		w.batch = &batch{c}
-		// Without it an acknowledgement of an error repeats the request.
+		// Without this option, an error acknowledgement repeats the request.
 		_ = c.SetOption(netlink.CapAcknowledge, true)
 	}
 	var messages []netlink.Message
@@ -65,17 +65,17 @@ func (w *writer) send(steps []step) []error {
 		return fail(err)
 	}
 	for k, i := range sent {
-		// The kernel answers in order, each in a datagram of its own.
+		// The kernel answers in order, one datagram per message.
 		_, err := w.batch.conn.Receive()
 		if messages[k].Header.Flags&netlink.Create == 0 && (errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT)) {
-			err = nil // it was to go, and somebody was faster
+			err = nil // a deletion of something that is already gone
 		}
 		errs[i] = err
 	}
 	return errs
 }
 
-// routeMessage is struct rtmsg and its attributes, see rtnetlink(7).
+// routeMessage builds a struct rtmsg and its attributes, see rtnetlink(7).
 func (w *writer) routeMessage(r Route, add bool) (netlink.Message, error) {
 	m := netlink.Message{Header: netlink.Header{Type: unix.RTM_DELROUTE}}
 	if add {
@@ -116,7 +116,7 @@ func (w *writer) routeMessage(r Route, add bool) (netlink.Message, error) {
 	return finish(m, head, e)
 }
 
-// fdbMessage is struct ndmsg of the bridge family.
+// fdbMessage builds a struct ndmsg of the bridge family.
 func (w *writer) fdbMessage(f FDBEntry, add bool) (netlink.Message, error) {
 	return w.neighbour(unix.AF_BRIDGE, unix.NTF_SELF, f.Link, f.To, f.MAC, add)
 }

@@ -1,9 +1,9 @@
 package host
 
-// Kind is what a change is about; repairs are counted by it.
+// Kind is the kind of object that a change concerns; repairs are counted by
+// kind.
 type Kind string
 
-// The kinds of changes.
 const (
 	KindSysctl    Kind = "sysctl"
 	KindLink      Kind = "link"
@@ -12,19 +12,19 @@ const (
 	KindNeighbour Kind = "neighbour"
 	KindFDB       Kind = "fdb"
 	KindNFTables  Kind = "nftables"
-	KindForward   Kind = "forward" // the accept in somebody's FORWARD chain
+	KindForward   Kind = "forward" // the accept rule in another program's FORWARD chain
 	KindFastPath  Kind = "fast-path"
 )
 
-// Kinds returns all of them, in the order in which they are applied.
+// Kinds returns all kinds, in the order in which reports list them.
 func Kinds() []Kind {
 	return []Kind{KindSysctl, KindLink, KindAddress, KindFDB, KindNeighbour, KindRoute, KindNFTables, KindForward, KindFastPath}
 }
 
-// Change is one thing that was, or would be, changed in the kernel.
+// Change is one change of the kernel's state, made or planned.
 type Change struct {
 	Kind    Kind
-	Command string // what a person would type
+	Command string // the equivalent shell command
 }
 
 // Commands returns the commands of changes.
@@ -36,8 +36,8 @@ func Commands(changes []Change) []string {
 	return all
 }
 
-// Transition returns, purely, what a person would type to lead a host from one
-// state to another.
+// Transition returns the commands that lead a host from one state to another.
+// It does no I/O.
 func Transition(from, to State) []string {
 	var all []string
 	for _, s := range diff(observe(from), to) {
@@ -46,9 +46,9 @@ func Transition(from, to State) []string {
 	return all
 }
 
-// Apply makes the kernel equal to the state and returns what it changed. It goes
-// on past an error, since each part stands for itself, and returns all errors
-// together.
+// Apply makes the kernel equal to the state and returns what it changed. It
+// continues after an error, because the steps are independent, and returns all
+// errors joined.
 func Apply(s State) ([]Change, error) {
 	others := &survey{}
 	have, err := read(0, others)

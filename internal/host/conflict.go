@@ -10,16 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Conflict is a device of another program that cannot exist beside a datapath
-// of ours.
+// Conflict is a device of another program that prevents a datapath of ours.
 type Conflict struct {
 	Device string
 	Why    string
 }
 
-// VXLANConflicts returns the vxlan devices of other programs that have our UDP
-// port. A kernel device of ours shares the port with one that has another VNI;
-// a socket shares it with none.
+// VXLANConflicts returns other programs' vxlan devices that conflict with ours:
+// those on our UDP port and, unless we use a socket, with our VNI. Kernel
+// devices with different VNIs share a port; a socket shares it with none.
 func VXLANConflicts(vni uint32, port uint16, socket bool) ([]Conflict, error) {
 	return conflicts(func(l netlink.Link) string {
 		v, ok := l.(*netlink.Vxlan)
@@ -30,8 +29,8 @@ func VXLANConflicts(vni uint32, port uint16, socket bool) ([]Conflict, error) {
 	})
 }
 
-// IPIPConflicts returns the ipip devices of other programs that have our
-// addresses: the local one, and no remote one.
+// IPIPConflicts returns other programs' ipip devices that conflict with ours:
+// those with the same local address and no remote one.
 func IPIPConflicts(local netip.Addr) ([]Conflict, error) {
 	return conflicts(func(l netlink.Link) string {
 		v, ok := l.(*netlink.Iptun)
@@ -56,10 +55,10 @@ func conflicts(why func(netlink.Link) string) ([]Conflict, error) {
 	return all, nil
 }
 
-// MakeWay removes devices, ours by another datapath or those that conflict, and
-// sees to it first that what they carried is unreachable rather than sent
-// elsewhere. It is for a datapath that must open something before it can be
-// applied.
+// MakeWay removes our devices of another datapath and the foreign devices that
+// conflict. It installs the catch-all routes first, so that packets for the
+// removed devices become unreachable instead of taking another route. A
+// datapath uses it if it must open something before its state can be applied.
 func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) ([]Change, error) {
 	have, err := read(0, &survey{})
 	if err != nil {
@@ -82,14 +81,14 @@ func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) 
 	return write(have, steps)
 }
 
-// probeDevice is the name of the device that Supports makes and removes.
+// probeDevice is the name of the temporary device that Supports creates.
 const probeDevice = "cvt.probe"
 
-// Supports says whether the kernel can make devices of a type, vxlan or ipip,
-// by making one. The error says why not.
+// Supports reports whether the kernel can create devices of a type, vxlan or
+// ipip, by creating one and deleting it. The error says why not.
 func Supports(kind string) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = probeDevice // no VNI: cvt.0 is that of a network with VNI 0
+	attrs.Name = probeDevice // without a VNI: cvt.0 is the device of a network with VNI 0
 	var dev netlink.Link
 	switch kind {
 	case "vxlan":

@@ -10,26 +10,26 @@ import (
 	"github.com/mdlayher/netlink"
 )
 
-// step is one change with the way to write it: by itself, as a message that
-// goes with others in one call, or as a part of an nftables transaction.
+// step is one change and how to apply it: by a call, as a message in a batch,
+// or as part of an nftables transaction.
 type step struct {
 	Change
-	link    string // the device that it needs, if it needs one of ours
-	caution bool   // a setting that may fail
+	link    string // the device of ours that the step requires, if any
+	caution bool   // a setting whose failure is tolerated
 	do      func(*writer) error
 	message func(*writer) (netlink.Message, error)
 	nft     func(*nftables.Conn) error
 }
 
-// diff returns, purely, the steps from what is there to what is wanted, in the
-// order in which no packet goes astray:
+// diff returns the steps from the present state to the wanted one. It does no
+// I/O. The order ensures that no packet is misrouted in between:
 //
-//  1. what is left of a fast path, forwarding, and the routes that catch what others miss
-//  2. routes, FDB entries and neighbours that nobody wants
-//  3. devices that nobody wants, or that are not as wanted
-//  4. devices, their addresses, FDB entries, neighbours, then the routes; stale
-//     ones of other programs
-//  5. nftables, in one transaction of its own
+//  1. remove leftover fast-path filters, enable forwarding, add catch-all routes
+//  2. remove unwanted routes, FDB entries and neighbours
+//  3. remove devices that are unwanted or cannot be changed into what is wanted
+//  4. add devices and their addresses, FDB entries, neighbours, then routes; remove
+//     replaced routes and stale ones of other programs
+//  5. nftables, in one transaction
 func diff(have reading, want State) []step {
 	var d differ
 	d.before = filterSteps(have, want)
@@ -40,11 +40,12 @@ func diff(have reading, want State) []step {
 	return slices.Concat(d.before, d.down, d.links(have, want, gone), d.up, d.after, stale, diffFirewall(have, want))
 }
 
-// differ gathers the steps around the change of devices.
+// differ collects the steps before and after those that change devices.
 type differ struct{ before, down, up, after []step }
 
-// setting returns the step that sets a kernel setting, if it is to be set.
-// One that the kernel does not have is left.
+// setting returns the step that sets a sysctl: none if it has the value
+// already, or if the kernel lacks it and it is not a setting of one of our
+// devices.
 func (r reading) setting(key, value, link string) []step {
 	have, known := r.settings[key]
 	if have == value || !known && link == "" {
@@ -56,7 +57,7 @@ func (r reading) setting(key, value, link string) []step {
 	}}
 }
 
-// condemned returns the devices of ours that go: nobody wants them, or they
+// condemned returns our devices that must be removed: they are not wanted, or
 // cannot be changed into what is wanted.
 func (d *differ) condemned(have reading, want State) map[string]bool {
 	gone := make(map[string]bool)
@@ -69,8 +70,8 @@ func (d *differ) condemned(have reading, want State) map[string]bool {
 	return gone
 }
 
-// compatible says whether a device can be changed into what is wanted; what it
-// was made with cannot.
+// compatible reports whether a device can be changed in place into what is
+// wanted. Attributes that are fixed at creation cannot.
 func compatible(h, w Link, dev device) bool {
 	switch {
 	case w.VXLAN != nil:
@@ -78,7 +79,7 @@ func compatible(h, w Link, dev device) bool {
 			return false
 		}
 		a, b := *h.VXLAN, *w.VXLAN
-		a.MAC, b.MAC = MAC{}, MAC{} // this can
+		a.MAC, b.MAC = MAC{}, MAC{} // the MAC can be changed in place
 		return a == b
 	case w.Veth != "":
 		return h.Veth == w.Veth
@@ -94,9 +95,9 @@ func (d *differ) routes(have reading, want State, gone map[string]bool) {
 		wanted[r.normal()] = true
 	}
 	present := make(map[Route]bool, len(have.Routes))
-	// Where one of ours takes the place of another, the new one comes first
-	// (the kernel prefers the newest), so that no packet finds neither. IPv6
-	// would join the two into one of two ways.
+	// If one of our routes replaces another, add the new one first (the kernel
+	// prefers the newest), so that there is always one. Not for IPv6, where the
+	// kernel would merge the two into a multipath route.
 	type key struct {
 		to     netip.Prefix
 		metric int
@@ -109,7 +110,7 @@ func (d *differ) routes(have reading, want State, gone map[string]bool) {
 	var down []step
 	for _, r := range have.Routes {
 		switch {
-		case gone[r.Link]: // goes with its device
+		case gone[r.Link]: // removed with its device
 		case wanted[r] && !present[r]:
 			present[r] = true
 		case replaced[key{r.To, r.Metric}]:
@@ -204,13 +205,14 @@ func (d *differ) links(have reading, want State, gone map[string]bool) []step {
 	return steps
 }
 
-// createSteps make a device, and set it up from nothing.
+// createSteps returns the steps that create a device and configure it.
 func createSteps(have reading, w Link) []step {
 	steps := []step{{Change: Change{KindLink, w.addCommand()}, link: w.Name, do: func(wr *writer) error { return wr.addLink(w) }}}
 	return append(steps, adjustSteps(reading{settings: have.newDevice(w.Name)}, Link{Name: w.Name, MTU: w.MTU, GSOMaxSegs: w.GSOMaxSegs, VXLAN: w.VXLAN}, w)...)
 }
 
-// adjustSteps lead a device to what is wanted, where it can be changed.
+// adjustSteps returns the steps that change an existing device into the wanted
+// one.
 func adjustSteps(have reading, h, w Link) []step {
 	var steps []step
 	add := func(kind Kind, do func(*writer) error, format string, args ...any) {
@@ -247,8 +249,8 @@ func adjustSteps(have reading, h, w Link) []step {
 	return steps
 }
 
-// nodad spares an IPv6 address the search for a duplicate, during which it
-// could not be used: nobody else is on the link.
+// nodad skips duplicate address detection for an IPv6 address, during which it
+// could not be used: no other host is on the link.
 func nodad(p netip.Prefix) string {
 	if p.Addr().Is4() {
 		return ""
@@ -293,15 +295,16 @@ func neighbourStep(n Neighbour, add bool) step {
 	return s
 }
 
-// catchAllFirst puts the routes that catch what others miss first, so that at
-// no moment does a packet for the cluster network take the default route.
+// catchAllFirst sorts the catch-all routes (those with the highest metric)
+// first, so that no packet for the cluster network ever takes the default
+// route.
 func catchAllFirst(routes []Route) []Route {
 	return slices.SortedStableFunc(slices.Values(routes), func(a, b Route) int {
 		return cmp.Compare(b.Metric, a.Metric)
 	})
 }
 
-// observe returns what a look at a host in the given state would find.
+// observe returns what read would return on a host in the given state.
 func observe(s State) reading {
 	r := reading{
 		State: s, devices: make(map[string]device), others: make(map[string]bool), settings: make(map[string]string),

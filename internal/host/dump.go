@@ -6,8 +6,8 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Retry repeats a netlink dump that a concurrent change interrupted: what it
-// returned may lack or repeat entries. Every dump goes through here.
+// Retry repeats a netlink dump that a concurrent change interrupted, whose
+// result may lack or repeat entries.
 func Retry[T any](dump func() (T, error)) (T, error) {
 	for range 20 {
 		v, err := dump()

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ruleset is what other programs have in nftables, iptables-nft among them: the
-// chains that a packet may pass through, and the sets that their rules look in.
+// ruleset is other programs' nftables rules, including those of iptables-nft:
+// the chains that a packet may traverse and the sets that their rules look up.
 type ruleset struct {
 	chains []ruleChain
 	sets   []ruleSet
@@ -24,14 +24,14 @@ type ruleChain struct {
 	family nftables.TableFamily
 	table  string
 	name   string
-	base   bool // the kernel calls it, at a hook
+	base   bool // a base chain: the kernel calls it at a hook
 	hook   nftables.ChainHook
-	// atIngress says that the hook is that of the links alone, before the one that
-	// hook names.
+	// atIngress is set if the chain is at the ingress hook of some links, which
+	// precedes the one in hook.
 	atIngress bool
 	links     []string
-	drops     bool // by policy
-	legacy    bool // of x_tables, beside nftables
+	drops     bool // its policy is drop
+	legacy    bool // from x_tables (iptables-legacy), not nftables
 	rules     []*nftables.Rule
 }
 
@@ -43,18 +43,18 @@ type ruleSet struct {
 	elements []nftables.SetElement
 }
 
-// findings are the places where a probe may be dropped.
+// finding is a place where a probe may be dropped.
 type finding struct {
 	probe probe
 	base  ruleChain
-	// path leads from the base chain to the rule that drops: each but the last
-	// is a jump. Empty if the base chain's policy does.
+	// path leads from the base chain to the rule that drops: each element but
+	// the last is a jump. It is empty if the base chain's policy drops.
 	path []place
-	// certain says that every packet of the probe's kind that comes there is
-	// dropped: all matches on the way could be read.
+	// certain is set if every packet of the probe that gets there is dropped:
+	// all matches on the path could be evaluated.
 	certain bool
-	// meant says that a rule on the way names the packets of the cluster network,
-	// or of the tunnel: somebody wants this.
+	// meant is set if a rule on the path explicitly matches the cluster network
+	// or the tunnel: the administrator intends the drop.
 	meant bool
 }
 
@@ -65,8 +65,8 @@ type place struct {
 	does   string
 }
 
-// at is the index of the base chain's rule by which the probe is lost, or the number of its
-// rules.
+// at returns the index of the base chain's rule that loses the probe; the
+// number of rules if it is the policy.
 func (f finding) at() int {
 	if len(f.path) == 0 {
 		return len(f.base.rules)
@@ -74,7 +74,6 @@ func (f finding) at() int {
 	return f.path[0].index
 }
 
-// String says what drops which packets.
 func (f finding) String() string {
 	verb := "drops"
 	if !f.certain {
@@ -97,7 +96,7 @@ func (f finding) String() string {
 	return fmt.Sprintf("%s, %s %s", where, verb, f.probe.what)
 }
 
-// tableText names a table as the operator knows it.
+// tableText names a table in the operator's terms.
 func tableText(c ruleChain) string {
 	if program := c.program(); program != "" {
 		return program + ", table " + c.table
@@ -105,7 +104,7 @@ func tableText(c ruleChain) string {
 	return "nftables, table " + familyText(c.family) + " " + c.table
 }
 
-// program is the one of the iptables whose chain it is; empty if it is nft's.
+// program returns the iptables program that owns the chain; empty for nft.
 func (c ruleChain) program() string {
 	program := iptablesProgram(c.family, c.table)
 	if c.legacy {
@@ -128,7 +127,8 @@ func familyText(f nftables.TableFamily) string {
 	return fmt.Sprintf("family %d", f)
 }
 
-// iptablesProgram is the program whose table it is; empty if it is nft's.
+// iptablesProgram returns the iptables program that owns the table; empty for
+// nft.
 func iptablesProgram(family nftables.TableFamily, table string) string {
 	if !slices.Contains([]string{"filter", "mangle", "raw", "security", "nat"}, table) {
 		return ""
@@ -142,9 +142,9 @@ func iptablesProgram(family nftables.TableFamily, table string) string {
 	return ""
 }
 
-// evaluate walks, purely, the chains at a hook with a probe, and returns where
-// it may be lost. Each base chain has its say, in whichever order: what one
-// accepts another may drop.
+// evaluate walks a probe through all base chains at a hook and returns where it
+// may be lost. It does no I/O. The order of the base chains does not matter: a
+// packet that one accepts can still be dropped by another.
 func (s ruleset) evaluate(hook nftables.ChainHook, p probe) []finding {
 	var all []finding
 	for _, c := range s.chains {
@@ -160,7 +160,7 @@ func (s ruleset) evaluate(hook nftables.ChainHook, p probe) []finding {
 	return all
 }
 
-// sees says whether packets of the probe's family pass the chain.
+// sees reports whether packets of the probe traverse the chain.
 func (c ruleChain) sees(p probe) bool {
 	if c.atIngress {
 		return slices.Contains(c.links, p.in.name)
@@ -184,22 +184,22 @@ type walker struct {
 	found []finding
 
 	registers [64]cell
-	named     [64]int // bits of an address, or port, of the probe that the register holds
+	named     [64]int // bits of the probe's address or port that the register holds
 	marked    bool    // a rule may have set the mark
-	meant     bool    // the rule at hand names the probe's packets
+	meant     bool    // the current rule explicitly matches the probe's packets
 }
 
-// maxDepth bounds the jumps; the kernel allows 16.
+// maxDepth limits nested jumps; the kernel's limit is 16.
 const maxDepth = 16
 
-// arrival is how the probe comes to a chain.
+// arrival describes how the probe reached a chain.
 type arrival struct {
-	sure  match // whether the matches of the jumps hold that led there
-	meant bool  // one of them names the probe's packets
+	sure  match // whether the matches of the jumps on the path hold
+	meant bool  // one of them explicitly matches the probe's packets
 	path  []place
 }
 
-// walk walks one chain and returns whether any packet comes out at its end.
+// walk evaluates one chain and returns whether any packet leaves it at its end.
 func (w *walker) walk(c ruleChain, came arrival) match {
 	returned := none
 	for i, r := range c.rules {
@@ -211,7 +211,7 @@ func (w *walker) walk(c ruleChain, came arrival) match {
 				sure: min(came.sure, o.match), meant: came.meant || w.meant,
 				path: append(slices.Clip(came.path), place{chain: c.name, index: i, handle: r.Handle, does: o.text()}),
 			}
-			goesOn := none // some packet that the rule matches, to the next one
+			goesOn := none // whether packets that the rule matches continue to the next one
 			switch o.verdict.Kind {
 			case expr.VerdictDrop:
 				w.lost(at)
@@ -244,7 +244,7 @@ func (w *walker) lost(a arrival) {
 	w.found = append(w.found, finding{probe: w.probe, base: w.base, path: a.path, certain: a.sure == every, meant: a.meant})
 }
 
-// chain finds a chain of the same table.
+// chain returns the chain with a name in the same table.
 func (s ruleset) chain(of ruleChain, name string) (ruleChain, bool) {
 	i := slices.IndexFunc(s.chains, func(c ruleChain) bool {
 		return c.family == of.family && c.table == of.table && c.name == name && c.legacy == of.legacy
@@ -255,11 +255,11 @@ func (s ruleset) chain(of ruleChain, name string) (ruleChain, bool) {
 	return s.chains[i], true
 }
 
-// outcome is what a rule does with the part of the packets that it matches.
+// outcome is a rule's effect on the packets that it matches.
 type outcome struct {
 	match   match
 	verdict expr.Verdict
-	word    string // for a verdict that is not nftables' own
+	word    string // for verdicts that nftables does not define
 }
 
 func (o outcome) text() string {
@@ -278,8 +278,7 @@ func (o outcome) text() string {
 	return "rule"
 }
 
-// rule returns what a rule does: nothing, one thing, or with a verdict map
-// several.
+// rule returns the outcomes of a rule: none, one, or several for a verdict map.
 func (w *walker) rule(r *nftables.Rule) []outcome {
 	w.registers, w.named, w.meant = [64]cell{}, [64]int{}, false
 	for i := range w.registers {
@@ -331,8 +330,8 @@ func (w *walker) rule(r *nftables.Rule) []outcome {
 	return nil
 }
 
-// slot is where a register's bytes are (nf_tables.h, enum nft_registers: four of
-// 16 bytes, or 16 of four).
+// slot returns the offset of a register's bytes (nf_tables.h, enum
+// nft_registers: four of 16 bytes, or 16 of four).
 func slot(register uint32) int {
 	if register >= unix.NFT_REG32_00 {
 		return int(register-unix.NFT_REG32_00) * 4
@@ -345,8 +344,8 @@ func (w *walker) load(register uint32, n int) field {
 	return w.registers[at:min(at+n, len(w.registers))]
 }
 
-// store puts a field into a register; named is how many of its bits name the
-// probe's packets.
+// store writes a field to a register; named is how many of its bits are of the
+// probe's address or port.
 func (w *walker) store(register uint32, f field, named int) {
 	at := min(slot(register), len(w.registers))
 	copy(w.registers[at:], f)
@@ -355,7 +354,7 @@ func (w *walker) store(register uint32, f field, named int) {
 	}
 }
 
-// compute is what an expression puts into a register.
+// compute evaluates an expression that writes to a register.
 func (w *walker) compute(e expr.Any, m match) {
 	p := w.probe
 	switch e := e.(type) {
@@ -411,7 +410,7 @@ func ones(b []byte) int {
 	return n
 }
 
-// payload is a part of the packet.
+// payload returns the bytes of the packet that the expression loads.
 func (p probe) payload(e *expr.Payload) (f field, named int) {
 	var of field
 	switch e.Base {
@@ -472,7 +471,7 @@ func (p probe) meta(key expr.MetaKey) field {
 	return dark(16)
 }
 
-// state is what conntrack says of the packet, as a bit (nf_conntrack_common.h).
+// state returns the packet's conntrack state, as a bit (nf_conntrack_common.h).
 func (p probe) state() uint32 {
 	if p.stateNew {
 		return expr.CtStateBitNEW
@@ -486,7 +485,7 @@ func (p probe) conntrack(key expr.CtKey) field {
 		return known(binaryutil.NativeEndian.PutUint32(p.state())...)
 	case expr.CtKeyDIRECTION:
 		return known(0)
-	case expr.CtKeySTATUS: // no translation has been done
+	case expr.CtKeySTATUS: // no NAT has been done
 		f := dark(4)
 		const translated = 1<<4 | 1<<5 // IPS_SRC_NAT, IPS_DST_NAT (nf_conntrack_common.h)
 		for i, b := range binaryutil.NativeEndian.PutUint32(translated) {
@@ -501,8 +500,8 @@ func (p probe) conntrack(key expr.CtKey) field {
 	return dark(16)
 }
 
-// fib is what the routing table says of the packet: it comes from where answers
-// would go.
+// fib returns the result of a FIB lookup, assuming that the packet arrived by
+// the interface that replies would leave by.
 func (p probe) fib(e *expr.Fib) field {
 	switch {
 	case e.ResultADDRTYPE:
@@ -514,12 +513,11 @@ func (p probe) fib(e *expr.Fib) field {
 	case e.FlagPRESENT:
 		return known(1)
 	case e.ResultOIF:
-		return known(0xff, 0xff, 0xff, 0x7f) // anything but 0
+		return known(0xff, 0xff, 0xff, 0x7f) // any value but 0
 	}
 	return dark(16)
 }
 
-// compare is one comparison.
 func (w *walker) compare(e *expr.Cmp) match {
 	f := w.load(e.Register, len(e.Data))
 	named := w.named[min(slot(e.Register), len(w.named)-1)]
@@ -543,8 +541,8 @@ func (w *walker) compare(e *expr.Cmp) match {
 	return some
 }
 
-// names notes that a rule that matches says so many bits of an address or port of
-// the probe's.
+// names sets meant if a matching rule compares at least probe.names bits of the
+// probe's address or port.
 func (w *walker) names(m match, bits int) {
 	least := w.probe.names
 	if m >= some && bits > 0 && bits >= least {
@@ -552,9 +550,9 @@ func (w *walker) names(m match, bits int) {
 	}
 }
 
-// lookup is a look into a set.
+// lookup evaluates a set lookup.
 func (w *walker) lookup(e *expr.Lookup) match {
-	if e.IsDestRegSet { // a map's value
+	if e.IsDestRegSet { // a map's value is not evaluated
 		w.store(e.DestRegister, dark(16), 0)
 		return some
 	}
@@ -573,7 +571,7 @@ func (w *walker) lookup(e *expr.Lookup) match {
 	return m
 }
 
-// verdicts is a look into a verdict map.
+// verdicts evaluates a verdict map lookup.
 func (w *walker) verdicts(e *expr.Lookup, m match) []outcome {
 	set, ok := w.set.find(w.base, e.SetName)
 	if !ok {
@@ -600,10 +598,10 @@ func (s ruleset) find(of ruleChain, name string) (ruleSet, bool) {
 	return s.sets[i], true
 }
 
-// keyRange is an element of a set: the keys from one to the other.
+// keyRange is an element of a set: a range of keys, inclusive.
 type keyRange struct {
 	from, to []byte
-	concat   bool // several fields, each with a range of its own
+	concat   bool // several fields, each with its own range
 	verdict  *expr.Verdict
 }
 
@@ -611,7 +609,7 @@ func (r keyRange) holds(f field) match {
 	if !r.concat || len(f) != len(r.from) {
 		return f.between(r.from, r.to)
 	}
-	// Where the fields begin is not kept: what is not one value may be any.
+	// The field boundaries are unknown: a byte with a range may match.
 	m := every
 	for i := range r.from {
 		if r.from[i] == r.to[i] {
@@ -623,8 +621,8 @@ func (r keyRange) holds(f field) match {
 	return m
 }
 
-// ranges are the set's elements. A set of intervals holds the beginning of each,
-// and what comes after its end.
+// ranges returns the set's elements. An interval set holds the start of each
+// interval and the value after its end.
 func (s ruleSet) ranges() []keyRange {
 	var all []keyRange
 	if !s.interval || slices.ContainsFunc(s.elements, func(e nftables.SetElement) bool { return len(e.KeyEnd) > 0 }) {
@@ -662,7 +660,7 @@ func (s ruleSet) ranges() []keyRange {
 	return all
 }
 
-// before is the number before b.
+// before returns b-1, as a big-endian number.
 func before(b []byte) []byte {
 	out := slices.Clone(b)
 	for i := len(out) - 1; i >= 0; i-- {
@@ -674,7 +672,7 @@ func before(b []byte) []byte {
 	return out
 }
 
-// extension is a match of iptables' own kind. What is not read here may match.
+// extension evaluates an xtables match. Unknown matches may match (some).
 func (w *walker) extension(e *expr.Match) match {
 	p := w.probe
 	yes := func(b, invert bool) match {
@@ -737,10 +735,10 @@ func (w *walker) extension(e *expr.Match) match {
 	return some
 }
 
-// tcpSYN are the flags of the packet that opens a connection.
+// tcpSYN is the TCP flags of the packet that opens a connection.
 const tcpSYN = 0x02
 
-// conntrackMatch is xt_conntrack's.
+// conntrackMatch evaluates xt_conntrack.
 func (w *walker) conntrackMatch(flags, invert uint16, states uint32) match {
 	m := every
 	if flags&uint16(xt.ConntrackState) != 0 {
@@ -754,7 +752,8 @@ func (w *walker) conntrackMatch(flags, invert uint16, states uint32) match {
 	return m
 }
 
-// raw reads extensions that the library does not (linux/netfilter/xt_*.h).
+// raw evaluates extensions that the library does not decode
+// (linux/netfilter/xt_*.h).
 func (w *walker) raw(name string, rev uint32, b []byte, yes func(is, invert bool) match) match {
 	p := w.probe
 	u32 := func(at int) uint32 { return binary.NativeEndian.Uint32(b[at:]) }
@@ -768,7 +767,7 @@ func (w *walker) raw(name string, rev uint32, b []byte, yes func(is, invert bool
 		return yes(p.state()&u32(0) != 0, false)
 	case name == "pkttype" && len(b) >= 8:
 		return yes(u32(0) == unix.PACKET_HOST, u32(4) != 0)
-	case name == "rpfilter" && len(b) >= 1: // its answer would go where it came from
+	case name == "rpfilter" && len(b) >= 1: // assumes that replies leave by the input interface
 		return yes(true, b[0]&8 != 0)
 	case (name == "icmp" || name == "icmp6") && len(b) >= 4:
 		echo := byte(8)

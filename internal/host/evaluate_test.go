@@ -13,9 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// literal is a ruleset of one table, ip filter unless a test says otherwise. The
-// key is a chain's name; a base chain bears the name of its hook, and " drop" for
-// its policy.
+// literal is a ruleset of one table, ip filter unless a test says otherwise.
+// The key is the chain's name; a base chain has the name of its hook, and the
+// suffix " drop" if that is its policy.
 type literal map[string][]rule
 
 func (l literal) ruleset(family nftables.TableFamily, table string) ruleset {
@@ -53,7 +53,7 @@ func ctState(bits uint32) rule {
 }
 
 // TestEvaluate walks literal rules with packets of 10.5.0.0/16 between cni0 and
-// cvt.1, and with VXLAN packets of peers in 192.168.50.0/28.
+// cvt.1, and with VXLAN packets from peers in 192.168.50.0/28.
 func TestEvaluate(t *testing.T) {
 	drop, accept, back := to(expr.VerdictDrop, ""), to(expr.VerdictAccept, ""), to(expr.VerdictReturn, "")
 	reject := rule{"", []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH}}, ""}
@@ -69,8 +69,8 @@ func TestEvaluate(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		rules literal
-		want  string // of forwarded packets: where, and how certainly; "" if they pass
-		in    string // of the tunnel's packets
+		want  string // for forwarded packets: where they are dropped, and how certainly; "" if they pass
+		in    string // the same for the tunnel's packets
 	}{
 		{name: "empty", rules: literal{"FORWARD": nil}},
 		{name: "policy", rules: literal{"FORWARD drop": nil}, want: "FORWARD policy: drops"},
@@ -157,7 +157,7 @@ func commentInfo(s string) *xt.Comment {
 	return &c
 }
 
-// first is the first place where one of the probes is lost, in short.
+// first describes the first place where one of the probes is lost.
 func first(s ruleset, probes []probe, hooks ...*nftables.ChainHook) string {
 	for _, hook := range hooks {
 		for _, p := range probes {
@@ -183,8 +183,8 @@ func first(s ruleset, probes []probe, hooks ...*nftables.ChainHook) string {
 	return ""
 }
 
-// TestRanges reads sets of intervals as the kernel gives them: beginnings, and
-// what comes after the ends.
+// TestRanges decodes interval sets as the kernel dumps them: interval starts,
+// and the values after interval ends.
 func TestRanges(t *testing.T) {
 	end := func(key ...byte) nftables.SetElement { return nftables.SetElement{Key: key, IntervalEnd: true} }
 	begin := func(key ...byte) nftables.SetElement { return nftables.SetElement{Key: key} }

@@ -9,17 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rule is one line of a chain, in the words of nft and as expressions. Parts of
-// a line are rules too: all joins them.
+// rule is one rule of a chain, as nft text and as expressions. A part of a rule
+// (a match or a verdict) is a rule too: all joins parts.
 type rule struct {
 	text  string
 	exprs []expr.Any
-	// reason is the name under which the packets that the line drops are
-	// counted; empty for a line that drops none.
+	// reason is the drop reason under which the rule's packets are counted;
+	// empty for a rule that does not drop.
 	reason string
 }
 
-// all joins matches and a verdict to a line.
+// all joins matches and a verdict into one rule.
 func all(parts ...rule) rule {
 	var r rule
 	for _, p := range parts {
@@ -35,20 +35,19 @@ func all(parts ...rule) rule {
 	return r
 }
 
-// Verdicts.
 func verdict(kind expr.VerdictKind, text string) rule {
 	return rule{text: text, exprs: []expr.Any{&expr.Verdict{Kind: kind}}}
 }
 
 func leave() rule { return verdict(expr.VerdictReturn, "return") }
 
-// drop counts the packets that it drops under a reason.
+// drop drops packets and counts them under a reason.
 func drop(reason string) rule {
 	return rule{"counter drop", []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}, reason}
 }
 
-// familyIs is not written in a line that compares addresses: nft deduces it
-// from them.
+// familyIs matches the address family. Its text is empty in rules that compare
+// addresses, because nft deduces the family from them.
 func familyIs(is4 bool, text string) rule {
 	proto := byte(unix.NFPROTO_IPV4)
 	if !is4 {
@@ -60,7 +59,7 @@ func familyIs(is4 bool, text string) rule {
 	}, ""}
 }
 
-// address matches a packet's source (saddr) or destination (daddr) with a
+// address matches a packet's source (saddr) or destination (daddr) against a
 // prefix.
 func address(field string, equal bool, p netip.Prefix) rule {
 	n := uint32(p.Addr().BitLen() / 8)
@@ -75,7 +74,8 @@ func address(field string, equal bool, p netip.Prefix) rule {
 	}, ""}
 }
 
-// addressOffset is where an address stands in an IP header (RFC 791, RFC 8200).
+// addressOffset returns the offset of an address in an IP header (RFC 791, RFC
+// 8200).
 func addressOffset(field string, is4 bool) uint32 {
 	offset, n := uint32(12), uint32(4)
 	if !is4 {
@@ -94,7 +94,7 @@ func family(is4 bool) string {
 	return "ip6"
 }
 
-// protocol matches what is above IP.
+// protocol matches the transport protocol.
 func protocol(number byte, text string) rule {
 	return rule{text, []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
@@ -102,13 +102,14 @@ func protocol(number byte, text string) rule {
 	}, ""}
 }
 
-// udpPort matches UDP's destination port.
+// udpPort matches the UDP destination port.
 func udpPort(port uint16) rule {
 	r := transport(2, 2, true, binaryutil.BigEndian.PutUint16(port))
 	return rule{fmt.Sprintf("udp dport %d", port), append(protocol(unix.IPPROTO_UDP, "").exprs, r.exprs...), ""}
 }
 
-// notUDP matches what is not UDP, and notUDPPort UDP to another port.
+// notUDP matches packets other than UDP, notUDPPort UDP packets to another
+// port.
 func notUDP() rule {
 	return meta("meta l4proto != udp", expr.MetaKeyL4PROTO, expr.CmpOpNeq, []byte{unix.IPPROTO_UDP})
 }
@@ -118,7 +119,7 @@ func notUDPPort(port uint16) rule {
 	return rule{fmt.Sprintf("udp dport != %d", port), append(protocol(unix.IPPROTO_UDP, "").exprs, r.exprs...), ""}
 }
 
-// transport compares bytes at an offset in what is above IP.
+// transport compares bytes at an offset of the transport header.
 func transport(offset, length uint32, equal bool, data []byte) rule {
 	op, word := expr.CmpOpEq, ""
 	if !equal {
@@ -140,7 +141,7 @@ func innerDestination(p netip.Prefix) rule {
 	}, ""}
 }
 
-// inputDevice matches what came in by a device.
+// inputDevice matches the input interface.
 func inputDevice(name string) rule {
 	return meta("iifname "+name, expr.MetaKeyIIFNAME, expr.CmpOpEq, nameBytes(name))
 }
@@ -149,15 +150,16 @@ func notInputDevice(name string) rule {
 	return meta("iifname != "+name, expr.MetaKeyIIFNAME, expr.CmpOpNeq, nameBytes(name))
 }
 
-// inputKind matches what came in by a device of a kind (IFLA_INFO_KIND), which a
-// physical one has not.
+// inputKind matches the input interface's kind (IFLA_INFO_KIND), which physical
+// interfaces do not have.
 func inputKind(kind string) rule {
-	const iifkind = 26 // NFT_META_IIFKIND (Linux 5.0), which x/sys/unix lacks
+	const iifkind = 26 // NFT_META_IIFKIND (Linux 5.0), missing in x/sys/unix
 	return meta(fmt.Sprintf("meta iifkind %q", kind), iifkind, expr.CmpOpEq, nameBytes(kind))
 }
 
-// someInput matches what did not begin on this node. A kernel before 5.7 does
-// not tell in the postrouting hook, and there it matches nothing.
+// someInput matches packets that did not originate on this node. Before Linux
+// 5.7 the postrouting hook has no input interface, and it matches nothing
+// there.
 func someInput() rule { return meta("iif != 0", expr.MetaKeyIIF, expr.CmpOpNeq, make([]byte, 4)) }
 
 func meta(text string, key expr.MetaKey, op expr.CmpOp, data []byte) rule {
@@ -173,8 +175,9 @@ func nameBytes(name string) []byte {
 	return data
 }
 
-// notTheWayBack matches what came in by a link by which no packet to its source
-// would leave. A local address has no such link.
+// notTheWayBack matches packets whose source is not reachable through the
+// interface they arrived by (reverse path check). For a local source there is
+// no such interface.
 func notTheWayBack() rule {
 	return rule{"fib saddr . iif oif 0", []expr.Any{
 		&expr.Fib{Register: 1, ResultOIF: true, FlagSADDR: true, FlagIIF: true},
@@ -182,8 +185,9 @@ func notTheWayBack() rule {
 	}, ""}
 }
 
-// translated matches what had another destination when it came, and untranslated
-// what had not. What conntrack does not follow is matched by neither.
+// translated matches packets whose destination was translated (DNAT),
+// untranslated those whose destination was not. Neither matches packets that
+// conntrack does not track.
 func translated() rule { return dnat("ct status dnat", expr.CmpOpNeq) }
 
 func untranslated() rule { return dnat("ct status & dnat == 0", expr.CmpOpEq) }

@@ -10,13 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Facts is one reading of the host's links, addresses and main routing table:
-// all that the choice of the underlay depends on. It is never changed.
+// Facts is a snapshot of the host's links, addresses and main routing table:
+// everything that the choice of the underlay depends on. It is immutable.
 type Facts struct {
 	Links []LinkFact
 	Addrs []AddrFact // in the kernel's order
-	// Routes are those of the main table. Each next hop of a multipath route is
-	// one of its own.
+	// Routes are those of the main table, one entry per next hop of a multipath
+	// route.
 	Routes []RouteFact
 }
 
@@ -24,10 +24,10 @@ type Facts struct {
 type LinkFact struct {
 	Index  int
 	Name   string
-	MTU    int // bytes of an IP packet
-	Master int // index of the bridge or bond that it is a port of, or 0
-	// Local says that no packet leaves by it: a loopback or dummy interface,
-	// which bears addresses for the whole host.
+	MTU    int // in bytes of an IP packet
+	Master int // index of the bridge or bond that it is a port of; 0 if none
+	// Local is set for loopback and dummy interfaces: no packet leaves by them,
+	// and their addresses belong to the whole host.
 	Local bool
 }
 
@@ -35,21 +35,22 @@ type LinkFact struct {
 type AddrFact struct {
 	Link   int
 	Prefix netip.Prefix // host bits kept
-	Global bool         // its scope is the universe
-	// Tentative: duplicate address detection has not passed. Deprecated: its
-	// preferred lifetime is over. Temporary: a privacy address (RFC 8981).
+	Global bool         // scope global
+	// Tentative: duplicate address detection has not completed, or has failed.
+	// Deprecated: the preferred lifetime is over. Temporary: a privacy address
+	// (RFC 8981).
 	Tentative, Deprecated, Temporary bool
-	// Dynamic: it has a lifetime, as an address of SLAAC or DHCP, or belongs to
-	// the kernel's management of temporary ones.
+	// Dynamic: it has a lifetime (SLAAC, DHCP), or the kernel derives temporary
+	// addresses from it.
 	Dynamic bool
 }
 
-// RouteFact is a route, or one next hop of it.
+// RouteFact is a route, or one next hop of a multipath route.
 type RouteFact struct {
 	To     netip.Prefix
-	Link   int        // 0 for an unreachable route and the like
-	Via    netip.Addr // gateway, or the zero Addr
-	Source netip.Addr // preferred source, or the zero Addr
+	Link   int        // interface index; 0 for unreachable and similar routes
+	Via    netip.Addr // gateway; the zero Addr if none
+	Source netip.Addr // preferred source; the zero Addr if none
 	Metric int
 	Ours   bool
 }
@@ -72,8 +73,8 @@ func ReadFacts() (Facts, error) {
 	return f, nil
 }
 
-// readAddressing reads links and addresses alone, which is cheap on a host with
-// many routes.
+// readAddressing reads links and addresses only, which is cheap even on a host
+// with many routes.
 func readAddressing() (Facts, error) {
 	var f Facts
 	links, err := Retry(netlink.LinkList)
@@ -109,7 +110,7 @@ func addrFact(a netlink.Addr) (AddrFact, bool) {
 		Global:     a.Scope == unix.RT_SCOPE_UNIVERSE,
 		Tentative:  a.Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_DADFAILED) != 0,
 		Deprecated: a.Flags&unix.IFA_F_DEPRECATED != 0,
-		Temporary:  p.Addr().Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0, // of IPv4 the bit means secondary
+		Temporary:  p.Addr().Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0, // for IPv4 the bit means secondary
 		Dynamic:    a.Flags&unix.IFA_F_PERMANENT == 0 || a.Flags&unix.IFA_F_MANAGETEMPADDR != 0,
 	}, true
 }
@@ -158,7 +159,7 @@ func (f Facts) link(index int) (LinkFact, bool) {
 	return f.Links[i], true
 }
 
-// bearers returns the interfaces that bear an address, in whatever state.
+// bearers returns the interfaces that have an address, in whatever state.
 func (f Facts) bearers(a netip.Addr) []int {
 	var all []int
 	for _, x := range f.Addrs {
@@ -169,13 +170,13 @@ func (f Facts) bearers(a netip.Addr) []int {
 	return all
 }
 
-// Bears says whether the host has all of the addresses.
+// Bears reports whether the host has all of the addresses.
 func (f Facts) Bears(addrs []netip.Addr) bool {
 	return !slices.ContainsFunc(addrs, func(a netip.Addr) bool { return len(f.bearers(a)) == 0 })
 }
 
-// defaults returns the default routes of a family that are not ours and lead to
-// a link, the preferred first.
+// defaults returns other programs' default routes of a family that lead to a
+// link, sorted by metric.
 func (f Facts) defaults(is4 bool) []RouteFact {
 	var all []RouteFact
 	for _, r := range f.Routes {
@@ -187,7 +188,7 @@ func (f Facts) defaults(is4 bool) []RouteFact {
 	return all
 }
 
-// route returns the most specific route to an address, of those that keep
+// route returns the most specific route to an address among those that keep
 // accepts.
 func (f Facts) route(to netip.Addr, keep func(RouteFact) bool) (RouteFact, bool) {
 	best, found := RouteFact{}, false
@@ -202,14 +203,14 @@ func (f Facts) route(to netip.Addr, keep func(RouteFact) bool) (RouteFact, bool)
 	return best, found
 }
 
-// LinkNetwork is a network that the host is joined to by a link.
+// LinkNetwork is a network that is directly connected to a link of the host.
 type LinkNetwork struct {
 	Link   string
-	Prefix netip.Prefix // an address with its length, or a route's destination
+	Prefix netip.Prefix // an interface address with its prefix length, or a route's destination
 }
 
-// Networks returns the networks of the host's links but our own and the pods':
-// their addresses, and what is routed into a link without a gateway.
+// Networks returns the directly connected networks of all links except ours and
+// the pods': their global addresses, and routes without a gateway.
 func (f Facts) Networks(k Known) []LinkNetwork {
 	pods := f.podLinks(k)
 	var all []LinkNetwork
@@ -237,8 +238,8 @@ func (f Facts) Networks(k Known) []LinkNetwork {
 	return all
 }
 
-// RouteOfOthers returns the most specific route to an address that is neither
-// ours nor leads into a device of ours.
+// RouteOfOthers returns the most specific route to an address that is not ours
+// and does not lead to a device of ours.
 func (f Facts) RouteOfOthers(to netip.Addr) (RouteFact, bool) {
 	return f.route(to, func(r RouteFact) bool {
 		l, ok := f.link(r.Link)

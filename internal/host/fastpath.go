@@ -10,19 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Follower is one more thing that a Keeper keeps equal to the state: it is
-// called after each look at the kernel, at the start, for an event and for a
-// repair, when the devices of the state are there.
+// Follower keeps further kernel state equal to the State. The Keeper calls it
+// at each reconciliation, after it has applied the state.
 type Follower interface {
 	Follow(State, View) ([]Change, error)
 }
 
-// FilterPriority is the priority of culvert's tc filters (`tc filter ... pref`).
-// It comes after those that the kernel gives out by itself, which begin at 49152
-// and go down: who else looks at the packets looks first.
+// FilterPriority is the priority of culvert's tc filters (`tc filter ...
+// pref`). It is after those that the kernel assigns automatically, which count
+// down from 49152, so that other programs' filters run first.
 const FilterPriority = 53248
 
-// Filter is a tc filter of culvert's.
+// Filter is one of culvert's tc filters.
 type Filter struct {
 	Link   string
 	Parent uint32 // netlink.HANDLE_MIN_INGRESS or HANDLE_MIN_EGRESS
@@ -36,11 +35,11 @@ func (f Filter) direction() string {
 	return "ingress"
 }
 
-// FilterName is what all of culvert's filters are called, and then by what they
-// do.
+// FilterName is the prefix of the names of all culvert's filters.
 const FilterName = "culvert_"
 
-// readFilters reads culvert's filters on the links that may bear one.
+// readFilters reads culvert's filters on the links: ingress, and egress on our
+// devices.
 func readFilters(links []netlink.Link) []Filter {
 	var all []Filter
 	for _, l := range links {
@@ -51,7 +50,7 @@ func readFilters(links []netlink.Link) []Filter {
 		for _, parent := range parents {
 			filters, err := Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
 			if err != nil {
-				break // no qdisc that could have one
+				break // there is no qdisc
 			}
 			if slices.ContainsFunc(filters, OurFilter) {
 				all = append(all, Filter{l.Attrs().Name, parent, l.Attrs().Index})
@@ -61,21 +60,21 @@ func readFilters(links []netlink.Link) []Filter {
 	return all
 }
 
-// OurFilter says whether a filter is culvert's.
+// OurFilter reports whether a filter is culvert's.
 func OurFilter(f netlink.Filter) bool {
 	b, ok := f.(*netlink.BpfFilter)
 	return ok && b.Priority == FilterPriority && len(b.Name) > len(FilterName) && b.Name[:len(FilterName)] == FilterName
 }
 
-// wantsFilter says whether a filter may stay.
+// wantsFilter reports whether the state allows the filter.
 func (s State) wantsFilter(f Filter) bool {
 	return s.FastPath && slices.ContainsFunc(s.Links, func(l Link) bool {
 		return l.Name == f.Link || l.VXLAN != nil && l.VXLAN.Device == f.Link
 	})
 }
 
-// filterSteps remove what is left of a fast path, before the devices go that its
-// programs send to.
+// filterSteps removes leftover fast-path filters, before the devices that their
+// programs redirect to.
 func filterSteps(have reading, want State) []step {
 	var steps []step
 	for _, f := range have.filters {
@@ -89,8 +88,8 @@ func filterSteps(have reading, want State) []step {
 	return steps
 }
 
-// RemoveFilter removes a filter, and the qdisc that bore it if nobody else has a
-// filter there.
+// RemoveFilter removes a filter, and its clsact qdisc if no other filter uses
+// it.
 func RemoveFilter(f Filter) error {
 	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: f.Link, Index: f.index}}
 	err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{
@@ -121,12 +120,13 @@ func RemoveFilter(f Filter) error {
 	return nil
 }
 
-// gone says that what was to be removed is not there, or its link is not.
+// gone reports whether the error means that the object, or its link, does not
+// exist.
 func gone(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL)
 }
 
-// Filters returns all tc filters of culvert's on this host.
+// Filters returns all of culvert's tc filters on this host.
 func Filters() ([]Filter, error) {
 	links, err := Retry(netlink.LinkList)
 	if err != nil {
@@ -135,14 +135,14 @@ func Filters() ([]Filter, error) {
 	return readFilters(links), nil
 }
 
-// DeleteCommand is how a person would remove the filter.
+// DeleteCommand returns the shell command that removes the filter.
 func (f Filter) DeleteCommand() string {
 	return fmt.Sprintf("tc filter del dev %s %s pref %d", f.Link, f.direction(), FilterPriority)
 }
 
-// IngressChain returns the name of an nftables chain that sees packets as they
-// come in by a device (family netdev, hook ingress), as `nft` writes it; empty if
-// there is none. It sees them after tc's filters.
+// IngressChain returns the name of an nftables chain at the ingress hook
+// (family netdev), as `nft` writes it; empty if there is none. That hook runs
+// after tc's ingress filters.
 func IngressChain() (string, error) {
 	c, err := nftables.New()
 	if err != nil {

@@ -8,13 +8,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// offersFIB says whether the kernel has nftables' fib expression (NFT_FIB_INET),
-// by adding a rule with it and removing it in the same transaction. It is asked
-// once: the kernel does not change under a process.
+// offersFIB reports whether the kernel has nftables' fib expression
+// (NFT_FIB_INET), by adding a rule with it and deleting it in the same
+// transaction. It checks once per process.
 var offersFIB = sync.OnceValue(func() bool {
 	c, err := nftables.New()
 	if err != nil {
-		return true // writing the table will say what is wrong
+		return true // writing the table will return the error
 	}
 	t := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: TableName + "-probe"})
 	ch := c.AddChain(&nftables.Chain{

@@ -9,64 +9,64 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// TableName is the nftables table that is culvert's.
+// TableName is the name of culvert's nftables table.
 const TableName = "culvert"
 
-// Firewall is what culvert wants of nftables.
+// Firewall is the wanted nftables state.
 type Firewall struct {
 	Masquerade []Masquerade // one per address family, IPv4 first
 	Tunnels    []Tunnel     // one per outer address family
-	// Forward are the networks whose packets must get through other programs'
-	// FORWARD chains.
+	// Forward are the networks whose packets must pass other programs' FORWARD
+	// chains.
 	Forward []netip.Prefix
 }
 
-// Masquerade is the rule, in one address family, that traffic from pods
-// leaving the cluster network bears the node's address, and that traffic
-// within it never does.
+// Masquerade translates the source of traffic that leaves the cluster network
+// to the node's address, for one address family. Traffic within the network is
+// not translated.
 type Masquerade struct {
-	Network netip.Prefix // the cluster's
-	Subnet  netip.Prefix // this node's
-	// Except are destinations that see the pod's own address.
+	Network netip.Prefix // the cluster network
+	Subnet  netip.Prefix // this node's subnet
+	// Except are destinations for which the pod's address is kept.
 	Except []netip.Prefix
 }
 
-// Tunnel is what the rules must know of the tunnel's encapsulated packets.
+// Tunnel describes the tunnel's encapsulated packets to the rules.
 type Tunnel struct {
-	Port    uint16       // UDP, of VXLAN; 0 for IPIP
-	VNI     uint32       // of VXLAN
-	Network netip.Prefix // the cluster's; of the inner family, which is also the outer one
-	// Device is the kernel's that takes packets off the wire. It checks nothing:
-	// these rules do. Empty where a process takes them.
+	Port    uint16       // UDP port of VXLAN; 0 for IPIP
+	VNI     uint32       // VXLAN only
+	Network netip.Prefix // the cluster network; its family is the inner and the outer one
+	// Device is the kernel device that decapsulates. It checks nothing: these
+	// rules do. Empty if a process decapsulates.
 	Device string
-	Subnet netip.Prefix // this node's
+	Subnet netip.Prefix // this node's subnet
 	Peers  []Source
-	// Underlay is the link that tunnel packets come in by, and Local this node's
-	// own address there: the outer source of what it sends.
+	// Underlay is the link on which tunnel packets arrive, and Local this
+	// node's address there: the outer source of what it sends.
 	Underlay string
 	Local    netip.Addr
-	// NoFIB says that the kernel lacks nftables' fib expression.
+	// NoFIB is set if the kernel lacks nftables' fib expression.
 	NoFIB bool
 }
 
-// Source is a pair that belongs together: a peer's underlay address and the
-// subnet that it leases.
+// Source pairs a peer's underlay address with a subnet that it leases.
 type Source struct {
 	Outer netip.Addr
 	Inner netip.Prefix
 }
 
-// kubeMark is set on packets that kube-proxy masquerades itself.
+// kubeMark marks packets that kube-proxy masquerades itself.
 const kubeMark = 0x4000
 
-// masquerade returns the lines of a family, which say what flannel's say:
+// rules returns the masquerading rules of one family, equivalent to flannel's
+// except for spoofed pod addresses:
 //
-//  1. what goes to an exempted network: the pod's own address
-//  2. pods to pods: no translation; with the address of a pod that is not here, which
-//     flannel would translate to the node's, it is a forgery, for the tunnel to drop
-//  3. others to this node's pods: none either, the pod sees who it is
-//  4. pods to anywhere else, multicast apart: the node's address
-//  5. others to pods elsewhere: the node's address, so that the answer returns
+//  1. to an excepted network: keep the pod's address
+//  2. pods to pods: no translation. flannel would translate the source if it is a pod
+//     of another node; here it stays, and the tunnel drops it as spoofed
+//  3. others to this node's pods: no translation, so that the pod sees the client
+//  4. pods to anywhere else except multicast: the node's address
+//  5. others to other nodes' pods: the node's address, so that replies return here
 func (m Masquerade) rules() []rule {
 	is4 := m.Network.Addr().Is4()
 	multicast := netip.MustParsePrefix("224.0.0.0/4")
@@ -86,7 +86,7 @@ func (m Masquerade) rules() []rule {
 	)
 }
 
-// Where things stand in a VXLAN datagram, counted from the UDP header: RFC 7348.
+// Offsets in a VXLAN datagram, from the start of the UDP header (RFC 7348).
 const (
 	vxlanVNI       = 8 + 4
 	vxlanEtherType = 8 + 8 + 12
@@ -101,9 +101,9 @@ func (t Tunnel) is() rule {
 	return udpPort(t.Port)
 }
 
-// notOf returns the lines that let all pass that is no VXLAN packet of these
-// tunnels, so that it meets no further line. Nothing follows that would concern
-// it. None if the tunnels are IPIP's.
+// notOf returns rules that accept everything but the tunnels' VXLAN packets, so
+// that other packets skip the remaining rules, none of which applies to them.
+// It returns none for IPIP, or if the tunnels' ports differ.
 func notOf(tunnels []Tunnel) []rule {
 	port := tunnels[0].Port
 	if port == 0 || slices.ContainsFunc(tunnels, func(t Tunnel) bool { return t.Port != port }) {
@@ -112,10 +112,11 @@ func notOf(tunnels []Tunnel) []rule {
 	return []rule{all(notUDP(), leave()), all(notUDPPort(port), leave())}
 }
 
-// expected returns the lines that let the packets of peers pass, before all that
-// would look at them one by one: what is no translation, comes in by the underlay
-// (which no line of forged concerns), not from this node's own pods, and belongs
-// to its peer. So most packets meet one line.
+// expected returns the rules that accept valid packets of peers before the
+// detailed checks, so that most packets match one rule. Valid means: not
+// translated, arrived on the underlay (which the rules of forged exclude),
+// outer source not in this node's subnet, and inner source in the peer's
+// subnet.
 func (t Tunnel) expected() []rule {
 	if t.Device == "" || t.Port == 0 || t.Underlay == "" || !t.Subnet.IsValid() {
 		return nil
@@ -128,8 +129,8 @@ func (t Tunnel) expected() []rule {
 	return lines
 }
 
-// inner matches VXLAN packets of our VNI, and, as the second part, those of them
-// that have an IP packet of the family inside.
+// inner matches VXLAN packets of our VNI (is), and those of them whose inner
+// packet is of the tunnel's family (right).
 func (t Tunnel) inner() (is, right rule) {
 	ethertype := []byte{0x08, 0x00}
 	if !t.is4() {
@@ -139,14 +140,14 @@ func (t Tunnel) inner() (is, right rule) {
 	return is, transport(vxlanEtherType, 2, true, ethertype)
 }
 
-// received returns the lines that drop what may not come in: packets that a
-// kernel device would take, but of strangers, or of a peer with an inner source
-// that is not in its subnet. What belongs to a peer leaves by the first line, or
-// where peers lease subnets of several sizes by one of the first.
+// received returns the rules that drop packets that the kernel device would
+// accept but must not: from unknown nodes, and from a peer with an inner source
+// outside its subnet. A peer's valid packet matches the first rule, or one of
+// the first if peers' subnets differ in size.
 //
-// They stand in the input hook, where fragments are whole again and the device
-// has not seen the packet. IPIP has no number of its own like the VNI: its packets are ours
-// if they lead into the cluster network.
+// They are in the input hook, where fragments are reassembled and the device
+// has not yet received the packet. IPIP has no VNI: packets are ours if their
+// inner destination is in the cluster network.
 func (t Tunnel) received() []rule {
 	is, right := t.isNamed(), innerDestination(t.Network)
 	if t.Port != 0 {
@@ -170,36 +171,37 @@ func (t Tunnel) received() []rule {
 	return lines
 }
 
-// taken returns the line that keeps IPIP packets from the kernel where a process
-// has taken them off the wire already, by a packet socket. A kernel that has
-// ipip devices would answer each that none of them wants with port unreachable,
-// upon which its sender's device gives up the way for a while.
+// taken returns the rule that drops IPIP packets in the input hook if a process
+// receives them by a packet socket. Otherwise a kernel with the ipip module
+// would answer with ICMP port unreachable, and the sender's ipip device would
+// report the peer unreachable for a while.
 func (t Tunnel) taken() rule {
 	return all(familyIs(true, "meta nfproto ipv4"), t.is(), innerDestination(t.Network), verdict(expr.VerdictDrop, "drop"))
 }
 
-// unpacked returns the line that drops what came out of the tunnel and is for
-// nobody in this node's subnet: the node is no router into other networks.
+// unpacked returns the rule that drops decapsulated packets with a destination
+// outside this node's subnet: the node does not route them to other networks.
 func (t Tunnel) unpacked() rule {
 	return all(inputDevice(t.Device), familyIs(t.Network.Addr().Is4(), ""), address("daddr", false, t.Subnet), drop("ingress-destination"))
 }
 
-// A receiver knows a peer by the outer source alone. So each node keeps its own
-// pods, and whatever else it forwards packets for, from sending tunnel packets
-// with a node's address as the source:
+// A receiver identifies a peer by the outer source only. So each node prevents
+// its pods, and anything else it forwards for, from sending tunnel packets with
+// a node's address as the source:
 //
-//	forward      pod's own source, towards the underlay      egress-encapsulated
-//	             a node's address, from where it is not       egress-forged
-//	postrouting  translated to this node's address           egress-encapsulated
-//	input        the same as in forward, to this node's port
+//	hook         dropped                                      reason
+//	forward      from a pod's own address to the underlay     egress-encapsulated
+//	             from a node's address, by the wrong link     egress-forged
+//	postrouting  translated to this node's address            egress-encapsulated
+//	input        to this node's port: as in forward
 //	             translated to this node's port               ingress-translated
 //
-// The input and forward hooks come after DNAT, so what a Service leads to a
-// tunnel port is seen as such. A later fragment has no ports, but without its
-// first one it is nothing.
+// The input and forward hooks run after DNAT, so packets that a Service
+// redirects to a tunnel port are checked too. Later fragments have no ports,
+// but are useless without the first one.
 
-// forwarded returns the lines of the forward hook. Most packets are those of the
-// first line.
+// forwarded returns the rules of the forward hook. Most packets match the
+// first.
 func (t Tunnel) forwarded() []rule {
 	lines := []rule{
 		all(familyIs(t.is4(), ""), address("saddr", true, t.Network), address("daddr", true, t.Network), leave()),
@@ -208,10 +210,11 @@ func (t Tunnel) forwarded() []rule {
 	return append(lines, t.forged()...)
 }
 
-// arriving returns the lines of the input hook that drop what does not come from
-// the underlay, or only by a translation.
+// arriving returns the rules of the input hook that drop tunnel packets that do
+// not come from the underlay, or were redirected to our port by NAT.
 func (t Tunnel) arriving() []rule {
-	// A sender that may not send to our port could have a port translated to it.
+	// A sender that may not reach our port could have another port translated
+	// to it.
 	lines := []rule{all(t.isNamed(), translated(), drop("ingress-translated"))}
 	if t.Subnet.IsValid() {
 		lines = append(lines, all(familyIs(t.is4(), ""), address("saddr", true, t.Subnet), t.is(), drop("egress-encapsulated")))
@@ -219,11 +222,11 @@ func (t Tunnel) arriving() []rule {
 	return append(lines, t.forged()...)
 }
 
-// forged returns the lines that drop tunnel packets with a node's address as the
-// source that come in by a bridge or a veth, and not by the link that leads to
-// that address. A node may be a virtual machine or a container behind this
-// host's bridge: then that is the link. Physical links are left alone, since the
-// ways there and back may differ.
+// forged returns the rules that drop tunnel packets with a node's address as
+// the source that arrive by a bridge or a veth, unless the route to that
+// address leads there: a node may be a virtual machine or container behind this
+// host's bridge. Physical links are not checked, because routes may be
+// asymmetric.
 func (t Tunnel) forged() []rule {
 	if !t.Local.IsValid() {
 		return nil
@@ -243,9 +246,10 @@ func (t Tunnel) forged() []rule {
 	return lines
 }
 
-// departed returns the line that drops forwarded tunnel packets to which a
-// translation, whoever's, gave this node's address. What the kernel's own device
-// makes has come in by that device; what a process sends, by none.
+// departed returns the rule that drops forwarded tunnel packets whose source
+// any NAT rule translated to this node's address. Packets of the kernel's
+// tunnel device have that device as their input interface; those of a process
+// have none.
 func (t Tunnel) departed() (line rule, ok bool) {
 	if !t.Local.IsValid() {
 		return line, false
@@ -259,13 +263,15 @@ func (t Tunnel) departed() (line rule, ok bool) {
 
 func (t Tunnel) is4() bool { return t.Network.Addr().Is4() }
 
-// isNamed is is for a line that compares no address of the family.
+// isNamed is is with an explicit family match, for rules that compare no
+// address.
 func (t Tunnel) isNamed() rule {
 	named := map[bool]string{true: "meta nfproto ipv4", false: "meta nfproto ipv6"}
 	return all(familyIs(t.is4(), named[t.is4()]), t.is())
 }
 
-// nodes is the set of the underlay addresses of all nodes, this one's included.
+// nodes returns the set of the underlay addresses of all nodes, including this
+// one.
 func (t Tunnel) nodes() set {
 	s := set{name: "nodes4", is4: t.is4(), bits: nodesOnly}
 	if !t.is4() {
@@ -282,8 +288,8 @@ func (t Tunnel) nodes() set {
 	return s
 }
 
-// sets are the sets of the peers' Sources: one for each length of their prefixes,
-// nearly always one in all, in the order of the lengths.
+// sets returns the sets of the peers' Sources, one per prefix length (nearly
+// always one in all), sorted by length.
 func (t Tunnel) sets() []set {
 	is4 := t.Network.Addr().Is4()
 	offset, name := addressOffset("saddr", is4), "peers4"
@@ -304,7 +310,7 @@ func (t Tunnel) sets() []set {
 	return sets
 }
 
-// table returns the whole table, or nil if nothing of it is wanted.
+// table returns the whole table; nil if it would be empty.
 func (f Firewall) table() *table {
 	t := &table{}
 	if len(f.Masquerade) > 0 {

@@ -15,8 +15,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestRealFirewalls has iptables and nft themselves write the rules that firewalls
-// write, and looks at what is inserted, and what is named.
+// TestRealFirewalls lets iptables and nft write the rules of common firewalls,
+// and checks the accepts that are inserted and the obstacles that are reported.
 func TestRealFirewalls(t *testing.T) {
 	for _, program := range []string{"iptables-nft", "nft"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -42,9 +42,9 @@ func TestRealFirewalls(t *testing.T) {
 	}}
 	for _, c := range []struct {
 		name  string
-		setup string   // commands, one a line; iptables is iptables-nft
-		put   []string // rules of ours that are put: chain, number in it, and match
-		said  []string // each in one warning; no other warnings
+		setup string   // commands, one per line; iptables stands for iptables-nft
+		put   []string // our rules that must be inserted: chain, position, match
+		said  []string // text of each expected warning; no others are allowed
 	}{
 		{name: "nothing"},
 		{
@@ -307,7 +307,7 @@ func TestRealFirewalls(t *testing.T) {
 					t.Errorf("not said: %s\nbut %q", s, said.Obstacles)
 				}
 			}
-			// What is said mends it.
+			// The suggested fixes must work.
 			for _, w := range said.Obstacles {
 				if strings.Contains(w.Text, "may drop") {
 					continue
@@ -331,7 +331,7 @@ func TestRealFirewalls(t *testing.T) {
 	}
 }
 
-// legacy says whether the kernel has the iptables of old.
+// legacy reports whether the kernel has legacy iptables.
 func legacy(t *testing.T, n *lab.Node) bool {
 	has := false
 	inside(t, n, func() error {
@@ -341,7 +341,7 @@ func legacy(t *testing.T, n *lab.Node) bool {
 	return has
 }
 
-// run runs a program in a node's namespace.
+// run runs a program in a node's network namespace.
 func run(t *testing.T, n *lab.Node, words ...string) string {
 	t.Helper()
 	var out []byte

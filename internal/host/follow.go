@@ -15,12 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Traced is a rule, or a chain's policy, that dropped a packet that was followed.
+// Traced is a rule, or a chain's policy, that dropped a traced packet.
 type Traced struct {
 	Family string `json:"family"`
 	Table  string `json:"table"`
 	Chain  string `json:"chain"`
-	// Handle is the rule's; 0 is the chain's policy.
+	// Handle is the rule's handle; 0 for the chain's policy.
 	Handle uint64 `json:"handle,omitempty"`
 }
 
@@ -35,7 +35,7 @@ func (t Traced) String() string {
 	return fmt.Sprintf("%s, the rule with handle %d, dropped the packet that was followed", where, t.Handle)
 }
 
-// Fix is what a person would do about it.
+// Fix returns the suggested remedy.
 func (t Traced) Fix() string {
 	if t.Handle == 0 {
 		return fmt.Sprintf("an accept in the chain, or another policy (`nft list chain %s %s %s`)", t.Family, t.Table, t.Chain)
@@ -52,11 +52,12 @@ func tableFamily(text string) nftables.TableFamily {
 	return nftables.TableFamilyUnspecified
 }
 
-// traceTable is the table that marks packets to be followed; the process's number
-// is a part of its name.
+// traceTable is the name of the table that marks packets for tracing, followed
+// by the PID.
 const traceTable = "culvert_trace_"
 
-// What nftables' trace messages hold (linux/netfilter/nf_tables.h, NFTA_TRACE_...).
+// Attributes of nftables' trace messages (linux/netfilter/nf_tables.h,
+// NFTA_TRACE_...).
 const (
 	traceGroup   = 9  // NFNLGRP_NFTRACE
 	traceMessage = 17 // NFT_MSG_TRACE
@@ -66,9 +67,9 @@ const (
 	verdictCode = 1 // NFTA_VERDICT_CODE
 )
 
-// FollowPackets has nftables tell what it does with packets between two addresses,
-// in both directions, until stop, which returns who dropped some. It makes a
-// table of its own that only marks them, and removes it again.
+// FollowPackets traces packets between two addresses through nftables, in both
+// directions, until stop is called, which returns the rules that dropped some.
+// It adds a table that only marks packets; stop deletes it.
 func FollowPackets(a, b netip.Addr, proto byte) (stop func() []Traced, err error) {
 	events, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -108,13 +109,13 @@ func FollowPackets(a, b netip.Addr, proto byte) (stop func() []Traced, err error
 	}
 	return func() []Traced {
 		c.DelTable(table)
-		_ = c.Flush() // best effort: it only marks
+		_ = c.Flush() // best effort: the table only marks packets
 		defer events.Close()
 		return readTrace(events)
 	}, nil
 }
 
-// readTrace reads what was told until now.
+// readTrace reads the trace messages received so far.
 func readTrace(events *netlink.Conn) []Traced {
 	var all []Traced
 	for {
@@ -134,8 +135,7 @@ func readTrace(events *netlink.Conn) []Traced {
 	}
 }
 
-// parseTrace returns the rule or policy of a message that says that a packet was
-// dropped.
+// parseTrace returns the rule or policy if the message reports a drop.
 func parseTrace(m netlink.Message) (Traced, bool) {
 	if m.Header.Type != netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8|traceMessage) || len(m.Data) < 4 {
 		return Traced{}, false

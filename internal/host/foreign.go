@@ -12,24 +12,25 @@ import (
 	"culvert/internal/api"
 )
 
-// foreignRoute is a route of another program's in the main table.
+// foreignRoute is another program's route in the main table.
 type foreignRoute struct {
 	Route
-	kind  int  // RTN_UNICAST, or one that drops
-	hops  bool // it has several ways
+	kind  int  // RTN_UNICAST, or a type that drops
+	hops  bool // multipath
 	proto int  // rtm_protocol
-	first bool // it stands before a route of ours for the same prefix, if there is one
-	index int  // of its link
+	first bool // listed before our route for the same prefix, which it thus precedes
+	index int  // of the link
 }
 
-// StaleRoute is a route that another program has left and that is known to be
-// wrong, whoever made it: the store says who has the subnet now.
+// StaleRoute is another program's route that is known to be wrong: according to
+// the store, the subnet is elsewhere now.
 type StaleRoute struct {
 	To  netip.Prefix
 	Via netip.Addr
 }
 
-// foreignOf describes a route that is not ours, if somebody can have meant it.
+// foreignOf describes another program's route; false for default routes and
+// those of the kernel or of router advertisements.
 func foreignOf(r rawRoute, names map[int]string, ours map[netip.Prefix]bool) (foreignRoute, bool) {
 	if r.to.Bits() == 0 || r.proto == unix.RTPROT_KERNEL || r.proto == unix.RTPROT_RA {
 		return foreignRoute{}, false
@@ -40,7 +41,7 @@ func foreignOf(r rawRoute, names map[int]string, ours map[netip.Prefix]bool) (fo
 	}, true
 }
 
-// String is the route as `ip route del` takes it.
+// String returns the route as the arguments of `ip route del`.
 func (f foreignRoute) String() string {
 	s := f.To.String()
 	switch f.kind {
@@ -64,9 +65,8 @@ func (f foreignRoute) String() string {
 	return s
 }
 
-// foreignRoutes returns the steps that remove the routes that are known to be
-// stale, and names the others that lead packets for this node's pods, or for
-// peers', elsewhere.
+// foreignRoutes returns the steps that remove stale routes, and warnings about
+// the others that divert packets for this node's pods or for peers'.
 func foreignRoutes(have reading, want State) (steps []step, warnings []api.Warning) {
 	for _, f := range have.foreign {
 		what := want.shadowed(f, have.view.Underlay.Name)
@@ -94,8 +94,9 @@ func (f foreignRoute) delete() error {
 	return nil
 }
 
-// shadowed says whose packets a foreign route takes; "" if nobody's. Pods are
-// reached without a gateway, by a link of their own.
+// shadowed describes the pods whose packets a foreign route diverts; "" if
+// none. A route to local pods has no gateway and leads to a link that is not
+// the underlay or ours.
 func (s State) shadowed(f foreignRoute, underlay string) string {
 	within := slices.ContainsFunc(s.Firewall.Forward, func(n netip.Prefix) bool { return n.Bits() <= f.To.Bits() && n.Contains(f.To.Addr()) })
 	if !within {
@@ -106,13 +107,13 @@ func (s State) shadowed(f foreignRoute, underlay string) string {
 			continue
 		}
 		local := f.kind == unix.RTN_UNICAST && !f.Via.IsValid() && !f.hops && f.Link != underlay && !Ours(f.Link)
-		const connected6 = 256 // metric of a route by an address (IP6_RT_PRIO_ADDRCONF)
+		const connected6 = 256 // metric of routes the kernel adds for an address (IP6_RT_PRIO_ADDRCONF)
 		if local || f.To == own && f.Metric > 0 && (own.Addr().Is4() || f.Metric > connected6) {
 			return ""
 		}
 		return "this node's own pods in " + own.String()
 	}
-	// Whom ours of the same length, or the next shorter one, leads to.
+	// Our route of the same length, or else the next shorter one.
 	best := Route{}
 	for _, r := range s.Routes {
 		if r = r.normal(); r.Link != "" && r.To.Bits() <= f.To.Bits() && r.To.Contains(f.To.Addr()) && (best.Link == "" || r.To.Bits() > best.To.Bits()) {
@@ -126,14 +127,14 @@ func (s State) shadowed(f foreignRoute, underlay string) string {
 		return ""
 	}
 	if f.To.IsSingleIP() && slices.Contains(s.Firewall.Forward, best.To) && !s.leased(f.To.Addr()) {
-		// A host route to what nobody leases: an etcd server, say, whose address
-		// the cluster network was laid over.
+		// A host route to an address that is not leased, such as an etcd server
+		// within the cluster network's range.
 		return ""
 	}
 	return "pods of other nodes in " + f.To.String()
 }
 
-// leased says whether an address is in a peer's subnet.
+// leased reports whether an address is in a peer's subnet.
 func (s State) leased(a netip.Addr) bool {
 	return slices.ContainsFunc(s.Firewall.Tunnels, func(t Tunnel) bool {
 		return slices.ContainsFunc(t.Peers, func(p Source) bool { return p.Inner.Contains(a) })

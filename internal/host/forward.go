@@ -15,53 +15,54 @@ import (
 	"culvert/internal/api"
 )
 
-// An accept in our own table cannot override a drop in another's: every table
-// must let a packet through. So other programs' chains are walked with the packets
-// that must pass (evaluate.go). Where a chain of the iptables (iptables-nft) drops
-// them, which Docker and ufw make it do, an accept is inserted there, before the
-// rule that drops, through nftables, as iptables itself would write it:
+// An accept in our table cannot override a drop in another: every table must
+// accept a packet. So other programs' chains are evaluated with the packets
+// that must pass (evaluate.go). If an iptables-nft chain drops them, as with
+// Docker or ufw, an accept is inserted there before the rule that drops,
+// through nftables, in the form that iptables itself writes:
 //
 //	iptables -A FORWARD -s 10.5.0.0/16 -m comment --comment culvert -j ACCEPT
 //	iptables -A INPUT -p udp --dport 8472 -m comment --comment culvert -j ACCEPT
 //
-// The matches are of the kinds that iptables-save prints: a look-up in an nft
-// set there would be saved as a rule that accepts everything. So the accept on
-// INPUT cannot name thousands of peers; what strangers send is dropped, and
-// counted, behind it.
+// Only matches that iptables-save can print are used: it would save a lookup in
+// an nft set as a rule that accepts everything. So the accept in INPUT cannot
+// list thousands of peers; packets from strangers are dropped and counted by
+// our own table.
 //
-// What drops elsewhere, what cannot be read, and what names the cluster network
-// or the tunnel itself, since somebody wants that, is left, and named.
+// Drops in other places, rules that cannot be evaluated, and drops that
+// explicitly match the cluster network or the tunnel, and so are intended, are
+// left and reported.
 
-// forwardComment marks our rules in others' chains.
+// forwardComment marks our rules in other programs' chains.
 const forwardComment = "culvert"
 
 // passage is a kind of packet that must pass a hook.
 type passage struct {
 	hook   *nftables.ChainHook
-	chain  string // of the iptables, at that hook
+	chain  string // the iptables chain at that hook
 	is4    bool
 	probes []probe
-	// each, if it is not empty, is probes for every peer by itself.
+	// each, if not empty, has probes for every single peer.
 	each    []probe
 	accepts []accept
-	check   string // of a warning
+	check   string // the warning's check name
 }
 
-// accept is a rule of ours in a chain of the iptables.
+// accept is an accept rule of ours in an iptables chain.
 type accept struct {
-	text  string // as iptables takes it
-	nft   string // as nft takes it
+	text  string // in iptables syntax
+	nft   string // in nft syntax
 	exprs []expr.Any
 }
 
-// surroundings are the links that a packet of the cluster network meets.
+// surroundings are the links that packets of the cluster network traverse.
 type surroundings struct {
 	underlay iface
-	pods     iface // what pods are attached to
+	pods     iface // the device that pods are attached to
 	tunnels  map[netip.Prefix]iface
 }
 
-// surroundings are those of the cluster networks in want.
+// surroundings returns those of the cluster networks in want.
 func (r reading) surroundings(want State) surroundings {
 	s := surroundings{
 		underlay: iface{r.view.Underlay.Name, r.view.Underlay.Index},
@@ -87,10 +88,11 @@ func (r reading) surroundings(want State) surroundings {
 	return s
 }
 
-// defaultBridge is where pods are attached unless an address says otherwise.
+// defaultBridge is the assumed pod bridge, if no device has an address in the
+// network.
 const defaultBridge = "cni0"
 
-// passages are what must pass other programs' chains.
+// passages returns everything that must pass other programs' chains.
 func (f Firewall) passages(s surroundings) []passage {
 	var all []passage
 	for _, n := range f.Forward {
@@ -118,14 +120,15 @@ func (f Firewall) passages(s surroundings) []passage {
 			}
 		}
 		all = append(all, out, out.at(nftables.ChainHookPostrouting))
-		if t.Device != "" || t.Port != 0 { // else a packet socket takes them before any hook
+		if t.Device != "" || t.Port != 0 { // else a packet socket receives them before any hook
 			all = append(all, in, in.at(nftables.ChainHookPrerouting))
 		}
 	}
 	return all
 }
 
-// forwarded are packets between pods of this node and pods of others.
+// forwarded returns probes for packets between this node's pods and other
+// nodes'.
 func forwarded(n netip.Prefix, pods, tunnel iface) []probe {
 	coarse, protos := max(24, min(n.Bits()+8, 30)), []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMP}
 	if !n.Addr().Is4() {
@@ -143,14 +146,14 @@ func forwarded(n netip.Prefix, pods, tunnel iface) []probe {
 	return all
 }
 
-// at is the passage at another hook, where nothing is mended.
+// at returns the passage at another hook, where no accepts are inserted.
 func (p passage) at(hook *nftables.ChainHook) passage {
 	p.hook, p.chain = hook, ""
 	return p
 }
 
-// probes are the tunnel's packets from and to peers within a prefix; the zero
-// Prefix is any.
+// probes returns the tunnel's packets from and to peers within a prefix; the
+// zero Prefix means any.
 func (t Tunnel) probes(underlay iface, peers netip.Prefix) (in, out []probe) {
 	n := 4
 	if !t.Network.Addr().Is4() {
@@ -172,8 +175,8 @@ func (t Tunnel) probes(underlay iface, peers netip.Prefix) (in, out []probe) {
 	return []probe{i}, []probe{o}
 }
 
-// commonPrefix is the longest prefix that has all peers' addresses; the zero Prefix
-// if there is none.
+// commonPrefix returns the longest prefix that contains all peers' addresses;
+// the zero Prefix if there is none.
 func commonPrefix(peers []Source) netip.Prefix {
 	if len(peers) == 0 {
 		return netip.Prefix{}
@@ -190,7 +193,7 @@ func commonPrefix(peers []Source) netip.Prefix {
 	return common
 }
 
-// packets says which the tunnel's are.
+// packets describes the tunnel's packets.
 func (t Tunnel) packets() string {
 	if t.Port == 0 {
 		return "IP protocol 4"
@@ -198,7 +201,8 @@ func (t Tunnel) packets() string {
 	return fmt.Sprintf("UDP port %d", t.Port)
 }
 
-// accept is the rule that lets the tunnel's packets in, or out.
+// accept returns the rule that accepts the tunnel's packets, in either
+// direction.
 func (t Tunnel) accept() accept {
 	is4 := t.Network.Addr().Is4()
 	if t.Port == 0 {
@@ -211,7 +215,7 @@ func (t Tunnel) accept() accept {
 	}
 }
 
-// protocolMatch matches a protocol as iptables has always done.
+// protocolMatch matches a protocol in the form that iptables writes.
 func protocolMatch(number byte, is4 bool) []expr.Any {
 	compare := &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{number}}
 	if is4 {
@@ -220,8 +224,8 @@ func protocolMatch(number byte, is4 bool) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare}
 }
 
-// findings are where the passage's packets may be lost. Peers are looked at one by
-// one only if a rule may tell them apart.
+// findings returns where the passage's packets may be lost. Single peers are
+// evaluated only if the probes for all of them find something.
 func (p passage) findings(s ruleset) (found []finding) {
 	for _, probe := range p.probes {
 		found = append(found, s.evaluate(*p.hook, probe)...)
@@ -237,17 +241,17 @@ func (p passage) findings(s ruleset) (found []finding) {
 	return found
 }
 
-// ourRule is a rule of ours in somebody's chain.
+// ourRule is a rule of ours in another program's chain.
 type ourRule struct {
 	text   string
 	handle uint64
 	family nftables.TableFamily
 	table  string
 	chain  string
-	after  int // others' rules that stand before it
+	after  int // number of others' rules before it
 }
 
-// isOurs says whether a rule of the iptables bears our comment.
+// isOurs reports whether a rule has our comment.
 func isOurs(r *nftables.Rule) bool {
 	return slices.ContainsFunc(r.Exprs, func(e expr.Any) bool {
 		m, ok := e.(*expr.Match)
@@ -259,9 +263,9 @@ func isOurs(r *nftables.Rule) bool {
 	})
 }
 
-// diffOthers returns the steps that put our accepts into the chains of the
-// iptables that would drop what must pass, and take away any other of ours; and
-// the warnings about what they cannot mend.
+// diffOthers returns the steps that insert our accepts into the iptables chains
+// that would drop what must pass, and delete any other of ours; and warnings
+// about drops that the accepts do not prevent.
 func diffOthers(have otherRules, want Firewall, s surroundings) (steps []step, warnings []api.Warning) {
 	keep := make(map[ourRule]bool)
 	var added []step
@@ -295,18 +299,18 @@ func diffOthers(have otherRules, want Firewall, s surroundings) (steps []step, w
 	return append(steps, added...), api.SortWarnings(append(warnings, have.warnings...))
 }
 
-// spot is where accepts go in the iptables of a family.
+// spot is where accepts are inserted in the iptables of a family.
 type spot struct {
 	family nftables.TableFamily
-	base   string // the chain of the hook
-	chain  string // base, or DOCKER-USER, which is the administrator's
-	jump   int    // in base, where the latter is jumped to
-	before uint64 // handle of the rule to stand before; 0 for the end
-	limit  int    // so many of others' rules may stand before
+	base   string // the base chain at the hook
+	chain  string // base, or DOCKER-USER, which Docker leaves to the administrator
+	jump   int    // index in base of the jump to DOCKER-USER
+	before uint64 // handle of the rule to insert before; 0 appends
+	limit  int    // maximum number of others' rules before ours
 }
 
-// spot returns where accepts for the passage go; false if none are needed, or
-// there is no such place.
+// spot returns where the passage's accepts go; false if none are needed or
+// there is no suitable chain.
 func (o otherRules) spot(p passage, found []finding) (spot, bool) {
 	s := spot{family: nftables.TableFamilyIPv4, base: p.chain, chain: p.chain}
 	if !p.is4 {
@@ -351,12 +355,12 @@ func (o otherRules) spot(p passage, found []finding) (spot, bool) {
 	return s, drops
 }
 
-// holds says whether a rule of ours is where it does its work.
+// holds reports whether a rule of ours is at a position where it is effective.
 func (s spot) holds(r ourRule) bool {
 	return r.family == s.family && r.table == "filter" && r.chain == s.chain && r.after <= s.limit
 }
 
-// covers says whether accepts at the spot keep the packets from what was found.
+// covers reports whether accepts at the spot prevent the finding.
 func (s spot) covers(f finding) bool {
 	if f.base.legacy || f.base.family != s.family || f.base.table != "filter" || f.base.name != s.base {
 		return false
@@ -413,7 +417,7 @@ func forwardCommand(f nftables.TableFamily, flag, chain, match string) string {
 	return fmt.Sprintf("%s %s %s %s -m comment --comment %s -j ACCEPT", iptablesProgram(f, "filter"), flag, chain, match, forwardComment)
 }
 
-// warning says what was found, and what mends it.
+// warning describes a finding and the commands that fix it.
 func (p passage) warning(f finding) api.Warning {
 	w := api.Warning{Check: p.check, Text: f.String()}
 	for i, a := range p.accepts {
@@ -433,8 +437,8 @@ func (p passage) warning(f finding) api.Warning {
 	return w
 }
 
-// forwardMatch matches an address as iptables does: where the prefix ends with a
-// byte, by as many bytes as it has.
+// forwardMatch matches an address as iptables writes it: a prefix length that
+// is a multiple of 8 is compared by that many bytes, without a mask.
 func forwardMatch(field string, n netip.Prefix) []expr.Any {
 	exprs := address(field, true, n.Masked()).exprs
 	if n.Bits()%8 != 0 || n.Bits() == 0 {
@@ -446,11 +450,12 @@ func forwardMatch(field string, n netip.Prefix) []expr.Any {
 	return []expr.Any{&load, &compare}
 }
 
-// forwardFlags are iptables' flags for the fields of addresses.
+// forwardFlags maps iptables' flags to address fields.
 var forwardFlags = map[string]string{"-s": "saddr", "-d": "daddr"}
 
-// matchText reads a rule of ours back, as iptables' flags: "-s 10.5.0.0/16", or
-// "-p udp --dport 8472"; "" if it is not as we, or iptables-restore, write it.
+// matchText decodes a rule of ours to iptables flags, such as "-s 10.5.0.0/16"
+// or "-p udp --dport 8472"; "" if neither we nor iptables-restore write it like
+// this.
 func matchText(exprs []expr.Any, is4 bool) string {
 	var load *expr.Payload
 	var meta *expr.Meta

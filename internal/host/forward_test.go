@@ -16,8 +16,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// dropForward makes the FORWARD chains that iptables-nft makes, with the policy
-// that Docker gives them.
+// dropForward creates the FORWARD chains of iptables-nft, with the policy drop
+// that Docker sets.
 func dropForward(t *testing.T, n *lab.Node) {
 	t.Helper()
 	inside(t, n, func() error {
@@ -36,8 +36,8 @@ func dropForward(t *testing.T, n *lab.Node) {
 	})
 }
 
-// TestForwardDrop puts the accept where other programs drop, keeps it there, and
-// takes it away again; nothing else of theirs is touched.
+// TestForwardDrop inserts the accepts where another program drops, checks that
+// they are stable, and removes them; the other program's rules stay unchanged.
 func TestForwardDrop(t *testing.T) {
 	n := node(t)
 	want := host.State{Firewall: host.Firewall{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")}}}
@@ -81,10 +81,10 @@ func TestForwardDrop(t *testing.T) {
 	})
 }
 
-// TestIptablesSave lets iptables save what we wrote into its tables, restore it,
-// and save it again: the rules mean the same, and are still found and removed as
-// ours. It does so for FORWARD alone, with a rule that rejects at its end, and
-// beside Docker.
+// TestIptablesSave saves our rules with iptables-save, restores them and saves
+// them again: they keep their meaning and are still recognized and removed as
+// ours. Cases: FORWARD with policy drop, FORWARD with a final reject, and
+// Docker's chains.
 func TestIptablesSave(t *testing.T) {
 	for _, program := range []string{"iptables-nft", "iptables-nft-save", "iptables-nft-restore"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -100,7 +100,7 @@ func TestIptablesSave(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name, setup, chain string
-		first              bool // ours come before the others'
+		first              bool // ours must precede the others
 	}{
 		{"policy", "-P FORWARD DROP", "FORWARD", false},
 		{"reject", "-A FORWARD -j REJECT --reject-with icmp-host-prohibited", "FORWARD", true},
@@ -166,8 +166,8 @@ func TestIptablesSave(t *testing.T) {
 	}
 }
 
-// TestObstaclesAreNamed has drops that no accept of ours can reach: another nft
-// table's, and the iptables of old, where it is installed.
+// TestObstaclesAreNamed sets up drops that our accepts cannot prevent: in
+// another nft table and, where installed, in legacy iptables.
 func TestObstaclesAreNamed(t *testing.T) {
 	n := node(t)
 	inside(t, n, func() error {

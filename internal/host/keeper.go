@@ -15,53 +15,52 @@ import (
 	"culvert/internal/api"
 )
 
-// Plan computes, purely, what the host must be like, given what is true of it.
-// An error leaves the host as it is.
+// Plan computes the wanted state from facts about the host. It does no I/O. An
+// error leaves the host unchanged.
 type Plan func(View) (State, error)
 
-// Keeper keeps the kernel equal to what a plan wants: when the plan changes,
-// when the kernel says that something changed, and from time to time. All three
-// are the same call.
+// Keeper keeps the kernel equal to what a plan wants. It reconciles when the
+// plan changes, when the kernel reports a change, and periodically; all three
+// run the same code.
 type Keeper struct {
-	underlay  int // index
+	underlay  int // interface index
 	log       *slog.Logger
 	followers []Follower
 	watched   atomic.Pointer[watched]
-	others    survey // what is known of other programs' routes
+	others    survey // cached knowledge of other programs' routes
 	hears     atomic.Bool
 
-	mu      sync.Mutex // one look at the kernel at a time
+	mu      sync.Mutex // serializes reconciliation
 	plan    Plan
 	said    Standing
 	planned bool
-	took    time.Duration // the last look
+	took    time.Duration // duration of the last reconciliation
 }
 
-// Standing is what a Keeper has to say.
+// Standing is a Keeper's status.
 type Standing struct {
-	State   State           // as planned last
-	View    View            // as seen last
-	Repairs map[Kind]uint64 // changes that others made necessary
-	// Obstacles are what stands in the packets' way and is not ours to remove.
+	State   State           // last planned
+	View    View            // last seen
+	Repairs map[Kind]uint64 // changes that undid someone else's
+	// Obstacles are what may block packets and is not culvert's to remove.
 	Obstacles []api.Warning
-	// Err is why the kernel is not as it should be; nil if it is.
+	// Err is why the kernel is not in the wanted state; nil if it is.
 	Err error
-	// Took has the durations of the repairs, in seconds.
+	// Took is the histogram of repair durations, in seconds.
 	Took api.Histogram
 	// Writes counts all changes since the start.
 	Writes uint64
 }
 
-// NewKeeper returns a Keeper that does nothing yet. The underlay is the index of
-// the interface that the plan is told about, whatever its name becomes.
+// NewKeeper returns an idle Keeper. The underlay is the index of the interface
+// that the plan is told about, even if it is renamed.
 func NewKeeper(underlay int, log *slog.Logger, followers ...Follower) *Keeper {
 	return &Keeper{underlay: underlay, log: log, followers: followers, said: Standing{
 		Repairs: make(map[Kind]uint64), Took: api.NewHistogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
 	}}
 }
 
-// Apply makes the kernel equal to what the plan wants, now and, while Run runs,
-// from now on.
+// Apply makes the kernel equal to what the plan wants; Run then keeps it so.
 func (k *Keeper) Apply(p Plan) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -69,7 +68,7 @@ func (k *Keeper) Apply(p Plan) error {
 	return k.reconcile()
 }
 
-// Standing returns what there is to say. It may be called at any time.
+// Standing returns the status. It is safe for concurrent use.
 func (k *Keeper) Standing() Standing {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -78,22 +77,22 @@ func (k *Keeper) Standing() Standing {
 	return s
 }
 
-// When the kernel is looked at.
+// Intervals of reconciliation.
 const (
-	// resync is how often without a word from it, since some settings change
-	// without one; where a look takes long, at most one part in resyncShare of the
-	// time is spent on it.
+	// resync is the interval without notifications, because some settings
+	// change without one. If reconciling is slow, it uses at most 1/resyncShare
+	// of the time.
 	resync      = 4 * time.Second
 	resyncShare = 200
-	// settle is how long after a word, since changes come in swarms.
+	// settle is the delay after a notification, because changes come in bursts.
 	settle = 100 * time.Millisecond
-	// share bounds the time that is spent on words: a look that took a
-	// millisecond is followed by another after ten at the earliest.
+	// share limits the load by notifications: after one, the delay is at least
+	// this multiple of the last reconciliation's duration.
 	share = 10
 )
 
-// Run repairs until ctx ends. It opens its sockets in the network namespace of
-// the calling thread, and looks at the kernel on that thread only.
+// Run reconciles until ctx ends. It opens its sockets in the network namespace
+// of the calling thread, and reads and writes the kernel on that thread only.
 func (k *Keeper) Run(ctx context.Context) error {
 	events, stop, err := k.watch()
 	if err != nil {
@@ -104,7 +103,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 		k.hears.Store(false)
 		stop()
 	}()
-	k.others.due.Store(true) // for what was not heard
+	k.others.due.Store(true) // notifications from before the subscription are missing
 	timer := time.NewTimer(settle)
 	defer timer.Stop()
 	for {
@@ -122,7 +121,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			return nil
 		case <-time.After(pause):
 		}
-		select { // what was said meanwhile is seen in the same look
+		select { // drop a notification that this reconciliation covers
 		case <-events:
 		default:
 		}
@@ -136,7 +135,7 @@ func (k *Keeper) lastTook() time.Duration {
 	return k.took
 }
 
-// repair returns when to look again.
+// repair reconciles and returns the delay until the next resync.
 func (k *Keeper) repair() time.Duration {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -154,12 +153,13 @@ func (k *Keeper) repair() time.Duration {
 	return max(resync, resyncShare*k.took)
 }
 
-// reconcile is the one way from the plan to the kernel.
+// reconcile reads the kernel, plans, and writes the difference. It is the only
+// path from the plan to the kernel.
 func (k *Keeper) reconcile() (err error) {
 	defer func() { k.said.Err = err }()
 	began := time.Now()
 	defer func() { k.took = time.Since(began) }()
-	if !k.hears.Load() { // of changes to them
+	if !k.hears.Load() { // without notifications the cached routes may be stale
 		k.others.read = false
 	}
 	have, err := read(k.underlay, &k.others)
@@ -176,7 +176,7 @@ func (k *Keeper) reconcile() (err error) {
 		return err
 	}
 	have.foreign = k.others.foreign
-	// What changes although the plan did not was somebody else's doing.
+	// If the plan is unchanged, any difference is someone else's doing.
 	repair := k.planned && reflect.DeepEqual(want, k.said.State)
 	k.said.State, k.planned = want, true
 	if len(want.Firewall.Forward) > 0 {
@@ -213,8 +213,8 @@ func (k *Keeper) reconcile() (err error) {
 	return err
 }
 
-// reorder has the foreign routes read again where ours for the same prefix were
-// changed: which of the two is first may be another now.
+// reorder has the foreign routes read again if our routes for the same prefix
+// were changed: their order in the kernel may differ now.
 func (k *Keeper) reorder(done []Change, want State) {
 	if len(k.others.foreign) == 0 || !slices.ContainsFunc(done, func(c Change) bool { return c.Kind == KindRoute }) {
 		return
