@@ -2,6 +2,7 @@ package test
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -166,6 +167,7 @@ type injected struct {
 	name        string
 	by          string     // whose raw socket: peer or stranger
 	outer       netip.Addr // source; the sender's own if zero
+	to          netip.Addr // of the outer packet; the victim's if zero
 	source      netip.Addr // of the inner packet
 	destination netip.Addr
 	// change is made to what follows the outer IP header: of VXLAN the UDP payload, of
@@ -314,6 +316,12 @@ func (f *injection) list(i int, is4 bool) []injected {
 		lie("version 5", set(0, 0x55))
 	}
 
+	if f.format == "ipip" { // the host's other addresses are no tunnel's end
+		second := parse("198.18.0.77")
+		f.addAddr(f.victim, f.victim.Link, netip.PrefixFrom(second, 24))
+		add(injected{name: "a peer, to another address of the node", to: second, want: either("", "answered")})
+	}
+
 	// Fragments of the outer packet.
 	whole, strange := everywhere("delivered"), everywhere("ingress-stranger")
 	if f.format == "ipip" { // whose senders set DF; userspace takes no fragments
@@ -447,6 +455,9 @@ func (f *injection) packet(i int, is4 bool, c injected, mark []byte) [][]byte {
 	if !from.IsValid() {
 		from = f.from[c.by].node.Addrs[i]
 	}
+	if c.to.IsValid() {
+		to = c.to
+	}
 	protocol := byte(unix.IPPROTO_IPIP)
 	if f.format == "vxlan" {
 		protocol = unix.IPPROTO_UDP
@@ -492,7 +503,7 @@ func (f *injection) packet(i int, is4 bool, c injected, mark []byte) [][]byte {
 
 // chunk is how many packets are sent before it is looked what became of them, so
 // that no queue on the way is full.
-const chunk = 200
+const chunk = 500
 
 // try sends a case's packets, and looks where they went.
 func (f *injection) try(i int, is4 bool, c injected) {
@@ -509,7 +520,7 @@ func (f *injection) try(i int, is4 bool, c injected) {
 	for sent := 0; sent < f.packets; {
 		n := min(chunk, f.packets-sent)
 		for range n {
-			if err := f.from[c.by].send(is4, f.victim.Addrs[i], f.packet(i, is4, c, mark)); err != nil {
+			if err := f.from[c.by].send(is4, cmp.Or(c.to, f.victim.Addrs[i]), f.packet(i, is4, c, mark)); err != nil {
 				f.t.Fatalf("%s over %s: %v", c.name, family, err)
 			}
 		}

@@ -23,7 +23,7 @@ type mutation struct {
 }
 
 const (
-	etcdTests = "TestContract|TestConflicts|TestLoss|TestUnanswered|TestLostRace|TestRacing|TestVanished|TestReleaseEnds|TestWiped|TestFreed|TestExpiredSubnets"
+	etcdTests = "TestLostRace|TestRacing|TestNothingIsOverwritten|TestDualStackIsTaken|TestAnOlderOverlap|TestOthersWrites|TestAnUnanswered|TestLoss"
 	acquire   = "subnet/etcd/acquire.go"
 	hold      = "subnet/etcd/hold.go"
 	packetGo  = "encap/packet.go"
@@ -34,10 +34,10 @@ var mutations = []mutation{
 	{"transaction", "an IPv4 subnet is taken without asking whether it is free", acquire, `return []clientv3.Cmp{clientv3.Compare(key, "=", 0).WithPrefix()}`, "_ = key\n\t\treturn nil", "./subnet/etcd", etcdTests, false},
 	{"transaction", "a dual-stack subnet is taken although others wrote since the list", acquire, `clientv3.Compare(all, "<", listed+1).WithPrefix(),`, `clientv3.Compare(all, "<", listed+1000000).WithPrefix(),`, "./subnet/etcd", etcdTests, false},
 	{"transaction", "a transaction that failed counts as one that did not", acquire, `if !resp.Succeeded {`, `if false && !resp.Succeeded {`, "./subnet/etcd", etcdTests, false},
-	{"transaction", "what was written before ours is not looked at", acquire, `if err := r.secondTo(l, r.entry(kv)); err != nil {`, `if err := r.secondTo(l, r.entry(kv)); err != nil && false {`, "./subnet/etcd", etcdTests, false},
+	{"transaction", "what was written before ours is not looked at", acquire, `if err := r.conflictsWithOlder(l, r.entry(kv)); err != nil {`, `if err := r.conflictsWithOlder(l, r.entry(kv)); err != nil && false {`, "./subnet/etcd", etcdTests, false},
 	{"transaction", "a release deletes what another wrote since", hold, `If(clientv3.Compare(clientv3.ModRevision(key), "=", e.ModRevision)).`, `If().`, "./subnet/etcd", etcdTests, false},
 	{"transaction", "a write that came second is taken back whoever wrote since", acquire, `If(clientv3.Compare(clientv3.ModRevision(key), "=", l.ModRevision)).`, `If().`, "./subnet/etcd", etcdTests, false},
-	{"transaction", "another subnet is taken while a commit is in doubt", acquire, "if g.doubtful {\n\t\t\tif err := r.revokeNow", "if false {\n\t\t\tif err := r.revokeNow", "./subnet/etcd", etcdTests, false},
+	{"transaction", "another subnet is taken while a commit is in doubt", acquire, "if g.unanswered {\n\t\t\tif err", "if false {\n\t\t\tif err", "./subnet/etcd", etcdTests, false},
 
 	{"source", "the outer source need not be the peer's", "encap/ingress.go", `if peer == nil || peer.Underlay.Addr() != outer {`, `if peer == nil {`, "./encap", ".", false},
 	{"source", "the inner destination may be anybody's", "encap/ingress.go", `if !table.isLocal(p.destination(b)) {`, `if false {`, "./encap", ".", false},
@@ -71,13 +71,13 @@ var mutations = []mutation{
 
 	{"fence", "subnet.env stays when the lease is lost", "internal/daemon/fence.go", `return errors.Join(s.file.remove(), s.saveFence(mark))`, `return s.saveFence(mark)`, "./test", "TestFence", true},
 	{"fence", "no mark is left when the lease is lost", "internal/daemon/fence.go", `return errors.Join(s.file.remove(), s.saveFence(mark))`, `return s.file.remove()`, "./test", "TestFence", true},
-	{"fence", "pods' packets leave by the default route when the lease is lost", "internal/daemon/live.go", `return errors.Join(err, path.Close(backend.Keep), d.keepInside())`, `return errors.Join(err, path.Close(backend.Remove))`, "./test", "TestP7", true},
-	{"fence", "the plugin gives out addresses of a lease that ran out", "cni/plugin.go", "if expired {\n", "if false && expired {\n", "./cni", "TestRefusals|TestSpecErrors|TestF5", false},
+	{"fence", "pods' packets leave by the default route when the lease is lost", "internal/daemon/live.go", `return errors.Join(err, s.path.Close(backend.Keep), d.keepInside())`, `return errors.Join(err, s.path.Close(backend.Remove))`, "./test", "TestP7", true},
+	{"fence", "the plugin gives out addresses of a lease that ran out", "cni/plugin.go", "if expired {\n", "if false && expired {\n", "./cni", "TestRefusals|TestSpecErrors|TestF5", true},
 	{"fence", "a node is ready past its lease's end", "internal/daemon/health.go", `case ranOut(s, now) != "":`, `case false:`, "./internal/daemon", "TestReadiness", false},
-	{"fence", "another's entry at our key is taken for ours", hold, `return is, fmt.Errorf("%w: %s has the subnet of %s now", subnet.ErrLost, is, want)`, `return is, nil`, "./subnet/etcd", etcdTests, false},
+	{"fence", "another's entry at our key is taken for ours", hold, `return is, fmt.Errorf("%w: %s now has the subnet of %s", subnet.ErrLost, is, want)`, `return is, nil`, "./subnet/etcd", etcdTests, false},
 	{"fence", "a kept lease that ran out is believed", "subnet/kept/kept.go", `if left <= 0 {`, `if false {`, "./subnet/kept", ".", false},
 	{"fence", "a lease that was kept before the boot is believed", "subnet/kept/kept.go", `case f.BootID != now.Boot:`, `case false:`, "./subnet/kept", ".", false},
-	{"fence", "a lease's life counts from the answer", hold, `l.Expires = asked.Add(ttl)`, `l.Expires = time.Now().Add(ttl)`, "./subnet/etcd", "TestLifetime", false},
+	{"fence", "a lease's life counts from the answer", hold, `l.Expires = asked.Add(ttl)`, "_ = asked\n\t\tl.Expires = time.Now().Add(ttl)", "./subnet/etcd", "TestLifetime", false},
 }
 
 // TestMutations makes each change, by an overlay, so that no file is touched, and
