@@ -29,7 +29,8 @@ type step struct {
 //  3. remove devices that are unwanted or cannot be changed into what is wanted
 //  4. add devices and their addresses, FDB entries, neighbours, then routes; remove
 //     replaced routes and stale ones of other programs
-//  5. nftables, in one transaction
+//  5. nftables: add our sets, then change our table in one transaction and other
+//     programs' chains in another
 func diff(have reading, want State) []step {
 	var d differ
 	d.before = filterSteps(have, want)

@@ -18,23 +18,23 @@ import (
 	"culvert/internal/api"
 )
 
-// The iptables of old (x_tables) keep their rules beside nftables'. They are read
-// as iptables-legacy-save does, and walked as the others are; nothing is inserted
-// there, since a table can only be replaced whole.
+// Legacy iptables (x_tables) keeps its rules apart from nftables. They are read
+// as iptables-legacy-save does and evaluated like the others. Nothing is
+// inserted there, because a table can only be replaced as a whole.
 
-// legacyFamily is where things are in one family's structures
+// legacyFamily has the layout of one family's structures
 // (linux/netfilter_ipv4/ip_tables.h, linux/netfilter_ipv6/ip6_tables.h).
 type legacyFamily struct {
 	family   nftables.TableFamily
-	names    string // the file that says which tables there are
+	names    string // file that lists the tables
 	domain   int
 	level    int
-	addr     int // bytes of an address
-	links    int // offset of the names of the links in an entry
-	proto    int // of the protocol
-	flags    int // of flags, after which inverse flags stand
-	offsets  int // of where the target, and the next entry, begin
-	entry    int // bytes of an entry's fixed part
+	addr     int // length of an address in bytes
+	links    int // offset of the interface names in an entry
+	proto    int // offset of the protocol
+	flags    int // offset of the flags, followed by the inversion flags
+	offsets  int // offset of the offsets of the target and the next entry
+	entry    int // length of the fixed part of an entry in bytes
 	fragment byte
 }
 
@@ -49,10 +49,11 @@ var legacyFamilies = []legacyFamily{
 	},
 }
 
-// legacyHooks are the base chains' names, by the hook's number.
+// legacyHooks are the names of the base chains, by hook number.
 var legacyHooks = [5]string{"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
 
-// readLegacy reads the tables that are in use. One that cannot be read is named.
+// readLegacy reads the tables in use, except nat. A table that cannot be read
+// gives a warning.
 func readLegacy() (chains []ruleChain, warnings []api.Warning) {
 	for _, f := range legacyFamilies {
 		names, err := os.ReadFile(f.names)
@@ -79,7 +80,7 @@ func readLegacy() (chains []ruleChain, warnings []api.Warning) {
 	return chains, warnings
 }
 
-// read asks for a table's entries.
+// read fetches and parses a table.
 func (f legacyFamily) read(table string) ([]ruleChain, error) {
 	fd, err := unix.Socket(f.domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {
@@ -93,7 +94,7 @@ func (f legacyFamily) read(table string) ([]ruleChain, error) {
 		return nil, err
 	}
 	u32 := func(at int) uint32 { return binary.NativeEndian.Uint32(info[at:]) }
-	const head = 40 // struct ipt_get_entries, less the entries
+	const head = 40 // struct ipt_get_entries, without the entries
 	size := u32(80)
 	b := make([]byte, head+int(size))
 	copy(b[:31], table)
@@ -121,16 +122,16 @@ func getsockopt(fd, level, name int, b []byte) error {
 	return nil
 }
 
-// parse reads a table: the base chains between where they begin and their policy
-// stands, the others behind an entry that has their name. Jumps are to the place of
-// a chain's first rule.
+// parse decodes a table. A base chain extends from its hook's entry offset to
+// its policy; any other chain follows an ERROR entry with its name. A jump's
+// target is the offset of the chain's first rule.
 func (f legacyFamily) parse(table string, b []byte, begin, end [5]int) ([]ruleChain, error) {
 	const (
 		errorTarget = "ERROR"
 		headLen     = 32 // struct xt_entry_match, struct xt_entry_target: size, name, revision
 	)
 	var chains []ruleChain
-	at := map[int]string{} // chains' names by where they begin
+	at := map[int]string{} // chain names by the offset of the first rule
 	type jump struct {
 		v  *expr.Verdict
 		to int
@@ -155,7 +156,7 @@ func (f legacyFamily) parse(table string, b []byte, begin, end [5]int) ([]ruleCh
 		h := slices.Index(end[:], offset)
 		switch {
 		case name == errorTarget:
-			if next < len(e) { // else the table ends
+			if next < len(e) { // otherwise the end of the table
 				chains = append(chains, ruleChain{family: f.family, table: table, name: text(data), legacy: true})
 				current = &chains[len(chains)-1]
 				at[offset+next] = current.name
@@ -201,8 +202,8 @@ func (f legacyFamily) parse(table string, b []byte, begin, end [5]int) ([]ruleCh
 	return chains, nil
 }
 
-// Verdicts are nf_hook_slow's, less than -1 by their number; what is not negative is a
-// place to jump to.
+// Verdicts are encoded as -NF_verdict - 1 (x_tables.h); a value that is not
+// negative is the offset to jump to.
 const (
 	legacyDrop, legacyAccept, legacyQueue = -1, -2, -4
 	legacyGoto, legacyGoto6               = 2, 4 // IPT_F_GOTO, IP6T_F_GOTO
@@ -213,7 +214,7 @@ func text(b []byte) string {
 	return string(s)
 }
 
-// matches turns an entry's matches into those of nftables.
+// matches translates an entry's matches to nftables expressions.
 func (f legacyFamily) matches(e []byte) ([]expr.Any, error) {
 	const viaIn, viaOut, source, destination, proto = 1, 2, 8, 16, 64 // IPT_INV_...
 	inverse := e[f.flags+1]

@@ -14,41 +14,41 @@ import (
 )
 
 const (
-	// moveSettle is how long changes are let gather: an address that is replaced
-	// goes first and comes then.
+	// moveSettle lets changes accumulate: if an address is replaced, it is
+	// removed first and then added.
 	moveSettle = 100 * time.Millisecond
-	// moveAgain is when to look again while an address in use is not there.
+	// moveAgain is the interval of checks while an address in use is missing.
 	moveAgain = 500 * time.Millisecond
-	// moveAnyway is how often to look if nothing is said.
+	// moveAnyway is the interval of checks without notifications.
 	moveAnyway = 30 * time.Second
-	// MoveAfter is how long an address in use must have been gone before a node
-	// takes another: a DHCP client, a link that flaps or a program that sets up
-	// the interface anew brings it back.
+	// MoveAfter is how long an address in use must be missing before the node
+	// uses another: a DHCP client, a flapping link or a reconfiguration
+	// restores it.
 	MoveAfter = 5 * time.Second
 )
 
-// Holding is how the underlay in use stands.
+// Holding compares the underlay in use with the host's present state.
 type Holding struct {
-	// Now is the underlay in use with its present name and MTU.
+	// Now is the underlay in use, with its current name and MTU.
 	Now Underlay
-	// Gone says that the link is not there any more.
+	// Gone is set if the link no longer exists.
 	Gone bool
-	// Missing are the addresses in use that the host does not bear.
+	// Missing are the addresses in use that the host does not have.
 	Missing []netip.Addr
-	// Elsewhere are those that only another link bears.
+	// Elsewhere are the addresses in use that only another link has.
 	Elsewhere []netip.Addr
-	// Returned says that the host bears a former address again (Underlay.Former).
+	// Returned is set if the host has a former address again (Underlay.Former).
 	Returned bool
 }
 
-// Holds says whether the node can stay as it is.
+// Holds reports whether the node can keep its underlay.
 func (h Holding) Holds() bool {
 	return !h.Gone && len(h.Missing) == 0 && len(h.Elsewhere) == 0 && !h.Returned
 }
 
-// Hold compares, purely, an underlay in use with the facts. A link is followed
-// by its index, whatever its name; an address is in its place on that link, or on
-// an interface that bears addresses for the whole host.
+// Hold compares an underlay in use with the facts. It does no I/O. The link is
+// identified by its index, not its name. An address is in place on that link or
+// on a loopback or dummy interface.
 func Hold(f Facts, u Underlay) Holding {
 	h := Holding{Now: u}
 	l, ok := f.link(u.Index)
@@ -75,45 +75,44 @@ func Hold(f Facts, u Underlay) Holding {
 	return h
 }
 
-// Watch is what AwaitMove is told. All fields are required.
+// Watch is the input of AwaitMove. All fields are required.
 type Watch struct {
 	Selector UnderlaySelector
-	// At is the underlay in use, with one address of each family that is needed.
+	// At is the underlay in use, with one address of each required family.
 	At Underlay
-	// Known returns what a choice goes by; its Held and Former are set from At.
+	// Known returns the input of the choice; AwaitMove sets its Held and Former
+	// from At.
 	Known func() Known
-	// Published returns the addresses that peers know of. Where they are not At's,
-	// since the store could not be told yet, the node goes back to them as to
-	// former ones.
+	// Published returns the addresses that peers know. If they differ from
+	// At's, because the store could not be updated yet, they count as former
+	// addresses, which the node returns to.
 	Published func() []netip.Addr
-	// Fits says whether pods can be served with an MTU of the underlay. A link
-	// whose MTU is too small is waited for.
+	// Fits reports whether pods can be served with an underlay MTU. If not,
+	// AwaitMove does not move and waits for another MTU.
 	Fits func(mtu int) bool
-	// Seen is called after each look.
+	// Seen is called after each check.
 	Seen func(Facts, Holding)
 }
 
-// AwaitMove looks at the underlay whenever the kernel says that a link, an
-// address or a default route has changed, and returns it when the node must
-// change:
+// AwaitMove checks the underlay after each change of a link, an address or a
+// default route, and returns the underlay to use when the node must change:
 //
-//   - an address in use has been gone for MoveAfter, and there is another
-//   - another link bears the addresses in use
-//   - a former address is there again, in place of a virtual one or of one that
-//     is not published yet
-//   - the link has another MTU, and pods can be served with it
+//   - an address in use has been missing for MoveAfter, and there is another
+//   - another link has the addresses in use
+//   - a former address is back, and the one in use is virtual or not yet published
+//   - the link's MTU has changed, and pods can be served with it
 //
-// As long as the host bears the addresses on that link, nothing else moves a
-// node: no better route, no further address, no other name. The error is ctx's,
-// or says that the kernel's notifications cannot be had.
+// As long as the link has the addresses in use, nothing else makes a node move:
+// no better route, no additional address, no new name. The error is ctx's, or
+// that of subscribing to notifications.
 func AwaitMove(ctx context.Context, w Watch) (Underlay, error) {
 	changed, stop, err := subscribeMoves(ctx)
 	if err != nil {
 		return Underlay{}, err
 	}
 	defer stop()
-	var missing time.Time       // since when; zero if nothing is
-	for wait := moveSettle; ; { // the first look is for what changed before
+	var missing time.Time       // since when; zero if none is missing
+	for wait := moveSettle; ; { // the first check covers changes before the subscription
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
@@ -130,7 +129,7 @@ func AwaitMove(ctx context.Context, w Watch) (Underlay, error) {
 			wait = moveAgain
 			continue
 		}
-		w := w // as of this look
+		w := w // a copy for this check
 		w.At.Former = slices.Clone(w.At.Former)
 		for _, a := range w.Published() {
 			if !slices.Contains(w.At.Addrs, a) && !slices.Contains(w.At.Former, a) {
@@ -158,8 +157,8 @@ func AwaitMove(ctx context.Context, w Watch) (Underlay, error) {
 	}
 }
 
-// choose chooses another underlay, if the node may move to it. Expired says that
-// what is missing has been so for MoveAfter.
+// choose returns another underlay, if the node may move to it. expired is set
+// if something has been missing for MoveAfter.
 func (w Watch) choose(h Holding, expired bool) (Underlay, bool) {
 	f, err := ReadFacts()
 	if err != nil {
@@ -176,7 +175,7 @@ func (w Watch) choose(h Holding, expired bool) (Underlay, bool) {
 	case err != nil || !w.Fits(u.MTU):
 		return u, false
 	case same && u.Index == w.At.Index:
-		return u, false // it is there again
+		return u, false // it is back
 	case same:
 		u.Why += fmt.Sprintf(": %s moved from %s", list(u.Addrs), w.At.Name)
 		return u, true
@@ -186,7 +185,7 @@ func (w Watch) choose(h Holding, expired bool) (Underlay, bool) {
 	case !expired:
 		return u, false
 	case !h.Gone && len(h.Missing) < len(w.At.Addrs) && u.Index != w.At.Index:
-		return u, false // a family that works is not given up for one that does not
+		return u, false // do not give up the family that works for one that does not
 	}
 	lost := "the interface " + w.At.Name
 	if !h.Gone {
@@ -204,15 +203,15 @@ func list(addrs []netip.Addr) string {
 	return strings.Join(words, " and ")
 }
 
-// subscribeMoves returns a channel that says that the underlay may have changed,
-// until stop is called.
+// subscribeMoves returns a channel that signals that the underlay may have
+// changed, until stop is called.
 func subscribeMoves(ctx context.Context) (changed <-chan struct{}, stop func(), err error) {
 	socket, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK,
 		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 	if err != nil {
 		return nil, nil, fmt.Errorf("subscribing to the kernel's network changes: %w", err)
 	}
-	// A receive that times out lets the goroutine see that it is over.
+	// The receive timeout lets the goroutine notice that it must end.
 	if err := socket.SetReceiveTimeout(&unix.Timeval{Usec: 200_000}); err != nil {
 		socket.Close()
 		return nil, nil, fmt.Errorf("subscribing to the kernel's network changes: %w", err)
@@ -238,8 +237,8 @@ func subscribeMoves(ctx context.Context) (changed <-chan struct{}, stop func(), 
 	}, nil
 }
 
-// hear receives what there is, and says whether the underlay may have changed.
-// After ENOBUFS any notification may have been lost.
+// hear receives the pending messages and reports whether the underlay may have
+// changed. After ENOBUFS any notification may have been lost.
 func hear(socket *nl.NetlinkSocket) bool {
 	messages, _, err := socket.Receive()
 	if err != nil {

@@ -11,8 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nfDump asks nftables for what google/nftables does not decode: the verdicts of
-// maps, the counters of elements, and the links of the ingress hooks.
+// nfDump dumps nftables objects that google/nftables does not decode
+// completely: verdicts of maps, counters of elements, and devices of ingress
+// hooks.
 func nfDump(kind uint16, family nftables.TableFamily, names map[uint16]string) ([]netlink.Message, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -22,7 +23,7 @@ func nfDump(kind uint16, family nftables.TableFamily, names map[uint16]string) (
 	return nfDumpBy(c, kind, family, names)
 }
 
-// nfDumpBy is nfDump by a socket that is open.
+// nfDumpBy is nfDump on an open socket.
 func nfDumpBy(c *netlink.Conn, kind uint16, family nftables.TableFamily, names map[uint16]string) ([]netlink.Message, error) {
 	e := netlink.NewAttributeEncoder()
 	for attr, name := range names {
@@ -38,7 +39,7 @@ func nfDumpBy(c *netlink.Conn, kind uint16, family nftables.TableFamily, names m
 	})
 }
 
-// nfAttrs decodes the attributes of a message, or nested ones.
+// nfAttrs decodes the attributes of a message or of a nested attribute.
 func nfAttrs(b []byte, each func(d *netlink.AttributeDecoder)) error {
 	d, err := netlink.NewAttributeDecoder(b)
 	if err != nil {
@@ -51,12 +52,12 @@ func nfAttrs(b []byte, each func(d *netlink.AttributeDecoder)) error {
 	return d.Err()
 }
 
-// nfNested is nfAttrs for an attribute's own.
+// nfNested decodes the attributes nested in the current one.
 func nfNested(d *netlink.AttributeDecoder, each func(d *netlink.AttributeDecoder)) {
 	d.Do(func(b []byte) error { return nfAttrs(b, each) })
 }
 
-// setElements reads a set's elements, with verdicts and counters.
+// setElements dumps a set's elements with verdicts and counters.
 func setElements(family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -66,7 +67,7 @@ func setElements(family nftables.TableFamily, table, set string) ([]nftables.Set
 	return setElementsBy(c, family, table, set)
 }
 
-// setElementsBy is setElements by a socket that is open.
+// setElementsBy is setElements on an open socket.
 func setElementsBy(c *netlink.Conn, family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
 	messages, err := nfDumpBy(c, unix.NFT_MSG_GETSETELEM, family, map[uint16]string{unix.NFTA_SET_ELEM_LIST_TABLE: table, unix.NFTA_SET_ELEM_LIST_SET: set})
 	if err != nil {
@@ -142,7 +143,7 @@ func decodeSetElement(d *netlink.AttributeDecoder, e *nftables.SetElement) {
 	}
 }
 
-// hookLinks are the links whose ingress hooks chains are at, by table and chain.
+// hookLinks returns the devices of chains at ingress hooks, by table and chain.
 func hookLinks(family nftables.TableFamily) (map[[2]string][]string, error) {
 	messages, err := nfDump(unix.NFT_MSG_GETCHAIN, family, nil)
 	if err != nil {

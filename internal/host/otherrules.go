@@ -9,15 +9,16 @@ import (
 	"culvert/internal/api"
 )
 
-// otherRules is what other programs have in nftables, and what of it is ours.
+// otherRules are the rules of other programs, and our rules in their chains.
 type otherRules struct {
-	set  ruleset   // less our own rules
-	ours []ourRule // in the chains of the iptables
-	// warnings are about what cannot be read.
+	set  ruleset   // without our rules, unless all were asked for
+	ours []ourRule // our rules in iptables chains
+	// warnings are about rules that cannot be read.
 	warnings []api.Warning
 }
 
-// hookOf says at which of the hooks that concern us the chain is; false if at none.
+// hookOf returns the hook of a base chain, if culvert's packets pass it;
+// otherwise false.
 func hookOf(ch *nftables.Chain) (nftables.ChainHook, bool) {
 	if ch.Hooknum == nil || ch.Type != nftables.ChainTypeFilter && ch.Type != nftables.ChainTypeRoute {
 		return 0, false
@@ -33,14 +34,14 @@ func hookOf(ch *nftables.Chain) (nftables.ChainHook, bool) {
 		}
 		return hook, hook <= *nftables.ChainHookPostrouting
 	case nftables.TableFamilyNetdev:
-		// What passes there passes the prerouting hook next.
+		// Ingress packets reach the prerouting hook next.
 		return *nftables.ChainHookPrerouting, hook == *nftables.ChainHookIngress
 	}
 	return 0, false
 }
 
-// readOthers reads the chains at the hooks, and whatever they lead to. Our own
-// rules in them are kept apart, unless all are to be read as they stand.
+// readOthers reads the base chains and all chains that they lead to. It
+// separates our rules in them, unless all is set.
 func readOthers(c *nftables.Conn, chains []*nftables.Chain, all bool) (otherRules, error) {
 	var o otherRules
 	o.set.chains, o.warnings = readLegacy()
@@ -105,7 +106,7 @@ func readOthers(c *nftables.Conn, chains []*nftables.Chain, all bool) (otherRule
 					sets[key] = true
 					s, err := readSet(c, ch.Table, e.SetName)
 					if err != nil {
-						continue // gone meanwhile, or of a kind that the library does not know: it may match
+						continue // deleted meanwhile, or of an unknown type: a lookup may match
 					}
 					o.set.sets = append(o.set.sets, s)
 					for _, element := range s.elements {

@@ -15,35 +15,36 @@ import (
 	"culvert/internal/handover"
 )
 
-// Owner is the one process that changes what is culvert's in a network
-// namespace: devices, routes and the nftables table have fixed names there, so
-// that two daemons would each undo the other's.
+// Owner is the only process that may change culvert's objects in a network
+// namespace. Devices, routes and the nftables table have fixed names, so two
+// daemons would undo each other's changes.
 type Owner struct {
 	PID    int       `json:"pid"`
 	What   string    `json:"what"` // the command, such as "culvert run"
 	Node   string    `json:"node,omitempty"`
 	RunDir string    `json:"run_dir,omitempty"`
-	Store  string    `json:"store,omitempty"` // where its leases are
+	Store  string    `json:"store,omitempty"` // the store that has its leases
 	Since  time.Time `json:"since"`
 }
 
-// Same says whether two are daemons of one node, store and run directory: then
-// one is the other's successor.
+// Same reports whether both are daemons of the same node, store and run
+// directory, so that one is the other's successor.
 func (o Owner) Same(other Owner) bool {
 	return o.What == other.What && o.Node == other.Node && o.RunDir == other.RunDir && o.Store == other.Store
 }
 
-// ownerSocket is the lock: an abstract unix socket (unix(7)). Its name is there
-// once in a network namespace, whatever files the processes see, and the kernel
-// frees it with the process. Whoever connects is told the Owner.
+// ownerSocket is the lock: an abstract unix socket (unix(7)). Its name is
+// unique within a network namespace, independent of the mount namespace, and
+// the kernel frees it when the process ends. A client that connects receives
+// the Owner as JSON.
 const ownerSocket = "@culvert-owner"
 
-// OwnedError says that a network namespace is another process's.
+// OwnedError means that another process owns the network namespace.
 type OwnedError struct {
-	By  Owner // PID as the kernel tells it here; the rest is zero if it does not say
+	By  Owner // PID as the kernel reports it here; the other fields are zero if it does not answer
 	UID uint32
 
-	seen int // its PID in this namespace, 0 if it is in another
+	seen int // its PID in this PID namespace; 0 if it is in another
 }
 
 // Error implements error.
@@ -58,18 +59,19 @@ func (e *OwnedError) Error() string {
 	return fmt.Sprintf("`%s` is at work in this network namespace (%s), and two would undo each other's changes: stop it first", e.By.What, who)
 }
 
-// Ownership is the lock, held. It outlives the process that took it where the
-// descriptor was passed on.
+// Ownership is the held lock. If its descriptor was passed on, the lock
+// outlives the process that took it.
 type Ownership struct {
 	fd   int
-	text []byte // of the Owner
+	text []byte // the Owner as JSON
 
-	listener net.Listener // nil while nobody is answered
+	listener net.Listener // nil while it does not answer
 	ended    chan struct{}
 }
 
-// Own makes this process the owner of its network namespace until Release, or
-// its end. An *OwnedError says that there is one.
+// Own makes this process the owner of its network namespace until Release or
+// the end of the process. It returns *OwnedError if another process is the
+// owner.
 func Own(o Owner) (*Ownership, error) {
 	l, err := net.Listen("unix", ownerSocket)
 	if errors.Is(err, unix.EADDRINUSE) {
@@ -98,8 +100,8 @@ func Own(o Owner) (*Ownership, error) {
 	return own, nil
 }
 
-// InheritOwnership returns the ownership that a predecessor passed on as a
-// descriptor. The predecessor answers for it until Answer.
+// InheritOwnership returns the ownership whose descriptor a predecessor passed
+// on. The predecessor answers clients until Answer is called.
 func InheritOwnership(fd int, o Owner) (*Ownership, error) {
 	text, err := json.Marshal(o)
 	if err != nil {
@@ -108,12 +110,13 @@ func InheritOwnership(fd int, o Owner) (*Ownership, error) {
 	return &Ownership{fd: fd, text: text}, nil
 }
 
-// Descriptor is what a successor needs. It stays the Ownership's.
+// Descriptor returns the descriptor to pass to a successor. The Ownership keeps
+// it open.
 func (o *Ownership) Descriptor() int { return o.fd }
 
-// Answer tells whoever asks that this process is the owner.
+// Answer answers clients of the lock as the owner.
 func (o *Ownership) Answer() error {
-	// The kernel tells those who connect of the process that called listen last
+	// SO_PEERCRED of a client reports the process that called listen last
 	// (unix_listen).
 	if err := unix.Listen(o.fd, unix.SOMAXCONN); err != nil {
 		return fmt.Errorf("listening on %s: %w", ownerSocket, err)
@@ -130,19 +133,19 @@ func (o *Ownership) Answer() error {
 			if errors.Is(err, net.ErrClosed) {
 				return
 			}
-			if err != nil { // no descriptors, perhaps
+			if err != nil { // out of descriptors, for example
 				time.Sleep(100 * time.Millisecond)
 				continue
 			}
 			_ = conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-			_, _ = conn.Write(o.text) // it fits into the socket's buffer
+			_, _ = conn.Write(o.text) // fits in the socket's buffer
 			_ = conn.Close()
 		}
 	}()
 	return nil
 }
 
-// Pause stops answering: who asks waits for the successor, or for Answer.
+// Pause stops answering. Clients then wait for the successor, or for Answer.
 func (o *Ownership) Pause() {
 	if o.listener == nil {
 		return
@@ -152,14 +155,15 @@ func (o *Ownership) Pause() {
 	o.listener = nil
 }
 
-// Release gives up this process's share, and so the lock, unless a descriptor
-// was passed on.
+// Release closes this process's descriptor. That frees the lock, unless a
+// descriptor was passed on.
 func (o *Ownership) Release() {
 	o.Pause()
 	_ = unix.Close(o.fd)
 }
 
-// AwaitOwn is Own for a process that may come while another is just ending.
+// AwaitOwn retries Own for up to most, because a predecessor may be just
+// ending.
 func AwaitOwn(ctx context.Context, o Owner, most time.Duration) (*Ownership, error) {
 	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
@@ -176,8 +180,8 @@ func AwaitOwn(ctx context.Context, o Owner, most time.Duration) (*Ownership, err
 	}
 }
 
-// askOwner asks who holds the lock. Who it is the kernel says; what it does, it
-// says itself.
+// askOwner asks for the owner of the lock. The kernel provides the PID and
+// user, the owner itself the rest.
 func askOwner() (*OwnedError, error) {
 	conn, err := net.DialTimeout("unix", ownerSocket, time.Second)
 	if err != nil {
@@ -203,14 +207,15 @@ func askOwner() (*OwnedError, error) {
 	if json.NewDecoder(conn).Decode(&owned.By) != nil {
 		owned.By = Owner{}
 	}
-	if cred.Pid != 0 { // 0 is of a process that is not in our PID namespace
+	if cred.Pid != 0 { // 0: the process is in another PID namespace
 		owned.By.PID = int(cred.Pid)
 	}
 	return owned, nil
 }
 
-// OwnerHere returns the owner's process id if it is in this process's PID
-// namespace, else 0: of a container, whether its own daemon is the owner.
+// OwnerHere returns the owner's PID if it is in this process's PID namespace,
+// otherwise 0. In a container it thus tells whether the container's own daemon
+// is the owner.
 func OwnerHere() (pid int, err error) {
 	o, err := askOwner()
 	if err != nil {
@@ -222,9 +227,9 @@ func OwnerHere() (pid int, err error) {
 	return o.seen, nil
 }
 
-// MayConfigure says why this process cannot change the network of its
-// namespace, nil if it can. Nothing is changed: an interface that cannot exist
-// is deleted, and the kernel looks at the right before it looks for it
+// MayConfigure returns an error if this process may not configure the network
+// of its namespace. It changes nothing: it deletes an interface that cannot
+// exist, and the kernel checks the permission before the interface
 // (rtnetlink_rcv_msg).
 func MayConfigure() error {
 	none := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: 1<<31 - 1}}

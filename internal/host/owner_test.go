@@ -37,7 +37,7 @@ func TestU9OneOwnerPerNamespace(t *testing.T) {
 	})
 }
 
-// Of many at one moment, one is the owner.
+// If several start at once, exactly one becomes the owner.
 func TestP10ManyAtOnce(t *testing.T) {
 	n := node(t)
 	for range 20 {
@@ -61,7 +61,7 @@ func TestP10ManyAtOnce(t *testing.T) {
 	}
 }
 
-// Another program that has the socket is named by the kernel.
+// If another program has the socket, the kernel still tells its PID.
 func TestOwnerThatSaysNothing(t *testing.T) {
 	inside(t, node(t), func() error {
 		l, err := net.Listen("unix", "@culvert-owner")

@@ -12,22 +12,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Passed says whether packets have passed between this node and a peer since the
-// last look.
+// Passed reports whether packets have passed between this node and a peer since
+// the last look.
 type Passed struct {
 	Source
 	Sent, Received bool
 }
 
-// PassedWatch looks at what the kernel's vxlan devices have sent to peers, by the
-// age of their FDB entries, and have been let take, by the counters of the elements
-// of the peers' sets. It looks at the latter only if something was sent: on a node
-// with 5,000 peers a look takes some milliseconds.
+// PassedWatch observes the traffic of the kernel's vxlan devices per peer: what
+// was sent by the last use of FDB entries, and what was accepted by the
+// counters of the peers' set elements. It reads the counters only if something
+// was sent: with 5,000 peers a look takes some milliseconds.
 //
-// The kernel does not say whom its ipip device sends to.
+// The kernel does not report the destinations of its ipip device.
 type PassedWatch struct {
 	route, nft *netlink.Conn
-	used       map[netip.Addr]time.Time // when the FDB entry of an underlay address was used last
+	used       map[netip.Addr]time.Time // last use of an underlay address's FDB entry
 	counted    map[Source]uint64        // packets from a peer at the last look
 }
 
@@ -44,13 +44,12 @@ func WatchPassed() (*PassedWatch, error) {
 	return &PassedWatch{route: route, nft: nft}, nil
 }
 
-// Close closes the sockets.
 func (w *PassedWatch) Close() error { return errors.Join(w.route.Close(), w.nft.Close()) }
 
-// Look returns what has passed with each peer of the tunnels whose device is a
-// vxlan one. Where nothing was sent to anybody but this process's own requests, to
-// the underlay addresses in own, and nobody waits for an answer, what came is not
-// looked at.
+// Look returns what has passed with each peer of the vxlan tunnels. own are the
+// underlay addresses to which only this process's own requests were sent. If
+// nothing was sent to others and the caller is not waiting for a reply, Look
+// skips the counters and returns nil.
 func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bool) ([]Passed, error) {
 	used, err := w.lastUsed(tunnels)
 	if err != nil {
@@ -58,7 +57,7 @@ func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bo
 	}
 	sent := make(map[netip.Addr]bool)
 	for a, at := range used {
-		// An entry that is new has the time of its making.
+		// A new entry has its creation time.
 		before, known := w.used[a]
 		if known && at.Sub(before) > 200*time.Millisecond {
 			if !own[a] {
@@ -67,7 +66,7 @@ func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bo
 			continue
 		}
 		if known {
-			used[a] = before // the kernel's clock is coarse
+			used[a] = before // ignore the coarse clock's jitter
 		}
 	}
 	w.used = used
@@ -83,7 +82,7 @@ func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bo
 		for _, s := range t.Peers {
 			n, counts := counts[s]
 			if !counts {
-				continue // its set was made without counters
+				continue // the set was created without counters
 			}
 			_, device := used[s.Outer]
 			if !device {
@@ -97,7 +96,8 @@ func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bo
 	return all, nil
 }
 
-// lastUsed reads the FDBs: when each underlay address was sent to last.
+// lastUsed reads from the FDBs when a packet was last sent to each underlay
+// address.
 func (w *PassedWatch) lastUsed(tunnels []Tunnel) (map[netip.Addr]time.Time, error) {
 	all := make(map[netip.Addr]time.Time)
 	for _, t := range tunnels {
@@ -146,7 +146,7 @@ func (w *PassedWatch) lastUsed(tunnels []Tunnel) (map[netip.Addr]time.Time, erro
 	return all, nil
 }
 
-// linkIndex asks for a link by its name.
+// linkIndex looks up a link by name.
 func linkIndex(c *netlink.Conn, name string) (uint32, error) {
 	e := netlink.NewAttributeEncoder()
 	e.String(unix.IFLA_IFNAME, name)
@@ -163,12 +163,12 @@ func linkIndex(c *netlink.Conn, name string) (uint32, error) {
 	return binary.NativeEndian.Uint32(messages[0].Data[4:]), nil
 }
 
-// Count is what came from a peer.
+// Count is the traffic received from a peer.
 type Count struct{ Packets, Bytes uint64 }
 
-// ReceivedFrom returns what the kernel's tunnel devices have been let take from
-// each peer since its set was made: bytes of inner packets, and packets as the
-// input hook sees them, which may have been joined before.
+// ReceivedFrom returns what the rules accepted from each peer since its set was
+// created: bytes of inner packets, and packets as the input hook sees them,
+// which may have been coalesced (GRO).
 func ReceivedFrom(tunnels []Tunnel) (map[Source]Count, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -181,7 +181,8 @@ func ReceivedFrom(tunnels []Tunnel) (map[Source]Count, error) {
 	return all, errors.Join(err, c.Close())
 }
 
-// outerLen is what stands before the inner packet, as the input hook sees it.
+// outerLen is the length of the headers before the inner packet, as the input
+// hook counts them.
 func (t Tunnel) outerLen() uint64 {
 	n := uint64(20)
 	if !t.is4() {
@@ -193,7 +194,7 @@ func (t Tunnel) outerLen() uint64 {
 	return n
 }
 
-// counts reads how many packets have come from each peer.
+// counts returns the number of packets from each peer.
 func (w *PassedWatch) counts(tunnels []Tunnel) (map[Source]uint64, error) {
 	all := make(map[Source]uint64)
 	return all, eachCount(w.nft, tunnels, func(_ Tunnel, s Source, packets, _ uint64) { all[s] = packets })

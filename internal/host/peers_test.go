@@ -20,7 +20,7 @@ func source(outer, inner string) host.Source {
 	return host.Source{Outer: netip.MustParseAddr(outer), Inner: netip.MustParsePrefix(inner)}
 }
 
-// tunnels are one of each kind, on a node that is 192.0.2.1 and 2001:db8:1::1.
+// tunnels has one tunnel of each kind, on a node 192.0.2.1 and 2001:db8:1::1.
 func tunnels() map[string]host.Tunnel {
 	net4, net6 := netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")
 	sub4, sub6 := netip.MustParsePrefix("10.5.7.0/24"), netip.MustParsePrefix("fd00:5:0:7::/64")
@@ -43,8 +43,8 @@ func firewall(t host.Tunnel) host.State {
 	return host.State{Firewall: host.Firewall{Tunnels: []host.Tunnel{t}}}
 }
 
-// packet is what stands above the outer IP header: VXLAN, Ethernet, or neither,
-// and an inner IP header.
+// packet is the payload of the outer IP header: VXLAN and Ethernet headers, or
+// none for IPIP, and an inner IP header.
 func packet(t host.Tunnel, inner string) []byte {
 	from, to := netip.MustParseAddr(inner), t.Subnet.Addr().Next()
 	ip := make([]byte, 20)
@@ -66,7 +66,8 @@ func packet(t host.Tunnel, inner string) []byte {
 }
 
 // TestOnlyPairsArrive sends encapsulated packets to a node whose peers lease
-// subnets of several sizes: those of a pair arrive, the others are counted.
+// subnets of several sizes: those with a matching pair of sources arrive, the
+// others are counted.
 func TestOnlyPairsArrive(t *testing.T) {
 	l := labtest.New(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:1::/64")}})
 	for name, tunnel := range tunnels() {
@@ -90,7 +91,7 @@ func TestOnlyPairsArrive(t *testing.T) {
 			inside(t, l.Nodes[1], func() (err error) { out, err = net.Dial(network, at); return err })
 			defer func() { _ = out.Close() }()
 
-			// A packet of a pair follows each other one: they come in order.
+			// A valid packet follows each invalid one; they arrive in order.
 			buf := make([]byte, 2048)
 			arrives := func(inner string) {
 				t.Helper()
@@ -138,8 +139,8 @@ func TestOnlyPairsArrive(t *testing.T) {
 	}
 }
 
-// TestSetsFollow changes the peers: elements alone where the sizes of their
-// subnets stay, and otherwise the sets that are there are those of the sizes.
+// TestSetsFollow changes the peers: only elements change while the subnet sizes
+// stay the same; otherwise there is one set per size.
 func TestSetsFollow(t *testing.T) {
 	n := node(t)
 	tunnel := tunnels()["vxlan4"]
@@ -165,7 +166,7 @@ func TestSetsFollow(t *testing.T) {
 	}
 }
 
-// settled fails if there is anything left to change, or there are other sets.
+// settled checks that nothing is left to change, and which sets there are.
 func settled(t *testing.T, n *lab.Node, tunnel host.Tunnel, want string) {
 	t.Helper()
 	if again := apply(t, n, firewall(tunnel)); len(again) > 0 {
@@ -195,8 +196,8 @@ func settled(t *testing.T, n *lab.Node, tunnel host.Tunnel, want string) {
 	})
 }
 
-// TestOtherSets finds a table of an older version, with a set of ranges, then
-// such a set by the name of one of ours, then an element of nobody's.
+// TestOtherSets starts with an older version's table with an interval set, then
+// an interval set with the name of one of ours, then an unknown element.
 func TestOtherSets(t *testing.T) {
 	tunnel := tunnels()["vxlan4"]
 	tunnel.Peers = tunnel.Peers[:1]

@@ -9,11 +9,10 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// PodsIn counts the pods on this host that live in one of the subnets, as far
-// as the kernel shows them: the ports of each bridge that bears an address of a
-// subnet (the bridge plugin), and the routes to single addresses of one that
-// lead into a link (ptp and others). Pods that are attached past the host's
-// routes, as macvlan does, are not seen.
+// PodsIn counts this host's pods in the subnets, as far as the kernel shows
+// them: ports of bridges that have an address in a subnet (the bridge plugin),
+// and routes to single addresses that lead to a link (ptp and others). Pods
+// that bypass the host's routes, as with macvlan, are not counted.
 func PodsIn(subnets []netip.Prefix) (int, error) {
 	inside := func(a netip.Addr) bool {
 		return slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return s.Contains(a) })
@@ -30,7 +29,7 @@ func PodsIn(subnets []netip.Prefix) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("listing the routes: %w", err)
 	}
-	gateway := make(map[int]bool) // links that bear an address of the subnets
+	gateway := make(map[int]bool) // links with an address in the subnets
 	for _, a := range addrs {
 		if p, ok := prefixOf(a.IPNet); ok && inside(p.Addr()) {
 			gateway[a.LinkIndex] = true
@@ -50,9 +49,9 @@ func PodsIn(subnets []netip.Prefix) (int, error) {
 	return pods, nil
 }
 
-// StalePods returns the host ends of the pods that were made for another MTU:
-// the ports of the bridge that bears a gateway address. A bridge plugin gives
-// both ends the same.
+// StalePods describes the host ends of pods that were created with another MTU:
+// ports of a bridge with a gateway address. A bridge plugin gives both ends the
+// same MTU.
 func StalePods(gateways []netip.Prefix, mtu int) ([]string, error) {
 	addrs, err := Retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {

@@ -8,18 +8,19 @@ import (
 	"culvert/internal/api"
 )
 
-// Flaw is something about the host that is not as a plan wants it.
+// Flaw is a difference between the host and a plan, or an obstacle.
 type Flaw struct {
 	api.Warning
-	// Repairs are what a Keeper does about it; none if it is not culvert's to mend.
+	// Repairs are the changes a Keeper would make; none if culvert cannot fix
+	// it.
 	Repairs []Change
-	// Do carries out the Fix where that changes what is another program's; nil if
-	// it cannot be done from here.
+	// Do applies the Fix to another program's object; nil if that is not
+	// possible.
 	Do func() error
 }
 
-// Preview returns what a Keeper with this plan would find, and what it wants,
-// without changing anything: it reads, plans and compares, and does not write.
+// Preview returns what a Keeper with this plan would find, and the state that
+// it wants, without changing anything:
 //
 //	kernel ── read ── View ── Plan ── State ── diff ── steps ── Flaws
 func Preview(underlay int, p Plan) ([]Flaw, State, error) {
@@ -43,8 +44,9 @@ func Preview(underlay int, p Plan) ([]Flaw, State, error) {
 	return flaws, want, nil
 }
 
-// Mend makes the kernel equal to what the plan wants, once, as a Keeper does, and
-// returns what it changed. Its Followers are not called.
+// Mend makes the kernel equal to what the plan wants, once, as a Keeper does,
+// and returns what it changed. It leaves the fast path alone and calls no
+// Followers.
 func Mend(underlay int, p Plan) ([]Change, error) {
 	have, want, err := look(underlay, p)
 	if err != nil {
@@ -53,7 +55,7 @@ func Mend(underlay int, p Plan) ([]Change, error) {
 	return write(have, withoutFastPath(diff(have, want)))
 }
 
-// look reads the kernel for a plan.
+// look reads the kernel and runs the plan.
 func look(underlay int, p Plan) (have reading, want State, err error) {
 	others := &survey{}
 	if have, err = read(underlay, others); err != nil {
@@ -68,20 +70,20 @@ func look(underlay int, p Plan) (have reading, want State, err error) {
 	return have, want, err
 }
 
-// withoutFastPath leaves the fast path as it is: only its own process knows
-// whether it is wanted.
+// withoutFastPath removes the steps that concern the fast path: only the daemon
+// knows whether it is wanted.
 func withoutFastPath(steps []step) []step {
 	return slices.DeleteFunc(steps, func(s step) bool {
 		return s.Kind == KindFastPath || strings.HasPrefix(s.Command, "ip link del "+JoinNear) || strings.HasPrefix(s.Command, "ip link del "+JoinFar)
 	})
 }
 
-// settingFlaws turns steps into flaws: each kernel setting is one, since each
-// has an effect of its own; what else is culvert's is one for each kind.
+// settingFlaws turns steps into flaws: one per kernel setting, because each has
+// its own effect, and one per kind for the rest.
 func settingFlaws(steps []step) []Flaw {
 	var flaws []Flaw
 	byKind := make(map[Kind][]Change)
-	remade := make(map[string]bool) // devices that are to be made: what they lack is no news
+	remade := make(map[string]bool) // devices to be created: their settings are not reported
 	for _, s := range withoutFastPath(steps) {
 		switch {
 		case s.caution || s.Kind == KindForward:
@@ -112,7 +114,7 @@ func settingFlaws(steps []step) []Flaw {
 	return flaws
 }
 
-// someCommands are the first commands of changes.
+// someCommands returns the first commands of changes.
 func someCommands(changes []Change) string {
 	const most = 3
 	commands := Commands(changes)
@@ -122,8 +124,8 @@ func someCommands(changes []Change) string {
 	return fmt.Sprintf("%s; and %d more", strings.Join(commands[:most], "; "), len(commands)-most)
 }
 
-// settingFlaw says what a kernel setting does to packets. The setting is the one
-// of a step's command, in sysctl(8)'s spelling.
+// settingFlaw describes the effect of a kernel setting on packets. The setting
+// is that of the step's command, in sysctl(8) syntax.
 func settingFlaw(c Change) Flaw {
 	setting := strings.TrimPrefix(c.Command, "sysctl -w ")
 	key, want, _ := strings.Cut(setting, "=")
@@ -145,8 +147,8 @@ func settingFlaw(c Change) Flaw {
 	return Flaw{Warning: w, Repairs: []Change{c}}
 }
 
-// deviceFlaws names what is dangerous about a device rather than only missing: an
-// outer source that is not the published address, which no peer accepts.
+// deviceFlaws reports vxlan devices whose outer source is not the published
+// address, which peers do not accept.
 func deviceFlaws(have reading, want State) []Flaw {
 	var flaws []Flaw
 	for _, w := range want.Links {
@@ -165,8 +167,8 @@ func deviceFlaws(have reading, want State) []Flaw {
 	return flaws
 }
 
-// firewallFlaws are the chains of others that drop what must pass: those that an
-// accept of culvert's would mend, and those that it would not.
+// firewallFlaws returns other programs' drops: those that an accept of
+// culvert's would prevent, and those that it would not.
 func firewallFlaws(have reading, want State) []Flaw {
 	var flaws []Flaw
 	s := have.surroundings(want)
@@ -194,10 +196,10 @@ func firewallFlaws(have reading, want State) []Flaw {
 			}
 			flaws = append(flaws, Flaw{Warning: p.warning(f), Repairs: repairs})
 			named = true
-			break // each kind of packet is dropped by the same rule
+			break // the same rule drops the passage's other packets
 		}
 	}
-	if !named { // what is left over, or may be needed with the next rule
+	if !named { // superfluous, or needed only if another rule is added
 		flaws = append(flaws, Flaw{
 			Warning: api.Warning{Check: "host-" + string(KindForward), Text: "culvert's rules in other programs' chains are not where they are needed", Fix: someCommands(repairs)},
 			Repairs: repairs,
@@ -206,7 +208,7 @@ func firewallFlaws(have reading, want State) []Flaw {
 	return flaws
 }
 
-// missing says whether one of the passage's accepts is not at the spot.
+// missing reports whether one of the passage's accepts is not at the spot.
 func (s spot) missing(o otherRules, p passage) bool {
 	return slices.ContainsFunc(p.accepts, func(a accept) bool {
 		return !slices.ContainsFunc(o.ours, func(r ourRule) bool { return s.holds(r) && r.text == a.text })

@@ -9,32 +9,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// probe is a kind of packet that must get through other programs' firewalls: a
-// packet of which some bits are known, and the rest may be anything. A rule is
-// tried on it bit by bit (cell).
+// probe is a kind of packet that must pass other programs' firewalls: some of
+// its bits are known, the others may have any value. Rules are evaluated bit by
+// bit (cell).
 type probe struct {
-	what      string // for people
+	what      string // for messages
 	is4       bool
 	proto     byte
-	ip        field // the IP header
-	transport field // what follows it
+	ip        field // IP header
+	transport field // payload of the IP header
 	in, out   iface
-	stateNew  bool   // to conntrack it is the first of its connection
-	local     bool   // its destination is an address of this host
-	mark      uint32 // unless a rule sets it
-	// names is how many bits of an address, or of a port, a rule must give to be
-	// about this kind of packet rather than packets at large.
+	stateNew  bool   // conntrack sees the first packet of a connection
+	local     bool   // the destination is an address of this host
+	mark      uint32 // initial mark
+	// names is how many bits of an address or port a rule must match to be
+	// about this kind of packet specifically.
 	names int
 }
 
-// cell is a byte of which not all bits need to be known. A bit is known, or coarse
-// (it tells leases of the cluster network, or peers, apart), or dark (nobody
-// here can say what it is), or fine: any packet's own business, such as a port.
+// cell is a byte with partly known bits. A bit is known; or coarse (it
+// distinguishes leases of the cluster network, or peers); or dark (it cannot be
+// determined here); or fine (it varies by packet, such as a port).
 type cell struct{ val, known, coarse, dark byte }
 
 type field []cell
 
-// known returns a field of the given bytes.
+// known returns a field of known bytes.
 func known(b ...byte) field {
 	f := make(field, len(b))
 	for i, v := range b {
@@ -43,10 +43,10 @@ func known(b ...byte) field {
 	return f
 }
 
-// free returns n bytes that are each packet's own.
+// free returns n bytes that vary by packet.
 func free(n int) field { return make(field, n) }
 
-// dark returns n bytes that cannot be known here.
+// dark returns n bytes that cannot be determined.
 func dark(n int) field {
 	f := make(field, n)
 	for i := range f {
@@ -55,8 +55,8 @@ func dark(n int) field {
 	return f
 }
 
-// prefixField is an address within a prefix; the bits up to coarse tell its
-// parts apart.
+// prefixField returns an address within a prefix. The bits after the prefix are
+// coarse up to bit coarse, then fine.
 func prefixField(p netip.Prefix, coarse int) field {
 	a := p.Masked().Addr().AsSlice()
 	f := known(a...)
@@ -72,8 +72,8 @@ func prefixField(p netip.Prefix, coarse int) field {
 	return f
 }
 
-// newProbe returns a probe with its headers: of TCP the first packet of a
-// connection, of ICMP an echo request.
+// newProbe returns a probe with its headers: for TCP the first packet of a
+// connection, for ICMP an echo request.
 func newProbe(what string, proto byte, from, to field, ports [2]field) probe {
 	p := probe{what: what, is4: len(from) == 4, proto: proto, stateNew: true}
 	if p.is4 {
@@ -105,13 +105,13 @@ func newProbe(what string, proto byte, from, to field, ports [2]field) probe {
 	return p
 }
 
-// match says of how many of a probe's packets something is true.
+// match says for how many of a probe's packets something is true.
 type match int
 
 const (
 	none match = iota
-	few        // a part that somebody has picked: an address, a port
-	some       // nobody here can say, or a large part
+	few        // a specific part: one address, one port
+	some       // undetermined, or a large part
 	every
 )
 
@@ -125,7 +125,7 @@ func (m match) not() match {
 	return some
 }
 
-// equal compares with bytes.
+// equal compares the field with bytes.
 func (f field) equal(b []byte) match {
 	if len(b) > len(f) {
 		return some
@@ -146,7 +146,7 @@ func (f field) equal(b []byte) match {
 	return m
 }
 
-// and is f & mask ^ xor.
+// and returns f & mask ^ xor.
 func (f field) and(mask, xor []byte) field {
 	if len(mask) != len(f) || len(xor) != len(f) {
 		return dark(len(f))
@@ -159,7 +159,7 @@ func (f field) and(mask, xor []byte) field {
 	return out
 }
 
-// between compares with the numbers from lo to hi, in network order.
+// between compares the field with a range, inclusive, in network byte order.
 func (f field) between(lo, hi []byte) match {
 	if len(lo) > len(f) || len(lo) != len(hi) {
 		return some
@@ -179,7 +179,7 @@ func (f field) between(lo, hi []byte) match {
 	case bytes.Compare(lo, least) <= 0 && bytes.Compare(hi, most) >= 0:
 		return every
 	}
-	// A part: a large one is half of all there may be, or a whole lease.
+	// A part is large if it is half of all possible values, or a whole lease.
 	number := func(b []byte) *big.Int { return new(big.Int).SetBytes(b) }
 	if bytes.Compare(lo, least) < 0 {
 		lo = least
@@ -196,7 +196,7 @@ func (f field) between(lo, hi []byte) match {
 	return few
 }
 
-// name is a device's name as rules compare it.
+// field returns a device's name as rules compare it.
 func (d iface) field() field {
 	if d.name == "" {
 		return dark(unix.IFNAMSIZ)
@@ -206,7 +206,7 @@ func (d iface) field() field {
 	return known(b...)
 }
 
-// number is a device's index as rules compare it.
+// number returns a device's index as rules compare it.
 func (d iface) number() field {
 	if d.index == 0 {
 		return dark(4)
@@ -214,7 +214,7 @@ func (d iface) number() field {
 	return known(binaryutil.NativeEndian.PutUint32(uint32(d.index))...)
 }
 
-// iface is a device as far as it is known.
+// iface is a device; name or index may be unknown.
 type iface struct {
 	name  string
 	index int

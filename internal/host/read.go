@@ -9,25 +9,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// reading is what one look at the kernel found: what of it is culvert's, as a
+// reading is the result of one read of the kernel: culvert's objects as a
 // State, and what a plan depends on.
 type reading struct {
 	State
 	devices map[string]device // culvert's
-	indexes map[string]int    // of every device
+	indexes map[string]int    // of all devices
 	others  map[string]bool   // names of devices that are not culvert's
 	view    View
-	// settings holds the kernel settings that matter, by key; those that the
-	// kernel does not have are missing.
+	// settings are the relevant kernel settings by key, without those that the
+	// kernel lacks.
 	settings map[string]string
 	table    *table   // culvert's nftables table; nil if there is none
 	filters  []Filter // culvert's
 	// firewalls are other programs' rules.
 	firewalls otherRules
-	bearers   []bearer // the addresses of devices that are not culvert's
+	bearers   []bearer // addresses of devices that are not culvert's
 	foreign   []foreignRoute
-	// advertisers are links that take, or may take, router advertisements, of
-	// which advertisedBy, by index, have routes from there.
+	// advertisers are the links that may use router advertisements: the
+	// underlay, and those with routes from them (advertisedBy, by index).
 	advertisers  []string
 	advertisedBy map[int]bool
 }
@@ -38,22 +38,23 @@ type bearer struct {
 	addr netip.Prefix
 }
 
-// device is a device of culvert's as it is.
+// device is the actual state of a device of culvert's.
 type device struct {
 	index int
 	up    bool
-	owner string // a word about who made it: vxlan, ipip, tuntap
-	// plain says that a device of the kernel's has none of the options that
-	// culvert never sets.
+	owner string // what created it: vxlan, ipip, tuntap
+	// plain is set if a kernel device has none of the options that culvert
+	// never sets.
 	plain bool
 }
 
-// View is what a plan may know of the host: facts that are not culvert's.
+// View has the facts about the host that a plan may use and that are not
+// culvert's.
 type View struct {
-	// Underlay has the name and MTU that the link has now; no name says that it
-	// is gone. Which address to use is not for a plan to choose.
+	// Underlay has the link's current name and MTU; the name is empty if the
+	// link is gone. It has no addresses: a plan does not choose them.
 	Underlay Underlay
-	// NoFIB says that the kernel lacks nftables' fib expression.
+	// NoFIB is set if the kernel lacks nftables' fib expression.
 	NoFIB  bool
 	survey *survey
 }
@@ -63,11 +64,11 @@ type onLink struct {
 	metric int
 }
 
-// OnLink says whether an address is reached by the underlay's link without a
-// gateway between, by the most specific route.
+// OnLink reports whether the most specific route to an address leads to the
+// underlay's link without a gateway.
 func (v View) OnLink(a netip.Addr) bool { return v.survey != nil && v.survey.onLink(a) }
 
-// read looks at the kernel once. The underlay is the index of its interface, or 0.
+// read reads the kernel once. underlay is the interface index, or 0.
 func read(underlay int, others *survey) (reading, error) {
 	r := reading{
 		devices: make(map[string]device), indexes: make(map[string]int), others: make(map[string]bool),
@@ -102,8 +103,9 @@ func read(underlay int, others *survey) (reading, error) {
 		}
 		link, dev := linkOf(l, names)
 		for _, a := range addrs {
-			// IPv6 link-local addresses come by themselves; those of IPv4 (RFC 3927)
-			// are somebody's, such as a DHCP client's that found no server.
+			// The kernel adds IPv6 link-local addresses itself; IPv4 ones (RFC
+			// 3927) come from a program, such as a DHCP client that found no
+			// server.
 			if p, ok := prefixOf(a.IPNet); ok && a.LinkIndex == dev.index && (p.Addr().Is4() || !p.Addr().IsLinkLocalUnicast()) {
 				link.Addrs = append(link.Addrs, p)
 			}
@@ -126,7 +128,8 @@ func read(underlay int, others *survey) (reading, error) {
 	if err := r.readSettings(names); err != nil {
 		return r, err
 	}
-	// Once everywhere, since an earlier daemon may have had another underlay.
+	// On all links the first time: an earlier daemon may have had another
+	// underlay.
 	everywhere := underlay == 0 || !others.filters
 	others.filters = true
 	var bearing []netlink.Link
@@ -175,8 +178,8 @@ func linkOf(l netlink.Link, names map[int]string) (Link, device) {
 	return link, dev
 }
 
-// readPeers reads the neighbours and FDB entries of a vxlan device: the lasting
-// ones, since those that the kernel learned are its own business.
+// readPeers reads the permanent neighbours and FDB entries of a vxlan device;
+// it ignores those that the kernel learned.
 func (r *reading) readPeers(name string, index int) error {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		all, err := Retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, family) })
@@ -209,7 +212,7 @@ func (r *reading) readPeers(name string, index int) error {
 	return nil
 }
 
-// readRoutes reads our routes, and those that came with router advertisements.
+// readRoutes reads our routes and those from router advertisements.
 func (r *reading) readRoutes(names map[int]string) error {
 	ours, err := listRoutes(RouteProtocol, unix.AF_INET, unix.AF_INET6)
 	if err != nil {
@@ -237,5 +240,5 @@ func routeOf(r rawRoute, names map[int]string) Route {
 	return got
 }
 
-// ErrNoUnderlay says that the underlay's interface is not there.
+// ErrNoUnderlay means that the underlay's interface does not exist.
 var ErrNoUnderlay = errors.New("the underlay's interface is gone")

@@ -14,20 +14,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rawRoute is what is read of a route in the main table.
+// rawRoute is a decoded route of the main table.
 type rawRoute struct {
 	to          netip.Prefix
-	index       int // of its link
+	index       int // of the link
 	via, source netip.Addr
 	metric      int
 	kind, proto uint8
 	flags       uint32
-	hops        bool // it has several ways
-	other       bool // a gateway of the other family
+	hops        bool // multipath
+	other       bool // the gateway is of the other family (RTA_VIA)
 }
 
-// parseRoute reads an rtnetlink message (rtnetlink(7), struct rtmsg). It is false
-// of what is no route of the main table, such as a cached one.
+// parseRoute decodes an rtnetlink message (rtnetlink(7), struct rtmsg); false
+// if it is not a route of the main table, or is a cached one.
 func parseRoute(d []byte) (rawRoute, bool) {
 	if len(d) < unix.SizeofRtMsg || d[0] != unix.AF_INET && d[0] != unix.AF_INET6 {
 		return rawRoute{}, false
@@ -67,8 +67,8 @@ func parseRoute(d []byte) (rawRoute, bool) {
 }
 
 // dumpRoutes calls each with the main table's routes of a protocol, 0 for all.
-// The kernel picks them out (NETLINK_GET_STRICT_CHK, Linux 4.20); one that does
-// not sends all, which costs the more time.
+// The kernel filters them (NETLINK_GET_STRICT_CHK, Linux 4.20); older kernels
+// send all, which takes longer.
 func dumpRoutes(protocol uint8, each func(rawRoute), families ...uint8) error {
 	c, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
 	if err != nil {
@@ -86,7 +86,7 @@ func dumpRoutes(protocol uint8, each func(rawRoute), families ...uint8) error {
 		interrupted := false
 		for m, err := range c.ReceiveIter() {
 			if errors.Is(err, unix.ENOENT) {
-				break // the table of this family does not exist yet
+				break // the family's table does not exist yet
 			}
 			if err != nil {
 				return err
@@ -103,7 +103,7 @@ func dumpRoutes(protocol uint8, each func(rawRoute), families ...uint8) error {
 	return nil
 }
 
-// listRoutes is dumpRoutes as a list, repeated while it is interrupted.
+// listRoutes is dumpRoutes as a list. It retries interrupted dumps.
 func listRoutes(protocol uint8, families ...uint8) ([]rawRoute, error) {
 	all, err := Retry(func() ([]rawRoute, error) {
 		var all []rawRoute
@@ -116,36 +116,35 @@ func listRoutes(protocol uint8, families ...uint8) ([]rawRoute, error) {
 	return all, nil
 }
 
-// survey is what is known of other programs' routes. There may be very many: a
-// table of the Internet has a million. So they are not read at each look, but
-// when one is asked about, and again when one has changed that leads to what was
-// asked about.
+// survey caches what is known of other programs' routes. There may be a million
+// (a full Internet table), so they are not read at each reconciliation, but
+// when a plan first asks, and after a change that may concern what was asked.
 //
-//	notification ── is it about what was asked? ─┬─ no: nothing is done
-//	                                             └─ yes: read anew, at the next look
+//	notification ── concerns what was asked? ─┬─ no: ignore
+//	                                          └─ yes: read at the next reconciliation
 type survey struct {
-	filters bool // culvert's tc filters have been looked for on every link
+	filters bool // culvert's tc filters have been searched on every link
 
-	// What the watch says. changed is of any route, due of one that matters.
+	// Set by the watch: changed for any route, due for a relevant one.
 	changed, due atomic.Bool
 
-	underlay int            // index
-	names    map[int]string // of links
+	underlay int            // interface index
+	names    map[int]string // of links by index
 	read     bool
-	at       time.Time     // of the last reading
-	took     time.Duration // it
-	putOff   bool          // a reading is due, and was too soon
+	at       time.Time     // of the last read
+	took     time.Duration // duration of the last read
+	putOff   bool          // a read is due but was too soon
 	foreign  []foreignRoute
-	near     []netip.Prefix // the cluster networks that foreign is within
+	near     []netip.Prefix // the cluster networks that foreign is limited to
 	direct   map[netip.Prefix]onLink
-	lengths  map[int]bool // of the prefixes in direct, IPv6's plus 33
-	links    map[int]bool // that routes of either lead to
-	// asked are the addresses that a plan has asked about, asking those of the
-	// present one.
+	lengths  map[int]bool // prefix lengths in direct, those of IPv6 plus 33
+	links    map[int]bool // that routes in foreign or direct lead to
+	// asked are the addresses that plans have asked about, asking those of the
+	// current plan.
 	asked, asking map[netip.Addr]bool
 }
 
-// begin is called before a plan asks, and end after.
+// begin is called before a plan runs, end after it.
 func (s *survey) begin(names map[int]string, underlay int) {
 	s.read = s.read && s.underlay == underlay
 	s.names, s.underlay, s.asking = names, underlay, make(map[netip.Addr]bool)
@@ -160,11 +159,10 @@ func (s *survey) end() {
 	}
 }
 
-// surveyShare bounds the time that readings take: at most one in so many parts.
+// surveyShare limits reads to 1/surveyShare of the time.
 const surveyShare = 50
 
-// refresh reads the routes if that is due and not too soon; now says that there
-// is no using what was read before.
+// refresh reads the routes if that is due and not too soon; now forces it.
 func (s *survey) refresh(now bool) error {
 	if s.read && !now {
 		if !s.due.Load() {
@@ -224,7 +222,7 @@ func lengthKey(p netip.Prefix) int {
 	return 33 + p.Bits()
 }
 
-// within has foreign be of the cluster networks.
+// within limits foreign to the cluster networks.
 func (s *survey) within(networks []netip.Prefix) error {
 	if len(networks) == 0 {
 		s.foreign = nil
@@ -235,11 +233,11 @@ func (s *survey) within(networks []netip.Prefix) error {
 	return s.refresh(other)
 }
 
-// onLink says whether an address is on the underlay's link, by the most specific
-// route that is not ours.
+// onLink reports whether the most specific route to an address that is not ours
+// leads to the underlay's link without a gateway.
 func (s *survey) onLink(a netip.Addr) bool {
 	s.asking[a] = true
-	first := len(s.asked) == 0 // direct was not read yet
+	first := len(s.asked) == 0 // direct has not been read yet
 	if !s.asked[a] {
 		s.asked[a] = true
 		if s.changed.Load() {
@@ -261,7 +259,8 @@ func (s *survey) onLink(a netip.Addr) bool {
 	return false
 }
 
-// matters says whether a change of another's route is one that was asked about.
+// matters reports whether a change of another program's route concerns what was
+// asked.
 func (w *watched) matters(r rawRoute) bool {
 	if r.proto == unix.RTPROT_RA {
 		return true

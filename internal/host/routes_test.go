@@ -14,8 +14,8 @@ import (
 	"culvert/internal/host"
 )
 
-// A Keeper looks again at other programs' routes when one changes that leads to
-// what a plan asked about, and at no others.
+// A Keeper reads other programs' routes again only after a change that concerns
+// an address that the plan asked about.
 func TestD5OnlyRoutesThatMatter(t *testing.T) {
 	n := node(t)
 	var looks, onLink atomic.Int64
@@ -67,7 +67,7 @@ func TestD5OnlyRoutesThatMatter(t *testing.T) {
 			}
 		}
 	}
-	// Quiet first: the looks of the start are over.
+	// Wait until the initial reconciliations are over.
 	for last := int64(-1); looks.Load() != last; time.Sleep(400 * time.Millisecond) {
 		last = looks.Load()
 	}
@@ -77,7 +77,7 @@ func TestD5OnlyRoutesThatMatter(t *testing.T) {
 		route(netlink.RouteDel, "192.0.2.0/24", netlink.SCOPE_UNIVERSE)
 		time.Sleep(20 * time.Millisecond)
 	}
-	if more := looks.Load() - before; more > 1 { // the timer's
+	if more := looks.Load() - before; more > 1 { // a periodic one
 		t.Errorf("routes that lead to nothing of ours caused %d looks", more)
 	}
 	route(netlink.RouteAdd, "203.0.113.0/24", netlink.SCOPE_LINK)
@@ -86,7 +86,8 @@ func TestD5OnlyRoutesThatMatter(t *testing.T) {
 	sees(0, "a longer one by a gateway is not seen")
 	route(netlink.RouteDel, "203.0.113.0/28", netlink.SCOPE_UNIVERSE)
 	sees(1, "that it is gone is not seen")
-	// Routes by a link that goes down go without a word each.
+	// The kernel does not announce the removal of routes of a link that goes
+	// down.
 	inside(t, n, func() error {
 		l, err := netlink.LinkByName(n.Link)
 		if err != nil {

@@ -16,28 +16,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// set is a set of Sources whose inner prefixes are of one length. An element is
-// the outer source address and, from what stands at an offset above IP, the
-// inner one less its last bits. So a look-up is of one exact key: the kernel
-// keeps such a set as a hash table (nft_set_hash.c), where a set of ranges would
-// be compared field by field, 4 bits at a time (nft_set_pipapo.c).
+// set is an nftables set of Sources whose inner prefixes have the same length.
+// An element's key is the outer source address and the masked inner source,
+// loaded from an offset in the transport header. So a lookup is an exact match
+// in a hash table (nft_set_hash.c); an interval set would be compared by field,
+// 4 bits at a time (nft_set_pipapo.c).
 type set struct {
 	name     string
 	is4      bool
-	bits     int    // of the inner prefixes
-	offset   uint32 // of the inner source, bytes from the transport header
+	bits     int    // length of the inner prefixes
+	offset   uint32 // of the inner source, in bytes from the transport header
 	elements []Source
-	// foreign says that, of a set that was read, an element is none of ours.
+	// foreign is set if a set that was read has an element that is not ours.
 	foreign bool
-	// unlike says that a set that was read is not of the kind that add makes,
-	// such as one of ranges, whatever its name.
+	// unlike is set if a set that was read is not of the type that add creates,
+	// such as an interval set.
 	unlike bool
 }
 
-// nodesOnly, as a set's bits, says that its elements are outer addresses alone.
+// nodesOnly as bits means that the elements are outer addresses only.
 const nodesOnly = -2
 
-// setOf is a set that was read, less its elements.
+// setOf describes a set that was read, without its elements.
 func setOf(n *nftables.Set) set {
 	if strings.HasPrefix(n.Name, "nodes") {
 		s := set{name: n.Name, is4: n.KeyType.Bytes == 4, bits: nodesOnly}
@@ -54,8 +54,7 @@ func setOf(n *nftables.Set) set {
 	return s
 }
 
-// keyText is what the set holds, in the words of nft: of the two the second has
-// no name there.
+// keyText is the key in nft syntax. The second field has no name there.
 func (s set) keyText() string {
 	if s.bits == nodesOnly {
 		return family(s.is4) + " saddr"
@@ -63,8 +62,7 @@ func (s set) keyText() string {
 	return fmt.Sprintf("%s saddr . @th,%d,%d", family(s.is4), s.offset*8, s.width()*8)
 }
 
-// pair matches packets whose outer source and inner source are a pair of the
-// set.
+// pair matches packets whose outer and inner source are a pair in the set.
 func (s set) pair() rule {
 	n, second := s.width(), uint32(unix.NFT_REG32_01)
 	if !s.is4 {
@@ -82,8 +80,8 @@ func (s set) pair() rule {
 	return rule{text + " @" + s.name, append(exprs, &expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: s.name}), ""}
 }
 
-// holds matches packets of which an address (saddr or daddr) is in a set of
-// outer addresses, and lacks those of which it is not.
+// holds matches packets whose address (saddr or daddr) is in a set of outer
+// addresses, lacks those whose address is not.
 func (s set) holds(field string) rule { return s.lookup(field, false) }
 
 func (s set) lacks(field string) rule { return s.lookup(field, true) }
@@ -106,7 +104,7 @@ func (s set) width() uint32 {
 	return 16
 }
 
-// keyLen is the bytes of an element's key.
+// keyLen is the length of a key in bytes.
 func (s set) keyLen() uint32 {
 	if s.bits == nodesOnly {
 		return s.width()
@@ -114,13 +112,13 @@ func (s set) keyLen() uint32 {
 	return 2 * s.width()
 }
 
-// counts says whether each element counts the packets that match it: of the peers'
-// pairs, which shows who is heard (PassedWatch).
+// counts reports whether the elements count packets: those of peers do, for
+// PassedWatch.
 func (s set) counts() bool { return s.bits != nodesOnly }
 
 func (s set) nft() *nftables.Set { return &nftables.Set{Table: ourTable(), Name: s.name} }
 
-// addSteps make the set.
+// addStep returns the step that creates the set.
 func (s set) addStep() step {
 	return step{
 		Change: Change{KindNFTables, fmt.Sprintf("nft add set inet %s %s { typeof %s;%s }", TableName, s.name, s.keyText(), map[bool]string{true: " counter;"}[s.counts()])},
@@ -128,9 +126,9 @@ func (s set) addStep() step {
 	}
 }
 
-// add makes the set, and the table if there is none, in a transaction of its
-// own: google/nftables cannot say what nft needs in order to print the set in a
-// form that it can read again.
+// add creates the set, and the table if missing, in its own transaction:
+// google/nftables cannot set the user data that nft needs to print the set in a
+// form that it can read back.
 func (s set) add() error {
 	e := netlink.NewAttributeEncoder()
 	e.ByteOrder = binary.BigEndian
@@ -142,7 +140,7 @@ func (s set) add() error {
 	e.Uint32(unix.NFTA_SET_ID, 1)
 	e.Bytes(unix.NFTA_SET_USERDATA, s.typeof())
 	if s.counts() {
-		const setExpr = 17 // NFTA_SET_EXPR (Linux 5.7), which each element gets its own of; before, it is ignored
+		const setExpr = 17 // NFTA_SET_EXPR (Linux 5.7): one counter per element; older kernels ignore it
 		e.Nested(setExpr, func(e *netlink.AttributeEncoder) error {
 			e.String(unix.NFTA_EXPR_NAME, "counter")
 			e.Nested(unix.NFTA_EXPR_DATA, func(*netlink.AttributeEncoder) error { return nil })
@@ -166,7 +164,7 @@ func (s set) add() error {
 	defer func() { _ = c.Close() }()
 	const request = netlink.Request | netlink.Acknowledge | netlink.Create
 	nft := func(kind uint16) netlink.HeaderType { return netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8 | kind) }
-	batch := func(kind netlink.HeaderType) netlink.Message { // struct nfgenmsg, its res_id in network order
+	batch := func(kind netlink.HeaderType) netlink.Message { // struct nfgenmsg, res_id in network byte order
 		return netlink.Message{Header: netlink.Header{Type: kind, Flags: netlink.Request}, Data: []byte{0, 0, 0, unix.NFNL_SUBSYS_NFTABLES}}
 	}
 	inet := []byte{unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0}
@@ -186,8 +184,8 @@ func (s set) add() error {
 	return nil
 }
 
-// The numbers of nft's own types (datatype.h, TYPE_...): two in a concatenation,
-// of six bits each.
+// nft's type numbers (datatype.h, TYPE_...). A concatenation has six bits per
+// type.
 const (
 	nftInteger = 4
 	nftIPv4    = 7
@@ -206,9 +204,9 @@ func (s set) keyType() uint32 {
 	return nftIPv6<<6 | nftInteger
 }
 
-// typeof is the key as nft keeps it for itself, so that it can print the set in
-// a form that it can read again (nftables, expression.c, payload.c): a
-// concatenation of a named field and a nameless one.
+// typeof is the key's user data, which lets nft print the set in a form that it
+// can read back (nftables, expression.c, payload.c): a concatenation of a named
+// and a raw payload expression.
 func (s set) typeof() []byte {
 	const ( // expression.h, proto.h, payload.c
 		exprPayload, exprConcat = 7, 13
@@ -235,7 +233,7 @@ func (s set) typeof() []byte {
 		udata(keyTypeof, udata32(0, exprConcat), udata(1, udata(0, named), udata(1, nameless))))
 }
 
-// udata is one attribute of libnftnl's user data: type, length, bytes.
+// udata encodes an attribute of libnftnl's user data: type, length, value.
 func udata(kind byte, parts ...[]byte) []byte {
 	value := slices.Concat(parts...)
 	return append([]byte{kind, byte(len(value))}, value...)
@@ -245,7 +243,8 @@ func udata32(kind byte, v uint32) []byte {
 	return udata(kind, binaryutil.NativeEndian.PutUint32(v))
 }
 
-// diffElements compares the set's elements with those that are there.
+// diffElements returns the steps that change the elements of have into those of
+// s.
 func diffElements(s set, have set) []step {
 	var steps []step
 	n := s.nft()
@@ -313,8 +312,8 @@ func elements(all []Source) []nftables.SetElement {
 	return list
 }
 
-// sourceOf reads an element of a set for inner prefixes of so many bits; false
-// if it is none that elements makes.
+// sourceOf decodes an element of a set for inner prefixes of a length; false if
+// elements does not produce such a key.
 func sourceOf(e nftables.SetElement, bits int) (Source, bool) {
 	if bits == nodesOnly {
 		outer, ok := netip.AddrFromSlice(e.Key)

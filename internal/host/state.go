@@ -1,19 +1,20 @@
 // Package host makes the kernel of this host equal to a State: devices,
-// addresses, routes, neighbours, FDB entries, the nftables table. The state is
-// computed whole by whoever wants it, and one way leads from it to the kernel,
-// for the start, for an event, and for a repair:
+// addresses, routes, neighbours, FDB entries, nftables rules. It does not
+// decide what the State is: package daemon passes a Plan, and a Keeper holds
+// the last State and View. The start, events and repairs all take the same
+// path:
 //
 //	          Plan(View)           read          diff          write
 //	snapshot ────────────▶ State ────────┐
 //	                                     ├──▶ steps ──▶ netlink, in batches
 //	kernel   ────────────▶ reading ──────┘
 //
-// Plan and diff are pure; reading and writing are in a file each. Applying a
-// state twice writes nothing.
+// Plan and diff do no I/O. Applying a state twice writes nothing.
 //
-// What is culvert's can be told apart: links by their names, routes by their
-// protocol number, the table by its name, a rule in somebody's FORWARD chain by
-// its comment. Nothing else is touched.
+// culvert's objects are identifiable: links by name, routes by protocol number,
+// the table by name, rules in other programs' chains by comment. Of other
+// objects it changes only sysctls, and removes only the devices in Replaces and
+// the routes in Stale.
 package host
 
 import (
@@ -23,63 +24,63 @@ import (
 	"strings"
 )
 
-// RouteProtocol marks culvert's routes (see rtnetlink(7), rtm_protocol).
+// RouteProtocol marks culvert's routes (rtm_protocol in rtnetlink(7)).
 const RouteProtocol = 67
 
-// State is what culvert wants of the kernel. Its zero value wants nothing:
-// applying it removes everything that is culvert's.
+// State is what culvert wants in the kernel. Applying the zero value removes
+// everything that is culvert's, except sysctls.
 type State struct {
-	// Replaces names devices of other programs that go just before ours come,
-	// because the two cannot exist together.
+	// Replaces names devices of other programs to remove just before ours are
+	// created, because they conflict.
 	Replaces []string
 	// Subnets are this node's own.
 	Subnets []netip.Prefix
-	// Stale are routes of other programs that go.
+	// Stale are routes of other programs to remove.
 	Stale      []StaleRoute
 	Links      []Link
 	Routes     []Route
 	Neighbours []Neighbour
 	FDB        []FDBEntry
 	Firewall   Firewall
-	// FastPath says that tc filters of culvert's may stay on the links, and on the
-	// uplinks of the vxlan devices. A Follower attaches them.
+	// FastPath allows culvert's tc filters on the links and on the vxlan
+	// devices' uplinks. A Follower attaches them.
 	FastPath bool
 }
 
-// Link is a device of culvert's own, and what it should be. Where none
-// of VXLAN, IPIP and Veth is set it is a process's, such as a TUN device: it is set up
-// while it exists, and never made.
+// Link is the wanted state of a device of culvert's. If VXLAN, IPIP and Veth
+// are unset, a process creates it, such as a TUN device; host configures it but
+// never creates it.
 type Link struct {
 	Name  string
-	MTU   int            // bytes of an IP packet
-	Addrs []netip.Prefix // all that it bears, link-local ones apart
-	// GSOMaxSegs bounds the frames that the kernel hands to the device, in
-	// segments; 0 leaves it as it is.
+	MTU   int            // in bytes of an IP packet
+	Addrs []netip.Prefix // all addresses except IPv6 link-local ones
+	// GSOMaxSegs limits the GSO frames that the kernel passes to the device, in
+	// segments; 0 leaves the limit unchanged.
 	GSOMaxSegs int
 	VXLAN      *VXLAN
 	IPIP       *IPIP
-	// Veth is the other end, where the device is one of a pair: a Link too.
+	// Veth is the other end of a veth pair, which is a Link too.
 	Veth string
 }
 
-// VXLAN is how a kernel vxlan device is made (RFC 7348). What is not said is
-// off: rsc, proxy, l2miss, l3miss, vnifilter.
+// VXLAN is the configuration of a kernel vxlan device (RFC 7348). Other options
+// are off: rsc, proxy, l2miss, l3miss, vnifilter.
 type VXLAN struct {
 	MAC      MAC
 	VNI      uint32
 	Local    netip.Addr // outer source; its family is the outer one
-	Device   string     // the underlay's
+	Device   string     // the uplink
 	Port     uint16     // UDP
-	Learning bool       // of addresses from what arrives
-	GBP      bool       // group policy in the header
-	// NoChecksum leaves the outer UDP checksum zero, on the way out; either is
-	// taken on the way in.
+	Learning bool       // learn addresses from received packets
+	GBP      bool       // group policy extension
+	// NoChecksum sends a zero outer UDP checksum. Packets with and without one
+	// are received.
 	NoChecksum bool
 }
 
-// IPIP is how a kernel ipip device is made (RFC 2003). It has no remote end:
-// the route of each peer names it. Nor is it bound to a link, so that its
-// packets take the underlay's routes.
+// IPIP is the configuration of a kernel ipip device (RFC 2003). It has no
+// remote address, because each peer's route names it, and is not bound to a
+// link, so its packets follow the underlay's routes.
 type IPIP struct {
 	Local netip.Addr
 }
@@ -89,22 +90,23 @@ type MAC [6]byte
 
 func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
 
-// Route is a route to a prefix through a link, or, where Link is empty, the
-// word that the prefix is unreachable.
+// Route is a route to a prefix through a link, or an unreachable route if Link
+// is empty.
 type Route struct {
 	To   netip.Prefix
-	Via  netip.Addr // gateway, which may be the zero Addr
+	Via  netip.Addr // gateway; the zero Addr if none
 	Link string
-	// OnLink says that Via is on the link although no address of it says so.
+	// OnLink treats Via as directly reachable, whatever the addresses of the
+	// link.
 	OnLink bool
-	Source netip.Addr // of packets that this node sends itself
-	Metric int        // 0 is the kernel's default, which in IPv6 is 1024
+	Source netip.Addr // preferred source
+	Metric int        // 0 is the kernel's default, which for IPv6 is 1024
 }
 
-// UnreachableMetric is what gives way to every real route.
+// UnreachableMetric yields to every other route.
 const UnreachableMetric = 1<<32 - 2
 
-// normal is the route as the kernel would tell it back.
+// normal returns the route as the kernel reports it.
 func (r Route) normal() Route {
 	if r.Metric == 0 && !r.To.Addr().Is4() {
 		r.Metric = 1024 // IP6_RT_PRIO_USER
@@ -112,7 +114,7 @@ func (r Route) normal() Route {
 	return r
 }
 
-// String is the route as `ip route add` takes it.
+// String returns the route as the arguments of `ip route add`.
 func (r Route) String() string {
 	if r.Link == "" {
 		return fmt.Sprintf("unreachable %s proto %d metric %d", r.To, RouteProtocol, r.Metric)
@@ -134,7 +136,7 @@ func (r Route) String() string {
 	return s
 }
 
-// Neighbour says, for ever, which Ethernet address an IP address has.
+// Neighbour is a permanent neighbour entry.
 type Neighbour struct {
 	Link string
 	IP   netip.Addr
@@ -145,8 +147,8 @@ func (n Neighbour) String() string {
 	return fmt.Sprintf("%s lladdr %s nud permanent dev %s", n.IP, n.MAC, n.Link)
 }
 
-// FDBEntry says, for ever, to which underlay address frames for an Ethernet
-// address go.
+// FDBEntry is a permanent FDB entry: the underlay address for an Ethernet
+// address.
 type FDBEntry struct {
 	Link string
 	MAC  MAC
@@ -157,7 +159,7 @@ func (e FDBEntry) String() string {
 	return fmt.Sprintf("%s dev %s dst %s self permanent", e.MAC, e.Link, e.To)
 }
 
-// addCommand is how a person would make the device.
+// addCommand returns the shell command that creates the device.
 func (l Link) addCommand() string {
 	switch {
 	case l.VXLAN != nil:
@@ -191,14 +193,14 @@ func flag(on bool, name string) string {
 	return " no" + name
 }
 
-// The pair of veth whose far end joins the segments of bulk flows (GRO).
+// The veth pair whose far end coalesces the segments of bulk flows (GRO).
 const (
 	JoinNear = "cvt.join0"
 	JoinFar  = "cvt.join1"
 )
 
-// Ours says whether a device bears one of culvert's names: culvert0, cvt.<VNI>,
-// cvt6.<VNI>, cvt.ipip, cvt.join0, cvt.join1.
+// Ours reports whether a device has one of culvert's names: culvert0,
+// cvt.<VNI>, cvt6.<VNI>, cvt.ipip, cvt.join0, cvt.join1, cvt.probe.
 func Ours(device string) bool {
 	if device == "culvert0" || device == "cvt.ipip" || device == probeDevice || device == JoinNear || device == JoinFar {
 		return true

@@ -22,8 +22,8 @@ func node(t *testing.T, prefixes ...netip.Prefix) *lab.Node {
 	return labtest.New(t, lab.Options{Nodes: 1, Prefixes: prefixes}).Nodes[0]
 }
 
-// wanted is the state of a node of a dual-stack cluster. The device is one end
-// of a veth pair, since only the address, the routes and the table matter.
+// wanted is the state of a node in a dual-stack cluster. The device is one end
+// of a veth pair, because only addresses, routes and the table matter.
 func wanted() host.State {
 	net4, net6 := netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")
 	sub4, sub6 := netip.MustParsePrefix("10.5.7.0/24"), netip.MustParsePrefix("fd00:5:0:7::/64")
@@ -84,7 +84,7 @@ func apply(t *testing.T, n *lab.Node, s host.State) []string {
 }
 
 // TestApplyIsWhatAPersonWouldType compares the changes with a golden list of
-// commands, and sees that a second time nothing is changed.
+// commands. A second Apply must change nothing.
 func TestApplyIsWhatAPersonWouldType(t *testing.T) {
 	n := node(t)
 	addDevice(t, n)
@@ -101,8 +101,8 @@ func TestApplyIsWhatAPersonWouldType(t *testing.T) {
 	}
 }
 
-// TestApplyRepairs takes away or adds one thing at a time, and expects just
-// that to be mended.
+// TestApplyRepairs changes one thing at a time and expects exactly that to be
+// repaired.
 func TestApplyRepairs(t *testing.T) {
 	n := node(t)
 	addDevice(t, n)
@@ -157,8 +157,8 @@ func TestApplyRepairs(t *testing.T) {
 	}
 }
 
-// TestCleanupTakesOnlyWhatIsOurs applies the empty state beside a route that
-// somebody else made.
+// TestCleanupTakesOnlyWhatIsOurs applies the empty state and expects another
+// program's route to remain.
 func TestCleanupTakesOnlyWhatIsOurs(t *testing.T) {
 	n := node(t)
 	addDevice(t, n)
@@ -196,8 +196,7 @@ func TestCleanupTakesOnlyWhatIsOurs(t *testing.T) {
 	})
 }
 
-// TestNftShowsTheTable compares the table with what nft itself prints, where
-// nft is installed.
+// TestNftShowsTheTable compares the table with nft's output.
 func TestNftShowsTheTable(t *testing.T) {
 	nft, err := exec.LookPath("nft")
 	if err != nil {
@@ -233,7 +232,7 @@ func TestFindUnderlay(t *testing.T) {
 	cases := []struct {
 		name     string
 		selector host.UnderlaySelector
-		want     string // interface and addresses, or a part of the error
+		want     string // interface and addresses, or part of the error
 	}{
 		{"default route", host.UnderlaySelector{}, "eth0 [192.0.2.1 2001:db8:1::1]"},
 		{"name", host.UnderlaySelector{Interfaces: []string{"eth7", "eth0"}}, "eth0 [192.0.2.1 2001:db8:1::1]"},

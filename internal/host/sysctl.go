@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sysctl returns a kernel setting; key is a path below /proc/sys. A setting that
-// the kernel does not have is "".
+// sysctl returns a kernel setting, or "" if the kernel lacks it; key is a path
+// below /proc/sys.
 func sysctl(key string) string {
 	b, err := os.ReadFile("/proc/sys/" + key)
 	if err != nil {
@@ -25,10 +25,11 @@ func sysctl(key string) string {
 }
 
 // writableProcSys is where the Kubernetes manifests mount the host's
-// /proc/sys/net. In a container that is not privileged /proc/sys is read-only.
+// /proc/sys/net: in an unprivileged container /proc/sys is read-only.
 const writableProcSys = "/host/proc/sys/"
 
-// setSysctl writes a setting.
+// setSysctl writes a setting, through writableProcSys if /proc/sys is
+// read-only.
 func setSysctl(key, value string) error {
 	err := os.WriteFile("/proc/sys/"+key, []byte(value), 0)
 	if !errors.Is(err, unix.EROFS) && !errors.Is(err, fs.ErrPermission) {
@@ -43,11 +44,11 @@ func setSysctl(key, value string) error {
 // SetSysctl writes a kernel setting; key is a path below /proc/sys.
 func SetSysctl(key, value string) error { return setSysctl(key, value) }
 
-// Sysctl returns a kernel setting; one that the kernel does not have is "".
+// Sysctl returns a kernel setting, or "" if the kernel lacks it.
 func Sysctl(key string) string { return sysctl(key) }
 
 func sysctlCommand(key, value string) string {
-	// A dot within a name is a slash, and the other way round (sysctl(8)).
+	// sysctl(8) swaps dots and slashes.
 	return "sysctl -w " + strings.Map(func(r rune) rune {
 		switch r {
 		case '/':
@@ -59,8 +60,8 @@ func sysctlCommand(key, value string) string {
 	}, key) + "=" + value
 }
 
-// forwardingKey is the switch for packet forwarding. In IPv4, writing another
-// value to it sets each link's own, too, which is what counts.
+// forwardingKey is the forwarding switch of a family. For IPv4, changing it
+// also sets the value of each link, which is what the kernel checks.
 func forwardingKey(is4 bool) string {
 	if is4 {
 		return "net/ipv4/ip_forward"
@@ -68,28 +69,28 @@ func forwardingKey(is4 bool) string {
 	return "net/ipv6/conf/all/forwarding"
 }
 
-// setting is a kernel setting that a device of ours must have.
+// setting is a kernel setting that a device of ours needs.
 type setting struct {
 	key, value string
-	// caution says that packets pass without it, too.
+	// caution is set if packets pass without it.
 	caution bool
 }
 
-// deviceSettings are what a device of ours is set to before it goes up; have are
-// the settings as they are.
+// deviceSettings returns the settings of a device of ours, which are made
+// before it goes up; have are the present ones.
 //
-// Nobody on a tunnel device is found by link-local address, and nobody there
-// has routes to advertise: who sends them means harm.
+// No link-local addresses and no router advertisements: nothing on a tunnel
+// device uses them, so a sender would be malicious.
 //
-// An IPv4 packet is forwarded if the link that it comes in by forwards
-// (ip_route_input_slow in net/ipv4/route.c): a new link takes that from
-// conf/default. Where reverse paths are checked strictly, a peer's packet by the
-// tunnel is lost while the route to that peer is a direct one; of the link's value
-// and that for all the kernel takes the greater, and 2 is loose. A link without
-// IPv6 takes no IPv6 address.
+// forwarding: the kernel forwards an IPv4 packet if its input link forwards
+// (ip_route_input_slow in net/ipv4/route.c); a new link inherits that from
+// conf/default. rp_filter: with a strict check, a peer's packet through the
+// tunnel is dropped while the route to that peer is direct. The kernel uses the
+// maximum of the link's value and that of all, and 2 is loose. disable_ipv6:
+// with it, a link accepts no IPv6 address.
 func deviceSettings(l Link, have map[string]string) []setting {
 	v4, v6 := "net/ipv4/conf/"+l.Name+"/", "net/ipv6/conf/"+l.Name+"/"
-	all := []setting{{v6 + "addr_gen_mode", "1", true}, {v6 + "accept_ra", "0", true}} // 1: none
+	all := []setting{{v6 + "addr_gen_mode", "1", true}, {v6 + "accept_ra", "0", true}} // addr_gen_mode 1: none
 	var has4, has6 bool
 	for _, p := range l.Addrs {
 		has4, has6 = has4 || p.Addr().Is4(), has6 || p.Addr().Is6()
@@ -97,7 +98,7 @@ func deviceSettings(l Link, have map[string]string) []setting {
 	if has6 && have[v6+"disable_ipv6"] != "" {
 		all = append(all, setting{v6 + "disable_ipv6", "0", false})
 	}
-	if has4 && have[v4+"forwarding"] != "" && have[forwardingKey(true)] != "0" { // else it is turned on with all
+	if has4 && have[v4+"forwarding"] != "" && have[forwardingKey(true)] != "0" { // otherwise the global switch sets it
 		all = append(all, setting{v4 + "forwarding", "1", false})
 	}
 	if has4 && max(have["net/ipv4/conf/all/rp_filter"], have[v4+"rp_filter"]) == "1" {
@@ -106,14 +107,14 @@ func deviceSettings(l Link, have map[string]string) []setting {
 	return all
 }
 
-// deviceKeys are the settings of a link of ours in one family that are looked
-// at, less those that netconf has.
+// deviceKeys are the settings of a device that are read from /proc/sys; netconf
+// provides the others.
 func deviceKeys(link string) []string {
 	v6 := "net/ipv6/conf/" + link + "/"
 	return []string{v6 + "addr_gen_mode", v6 + "accept_ra", v6 + "disable_ipv6"}
 }
 
-// newDevice are the settings that a link has when it is made.
+// newDevice returns the settings that a new link would have.
 func (r reading) newDevice(link string) map[string]string {
 	made := map[string]string{}
 	for key, value := range r.settings {
@@ -125,21 +126,21 @@ func (r reading) newDevice(link string) map[string]string {
 		}
 	}
 	if r.settings[forwardingKey(true)] == "0" {
-		// It is turned on before any device is made, and with it the default.
+		// Forwarding, and its default, is enabled before any device is created.
 		made["net/ipv4/conf/"+link+"/forwarding"] = "1"
 	}
 	return made
 }
 
-// What a netconf message says (linux/netconf.h, NETCONFA_...), and the indexes
-// that are no link's.
+// Attributes of a netconf message (linux/netconf.h, NETCONFA_...), and the
+// indexes that are not links.
 const (
 	netconfIndex, netconfForwarding, netconfRPFilter = 1, 2, 3
 	netconfAll, netconfDefault                       = -1, -2
 )
 
-// readSettings reads the settings that matter of links by name, ours and others,
-// of which those in IPv4 are one question to the kernel.
+// readSettings reads the relevant settings of our links and others; IPv4's with
+// a single netconf dump.
 func (r *reading) readSettings(names map[int]string) error {
 	r.note(forwardingKey(true))
 	r.note(forwardingKey(false))
@@ -210,12 +211,12 @@ func (r *reading) readSettings(names map[int]string) error {
 	return nil
 }
 
-// acceptKey says whether a link takes router advertisements: 1 is only while
-// this host does not forward, 2 is always.
+// acceptKey is whether a link uses router advertisements: 1 only while this
+// host does not forward, 2 always.
 func acceptKey(link string) string { return "net/ipv6/conf/" + link + "/accept_ra" }
 
-// advertised are the links that have, or may have, what router advertisements
-// give: the underlay, and those with routes from there.
+// advertised returns the links that may use router advertisements: the
+// underlay, and those with routes from them.
 func (r reading) advertised(names map[int]string) []string {
 	all := make([]string, 0, 1+len(r.advertisedBy))
 	if r.view.Underlay.Name != "" {
@@ -230,10 +231,11 @@ func (r reading) advertised(names map[int]string) []string {
 	return all
 }
 
-// forwarding turns it on. It is never turned off: others may need it.
+// forwarding enables forwarding. It is never disabled, because others may need
+// it.
 //
-// In IPv6 the kernel then stops to take router advertisements, and forgets the
-// default routes that it has from them, unless accept_ra is 2 by then.
+// For IPv6 the kernel then ignores router advertisements and drops the default
+// routes from them, unless accept_ra is already 2.
 func (d *differ) forwarding(have reading, want State) {
 	for _, is4 := range []bool{true, false} {
 		if !slices.ContainsFunc(want.Routes, func(r Route) bool { return r.To.Addr().Is4() == is4 }) {
@@ -249,7 +251,7 @@ func (d *differ) forwarding(have reading, want State) {
 		}
 		d.before = append(d.before, have.setting(forwardingKey(is4), "1", "")...)
 		if !is4 || !on {
-			continue // with it, each link's own is turned on
+			continue // the global switch sets each link's
 		}
 		for _, name := range have.passing(want) {
 			d.before = append(d.before, have.setting("net/ipv4/conf/"+name+"/forwarding", "1", "")...)
@@ -257,12 +259,11 @@ func (d *differ) forwarding(have reading, want State) {
 	}
 }
 
-// lives says whether the link has routes from router advertisements.
+// lives reports whether the link has routes from router advertisements.
 func (r reading) lives(link string) bool { return r.advertisedBy[r.indexes[link]] }
 
-// passing are the links that are not ours and that packets to be forwarded come
-// in by: the underlay, which answers to pods come by, and what pods are attached
-// to.
+// passing returns the links of others on which packets to forward arrive: the
+// underlay, and those that pods are attached to.
 func (r reading) passing(want State) []string {
 	var all []string
 	if name := r.view.Underlay.Name; name != "" {

@@ -15,8 +15,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// worn is a node whose settings somebody has changed, with a keeper that plans a
-// datapath of both families for it.
+// worn is a node whose settings are changed by the test, with a Keeper and the
+// state of a dual-stack datapath.
 type worn struct {
 	*lab.Node
 	k    *host.Keeper
@@ -61,8 +61,8 @@ func (w worn) set(t *testing.T, key, value string) {
 	}
 }
 
-// TestF3F7SettingsOfOurDevices changes, before and after the device is made, what
-// keeps packets from being taken there.
+// TestF3F7SettingsOfOurDevices changes settings that block packets, before and
+// after the device is created.
 func TestF3F7SettingsOfOurDevices(t *testing.T) {
 	w := newWorn(t)
 	inside(t, w.Node, func() error {
@@ -99,7 +99,7 @@ func TestF3F7SettingsOfOurDevices(t *testing.T) {
 	}
 	w.set(t, "net/ipv4/ip_forward", "0")
 	w.apply(t)
-	right["net/ipv4/conf/default/forwarding"] = "1" // the kernel's doing
+	right["net/ipv4/conf/default/forwarding"] = "1" // set by the kernel
 	w.expect(t, right)
 	if got := w.k.Standing().Repairs[host.KindSysctl]; got != uint64(len(harm)+1) {
 		t.Errorf("one switch, and %d repairs", got-uint64(len(harm)))
@@ -117,8 +117,9 @@ func TestF3F7SettingsOfOurDevices(t *testing.T) {
 	})
 }
 
-// TestF4RouterAdvertisements turns forwarding on where the default route is a
-// router's advertisement: it stays, since accept_ra is 2 before.
+// TestF4RouterAdvertisements enables forwarding on a host whose default route
+// is from a router advertisement: the route stays, because accept_ra is set to
+// 2 first.
 func TestF4RouterAdvertisements(t *testing.T) {
 	for _, lives := range []bool{true, false} {
 		w := newWorn(t)
@@ -133,7 +134,8 @@ func TestF4RouterAdvertisements(t *testing.T) {
 			})
 		}
 		if !lives {
-			// Whoever forwards already takes no advertisements, and that may be meant.
+			// A host that forwards already ignores advertisements, perhaps
+			// intentionally.
 			w.set(t, "net/ipv6/conf/all/forwarding", "1")
 		} else {
 			inside(t, w.Node, add)
@@ -149,15 +151,15 @@ func TestF4RouterAdvertisements(t *testing.T) {
 			w.apply(t)
 			w.expect(t, map[string]string{"net/ipv6/conf/" + w.Link + "/accept_ra": "2"})
 		}
-		w.set(t, "net/ipv6/conf/"+w.Link+"/accept_ra", "0") // by a program that takes them itself
+		w.set(t, "net/ipv6/conf/"+w.Link+"/accept_ra", "0") // by a program that handles them itself
 		w.apply(t)
 		w.expect(t, map[string]string{"net/ipv6/conf/" + w.Link + "/accept_ra": "0"})
 	}
 }
 
-// TestF6ForeignRoutes has routes of other programs within the cluster network:
-// those that take packets from where they belong are named, and with a lease that
-// shows them to be stale, removed.
+// TestF6ForeignRoutes adds other programs' routes within the cluster network:
+// those that divert packets are reported, and removed if a lease shows that
+// they are stale.
 func TestF6ForeignRoutes(t *testing.T) {
 	w := newWorn(t)
 	w.want.Routes = append(w.want.Routes, host.Route{To: netip.MustParsePrefix("10.5.2.0/24"), Via: netip.MustParseAddr("10.5.2.0"), Link: "cvt.1", OnLink: true})
@@ -178,16 +180,16 @@ func TestF6ForeignRoutes(t *testing.T) {
 		gateway = " via " + peer.String() + " dev " + w.Link
 		for _, r := range []netlink.Route{
 			{Dst: ipnet("10.5.1.0/24"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                            // own subnet
-			{Dst: ipnet("10.5.1.128/25"), Type: unix.RTN_BLACKHOLE},                                                // a part of it
-			{Dst: ipnet("10.5.1.9/32"), LinkIndex: pod.Attrs().Index, Scope: netlink.SCOPE_LINK},                   // a pod of ptp
-			{Dst: ipnet("10.5.2.0/24"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index, Priority: 50},              // behind ours
-			{Dst: ipnet("10.5.2.64/26"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index, Priority: 50},             // before ours
+			{Dst: ipnet("10.5.1.128/25"), Type: unix.RTN_BLACKHOLE},                                                // part of it
+			{Dst: ipnet("10.5.1.9/32"), LinkIndex: pod.Attrs().Index, Scope: netlink.SCOPE_LINK},                   // a pod of the ptp plugin
+			{Dst: ipnet("10.5.2.0/24"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index, Priority: 50},              // less preferred than ours
+			{Dst: ipnet("10.5.2.64/26"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index, Priority: 50},             // more specific than ours
 			{Dst: ipnet("10.5.3.0/24"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                            // more specific than ours
-			{Dst: ipnet("10.5.9.5/32"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                            // a server where nobody leases
+			{Dst: ipnet("10.5.9.5/32"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                            // a server at an address that is not leased
 			{Dst: ipnet("10.6.0.0/16"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                            // elsewhere
 			{Dst: ipnet("10.0.0.0/8"), Gw: peer.AsSlice(), LinkIndex: l.Attrs().Index},                             // less specific
 			{Dst: ipnet("fd00:5:0:1::/64"), Gw: net.ParseIP("fe80::7"), LinkIndex: l.Attrs().Index, Priority: 100}, // own
-			{Dst: ipnet("fd00:5:0:9::/64"), Gw: net.ParseIP("fe80::7"), LinkIndex: l.Attrs().Index},                // another's
+			{Dst: ipnet("fd00:5:0:9::/64"), Gw: net.ParseIP("fe80::7"), LinkIndex: l.Attrs().Index},                // another node's
 			{Dst: ipnet("fd00:6::/48"), Gw: net.ParseIP("fe80::7"), LinkIndex: l.Attrs().Index, Priority: 10},      // elsewhere
 		} {
 			if err := netlink.RouteAdd(&r); err != nil {

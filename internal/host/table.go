@@ -12,9 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// table is culvert's nftables table, wanted or read. A line that was read has
-// its text only, which is kept in its comment: so a difference is seen without
-// decoding expressions.
+// table is culvert's nftables table, wanted or read. The text of a rule that
+// was read is its comment, so that rules are compared without decoding
+// expressions.
 type table struct {
 	sets   []set
 	chains []chain
@@ -25,7 +25,8 @@ type chain struct {
 	rules []rule
 }
 
-// texts are the lines of all chains; the order within a chain counts.
+// texts returns the rules of all chains, sorted by chain; order within a chain
+// matters.
 func (t *table) texts() []string {
 	var all []string
 	for _, c := range t.chains {
@@ -49,8 +50,9 @@ func (t *table) set(name string) (set, bool) {
 	return t.sets[i], true
 }
 
-// diffFirewall compares the tables. Where the lines differ all chains are
-// replaced, where only elements do, they are; either in one transaction.
+// diffFirewall compares the tables. If rules differ, all chains are replaced,
+// otherwise only elements are changed; either in one transaction, after new
+// sets have been created.
 func diffFirewall(have reading, want State) []step {
 	steps := diffTable(have.table, want.Firewall.table())
 	others, _ := diffOthers(have.firewalls, want.Firewall, have.surroundings(want))
@@ -69,8 +71,7 @@ func diffTable(have, want *table) []step {
 		add(func(c *nftables.Conn) error { c.DelTable(ourTable()); return nil }, "delete table inet %s", TableName)
 		return steps
 	case have != nil && slices.ContainsFunc(want.sets, have.mistakable):
-		// The kernel keeps a set's kind for as long as it lives, and its rules keep
-		// the set.
+		// A set's type cannot be changed, and rules refer to the set.
 		steps = append(steps, step{Change: Change{KindNFTables, "nft delete table inet " + TableName}, do: func(*writer) error { return deleteTable() }})
 		have = nil
 	}
@@ -113,14 +114,14 @@ func diffTable(have, want *table) []step {
 	return steps
 }
 
-// mistakable says whether the table holds a set by the name of a wanted one that
-// is of another kind. No version of culvert made such.
+// mistakable reports whether the table has a set with the name of a wanted one
+// but of another type. No version of culvert created such a set.
 func (t *table) mistakable(wanted set) bool {
 	s, there := t.set(wanted.name)
 	return there && (s.unlike || s.is4 != wanted.is4)
 }
 
-// deleteTable deletes the table in a transaction of its own.
+// deleteTable deletes the table in its own transaction.
 func deleteTable() error {
 	c, err := nftables.New()
 	if err != nil {
@@ -142,12 +143,12 @@ func (c chain) nft() (*nftables.Chain, string) {
 		return n, "type nat hook postrouting priority srcnat;"
 	case "input":
 		n.Hooknum = nftables.ChainHookInput
-	case "prerouting": // before any translation, of answers too
+	case "prerouting": // before NAT, also of replies
 		n.Hooknum, n.Priority = nftables.ChainHookPrerouting, nftables.ChainPriorityRaw
 		return n, "type filter hook prerouting priority raw;"
 	case "forward":
 		n.Hooknum = nftables.ChainHookForward
-	case "departed": // after any translation of the source
+	case "departed": // after source NAT
 		n.Hooknum, n.Priority = nftables.ChainHookPostrouting, nftables.ChainPriorityRef(300)
 		return n, "type filter hook postrouting priority 300;"
 	}
@@ -165,7 +166,7 @@ func (r *reading) readFirewall() error {
 	defer func() { _ = c.CloseLasting() }()
 	chains, err := c.ListChains()
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
-		return nil // a kernel without nftables: writing will say so
+		return nil // a kernel without nftables: writing returns the error
 	}
 	if err != nil {
 		return fmt.Errorf("listing the nftables chains: %w", err)
@@ -221,9 +222,8 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 	return t, nil
 }
 
-// label is what a line's comment says: the line without quotes, which nft does
-// not read in a comment, or where it is too long for one, its beginning and a
-// hash.
+// label is the comment of a rule: its text without quotes, which nft does not
+// accept in a comment; if it is too long, its beginning and a hash.
 func label(text string) string {
 	const most = 127
 	text = strings.ReplaceAll(text, `"`, "")
@@ -234,8 +234,8 @@ func label(text string) string {
 	return fmt.Sprintf("%s... %x", text[:most-4-16], sum[:8])
 }
 
-// comment encodes a rule's comment as nft does (NFTNL_UDATA_RULE_COMMENT), so
-// that `nft list ruleset` shows it.
+// comment encodes a rule's comment like nft (NFTNL_UDATA_RULE_COMMENT), so that
+// `nft list ruleset` shows it.
 func comment(text string) []byte {
 	return append([]byte{0, byte(len(text) + 1)}, append([]byte(text), 0)...)
 }

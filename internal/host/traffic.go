@@ -6,14 +6,14 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Traffic is what a device has carried.
+// Traffic counts what a device has sent and received.
 type Traffic struct {
 	SentPackets, SentBytes         uint64
 	ReceivedPackets, ReceivedBytes uint64
 }
 
-// DeviceTraffic returns what the devices carried together since they were made.
-// A device that is not there has carried nothing.
+// DeviceTraffic returns the sum of the devices' counters since their creation.
+// A missing device counts as zero.
 func DeviceTraffic(names ...string) Traffic {
 	var t Traffic
 	for _, name := range names {
@@ -30,9 +30,9 @@ func DeviceTraffic(names ...string) Traffic {
 	return t
 }
 
-// Drops returns how many packets culvert's nftables rules have dropped, by
-// reason. They count from the making of the chains: a peer with a subnet of a
-// size that no other has replaces them.
+// Drops returns the number of packets dropped by culvert's nftables rules, by
+// reason. The counters restart when the chains are replaced, as when a peer has
+// a subnet of a new size.
 func Drops(f Firewall) map[string]uint64 {
 	t := f.table()
 	if t == nil {

@@ -12,23 +12,21 @@ import (
 	"time"
 )
 
-// Underlay is the interface that tunnel packets leave and enter by.
+// Underlay is the interface that sends and receives tunnel packets.
 type Underlay struct {
 	Name  string
 	Index int
-	MTU   int // bytes of an IP packet
-	// Addrs holds the address to use of each family, IPv4 first; at most one
-	// per family. It may be private, behind an address translation: what other
-	// nodes send to is the leased public address. A loopback or dummy interface
-	// may bear it.
+	MTU   int // in bytes of an IP packet
+	// Addrs has at most one address per family, IPv4 first. An address may be
+	// private, behind NAT: other nodes send to the leased public address. It
+	// may be on a loopback or dummy interface.
 	Addrs []netip.Addr
 	// Networks are the prefixes of the usable addresses on the link.
 	Networks []netip.Prefix
-	// Why says how the interface was chosen.
+	// Why explains the choice.
 	Why string
-	// Former are addresses that were in use before one of Addrs, a virtual
-	// address, had to be taken for want of another: when the host bears one
-	// again, it is preferred.
+	// Former are addresses that were in use before the node had to use a
+	// virtual address in Addrs. If the host has one again, it is preferred.
 	Former []netip.Addr
 }
 
@@ -44,31 +42,29 @@ func ofFamily(addrs []netip.Addr, is4 bool) netip.Addr {
 	return netip.Addr{}
 }
 
-// UnderlaySelector is what the operator says of the underlay. Of its first
-// three fields the first that is set decides; with none, the addresses in use
-// do, then the default route.
+// UnderlaySelector is the operator's choice of the underlay. The first of
+// Interfaces, Regexes and CanReach that is set decides. If none is, see Choose.
 type UnderlaySelector struct {
 	Interfaces []string     // names or addresses, in order of preference
 	Regexes    []string     // matched against names, then addresses, in order
-	CanReach   netip.Addr   // the interface that the route to it leaves by
-	PublicIPs  []netip.Addr // an interface that bears one is preferred to the default route's
+	CanReach   netip.Addr   // selects the interface of the route to it
+	PublicIPs  []netip.Addr // an interface with one is preferred to the default route's
 }
 
-// Known is what the choice of the underlay goes by besides the operator's word.
+// Known is further input to the choice of the underlay.
 type Known struct {
-	// IPv4 and IPv6 are the families that the underlay must have. With neither,
-	// one of any family is enough.
+	// IPv4 and IPv6 are the required families. If neither is set, an address of
+	// any family suffices.
 	IPv4, IPv6 bool
-	// Held are the addresses that this node last used, and Former those of
-	// Underlay.Former.
+	// Held are the addresses last in use, Former those of Underlay.Former.
 	Held, Former []netip.Addr
-	// Leased are the addresses that the store has for this node. A virtual one
-	// among them is not preferred, since nothing says whether it was a choice.
+	// Leased are the node's addresses in the store. A virtual one among them is
+	// not preferred, because it may not have been chosen intentionally.
 	Leased []netip.Addr
-	// Pods are the subnets of this node's pods, now and formerly, and Bridges the
-	// names that its CNI records know: what bears the gateway's address of the
-	// former, has one of the latter, or is attached to such a bridge, is the
-	// pods' and no underlay.
+	// Pods are the present and former subnets of this node's pods, and Bridges
+	// the names in its CNI records. Links with the gateway address of such a
+	// subnet, with such a name, or attached to such a bridge belong to pods and
+	// cannot be the underlay.
 	Pods    []netip.Prefix
 	Bridges []string
 }
@@ -83,8 +79,8 @@ func (k Known) families() []bool {
 	return nil
 }
 
-// FindUnderlay reads the host's facts and chooses. IPv6 addresses that the
-// kernel still checks for duplicates are waited for, a few seconds at most.
+// FindUnderlay reads the facts and chooses. If that fails while duplicate
+// address detection is running, it retries for up to tentativeWait.
 func FindUnderlay(s UnderlaySelector, k Known) (Underlay, error) {
 	for end := time.Now().Add(tentativeWait); ; time.Sleep(tentativeWait / 20) {
 		f, err := ReadFacts()
@@ -101,12 +97,13 @@ func FindUnderlay(s UnderlaySelector, k Known) (Underlay, error) {
 
 const tentativeWait = 4 * time.Second
 
-// Choose chooses the underlay, purely. The candidates are all links but our own
-// devices and the pods'. The operator's word comes first: of a list or a
-// pattern, the first match that has an address of each needed family. Then a
-// link that bears the address in use, then one that bears the leased one, then
-// the default route with the lowest metric. The error names what was looked
-// for, why it was not taken, and the interfaces that there are.
+// Choose chooses the underlay. It does no I/O. Candidates are all links except
+// culvert's and the pods'. If the operator gives a list or patterns, the first
+// match with an address of each required family is used. Otherwise the link
+// with, in this order: a public address that the operator gave, a former
+// address, the address in use, the leased one; then the default route with the
+// lowest metric. The error says what was tried, why it was refused, and which
+// interfaces there are.
 func Choose(f Facts, s UnderlaySelector, k Known) (Underlay, error) {
 	c := chooser{facts: f, known: k, pods: f.podLinks(k)}
 	u, err := c.choose(s)
@@ -119,12 +116,12 @@ func Choose(f Facts, s UnderlaySelector, k Known) (Underlay, error) {
 	return u, nil
 }
 
-// chooser is one choice on its way.
+// chooser is the state of one choice.
 type chooser struct {
 	facts   Facts
 	known   Known
 	pods    map[int]bool
-	refused []string // candidates that were not taken, and why
+	refused []string // refused candidates and reasons
 }
 
 func (c *chooser) choose(s UnderlaySelector) (Underlay, error) {
@@ -195,15 +192,15 @@ func (c *chooser) choose(s UnderlaySelector) (Underlay, error) {
 	return Underlay{}, errors.New("there is no default route: name the interface with --iface")
 }
 
-// candidate says whether a link may be the underlay: packets leave by it, and
-// it is neither ours nor the pods'.
+// candidate reports whether a link may be the underlay: packets leave by it,
+// and it is neither culvert's nor the pods'.
 func (c *chooser) candidate(index int) bool {
 	l, ok := c.facts.link(index)
 	return ok && !l.Local && !OwnDevice(l.Name) && !c.pods[index]
 }
 
-// named finds a candidate by its name, or by an address, which is then the one
-// to use.
+// named returns the candidate with a name or an address; that address is then
+// used.
 func (c *chooser) named(want, why string) (Underlay, bool) {
 	for _, l := range c.facts.Links {
 		if l.Name == want {
@@ -234,7 +231,7 @@ func (c *chooser) matching(re *regexp.Regexp, why string) (Underlay, bool) {
 	return Underlay{}, false
 }
 
-// bearing finds the candidate that bears an address, and uses that address.
+// bearing returns the candidate that has an address, and uses that address.
 func (c *chooser) bearing(a netip.Addr, why string) (Underlay, bool) {
 	for _, index := range c.facts.bearers(a) {
 		l, _ := c.facts.link(index)
@@ -245,8 +242,8 @@ func (c *chooser) bearing(a netip.Addr, why string) (Underlay, bool) {
 	return Underlay{}, false
 }
 
-// use takes a link, or, where no packet leaves by it, the one that the default
-// route of the address that it bears leaves by.
+// use returns a link as the underlay. For a loopback or dummy interface it
+// returns the link of the default route, with the address of that interface.
 func (c *chooser) use(l LinkFact, why string, pinned netip.Addr) (Underlay, bool) {
 	if !l.Local {
 		if !c.candidate(l.Index) {
@@ -273,8 +270,9 @@ func (c *chooser) use(l LinkFact, why string, pinned netip.Addr) (Underlay, bool
 	return Underlay{}, false
 }
 
-// fit makes a link the underlay, with the best address of each family; pinned,
-// if valid, is the one of its family. It fails if a needed family has none.
+// fit returns a link as the underlay, with the best address of each family;
+// pinned, if valid, is used for its family. It fails if a required family has
+// no address.
 func (c *chooser) fit(index int, why string, pinned netip.Addr) (Underlay, bool) {
 	l, _ := c.facts.link(index)
 	u := Underlay{Name: l.Name, Index: index, MTU: l.MTU, Why: why}
@@ -317,9 +315,9 @@ func (c *chooser) fit(index int, why string, pinned netip.Addr) (Underlay, bool)
 	return u, true
 }
 
-// source is what the default route by a link says that packets leave with: its
-// preferred source, or, where the link bears no address, what the loopback
-// interface bears, as the kernel chooses it.
+// source returns the source address of packets by the link's default route: its
+// preferred source or, if the link has no address, that of a loopback
+// interface, as in the kernel.
 func (c *chooser) source(index int, is4 bool) netip.Addr {
 	for _, r := range c.facts.defaults(is4) {
 		switch {
@@ -337,10 +335,10 @@ func (c *chooser) source(index int, is4 bool) netip.Addr {
 	return netip.Addr{}
 }
 
-// address returns the best address of a family on a link, or what the default
-// route says. In this order: a former one, the one in use, the leased one unless
-// it is virtual, the route's; then one that is not virtual, not link-local, for
-// IPv6 not dynamic, in the gateway's network, the oldest.
+// address returns the best address of a family on a link, or byRoute. The order
+// of preference: a former address, the one in use, the leased one unless
+// virtual, byRoute; then not virtual, not link-local, for IPv6 not dynamic, in
+// the gateway's network, the oldest.
 func (c *chooser) address(index int, is4 bool, byRoute netip.Addr) netip.Addr {
 	var gateways []netip.Addr
 	for _, r := range c.facts.defaults(is4) {
@@ -380,20 +378,20 @@ func (c *chooser) address(index int, is4 bool, byRoute netip.Addr) netip.Addr {
 	return slices.MinFunc(all, func(a, b choice) int { return cmp.Compare(a.rank, b.rank) }).addr
 }
 
-// usable says whether an address may be chosen at all.
+// usable reports whether an address may be chosen.
 func (a AddrFact) usable() bool {
 	addr := a.Prefix.Addr()
 	return a.Global && !a.Tentative && !a.Deprecated && !a.Temporary && !addr.IsLoopback() && !(addr.Is6() && addr.IsLinkLocalUnicast())
 }
 
-// single says whether an address is alone in its prefix, as virtual addresses
-// are.
+// single reports whether an address has a full-length prefix, as virtual
+// addresses do.
 func (c *chooser) single(a netip.Addr) bool {
 	return slices.ContainsFunc(c.facts.Addrs, func(x AddrFact) bool { return x.Prefix.Addr() == a && x.Prefix.IsSingleIP() })
 }
 
-// virtual says whether an address is a single one beside another of its family
-// on its link: as VRRP and its like add one.
+// virtual reports whether an address has a full-length prefix and its link has
+// another address of the family, as with VRRP.
 func (c *chooser) virtual(a netip.Addr) bool {
 	return slices.ContainsFunc(c.facts.Addrs, func(x AddrFact) bool {
 		return x.Prefix.Addr() == a && x.Prefix.IsSingleIP() && slices.ContainsFunc(c.facts.Addrs, func(y AddrFact) bool {
@@ -402,13 +400,13 @@ func (c *chooser) virtual(a netip.Addr) bool {
 	})
 }
 
-// OwnDevice says whether a link is one of culvert's, the helper of the userspace
-// datapath included.
+// OwnDevice reports whether a link is culvert's, including the helper device of
+// the userspace datapath.
 func OwnDevice(name string) bool { return Ours(name) || name == "culvert0s" }
 
-// podLinks returns the links of this node's pods: each bridge that bears the
-// gateway's address of a subnet of theirs, or that the CNI records name, its
-// ports, and the links that a route to a single pod leads into.
+// podLinks returns the links of this node's pods: bridges with the gateway
+// address of a pod subnet or named in the CNI records, their ports, and links
+// that routes to single pods lead to.
 func (f Facts) podLinks(k Known) map[int]bool {
 	pods := make(map[int]bool)
 	for _, a := range f.Addrs {
@@ -437,8 +435,7 @@ func (f Facts) podLinks(k Known) map[int]bool {
 	return pods
 }
 
-// describe lists the interfaces for an error. Ours and the pods' would only
-// lead astray.
+// describe lists the interfaces for an error, without culvert's and the pods'.
 func (c *chooser) describe() string {
 	var words []string
 	for _, l := range c.facts.Links {
@@ -470,7 +467,7 @@ func familyName(is4 bool) string {
 	return "IPv6"
 }
 
-// prefixOf converts an address with its prefix length, host bits kept.
+// prefixOf converts an address with its prefix length; host bits are kept.
 func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
 	if n == nil {
 		return netip.Prefix{}, false
@@ -483,7 +480,7 @@ func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
 	return netip.PrefixFrom(a.Unmap(), bits), true
 }
 
-// IPNet converts a prefix to the form that netlink takes.
+// IPNet converts a prefix for netlink.
 func IPNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }

@@ -9,7 +9,7 @@ import (
 	"culvert/internal/host"
 )
 
-// facts reads a host from a few lines, as `ip` shows it:
+// facts parses a host's facts from lines similar to the output of `ip`:
 //
 //	link 2 eth0 [mtu 9000] [master 5] [local]
 //	addr eth0 192.168.50.11/24 [deprecated] [temporary] [tentative] [dynamic]
@@ -95,7 +95,7 @@ func addrs(t *testing.T, text string) (all []netip.Addr) {
 	return all
 }
 
-// TestChoose chooses the underlay of hosts as they are found.
+// TestChoose chooses the underlay on typical hosts.
 func TestChoose(t *testing.T) {
 	dual := host.Known{IPv4: true, IPv6: true}
 	pods := host.Known{Pods: []netip.Prefix{netip.MustParsePrefix("10.5.72.0/24")}}
@@ -104,11 +104,11 @@ func TestChoose(t *testing.T) {
 		host     string
 		selector host.UnderlaySelector
 		known    host.Known
-		want     string // interface, addresses and former ones; or a part of the error
+		want     string // interface, addresses and former ones; or part of the error
 	}{
 		{"a plain host", plainHost, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.50.11] []"},
 
-		// Our own devices and the pods' are none.
+		// culvert's devices and the pods' are not candidates.
 		{"a default route on our own device", plainHost + `
 			link 7 cvt.1
 			addr cvt.1 169.254.77.7/16
@@ -203,7 +203,7 @@ func TestChoose(t *testing.T) {
 			addr eth1 10.0.0.5/24
 			route 10.0.0.0/24 dev eth1`, host.UnderlaySelector{CanReach: netip.MustParseAddr("10.0.0.77")}, host.Known{}, "eth1 [10.0.0.5] []"},
 
-		// Addresses on lo.
+		// Addresses on loopback interfaces.
 		{"the route's source is on lo", `
 			link 1 lo local
 			link 2 eth0
@@ -256,7 +256,7 @@ func TestChoose(t *testing.T) {
 			addr eth0 fd00:50::200/128
 			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.Known{IPv6: true}, "eth0 [fd00:50::4] []"},
 
-		// What is in use stays.
+		// Addresses in use are kept.
 		{"the address in use, whatever the default route", plainHost + `
 			link 4 wg0
 			addr wg0 10.99.0.2/24
@@ -325,7 +325,7 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-// TestHold compares an underlay in use with what the host has become.
+// TestHold compares an underlay in use with changed hosts.
 func TestHold(t *testing.T) {
 	at := host.Underlay{Name: "eth0", Index: 2, MTU: 1500, Addrs: addrs(t, "192.168.50.11")}
 	for _, c := range []struct {

@@ -10,14 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Rules are the nftables and iptables rules of this host, culvert's accepts in
-// others' chains among them, culvert's own table not.
+// Rules are this host's nftables and iptables rules, including culvert's
+// accepts in other programs' chains, but not culvert's table.
 type Rules struct {
 	set     ruleset
-	indexes map[string]int // of links
+	indexes map[string]int // of links by name
 }
 
-// ReadRules reads the rules, changing nothing.
+// ReadRules reads the rules. It changes nothing.
 func ReadRules() (Rules, error) {
 	r := Rules{indexes: make(map[string]int)}
 	links, err := net.Interfaces()
@@ -41,14 +41,14 @@ func ReadRules() (Rules, error) {
 	return r, err
 }
 
-// Packet is one packet, as far as rules look at it.
+// Packet has the properties of a packet that rules can match.
 type Packet struct {
 	From, To netip.Addr
 	Proto    byte
-	Port     uint16 // destination of TCP and UDP; 0 is any
-	In, Out  string // links; empty where there is none yet
-	ToHost   bool   // its destination is this host
-	Answer   bool   // to conntrack its connection is established
+	Port     uint16 // destination port of TCP and UDP; 0 matches any
+	In, Out  string // links; empty if not determined at the hook
+	ToHost   bool   // the destination is this host
+	Answer   bool   // the packet belongs to an established connection
 }
 
 func (p Packet) String() string {
@@ -60,10 +60,10 @@ func (p Packet) String() string {
 	return fmt.Sprintf("%s packets from %s to %s%s", text, p.From, p.To, port)
 }
 
-// Hook is a place where the kernel calls chains.
+// Hook is a netfilter hook.
 type Hook string
 
-// The hooks, in nftables' words.
+// The hooks, named as in nftables.
 const (
 	Prerouting  Hook = "prerouting"
 	Input       Hook = "input"
@@ -81,14 +81,14 @@ var hooks = map[Hook]*nftables.ChainHook{
 type Verdict struct {
 	Chain string // such as "iptables, table filter, chain FORWARD"
 	Drops bool
-	// Certain says that all matches on the way to the rule could be read.
+	// Certain is set if all matches on the path to the rule could be evaluated.
 	Certain bool
 	Rule    string // the rule that drops, with its handle
 	Fix     string
 }
 
-// Walk walks the chains at a hook with a packet, purely, and returns what each
-// that sees it does.
+// Walk evaluates the base chains at a hook for a packet and returns the verdict
+// of each that sees it. It does no I/O.
 func (r Rules) Walk(at Hook, p Packet) []Verdict {
 	hook := hooks[at]
 	ports := [2]field{free(2), free(2)}
@@ -106,7 +106,7 @@ func (r Rules) Walk(at Hook, p Packet) []Verdict {
 		v := Verdict{Chain: fmt.Sprintf("%s, chain %s", tableText(c), c.name), Certain: true}
 		for _, f := range (ruleset{append([]ruleChain{c}, notBase(r.set.chains)...), r.set.sets}).evaluate(*hook, q) {
 			if v.Drops && (v.Certain || !f.certain) {
-				continue // said already
+				continue // already reported
 			}
 			v.Drops, v.Certain, v.Rule, v.Fix = true, f.certain, f.String(), removal(f)
 		}
@@ -115,7 +115,7 @@ func (r Rules) Walk(at Hook, p Packet) []Verdict {
 	return all
 }
 
-// notBase are the chains that only others lead to.
+// notBase returns the chains that are not base chains.
 func notBase(all []ruleChain) []ruleChain {
 	var some []ruleChain
 	for _, c := range all {
@@ -126,7 +126,7 @@ func notBase(all []ruleChain) []ruleChain {
 	return some
 }
 
-// removal is what a person would do about a rule that drops.
+// removal suggests how to remove a rule that drops.
 func removal(f finding) string {
 	if len(f.path) == 0 {
 		if program := f.base.program(); program != "" {

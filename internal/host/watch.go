@@ -15,12 +15,12 @@ import (
 
 // watched is what notifications are compared with.
 type watched struct {
-	indexes map[uint32]bool // our devices, and the underlay
-	ours    map[uint32]bool // our devices
+	indexes map[uint32]bool // of our devices and the underlay
+	ours    map[uint32]bool // of our devices
 	others  *survey
 	near    []netip.Prefix // the cluster networks
-	asked   []netip.Addr   // whose routes matter
-	links   map[int]bool   // that they lead to
+	asked   []netip.Addr   // addresses whose routes matter
+	links   map[int]bool   // links that relevant routes lead to
 }
 
 func newWatched(r reading, underlay int) *watched {
@@ -41,7 +41,7 @@ func newWatched(r reading, underlay int) *watched {
 	return w
 }
 
-// The groups of rtnetlink(7) that are listened to, as bits, and of nfnetlink.
+// The subscribed groups of rtnetlink(7) and nfnetlink, as bits.
 const (
 	routeGroups = unix.RTMGRP_LINK | unix.RTMGRP_NEIGH | unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV4_ROUTE |
 		unix.RTMGRP_IPV6_IFADDR | unix.RTMGRP_IPV6_ROUTE |
@@ -49,15 +49,15 @@ const (
 	nftablesGroups = 1 << (unix.NFNLGRP_NFTABLES - 1)
 )
 
-// watch returns a channel that says that something that concerns us may have
-// changed. A notification that was lost because too many came says so too.
+// watch returns a channel that signals that something relevant may have
+// changed, or that notifications were lost.
 func (k *Keeper) watch() (events <-chan struct{}, stop func(), err error) {
 	route, err := netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{Groups: routeGroups})
 	if err != nil {
 		return nil, nil, fmt.Errorf("listening to the kernel's changes: %w", err)
 	}
 	conns := []*netlink.Conn{route}
-	// A kernel without nftables has nothing to say.
+	// A kernel without nftables sends no notifications.
 	if nft, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{Groups: nftablesGroups}); err == nil {
 		conns = append(conns, nft)
 	}
@@ -74,7 +74,7 @@ func (k *Keeper) watch() (events <-chan struct{}, stop func(), err error) {
 					return // closed
 				}
 				w := k.watched.Load()
-				if err != nil && w != nil { // any may have been lost
+				if err != nil && w != nil { // any notification may have been lost
 					w.others.changed.Store(true)
 					w.others.due.Store(true)
 				}
@@ -82,7 +82,7 @@ func (k *Keeper) watch() (events <-chan struct{}, stop func(), err error) {
 					if w != nil && !concerns(w, m) {
 						continue
 					}
-					err = unix.ENOBUFS // a reason to look, as a lost one is
+					err = unix.ENOBUFS // signal, as for lost notifications
 					break
 				}
 				if err != nil {
@@ -101,8 +101,9 @@ func (k *Keeper) watch() (events <-chan struct{}, stop func(), err error) {
 	}, nil
 }
 
-// concernsRoute reads as much of a message as tells whether it is about a
-// device of ours, the underlay, or a route that is ours or may lead to a peer.
+// concernsRoute decodes just enough of a message to decide whether it is about
+// a device of ours, the underlay, one of our routes, or one that may lead to a
+// peer.
 func concernsRoute(w *watched, m netlink.Message) bool {
 	d := m.Data
 	switch m.Header.Type {
@@ -117,7 +118,7 @@ func concernsRoute(w *watched, m netlink.Message) bool {
 		}
 		w.others.due.Store(true)
 		return true
-	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP: // whose routes go without a word
+	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP: // removed with their routes, which are not announced
 		w.others.changed.Store(true)
 		w.others.due.Store(true)
 		return true
@@ -126,7 +127,8 @@ func concernsRoute(w *watched, m netlink.Message) bool {
 			return false
 		}
 		index := binary.NativeEndian.Uint32(d[4:])
-		// The routes by a link that goes down go without a word.
+		// The kernel does not announce the removal of routes of a link that
+		// goes down.
 		if gone := m.Header.Type == unix.RTM_DELLINK || binary.NativeEndian.Uint32(d[8:])&unix.IFF_UP == 0; gone && w.links[int(index)] {
 			w.others.changed.Store(true)
 			w.others.due.Store(true)
@@ -142,14 +144,14 @@ func concernsRoute(w *watched, m netlink.Message) bool {
 			return true
 		}
 		if m.Header.Type == unix.RTM_NEWADDR && len(d) >= 8 && d[0] == unix.AF_INET {
-			return true // perhaps the pods' bridge has come
+			return true // the pods' bridge may have appeared
 		}
 		return len(d) >= 8 && w.indexes[binary.NativeEndian.Uint32(d[4:])]
 	}
-	return true // of the forwarding switch
+	return true // netconf: forwarding
 }
 
-// named says whether a link's attributes bear a name that matters.
+// named reports whether a link's attributes have one of our names.
 func (w *watched) named(attrs []byte) bool {
 	d, err := netlink.NewAttributeDecoder(attrs)
 	if err != nil {
@@ -163,17 +165,17 @@ func (w *watched) named(attrs []byte) bool {
 	return false
 }
 
-// concernsNFTables takes the end of each transaction, whoever's: what a FORWARD
-// chain does concerns us too.
+// concernsNFTables reports the end of a transaction, of any program: other
+// programs' chains concern us too.
 func concernsNFTables(_ *watched, m netlink.Message) bool {
 	return m.Header.Type == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWGEN
 }
 
-// Listen returns a channel that is filled when a notification of rtnetlink(7)
-// matters to the caller. groups are the RTMGRP bits. matters gets the message's
-// type and body, and a type of 0 if notifications may have been lost; it is
-// called from one goroutine. The socket is of the calling thread's network
-// namespace.
+// Listen returns a channel that signals rtnetlink(7) notifications that matter
+// to the caller. groups are RTMGRP bits. matters receives the message's type
+// and body, or type 0 if notifications may have been lost; it is called from
+// one goroutine. The socket belongs to the network namespace of the calling
+// thread.
 func Listen(groups uint32, matters func(kind uint16, body []byte) bool) (events <-chan struct{}, stop func(), err error) {
 	c, err := netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{Groups: groups})
 	if err != nil {
@@ -206,8 +208,8 @@ func Listen(groups uint32, matters func(kind uint16, body []byte) bool) (events 
 	}, nil
 }
 
-// RouteTo is the prefix that a notification about a route is of, whatever its
-// table; false of a message that is none, or of a host's own address.
+// RouteTo returns the prefix of a route notification, whatever its table; false
+// for other messages and for the host's own addresses.
 func RouteTo(body []byte) (netip.Prefix, bool) {
 	r, _ := parseRoute(body)
 	return r.to, r.to.IsValid() && body[4] != unix.RT_TABLE_LOCAL

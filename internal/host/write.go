@@ -12,16 +12,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writer writes steps to the kernel.
+// writer applies steps to the kernel.
 type writer struct {
 	indexes map[string]int
-	failed  map[string]bool // devices that could not be made or set up
-	batch   *batch          // opened by the first message
+	failed  map[string]bool // devices that could not be created or configured
+	batch   *batch          // opened for the first message
 }
 
-// write carries out steps and returns what was done, with all errors together.
-// What needs a device that could not be made is left out without a word: the
-// device's error says it.
+// write applies steps and returns the changes that were made, and all errors
+// joined. Steps that need a device that failed are skipped silently: the
+// device's error is returned.
 func write(have reading, steps []step) ([]Change, error) {
 	w := &writer{indexes: have.indexes, failed: make(map[string]bool)}
 	defer func() { _ = w.batch.close() }()
@@ -33,7 +33,7 @@ func write(have reading, steps []step) ([]Change, error) {
 			done = append(done, s.Change)
 			return
 		case s.caution && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EROFS) || errors.Is(err, fs.ErrPermission)):
-			return // a kernel without IPv6, or a container that may not
+			return // a kernel without IPv6, or missing permission in a container
 		case s.Kind == KindLink:
 			w.failed[s.link] = true
 		}
@@ -69,7 +69,7 @@ func write(have reading, steps []step) ([]Change, error) {
 	return done, errors.Join(errs...)
 }
 
-// commit carries out steps in one nftables transaction.
+// commit applies steps in one nftables transaction.
 func commit(steps []step) ([]Change, error) {
 	if len(steps) == 0 {
 		return nil, nil
@@ -123,7 +123,7 @@ func (w *writer) addLink(l Link) error {
 	case l.IPIP != nil:
 		dev = &netlink.Iptun{LinkAttrs: attrs, Local: l.IPIP.Local.AsSlice(), PMtuDisc: 1}
 	case l.Veth != "":
-		if other, err := netlink.LinkByName(l.Name); err == nil { // it came with the other end
+		if other, err := netlink.LinkByName(l.Name); err == nil { // created with its other end
 			w.indexes[l.Name] = other.Attrs().Index
 			return nil
 		}
@@ -154,7 +154,7 @@ func (w *writer) deleteLink(name string) error {
 		err = netlink.LinkDel(l)
 	}
 	if errors.Is(err, unix.ENODEV) {
-		err = nil // somebody was faster
+		err = nil // already deleted
 	}
 	delete(w.indexes, name)
 	return err
@@ -165,7 +165,7 @@ func (w *writer) setUp(name string) error {
 	if err != nil {
 		return err
 	}
-	// A socket that is being given up has the port for a moment longer.
+	// A socket that is being closed keeps the port a little longer.
 	for end := time.Now().Add(time.Second); ; time.Sleep(20 * time.Millisecond) {
 		err = netlink.LinkSetUp(l)
 		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(end) {
