@@ -13,13 +13,13 @@ import (
 	"culvert/internal/echo"
 )
 
-// Prober measures the way to peers: an echo request to the first address of a
-// peer's subnet, which its tunnel device bears, flannel's as well as culvert's, by
-// whatever carries pods' packets; where there is no tunnel, to its underlay address.
+// Prober measures the path to each peer with ICMP echo requests through the tunnel,
+// to the first address of the peer's subnet. culvert and flannel nodes both have
+// that address on their tunnel device and answer. A peer that is reached by a
+// plain route is sent requests to its underlay address.
 //
-// Traffic goes before: a peer that pods' packets come from is asked rarely, for the
-// round-trip time. All peers together are asked at a bounded rate, however many
-// there are.
+// A peer with traffic is probed rarely, to measure the round-trip time. The total
+// rate of requests is bounded, whatever the number of peers.
 type Prober struct {
 	options ProberOptions
 	changed chan struct{} // there are new targets
@@ -30,52 +30,54 @@ type Prober struct {
 	count api.Probes
 }
 
-// ProberOptions is what a Prober is made of.
+// ProberOptions configure a Prober. All fields are required.
 type ProberOptions struct {
-	// Sources are this node's subnets, whose first addresses the requests come from.
+	// Sources are this node's subnets. Requests have their first address as source.
 	Sources []netip.Prefix
-	Silence *Silence // knows what pods' traffic says of a peer
+	Silence *Silence // records when each peer was heard
 	Log     *slog.Logger
 }
 
-// ProbeTarget is a peer's subnet, and how it is asked.
+// ProbeTarget is a peer's subnet, and how to probe it.
 type ProbeTarget struct {
 	Subnet netip.Prefix
 	Public netip.Addr
-	Direct bool // by a plain route: the underlay address answers
-	MTU    int  // what pods may send there
+	Direct bool // reached by a plain route: probe the underlay address
+	MTU    int  // size in bytes of the largest packet that pods send
 }
 
-// probed is what is known of one target.
+// probed is the state of one target.
 type probed struct {
 	ProbeTarget
 	next  time.Time // when it is due
 	index int       // in the queue; -1 while it is being asked
 
 	asked, answered time.Time
-	busy            bool // when it was asked, pods' packets came from it
+	busy            bool // there was traffic when the last request was sent
 	rtt             time.Duration
-	mtu             int       // the largest that passed
-	sized           time.Time // when that was measured
-	failed, large   int       // requests in a row without an answer: small ones, and of full size
-	why             string    // it did not answer
+	mtu             int       // path MTU
+	sized           time.Time // when mtu was measured
+	failed, large   int       // consecutive lost requests: small ones, and full-size ones
+	why             string    // the error of the last request
 }
 
 const (
-	// probeBurst requests at most are sent at once, every probeInterval.
+	// At most probeBurst requests are sent every probeInterval, or every
+	// probeChurn while peers are added.
 	probeBurst    = 32
 	probeInterval = 10 * time.Second
-	probeSoon     = 200 * time.Millisecond // from a change of the peers to the next burst
-	// probeEach is the least time from one request to a peer to the next, and
+	probeChurn    = 5 * time.Second
+	probeSoon     = 200 * time.Millisecond // delay after a change of the peers
+	// probeEach is the minimum interval between requests to a peer, and
 	// probeActive that to a peer with traffic.
 	probeEach   = 30 * time.Second
 	probeActive = 5 * time.Minute
-	probeSize   = 10 * time.Minute // from one measurement of the path's MTU to the next
-	// probePatience is how long an answer may take.
+	probeSize   = 10 * time.Minute // interval between measurements of the path MTU
+	// probePatience is the timeout of a request.
 	probePatience = time.Second
 )
 
-// NewProber returns a Prober that asks nobody until Run and Set.
+// NewProber returns a Prober without targets.
 func NewProber(o ProberOptions) *Prober {
 	return &Prober{
 		options: o, changed: make(chan struct{}, 1), peers: make(map[peerKey]*probed),
@@ -83,7 +85,7 @@ func NewProber(o ProberOptions) *Prober {
 	}
 }
 
-// Set replaces the targets. New ones are asked soon.
+// Set replaces the targets. New targets are probed first.
 func (p *Prober) Set(targets []ProbeTarget) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -117,27 +119,31 @@ func (p *Prober) Set(targets []ProbeTarget) {
 	}
 }
 
-// Run asks until ctx ends: every probeInterval a burst of at most probeBurst
-// requests, for whose answers it waits. One burst wakes the datapath once, which is most of
-// what a request costs.
+// Run probes until ctx ends. It sends the requests in bursts and waits for the
+// answers: most of the cost is waking the datapath, and a burst wakes it once.
 func (p *Prober) Run(ctx context.Context) {
 	socket, err := p.open()
 	if err != nil {
-		p.options.Log.Warn("peers cannot be asked whether they are there", "error", err)
+		p.options.Log.Warn("cannot probe peers", "error", err)
 		return
 	}
 	defer socket.close()
-	wait := probeSoon
+	wait, last := probeSoon, time.Time{}
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-time.After(wait):
 		case <-p.changed:
-			wait = probeSoon
-			continue
+			wait = max(probeSoon, time.Until(last.Add(probeChurn)))
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(wait):
+			}
 		}
 		began := time.Now()
+		last = began
 		if burst := p.take(began); len(burst) > 0 {
 			p.settle(burst, socket.measure(ctx, burst))
 			p.search(ctx)
@@ -146,7 +152,8 @@ func (p *Prober) Run(ctx context.Context) {
 	}
 }
 
-// take removes from the queue those that are to be asked now.
+// take removes the targets that are due from the queue, and returns the requests
+// to send them.
 func (p *Prober) take(now time.Time) (burst []request) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -165,15 +172,15 @@ func (p *Prober) take(now time.Time) (burst []request) {
 		x.busy = now.Sub(heard) < 2*SilenceInterval && (x.asked.IsZero() || p.traffic(x))
 		x.asked = now
 		p.options.Silence.asked(peerKey{x.Subnet, x.Public}, now)
-		burst = append(burst, request{peer: x, to: x.address()})
+		burst = append(burst, request{peer: x, to: x.address(), direct: x.Direct})
 		if x.MTU > 0 && now.Sub(x.sized) > probeSize {
-			burst = append(burst, request{peer: x, to: x.address(), size: x.MTU})
+			burst = append(burst, request{peer: x, to: x.address(), direct: x.Direct, size: x.MTU})
 		}
 	}
 	return burst
 }
 
-// address is the one that answers.
+// address returns the address to probe.
 func (t ProbeTarget) address() netip.Addr {
 	if t.Direct {
 		return t.Public
@@ -181,8 +188,8 @@ func (t ProbeTarget) address() netip.Addr {
 	return t.Subnet.Masked().Addr()
 }
 
-// settle takes the answers to a burst and puts its peers back into the queue. One
-// that has not answered is asked again in the next burst.
+// settle records the results of a burst and puts its targets back into the queue.
+// After a first lost request the target is probed again in the next burst.
 func (p *Prober) settle(burst []request, errs []error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -195,6 +202,9 @@ func (p *Prober) settle(burst []request, errs []error) {
 				x.mtu, x.sized, x.large = r.size, time.Now(), 0
 			case x.failed == 0: // small ones pass
 				x.large++
+				p.count.Lost++
+			default:
+				p.count.Lost++
 			}
 			continue
 		}
@@ -216,8 +226,8 @@ func (p *Prober) settle(burst []request, errs []error) {
 	}
 }
 
-// search looks for the largest packet that passes to one peer that did not answer
-// one of full size twice.
+// search measures the path MTU of one target that lost two full-size requests in a
+// row but answers small ones.
 func (p *Prober) search(ctx context.Context) {
 	p.mu.Lock()
 	var x *probed
@@ -251,8 +261,8 @@ func (p *Prober) search(ctx context.Context) {
 	}
 }
 
-// source is what requests come from: what a tunnel device bears of this node's
-// subnets, or what the kernel chooses.
+// source returns the source address of requests: that of this node's tunnel device,
+// or unspecified for plain routes.
 func (p *Prober) source(is4, direct bool) netip.Addr {
 	for _, n := range p.options.Sources {
 		if n.Addr().Is4() == is4 && !direct {
@@ -265,13 +275,13 @@ func (p *Prober) source(is4, direct bool) netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
-// traffic says whether more has come from a peer lately than the answers to
-// requests, which are seen as traffic within a look or two.
+// traffic reports whether packets other than answers to requests were received from
+// the peer since the last request. An answer may be noticed up to two looks later.
 func (p *Prober) traffic(x *probed) bool {
 	return p.options.Silence.Heard(x.Subnet, x.Public).Sub(x.asked) > 2*SilenceInterval
 }
 
-// Describe adds to a peer's state what the measurements and the traffic say.
+// Describe fills in a peer's state from the measurements and the traffic.
 func (p *Prober) Describe(s *api.PeerState, now time.Time) {
 	heard := p.options.Silence.Heard(s.Subnet, s.PublicIP)
 	p.mu.Lock()

@@ -14,18 +14,19 @@ import (
 	"culvert/internal/echo"
 )
 
-// request is one echo request of a burst, and what came of it.
+// request is one echo request of a burst, and its result.
 type request struct {
 	peer     *probed
 	to       netip.Addr
+	direct   bool
 	size     int // of the IP packet; 0 for the least
 	sent     time.Time
 	answered time.Time
 	rtt      time.Duration
 }
 
-// probeSocket sends bursts of echo requests and reads the answers itself, without
-// the runtime's poller and without a timer for each.
+// probeSocket sends bursts of echo requests and waits for the answers in poll(2).
+// That is cheaper than the runtime's poller with a timer per request.
 type probeSocket struct {
 	prober *Prober
 	fds    map[socketKind]int
@@ -105,7 +106,7 @@ func (s *probeSocket) measure(ctx context.Context, burst []request) []error {
 	for i := range burst {
 		r := &burst[i]
 		s.seq++
-		fd, err := s.of(socketKind{r.to.Is4(), r.peer.Direct})
+		fd, err := s.of(socketKind{r.to.Is4(), r.direct})
 		if err == nil {
 			r.sent = time.Now()
 			err = s.send(fd, r.to, r.size)
