@@ -27,7 +27,7 @@ import (
 // long `culvert status` and `culvert peers` take, and, with 1,000 at most, what a
 // daemon uses that probes nobody, and one that does.
 func TestManyPeers(t *testing.T) {
-	count, measure := 50, false
+	count, measure := 16, false
 	if text := os.Getenv("CULVERT_PEERS"); text != "" {
 		var err error
 		if count, err = strconv.Atoi(text); err != nil {
