@@ -162,7 +162,7 @@ func (p *Prober) take(now time.Time) (burst []request) {
 		if x.next.After(now) {
 			break
 		}
-		if now.Sub(x.asked) < probeActive && !x.answered.IsZero() && x.failed == 0 && p.traffic(x) {
+		if now.Sub(x.asked) < probeActive && !x.answered.IsZero() && x.failed == 0 && x.large == 0 && p.traffic(x) {
 			x.next = now.Add(probeEach)
 			heap.Fix(&p.queue, 0)
 			continue

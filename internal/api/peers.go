@@ -17,7 +17,7 @@ type Peers struct {
 
 // The states of a peer.
 const (
-	PeerActive  = "active"  // pods' packets have come from it lately
+	PeerActive  = "active"  // packets have come from it lately: pods', or its own requests
 	PeerIdle    = "idle"    // it answers when it is asked
 	PeerSilent  = "silent"  // it was asked and did not answer, nor has anything else come
 	PeerUnknown = "unknown" // it has not been asked yet

@@ -37,7 +37,7 @@ func newPeersCommand() *cobra.Command {
 fast path, or a direct route without a tunnel), whether it is heard, the
 round-trip time, the largest packet that passes, and what was carried.
 
-States: active (pods' packets have come from it lately), idle (it answers when
+States: active (packets have come from it lately: pods', or its own requests), idle (it answers when
 the daemon asks it), silent (it was asked and did not answer), unknown (it has
 not been asked yet). The daemon asks with ICMP echo requests through the tunnel,
 which flannel's nodes answer too: every 30 s, less often where there is traffic,
