@@ -24,16 +24,16 @@ import (
 	"culvert/subnet"
 )
 
-// TestChaosInjection sends to a node what it must not take, from a machine that
-// leases nothing and from a peer, thousands of times each, over every datapath:
-// nothing of it arrives in a pod, on the node or, by the node, anywhere else, and
-// each packet is counted under its reason.
+// TestChaosInjection sends invalid packets to a node, from a stranger and from
+// a peer, many times each, over every datapath. None of them arrives in a pod,
+// on the node or, forwarded by the node, anywhere else, and each is counted
+// under its reason.
 //
 //	n1: the datapath under test, a pod
-//	n2: a peer      n3: another peer      n4: a stranger
+//	n2: a peer      n3: another peer      n4: a stranger, without a lease
 //
-// n2 to n4 run no daemon. They have raw sockets. CULVERT_PACKETS is how many
-// packets each case sends: 200 if it is not set.
+// n2 to n4 run no daemon but have raw sockets. CULVERT_PACKETS is the number of
+// packets per case; the default is 200, or 50 with -short.
 func TestChaosInjection(t *testing.T) {
 	for _, d := range []struct{ format, kind string }{
 		{"vxlan", "userspace"},
@@ -46,7 +46,7 @@ func TestChaosInjection(t *testing.T) {
 	}
 }
 
-// injection is one datapath under attack.
+// injection is one datapath under test.
 type injection struct {
 	*cluster
 	t            *testing.T
@@ -54,13 +54,13 @@ type injection struct {
 	packets      int
 	victim       *lab.Node
 	pod          *lab.Pod
-	subnets      []netip.Prefix // the victim's, IPv4 first
+	subnets      []netip.Prefix // the node's, IPv4 first
 	from         map[string]*sender
 	seen         *witness
 	cases        int
 }
 
-// leaseOf is the subnet of a node that runs no daemon, by its number and family.
+// leaseOf returns the subnet of a node without a daemon, by number and family.
 func leaseOf(node int, is4 bool) netip.Prefix {
 	if is4 {
 		return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(248 + node), 0}), 24)
@@ -68,7 +68,7 @@ func leaseOf(node int, is4 bool) netip.Prefix {
 	return netip.MustParsePrefix(fmt.Sprintf("fd00:5:0:%x::/64", 0xf8+node))
 }
 
-// inside is an address in a subnet that no device has.
+// inside returns an address in a subnet that is assigned to no device.
 func inside(p netip.Prefix) netip.Addr {
 	b := p.Addr().AsSlice()
 	b[len(b)-1] = 99
@@ -141,7 +141,8 @@ func (f *injection) families() []bool {
 	return []bool{true, false}
 }
 
-// needIPIP skips where the kernel has no ipip devices. The virtual machine's has.
+// needIPIP skips the test if the kernel has no ipip devices. In the virtual
+// machine it must have them.
 func needIPIP(t *testing.T, n *lab.Node) {
 	t.Helper()
 	err := n.Do(func() error {
@@ -162,27 +163,29 @@ func needIPIP(t *testing.T, n *lab.Node) {
 	t.Skipf("the kernel has no ipip devices (%v): make test-vm has", err)
 }
 
-// injected is one kind of packet.
+// injected is one test case: a kind of packet.
 type injected struct {
 	name        string
-	by          string     // whose raw socket: peer or stranger
-	outer       netip.Addr // source; the sender's own if zero
-	to          netip.Addr // of the outer packet; the victim's if zero
-	source      netip.Addr // of the inner packet
+	by          string     // the sender: peer or stranger
+	outer       netip.Addr // outer source; the sender's own address if zero
+	to          netip.Addr // outer destination; the node's if zero
+	source      netip.Addr // inner source
 	destination netip.Addr
-	// change is made to what follows the outer IP header: of VXLAN the UDP payload, of
-	// IPIP the inner packet.
+	// change modifies the payload of the outer IP header: the UDP payload for
+	// VXLAN, the inner packet for IPIP.
 	change func(b []byte) []byte
-	tos    byte // of the outer packet
+	tos    byte // of the outer header
 	cut    func(from, to netip.Addr, protocol byte, b []byte) [][]byte
-	// want is where the packets are counted, by the kind of datapath; "" for
-	// nowhere, "delivered" if they arrive. Other than reasons there are the kernel's:
-	// "snmp" (malformed headers), "device" (the tunnel device's errors).
+	// want is the reason under which the packets are counted, by kind of
+	// datapath: "" for none, "delivered", "served" or "answered" if they
+	// arrive. "snmp" (malformed headers) and "device" (the tunnel device's
+	// errors) are counters of the kernel.
 	want map[string]string
 }
 
-// everywhere is the same reason in every datapath, and either one in userspace and
-// another in the kernel's, which the fast path leaves it to.
+// everywhere expects the same reason on every datapath; either expects one in
+// userspace and another in the kernel, to which the fast path leaves these
+// packets.
 func everywhere(reason string) map[string]string { return either(reason, reason) }
 
 func either(userspace, kernel string) map[string]string {
@@ -196,7 +199,7 @@ func (f *injection) run() {
 			f.try(i, is4, c)
 		}
 	}
-	time.Sleep(300 * time.Millisecond) // for what is late
+	time.Sleep(300 * time.Millisecond) // for packets that arrive late
 	f.seen.mu.Lock()
 	defer f.seen.mu.Unlock()
 	if len(f.seen.hits) > 0 {
@@ -205,7 +208,8 @@ func (f *injection) run() {
 	if f.kind != "fast" {
 		return
 	}
-	// What was right took the fast path, or nothing of all this says anything of it.
+	// If valid packets did not take the fast path, the test proves nothing
+	// about it.
 	if p := f.fastPath(f.victim); p.Ingress.Packets == 0 {
 		f.t.Errorf("nothing took the fast path: %v", p.Slow)
 	}
@@ -262,13 +266,14 @@ func (f *injection) list(i int, is4 bool) []injected {
 	add(injected{name: "a stranger, inner source a peer's", by: "stranger", want: everywhere("ingress-stranger")})
 	for _, name := range byName(destinations) {
 		want := everywhere("ingress-destination")
-		if !is4 && name == "loopback" { // ip6_rcv_core refuses it before any hook
+		if !is4 && name == "loopback" { // ip6_rcv_core drops it before any hook
 			want = either("ingress-destination", "snmp")
 		}
 		add(injected{name: "a peer, inner destination " + name, destination: destinations[name], want: want})
 		want = everywhere("ingress-stranger")
 		if f.format == "ipip" && !netip.MustParsePrefix("10.5.0.0/16").Contains(destinations[name]) {
-			// Another program's tunnel may want it: the rules wait for it to come out of ours.
+			// It may be for another program's tunnel: our rules drop it only
+			// after our device has decapsulated it.
 			want = either("ingress-stranger", "ingress-destination")
 		}
 		add(injected{name: "a stranger, inner destination " + name, by: "stranger", destination: destinations[name], want: want})
@@ -278,12 +283,12 @@ func (f *injection) list(i int, is4 bool) []injected {
 		add(injected{name: "a peer with another's source to " + name, source: third, destination: a, want: everywhere("ingress-source")})
 		add(injected{name: "a peer by right to " + name, destination: a, want: everywhere("served")})
 	}
-	// An attacker who can send with a peer's address as the source is that peer, as
-	// far as any receiver can tell: docs/security.md says what helps.
+	// A sender with a peer's address as the source is indistinguishable from
+	// that peer for any receiver; docs/security.md says what helps.
 	add(injected{name: "a stranger with a peer's outer address", by: "stranger", outer: them, want: everywhere("delivered")})
 	add(injected{name: "congestion outside, not understood inside", tos: 3, want: either("ingress-ecn", "device")})
 
-	at := 0 // where the inner packet begins
+	at := 0 // offset of the inner packet
 	if f.format == "vxlan" {
 		at = 22
 		f.addVXLAN(is4, add)
@@ -297,7 +302,8 @@ func (f *injection) list(i int, is4 bool) []injected {
 			return b
 		}
 	}
-	// The kernel's IPIP device makes what is malformed into the outer packet's drop.
+	// The kernel's ipip device drops malformed inner packets as part of the
+	// outer packet.
 	lie := func(name string, change func([]byte) []byte) {
 		add(injected{name: "a peer, " + name, change: change, want: either("ingress-malformed", "snmp")})
 		add(injected{name: "a stranger, " + name, by: "stranger", change: change, want: everywhere("ingress-stranger")})
@@ -316,7 +322,7 @@ func (f *injection) list(i int, is4 bool) []injected {
 		lie("version 5", set(0, 0x55))
 	}
 
-	if f.format == "ipip" { // the host's other addresses are no tunnel's end
+	if f.format == "ipip" { // the host's other addresses are not tunnel endpoints
 		second := parse("198.18.0.77")
 		f.addAddr(f.victim, f.victim.Link, netip.PrefixFrom(second, 24))
 		add(injected{name: "a peer, to another address of the node", to: second, want: either("", "answered")})
@@ -324,7 +330,7 @@ func (f *injection) list(i int, is4 bool) []injected {
 
 	// Fragments of the outer packet.
 	whole, strange := everywhere("delivered"), everywhere("ingress-stranger")
-	if f.format == "ipip" { // whose senders set DF; userspace takes no fragments
+	if f.format == "ipip" { // senders set DF; userspace accepts no fragments
 		whole, strange = either("ingress-fragment x2", "delivered"), either("ingress-stranger x2", "ingress-stranger")
 	}
 	add(injected{name: "a stranger, in fragments", by: "stranger", cut: fragmentsOf, want: strange})
@@ -338,8 +344,8 @@ func (f *injection) list(i int, is4 bool) []injected {
 	return all
 }
 
-// twice marks that each packet is counted twice: it is sent in two pieces that
-// nobody puts together.
+// twice expects each packet to be counted twice: it is sent in two fragments
+// that nothing reassembles.
 func twice(want map[string]string) map[string]string {
 	m := make(map[string]string)
 	for k, v := range want {
@@ -351,7 +357,7 @@ func twice(want map[string]string) map[string]string {
 	return m
 }
 
-// addVXLAN adds what only VXLAN has.
+// addVXLAN adds the cases that only VXLAN has.
 func (f *injection) addVXLAN(is4 bool, add func(injected)) {
 	set := func(offset int, v ...byte) func([]byte) []byte {
 		return func(b []byte) []byte { copy(b[offset:], v); return b }
@@ -365,7 +371,8 @@ func (f *injection) addVXLAN(is4 bool, add func(injected)) {
 		change func([]byte) []byte
 		want   map[string]string
 	}{
-		// Another program's device may have the VNI: nothing is dropped in its place.
+		// The VNI may be that of another program's device, so nothing is
+		// dropped.
 		{"another VNI", set(4, 0, 0, 2), either("ingress-vni", "")},
 		{"I flag clear", set(0, 0), either("ingress-flags", "")},
 		{"another inner MAC", set(8+5, 0x77), either("ingress-mac", "")},
@@ -382,35 +389,37 @@ func (f *injection) addVXLAN(is4 bool, add func(injected)) {
 	for _, k := range kinds {
 		add(injected{name: "a peer, " + k.name, change: k.change, want: k.want})
 		stranger := either("ingress-stranger", "ingress-stranger")
-		if k.name == "another VNI" || k.name == "7 bytes" { // by whose absence a packet is none of ours
+		if k.name == "another VNI" || k.name == "7 bytes" { // without these the packet is not ours
 			stranger = either("ingress-stranger", "")
 		}
 		add(injected{name: "a stranger, " + k.name, by: "stranger", change: k.change, want: stranger})
 	}
-	// RFC 7348, section 5: ignored on receipt. The kernel's device refuses them.
+	// Ignored on receipt by RFC 7348, section 5. The kernel's device rejects
+	// them.
 	for name, change := range map[string]func([]byte) []byte{
 		"a reserved flag": set(0, 0x08|0x40), "reserved bytes": set(1, 1, 2, 3), "a reserved last byte": set(7, 9),
 	} {
 		add(injected{name: "a peer, " + name, change: change, want: either("delivered", "device")})
 		add(injected{name: "a stranger, " + name, by: "stranger", change: change, want: everywhere("ingress-stranger")})
 	}
-	// A tunnel packet inside of one, for the node's own port: by right as far as the
-	// first tunnel goes, and of a stranger for the second. Of userspace the port is
-	// open at the underlay's address alone, and the node says that it is not.
+	// A tunnel packet within another, to the node's own port: valid for the
+	// outer tunnel, from a stranger for the inner one. In userspace the port is
+	// open on the underlay's address only, so the node answers that it is
+	// closed.
 	add(injected{name: "a peer, VXLAN in VXLAN", change: func(b []byte) []byte {
 		return f.nested(is4, b)
 	}, want: either("answered", "ingress-stranger")})
 }
 
-// nested makes the inner packet of a VXLAN datagram into the payload of a second
-// one, for the tunnel's own address.
+// nested wraps the inner packet of a VXLAN datagram into a second one, to the
+// tunnel's own address.
 func (f *injection) nested(is4 bool, b []byte) []byte {
 	from, to := inside(leaseOf(1, is4)), f.subnets[map[bool]int{true: 0, false: 1}[is4]].Addr()
 	inner := ipPacket(from, to, unix.IPPROTO_UDP, udpDatagram(from, to, 5000, 8472, b))
 	return append(append([]byte{}, b[:22]...), inner...)
 }
 
-// sumHeader renews the IPv4 header checksum of what begins at b[at:].
+// sumHeader recomputes the IPv4 header checksum at b[at:].
 func sumHeader(b []byte, at int) []byte {
 	n := min(int(b[at]&15)*4, len(b)-at)
 	b[at+10], b[at+11] = 0, 0
@@ -422,8 +431,8 @@ func first(cut func(from, to netip.Addr, protocol byte, b []byte) [][]byte) func
 	return func(from, to netip.Addr, protocol byte, b []byte) [][]byte { return cut(from, to, protocol, b)[:1] }
 }
 
-// overlapping cuts a packet in two pieces of which the second begins within the
-// first, and says something else there (RFC 5722).
+// overlapping cuts a packet into two fragments. The second starts within the
+// first and has other content there (RFC 5722).
 func overlapping(from, to netip.Addr, protocol byte, payload []byte) [][]byte {
 	parts := fragmentsOf(from, to, protocol, payload)
 	head := len(parts[1]) - (len(payload) - 16)
@@ -448,7 +457,7 @@ func byName(m map[string]netip.Addr) []string {
 	return all
 }
 
-// packet makes the n-th whole packet of a case, as it goes onto the wire.
+// packet returns a case's next packet, complete, as sent on the wire.
 func (f *injection) packet(i int, is4 bool, c injected, mark []byte) [][]byte {
 	b := ipPacket(c.source, c.destination, unix.IPPROTO_UDP, udpDatagram(c.source, c.destination, 5000, victimPort, mark))
 	from, to := c.outer, f.victim.Addrs[i]
@@ -477,7 +486,7 @@ func (f *injection) packet(i int, is4 bool, c injected, mark []byte) [][]byte {
 		b = udpDatagram(from, to, 50000, 8472, b)
 	}
 	if c.cut != nil {
-		f.cases++ // another identification for each packet, so that none completes another
+		f.cases++ // a new identification per packet, so that none completes another
 		parts := c.cut(from, to, protocol, b)
 		for _, p := range parts {
 			if is4 {
@@ -501,11 +510,11 @@ func (f *injection) packet(i int, is4 bool, c injected, mark []byte) [][]byte {
 	return [][]byte{whole}
 }
 
-// chunk is how many packets are sent before it is looked what became of them, so
-// that no queue on the way is full.
+// chunk is the number of packets sent before their fate is checked, so that no
+// queue overflows.
 const chunk = 500
 
-// try sends a case's packets, and looks where they went.
+// try sends a case's packets and checks where they went.
 func (f *injection) try(i int, is4 bool, c injected) {
 	f.t.Helper()
 	want := c.want[f.kind]
@@ -541,8 +550,8 @@ func (f *injection) try(i int, is4 bool, c injected) {
 			break
 		}
 	}
-	// IPIP that is not for the cluster network is not ours to keep from the kernel,
-	// which answers that it has no such tunnel.
+	// Userspace does not hide IPIP packets outside the cluster network from the
+	// kernel, which answers that it has no such tunnel.
 	foreign := f.format == "ipip" && f.kind == "userspace" && !netip.MustParsePrefix("10.5.0.0/16").Contains(c.destination)
 	delivered := f.seen.count(mark)
 	switch reason {
@@ -558,7 +567,7 @@ func (f *injection) try(i int, is4 bool, c injected) {
 	}
 }
 
-// isPlace says whether what a case wants is a place rather than a counter.
+// isPlace reports whether a case expects a place, not a counter.
 func isPlace(want string) bool { return want == "delivered" || want == "served" || want == "answered" }
 
 func orNone(reason string) string {
@@ -568,8 +577,8 @@ func orNone(reason string) string {
 	return reason
 }
 
-// settle waits until what was sent is dealt with: a packet that is right comes
-// after it.
+// settle waits until the packets sent so far have been processed: a valid
+// packet that follows them arrives.
 func (f *injection) settle(i int, is4 bool) {
 	f.t.Helper()
 	c := injected{by: "peer", source: inside(leaseOf(1, is4)), destination: f.pod.Addr(is4)}
@@ -589,7 +598,7 @@ func (f *injection) settle(i int, is4 bool) {
 	f.seen.forget(mark, map[string]bool{"delivered": true, "bridge": true})
 }
 
-// counter reads one counter of the victim's.
+// counter reads one of the node's counters.
 func (f *injection) counter(is4 bool, name string) uint64 {
 	f.t.Helper()
 	switch name {
@@ -605,8 +614,8 @@ func (f *injection) counter(is4 bool, name string) uint64 {
 	return drops(s, name)
 }
 
-// snmp sums up what the kernel counts of headers that contradict themselves
-// (RFC 4293; /proc/net/snmp).
+// snmp sums the kernel's counters of malformed headers (RFC 4293;
+// /proc/net/snmp).
 func (f *injection) snmp(is4 bool) (sum uint64) {
 	f.t.Helper()
 	if err := f.victim.Do(func() error {
@@ -646,7 +655,7 @@ func (f *injection) snmp(is4 bool) (sum uint64) {
 	return sum
 }
 
-// deviceErrors reads the tunnel device's own counters.
+// deviceErrors reads the tunnel device's receive errors.
 func (f *injection) deviceErrors(is4 bool) (n uint64) {
 	f.t.Helper()
 	device := map[bool]string{true: "cvt.1", false: "cvt6.1"}[is4]
@@ -666,8 +675,8 @@ func (f *injection) deviceErrors(is4 bool) (n uint64) {
 	return n
 }
 
-// fragmentMemory looks at what the kernel holds of packets of which pieces are
-// missing: no more than it is told to.
+// fragmentMemory checks that the kernel holds no more incomplete fragments than
+// its limit.
 func (f *injection) fragmentMemory(is4 bool) {
 	f.t.Helper()
 	file, name, limit := "sockstat", "FRAG:", "net/ipv4/ipfrag_high_thresh"
@@ -699,7 +708,7 @@ func (f *injection) fragmentMemory(is4 bool) {
 	}
 }
 
-// sender has a node's raw sockets.
+// sender has raw sockets on a node.
 type sender struct {
 	node *lab.Node
 	fds  map[bool]int
@@ -737,12 +746,12 @@ func (s *sender) send(is4 bool, to netip.Addr, packets [][]byte) error {
 	return nil
 }
 
-// witness sees everything that comes out of the tunnel: what arrives in the pod,
-// what the node itself is given, and what it sends on.
+// witness sees everything that leaves the tunnel: what arrives in the pod, what
+// the node receives itself, and what it forwards.
 type witness struct {
 	mu    sync.Mutex
 	names []string
-	hits  map[string]int // by case and place, of what should not be
+	hits  map[string]int // unexpected packets, by case and place
 	now   map[string]map[string]int
 }
 
@@ -798,7 +807,7 @@ func newWitness(t *testing.T, node *lab.Node, pod *lab.Pod) *witness {
 		if link == "eth0" || link == "lo" {
 			return link
 		}
-		return "bridge" // and the pod's end of it
+		return "bridge" // and the pod's host end
 	})
 	// The node itself.
 	if err := node.Do(func() error {
@@ -820,7 +829,7 @@ func newWitness(t *testing.T, node *lab.Node, pod *lab.Pod) *witness {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	// Nobody answers in the pod's place that there is no such port.
+	// A listener in the pod prevents port unreachable replies.
 	l, err := pod.ListenPacket(t.Context(), "udp", fmt.Sprintf(":%d", victimPort))
 	if err != nil {
 		t.Fatal(err)
@@ -829,7 +838,7 @@ func newWitness(t *testing.T, node *lab.Node, pod *lab.Pod) *witness {
 	return w
 }
 
-// isICMP says whether a packet is an ICMP error, or a tunnel packet with one inside.
+// isICMP reports whether a packet is ICMP, or a tunnel packet with ICMP inside.
 func isICMP(b []byte) bool {
 	p, ok := parseIP(b)
 	if !ok {
@@ -846,7 +855,7 @@ func isICMP(b []byte) bool {
 	return false
 }
 
-// onlyOutgoing has a packet socket see what the host sends.
+// onlyOutgoing limits a packet socket to packets that the host sends.
 func onlyOutgoing(fd int) error {
 	raw, err := bpf.Assemble([]bpf.Instruction{
 		bpf.LoadExtension{Num: bpf.ExtType},
@@ -881,7 +890,7 @@ func (w *witness) watch(t *testing.T, fd int, place func([]byte, unix.Sockaddr) 
 			if err != nil {
 				continue
 			}
-			// A frame may be many packets, joined.
+			// A super-frame may contain many packets.
 			for rest := b[:n]; ; {
 				i := bytes.Index(rest, []byte(markSign))
 				if i < 0 || len(rest) < i+len(markSign)+6 {
@@ -904,7 +913,7 @@ func (w *witness) note(mark, place string) {
 	w.hits[mark+" "+place]++ // late
 }
 
-// expect makes a mark for the packets of a case.
+// expect returns a mark for the packets of a case.
 func (w *witness) expect(name string) []byte {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -916,7 +925,7 @@ func (w *witness) expect(name string) []byte {
 
 func (w *witness) key(mark []byte) string { return string(mark[:len(markSign)+6]) }
 
-// count is what was seen of a case, by place.
+// count returns what was seen of a case, by place.
 func (w *witness) count(mark []byte) map[string]int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -927,7 +936,7 @@ func (w *witness) count(mark []byte) map[string]int {
 	return all
 }
 
-// forget keeps of a case what was seen where it may not be.
+// forget records what was seen of a case in places where it must not arrive.
 func (w *witness) forget(mark []byte, may map[string]bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -939,6 +948,6 @@ func (w *witness) forget(mark []byte, may map[string]bool) {
 		}
 	}
 	if !may["delivered"] && !may["served"] && !may["answered"] {
-		delete(w.now, key) // what comes later is late
+		delete(w.now, key) // anything later counts as unexpected
 	}
 }

@@ -12,14 +12,14 @@ import (
 	"testing"
 )
 
-// mutation is a check that is removed or turned around, and the tests that must fail
-// without it. The list was written before any of it was tried.
+// mutation removes or inverts a check, and names the tests that must then fail.
+// The list was written before any mutation was run.
 type mutation struct {
 	class, what   string
-	file          string // from the top of the repository
-	before, after string // before is there exactly once
+	file          string // relative to the repository's root
+	before, after string // before must occur exactly once in file
 	pkg, run      string
-	binaries      bool // the tests run the programs
+	binaries      bool // the tests run the binaries
 }
 
 const (
@@ -80,8 +80,9 @@ var mutations = []mutation{
 	{"fence", "a lease's life counts from the answer", hold, `l.Expires = asked.Add(ttl)`, "_ = asked\n\t\tl.Expires = time.Now().Add(ttl)", "./subnet/etcd", "TestLifetime", false},
 }
 
-// TestMutations makes each change, by an overlay, so that no file is touched, and
-// expects the tests to fail. CULVERT_MUTATIONS is a part of the names to run.
+// TestMutations applies each mutation by a build overlay, without touching
+// files, and expects the tests to fail. CULVERT_MUTATIONS selects mutations by
+// a substring of their names.
 func TestMutations(t *testing.T) {
 	top, err := filepath.Abs("..")
 	if err != nil {
@@ -147,7 +148,7 @@ func TestMutations(t *testing.T) {
 	}
 }
 
-// failedTest is the name of a test that failed.
+// failedTest returns the name of a failed test.
 func failedTest(out string) string {
 	name := "a crash"
 	for line := range strings.Lines(out) {

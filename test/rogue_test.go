@@ -18,10 +18,9 @@ import (
 	"culvert/subnet"
 )
 
-// TestChaosRogueRouter has a pod, and a peer through the tunnel, advertise
-// themselves as IPv6 routers: no other pod believes it, nor does the node. The
-// pods' namespaces take advertisements unless they are told not to, as a
-// container's do.
+// TestChaosRogueRouter has a pod advertise itself as an IPv6 router: neither
+// another pod nor the node accepts it. The pods' namespaces accept
+// advertisements by default, as a container's do.
 func TestChaosRogueRouter(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -40,7 +39,7 @@ func TestChaosRogueRouter(t *testing.T) {
 				pods = append(pods, p)
 			}
 			rogue, victim := pods[0], pods[1]
-			for _, ns := range []*lab.Namespace{rogue.Namespace, victim.Namespace} { // it is the interface that is told
+			for _, ns := range []*lab.Namespace{rogue.Namespace, victim.Namespace} { // only the interface's setting changes, not the default
 				if v, err := ns.Sysctl("net/ipv6/conf/default/accept_ra"); err != nil || v != "1" {
 					t.Errorf("the namespace's default is %q (%v)", v, err)
 				}
@@ -49,7 +48,7 @@ func TestChaosRogueRouter(t *testing.T) {
 			if err := rogue.Do(func() error { return advertise("eth0", 20) }); err != nil {
 				t.Fatal(err)
 			}
-			// What comes after it has arrived.
+			// Packets that follow the advertisements have arrived.
 			if _, err := rogue.Ping(t.Context(), rogue.Addr(false), victim.Addr(false)); err != nil {
 				t.Fatal(err)
 			}
@@ -72,8 +71,8 @@ func gatewayOf(p *lab.Pod) netip.Addr {
 	return netip.AddrFrom16(b)
 }
 
-// ipv6State is what an advertisement may change: default routes, and addresses
-// that are not link-local.
+// ipv6State returns what an advertisement may change: default routes, and
+// addresses that are not link-local.
 func ipv6State(t *testing.T, ns *lab.Namespace) []string {
 	t.Helper()
 	var all []string
@@ -101,7 +100,8 @@ func ipv6State(t *testing.T, ns *lab.Namespace) []string {
 	return all
 }
 
-// advertise sends router advertisements with a prefix (RFC 4861, 4.2 and 4.6.2).
+// advertise sends router advertisements with a prefix (RFC 4861, 4.2 and
+// 4.6.2).
 func advertise(link string, times int) error {
 	ifi, err := net.InterfaceByName(link)
 	if err != nil {
@@ -124,7 +124,7 @@ func advertise(link string, times int) error {
 	b[0], b[4] = 134, 64
 	binary.BigEndian.PutUint16(b[6:], 1800)
 	o := b[16:]
-	o[0], o[1], o[2], o[3] = 3, 4, 64, 0xc0 // on link, and for addresses
+	o[0], o[1], o[2], o[3] = 3, 4, 64, 0xc0 // on-link and autonomous
 	binary.BigEndian.PutUint32(o[4:], 86400)
 	binary.BigEndian.PutUint32(o[8:], 14400)
 	prefix := netip.MustParseAddr("2001:db8:bad::").As16()
@@ -151,8 +151,8 @@ func advertise(link string, times int) error {
 	return nil
 }
 
-// TestChaosLoop has two nodes believe of each other that the other has a subnet:
-// a packet for it crosses once, whatever its TTL, and is counted.
+// TestChaosLoop makes each of two nodes believe that the other has a subnet: a
+// packet for it crosses the tunnel once, whatever its TTL, and is counted.
 func TestChaosLoop(t *testing.T) {
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
@@ -166,7 +166,7 @@ func TestChaosLoop(t *testing.T) {
 			for _, n := range c.Nodes {
 				c.waitReady(n, 0)
 			}
-			// A second lease at an address that has one already would be set aside.
+			// A second lease with the same public address would be set aside.
 			for i := range c.Nodes {
 				other := c.Nodes[1-i]
 				l := subnet.Lease{Backend: "vxlan", Endpoints: []subnet.Endpoint{{
@@ -190,7 +190,7 @@ func TestChaosLoop(t *testing.T) {
 			packet := ipPacket(from, to, unix.IPPROTO_UDP, udpDatagram(from, to, 5000, victimPort, []byte("round and round")))
 			packet[8] = 255
 			sumHeader(packet, 0)
-			const rounds = 100 // sendRaw sends three of each
+			const rounds = 100 // sendRaw sends three packets per call
 			if err := pod.Do(func() error {
 				for range rounds {
 					if err := sendRaw(to, [][]byte{packet}); err != nil {
@@ -205,18 +205,18 @@ func TestChaosLoop(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 			crossed := []int{wires[0].tunnelPackets(), wires[1].tunnelPackets()}
 			t.Logf("%d sent with TTL 255: %d arrived at n1, %d at n2", 3*rounds, crossed[0], crossed[1])
-			if crossed[0] != 0 || crossed[1] > 3*rounds { // fewer, where the link carries many in one
+			if crossed[0] != 0 || crossed[1] > 3*rounds { // fewer if the link delivers super-frames
 				t.Errorf("%v crossed", crossed)
 			}
 		})
 	}
 }
 
-// TestChaosSpoof has a pod send with the address of a pod on another node, and of no
-// node, to a pod elsewhere: nothing arrives, and it is counted by the sender's node or
-// by the receiver's.
+// TestChaosSpoof has a pod send to a pod on another node with a spoofed source:
+// an address of a pod on a third node, of the victim, or of no node. Nothing
+// arrives, and the sender's or the receiver's node counts it.
 func TestChaosSpoof(t *testing.T) {
-	const times = 100 // sendRaw sends three of each
+	const times = 100 // sendRaw sends three packets per call
 	for _, end := range fastEnds {
 		t.Run(end.name, func(t *testing.T) {
 			c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
@@ -230,7 +230,7 @@ func TestChaosSpoof(t *testing.T) {
 				}
 				pods = append(pods, p)
 			}
-			for _, n := range c.Nodes { // where nothing but culvert looks
+			for _, n := range c.Nodes { // disable the kernel's own source check
 				for _, dev := range []string{"all", "cni0"} {
 					if err := n.SetSysctl("net/ipv4/conf/"+dev+"/rp_filter", "0"); err != nil {
 						t.Fatal(err)
@@ -238,7 +238,7 @@ func TestChaosSpoof(t *testing.T) {
 				}
 			}
 			w := newWitness(t, c.Nodes[1], pods[1])
-			where, reason := c.Nodes[1], "ingress-source" // the kernel's routes do not ask who sends
+			where, reason := c.Nodes[1], "ingress-source" // the kernel's routes do not check the source
 			if end.name == "loop" {
 				where, reason = c.Nodes[0], "egress-source"
 			}
@@ -275,7 +275,7 @@ func TestChaosSpoof(t *testing.T) {
 	}
 }
 
-// tunnelPackets counts the tunnel packets that have arrived.
+// tunnelPackets returns the number of tunnel packets received.
 func (s *sniffer) tunnelPackets() (n int) {
 	b := make([]byte, 1<<16)
 	for {

@@ -1,8 +1,9 @@
-// Package doctor examines a host for what keeps culvert's packets from passing,
-// with or without a running daemon. It changes nothing; what can be done about a
-// finding comes with it as an Action. What a running daemon warns of, or one that
-// is started would find (host.Preview), is part of what it finds, under the same
-// check ids: api.Checks is the one list of them.
+// Package doctor examines a host for whatever prevents culvert's packets from
+// passing, with or without a running daemon. Its findings include the warnings
+// of a running daemon and what a daemon would find at its start (host.Preview),
+// with the same check IDs; api.Checks lists them all. It keeps no state and
+// fixes nothing by itself: fixes come with a finding as Actions. It only
+// creates and deletes a probe device (host.Supports), and sends probes.
 package doctor
 
 import (
@@ -17,87 +18,90 @@ import (
 	"culvert/internal/host"
 )
 
-// Severity says what a finding means for packets.
+// Severity is the effect of a finding on packets.
 type Severity string
 
 const (
-	// Bad keeps packets from passing, or pods from being added, now.
+	// Bad means that packets do not pass, or pods cannot be added, now.
 	Bad Severity = "bad"
-	// Risk does so under a condition: load, a reboot, another program's next run.
+	// Risk means that this can happen: under load, after a reboot, or when
+	// another program acts.
 	Risk Severity = "risk"
 )
 
-// Finding is what a check found wrong: the check's id, the evidence and the fix,
-// and how bad it is.
+// Finding is a problem that a check found: check ID, evidence, fix and
+// severity.
 type Finding struct {
 	Severity Severity `json:"severity"`
 	api.Warning
-	// Repairs are what culvert does about it by itself: a daemon when it is
-	// started, or `culvert doctor --fix`.
+	// Repairs are the commands that culvert would apply itself: the daemon when
+	// it starts, or `culvert doctor --fix`.
 	Repairs []string `json:"repairs,omitempty"`
-	// Actions are what `culvert doctor --fix` can do about it besides.
+	// Actions are what `culvert doctor --fix` can do in addition.
 	Actions []Action `json:"actions,omitempty"`
 }
 
-// Action is one step towards the fix.
+// Action is one step of a fix.
 type Action struct {
-	Command string `json:"command"` // what a person would type
-	// Others says that it changes what another program made, or its
-	// configuration: it is done only if it is confirmed.
+	Command string `json:"command"` // the equivalent shell command
+	// Others is set if the action changes another program's object or
+	// configuration; it then needs confirmation.
 	Others bool         `json:"others,omitempty"`
 	Do     func() error `json:"-"`
 }
 
-// Result is what one check came to.
+// Result is the outcome of one check.
 type Result struct {
 	Check string `json:"check"`
 	Title string `json:"title"`
-	// Seen says what was looked at and is well; empty if nothing is.
+	// Seen summarizes what was checked and is fine; empty if there are findings
+	// only.
 	Seen     string    `json:"seen,omitempty"`
 	Findings []Finding `json:"findings"`
 }
 
-// Host is what the checks look at.
+// Host is the input of the checks.
 type Host struct {
-	// Status is what the daemon says of itself; nil if none answers, and then
-	// NoDaemon says why.
+	// Status is the daemon's status; nil if no daemon answers, and NoDaemon is
+	// the reason.
 	Status   *api.Status
 	NoDaemon error
-	// Flaws are what a daemon that is started now would find, where none runs, and
-	// Foreseen says whether enough is known to tell.
+	// Flaws are what a daemon would find if it were started now, if none runs.
+	// Foreseen is set if enough is known to tell.
 	Flaws    []host.Flaw
 	Foreseen bool
-	// CNI is why no pod can be added, from `culvert cni status`; empty if one can.
+	// CNI is why no pod can be added, from `culvert cni status`; empty if pods
+	// can.
 	CNI string
-	// CNIFlaws are what an ADD would meet.
+	// CNIFlaws are problems that a CNI ADD would run into.
 	CNIFlaws []Finding
-	// SubnetFile is where the daemon writes subnet.env; empty if that is not known.
+	// SubnetFile is the path of subnet.env; empty if unknown.
 	SubnetFile string
-	// Underlay is the interface of the tunnel's packets and what peers send to;
-	// empty if that is not known.
+	// Underlay is the underlay's interface and Addrs the addresses that peers
+	// send to; empty if unknown.
 	Underlay string
 	Addrs    []netip.Addr
-	// Endpoints are the store's, to be dialled: scheme://host:port.
+	// Endpoints are the store's endpoints: scheme://host:port.
 	Endpoints []string
-	// Port is the UDP port of the tunnel.
+	// Port is the tunnel's UDP port.
 	Port uint16
-	// Root is prepended to the paths of files, for tests; usually empty.
+	// Root is prepended to file paths, for tests; usually empty.
 	Root string
 }
 
 func (h Host) path(p string) string { return filepath.Join(h.Root, p) }
 
-// Check is one thing to examine. What it may find is in api.Checks.
+// Check is one check. api.Checks lists its possible findings.
 type Check struct {
-	// ID is what its findings have as their Check, unless they say otherwise.
+	// ID is the Check of its findings that do not set their own.
 	ID    string
 	Title string
-	// Run returns what is well, in a few words, and what is not.
+	// Run summarizes what is fine, and returns findings.
 	Run func(context.Context, Host) (seen string, findings []Finding)
 }
 
-// Checks are all of them, in the order in which one helps to understand the
-// next.
+// Checks returns all checks, ordered so that earlier ones help to understand
+// later ones.
 func Checks() []Check {
 	return []Check{
 		{"privileges", "privileges", privileges},
@@ -150,7 +154,7 @@ func risk(fix, format string, args ...any) Finding {
 	return Finding{Severity: Risk, Warning: api.Warning{Text: fmt.Sprintf(format, args...), Fix: fix}}
 }
 
-// found is a warning as a finding, as bad as the list of checks says.
+// found converts a warning to a finding, with the severity from api.Checks.
 func found(w api.Warning) Finding {
 	f := Finding{Severity: Bad, Warning: w}
 	if api.CheckOf(w.Check).Risk {
@@ -159,13 +163,13 @@ func found(w api.Warning) Finding {
 	return f
 }
 
-// doing adds what can be done about a finding.
+// doing adds actions to a finding.
 func (f Finding) doing(actions ...Action) Finding {
 	f.Actions = append(f.Actions, actions...)
 	return f
 }
 
-// setting is the action that sets a kernel setting.
+// setting returns the action that sets a kernel setting.
 func setting(key, value string) Action {
 	return Action{Command: "sysctl -w " + strings.ReplaceAll(key, "/", ".") + "=" + value, Do: func() error { return host.SetSysctl(key, value) }}
 }

@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// healthy is a host of which everything that can be made in a test is well.
+// healthy is a host on which every check that a test can influence passes.
 func healthy(t *testing.T) doctor.Host {
 	h := doctor.Host{
 		Status: &api.Status{Ready: true, Datapath: api.Datapath{WireFormat: "vxlan", Kind: "kernel", MTU: 1450}},
@@ -46,12 +46,11 @@ func write(t *testing.T, h doctor.Host, path, text string) {
 	}
 }
 
-// TestChecks breaks one thing after the other, each in a namespace of its own
-// kind, and wants its finding with the right fix, and no other; and silence on
-// the healthy host.
+// TestChecks introduces one fault at a time and expects exactly its findings
+// with the right fixes, and none on the healthy host.
 func TestChecks(t *testing.T) {
 	node := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
-	// A clock that nothing synchronises is this machine's, not the test's.
+	// The clock check is ignored: it depends on the machine.
 	examine := func(h doctor.Host) (found []string) {
 		t.Helper()
 		if err := node.Do(func() error {
@@ -91,7 +90,7 @@ func TestChecks(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		make func(*doctor.Host) (undo func())
-		want []string // one finding each, its words in this order
+		want []string // one entry per finding: substrings in this order
 	}{
 		{"healthy", func(*doctor.Host) func() { return nothing }, nil},
 		{"no daemon", func(h *doctor.Host) func() {
@@ -212,7 +211,7 @@ func TestChecks(t *testing.T) {
 	}
 }
 
-// TestStoreAnswers dials a server that listens.
+// TestStoreAnswers connects to a listening server.
 func TestStoreAnswers(t *testing.T) {
 	l, err := net.Listen("tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), 0).String())
 	if err != nil {

@@ -17,9 +17,9 @@ import (
 	"culvert/internal/host"
 )
 
-// duplicate asks the underlay's link whether anybody else has this node's
-// address. IPv6 addresses the kernel checks itself when they are given
-// (RFC 4862, 5.4), and marks those that failed.
+// duplicate checks whether another host on the underlay's link has this node's
+// address. For IPv6 the kernel itself detects duplicates when an address is
+// added (RFC 4862, 5.4) and flags those that failed.
 func duplicate(ctx context.Context, h Host) (string, []Finding) {
 	if h.Underlay == "" {
 		return "not known", nil
@@ -33,7 +33,7 @@ func duplicate(ctx context.Context, h Host) (string, []Finding) {
 	const fix = "give one of the two machines another address"
 	for _, a := range h.Addrs {
 		if !facts.Bears([]netip.Addr{a}) {
-			continue // behind a translation, or gone, which others say
+			continue // behind NAT; or missing, which other checks report
 		}
 		if a.Is6() {
 			for _, f := range facts.Addrs {
@@ -47,7 +47,7 @@ func duplicate(ctx context.Context, h Host) (string, []Finding) {
 		switch {
 		case err != nil:
 			all = append(all, risk("", "asking %s who has %s: %v", h.Underlay, a, err))
-		case mac != nil && isGateway(mac): // a router that answers for everybody (proxy ARP)
+		case mac != nil && isGateway(mac): // a router with proxy ARP
 			seen = append(seen, fmt.Sprintf("%s (a gateway answers for it)", a))
 		case mac != nil:
 			all = append(all, bad(fix, "%s is this node's address on %s, and %s answers for it too: packets of peers go to either", a, h.Underlay, mac))
@@ -64,11 +64,10 @@ func duplicate(ctx context.Context, h Host) (string, []Finding) {
 	return strings.Join(seen, ", "), nil
 }
 
-// probePatience is how long an answer is waited for, of each of two probes.
+// probePatience is how long to wait for a reply to each of two probes.
 const probePatience = 100 * time.Millisecond
 
-// isGateway says whether a MAC is that of a neighbour by which a default route
-// leads.
+// isGateway reports whether a MAC is that of a default route's gateway.
 func isGateway(mac net.HardwareAddr) bool {
 	f, err := host.ReadFacts()
 	if err != nil {
@@ -91,15 +90,15 @@ func isGateway(mac net.HardwareAddr) bool {
 	return false
 }
 
-// arpProbe sends probes as RFC 5227, 2.1.1 has them, from no address at all, and
-// returns the Ethernet address of a machine that says it has a; nil if none does.
+// arpProbe sends ARP probes (RFC 5227, 2.1.1), whose sender address is zero. It
+// returns the Ethernet address of a host that claims a; nil if none does.
 func arpProbe(ctx context.Context, link string, a netip.Addr, patience time.Duration) (net.HardwareAddr, error) {
 	dev, err := net.InterfaceByName(link)
 	if err != nil {
 		return nil, err
 	}
 	if len(dev.HardwareAddr) != 6 {
-		return nil, nil // no Ethernet, no ARP
+		return nil, nil // no Ethernet, so no ARP
 	}
 	protocol := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, unix.ETH_P_ARP))
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(protocol))
@@ -110,9 +109,9 @@ func arpProbe(ctx context.Context, link string, a netip.Addr, patience time.Dura
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: dev.Index}); err != nil {
 		return nil, err
 	}
-	request := []byte{0, 1, 8, 0, 6, 4, 0, 1} // Ethernet, IPv4, their lengths, request
+	request := []byte{0, 1, 8, 0, 6, 4, 0, 1} // Ethernet, IPv4, address lengths, request
 	request = append(request, dev.HardwareAddr...)
-	request = append(request, 0, 0, 0, 0) // from no address
+	request = append(request, 0, 0, 0, 0) // sender address zero
 	request = append(request, make([]byte, 6)...)
 	request = append(request, a.AsSlice()...)
 	to := &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: dev.Index, Halen: 6, Addr: [8]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}

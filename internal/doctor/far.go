@@ -12,11 +12,11 @@ import (
 	"culvert/internal/echo"
 )
 
-// Far is another node, as it is probed through the tunnel and on the underlay.
+// Far is another node, to be probed through the tunnel and on the underlay.
 type Far struct {
 	Node   string
-	Addr   netip.Addr // in its subnet: that of its tunnel device
-	Public netip.Addr // on the underlay
+	Addr   netip.Addr // its tunnel device's address, in its subnet
+	Public netip.Addr // its underlay address
 }
 
 func (f Far) String() string {
@@ -26,15 +26,15 @@ func (f Far) String() string {
 	return f.Node + " " + f.Addr.String()
 }
 
-// Probing bounds what is sent.
+// Limits of probing.
 const (
-	closedPort    = 33499 // of the range that traceroute uses: nobody listens there
+	closedPort    = 33499 // in the range of traceroute: assumed closed
 	knockPatience = 500 * time.Millisecond
-	farMost       = 64 // nodes that are probed so
+	farMost       = 64 // maximum number of probed nodes
 	farWorkers    = 16
 )
 
-// knock sends one datagram and says whether it arrived.
+// knock sends a datagram and reports whether it arrived, by the reply.
 func knock(ctx context.Context, from, to netip.Addr, port uint16, size int, sum echo.Sum) bool {
 	ctx, cancel := context.WithTimeout(ctx, knockPatience)
 	defer cancel()
@@ -42,25 +42,26 @@ func knock(ctx context.Context, from, to netip.Addr, port uint16, size int, sum 
 	return err == nil
 }
 
-// Offload measures whether packets whose checksum the hardware fills in arrive
-// whole through the tunnel, at nodes that answer to pings: a device, or a driver, that
-// does it wrong for encapsulated packets damages what pods send and leaves pings
-// alone. A datagram with such a checksum and one with none are sent by turns to a
-// port where nobody listens: a host answers only to what is whole.
+// Offload measures whether packets with checksum offload arrive intact through
+// the tunnel, at nodes that answer pings. A device or driver that computes it
+// wrongly for encapsulated packets corrupts pods' packets but not pings.
+// Datagrams with an offloaded checksum and without one are sent alternately to
+// a closed port: a host replies only to intact ones.
 //
-// from is this node's address in its own subnet, and mtu what pods may send.
+// from is this node's address in its own subnet, and mtu the pods' MTU in
+// bytes.
 func Offload(ctx context.Context, from netip.Addr, nodes []Far, mtu int) Result {
 	r := Result{Check: "checksum-offload", Title: "checksums by hardware"}
 	var mu sync.Mutex
 	well := 0
 	each(nodes, func(n Far) {
-		if !n.Addr.Is4() || !from.Is4() { // IPv6 knows no datagram without a checksum
+		if !n.Addr.Is4() || !from.Is4() { // IPv6 requires a UDP checksum
 			return
 		}
 		for _, size := range []int{64, mtu} {
 			damaged, sure := damages(ctx, from, n.Addr, size)
 			if !sure {
-				return // it answers to no datagram: nothing can be said
+				return // it answers no datagram: inconclusive
 			}
 			if damaged {
 				mu.Lock()
@@ -84,7 +85,8 @@ func Offload(ctx context.Context, from netip.Addr, nodes []Far, mtu int) Result 
 	return r
 }
 
-// damages compares the two ways, twice where they differ.
+// damages compares the two kinds of datagram; it repeats a positive result
+// once.
 func damages(ctx context.Context, from, to netip.Addr, size int) (damaged, sure bool) {
 	for range 2 {
 		if knock(ctx, from, to, closedPort, size, echo.Offloaded) {
@@ -97,15 +99,16 @@ func damages(ctx context.Context, from, to netip.Addr, size int) (damaged, sure 
 	return true, ctx.Err() == nil
 }
 
-// PortEaten says whether the underlay carries UDP to a node, but not to the
-// tunnel's port there: another port is answered to, the tunnel's is not, and the
-// tunnel does not answer either.
+// PortEaten reports whether the underlay carries UDP to a node but not to its
+// tunnel port: a closed port is answered, the tunnel port is not. A healthy
+// tunnel port does not answer either, so the caller must know that the tunnel
+// fails.
 func PortEaten(ctx context.Context, from netip.Addr, n Far, port uint16) bool {
-	// The tunnel's own port answers only where nobody has it.
+	// The tunnel port answers only if nothing listens on it.
 	return knock(ctx, from, n.Public, closedPort, 64, echo.Offloaded) && !knock(ctx, from, n.Public, port, 64, echo.Offloaded)
 }
 
-// NobodyListens says whether a node answers that nobody has the tunnel's port.
+// NobodyListens reports whether a node answers that its tunnel port is closed.
 func NobodyListens(ctx context.Context, from netip.Addr, n Far, port uint16) bool {
 	ctx, cancel := context.WithTimeout(ctx, knockPatience)
 	defer cancel()
@@ -113,7 +116,7 @@ func NobodyListens(ctx context.Context, from netip.Addr, n Far, port uint16) boo
 	return err == nil && !errors.Is(ctx.Err(), context.DeadlineExceeded)
 }
 
-// each calls fn with a bounded number of nodes, some at a time.
+// each calls fn for up to farMost nodes, farWorkers at a time.
 func each(nodes []Far, fn func(Far)) {
 	var group sync.WaitGroup
 	tokens := make(chan struct{}, farWorkers)

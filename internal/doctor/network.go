@@ -20,7 +20,7 @@ import (
 	"culvert/internal/host"
 )
 
-// daemon passes on what a running daemon says of itself.
+// daemon reports what a running daemon warns of.
 func daemon(_ context.Context, h Host) (string, []Finding) {
 	if h.Status == nil {
 		return "", []Finding{bad("start it: `systemctl start culvert`, or `culvert run`", "no daemon answers: %v", h.NoDaemon)}
@@ -45,14 +45,14 @@ func daemon(_ context.Context, h Host) (string, []Finding) {
 }
 
 const (
-	// dialPatience bounds the dialling of one endpoint of the store.
+	// dialPatience is the timeout of connecting to one endpoint of the store.
 	dialPatience = 2 * time.Second
-	// slow is a round trip to the store that renewals still stand, and that says
-	// that something is wrong.
+	// slow is a connect time to the store that renewals tolerate but that
+	// indicates a problem.
 	slow = 200 * time.Millisecond
 )
 
-// store dials each endpoint of the store.
+// store connects to each endpoint of the store.
 func store(ctx context.Context, h Host) (string, []Finding) {
 	if len(h.Endpoints) == 0 {
 		return "not dialled: no daemon says where it is, nor does --etcd-endpoints", nil
@@ -85,14 +85,13 @@ func store(ctx context.Context, h Host) (string, []Finding) {
 	return strings.Join(seen, ", "), all
 }
 
-// port looks who has the tunnel's UDP port, if it is neither our socket nor our
-// device.
+// port checks whether something other than culvert uses the tunnel's UDP port.
 func port(_ context.Context, h Host) (string, []Finding) {
 	if h.Status != nil && h.Status.Datapath.WireFormat != "" && h.Status.Datapath.WireFormat != "vxlan" {
 		return "not used by " + h.Status.Datapath.WireFormat, nil
 	}
 	var all []Finding
-	conflicts, err := host.VXLANConflicts(1<<24, h.Port, true) // no VNI: whatever has the port
+	conflicts, err := host.VXLANConflicts(1<<24, h.Port, true) // an impossible VNI: any device with the port
 	if err != nil {
 		return "", []Finding{bad("", "%v", err)}
 	}
@@ -118,7 +117,7 @@ func port(_ context.Context, h Host) (string, []Finding) {
 	return fmt.Sprintf("UDP %d is culvert's or free", h.Port), nil
 }
 
-// kernelHolds says whether a vxlan device has the port: the kernel's socket
+// kernelHolds reports whether a vxlan device uses the port: the kernel's socket
 // belongs to no process.
 func kernelHolds(port uint16) bool {
 	links, err := host.Retry(netlink.LinkList)
@@ -128,9 +127,9 @@ func kernelHolds(port uint16) bool {
 	})
 }
 
-// udpHolders names the processes of this network namespace that have a socket
-// on the port, as "name (pid n)". The kernel's own sockets, of vxlan devices,
-// are left out.
+// udpHolders returns the processes with a socket on the port in this network
+// namespace, as "name (pid n)", without the sockets of the kernel's vxlan
+// devices.
 func udpHolders(port uint16) ([]string, error) {
 	inodes := make(map[string]bool)
 	for _, path := range []string{"/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"} {
@@ -177,8 +176,7 @@ func udpHolders(port uint16) ([]string, error) {
 	return holders, nil
 }
 
-// overlays are the devices that other overlays make, by the beginning of their
-// names.
+// overlays lists name prefixes of other overlays' devices.
 var overlays = []struct{ prefix, whose string }{
 	{"flannel", "flannel"},
 	{"vxlan.calico", "Calico"},
@@ -190,7 +188,8 @@ var overlays = []struct{ prefix, whose string }{
 	{"ovn", "OVN"},
 }
 
-// leftovers names devices of other overlays, which may route the same network.
+// leftovers reports devices of other overlays, which may route the same
+// network.
 func leftovers(_ context.Context, h Host) (string, []Finding) {
 	links, err := host.Retry(netlink.LinkList)
 	if err != nil {
@@ -231,7 +230,7 @@ func leftovers(_ context.Context, h Host) (string, []Finding) {
 func deleteLink(name string) error {
 	l, err := netlink.LinkByName(name)
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
-		return nil // it went with another, as the end of a pair does
+		return nil // deleted with another, such as its veth peer
 	}
 	if err == nil {
 		err = netlink.LinkDel(l)
@@ -239,8 +238,8 @@ func deleteLink(name string) error {
 	return err
 }
 
-// managers looks whether systemd-networkd or NetworkManager runs here and is told
-// to leave culvert's routes and devices alone.
+// managers checks whether systemd-networkd or NetworkManager runs and is
+// configured to leave culvert's routes and devices alone.
 func managers(_ context.Context, h Host) (string, []Finding) {
 	var all []Finding
 	var seen []string
@@ -277,8 +276,9 @@ func managers(_ context.Context, h Host) (string, []Finding) {
 	return strings.Join(seen, " and ") + " leave culvert alone", nil
 }
 
-// writing is the action that writes a file of configuration of culvert's own
-// name in another program's directory; the program reads it when it is restarted.
+// writing returns the action that writes a configuration file, named after
+// culvert, in another program's directory; that program reads it at its next
+// restart.
 func (h Host) writing(path, text string) Action {
 	return Action{Command: fmt.Sprintf("printf %q > %s", text, path), Others: true, Do: func() error {
 		if err := os.MkdirAll(filepath.Dir(h.path(path)), 0o755); err != nil {
@@ -293,8 +293,8 @@ func (h Host) exists(path string) bool {
 	return err == nil
 }
 
-// saysNo reads a key of a systemd configuration file and its drop-ins, of which
-// the last one counts.
+// saysNo reports whether a systemd configuration file and its drop-ins disable
+// a key; the last value wins.
 func (h Host) saysNo(file, key string) bool {
 	text := h.configuration("/usr/lib/systemd/"+file, "/etc/systemd/"+file,
 		"/usr/lib/systemd/"+file+".d/*.conf", "/run/systemd/"+file+".d/*.conf", "/etc/systemd/"+file+".d/*.conf")
@@ -307,7 +307,7 @@ func (h Host) saysNo(file, key string) bool {
 	return no
 }
 
-// configuration reads files, in order, as one text.
+// configuration concatenates files, in order.
 func (h Host) configuration(patterns ...string) string {
 	var text strings.Builder
 	for _, p := range patterns {
@@ -333,7 +333,7 @@ func containers(_ context.Context, h Host) (string, []Finding) {
 	return "pods can be added", nil
 }
 
-// state passes on what a daemon that is started now would find.
+// state reports what a daemon would find if it were started now.
 func state(_ context.Context, h Host) (string, []Finding) {
 	if h.Status != nil {
 		return "kept so by the daemon", nil

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// subnetFile looks whether the daemon can write subnet.env: as this process, and
-// as systemd's unit lets it.
+// subnetFile checks whether the daemon can write subnet.env: with this
+// process's permissions, and under its systemd unit.
 func subnetFile(_ context.Context, h Host) (string, []Finding) {
 	if h.SubnetFile == "" {
 		return "not known", nil
@@ -34,9 +34,9 @@ func subnetFile(_ context.Context, h Host) (string, []Finding) {
 	return h.SubnetFile + " can be written", nil
 }
 
-// unitBars says whether the systemd unit of the daemon keeps it from writing to a
-// directory, by systemd.exec(5), ProtectSystem=strict. Of a unit's files the
-// first directory counts, and of all drop-ins each line does.
+// unitBars reports whether the daemon's systemd unit prevents writing to a
+// directory by ProtectSystem=strict, see systemd.exec(5). The first unit file
+// found is used, and all drop-ins apply.
 func (h Host) unitBars(dir string) (unit string, bars bool) {
 	for _, at := range []string{"/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"} {
 		if h.exists(at + "/culvert.service") {
@@ -81,7 +81,7 @@ func (h Host) unitBars(dir string) (unit string, bars bool) {
 		}
 	}
 	within := slices.ContainsFunc(writable, func(w string) bool { return dir == w || strings.HasPrefix(dir, strings.TrimSuffix(w, "/")+"/") })
-	for _, free := range []string{"/dev", "/proc", "/sys"} { // which strict leaves out
+	for _, free := range []string{"/dev", "/proc", "/sys"} { // writable even with strict
 		within = within || strings.HasPrefix(dir, free+"/")
 	}
 	if strict && !within {

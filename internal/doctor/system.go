@@ -14,7 +14,7 @@ import (
 	"culvert/internal/host"
 )
 
-// capabilities are what the daemon needs, and what it loses without.
+// capabilities are those that the daemon uses, and what fails without them.
 var capabilities = []struct {
 	bit  int
 	name string
@@ -26,8 +26,8 @@ var capabilities = []struct {
 	{unix.CAP_BPF, "CAP_BPF", "a single queue in userspace, and no fast path", false},
 }
 
-// privileges are those of this process, which is usually started as the daemon
-// is.
+// privileges checks this process's capabilities; it usually runs as the same
+// user as the daemon.
 func privileges(_ context.Context, _ Host) (string, []Finding) {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -87,8 +87,8 @@ func kernel(_ context.Context, h Host) (string, []Finding) {
 	return strings.Join(seen, ", "), all
 }
 
-// clock looks whether the wall clock is kept right: leases and certificates end
-// by it.
+// clock checks whether the wall clock is synchronized: certificates are valid
+// for a limited time.
 func clock(_ context.Context, _ Host) (string, []Finding) {
 	var t unix.Timex
 	state, err := unix.Adjtimex(&t)
@@ -102,7 +102,7 @@ func clock(_ context.Context, _ Host) (string, []Finding) {
 	return "synchronised", nil
 }
 
-// number reads a file with one number.
+// number reads a number from a file.
 func (h Host) number(path string) (int64, error) {
 	b, err := os.ReadFile(h.path(path))
 	if err != nil {
@@ -115,10 +115,11 @@ func (h Host) number(path string) (int64, error) {
 	return n, nil
 }
 
-// nearlyFull is the share of a table above which a burst may fill it.
+// nearlyFull is the fill level of a table above which a burst may fill it.
 const nearlyFull = 0.9
 
-// conntrack looks at the table of connections: what does not fit is dropped.
+// conntrack checks the connection tracking table: if it is full, new
+// connections are dropped.
 func conntrack(_ context.Context, h Host) (string, []Finding) {
 	count, err := h.number("/proc/sys/net/netfilter/nf_conntrack_count")
 	if err != nil {
@@ -139,9 +140,9 @@ func conntrack(_ context.Context, h Host) (string, []Finding) {
 	return fmt.Sprintf("%d of %d connections", count, most), nil
 }
 
-// neighbours looks at the limits of the neighbour tables. Permanent entries, as
-// the kernel datapaths make for each peer, are not counted by the kernel
-// (net/core/neighbour.c, gc_entries), so pods and links alone use them up.
+// neighbours checks the limits of the neighbour tables. The kernel does not
+// count permanent entries, which the kernel datapaths create for each peer
+// (net/core/neighbour.c, gc_entries), so only pods and links fill them.
 func neighbours(_ context.Context, h Host) (string, []Finding) {
 	var all []Finding
 	var seen []string
@@ -165,9 +166,8 @@ func neighbours(_ context.Context, h Host) (string, []Finding) {
 	return strings.Join(seen, ", "), all
 }
 
-// neighbourStat reads /proc/net/stat/{arp,ndisc}_cache: hexadecimal columns, one
-// line a processor, of which entries is the whole table's and table_fulls the
-// processor's own.
+// neighbourStat reads /proc/net/stat/{arp,ndisc}_cache: hexadecimal columns,
+// one line per CPU. entries is that of the whole table, table_fulls is per CPU.
 func (h Host) neighbourStat(table string) (entries, overflows uint64) {
 	b, err := os.ReadFile(h.path("/proc/net/stat/" + table))
 	if err != nil {

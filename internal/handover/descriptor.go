@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Descriptor returns a descriptor of what c has open, which the caller closes.
+// Descriptor returns a duplicate of c's file descriptor, which the caller
+// closes.
 func Descriptor(c syscall.Conn) (fd int, err error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -22,12 +23,12 @@ func Descriptor(c syscall.Conn) (fd int, err error) {
 	return fd, failure
 }
 
-// Duplicate returns another descriptor of the same open file.
+// Duplicate returns a duplicate of a descriptor.
 func Duplicate(fd int) (int, error) { return unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0) }
 
-// Listener returns a listener on a listening socket whose descriptor stays the
-// caller's: when the listener is closed, the socket goes on taking connections,
-// which wait in the kernel.
+// Listener returns a listener on a listening socket. fd remains the caller's:
+// after the listener is closed, the kernel still queues connections on the
+// socket.
 func Listener(fd int) (net.Listener, error) {
 	own, err := Duplicate(fd)
 	if err != nil {

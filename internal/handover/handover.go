@@ -1,19 +1,20 @@
-// Package handover passes a node from a running daemon to its successor: it is
-// the protocol between the two, on the running daemon's unix socket. What is
-// passed, and what each does between the messages, is the daemon's.
+// Package handover is the protocol by which a running daemon passes a node to
+// its successor, on the running daemon's unix socket. It transfers messages and
+// descriptors; what they contain and what each side does in between is decided
+// by package daemon, which owns the state.
 //
 //	successor                                running daemon
 //	    │ POST /handover, Upgrade ─────────────► │
-//	    │ ◄──────────────────────────────── 101  │  (404: it is of a release without it)
+//	    │ ◄──────────────────────────────── 101  │  (404: a release without handover)
 //	    │ hello ───────────────────────────────► │  stops writing to the store
 //	    │ ◄────── offer, with open descriptors   │
 //	    │ take ────────────────────────────────► │  stops reading packets and connections
 //	    │ ◄─────────────────────────────── yours │
-//	    │ running ─────────────────────────────► │  ends
+//	    │ running ─────────────────────────────► │  exits
 //
-// Until `running` the running daemon can go on by itself, and does when the
-// connection breaks; `back`, with a reason, tells the successor to end. From
-// `offer` on the successor has all it needs, and goes on alone when the
+// Until `running` the running daemon can resume, and does so if the connection
+// breaks; it sends `back` with a reason to make the successor exit. From
+// `offer` on the successor has everything it needs, and continues alone if the
 // connection breaks without `back`.
 package handover
 
@@ -34,49 +35,49 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Version is the protocol's. A daemon answers a hello of another version with
-// `back`.
+// Version is the protocol version. A daemon answers a hello of another version
+// with `back`.
 const Version = 1
 
-// Path is where the daemon's socket has the protocol.
+// Path is the HTTP path of the protocol on the daemon's socket.
 const Path = "/handover"
 
-// Step names a message.
+// Step is the type of a message.
 type Step string
 
-// The messages, in their order.
+// The messages, in order.
 const (
 	Hello   Step = "hello"
 	Offer   Step = "offer"
 	Take    Step = "take"
 	Yours   Step = "yours"
 	Running Step = "running"
-	Back    Step = "back" // at any time, from the running daemon
+	Back    Step = "back" // from the running daemon, at any time
 )
 
-// Message is one line of JSON. Fields of other steps are empty.
+// Message is one line of JSON. Only the fields of its step are set.
 type Message struct {
 	Step Step `json:"step"`
-	// Of hello and offer: who speaks.
+	// hello and offer: the sender.
 	Protocol int    `json:"protocol,omitempty"`
-	Program  string `json:"program,omitempty"` // its version
+	Program  string `json:"program,omitempty"` // version of the program
 	PID      int    `json:"pid,omitempty"`
-	// Of offer: what the descriptors are that came with it, one name each, and what
-	// they are open for.
+	// offer: the names of the descriptors that came with it, and what they were
+	// opened with.
 	Descriptors []string          `json:"descriptors,omitempty"`
-	Metrics     string            `json:"metrics,omitempty"` // the address that was asked for
+	Metrics     string            `json:"metrics,omitempty"` // the configured address
 	Carrying    bool              `json:"carrying,omitempty"`
 	Datapath    map[string]string `json:"datapath,omitempty"`
-	// Of take: the datapath is used as it is, rather than closed first.
+	// take: use the datapath as it is, without closing it first.
 	Inherit bool `json:"inherit,omitempty"`
-	// Of back.
+	// back.
 	Why string `json:"why,omitempty"`
 }
 
-// Conn is one side of the protocol.
+// Conn is one end of the protocol.
 type Conn struct {
 	unix *net.UnixConn
-	rest []byte // read, not yet a whole line
+	rest []byte // received, not yet a whole line
 
 	mu  sync.Mutex
 	fds []int // received, not yet taken
@@ -85,11 +86,11 @@ type Conn struct {
 // descriptorsPerMessage is below the kernel's limit (SCM_MAX_FD, 253).
 const descriptorsPerMessage = 200
 
-// sendPatience bounds a write, which the socket's buffer takes unless the other
+// sendPatience limits a write. The socket's buffer takes it unless the other
 // side is stopped.
 const sendPatience = 2 * time.Second
 
-// Send sends a message, and descriptors before it, which stay the caller's.
+// Send sends a message, preceded by descriptors, which remain the caller's.
 func (c *Conn) Send(m Message, fds ...int) error {
 	text, err := json.Marshal(m)
 	if err != nil {
@@ -98,7 +99,7 @@ func (c *Conn) Send(m Message, fds ...int) error {
 	if err := c.unix.SetWriteDeadline(time.Now().Add(sendPatience)); err != nil {
 		return err
 	}
-	for len(fds) > 0 { // each batch with an empty line
+	for len(fds) > 0 { // an empty line carries each batch
 		n := min(len(fds), descriptorsPerMessage)
 		if _, _, err := c.unix.WriteMsgUnix([]byte("\n"), unix.UnixRights(fds[:n]...), nil); err != nil {
 			return fmt.Errorf("sending descriptors: %w", err)
@@ -111,10 +112,11 @@ func (c *Conn) Send(m Message, fds ...int) error {
 	return nil
 }
 
-// maxLine bounds a message.
+// maxLine limits the length of a message, in bytes.
 const maxLine = 1 << 20
 
-// Receive returns the next message. io.EOF says that the other side has ended.
+// Receive returns the next message; io.EOF if the other side has closed the
+// connection.
 func (c *Conn) Receive() (Message, error) {
 	for {
 		for {
@@ -163,8 +165,8 @@ func (c *Conn) Receive() (Message, error) {
 	}
 }
 
-// TakeDescriptors returns the descriptors received so far, which are then the
-// caller's.
+// TakeDescriptors returns the descriptors received so far. The caller then owns
+// them.
 func (c *Conn) TakeDescriptors() []int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -173,8 +175,8 @@ func (c *Conn) TakeDescriptors() []int {
 	return fds
 }
 
-// Messages returns what is received until the other side ends, or Close.
-// Receive must not be called any more.
+// Messages returns a channel of received messages, which is closed when the
+// connection ends. Receive must not be called afterwards.
 func (c *Conn) Messages() <-chan Message {
 	all := make(chan Message, 4) // more than either side sends
 	go func() {
@@ -190,7 +192,7 @@ func (c *Conn) Messages() <-chan Message {
 	return all
 }
 
-// Close ends the connection, and closes descriptors that nobody took.
+// Close closes the connection and the descriptors that were not taken.
 func (c *Conn) Close() error {
 	err := c.unix.Close()
 	for _, fd := range c.TakeDescriptors() {
@@ -199,8 +201,8 @@ func (c *Conn) Close() error {
 	return err
 }
 
-// trusted says why the process at the other end is not to be dealt with: it must
-// be of this process's user, or root.
+// trusted returns an error unless the other process runs as this process's user
+// or as root.
 func trusted(c *net.UnixConn) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -222,15 +224,15 @@ func trusted(c *net.UnixConn) error {
 	return nil
 }
 
-// ErrUnknown says that the running daemon has no such protocol.
+// ErrUnknown means that the running daemon does not support handover.
 var ErrUnknown = errors.New("the running daemon cannot hand over: it is of a release without that. Stop it, then start this one")
 
-// ErrEnded says that the running daemon ended before it offered anything.
+// ErrEnded means that the running daemon ended before its offer.
 var ErrEnded = errors.New("the running daemon ended while it was asked to hand over")
 
-// Ask asks the daemon behind a unix socket to hand over, and returns the
-// connection with its offer. Errors of dialling are the kernel's: fs.ErrNotExist
-// or ECONNREFUSED say that no daemon runs there.
+// Ask asks the daemon at a unix socket to hand over, and returns the connection
+// and the offer. If dialling fails, the error wraps fs.ErrNotExist or
+// ECONNREFUSED when no daemon runs there.
 func Ask(ctx context.Context, socket string, hello Message) (*Conn, Message, error) {
 	var d net.Dialer
 	raw, err := d.DialContext(ctx, "unix", socket)
@@ -255,7 +257,8 @@ func (c *Conn) ask(hello Message) (Message, error) {
 	if _, err := io.WriteString(c.unix, request); err != nil {
 		return Message{}, err
 	}
-	// It says no more before the hello, so that nothing is read too far here.
+	// The daemon sends nothing more before the hello, so the buffered reader
+	// does not consume part of the next message.
 	answer, err := http.ReadResponse(bufio.NewReader(c.unix), nil)
 	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) {
 		return Message{}, ErrEnded
@@ -289,8 +292,8 @@ func (c *Conn) ask(hello Message) (Message, error) {
 	return offer, nil
 }
 
-// Handler gives accept the connection of each successor that asks, whose hello
-// has been read.
+// Handler calls accept for each successor, after it has received its hello.
+// accept owns the connection.
 func Handler(accept func(c *Conn, hello Message)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost {

@@ -1,8 +1,8 @@
 // Package host makes the kernel of this host equal to a State: devices,
 // addresses, routes, neighbours, FDB entries, nftables rules. It does not
-// decide what the State is: package daemon passes a Plan, and a Keeper holds
-// the last State and View. The start, events and repairs all take the same
-// path:
+// decide what the State is: the datapaths in packages backend and
+// backend/tunnel pass a Plan, and their Keeper holds the last State and View.
+// The start, events and repairs all take the same path:
 //
 //	          Plan(View)           read          diff          write
 //	snapshot ────────────▶ State ────────┐

@@ -16,8 +16,8 @@ import (
 	"culvert/internal/host"
 )
 
-// kernel is what the kernel of this network namespace has: as it tells it itself,
-// and as the usual programs show it, where they are.
+// kernel returns the kernel state of this network namespace: read directly, and
+// as shown by the usual programs, where installed.
 func kernel() []Source {
 	return []Source{
 		listing("links", netlink.LinkList),
@@ -55,10 +55,10 @@ func kernel() []Source {
 	}
 }
 
-// mostListed bounds the lines of one listing.
+// mostListed limits the lines of one listing.
 const mostListed = 20000
 
-// listing is a table of the kernel, a line of JSON each.
+// listing is a kernel table, one JSON object per line.
 func listing[T any](name string, list func() ([]T, error)) Source {
 	return Source{"kernel/" + name + ".jsonl", func(context.Context) ([]byte, error) {
 		all, err := host.Retry(list)
@@ -69,7 +69,7 @@ func listing[T any](name string, list func() ([]T, error)) Source {
 				break
 			}
 			line, jerr := json.Marshal(v)
-			if jerr != nil { // a number that JSON does not have, perhaps
+			if jerr != nil { // a value that JSON cannot represent
 				line = fmt.Appendf(nil, "%+v", v)
 			}
 			b.Write(line)
@@ -79,14 +79,13 @@ func listing[T any](name string, list func() ([]T, error)) Source {
 	}}
 }
 
-// sysctls reads /proc/sys/net. Of a host with very many links those of the first
-// are read.
+// sysctls reads /proc/sys/net, up to entryMost bytes.
 func sysctls(ctx context.Context) ([]byte, error) {
 	var b bytes.Buffer
 	const root = "/proc/sys/net"
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
-			return nil // some are not to be read
+			return nil // some cannot be read
 		}
 		if ctx.Err() != nil || b.Len() > entryMost {
 			return fs.SkipAll

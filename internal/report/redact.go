@@ -13,21 +13,21 @@ import (
 	"strings"
 )
 
-// removed is what stands where a secret was.
+// removed replaces a secret.
 const removed = "[removed]"
 
-// Redactor takes secrets out of texts: those whose values are known, in whichever
-// encoding, and what looks like one.
+// Redactor removes secrets from texts: known values, in several encodings, and
+// text that looks like a secret.
 type Redactor struct {
-	known   [][]byte // the longest first
+	known   [][]byte // longest first
 	Removed int
 }
 
-// shortest is the least length of a value that is looked for by itself: a
-// shorter one would be found in words that have nothing to do with it.
+// shortest is the minimum length of a known value: shorter ones would match
+// inside unrelated words.
 const shortest = 4
 
-// NewRedactor returns a Redactor that knows the values of some secrets.
+// NewRedactor returns a Redactor for the given secrets.
 func NewRedactor(secrets ...string) *Redactor {
 	r := &Redactor{}
 	for _, s := range secrets {
@@ -45,13 +45,13 @@ func NewRedactor(secrets ...string) *Redactor {
 	return r
 }
 
-// forms are the ways in which a secret may be written: as it is, in a URL, in a
-// JSON string, in hexadecimal, and in base64, where it may stand at any of three offsets
-// within a longer text, such as user:password.
+// forms returns the encodings of a secret: plain, URL, JSON string,
+// hexadecimal, and base64 at each of the three offsets within a longer text,
+// such as user:password.
 func forms(s string) []string {
 	all := []string{s, url.QueryEscape(s), url.PathEscape(s), strings.Trim(fmt.Sprintf("%q", s), `"`), hex.EncodeToString([]byte(s))}
 	for offset := range 3 {
-		// The first and last characters also hold bits of what is around.
+		// The first and last characters also encode adjacent bits.
 		text := strings.Repeat("x", offset) + s
 		for _, e := range []*base64.Encoding{base64.StdEncoding, base64.URLEncoding} {
 			code := e.EncodeToString([]byte(text))
@@ -65,19 +65,20 @@ func forms(s string) []string {
 	return all
 }
 
-// What looks like a secret. Each has the secret, or the text up to it, as groups.
+// Patterns of secrets. The groups are the secret, or the text before it.
 var (
 	pem    = regexp.MustCompile(`(?s)-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\z)`)
 	pem64  = regexp.MustCompile(`LS0tLS1CRUdJTi[A-Za-z0-9+/=_-]*`) // "-----BEGIN" in base64
 	jwt    = regexp.MustCompile(`eyJ[A-Za-z0-9_-]{6,}\.[A-Za-z0-9_-]{6,}\.[A-Za-z0-9_-]*`)
 	bearer = regexp.MustCompile(`(?i)\b((?:bearer|basic)\s+)[A-Za-z0-9+/=._~-]{8,}`)
 	users  = regexp.MustCompile(`([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s"'@]+@`)
-	// named is a word for a secret, a sign, and its value: PASSWORD=x, "token": "x",
-	// --etcd-password x. What is a path is not one: --etcd-password-file /etc/x.
+	// named matches a key, a separator and a secret value: PASSWORD=x, "token":
+	// "x", --etcd-password x. A path is not a secret: --etcd-password-file
+	// /etc/x.
 	named = regexp.MustCompile(`(?i)((?:[A-Z0-9]+[_.-])*(?:password|passwd|passphrase|token|secret|api[_-]?key|private[_-]?key|client-key-data|client-certificate-data|certificate-authority-data|psk)(?:[_.-]?(?:data|value|id))?["']?(?:\s*[:=]\s*|[ \t\n]+))("(?:[^"\\]|\\.)*"|'[^']*'|[^\s"',;}]+)`)
 )
 
-// Clean returns the text without secrets.
+// Clean returns the text with secrets replaced.
 func (r *Redactor) Clean(text []byte) []byte {
 	text = r.replace(pem, text, func([]byte) []byte { return []byte(removed) })
 	for _, k := range r.known {
@@ -112,13 +113,13 @@ func (r *Redactor) Clean(text []byte) []byte {
 	})
 }
 
-// assigned says whether the word before a value gives it one: with a sign, or as
-// a flag on a command line. In a sentence it does not.
+// assigned reports whether the text before a value assigns it, with a sign or
+// as a command-line flag, unlike in a sentence.
 func assigned(word []byte) bool {
 	return bytes.ContainsAny(word, ":=") || bytes.HasPrefix(word, []byte("etcd-")) || bytes.HasPrefix(word, []byte("-"))
 }
 
-// replace replaces the matches for which with returns something.
+// replace replaces the matches for which with does not return nil.
 func (r *Redactor) replace(re *regexp.Regexp, text []byte, with func([]byte) []byte) []byte {
 	return re.ReplaceAllFunc(text, func(m []byte) []byte {
 		if got := with(m); got != nil {
@@ -129,13 +130,13 @@ func (r *Redactor) replace(re *regexp.Regexp, text []byte, with func([]byte) []b
 	})
 }
 
-// secretFlag is the name of a flag, or of a variable, whose value is a secret.
+// secretFlag matches flags and variables whose value is a secret.
 var secretFlag = regexp.MustCompile(`(?i)(?:password|passwd|token|secret)$`)
 
-// secretFile is one whose value names a file with a secret.
+// secretFile matches those whose value is the path of a file with a secret.
 var secretFile = regexp.MustCompile(`(?i)(?:password|token|secret|key)[-_]?file$`)
 
-// secrets are the values that the daemon's process and its configuration have.
+// secrets returns the secrets in the daemon's process and configuration.
 func (o Options) secrets() []string {
 	var all []string
 	note := func(name, value string) {
@@ -147,7 +148,7 @@ func (o Options) secrets() []string {
 			if text, err := readFile(o.path(value)); err == nil && len(text) < 64<<10 {
 				all = append(all, string(text))
 				for line := range strings.Lines(string(text)) {
-					if line = strings.TrimSpace(line); len(line) >= 16 { // of a key, each by itself
+					if line = strings.TrimSpace(line); len(line) >= 16 { // the lines of a key, individually
 						all = append(all, line)
 					}
 				}

@@ -8,7 +8,7 @@ import (
 	"culvert/internal/report"
 )
 
-// Secrets go in whichever form they stand; what only looks like one stays.
+// Secrets are removed in every encoding; similar text stays.
 func TestRedactor(t *testing.T) {
 	const secret = `p&ss "w0rd"/+`
 	pem := "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----"

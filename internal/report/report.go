@@ -1,7 +1,7 @@
-// Package report gathers, into one archive for a bug report, what culvert and the
-// kernel say of a node: state, configuration, kernel tables, logs, metrics.
-// Secrets are removed from all of it (Redactor). It changes nothing, is bounded
-// in size and time, and needs no daemon.
+// Package report collects into one archive for a bug report what culvert and
+// the kernel know about a node: state, configuration, kernel tables, logs,
+// metrics. It removes secrets from all of it (Redactor), limits size and time,
+// and needs no daemon. It changes nothing and keeps no state.
 package report
 
 import (
@@ -21,10 +21,10 @@ import (
 	"time"
 )
 
-// Bounds of a report.
+// Limits of a report.
 const (
-	entryMost  = 2 << 20  // bytes of one file; of more the end is kept
-	totalMost  = 64 << 20 // bytes of all, before compression
+	entryMost  = 2 << 20  // bytes of one file; of a larger one the end is kept
+	totalMost  = 64 << 20 // bytes in all, before compression
 	sourceTime = 5 * time.Second
 	totalTime  = 40 * time.Second
 )
@@ -35,21 +35,21 @@ type Source struct {
 	Read func(ctx context.Context) ([]byte, error)
 }
 
-// Options say what goes into a report.
+// Options select the content of a report.
 type Options struct {
 	Name   string // of the archive's directory
-	Root   string // prepended to the paths of files, for tests; usually empty
-	RunDir string // the daemon's
-	PID    int    // the daemon's; 0 if none runs
-	// CNI is the container runtime's directory of configurations.
+	Root   string // prepended to file paths, for tests; usually empty
+	RunDir string // the daemon's run directory
+	PID    int    // the daemon's PID; 0 if none runs
+	// CNI is the directory of the container runtime's CNI configurations.
 	CNI string
-	// Secrets are values that must not appear, besides those that are found.
+	// Secrets are values to remove, in addition to those that are found.
 	Secrets []string
-	// First are files that the caller makes: the status, doctor's findings.
+	// First are files from the caller: the status, doctor's findings.
 	First []Source
 }
 
-// Summary is what a report holds.
+// Summary describes a report.
 type Summary struct {
 	Files   int
 	Bytes   int // before compression
@@ -99,7 +99,7 @@ func Write(ctx context.Context, w io.Writer, o Options) (Summary, error) {
 	return sum, errors.Join(archive.Close(), zip.Close())
 }
 
-// read calls a source, and waits no longer than it may take.
+// read calls a source, with a timeout.
 func read(ctx context.Context, s Source) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, sourceTime)
 	defer cancel()
@@ -120,8 +120,8 @@ func read(ctx context.Context, s Source) ([]byte, error) {
 	}
 }
 
-// last is the end of a text that is longer than one file may be, from the
-// beginning of a line.
+// last returns the end of a text that exceeds entryMost, from the start of a
+// line.
 func last(text []byte) []byte {
 	if len(text) <= entryMost {
 		return text
@@ -146,7 +146,7 @@ func (o Options) readme(s Summary, now time.Time) string {
 
 func (o Options) path(p string) string { return filepath.Join(o.Root, p) }
 
-// file is a file of this host, left out if it is not there.
+// file is a file of this host. It is omitted if missing.
 func file(name, path string) Source {
 	return Source{name, func(context.Context) ([]byte, error) { return readFile(path) }}
 }
@@ -170,7 +170,7 @@ func readFile(path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, 8*entryMost))
 }
 
-// state is what the daemon keeps in its run directory.
+// state returns the files in the daemon's run directory.
 func (o Options) state() []Source {
 	var all []Source
 	for _, name := range []string{"told.json", "snapshot.json", "lease.json", "underlay.json", "fenced.json", "subnet.env"} {
@@ -179,8 +179,8 @@ func (o Options) state() []Source {
 	return all
 }
 
-// configuration is what this host has of culvert's configuration. Keys,
-// certificates and kubeconfig files are not read at all.
+// configuration returns culvert's configuration on this host. Keys,
+// certificates and kubeconfig files are never read.
 func (o Options) configuration() []Source {
 	var all []Source
 	for _, pattern := range []string{
@@ -199,7 +199,7 @@ func (o Options) configuration() []Source {
 	return all
 }
 
-// process is how the daemon was started.
+// process describes how the daemon was started.
 func (o Options) process() []Source {
 	if o.PID == 0 {
 		return nil
@@ -226,13 +226,14 @@ func (o Options) process() []Source {
 	}
 }
 
-// logs are systemd's, where it keeps them; the daemon's own last lines are among
-// the caller's files.
+// logs returns systemd's journal of the daemon. The daemon's own last lines are
+// among the caller's files.
 func logs() []Source {
 	return []Source{command("logs/journal.txt", "journalctl", "-u", "culvert", "-n", "5000", "--no-pager", "-o", "short-iso")}
 }
 
-// command is a program's output, left out where there is no such program.
+// command is a program's output. A program that is not installed is listed as
+// missing.
 func command(name, program string, args ...string) Source {
 	return Source{name, func(ctx context.Context) ([]byte, error) {
 		path, err := exec.LookPath(program)
@@ -249,7 +250,7 @@ func command(name, program string, args ...string) Source {
 	}}
 }
 
-// bounded takes no more than what is read of a file.
+// bounded discards output beyond the limit for files.
 type bounded struct{ *bytes.Buffer }
 
 func (b *bounded) Write(p []byte) (int, error) {

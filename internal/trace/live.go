@@ -17,30 +17,29 @@ import (
 	"culvert/internal/host"
 )
 
-// Probe is one real packet that was sent from the pod, and what came of it.
+// Probe is a real packet that was sent from the pod, and its outcome.
 type Probe struct {
 	What     string        `json:"what"`
 	Answered bool          `json:"answered"`
 	Took     time.Duration `json:"took,omitempty"`
-	Said     string        `json:"said,omitempty"` // what came back instead, or that nothing did
-	By       netip.Addr    `json:"by,omitzero"`    // who answered with an error
-	// Largest is the largest packet that passes, of Want; 0 if not measured.
+	Said     string        `json:"said,omitempty"` // the reply if it was not answered
+	By       netip.Addr    `json:"by,omitzero"`    // the sender of an ICMP error
+	// Largest is the largest packet that passes, up to Want; 0 if not measured.
 	Largest int `json:"largest,omitempty"`
 	Want    int `json:"want,omitempty"`
-	// Dropped are the rules of this host that dropped it, as the kernel told
-	// (nftables' trace).
+	// Dropped are this host's rules that dropped it, from nftables' trace.
 	Dropped []host.Traced `json:"dropped,omitempty"`
-	// Sent is by how much the tunnel device's count of sent packets grew, Received
-	// that of received ones.
+	// Sent and Received are the increases of the tunnel device's packet
+	// counters.
 	Sent     uint64 `json:"tunnel_sent"`
 	Received uint64 `json:"tunnel_received"`
 }
 
-// patience is how long an answer is waited for.
+// patience is how long to wait for a reply.
 const patience = 500 * time.Millisecond
 
 // Send sends real packets from the pod, or from this host's own address, and
-// follows the first through this host's rules.
+// traces the first through this host's rules.
 func Send(ctx context.Context, p Path) (Probe, error) {
 	var probe Probe
 	ns := ""
@@ -48,7 +47,7 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 		ns = p.Pod.Netns
 	}
 	follow, err := host.FollowPackets(p.Local, p.Remote, p.Proto)
-	if err != nil { // another look without it
+	if err != nil { // continue without tracing
 		p.Limit = append(p.Limit, err.Error())
 	}
 	before := host.DeviceTraffic(p.Tunnel)
@@ -81,7 +80,7 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 		if !p.Local.Is4() {
 			low = 1280
 		}
-		if _, err := e.Series(ctx, p.Remote, 1, 0, 0, patience); err != nil { // it answers to no ping: not measured
+		if _, err := e.Series(ctx, p.Remote, 1, 0, 0, patience); err != nil { // it answers no ping: not measured
 			probe.Want = 0
 			return nil
 		}
@@ -91,8 +90,8 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 	return probe, err
 }
 
-// send sends one packet, a second one if the first is not answered, since the
-// first of all may wait for a neighbour.
+// send sends one packet, and a second if the first is not answered: the first
+// may be delayed by neighbour resolution.
 func send(ctx context.Context, ns string, p Path) (what string, took time.Duration, err error) {
 	once := func() error {
 		ctx, cancel := context.WithTimeout(ctx, patience)
@@ -136,14 +135,14 @@ func send(ctx context.Context, ns string, p Path) (what string, took time.Durati
 	return what, took, err
 }
 
-// within calls fn on a thread that is in a network namespace; "" is this one.
+// within calls fn on a thread in a network namespace; "" is the current one.
 func within(path string, fn func() error) error {
 	if path == "" {
 		return fn()
 	}
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		ns, err := netns.GetFromPath(path)
 		if err == nil {
 			err = netns.Set(ns)
@@ -157,8 +156,8 @@ func within(path string, fn func() error) error {
 	return <-done
 }
 
-// Deduce says, from packets that are sent on the way, where on the far node or
-// before it they end: for who cannot ask that node.
+// Deduce probes the far node to find where packets end, for use if that node
+// cannot be asked:
 //
 //	this node ── underlay ── UDP port ── tunnel device ── far host ── far pod
 func Deduce(ctx context.Context, p Path) Step {

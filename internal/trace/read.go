@@ -16,8 +16,8 @@ import (
 	"culvert/internal/host"
 )
 
-// Read reads what the kernel says of the way; p has what is known without it: the
-// two addresses, the leases and what the datapath wants.
+// Read adds the kernel's facts to p, which has the two addresses, the leases
+// and the datapath's configuration.
 func Read(p Path) (Path, error) {
 	is4 := p.Local.Is4()
 	links, err := host.Retry(netlink.LinkList)
@@ -39,7 +39,7 @@ func Read(p Path) (Path, error) {
 		}
 	}
 	bridge := bridgeOf(p.Pod)
-	if p.Pod == nil { // by the gateway's address
+	if p.Pod == nil { // the device with the gateway's address
 		for _, a := range facts.Addrs {
 			if name, ok := facts.LinkName(a.Link); ok && p.Subnet.IsValid() && a.Prefix.Addr() == p.Subnet.Masked().Addr().Next() {
 				bridge = name
@@ -79,7 +79,7 @@ func Read(p Path) (Path, error) {
 	return p, nil
 }
 
-// lookUp asks the kernel for the route to an address, as ip route get does.
+// lookUp asks the kernel for the route to an address, like `ip route get`.
 func lookUp(h *netlink.Handle, to netip.Addr, o *netlink.RouteGetOptions, byIndex map[int]netlink.Link) Route {
 	routes, err := h.RouteGetWithOptions(to.AsSlice(), o)
 	switch {
@@ -117,7 +117,7 @@ func lookUp(h *netlink.Handle, to netip.Addr, o *netlink.RouteGetOptions, byInde
 	return found
 }
 
-// nextHop reads the neighbour that packets are handed to.
+// nextHop reads the neighbour entry of the next hop.
 func (r *Route) nextHop(index int, to netip.Addr) {
 	if r.Via.IsValid() {
 		to = r.Via
@@ -183,7 +183,8 @@ func (p *Path) settings(bridge string) {
 	}
 }
 
-// cameBy is the link that the remote's packets come in by, as rules see them.
+// cameBy returns the link on which the remote's packets arrive, as rules see
+// it.
 func (p *Path) cameBy() string {
 	if p.WantLink != "" {
 		return p.WantLink
@@ -191,9 +192,9 @@ func (p *Path) cameBy() string {
 	return p.Out.Link
 }
 
-// findPod looks for the address in the network namespaces of this host: those
-// that are named, and those of processes. Of several with the address it is the
-// one whose link has its other end here.
+// findPod searches this host's network namespaces, named ones and those of
+// processes, for the address. If several have it, it returns the one whose veth
+// has its peer on this host.
 func findPod(p Path, byIndex map[int]netlink.Link, facts host.Facts) (*Pod, error) {
 	var self unix.Stat_t
 	if err := unix.Stat("/proc/thread-self/ns/net", &self); err != nil {
@@ -217,12 +218,12 @@ func findPod(p Path, byIndex map[int]netlink.Link, facts host.Facts) (*Pod, erro
 	return nil, nil
 }
 
-// podAt returns the pod in a namespace, nil if the address is not there, or is
+// podAt returns the pod in a namespace; nil if the address is not there or is
 // another node's.
 func podAt(path string, p Path, byIndex map[int]netlink.Link, facts host.Facts) *Pod {
 	ns, err := netns.GetFromPath(path)
 	if err != nil {
-		return nil // it went
+		return nil // deleted meanwhile
 	}
 	defer ns.Close()
 	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
@@ -256,7 +257,7 @@ func podAt(path string, p Path, byIndex map[int]netlink.Link, facts host.Facts) 
 	if link.Type() == "veth" {
 		end, ok := byIndex[a.ParentIndex]
 		if err != nil || !ok || end.Type() != "veth" || end.Attrs().ParentIndex != a.Index || end.Attrs().NetNsID != id {
-			return nil // of another node on this machine
+			return nil // a pod of another node on this machine
 		}
 		e := end.Attrs()
 		pod.Veth, pod.VethUp = e.Name, e.RawFlags&unix.IFF_UP != 0
@@ -274,8 +275,8 @@ func podAt(path string, p Path, byIndex map[int]netlink.Link, facts host.Facts) 
 	return pod
 }
 
-// readRules walks the rules with the packets of both directions, those of the
-// tunnel around them, and notes what cannot be read.
+// readRules evaluates the rules for packets of both directions and for the
+// tunnel packets that carry them, and notes what could not be read.
 func (p *Path) readRules(bridge string, is4 bool) {
 	rules, err := host.ReadRules()
 	if err != nil {
@@ -313,7 +314,7 @@ func (p *Path) readRules(bridge string, is4 bool) {
 		walk(second, in, host.Prerouting, host.Input)
 	default:
 		walk(first, out, host.Prerouting, host.Forward, host.Postrouting)
-		if p.Peer != nil { // else the other end is on the same bridge
+		if p.Peer != nil { // otherwise both ends are on the same bridge
 			walk(second, in, host.Prerouting, host.Forward, host.Postrouting)
 		}
 	}

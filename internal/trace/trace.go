@@ -1,8 +1,9 @@
 // Package trace explains where packets between a pod of this node and another
-// address of the cluster network go, and what stops them. A Path holds the facts
-// of one node, read once; Explain is pure. The same explanation serves either end:
-// what a node does with the packets of its own pod to a remote one, and with what
-// comes back.
+// address of the cluster network go, and what stops them. Read collects the
+// facts of one node in a Path; Explain does no I/O. The same explanation serves
+// both ends: the node of the sending pod, and that of the receiving one. It
+// keeps no state; Send, which sends real packets, adds a temporary nftables
+// table (host.FollowPackets).
 //
 //	pod ── veth ── bridge ── route ── rules ── neighbour, FDB ── tunnel ── rules ── underlay
 package trace
@@ -17,19 +18,20 @@ import (
 	"culvert/internal/host"
 )
 
-// State says what a step does to packets.
+// State is the effect of a step on packets.
 type State string
 
 const (
-	// OK passes them on.
+	// OK means that packets pass.
 	OK State = "ok"
-	// Bad stops them.
+	// Bad means that packets are stopped.
 	Bad State = "BAD"
-	// Unsure may stop them, or could not be read.
+	// Unsure means that packets may be stopped, or that the step could not be
+	// read.
 	Unsure State = "?"
 )
 
-// Step is one place on the way, on one node.
+// Step is one place on the path, on one node.
 type Step struct {
 	Node   string `json:"node"`
 	Layer  string `json:"layer"` // such as "pod route", "rules", "FDB"
@@ -40,7 +42,7 @@ type Step struct {
 
 func (s Step) String() string { return fmt.Sprintf("%s, %s: %s", s.Node, s.Layer, s.Detail) }
 
-// The layers, in the order in which a packet meets them.
+// The layers of a path.
 const (
 	LayerLease        = "lease"
 	LayerPod          = "pod"
@@ -60,14 +62,14 @@ const (
 	LayerReverseRules = "rules, way back"
 )
 
-// Route is what the kernel answers about the way to an address.
+// Route is the kernel's route to an address.
 type Route struct {
 	Err  error // why there is none
 	Link string
 	Via  netip.Addr
-	MTU  int // of the way, if it is narrower than the link
-	// Next is the neighbour that the packet is handed to: its Ethernet address, or
-	// the state that says that there is none.
+	MTU  int // of the route, if smaller than the link's
+	// Next is the Ethernet address of the next hop, NextState "failed" if it
+	// could not be resolved.
 	Next, NextState string
 }
 
@@ -82,24 +84,24 @@ func (r Route) String() string {
 	return s
 }
 
-// Pod is the pod's own half.
+// Pod is the pod's end of the path.
 type Pod struct {
-	Netns string // where the namespace was found
+	Netns string // path of its network namespace
 	Link  string // its interface
 	Up    bool
 	MTU   int
 	Out   Route // to the remote address
-	// Host end of the pair, and the bridge that it is on.
+	// The host end of the veth pair, and its bridge.
 	Veth     string
 	VethUp   bool
-	Bridge   string // "" if it is on none
+	Bridge   string // "" if none
 	BridgeUp bool
-	Gateway  netip.Addr // by which the pod leaves
-	HasGW    bool       // some link of the node bears it
-	Blocked  bool       // the bridge's port is not forwarding
+	Gateway  netip.Addr // next hop of the pod's route
+	HasGW    bool       // this node has the gateway's address
+	Blocked  bool       // the bridge port is not forwarding
 }
 
-// Peer is the node that leases the remote address.
+// Peer is the node with the lease of the remote address.
 type Peer struct {
 	Node   string
 	Subnet netip.Prefix
@@ -109,36 +111,36 @@ type Peer struct {
 	VNI    uint32
 }
 
-// Path is what a node's kernel and the leases say of the way between a pod of
-// this node and a remote address.
+// Path has the facts from a node's kernel and the leases about the path between
+// a pod of this node and a remote address.
 type Path struct {
 	Node          string
 	Local, Remote netip.Addr
 	Proto         byte
 	Port          uint16
-	// Toward says that the traced packets go from Local to Remote; else they come
-	// from Remote, and Local answers.
+	// Toward is set if the traced packets go from Local to Remote; otherwise
+	// they come from Remote, and Local answers.
 	Toward bool
 
 	Pod  *Pod // nil if no namespace of this host has Local
-	Self bool // Local is the node's own
+	Self bool // Local is the node's own address
 
-	Format, Kind string // of the datapath: vxlan, kernel
+	Format, Kind string // of the datapath, such as vxlan and kernel
 	Subnet       netip.Prefix
 	Public       netip.Addr // this node's
-	Peer         *Peer      // nil if nobody leases Remote
-	NoPeer       string     // and why
+	Peer         *Peer      // nil if Remote is in no peer's lease
+	NoPeer       string     // why Peer is nil
 
 	Settings []Setting
-	Out      Route // of packets from Local to Remote, as they come from the bridge
-	In       Route // of packets to Local
+	Out      Route // from Local to Remote, as input from the bridge
+	In       Route // to Local
 	WantLink string
 	WantVia  netip.Addr
 
-	Neighbour string // Ethernet address that the tunnel device has for the peer
-	FDB       string // underlay address that it has for the peer's VTEP
+	Neighbour string // Ethernet address of the peer's VTEP on the tunnel device
+	FDB       string // underlay address of the peer's VTEP on the tunnel device
 
-	Tunnel      string // the device
+	Tunnel      string // the tunnel device
 	TunnelUp    bool
 	TunnelThere bool
 	TunnelMTU   int
@@ -151,13 +153,13 @@ type Path struct {
 	Limit []string // what could not be read
 }
 
-// Setting is a kernel setting on the way.
+// Setting is a kernel setting that affects the path.
 type Setting struct {
 	Key, Value, Want string
 	Why              string
 }
 
-// RuleStep is what the chains at one hook do with one kind of packet.
+// RuleStep is the verdicts of the chains at one hook on one kind of packet.
 type RuleStep struct {
 	Layer    string
 	Hook     host.Hook
@@ -165,8 +167,8 @@ type RuleStep struct {
 	Verdicts []host.Verdict
 }
 
-// Explain says, purely, what happens at each step. Packets go toward the remote
-// address first, then back.
+// Explain returns a step for each place on the path. It does no I/O. The
+// direction toward the remote address comes first, then the way back.
 func Explain(p Path) []Step {
 	e := explainer{Path: p}
 	e.lease()
@@ -206,7 +208,7 @@ func (e *explainer) add(layer string, state State, fix, format string, args ...a
 
 func (e *explainer) lease() {
 	switch {
-	case e.Peer == nil && e.NoPeer == "": // a pod of this node too
+	case e.Peer == nil && e.NoPeer == "": // Remote is a pod of this node too
 		return
 	case e.Peer == nil:
 		e.add(LayerLease, Bad, "see `culvert lease list`, and `culvert lease check`", "no node has a lease that serves with %s: %s", e.Remote, e.NoPeer)
@@ -336,7 +338,8 @@ func (e *explainer) rules(r RuleStep) {
 	}
 }
 
-// device: with the tunnel's device its routes go, too.
+// device reports a missing tunnel device first, because its routes are missing
+// with it.
 func (e *explainer) device() {
 	if e.Peer != nil && e.Tunnel != "" && !e.TunnelThere {
 		e.add(LayerTunnel, Bad, "start the daemon, which makes it", "there is no device %s", e.Tunnel)
@@ -349,7 +352,7 @@ func (e *explainer) tunnel() {
 	}
 	switch {
 	case !e.TunnelThere:
-		return // said before
+		return // already reported
 	case !e.TunnelUp && e.Kind == "userspace":
 		e.add(LayerTunnel, Bad, "start the daemon, which carries the packets", "nobody carries what %s is given: no daemon has it open", e.Tunnel)
 		return
@@ -399,7 +402,7 @@ func (e *explainer) underlay() {
 	}
 }
 
-// overhead is what a tunnel adds to a packet, in bytes.
+// overhead is the number of bytes that the tunnel adds to a packet.
 func overhead(format string, is4 bool) int {
 	switch {
 	case format == "vxlan" && is4:
@@ -429,8 +432,7 @@ func (e *explainer) mtu() {
 	}
 }
 
-// Culprit returns the first step that stops packets, or else the first that may;
-// false if none does.
+// Culprit returns the first step that stops packets; false if none does.
 func Culprit(steps []Step) (Step, bool) {
 	for _, s := range steps {
 		if s.State == Bad {
@@ -440,7 +442,7 @@ func Culprit(steps []Step) (Step, bool) {
 	return Step{}, false
 }
 
-// Protocol is an IP protocol by its name, for the family of an address.
+// Protocol returns an IP protocol by name, for an address family.
 func Protocol(name string, is4 bool) (byte, bool) {
 	switch name {
 	case "tcp":

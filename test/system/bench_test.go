@@ -24,8 +24,8 @@ import (
 )
 
 // TestGeneratorBesideIPerf3 measures the underlay with the built-in generator
-// and with iperf3, in one run. How the two compare is for a quiet machine to say
-// (docs/benchmarks.md); here both must bring figures of the same kind.
+// and with iperf3 in one run. It checks only that both produce results of the
+// same kind; to compare them needs a quiet machine (docs/benchmarks.md).
 func TestGeneratorBesideIPerf3(t *testing.T) {
 	labtest.NeedTUN(t)
 	cmd := exec.Command(filepath.Join(labtest.Bin(t), "culvert"), "bench", "--quick", "--underlay", "offload", "--datapath", "native,native/iperf3",
@@ -52,7 +52,7 @@ func TestGeneratorBesideIPerf3(t *testing.T) {
 }
 
 // TestPageInChromium opens the page of a real run in a browser: the charts are
-// there, nothing is said on the console, and nothing is asked of a network.
+// drawn, the console stays empty, and the page makes no network request.
 func TestPageInChromium(t *testing.T) {
 	labtest.NeedTUN(t)
 	chromium, err := exec.LookPath("chromium")
@@ -70,7 +70,7 @@ func TestPageInChromium(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// Everything that the browser would fetch goes to a proxy that counts.
+	// A proxy records everything that the browser requests.
 	var asked []string
 	var mu sync.Mutex
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -80,7 +80,7 @@ func TestPageInChromium(t *testing.T) {
 		http.Error(w, "no", http.StatusForbidden)
 	}))
 	defer proxy.Close()
-	// What the page looks like, asked of the page itself.
+	// A script in the page reports what is drawn.
 	probe := bytes.Replace(text, []byte("</body>"), []byte(`<script>
 addEventListener("load", () => {
   const seen = [...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height > 50).length;
@@ -124,8 +124,8 @@ addEventListener("load", () => {
 		}
 		charts, _ := strconv.Atoi(fields[0])
 		bars, _ := strconv.Atoi(fields[1])
-		// tcp1, udp64, rr p50 and p99, costs; each with bars for the two datapaths
-		// beside the reference, on two underlays.
+		// tcp1, udp64, rr p50 and p99, costs; each with bars for the two
+		// datapaths and the reference, on two underlays.
 		if charts < 5 || bars < 5*2*2 {
 			t.Errorf("%d charts with %d bars", charts, bars)
 		}
@@ -144,7 +144,7 @@ addEventListener("load", () => {
 	}
 	mu.Lock()
 	defer mu.Unlock()
-	// The browser itself calls home at its start, whatever it is asked not to do.
+	// The browser itself contacts its vendor at start, whatever its flags.
 	home := regexp.MustCompile(`(^|\.)(google|googleapis|gvt1|gstatic)\.com(:\d+)?$`)
 	asked = slices.DeleteFunc(asked, func(host string) bool { return home.MatchString(host) })
 	if len(asked) > 0 {
@@ -152,7 +152,7 @@ addEventListener("load", () => {
 	}
 }
 
-// runFor runs a program, and kills it after a time.
+// runFor runs a program, and kills it after atMost.
 func runFor(cmd *exec.Cmd, atMost time.Duration) error {
 	if err := cmd.Start(); err != nil {
 		return err

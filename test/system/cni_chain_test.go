@@ -29,8 +29,8 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// chain is the configuration list of a site that uses everything: addresses,
-// port mappings, rates, sysctls.
+// chain is a configuration list that uses every feature: addresses, port
+// mappings, rates, sysctls.
 func chain(n *lab.Node, backend string) ([]byte, error) {
 	return json.Marshal(map[string]any{
 		"name": "chain", "cniVersion": "1.0.0", "cniVersions": []string{"0.4.0", "1.0.0", "1.1.0"},
@@ -47,7 +47,7 @@ func chain(n *lab.Node, backend string) ([]byte, error) {
 	})
 }
 
-// leaseSubnet writes the subnet.env of a node, as its daemon would.
+// leaseSubnet writes a node's subnet.env, as its daemon would.
 func leaseSubnet(t *testing.T, n *lab.Node, subnet string) {
 	t.Helper()
 	p := netip.MustParsePrefix(subnet)
@@ -60,7 +60,7 @@ func leaseSubnet(t *testing.T, n *lab.Node, subnet string) {
 	}
 }
 
-// held are the addresses that host-local holds on a node.
+// held returns the addresses that host-local holds on a node.
 func held(n *lab.Node, network string) []string {
 	entries, _ := os.ReadDir(filepath.Join(n.StateDir, "networks", network))
 	var out []string
@@ -83,7 +83,7 @@ func kept(n *lab.Node) []string {
 	return out
 }
 
-// rules is everything that packet filters have on a node.
+// rules returns all packet filter rules on a node.
 func rules(t *testing.T, n *lab.Node) string {
 	t.Helper()
 	var all string
@@ -97,7 +97,7 @@ func rules(t *testing.T, n *lab.Node) string {
 	return all
 }
 
-// say serves one line on a port of a pod, and answers who is there.
+// say sends one line to each client of a port in a pod.
 func say(t *testing.T, ns *lab.Namespace, port int, line string) {
 	t.Helper()
 	l, err := ns.Listen(t.Context(), "tcp", fmt.Sprintf(":%d", port))
@@ -117,7 +117,7 @@ func say(t *testing.T, ns *lab.Namespace, port int, line string) {
 	}()
 }
 
-// hear connects, and returns what is said.
+// hear connects and returns what the server sends.
 func hear(ns *lab.Namespace, address string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
@@ -131,10 +131,10 @@ func hear(ns *lab.Namespace, address string) (string, error) {
 	return string(b), err
 }
 
-// TestCNIChain runs the whole chain through libcni, with either packet filter:
+// TestCNIChain runs the whole chain through libcni, with each packet filter:
 //
 //	fabric ──► n1:8080 ──(portmap)──► live:80
-//	           n1:8081 ──(portmap)──► leaked:80, whose runtime forgot it
+//	           n1:8081 ──(portmap)──► leaked:80, whose runtime lost its record
 func TestCNIChain(t *testing.T) {
 	for _, backend := range []string{"iptables", "nftables"} {
 		t.Run(backend, func(t *testing.T) {
@@ -199,7 +199,7 @@ func TestCNIChain(t *testing.T) {
 				t.Errorf("bandwidth made %d devices", ifbs())
 			}
 
-			// From outside: the fabric, by the node's address.
+			// From outside: the fabric, to the node's address.
 			say(t, live, 80, "live")
 			say(t, leaked, 80, "leaked")
 			for port, want := range map[int]string{8080: "live", 8081: "leaked"} {
@@ -208,7 +208,7 @@ func TestCNIChain(t *testing.T) {
 				}
 			}
 
-			// Everybody loses their memory of the pod, and its namespace goes.
+			// Delete the pod's namespace and all records of it.
 			if err := leaked.Delete(); err != nil {
 				t.Fatal(err)
 			}
@@ -223,7 +223,7 @@ func TestCNIChain(t *testing.T) {
 			if got := held(n, "chain"); !slices.Equal(got, []string{"10.42.7.2", "10.42.7.3"}) || !strings.Contains(rules(t, n), "10.42.7.3:80") {
 				t.Fatalf("nothing leaked: %v\n%s", got, rules(t, n))
 			}
-			time.Sleep(50 * time.Millisecond) // older than the GC
+			time.Sleep(50 * time.Millisecond) // make the records older than the GC
 			do("GC", func(c *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
 				return c.GCNetworkList(ctx, list, &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: "live", IfName: "eth0"}}})
 			})
@@ -266,7 +266,7 @@ func buildTool(t *testing.T, pkg string) string {
 	return path
 }
 
-// writeConflist puts the chain where cnitool finds it.
+// writeConflist writes the chain where cnitool reads it.
 func writeConflist(t *testing.T, dir string, text []byte) string {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, "10-chain.conflist"), text, 0o644); err != nil {
@@ -275,8 +275,8 @@ func writeConflist(t *testing.T, dir string, text []byte) string {
 	return dir
 }
 
-// TestCnitool runs the same chain by the CNI project's own tool, which keeps
-// its cache in /var/lib/cni: a mount namespace gives it one of its own.
+// TestCnitool runs the same chain with the CNI project's cnitool. It keeps its
+// cache in /var/lib/cni, so it runs in a mount namespace.
 func TestCnitool(t *testing.T) {
 	bin := labtest.Bin(t)
 	tool := buildTool(t, "github.com/containernetworking/cni/cnitool")
@@ -324,8 +324,8 @@ expect 0 del
 	}
 }
 
-// TestKilledChains kills whole chains at random points, in a runtime that
-// remembers nothing, and lets GC clean up.
+// TestKilledChains kills whole chains at random moments, with a runtime that
+// keeps no records, and lets GC clean up.
 func TestKilledChains(t *testing.T) {
 	bin := labtest.Bin(t)
 	tool := buildTool(t, "github.com/containernetworking/cni/cnitool")
@@ -373,13 +373,13 @@ func TestKilledChains(t *testing.T) {
 					t.Fatal(err)
 				}
 				time.Sleep(time.Duration(random.Int64N(int64(span))))
-				// Not yet waited for: the number is still this process group's.
+				// Before Wait, the PID still identifies this process group.
 				if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL); err != nil {
 					t.Fatal(err)
 				}
-				_ = cmd.Wait() // killed, or just done
+				_ = cmd.Wait() // killed, or just finished
 			}
-			time.Sleep(50 * time.Millisecond) // older than the GC
+			time.Sleep(50 * time.Millisecond) // make the records older than the GC
 			if err := n.CNI(func(c *libcni.CNIConfig, list *libcni.NetworkConfigList) error {
 				return c.GCNetworkList(t.Context(), list, &libcni.GCArgs{ValidAttachments: []types.GCAttachment{{ContainerID: id, IfName: ifname}}})
 			}); err != nil {
@@ -399,13 +399,13 @@ func TestKilledChains(t *testing.T) {
 	}
 }
 
-// uncounted is a listing of rules without the counters in it.
+// uncounted removes the counters from a listing of rules.
 func uncounted(listing string) string {
 	return regexp.MustCompile(`counter packets \d+ bytes \d+`).ReplaceAllString(listing, "counter")
 }
 
-// kubeFlannel is the configuration list of flannel's own manifest
-// (Documentation/kube-flannel.yml), as it is.
+// kubeFlannel is the unmodified configuration list of flannel's manifest
+// (Documentation/kube-flannel.yml).
 const kubeFlannel = `{
   "name": "cbr0",
   "cniVersion": "0.3.1",
@@ -427,8 +427,7 @@ const kubeFlannel = `{
 }`
 
 // TestInstalledAsFlannel runs flannel's conflist unchanged, with the plugin
-// under flannel's name and at flannel's paths, in a mount namespace that has
-// them for itself.
+// under flannel's name and at flannel's paths, in a mount namespace.
 func TestInstalledAsFlannel(t *testing.T) {
 	bin := labtest.Bin(t)
 	tool := buildTool(t, "github.com/containernetworking/cni/cnitool")
@@ -439,7 +438,7 @@ func TestInstalledAsFlannel(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// /run is masked below: the namespace is named by a process in it.
+	// /run is hidden below, so the namespace is referenced by a process in it.
 	holder, err := pod.Start(lab.Command{Name: "holder", Path: "/bin/sleep", Args: []string{"infinity"}})
 	if err != nil {
 		t.Fatal(err)
@@ -472,8 +471,7 @@ ls /var/lib/cni/flannel | grep -q :eth0
 	}
 }
 
-// TestDelegates has other delegates than bridge make the pod's interface, with
-// what the runtime asks for.
+// TestDelegates uses delegates other than bridge to create the pod's interface.
 func TestDelegates(t *testing.T) {
 	built := labtest.Bin(t)
 	bin := t.TempDir()
@@ -495,7 +493,7 @@ func TestDelegates(t *testing.T) {
 	for name, c := range map[string]struct {
 		delegate, ipam map[string]any
 		addr           string
-		reaches        string // from the pod
+		reaches        string // address that the pod must reach; "" for none
 	}{
 		"ptp":            {map[string]any{"type": "ptp"}, nil, "10.42.7.2", "10.42.7.1"},
 		"macvlan":        {map[string]any{"type": "macvlan", "master": "eth0"}, nil, "10.42.7.2", ""},

@@ -30,7 +30,7 @@ import (
 
 const pauseImage = "culvert.test/pause:1"
 
-// writePauseImage makes the sandbox's image, of one static program.
+// writePauseImage builds the sandbox image from one static program.
 func writePauseImage(t *testing.T, path string) {
 	t.Helper()
 	i := image.Image{Name: pauseImage, Files: map[string]string{"pause": buildTool(t, "./testdata/pause")}, Entrypoint: []string{"/pause"}}
@@ -39,9 +39,9 @@ func writePauseImage(t *testing.T, path string) {
 	}
 }
 
-// machine is a node that runs Debian's containerd, as a machine of a
-// Kubernetes cluster does: in a mount namespace whose /var/lib is its own, and
-// with everything else of its below one directory.
+// machine is a node that runs Debian's containerd as a Kubernetes node does, in
+// a mount namespace with its own /var/lib, and with all its other files below
+// one directory.
 type machine struct {
 	t      *testing.T
 	node   *lab.Node
@@ -57,7 +57,7 @@ type machine struct {
 
 func newMachine(t *testing.T, n *lab.Node, bin string) *machine {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "culvert-cri") // sockets' paths must be short
+	dir, err := os.MkdirTemp("", "culvert-cri") // socket paths must be short
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,19 +68,20 @@ func newMachine(t *testing.T, n *lab.Node, bin string) *machine {
 		if err := os.RemoveAll(dir); err != nil {
 			t.Error(err)
 		}
-		_ = os.Remove("/run/containerd") // if nobody else has anything in it
+		_ = os.Remove("/run/containerd") // only if it is empty
 	})
 	for _, d := range []string{"varlib", "run", "bin", "net.d", "logs"} {
 		if err := os.Mkdir(m.path(d), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// Debian's containerd is 1.6, which is of CNI 1.0.0.
+	// Debian's containerd is 1.6, which supports CNI 1.0.0.
 	if out, err := exec.Command(filepath.Join(bin, "culvert"), "cni", "install", "--bin-dir", m.path("bin"),
 		"--conf-dir", m.path("net.d"), "--subnet-file", n.SubnetFile()).CombinedOutput(); err != nil {
 		t.Fatalf("culvert cni install: %v\n%s", err, out)
 	}
-	// The machine may not lower oom_score_adj; overlayfs may not lie on overlayfs.
+	// The test machine may not allow lowering oom_score_adj, and overlayfs
+	// cannot be stacked on overlayfs.
 	config := `version = 2
 root = "` + m.path("root") + `"
 state = "` + m.path("state") + `"
@@ -116,11 +117,11 @@ func (m *machine) start(name, path string, args ...string) *lab.Process {
 	return p
 }
 
-// powerOn makes the mount namespace and starts containerd in it.
+// powerOn creates the mount namespace and starts containerd in it.
 func (m *machine) powerOn() {
 	m.t.Helper()
 	m.mounts = m.start("mounts", "/usr/bin/unshare", "--mount", "sh", "-c",
-		// Shims and runc have names of their own in /run/containerd.
+		// Shims and runc use fixed names in /run/containerd.
 		"mount --bind "+m.path("varlib")+" /var/lib && mkdir -p /run/containerd && mount --bind "+m.path("run")+" /run/containerd && echo mounted && exec sleep infinity")
 	ctx, cancel := context.WithTimeout(m.t.Context(), 10*time.Second)
 	defer cancel()
@@ -166,8 +167,8 @@ func (m *machine) stopEngine() {
 	}
 }
 
-// powerOff ends everything at once, as pulling the plug does: containerd, the
-// shims and what they run, and with the last of them the mounts.
+// powerOff kills everything at once, like a power failure: containerd, the
+// shims and their children; the mounts go with the last process.
 func (m *machine) powerOff() {
 	if m.mounts == nil {
 		return
@@ -185,8 +186,8 @@ func (m *machine) powerOff() {
 			m.t.Error(err)
 		}
 	}
-	// The shims are in the mount namespace; the sandboxes' processes have their
-	// own, and are the shims' children.
+	// The shims are in the mount namespace. The sandboxes' processes have their
+	// own mount namespaces and are children of the shims.
 	parents := map[int]int{}
 	var shims, doomed []int
 	entries, err := os.ReadDir("/proc")
@@ -214,7 +215,7 @@ func (m *machine) powerOff() {
 		}
 	}
 	for _, pid := range append(shims, doomed...) {
-		_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended by itself
+		_ = syscall.Kill(pid, syscall.SIGKILL) // it may have exited
 	}
 	for _, pid := range append(shims, doomed...) {
 		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
@@ -229,11 +230,10 @@ func (m *machine) powerOff() {
 	m.mounts, m.engine = nil, nil
 }
 
-// cgroup is the parent of the sandboxes' control groups.
+// cgroup is the parent of the sandboxes' cgroups.
 func (m *machine) cgroup() string { return "/" + filepath.Base(m.dir) }
 
-// removeCgroups removes the control groups that lost power leaves, inner ones
-// first.
+// removeCgroups removes the cgroups left by powerOff, innermost first.
 func (m *machine) removeCgroups() {
 	parents, err := filepath.Glob("/sys/fs/cgroup/*" + m.cgroup())
 	if err != nil {
@@ -262,7 +262,7 @@ type sandboxPod struct {
 	addr netip.Addr
 }
 
-// run makes a pod sandbox, as kubelet does.
+// run creates a pod sandbox, as kubelet does.
 func (m *machine) run(name string, attempt uint32) sandboxPod {
 	m.t.Helper()
 	ctx, cancel := context.WithTimeout(m.t.Context(), 60*time.Second)
@@ -303,7 +303,7 @@ func (m *machine) remove(id string) {
 	}
 }
 
-// sandboxes are the ids of the sandboxes in a state.
+// sandboxes returns the IDs of the sandboxes in a state.
 func (m *machine) sandboxes(state cri.PodSandboxState) []string {
 	m.t.Helper()
 	r, err := m.runtime.ListPodSandbox(m.t.Context(), &cri.ListPodSandboxRequest{})
@@ -319,7 +319,8 @@ func (m *machine) sandboxes(state cri.PodSandboxState) []string {
 	return ids
 }
 
-// expect says which addresses host-local is to hold, and how many records.
+// expect checks that host-local holds the pods' addresses, and the plugin their
+// records.
 func (m *machine) expect(when string, pods ...sandboxPod) {
 	m.t.Helper()
 	names := func(dir string) (out []string) {
@@ -346,8 +347,8 @@ func (m *machine) expect(when string, pods ...sandboxPod) {
 	}
 }
 
-// TestContainerd runs pods as Kubernetes does: through CRI, on two nodes with
-// daemons and containerd, which is restarted, and one of which loses power:
+// TestContainerd runs pods through CRI, as Kubernetes does, on two nodes with
+// daemons and containerd. containerd is restarted, and one node loses power:
 //
 //	n1: containerd ─ sandboxes a, b ─ cni0 ─ culvert ═══ culvert ─ cni0 ─ sandbox c ─ containerd :n2
 func TestContainerd(t *testing.T) {
@@ -403,7 +404,7 @@ func TestContainerd(t *testing.T) {
 	talk := func(when string, pods ...sandboxPod) {
 		t.Helper()
 		for _, p := range pods {
-			// The way to a node that has just come is known within moments.
+			// A node that has just joined is reachable after a moment.
 			eventually(t, fmt.Sprintf("%s: %s reaches %s", when, p.Name, c.Name), func() error {
 				ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 				defer cancel()
@@ -426,8 +427,8 @@ func TestContainerd(t *testing.T) {
 	b = m.run("b", 1)
 	m.expect("with both again", a, b)
 
-	// Power fails. /var/lib and containerd's root stay, /run and the kernel's
-	// state do not.
+	// Power failure: /var/lib and containerd's root survive, /run and the
+	// kernel's state do not.
 	m.powerOff()
 	if err := first.Kill(); err != nil {
 		t.Fatal(err)
@@ -443,7 +444,7 @@ func TestContainerd(t *testing.T) {
 		}
 	}
 	for _, link := range []string{"cni0", "culvert0"} {
-		// The device of a daemon that is dead is gone already.
+		// The daemon's device disappeared with the daemon.
 		if _, err := m.node.Run(ctx, "ip", "link", "delete", link); err != nil && link == "cni0" {
 			t.Fatal(err)
 		}

@@ -23,13 +23,13 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// dhcpServer gives one address on the nodes' network, for two seconds at a
-// time, and writes down what it is asked.
+// dhcpServer leases one address on the nodes' network for four seconds, and
+// counts the requests.
 type dhcpServer struct {
 	addr, router netip.Addr
 
 	mu   sync.Mutex
-	seen map[string]int // by message type; a REQUEST from an address in use is "RENEW"
+	seen map[string]int // by message type; a REQUEST from the leased address is "RENEW"
 }
 
 func (s *dhcpServer) count(kind string) int {
@@ -67,7 +67,7 @@ func (s *dhcpServer) serve(c net.PacketConn, _ net.Addr, m *dhcpv4.DHCPv4) {
 	_, _ = c.WriteTo(r.ToBytes(), &net.UDPAddr{IP: net.IPv4bcast, Port: dhcpv4.ClientPort})
 }
 
-// start serves on the link that has the server's address, until the test ends.
+// start serves on the link that has the server's address until the test ends.
 func (s *dhcpServer) start(t *testing.T, ns *lab.Namespace) {
 	t.Helper()
 	var server *server4.Server
@@ -83,8 +83,9 @@ func (s *dhcpServer) start(t *testing.T, ns *lab.Namespace) {
 			}
 			for _, a := range addresses {
 				if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr() == s.router {
-					// A raw socket, as ISC's server has: the dhcp plugin sends its
-					// RELEASE from 0.0.0.0, which the kernel keeps from others.
+					// A raw socket, as in ISC's server: the dhcp plugin sends
+					// RELEASE from 0.0.0.0, which the kernel does not deliver
+					// to other sockets.
 					c, err := nclient4.NewRawUDPConn(l.Name, dhcpv4.ServerPort)
 					if err != nil {
 						return err
@@ -111,8 +112,8 @@ func (s *dhcpServer) start(t *testing.T, ns *lab.Namespace) {
 	})
 }
 
-// TestDHCP has pods take their addresses from a DHCP server on the nodes'
-// network, by macvlan and the plugins project's dhcp daemon:
+// TestDHCP has pods lease their addresses from a DHCP server on the nodes'
+// network, with macvlan and the dhcp daemon of the plugins project:
 //
 //	fabric: DHCP server ─── eth0 of n1 ─── macvlan ─── pod
 func TestDHCP(t *testing.T) {

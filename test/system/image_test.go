@@ -1,7 +1,7 @@
 //go:build system
 
-// Package system holds the tests that need packages: a container engine, and
-// other people's tools.
+// Package system holds the tests that need other software: a container engine,
+// containerd, a browser, the CNI project's tools.
 package system
 
 import (
@@ -23,8 +23,8 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// engine is a container engine inside a node, so that a container on the
-// host's network is on the node's.
+// engine is a container engine inside a node: host networking in a container is
+// that of the node.
 type engine struct {
 	t      *testing.T
 	socket string
@@ -76,9 +76,9 @@ func (e engine) run(args ...string) string {
 	return string(out)
 }
 
-// TestImage builds the image, and runs a node from it beside one that runs the
-// binary: the plugin is installed from the image as the DaemonSet's init
-// container does, and pods on both nodes reach each other.
+// TestImage builds the image and runs a node from it, next to a node that runs
+// the binary. The plugin is installed from the image like in the DaemonSet's
+// init container. Pods on both nodes reach each other.
 func TestImage(t *testing.T) {
 	labtest.NeedTUN(t)
 	bin, err := lab.FindBin()
@@ -110,7 +110,7 @@ func TestImage(t *testing.T) {
 	}
 	n := l.Nodes[0]
 	engine.run("run", "--detach", "--name", "node", "--network", "host",
-		// What the daemon needs, and no more: it turns packet forwarding on.
+		// Only what the daemon needs: it enables packet forwarding.
 		"--cap-drop", "ALL", "--cap-add", "NET_ADMIN", "--device", "/dev/net/tun", "--security-opt", "systempaths=unconfined",
 		"--volume", n.RunDir+":"+n.RunDir,
 		"culvert:test", "run", "--node-id", n.ID, "--run-dir", n.RunDir, "--etcd-endpoints", endpoint)

@@ -26,10 +26,11 @@ import (
 	"culvert/internal/page"
 )
 
-// TestDaemonPageInChromium opens the page of a real daemon, and that of one with
-// 5,000 peers, in a browser, light and dark, wide and narrow: axe-core finds no
-// violation, nothing is said on the console, and the script runs under the page's
-// own policy. CULVERT_SCREENSHOTS names a directory for pictures.
+// TestDaemonPageInChromium opens the page of a real daemon, and pages with 16
+// and 5,000 peers, in a browser, light and dark, wide and narrow: axe-core
+// finds no violation, the console stays empty, and the script runs under the
+// page's own security policy. CULVERT_SCREENSHOTS names a directory for
+// screenshots.
 func TestDaemonPageInChromium(t *testing.T) {
 	chromium, err := exec.LookPath("chromium")
 	if err != nil {
@@ -90,7 +91,7 @@ func TestDaemonPageInChromium(t *testing.T) {
 	}
 }
 
-// withAxe adds axe-core to a page that is asked for with ?axe.
+// withAxe adds axe-core to a page requested with ?axe.
 func withAxe(next http.Handler, axe []byte) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /axe.js", func(w http.ResponseWriter, _ *http.Request) {
@@ -123,7 +124,7 @@ addEventListener("load", () => setTimeout(async () => {
 	return mux
 }
 
-// daemonPage is that of a node with a peer, one that is down, and a warning.
+// daemonPage is the page of a real node with one peer.
 func daemonPage(t *testing.T) http.Handler {
 	t.Helper()
 	labtest.NeedTUN(t)
@@ -170,7 +171,7 @@ func manyStatus() api.Status {
 	}
 }
 
-// manyPeers are of all states, and carry more from look to look.
+// manyPeers returns peers in all states, whose counters grow with time.
 func manyPeers(n int) api.Peers {
 	now := time.Now()
 	p := api.Peers{Node: "worker-00000", At: now, MTU: 1450}
