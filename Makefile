@@ -125,6 +125,7 @@ nightly: build
 	for seed in 1 2 3 4 5 6 7 8 9 10; do CULVERT_BIN=$(CURDIR)/bin CULVERT_SEED=$$seed CULVERT_EVENTS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestRandomHostEvents$$' ./test || exit 1; done
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_PEERS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestManyPeers$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
+	CULVERT_PODS=100 $(MAKE) --no-print-directory test-kubernetes
 	$(MAKE) --no-print-directory test-chaos-long mutation vuln
 
 .PHONY: test-system

@@ -129,6 +129,13 @@ func (p *pings) gap() time.Duration {
 	return longest
 }
 
+// sentSoFar counts those that were sent.
+func (p *pings) sentSoFar() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return int(p.sent)
+}
+
 // lostSoFar counts the requests without a reply that were sent more than a second ago.
 func (p *pings) lostSoFar() int {
 	p.mu.Lock()
