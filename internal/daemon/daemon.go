@@ -93,6 +93,7 @@ func Run(ctx context.Context, o Options) error {
 	if err := host.MayConfigure(); err != nil {
 		return err
 	}
+	limitHeap()
 	for {
 		err := runOnce(ctx, o)
 		switch {
