@@ -73,8 +73,9 @@ func TestIPIPAcceptsPeersAlone(t *testing.T) {
 func FuzzIPIP(f *testing.F) {
 	f.Add(ipipDatagram("198.18.0.1", tcpSpec(100).bytes()))
 	f.Add(ipipDatagram("198.18.0.9", tcpSpec(0).bytes()))
+	g := ipipIngress()
 	f.Fuzz(func(t *testing.T, message []byte) {
-		g := ipipIngress()
+		g.tally, g.join.count, g.route = tally{}, 0, route{}
 		g.ipipMessage(g.table.Load(), datagrams{data: message})
 		drops := uint64(0)
 		for _, n := range g.tally.drops {

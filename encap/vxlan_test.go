@@ -53,8 +53,10 @@ func FuzzDatagram(f *testing.F) {
 		PeerTo(netip.MustParsePrefix("fd00:5:1::/64"), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2}),
 	}
 	table := NewTable([]netip.Prefix{netip.MustParsePrefix("10.5.2.0/24"), netip.MustParsePrefix("fd00:5:2::/64")}, peers)
+	// One for all: it has megabytes of buffers.
+	g := newIngress(&common{offload: allOn()}, ^uintptr(0), Descriptor{}, Underlay{VNI: testVNI, MAC: [6]byte{2}}, 1450, &Counters{})
 	f.Fuzz(func(t *testing.T, data []byte, segment uint16, ecn uint8) {
-		g := newIngress(&common{offload: allOn()}, ^uintptr(0), Descriptor{}, Underlay{VNI: testVNI, MAC: [6]byte{2}}, 1450, &Counters{})
+		g.tally, g.join.count, g.route, g.failed = tally{}, 0, route{}, nil
 		if len(data) > recvBufferLen-recvHeadroom {
 			return
 		}
@@ -84,13 +86,15 @@ func FuzzFrame(f *testing.F) {
 	n := NewTable([]netip.Prefix{netip.MustParsePrefix("10.5.1.0/24")}, []*Peer{
 		PeerTo(netip.MustParsePrefix("10.5.2.0/24"), netip.MustParseAddrPort("192.0.2.1:8472"), testVNI, [6]byte{1}, [6]byte{2}),
 	})
+	l := NewLoop(Options{Offload: allOn()})
+	l.SetTable(n)
+	e := newEgress(&l.common, [2][]Source{}, &Counters{})
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) > maxFrame {
 			return
 		}
-		l := NewLoop(Options{Offload: allOn()})
-		l.SetTable(n)
-		e := newEgress(&l.common, [2][]Source{}, &Counters{})
+		e.batch.reset()
+		e.tally, e.used, e.route, e.failed = tally{}, slabStart, route{}, nil
 		e.add(slabStart, copy(e.slab[slabStart:], data))
 		for _, r := range e.batch.runs {
 			if r.bytes > maxDatagram || r.segments > maxSegments {

@@ -554,6 +554,10 @@ func (f *injection) try(i int, is4 bool, c injected) {
 	// kernel, which answers that it has no such tunnel.
 	foreign := f.format == "ipip" && f.kind == "userspace" && !netip.MustParsePrefix("10.5.0.0/16").Contains(c.destination)
 	delivered := f.seen.count(mark)
+	for end := time.Now().Add(3 * time.Second); (reason == "delivered" || reason == "served") && delivered[reason] < f.packets && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond) // the witness may have more to read
+		delivered = f.seen.count(mark)
+	}
 	switch reason {
 	case "delivered", "served":
 		if delivered[reason] != f.packets {
