@@ -92,6 +92,7 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	s.removeUnfinished()
 	records, err := s.records(n.Name, since)
 	alone.release()
 	if err != nil {

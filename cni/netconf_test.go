@@ -9,9 +9,12 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/rogpeppe/go-internal/txtar"
+
+	"culvert/internal/statefile"
 )
 
 func TestDelegateConfiguration(t *testing.T) {
@@ -169,6 +172,35 @@ func TestState(t *testing.T) {
 	}
 	if _, err := os.Stat(s.flannelPath(eth0)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("flannel's record was not removed: %v", err)
+	}
+}
+
+// An ADD that was stopped between writing its record and renaming it can go on,
+// although another ADD releases unused addresses meanwhile. GC, which holds the
+// exclusive lock, removes what a killed ADD left.
+func TestUnfinishedRecords(t *testing.T) {
+	n, err := ParseNetConf([]byte(`{"cniVersion":"1.1.0","name":"n","ipam":{"type":"static"}}`), Defaults{SubnetFile: "/nonexistent", DataDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := state{n.DataDir}
+	file := statefile.Temporary(s.path(Attachment{"c1", "eth0"}))
+	if err := os.WriteFile(file, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(file, before, before); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.reclaim(t.Context(), s); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Errorf("after another ADD's reclaim: %v", err)
+	}
+	s.removeUnfinished()
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("after GC: %v", err)
 	}
 }
 

@@ -131,8 +131,7 @@ func (s state) load(a Attachment) (record, error) {
 
 // records returns the records of a network, except those saved after since. A record
 // that cannot be parsed is kept, to be removed by its DEL, and reported on standard
-// error. Temporary files are removed, so no ADD may be saving a record older than
-// since: the caller holds the exclusive lock, or since lies well in the past.
+// error.
 func (s state) records(network string, since time.Time) ([]record, error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -144,13 +143,6 @@ func (s state) records(network string, since time.Time) ([]record, error) {
 			continue
 		}
 		if info, err := e.Info(); err != nil || info.ModTime().After(since) {
-			continue
-		}
-		if strings.HasPrefix(e.Name(), ".") {
-			// An ADD was killed while saving.
-			if strings.HasSuffix(e.Name(), ".tmp") {
-				_ = os.Remove(filepath.Join(s.dir, e.Name()))
-			}
 			continue
 		}
 		a := Attachment{IfName: "eth0"} // flannel's record does not have the interface
@@ -182,6 +174,18 @@ func (s state) records(network string, since time.Time) ([]record, error) {
 		}
 	}
 	return all, nil
+}
+
+// removeUnfinished removes the temporary files of ADDs that were killed while saving.
+// The caller holds the exclusive lock: under a shared one, an ADD may be about to
+// rename its file, however old that is.
+func (s state) removeUnfinished() {
+	entries, _ := os.ReadDir(s.dir)
+	for _, e := range entries {
+		if e.Type().IsRegular() && strings.HasPrefix(e.Name(), ".") && strings.HasSuffix(e.Name(), ".tmp") {
+			_ = os.Remove(filepath.Join(s.dir, e.Name()))
+		}
+	}
 }
 
 func isObject(text []byte) bool {
