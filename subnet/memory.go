@@ -141,7 +141,9 @@ func (m *Memory) renew(l *Lease) (time.Duration, <-chan struct{}, error) {
 			return 0, nil, err
 		}
 		*l, e = again, m.entries[l.Key()]
-	} else if is, err := e.Lease(); err != nil || is.Node != l.Node {
+	} else if is, err := e.Lease(); err != nil {
+		return 0, nil, fmt.Errorf("%w: the value at its key is malformed: %w", ErrLost, err)
+	} else if is.Node != l.Node {
 		return 0, nil, fmt.Errorf("%w: its key now holds %s", ErrLost, is)
 	}
 	life, ok := m.lifetimes[e.ID]

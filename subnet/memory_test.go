@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -80,6 +81,16 @@ func TestMemoryLifetimes(t *testing.T) {
 }
 
 func TestMemoryLoss(t *testing.T) {
+	for value, says := range map[string]string{
+		`{"PublicIP":"192.0.2.9","BackendType":"ipip","NodeID":"thief"}`: `"thief"`,
+		"oops": "not a lease",
+	} {
+		testMemoryLoss(t, value, says)
+	}
+}
+
+// testMemoryLoss overwrites a held lease with the value.
+func testMemoryLoss(t *testing.T, value, says string) {
 	synctest.Test(t, func(t *testing.T) {
 		m := subnet.NewMemory()
 		a := claimOf(t, "a", "192.0.2.1")
@@ -90,12 +101,12 @@ func TestMemoryLoss(t *testing.T) {
 		}
 		var running sync.WaitGroup
 		running.Go(func() {
-			if err := m.Hold(t.Context(), l); !errors.Is(err, subnet.ErrLost) {
-				t.Errorf("hold: %v", err)
+			if err := m.Hold(t.Context(), l); !errors.Is(err, subnet.ErrLost) || !strings.Contains(err.Error(), says) {
+				t.Errorf("hold: %v, want %s", err, says)
 			}
 		})
 		synctest.Wait()
-		m.Put(l.Key(), []byte(`{"PublicIP":"192.0.2.9","BackendType":"ipip","NodeID":"thief"}`))
+		m.Put(l.Key(), []byte(value))
 		running.Wait()
 		if _, err := m.Update(t.Context(), l); !errors.Is(err, subnet.ErrLost) {
 			t.Errorf("update: %v", err)

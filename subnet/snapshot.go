@@ -103,10 +103,9 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 		case err != nil:
 			reason = "malformed: " + err.Error()
 		case l.Reserved:
-			if seen.overlaps(l) == "" {
-				seen.add(e.Key, l)
+			if key := seen.overlaps(l); key != "" {
+				reason = "the reservation overlaps " + key + ", which is older or ours"
 			}
-			continue
 		default:
 			l, reason = checkPeer(cfg, l)
 			if reason == "" {
@@ -118,7 +117,9 @@ func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snap
 			continue
 		}
 		seen.add(e.Key, l)
-		s.Peers = append(s.Peers, l)
+		if !l.Reserved {
+			s.Peers = append(s.Peers, l)
+		}
 	}
 	slices.SortFunc(s.Peers, func(a, b Lease) int { return a.Endpoints[0].Subnet.Compare(b.Endpoints[0].Subnet) })
 	slices.SortFunc(s.Rejected, func(a, b Rejection) int { return cmp.Compare(a.Key, b.Key) })

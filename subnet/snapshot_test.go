@@ -125,6 +125,12 @@ func TestSnapshotReservations(t *testing.T) {
 	if len(s.Peers) != 1 || len(s.Rejected) != 1 || !strings.Contains(s.Rejected[0].Reason, "overlaps 10.5.9.0-24") {
 		t.Errorf("%+v", s)
 	}
+	// A reservation does not evict an older lease either, and is rejected by name.
+	reserved.CreateRevision = 1000
+	s = subnet.BuildSnapshot(cfg, subnet.Lease{}, []subnet.Entry{reserved, inside, peer(1)}, 7)
+	if len(s.Peers) != 2 || len(s.Rejected) != 1 || s.Rejected[0].Key != reserved.Key || !strings.Contains(s.Rejected[0].Reason, "overlaps "+inside.Key) {
+		t.Errorf("%+v", s)
+	}
 }
 
 // In a single-family network the other endpoint of a dual-stack lease is removed.
