@@ -37,7 +37,7 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 	if c.TTL <= 0 {
 		c.TTL = DefaultTTL
 	}
-	done, err := r.lockKey(ctx)
+	done, err := r.keyLock.Take(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
@@ -47,24 +47,24 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 	r.mu.Unlock()
 
 	var g grant
-	var pause backoff
-	away := outage{log: r.log.With("node", c.Node)}
+	var pause subnet.Backoff
+	away := r.outage("node", c.Node)
 	for {
 		l, err := r.tryAcquire(ctx, c, &g)
 		if err == nil {
-			away.over()
+			away.Over()
 			if g.id != l.ID {
 				r.revoke(g.id)
 			}
 			r.setHeld(l)
-			r.allowSnapshot()
+			r.copy.Allow()
 			return l, nil
 		}
 		again := !permanent(err)
 		if again && !errors.Is(err, errRace) {
-			away.failed("cannot acquire a lease; retrying", r.Explain(ctx, err))
+			away.Failed("cannot acquire a lease; retrying", r.Explain(ctx, err))
 		}
-		if again && pause.wait(ctx) == nil {
+		if again && pause.Wait(ctx, 0) == nil {
 			continue
 		}
 		if !g.unanswered { // else our lease may use it; the next start will find out
@@ -155,18 +155,19 @@ func (r *Registry) tryAcquire(ctx context.Context, c subnet.Claim, g *grant) (su
 // TakenBy describes the lease or reservation that another node has on one of the
 // subnets; empty if there is none. It retries while etcd is unreachable.
 func (r *Registry) TakenBy(ctx context.Context, node string, publics []netip.Addr, subnets []netip.Prefix) (string, error) {
-	var pause backoff
-	away := outage{log: r.log.With("node", node)}
+	var pause subnet.Backoff
+	away := r.outage("node", node)
 	for {
 		entries, _, err := r.entries(ctx)
 		if err == nil {
+			away.Over()
 			return r.takenBy(entries, node, publics, subnets), nil
 		}
 		if permanent(err) || ctx.Err() != nil {
 			return "", err
 		}
-		away.failed("cannot read who holds our subnet; retrying", r.Explain(ctx, err))
-		if err := pause.wait(ctx); err != nil {
+		away.Failed("cannot read who holds our subnet; retrying", r.Explain(ctx, err))
+		if err := pause.Wait(ctx, 0); err != nil {
 			return "", err
 		}
 	}

@@ -10,16 +10,16 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// remindEvery is how often Config logs that it is still waiting.
-const remindEvery = time.Minute
+// askEvery is how often Config reads the configuration if etcd reports no change.
+const askEvery = time.Minute
 
 // HowToSetConfig is a command that sets a network configuration.
 const HowToSetConfig = `culvert config set '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'`
 
 // Config implements subnet.Registry.
 func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
-	var pause backoff
-	var lastLogged time.Time
+	var pause subnet.Backoff
+	var reminded subnet.Reminder
 	for {
 		text, revision, at, err := r.configText(ctx)
 		switch {
@@ -41,23 +41,22 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 		default:
 			err = fmt.Errorf("there is no network configuration at %s", r.configKey())
 		}
-		if lastLogged.IsZero() || time.Since(lastLogged) >= remindEvery {
-			lastLogged = time.Now()
+		if reminded.Due() {
 			r.log.Warn("waiting for a network configuration", "key", r.configKey(), "error", r.Explain(ctx, err), "set_it_with", HowToSetConfig)
 		}
 		if at != 0 { // etcd answered; wait for a change
-			pause.reset()
+			pause.Reset()
 			r.awaitConfig(ctx, at+1)
 		}
-		if err := pause.wait(ctx); err != nil {
+		if err := pause.Wait(ctx, 0); err != nil {
 			return subnet.Config{}, fmt.Errorf("wait for the network configuration: %w", err)
 		}
 	}
 }
 
-// awaitConfig returns when the key may have changed, at most after remindEvery.
+// awaitConfig returns when the key may have changed, at most after askEvery.
 func (r *Registry) awaitConfig(ctx context.Context, revision int64) {
-	wctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), remindEvery)
+	wctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(ctx), askEvery)
 	defer cancel()
 	for resp := range r.client.Watch(wctx, r.configKey(), clientv3.WithRev(revision)) {
 		if resp.Err() != nil || len(resp.Events) > 0 {

@@ -101,6 +101,19 @@ func (b *brokenLease) KeepAliveOnce(ctx context.Context, id clientv3.LeaseID) (*
 	return b.Lease.KeepAliveOnce(ctx, id)
 }
 
+// instantLease answers every renewal at once, with a lifetime of 0, so that the next
+// is due immediately, and calls each with its number.
+type instantLease struct {
+	clientv3.Lease
+	asked int
+	each  func(n int) error
+}
+
+func (l *instantLease) KeepAliveOnce(_ context.Context, id clientv3.LeaseID) (*clientv3.LeaseKeepAliveResponse, error) {
+	l.asked++
+	return &clientv3.LeaseKeepAliveResponse{ID: id}, l.each(l.asked)
+}
+
 // faultyWatcher can inject responses into the watches.
 type faultyWatcher struct {
 	clientv3.Watcher
@@ -190,12 +203,6 @@ func hold(t *testing.T, r *Registry, l subnet.Lease) <-chan error {
 func contains(err error, text string) bool { return err != nil && strings.Contains(err.Error(), text) }
 
 func mustPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
-
-func canceled() context.Context {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	return ctx
-}
 
 // slowLease delays the responses by 500 ms, as if the process had been stopped.
 type slowLease struct{ clientv3.Lease }

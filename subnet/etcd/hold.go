@@ -27,8 +27,8 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	r.markLease = 0 // may belong to another subnet
 	var g grant
 	var k renewal
-	var pause backoff
-	away := outage{log: r.log.With("subnet", l.Key())}
+	var pause subnet.Backoff
+	away := r.outage("subnet", l.Key())
 	for {
 		err := r.verify(ctx, &g)
 		switch {
@@ -39,19 +39,19 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 			return err
 		case err != nil:
 			if !errors.Is(err, errRace) {
-				away.failed("cannot renew the lease; keeping it and retrying", r.Explain(ctx, err))
+				away.Failed("cannot renew the lease; keeping it and retrying", r.Explain(ctx, err))
 			}
-			if pause.wait(ctx) != nil {
+			if pause.Wait(ctx, 0) != nil {
 				return nil
 			}
 			continue
 		}
-		away.over()
-		pause.reset()
+		away.Over()
+		pause.Reset()
 		if err := r.renew(ctx, &k); err != nil {
 			r.log.Debug("verifying our lease", "subnet", l.Key(), "reason", err)
 			// Avoid a busy loop if renewals fail at once.
-			if sleep(ctx, 50*time.Millisecond+rand.N(50*time.Millisecond)) != nil {
+			if subnet.Sleep(ctx, 50*time.Millisecond+rand.N(50*time.Millisecond)) != nil {
 				return nil
 			}
 		}
@@ -82,13 +82,12 @@ func (r *Registry) renew(ctx context.Context, k *renewal) error {
 	}
 	periodic := time.NewTimer(verifyEvery/2 + rand.N(verifyEvery))
 	defer periodic.Stop()
+	due := time.NewTimer(time.Until(k.due))
+	defer due.Stop()
+	if k.id == 0 {
+		due.Stop() // it never expires
+	}
 	for {
-		var due <-chan time.Time
-		if k.id != 0 {
-			timer := time.NewTimer(time.Until(k.due))
-			defer timer.Stop()
-			due = timer.C
-		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -96,7 +95,7 @@ func (r *Registry) renew(ctx context.Context, k *renewal) error {
 			return errors.New("verification was requested")
 		case <-periodic.C:
 			return errors.New("periodic")
-		case <-due:
+		case <-due.C:
 			ttl, err := r.keepAlive(ctx, k.id)
 			if err != nil {
 				// Not necessarily an expiry: a broken connection, an election or a
@@ -105,6 +104,7 @@ func (r *Registry) renew(ctx context.Context, k *renewal) error {
 			}
 			r.keepMark(ctx, held)
 			k.due = time.Now().Add(ttl / 3)
+			due.Reset(time.Until(k.due))
 		}
 	}
 }
@@ -133,7 +133,7 @@ func (r *Registry) keepAlive(ctx context.Context, id int64) (time.Duration, erro
 // verify makes our key match the held lease: it adopts, rewrites or recreates it.
 // It returns ErrLost if another node has the subnet.
 func (r *Registry) verify(ctx context.Context, g *grant) error {
-	done, err := r.lockKey(ctx)
+	done, err := r.keyLock.Take(ctx)
 	if err != nil {
 		return err
 	}
@@ -279,7 +279,7 @@ func (r *Registry) recreate(ctx context.Context, want subnet.Lease, g *grant) er
 // while etcd is unreachable. It fails with ErrConflict if another node has the new
 // address, and with ErrLost if another node has the subnet.
 func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, error) {
-	done, err := r.lockKey(ctx)
+	done, err := r.keyLock.Take(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
@@ -294,7 +294,7 @@ func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, er
 		return subnet.Lease{}, fmt.Errorf("update: %w", err)
 	}
 	var g grant
-	var pause backoff
+	var pause subnet.Backoff
 	for {
 		err := r.checkRivals(ctx, want)
 		if err == nil {
@@ -304,7 +304,7 @@ func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, er
 			after, _ := r.Held()
 			return after, nil
 		}
-		if permanent(err) || pause.wait(ctx) != nil {
+		if permanent(err) || pause.Wait(ctx, 0) != nil {
 			return subnet.Lease{}, fmt.Errorf("update lease %s: %w", l, err)
 		}
 	}
@@ -328,7 +328,7 @@ func (r *Registry) checkRivals(ctx context.Context, l subnet.Lease) error {
 // Release implements subnet.Registry. It is not an error if the lease no longer
 // exists or belongs to another node. A running Hold returns ErrLost.
 func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
-	done, err := r.lockKey(ctx)
+	done, err := r.keyLock.Take(ctx)
 	if err != nil {
 		return err
 	}
@@ -339,18 +339,18 @@ func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
 	}
 	r.Forget()
 	var g grant
-	var pause backoff
+	var pause subnet.Backoff
 	for {
 		err := r.release(ctx, held, &g)
 		if err == nil {
 			break
 		}
-		if permanent(err) || pause.wait(ctx) != nil {
+		if permanent(err) || pause.Wait(ctx, 0) != nil {
 			return fmt.Errorf("release lease %s: %w", l, err)
 		}
 	}
 	r.setHeld(subnet.Lease{})
-	r.requestVerify()
+	r.verifyNow.Raise()
 	return r.dropID()
 }
 

@@ -2,6 +2,7 @@ package etcd
 
 import (
 	"errors"
+	"runtime"
 	"testing"
 	"time"
 
@@ -47,6 +48,36 @@ func TestHoldRenews(t *testing.T) {
 	stands(t, r, l, lost)
 	if held, _ := r.Held(); held.CreateRevision != l.CreateRevision || time.Until(held.Expires) <= 0 {
 		t.Errorf("held %+v, at first %+v", held, l)
+	}
+}
+
+// renew keeps nothing in memory for each renewal. This test is not parallel, so that
+// no other allocates meanwhile.
+func TestRenewalsKeepNoMemory(t *testing.T) {
+	const first, last = 100, 10_100
+	objects := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapObjects)
+	}
+	var before int64
+	lease := &instantLease{each: func(n int) error {
+		switch n {
+		case first:
+			before = objects()
+		case last:
+			// The runtime frees the stopped timers of requests late.
+			eventually(t, "the memory of 10,000 renewals is freed", func() bool { return objects()-before < (last-first)/2 })
+			return errUnanswered
+		}
+		return nil
+	}}
+	r := open(t, "127.0.0.1:1", func(o *Options) { o.RequestTimeout = 10 * time.Millisecond })
+	lease.Lease, r.client.Lease = r.client.Lease, lease
+	r.setHeld(subnet.Lease{Node: "node-1", ID: 7, Endpoints: []subnet.Endpoint{{Subnet: mustPrefix("10.5.7.0/24")}}})
+	if err := r.renew(t.Context(), &renewal{}); !errors.Is(err, errUnanswered) {
+		t.Fatal(err)
 	}
 }
 

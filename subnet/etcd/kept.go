@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"slices"
 	"time"
 
@@ -23,26 +21,17 @@ import (
 //	                persist ▼  │ Resume: replaces the first list while etcd is unreachable
 //	                        file
 //
-// Package kept owns the file and decides how long it is valid. It is written at
-// most once a second.
-
-// persistEvery is the shortest interval between two writes. It is longer if a write
-// takes long, so that writing uses at most 2 % of a core.
-const persistEvery = time.Second
+// Package kept owns the file, decides how long it is valid, and writes it at most once
+// a second.
 
 // Kept returns the state saved by this node, nil if there is none, or an error that
 // says why it cannot be used.
 func (r *Registry) Kept(node string) (*kept.State, error) {
-	if r.opts.SnapshotFile == "" {
-		return nil, nil
-	}
-	k, err := kept.Read(r.opts.SnapshotFile)
+	k, err := r.copy.Read(node)
 	if err != nil || k == nil {
 		return nil, err
 	}
 	switch {
-	case k.Node != node:
-		return nil, fmt.Errorf("it belongs to the node %q", k.Node)
 	case k.Prefix != r.opts.Prefix:
 		return nil, fmt.Errorf("it belongs to the network at %s", k.Prefix)
 	case !slices.ContainsFunc(k.Endpoints, func(e string) bool { return slices.Contains(r.opts.Endpoints, e) }):
@@ -103,110 +92,50 @@ func (r *Registry) Answers(ctx context.Context) error {
 
 // Forget deletes the saved state and stops saving it: the lease is not this node's
 // any more, or may soon not be.
-func (r *Registry) Forget() {
-	r.snapshotMu.Lock()
-	defer r.snapshotMu.Unlock()
-	r.snapshotOff = true
-	if r.opts.SnapshotFile == "" {
-		return
-	}
-	if err := os.Remove(r.opts.SnapshotFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		r.log.Warn("cannot remove the snapshot file", "file", r.opts.SnapshotFile, "error", err)
-	}
-}
+func (r *Registry) Forget() { r.copy.Forget() }
 
-// allowSnapshot makes persist save the state again, for a new lease.
-func (r *Registry) allowSnapshot() {
-	r.snapshotMu.Lock()
-	defer r.snapshotMu.Unlock()
-	r.snapshotOff = false
-}
-
-// persist saves the mirror's state whenever it changes, until ctx ends, and then once
-// more.
+// persist saves the mirror's state until ctx ends.
 func (r *Registry) persist(ctx context.Context, m *mirror) {
-	if r.opts.SnapshotFile == "" {
-		return
-	}
-	var written snapshotState
-	away := outage{log: r.log}
-	tick := time.NewTicker(persistEvery) // a renewal does not signal m.changed
-	defer tick.Stop()
-	for {
-		last := false
-		select {
-		case <-ctx.Done():
-			last = true
-		case <-m.changed:
-		case <-tick.C:
-		}
-		began := time.Now()
-		state, dirty := m.state(written)
-		if dirty {
-			if err := r.writeSnapshot(state); err != nil {
-				away.failed("cannot write the snapshot file", err)
-			} else {
-				written, written.entries = state, nil
-			}
-		}
-		if last {
-			return
-		}
-		if took := time.Since(began); dirty && sleep(ctx, max(persistEvery, 50*took)) != nil {
-			continue // to the final write
-		}
-	}
-}
-
-// writeSnapshot writes the state, unless the lease was lost or released meanwhile.
-func (r *Registry) writeSnapshot(s snapshotState) error {
-	r.snapshotMu.Lock()
-	defer r.snapshotMu.Unlock()
-	if r.snapshotOff {
-		return nil
-	}
-	return kept.Write(r.opts.SnapshotFile, kept.State{
-		Node: s.held.Node, Prefix: r.opts.Prefix, Endpoints: r.opts.Endpoints,
-		Config: s.config, Lease: s.held, Cluster: s.cluster, Revision: s.at, Entries: s.entries,
+	var last savedState
+	r.copy.Save(ctx, m.changed, func() (*kept.State, func()) {
+		s, now := m.state(last)
+		return s, func() { last = now }
 	})
 }
 
-// snapshotState is the state to save.
-type snapshotState struct {
+// savedState identifies a saved state.
+type savedState struct {
 	version int // mirror.version
 	held    subnet.Lease
-	config  subnet.Config
-	cluster uint64
-	at      int64 // revision
-	entries []subnet.Entry
 }
 
-// state returns the state to save, if it differs enough from what was written.
-// There is none before etcd was read, nor without a lease whose expiry is known.
-func (m *mirror) state(written snapshotState) (snapshotState, bool) {
+// state returns the state to save, or nil if it does not differ enough from the last
+// one. There is none before etcd was read, nor without a lease whose expiry is known.
+func (m *mirror) state(last savedState) (*kept.State, savedState) {
 	held, ok := m.r.Held()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !ok || held.Key() != m.self.Key() || held.ID != 0 && held.Expires.IsZero() || !m.listed || len(m.config.Networks) == 0 {
-		return snapshotState{}, false
+	now := savedState{m.version, held}
+	if !ok || held.Key() != m.self.Key() || held.ID != 0 && held.Expires.IsZero() || !m.listed || len(m.config.Networks) == 0 || !now.differs(last) {
+		return nil, last
 	}
-	s := snapshotState{version: m.version, held: held, config: m.config, cluster: m.cluster, at: m.revision}
-	if !s.differs(written) {
-		return snapshotState{}, false
+	s := &kept.State{
+		Node: held.Node, Prefix: m.r.opts.Prefix, Endpoints: m.r.opts.Endpoints,
+		Config: m.config, Lease: held, Cluster: m.cluster, Revision: m.revision,
 	}
 	for _, entries := range []map[string]subnet.Entry{m.entries, m.retained} {
 		for _, e := range entries {
 			if _, err := e.Lease(); err == nil {
-				s.entries = append(s.entries, e)
+				s.Entries = append(s.Entries, e)
 			}
 		}
 	}
-	return s, true
+	return s, now
 }
 
-// differs reports whether the state is worth writing: any lease has changed, or
-// our own now lasts longer by an eighth of its remaining time.
-func (s snapshotState) differs(written snapshotState) bool {
-	return s.version != written.version || s.held.ID != written.held.ID || s.held.ModRevision != written.held.ModRevision ||
-		s.held.Expires.Sub(written.held.Expires).Abs() > time.Until(s.held.Expires).Abs()/8
+// differs reports whether the state is worth saving: any lease has changed, or our
+// own now lasts longer by an eighth of its remaining time.
+func (s savedState) differs(last savedState) bool {
+	return s.version != last.version || s.held.ID != last.held.ID || s.held.ModRevision != last.held.ModRevision ||
+		s.held.Expires.Sub(last.held.Expires).Abs() > time.Until(s.held.Expires).Abs()/8
 }

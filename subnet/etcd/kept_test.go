@@ -3,8 +3,8 @@ package etcd
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
@@ -223,47 +223,22 @@ func TestKeptIsOurs(t *testing.T) {
 	} {
 		state, o := good, Options{Prefix: DefaultPrefix, Endpoints: good.Endpoints, SnapshotFile: filepath.Join(dir, "snapshot.json")}
 		c.change(&state, &o)
-		if err := kept.Write(o.SnapshotFile, state); err != nil {
+		r := &Registry{opts: o, copy: kept.NewCopy(o.SnapshotFile, slog.New(slog.DiscardHandler))}
+		if err := r.copy.Write(state); err != nil {
 			t.Fatal(err)
 		}
-		k, err := (&Registry{opts: o}).Kept(c.node)
+		k, err := r.Kept(c.node)
 		if c.fault == "" && (err != nil || k == nil) || c.fault != "" && (!contains(err, c.fault) || k != nil) {
 			t.Errorf("%s: %v, %v", name, k, err)
 		}
 	}
-	o := Options{SnapshotFile: dir}
-	if _, err := (&Registry{opts: o}).Kept("node-1"); err == nil {
+	read := func(file string) (*kept.State, error) {
+		return (&Registry{copy: kept.NewCopy(file, slog.New(slog.DiscardHandler))}).Kept("node-1")
+	}
+	if _, err := read(dir); err == nil {
 		t.Error("accepted a directory")
 	}
-	o.SnapshotFile = filepath.Join(dir, "absent.json")
-	if k, err := (&Registry{opts: o}).Kept("node-1"); k != nil || err != nil {
+	if k, err := read(filepath.Join(dir, "absent.json")); k != nil || err != nil {
 		t.Errorf("without a file: %v, %v", k, err)
-	}
-}
-
-// BenchmarkKeep5000 writes 5,000 leases once.
-func BenchmarkKeep5000(b *testing.B) {
-	cfg, _, err := subnet.ParseConfig([]byte(vxlanConfig))
-	if err != nil {
-		b.Fatal(err)
-	}
-	held, err := subnet.ParseLease("10.5.7.0-24", []byte(peerValue(7)))
-	if err != nil {
-		b.Fatal(err)
-	}
-	held.Node, held.ID = "node-1", 5
-	held.Expires = time.Now().Add(time.Hour)
-	s := snapshotState{held: held, config: cfg, cluster: 1, at: 1}
-	for i := range 5000 {
-		s.entries = append(s.entries, subnet.NewEntry(subnet.Entry{Key: fmt.Sprintf("10.%d.%d.0-24", i/250, i%250), Value: []byte(peerValue(i % 250)), CreateRevision: 1, ModRevision: 1, ID: 1 << 60}))
-	}
-	r := &Registry{opts: Options{SnapshotFile: filepath.Join(b.TempDir(), "snapshot.json")}}
-	for b.Loop() {
-		if err := r.writeSnapshot(s); err != nil {
-			b.Fatal(err)
-		}
-	}
-	if info, err := os.Stat(r.opts.SnapshotFile); err == nil {
-		b.ReportMetric(float64(info.Size()), "bytes")
 	}
 }

@@ -17,7 +17,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"path"
 	"strings"
 	"sync"
@@ -47,11 +46,12 @@ type Registry struct {
 	contact *contact
 	opts    Options
 	log     *slog.Logger
+	copy    *kept.Copy // in the snapshot file
 
 	// keyLock serializes writers of our own key, across all requests of one operation.
-	keyLock chan struct{}
+	keyLock subnet.Lock
 	// verifyNow makes Hold verify our key at once.
-	verifyNow chan struct{}
+	verifyNow subnet.Signal
 	writtenID int64 // lease ID that this process wrote to the state file; guarded by keyLock
 	markLease int64 // etcd lease ID of our subnet's mark, 0 if unknown; used only by Hold
 
@@ -63,9 +63,6 @@ type Registry struct {
 	text    string        // source of config
 	listed  *listing      // read by Acquire, used by the first list of Watch
 	resumed *kept.State   // start of Watch while etcd is unreachable; nil once etcd was read
-
-	snapshotMu  sync.Mutex // guards the snapshot file and snapshotOff
-	snapshotOff bool       // do not write the snapshot file
 }
 
 // listing is a response of listAll and when it arrived.
@@ -129,7 +126,7 @@ func New(o Options) (*Registry, error) {
 	if tlsConfig != nil {
 		cfg.DialOptions = append(cfg.DialOptions, grpc.WithTransportCredentials(&reloadingTLS{o, reached}))
 	}
-	r := &Registry{opts: o, conns: conns, contact: reached, log: o.Logger, keyLock: make(chan struct{}, 1), verifyNow: make(chan struct{}, 1)}
+	r := &Registry{opts: o, conns: conns, contact: reached, log: o.Logger, copy: kept.NewCopy(o.SnapshotFile, o.Logger), keyLock: subnet.NewLock(), verifyNow: subnet.NewSignal()}
 	if o.FailFast {
 		cfg.DialOptions = append(cfg.DialOptions, grpc.WithChainUnaryInterceptor(failFast))
 	}
@@ -184,7 +181,7 @@ func (r *Registry) setHeldLocked(l subnet.Lease) {
 
 // VerifyLease makes Hold compare the held lease with etcd at once. Call it after a
 // clock was stepped, or the machine was suspended or restored to an earlier snapshot.
-func (r *Registry) VerifyLease() { r.requestVerify() }
+func (r *Registry) VerifyLease() { r.verifyNow.Raise() }
 
 // lifetime returns the claimed TTL, for granting the lease again.
 func (r *Registry) lifetime() time.Duration {
@@ -256,24 +253,6 @@ func (r *Registry) entry(kv *mvccpb.KeyValue) subnet.Entry {
 		Key: strings.TrimPrefix(string(kv.Key), r.subnetsDir()), Value: kv.Value,
 		CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision, ID: kv.Lease,
 	})
-}
-
-// lockKey locks keyLock and returns the function that unlocks it.
-func (r *Registry) lockKey(ctx context.Context) (func(), error) {
-	select {
-	case r.keyLock <- struct{}{}:
-		return func() { <-r.keyLock }, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// requestVerify makes Hold verify our key at once.
-func (r *Registry) requestVerify() {
-	select {
-	case r.verifyNow <- struct{}{}:
-	default:
-	}
 }
 
 // permanent reports whether retrying is pointless: etcd rejected the credentials
@@ -349,58 +328,7 @@ type rewordedError struct{ words, err error }
 func (w rewordedError) Error() string { return w.words.Error() }
 func (w rewordedError) Unwrap() error { return w.err }
 
-// outage logs that etcd is unreachable: at once, then once a minute, and when it
-// answers again.
-type outage struct {
-	log               *slog.Logger
-	since, lastLogged time.Time
-}
-
-const logEvery = time.Minute
-
-func (o *outage) failed(message string, err error) {
-	now := time.Now()
-	if o.since.IsZero() {
-		o.since = now
-	}
-	if o.lastLogged.IsZero() || now.Sub(o.lastLogged) >= logEvery {
-		o.lastLogged = now
-		o.log.Warn(message, "error", err)
-	}
-}
-
-func (o *outage) over() {
-	if !o.since.IsZero() {
-		o.log.Info("etcd answers again", "after", time.Since(o.since).Round(time.Millisecond))
-		o.since, o.lastLogged = time.Time{}, time.Time{}
-	}
-}
-
-// backoff is a delay that doubles from 50 ms to 10 s. Each delay is shortened by a
-// random part of up to one half, so that nodes that failed together do not retry
-// together.
-type backoff struct{ next time.Duration }
-
-const (
-	pauseFirst   = 50 * time.Millisecond
-	pauseCeiling = 10 * time.Second
-)
-
-// wait sleeps for the next delay, or returns ctx's error if ctx ends first.
-func (b *backoff) wait(ctx context.Context) error {
-	b.next = min(max(b.next*2, pauseFirst), pauseCeiling)
-	return sleep(ctx, b.next/2+rand.N(b.next/2+1))
-}
-
-func (b *backoff) reset() { b.next = 0 }
-
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
+// outage returns an Outage that logs with the given attributes.
+func (r *Registry) outage(attributes ...any) *subnet.Outage {
+	return subnet.NewOutage(r.log.With(attributes...), "etcd answers again")
 }

@@ -8,7 +8,6 @@ import (
 	"iter"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -54,24 +53,24 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 
 // mirror follows the store, reconnecting with backoff, until ctx ends.
 func (r *Registry) mirror(ctx context.Context, m *mirror) {
-	var pause backoff
-	away := outage{log: r.log}
+	var pause subnet.Backoff
+	away := r.outage()
 	for {
-		listed, err := r.follow(ctx, m, &away)
+		listed, err := r.follow(ctx, m, away)
 		if ctx.Err() != nil {
 			return
 		}
 		if listed {
-			pause.reset()
+			pause.Reset()
 		}
 		if errors.Is(err, errCompacted) || errors.Is(err, errReconnected) || errors.Is(err, errWatchIdle) {
 			r.log.Info("listing all leases again", "reason", err)
 		} else {
 			err = r.Explain(ctx, err)
-			away.failed("etcd is unreachable; the last leases remain in force", err)
+			away.Failed("etcd is unreachable; the last leases remain in force", err)
 			m.fail(fmt.Errorf("watch the leases: %w", err))
 		}
-		if pause.wait(ctx) != nil || sleep(ctx, m.spread()) != nil {
+		if pause.Wait(ctx, 0) != nil || subnet.Sleep(ctx, m.spread()) != nil {
 			return
 		}
 	}
@@ -88,14 +87,14 @@ func (m *mirror) spread() time.Duration {
 
 // follow lists everything, publishes it, and watches from the next revision until
 // the watch ends. listed reports whether the list succeeded.
-func (r *Registry) follow(ctx context.Context, m *mirror, away *outage) (listed bool, err error) {
+func (r *Registry) follow(ctx context.Context, m *mirror, away *subnet.Outage) (listed bool, err error) {
 	resp := r.takeListed()
 	if resp == nil {
 		if resp, err = r.listAll(ctx); err != nil {
 			return false, err
 		}
 	}
-	away.over()
+	away.Over()
 	m.replace(resp)
 	r.mu.Lock()
 	r.resumed = nil
@@ -170,9 +169,9 @@ func superviseConnection(ctx context.Context, conn *grpc.ClientConn, stop contex
 // the store writes it; the consumer of the watch takes snapshots of it.
 type mirror struct {
 	r      *Registry
-	notify chan struct{} // capacity 1; signals that take has something new
+	notify subnet.Signal // take has something new
 	// changed signals the same to persist.
-	changed chan struct{}
+	changed subnet.Signal
 
 	mu           sync.Mutex
 	self         subnet.Lease
@@ -185,18 +184,18 @@ type mirror struct {
 	configSource string // text that config and refused come from
 	fresh        bool
 	err          error
-	logged       map[string]int64 // ModRevision of each logged rejection, by key
-	version      int              // incremented by publish
-	listed       bool             // etcd was read
-	kept         time.Time        // when the content was saved to disk; zero once etcd was read
+	rejections   subnet.RejectionLog
+	version      int       // incremented by publish
+	listed       bool      // etcd was read
+	kept         time.Time // when the content was saved to disk; zero once etcd was read
 }
 
 func newMirror(r *Registry, self subnet.Lease) *mirror {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	m := &mirror{
-		r: r, notify: make(chan struct{}, 1), changed: make(chan struct{}, 1), self: self, config: r.config, configSource: r.text,
-		entries: map[string]subnet.Entry{}, retained: map[string]subnet.Entry{}, logged: map[string]int64{},
+		r: r, notify: subnet.NewSignal(), changed: subnet.NewSignal(), self: self, config: r.config, configSource: r.text,
+		entries: map[string]subnet.Entry{}, retained: map[string]subnet.Entry{},
 	}
 	if k := r.resumed; k != nil && k.Lease.Key() == self.Key() {
 		m.revision, m.cluster, m.kept = k.Revision, k.Cluster, k.Saved
@@ -242,7 +241,7 @@ func (m *mirror) replace(resp *clientv3.TxnResponse) {
 	m.listed, m.kept = true, time.Time{}
 	m.entries, m.revision, m.cluster = entries, resp.Header.Revision, resp.Header.ClusterId
 	if e, ok := entries[m.self.Key()]; !first && (!ok || !m.current(e)) {
-		m.r.requestVerify()
+		m.r.verifyNow.Raise()
 	}
 	m.publish()
 }
@@ -272,7 +271,7 @@ func (m *mirror) change(resp clientv3.WatchResponse) {
 		}
 		changed = true
 		if key == m.self.Key() && (gone || !m.current(m.entries[key])) {
-			m.r.requestVerify()
+			m.r.verifyNow.Raise()
 		}
 	}
 	if changed {
@@ -340,25 +339,15 @@ func (m *mirror) publish() {
 	}
 	m.fresh, m.err = true, nil
 	m.version++
-	m.wake()
-	select {
-	case m.changed <- struct{}{}:
-	default:
-	}
+	m.notify.Raise()
+	m.changed.Raise()
 }
 
 func (m *mirror) fail(err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.err = err
-	m.wake()
-}
-
-func (m *mirror) wake() {
-	select {
-	case m.notify <- struct{}{}:
-	default:
-	}
+	m.notify.Raise()
 }
 
 // take returns a snapshot, if there is a new one, and the error since the last
@@ -387,22 +376,8 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 		s.Self.Expires = self.Expires
 	}
 	s.ConfigRefused, s.Kept = m.refused, m.kept
-	m.logRejections(s.Rejected)
+	for _, x := range m.rejections.New(s.Rejected, func(key string) int64 { return m.entries[key].ModRevision }) {
+		m.r.log.Warn("a lease is ignored", "subnet", x.Key, "reason", x.Reason)
+	}
 	return s, true, err
-}
-
-// logRejections logs each rejected entry once per revision.
-func (m *mirror) logRejections(rejected []subnet.Rejection) {
-	for _, rejection := range rejected {
-		revision := m.entries[rejection.Key].ModRevision
-		if m.logged[rejection.Key] != revision {
-			m.logged[rejection.Key] = revision
-			m.r.log.Warn("a lease is ignored", "subnet", rejection.Key, "reason", rejection.Reason)
-		}
-	}
-	for key := range m.logged {
-		if !slices.ContainsFunc(rejected, func(x subnet.Rejection) bool { return x.Key == key }) {
-			delete(m.logged, key)
-		}
-	}
 }

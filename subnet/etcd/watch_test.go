@@ -237,18 +237,8 @@ func TestConfigChanges(t *testing.T) {
 	}
 }
 
-func TestBackoffAndPermanentErrors(t *testing.T) {
+func TestPermanentErrors(t *testing.T) {
 	t.Parallel()
-	var b backoff
-	for range 50 {
-		_ = b.wait(canceled())
-		if b.next > pauseCeiling || b.next < pauseFirst {
-			t.Fatalf("a pause of %v", b.next)
-		}
-	}
-	if b.next != pauseCeiling {
-		t.Errorf("the ceiling is %v", b.next)
-	}
 	for err, want := range map[error]bool{
 		rpctypes.ErrAuthFailed: true, rpctypes.ErrPermissionDenied: true, rpctypes.ErrUserEmpty: true,
 		rpctypes.ErrInvalidAuthToken: false, rpctypes.ErrNoLeader: false, rpctypes.ErrLeaseNotFound: false,

@@ -1,7 +1,7 @@
 // Package kept stores a node's lease and the leases of its peers in a file, from
 // which a restarted daemon continues while the store is unreachable. It reads and
 // writes the file and decides whether the lease in it is still valid; the store
-// (subnet/etcd, subnet/kube) owns the state and decides when to save it.
+// (subnet/etcd, subnet/kube) owns the state and decides what is worth saving.
 //
 // The lease counts as valid only while it has not expired by either of the clocks
 // that survive a restart of the process: CLOCK_BOOTTIME, which counts suspend and
@@ -34,35 +34,12 @@ type State struct {
 	Revision int64  // store revision
 	// Entries are all valid leases, including the node's own.
 	Entries []subnet.Entry
-	Saved   time.Time // when it was written; Write sets it
+	Saved   time.Time // when it was written; Copy.Write sets it
 }
 
-// Read returns the file's content if its lease has certainly not expired. It
-// returns nil without an error if there is no file.
-func Read(name string) (*State, error) {
-	text, err := statefile.Read(name, maxSize)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	f, s, err := parse(text)
-	if err != nil {
-		return nil, err
-	}
-	now, err := boottime.Now()
-	if err != nil {
-		return nil, err
-	}
-	if s.Lease.Expires, err = f.expiry(s.Lease, now); err != nil {
-		return nil, err
-	}
-	return s, nil
-}
-
-// Look returns what the file holds whether its lease may have run out or not, and
-// with ended why it may not be relied on: for who only looks at the node.
+// Look returns the file's content even if its lease may have expired, and in that
+// case why, in ended. It is for programs that only inspect the node. All are nil if
+// there is no file.
 func Look(name string) (s *State, ended, err error) {
 	text, err := statefile.Read(name, maxSize)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -83,21 +60,6 @@ func Look(name string) (s *State, ended, err error) {
 		s.Lease.Expires = f.Ends
 	}
 	return s, ended, nil
-}
-
-// Write atomically replaces the file.
-func Write(name string, s State) error {
-	// Read the clocks first: if the process is stopped here, the recorded expiry is
-	// too early rather than too late.
-	at, err := boottime.Now()
-	if err != nil {
-		return err
-	}
-	text, err := marshal(s, at)
-	if err != nil {
-		return err
-	}
-	return statefile.Write(name, text, 0o600)
 }
 
 // expiry returns when the lease expires (zero: never), or an error if it may

@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/http"
-	"os"
 	"slices"
 	"time"
 
@@ -19,24 +17,14 @@ import (
 // do not expire, so the saved state is valid until the host reboots; then no pod
 // is left that needs it.
 
-// persistEvery is the shortest interval between two writes. It is longer if a write
-// takes long, so that writing uses at most 2 % of a core.
-const persistEvery = time.Second
-
 // Kept returns the state saved by this node, nil if there is none, or an error that
 // says why it cannot be used.
 func (r *Registry) Kept(node string) (*kept.State, error) {
-	if r.opts.SnapshotFile == "" {
-		return nil, nil
-	}
-	k, err := kept.Read(r.opts.SnapshotFile)
+	k, err := r.copy.Read(node)
 	if err != nil || k == nil {
 		return nil, err
 	}
-	switch {
-	case k.Node != node:
-		return nil, fmt.Errorf("it belongs to the node %q", k.Node)
-	case k.Prefix != r.opts.Prefix || !slices.Contains(k.Endpoints, r.Server()):
+	if k.Prefix != r.opts.Prefix || !slices.Contains(k.Endpoints, r.Server()) {
 		return nil, fmt.Errorf("it belongs to another cluster, %s at %v", k.Prefix, k.Endpoints)
 	}
 	return k, nil
@@ -66,80 +54,33 @@ func (r *Registry) Answers(ctx context.Context) error {
 
 // Forget deletes the saved state and stops saving it: the lease is not this node's
 // any more, or may soon not be.
-func (r *Registry) Forget() {
-	r.snapshotMu.Lock()
-	defer r.snapshotMu.Unlock()
-	r.snapshotOff = true
-	if r.opts.SnapshotFile == "" {
-		return
-	}
-	if err := os.Remove(r.opts.SnapshotFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		r.log.Warn("cannot remove the snapshot file", "file", r.opts.SnapshotFile, "error", err)
-	}
-}
+func (r *Registry) Forget() { r.copy.Forget() }
 
-// allowSnapshot makes persist save the state again, for a new lease.
-func (r *Registry) allowSnapshot() {
-	r.snapshotMu.Lock()
-	defer r.snapshotMu.Unlock()
-	r.snapshotOff = false
-}
-
-// persist saves the mirror's state whenever it changes, until ctx ends, and then once
-// more.
+// persist saves the mirror's state until ctx ends.
 func (r *Registry) persist(ctx context.Context, m *mirror) {
-	if r.opts.SnapshotFile == "" {
-		return
-	}
-	written := 0
-	away := outage{log: r.log}
-	for last := false; !last; {
-		select {
-		case <-ctx.Done():
-			last = true
-		case <-m.changed:
-		}
-		began := time.Now()
-		state, version, dirty := m.state(written)
-		if !dirty {
-			continue
-		}
-		if err := r.writeSnapshot(state); err != nil {
-			away.failed("cannot write the snapshot file", err)
-		} else {
-			written = version
-		}
-		if !last && sleep(ctx, max(persistEvery, 50*time.Since(began))) != nil {
-			continue // to the final write
-		}
-	}
+	last := 0
+	r.copy.Save(ctx, m.changed, func() (*kept.State, func()) {
+		s, now := m.state(last)
+		return s, func() { last = now }
+	})
 }
 
-func (r *Registry) writeSnapshot(s kept.State) error {
-	r.snapshotMu.Lock()
-	defer r.snapshotMu.Unlock()
-	if r.snapshotOff {
-		return nil
-	}
-	return kept.Write(r.opts.SnapshotFile, s)
-}
-
-// state returns the state to save, if it has changed. There is none before the API
-// server was read, nor while our lease is in doubt.
-func (m *mirror) state(written int) (kept.State, int, bool) {
+// state returns the state to save and its version, or nil if that is the last one.
+// There is none before the API server was read, nor while our lease is in doubt.
+func (m *mirror) state(last int) (*kept.State, int) {
 	held, ok := m.r.Held()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !ok || held.Key() != m.self.Key() || !held.Expires.IsZero() || !m.listed || len(m.config.Networks) == 0 || m.version == written {
-		return kept.State{}, 0, false
+	if !ok || held.Key() != m.self.Key() || !held.Expires.IsZero() || !m.listed || len(m.config.Networks) == 0 || m.version == last {
+		return nil, last
 	}
-	s := kept.State{
+	s := &kept.State{
 		Node: held.Node, Prefix: m.r.opts.Prefix, Endpoints: []string{m.r.Server()},
 		Config: m.config, Lease: held, Cluster: 1, Revision: max(m.revision, 1),
 	}
 	value, err := held.Value()
 	if err != nil {
-		return kept.State{}, 0, false
+		return nil, last
 	}
 	s.Entries = append(s.Entries, subnet.NewEntry(subnet.Entry{Key: held.Key(), Value: value, CreateRevision: held.CreateRevision, ModRevision: held.ModRevision}))
 	for _, entries := range []map[string]subnet.Entry{m.entries, m.retained} {
@@ -149,5 +90,5 @@ func (m *mirror) state(written int) (kept.State, int, bool) {
 			}
 		}
 	}
-	return s, m.version, true
+	return s, m.version
 }

@@ -24,11 +24,12 @@ type Registry struct {
 	opts Options
 	keys names
 	log  *slog.Logger
+	copy *kept.Copy // in the snapshot file
 
 	// nodeLock serializes writers of our Node, across all requests of one operation.
-	nodeLock chan struct{}
+	nodeLock subnet.Lock
 	// verifyNow makes Hold verify our Node at once.
-	verifyNow chan struct{}
+	verifyNow subnet.Signal
 
 	mu      sync.Mutex
 	held    subnet.Lease  // no Endpoints: none. Has the node's own addresses, even if overwritten
@@ -36,9 +37,6 @@ type Registry struct {
 	text    string        // source of config
 	resumed *kept.State   // start of Watch while the API server is unreachable; nil once it was read
 	mirror  *mirror       // of the running Watch, or nil
-
-	snapshotMu  sync.Mutex // guards the snapshot file and snapshotOff
-	snapshotOff bool       // do not write the snapshot file
 }
 
 var _ subnet.Registry = (*Registry)(nil)
@@ -59,8 +57,8 @@ func New(o Options) (*Registry, error) {
 	}
 	c.observe = o.Observe
 	return &Registry{
-		c: c, opts: o, keys: newNames(o.Prefix), log: o.Logger,
-		nodeLock: make(chan struct{}, 1), verifyNow: make(chan struct{}, 1),
+		c: c, opts: o, keys: newNames(o.Prefix), log: o.Logger, copy: kept.NewCopy(o.SnapshotFile, o.Logger),
+		nodeLock: subnet.NewLock(), verifyNow: subnet.NewSignal(),
 	}, nil
 }
 
@@ -127,7 +125,7 @@ func NodeName(ctx context.Context, o Options, namespace, pod string) (string, er
 
 // Config implements subnet.Registry.
 func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
-	reminded := reminder{}
+	var reminded subnet.Reminder
 	for {
 		text, err := os.ReadFile(r.opts.NetConf)
 		if err == nil {
@@ -143,10 +141,10 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 			err = fmt.Errorf("%w: mount the ConfigMap with net-conf.json there, or set its path with --net-config-path", err)
 		}
 		r.opts.Waiting("waiting for a network configuration: " + err.Error())
-		if reminded.due() {
+		if reminded.Due() {
 			r.log.Warn("waiting for a network configuration", "file", r.opts.NetConf, "error", err)
 		}
-		if err := sleep(ctx, readConfigEvery); err != nil {
+		if err := subnet.Sleep(ctx, readConfigEvery); err != nil {
 			return subnet.Config{}, fmt.Errorf("wait for the network configuration: %w", err)
 		}
 	}
@@ -171,17 +169,17 @@ func (r *Registry) rememberConfig(cfg subnet.Config, text string) {
 // Acquire implements subnet.Registry. It waits until our Node has podCIDRs that
 // fit the configuration, and writes its annotations.
 func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
-	done, err := r.lockNode(ctx)
+	done, err := r.nodeLock.Take(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
 	defer done()
-	var pause backoff
-	reminded := reminder{}
+	var pause subnet.Backoff
+	var reminded subnet.Reminder
 	for {
 		l, err := r.claim(ctx, c)
 		if err == nil {
-			r.allowSnapshot()
+			r.copy.Allow()
 			r.setHeld(l)
 			return l, nil
 		}
@@ -189,10 +187,10 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 			return subnet.Lease{}, fmt.Errorf("wait for the Node's podCIDRs: %w", err)
 		}
 		r.opts.Waiting("waiting for this node's subnet: " + err.Error())
-		if reminded.due() {
+		if reminded.Due() {
 			r.log.Warn("waiting for this node's subnet", "node", r.opts.Node, "error", err)
 		}
-		if pause.wait(ctx, err) != nil {
+		if pause.Wait(ctx, retryAfter(err)) != nil {
 			return subnet.Lease{}, fmt.Errorf("wait for the Node's podCIDRs: %w", err)
 		}
 	}
@@ -284,8 +282,8 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 	if held, ok := r.Held(); !ok || held.Key() != l.Key() {
 		r.setHeld(l)
 	}
-	var pause backoff
-	away := outage{log: r.log.With("node", r.opts.Node)}
+	var pause subnet.Backoff
+	away := r.outage("node", r.opts.Node)
 	wasUID := ""
 	for {
 		uid, err := r.verify(ctx, wasUID)
@@ -297,20 +295,20 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 			r.Forget()
 			return err
 		case errors.Is(err, errOrphan):
-			away.over()
-			pause.reset()
+			away.Over()
+			pause.Reset()
 			r.log.Warn("the lease is in doubt; adding no new pods", "subnet", l.Key(), "reason", err)
 			wait = orphanEvery
 		case err != nil:
-			away.failed("cannot verify our Node; keeping its subnet and retrying", err)
+			away.Failed("cannot verify our Node; keeping its subnet and retrying", err)
 			r.reportFailure(err)
-			if pause.wait(ctx, err) != nil {
+			if pause.Wait(ctx, retryAfter(err)) != nil {
 				return nil
 			}
 			continue
 		default:
-			away.over()
-			pause.reset()
+			away.Over()
+			pause.Reset()
 			wasUID = uid
 		}
 		timer := time.NewTimer(wait)
@@ -327,7 +325,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 var errOrphan = errors.New("this node's Node is gone")
 
 func (r *Registry) verify(ctx context.Context, wasUID string) (string, error) {
-	done, err := r.lockNode(ctx)
+	done, err := r.nodeLock.Take(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -403,7 +401,7 @@ func (r *Registry) reportFailure(err error) {
 // Update implements subnet.Registry. It does not change the subnets and retries
 // while the API server is unreachable.
 func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, error) {
-	done, err := r.lockNode(ctx)
+	done, err := r.nodeLock.Take(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
@@ -417,14 +415,14 @@ func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, er
 		return subnet.Lease{}, fmt.Errorf("update: %w", err)
 	}
 	r.setHeld(held)
-	var pause backoff
+	var pause subnet.Backoff
 	for {
 		_, err := r.repair(ctx, held, "")
 		if err == nil || errors.Is(err, errOrphan) { // Hold writes it once our Node exists again
 			after, _ := r.Held()
 			return after, nil
 		}
-		if errors.Is(err, subnet.ErrLost) || pause.wait(ctx, err) != nil {
+		if errors.Is(err, subnet.ErrLost) || pause.Wait(ctx, retryAfter(err)) != nil {
 			return subnet.Lease{}, fmt.Errorf("update lease %s: %w", l, err)
 		}
 	}
@@ -433,24 +431,24 @@ func (r *Registry) Update(ctx context.Context, l subnet.Lease) (subnet.Lease, er
 // Release implements subnet.Registry. It removes our annotations, so that no peer
 // sends to this node. The Node keeps its podCIDRs.
 func (r *Registry) Release(ctx context.Context, l subnet.Lease) error {
-	done, err := r.lockNode(ctx)
+	done, err := r.nodeLock.Take(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
 	r.Forget()
-	var pause backoff
+	var pause subnet.Backoff
 	for {
 		err := r.removeAnnotations(ctx)
 		if err == nil || has(err, http.StatusNotFound) {
 			break
 		}
-		if pause.wait(ctx, err) != nil {
+		if pause.Wait(ctx, retryAfter(err)) != nil {
 			return fmt.Errorf("release lease %s: %w", l, err)
 		}
 	}
 	r.setHeld(subnet.Lease{})
-	r.requestVerify()
+	r.verifyNow.Raise()
 	return nil
 }
 
@@ -469,16 +467,20 @@ func (r *Registry) removeAnnotations(ctx context.Context) error {
 // has other podCIDRs, or another Node has one of the subnets. It is empty
 // otherwise. It retries while the API server is unreachable.
 func (r *Registry) TakenBy(ctx context.Context, node string, _ []netip.Addr, subnets []netip.Prefix) (string, error) {
-	var pause backoff
-	away := outage{log: r.log.With("node", node)}
+	var pause subnet.Backoff
+	away := r.outage("node", node)
 	for {
 		who, err := r.takenBy(ctx, node, subnets)
-		if err == nil || ctx.Err() != nil {
-			return who, err
+		if err == nil {
+			away.Over()
+			return who, nil
 		}
-		away.failed("cannot read who holds our subnet; retrying", err)
+		if ctx.Err() != nil {
+			return "", err
+		}
+		away.Failed("cannot read who holds our subnet; retrying", err)
 		r.opts.Waiting("checking with the API server whether this node still has the subnet of its pods: " + err.Error())
-		if err := pause.wait(ctx, err); err != nil {
+		if err := pause.Wait(ctx, retryAfter(err)); err != nil {
 			return "", err
 		}
 	}
@@ -513,85 +515,7 @@ func (r *Registry) takenBy(ctx context.Context, node string, subnets []netip.Pre
 	return who, err
 }
 
-// lockNode locks nodeLock and returns the function that unlocks it.
-func (r *Registry) lockNode(ctx context.Context) (func(), error) {
-	select {
-	case r.nodeLock <- struct{}{}:
-		return func() { <-r.nodeLock }, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// requestVerify makes Hold verify our Node at once.
-func (r *Registry) requestVerify() {
-	select {
-	case r.verifyNow <- struct{}{}:
-	default:
-	}
-}
-
-// outage logs that the API server fails: at once, then once a minute, and when it
-// answers again.
-type outage struct {
-	log      *slog.Logger
-	since    time.Time
-	reminded reminder
-}
-
-func (o *outage) failed(message string, err error) {
-	if o.since.IsZero() {
-		o.since = time.Now()
-	}
-	if o.reminded.due() {
-		o.log.Warn(message, "error", err)
-	}
-}
-
-func (o *outage) over() {
-	if !o.since.IsZero() {
-		o.log.Info("the API server answers again", "after", time.Since(o.since).Round(time.Millisecond))
-		o.since, o.reminded = time.Time{}, reminder{}
-	}
-}
-
-// reminder is due at once, then once a minute.
-type reminder struct{ last time.Time }
-
-func (r *reminder) due() bool {
-	if !r.last.IsZero() && time.Since(r.last) < time.Minute {
-		return false
-	}
-	r.last = time.Now()
-	return true
-}
-
-// backoff is a delay that doubles from 100 ms to 10 s. Each delay is shortened by a
-// random part of up to one half, so that nodes that failed together do not retry
-// together.
-type backoff struct{ next time.Duration }
-
-const (
-	pauseFirst   = 100 * time.Millisecond
-	pauseCeiling = 10 * time.Second
-)
-
-// wait sleeps for the next delay plus the server's Retry-After, or returns ctx's
-// error if ctx ends first.
-func (b *backoff) wait(ctx context.Context, err error) error {
-	b.next = min(max(b.next*2, pauseFirst), pauseCeiling)
-	return sleep(ctx, retryAfter(err)+b.next/2+rand.N(b.next/2+1))
-}
-
-func (b *backoff) reset() { b.next = 0 }
-
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
+// outage returns an Outage that logs with the given attributes.
+func (r *Registry) outage(attributes ...any) *subnet.Outage {
+	return subnet.NewOutage(r.log.With(attributes...), "the API server answers again")
 }

@@ -46,7 +46,7 @@ func (r *Registry) Watch(ctx context.Context, self subnet.Lease) iter.Seq2[subne
 
 // followConfig polls the configuration file until ctx ends.
 func (r *Registry) followConfig(ctx context.Context, m *mirror) {
-	for sleep(ctx, readConfigEvery) == nil {
+	for subnet.Sleep(ctx, readConfigEvery) == nil {
 		text, err := os.ReadFile(r.opts.NetConf)
 		m.configure(text, err)
 	}
@@ -58,8 +58,8 @@ var errSettled = errors.New("the settle time is over")
 // another, each from where the last ended. It lists again if the API server has
 // discarded that revision.
 func (r *Registry) follow(ctx context.Context, m *mirror) {
-	var pause backoff
-	away := outage{log: r.log}
+	var pause subnet.Backoff
+	away := r.outage()
 	after := "" // revision to watch from; "": list first
 	for {
 		var err error
@@ -70,11 +70,11 @@ func (r *Registry) follow(ctx context.Context, m *mirror) {
 			after, err = r.list(ctx, m)
 		}
 		if err == nil && after != "" {
-			away.over()
+			away.Over()
 			began := time.Now()
-			err = r.watch(ctx, m, &after, &away)
-			if time.Since(began) > pauseCeiling {
-				pause.reset()
+			err = r.watch(ctx, m, &after, away)
+			if time.Since(began) > subnet.BackoffLimit {
+				pause.Reset()
 			}
 		}
 		switch {
@@ -92,10 +92,10 @@ func (r *Registry) follow(ctx context.Context, m *mirror) {
 			after = ""
 		}
 		if err != nil {
-			away.failed("the API server is unreachable or rejects requests; the last leases remain in force", err)
+			away.Failed("the API server is unreachable or rejects requests; the last leases remain in force", err)
 			m.fail(err)
 		}
-		if pause.wait(ctx, err) != nil {
+		if pause.Wait(ctx, retryAfter(err)) != nil {
 			return
 		}
 	}
@@ -196,7 +196,7 @@ func (r *Registry) resolve(ctx context.Context, found map[string]facts, unknown 
 }
 
 // watch follows the Nodes from revision *after and advances it.
-func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *outage) error {
+func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *subnet.Outage) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	lasting := watchLasts + rand.N(watchLasts)
@@ -211,7 +211,7 @@ func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *ou
 		defer settle.Stop()
 	}
 	began := func() {
-		away.over()
+		away.Over()
 		m.contact()
 	}
 	return r.c.watch(ctx, *after, lasting, began, func(e *event) error {
@@ -253,9 +253,9 @@ func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *ou
 // consumer of the watch takes snapshots of it.
 type mirror struct {
 	r      *Registry
-	notify chan struct{} // capacity 1; signals that take has something new
+	notify subnet.Signal // take has something new
 	// changed signals the same to persist.
-	changed chan struct{}
+	changed subnet.Signal
 
 	mu           sync.Mutex
 	self         subnet.Lease
@@ -269,19 +269,19 @@ type mirror struct {
 	configSource string // text that config and refused come from
 	fresh        bool
 	err          error
-	lost         bool             // fail was called, and there was no contact since
-	logged       map[string]int64 // revision of each logged rejection, by Node
-	version      int              // incremented by publish
-	listed       bool             // the API server was read
-	kept         time.Time        // when the content was saved to disk; zero once the API server was read
+	lost         bool // fail was called, and there was no contact since
+	rejections   subnet.RejectionLog
+	version      int       // incremented by publish
+	listed       bool      // the API server was read
+	kept         time.Time // when the content was saved to disk; zero once the API server was read
 }
 
 func newMirror(r *Registry, self subnet.Lease) *mirror {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	m := &mirror{
-		r: r, notify: make(chan struct{}, 1), changed: make(chan struct{}, 1), self: self, config: r.config, configSource: r.text,
-		nodes: map[string]facts{}, entries: map[string]subnet.Entry{}, retained: map[string]subnet.Entry{}, logged: map[string]int64{},
+		r: r, notify: subnet.NewSignal(), changed: subnet.NewSignal(), self: self, config: r.config, configSource: r.text,
+		nodes: map[string]facts{}, entries: map[string]subnet.Entry{}, retained: map[string]subnet.Entry{},
 	}
 	if k := r.resumed; k != nil && k.Lease.Key() == self.Key() {
 		m.revision, m.kept = k.Revision, k.Saved
@@ -354,7 +354,7 @@ func (m *mirror) replace(found map[string]facts, at string) {
 	own, there := found[m.self.Node]
 	if !there || !own.same(m.own) {
 		m.own = own
-		m.r.requestVerify()
+		m.r.verifyNow.Raise()
 	}
 	nodes, entries := map[string]facts{}, map[string]subnet.Entry{}
 	for name, f := range found {
@@ -388,7 +388,7 @@ func (m *mirror) change(name string, f facts, deleted bool) {
 		}
 		if deleted || !f.same(m.own) {
 			m.own = f
-			m.r.requestVerify()
+			m.r.verifyNow.Raise()
 		}
 		return
 	}
@@ -421,7 +421,7 @@ func (f facts) same(as facts) bool {
 // possible only while our Node does not exist.
 func (m *mirror) checkContention() {
 	if held, ok := m.r.Held(); ok && !held.Expires.IsZero() && m.ownerLocked(held) != "" {
-		m.r.requestVerify()
+		m.r.verifyNow.Raise()
 	}
 }
 
@@ -512,11 +512,8 @@ func (m *mirror) publish() {
 	}
 	m.fresh, m.err, m.lost = true, nil, false
 	m.version++
-	m.wake()
-	select {
-	case m.changed <- struct{}{}:
-	default:
-	}
+	m.notify.Raise()
+	m.changed.Raise()
 }
 
 // refresh publishes another snapshot because our own lease has changed.
@@ -530,14 +527,7 @@ func (m *mirror) fail(err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.err, m.lost = err, true
-	m.wake()
-}
-
-func (m *mirror) wake() {
-	select {
-	case m.notify <- struct{}{}:
-	default:
-	}
+	m.notify.Raise()
 }
 
 // take returns a snapshot, if there is a new one, and the error since the last
@@ -564,22 +554,8 @@ func (m *mirror) take() (s subnet.Snapshot, fresh bool, err error) {
 	s = subnet.BuildSnapshot(m.config, self, all, m.revision)
 	s.Usage = nil // the Node controller allocates
 	s.ConfigRefused, s.Kept = m.refused, m.kept
-	m.logRejections(s.Rejected)
+	for _, x := range m.rejections.New(s.Rejected, func(name string) int64 { return m.entries[name].ModRevision }) {
+		m.r.log.Warn("a Node is ignored", "node", x.Key, "reason", x.Reason)
+	}
 	return s, true, err
-}
-
-// logRejections logs each rejected Node once per revision.
-func (m *mirror) logRejections(rejected []subnet.Rejection) {
-	for _, x := range rejected {
-		at := m.entries[x.Key].ModRevision
-		if was, ok := m.logged[x.Key]; !ok || was != at {
-			m.logged[x.Key] = at
-			m.r.log.Warn("a Node is ignored", "node", x.Key, "reason", x.Reason)
-		}
-	}
-	for key := range m.logged {
-		if !slices.ContainsFunc(rejected, func(x subnet.Rejection) bool { return x.Key == key }) {
-			delete(m.logged, key)
-		}
-	}
 }
