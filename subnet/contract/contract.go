@@ -70,18 +70,19 @@ func Claim(cfg subnet.Config, n int) subnet.Claim {
 	}
 }
 
-// Run runs all parts of the contract, each with a new store. The parts about an
-// unreachable store run only for a Remote.
+// Run runs the parts of the contract that hold for every store, each with a new one.
 func Run(t *testing.T, open func(t *testing.T) Store) {
 	t.Run("configuration", func(t *testing.T) { configuration(t, open(t)) })
 	t.Run("configuration changes", func(t *testing.T) { configurationChanges(t, open(t)) })
 	t.Run("whole snapshots", func(t *testing.T) { wholeSnapshots(t, open(t)) })
 	t.Run("update and release", func(t *testing.T) { updateAndRelease(t, open(t)) })
-	if _, ok := open(t).(Remote); !ok {
-		return
-	}
-	t.Run("fail static", func(t *testing.T) { failStatic(t, open(t).(Remote)) })
-	t.Run("kept on disk", func(t *testing.T) { keptOnDisk(t, open(t).(Remote)) })
+}
+
+// RunRemote runs all parts of the contract, each with a new store.
+func RunRemote(t *testing.T, open func(t *testing.T) Remote) {
+	Run(t, func(t *testing.T) Store { return open(t) })
+	t.Run("fail static", func(t *testing.T) { failStatic(t, open(t)) })
+	t.Run("kept on disk", func(t *testing.T) { keptOnDisk(t, open(t)) })
 }
 
 // A node waits for a valid configuration; it does not accept an invalid one.

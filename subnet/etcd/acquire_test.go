@@ -12,20 +12,16 @@ import (
 	"time"
 
 	"culvert/subnet"
-	"culvert/subnet/etcd/etcdtest"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// at sets a prefix that no other test uses.
-func at(prefix string) func(*Options) { return func(o *Options) { o.Prefix = prefix } }
-
 func TestUnansweredCommits(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	for name, delayed := range map[string]bool{"committed": false, "late": true} {
 		t.Run(name, func(t *testing.T) {
-			r := open(t, endpoint, at(name))
+			r := open(t, endpoint, at(t, name))
 			kv := &lossyKV{KV: r.client.KV, delayed: delayed}
 			kv.lose.Store(3)
 			r.client.KV = kv
@@ -45,7 +41,7 @@ func TestUnansweredCommits(t *testing.T) {
 
 func TestLostRaceTakesAnother(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	r, thief := open(t, endpoint), open(t, endpoint)
 	first, err := subnet.Choose(claim(t, vxlanConfig, 1), subnet.Occupancy{})
 	if err != nil {
@@ -87,7 +83,7 @@ func (t *racingTxn) If(ifs ...clientv3.Cmp) clientv3.Txn {
 
 func TestConflicts(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	r := open(t, endpoint)
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
 	t.Run("one address, two identities", func(t *testing.T) {
@@ -109,7 +105,7 @@ func TestConflicts(t *testing.T) {
 		start := make(chan struct{})
 		errs := make([]error, 10)
 		for i := range errs {
-			clone := open(t, endpoint, at("clones"))
+			clone := open(t, endpoint, at(t, "clones"))
 			c := claim(t, vxlanConfig, i+1)
 			c.Node = "clone"
 			c.Previous = []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(i + 1), 0}), 24)}
@@ -128,7 +124,7 @@ func TestConflicts(t *testing.T) {
 				expectConflict(t, err, `"clone"`)
 			}
 		}
-		entries, _, err := open(t, endpoint, at("clones")).Entries(t.Context(), false)
+		entries, _, err := open(t, endpoint, at(t, "clones")).Entries(t.Context(), false)
 		if won != 1 || err != nil || len(entries) != 1 {
 			t.Errorf("%d clones have a lease; etcd has %d, %v", won, len(entries), err)
 		}
@@ -149,7 +145,7 @@ func expectConflict(t *testing.T, err error, names ...string) {
 
 func TestExhaustion(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	const config = `{"Network":"10.5.0.0/26","SubnetLen":28,"SubnetMin":"10.5.0.0"}`
 	r := open(t, endpoint)
 	if _, err := r.Reserve(t.Context(), "printers", []netip.Prefix{netip.MustParsePrefix("10.5.0.16/28")}); err != nil {
@@ -170,11 +166,11 @@ func TestExhaustion(t *testing.T) {
 // subnet and gains an identity. A lease that never expires still does not.
 func TestTakingOverFromFlannel(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	const value = `{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"}}`
 	for name, forever := range map[string]bool{"leased": false, "for ever": true} {
 		t.Run(name, func(t *testing.T) {
-			r := open(t, endpoint, at(name))
+			r := open(t, endpoint, at(t, name))
 			var opts []clientv3.OpOption
 			if !forever {
 				g, err := r.client.Grant(t.Context(), 86400)
@@ -206,7 +202,7 @@ func TestTakingOverFromFlannel(t *testing.T) {
 
 func TestChangedNetwork(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	state := withState(filepath.Join(t.TempDir(), "lease.json"))
 	r := open(t, endpoint, state)
 	acquire(t, r, claim(t, vxlanConfig, 1))
@@ -228,7 +224,7 @@ func TestChangedNetwork(t *testing.T) {
 
 func TestStateFile(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	file := filepath.Join(t.TempDir(), "lease.json")
 	log := &lines{}
 	if err := os.WriteFile(file, []byte("{"), 0o600); err != nil {

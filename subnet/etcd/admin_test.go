@@ -7,12 +7,11 @@ import (
 	"time"
 
 	"culvert/subnet"
-	"culvert/subnet/etcd/etcdtest"
 )
 
 func TestSetConfig(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	text, revision, err := r.ConfigText(t.Context())
 	if text != nil || revision != 0 || err != nil {
 		t.Errorf("%s, %d, %v", text, revision, err)
@@ -39,7 +38,7 @@ func TestSetConfig(t *testing.T) {
 
 func TestReservations(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
 	prefix := func(s string) []netip.Prefix { return []netip.Prefix{netip.MustParsePrefix(s)} }
 	const other = "10.5.200.0/24"

@@ -7,7 +7,6 @@ import (
 	"testing"
 
 	"culvert/subnet"
-	"culvert/subnet/etcd/etcdtest"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -30,7 +29,7 @@ func raw(t *testing.T, r *Registry) map[string]string {
 // appended, and the quarantine mark under a key that flannel does not read.
 func TestBytesInEtcd(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	for name, c := range map[string]struct {
 		config   string
 		previous []string
@@ -63,7 +62,7 @@ func TestBytesInEtcd(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := open(t, endpoint, at(strings.ReplaceAll(name, " ", "-")), withQuarantine(3600e9))
+			r := open(t, endpoint, at(t, strings.ReplaceAll(name, " ", "-")), withQuarantine(3600e9))
 			setConfig(t, r, c.config)
 			cl := claim(t, c.config, 1)
 			for _, p := range c.previous {
@@ -87,7 +86,7 @@ func TestBytesInEtcd(t *testing.T) {
 func TestFlannelsBytesAreRead(t *testing.T) {
 	t.Parallel()
 	const config = `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12::/48","Backend":{"Type":"vxlan"}}`
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	setConfig(t, r, config)
 	if _, err := r.Config(t.Context()); err != nil {
 		t.Fatal(err)

@@ -45,7 +45,9 @@ func (s *contractStore) Stop(*testing.T)  { s.server.Stop() }
 func (s *contractStore) Start(*testing.T) { s.server.Start() }
 
 func TestContract(t *testing.T) {
-	contract.Run(t, func(t *testing.T) contract.Store {
+	t.Parallel()
+	contract.RunRemote(t, func(t *testing.T) contract.Remote {
+		t.Parallel() // each part has its own server
 		server := etcdtest.StartServer(t, member.Options{})
 		return &contractStore{server, open(t, server.URL())}
 	})

@@ -70,6 +70,7 @@ func oldest(t *testing.T) (url string, restart func()) {
 // etcd 3.4 checks the token of Authenticate requests too, so the client must not
 // send an invalid one there.
 func TestAuthenticationWithEtcd34(t *testing.T) {
+	t.Parallel()
 	url, restart := oldest(t)
 	secure(t, url)
 	asUser := func(o *Options) { o.User, o.Password = "culvert", password }

@@ -2,11 +2,13 @@ package etcd
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -17,7 +19,38 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The tests mostly wait, for etcd and for time to pass: run more of them at once
+	// than there are processors. -parallel on the command line overrides this.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(sharing{m})
+}
+
+// shared is a server for the tests that need none of their own.
+var shared etcdtest.Shared
+
+// sharing runs the tests and stops shared after them.
+type sharing struct{ *testing.M }
+
+func (m sharing) Run() int {
+	defer shared.Stop()
+	return m.M.Run()
+}
+
+// share returns the URL of shared, where open gives each test a prefix of its own.
+func share(t *testing.T) string { return shared.URL(t) }
+
+// at sets a prefix for a part of the test.
+func at(t *testing.T, part string) func(*Options) {
+	return func(o *Options) { o.Prefix = ownPrefix(t) + "-" + part }
+}
+
+func ownPrefix(t *testing.T) string {
+	name, _, _ := strings.Cut(t.Name(), "/")
+	return "/" + name
+}
 
 const vxlanConfig = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
 
@@ -25,6 +58,9 @@ const vxlanConfig = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
 func open(t *testing.T, endpoint string, change ...func(*Options)) *Registry {
 	t.Helper()
 	o := Options{Endpoints: []string{endpoint}, Logger: slog.New(slog.DiscardHandler), RequestTimeout: 2 * time.Second}
+	if endpoint == shared.URL(t) {
+		o.Prefix = ownPrefix(t)
+	}
 	for _, c := range change {
 		c(&o)
 	}
@@ -75,7 +111,8 @@ func within(t *testing.T, limit time.Duration, what string, ok func() bool) {
 	}
 }
 
-// Fifty nodes acquire at the same time, each with its own connection.
+// Fifty nodes (twenty with -short) acquire at the same time, each with its own
+// connection.
 func TestRacingNodesNeverShareASubnet(t *testing.T) {
 	t.Parallel()
 	endpoint := etcdtest.Start(t)
@@ -84,7 +121,11 @@ func TestRacingNodesNeverShareASubnet(t *testing.T) {
 		"dual": `{"Network":"10.6.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12::/56"}`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			const nodes = 50
+			t.Parallel()
+			nodes := 50
+			if testing.Short() {
+				nodes = 20
+			}
 			leases := make([]subnet.Lease, nodes)
 			registries := make([]*Registry, nodes)
 			for i := range registries {
@@ -155,7 +196,7 @@ func movedTo(l subnet.Lease, public string) subnet.Lease {
 
 func TestLeaseLifecycle(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	stateFile := filepath.Join(t.TempDir(), "lease.json")
 	r := open(t, endpoint, withState(stateFile))
 	setConfig(t, r, vxlanConfig)

@@ -39,12 +39,12 @@ func stands(t *testing.T, r *Registry, l subnet.Lease, lost <-chan error) {
 
 func TestHoldRenews(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	c := claim(t, vxlanConfig, 1)
 	c.TTL = 2 * time.Second
 	l := acquire(t, r, c)
 	lost := hold(t, r, l)
-	time.Sleep(3500 * time.Millisecond)
+	eventually(t, "a renewal after the first lifetime", func() bool { held, _ := r.Held(); return held.Expires.After(l.Expires.Add(c.TTL)) })
 	stands(t, r, l, lost)
 	if held, _ := r.Held(); held.CreateRevision != l.CreateRevision || time.Until(held.Expires) <= 0 {
 		t.Errorf("held %+v, at first %+v", held, l)
@@ -83,7 +83,7 @@ func TestRenewalsKeepNoMemory(t *testing.T) {
 
 func TestFailedRenewalsAreNoLoss(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	broken := &brokenLease{Lease: r.client.Lease}
 	broken.broken.Store(true)
 	r.client.Lease = broken
@@ -102,7 +102,7 @@ func TestFailedRenewalsAreNoLoss(t *testing.T) {
 
 func TestMissingLeaseIsRecreated(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	for name, vanish := range map[string]func(r *Registry, l subnet.Lease) error{
 		"expired": func(r *Registry, l subnet.Lease) error {
 			_, err := r.client.Revoke(t.Context(), clientv3.LeaseID(l.ID))
@@ -120,7 +120,7 @@ func TestMissingLeaseIsRecreated(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := open(t, endpoint, at(name))
+			r := open(t, endpoint, at(t, name))
 			setConfig(t, r, vxlanConfig)
 			if _, err := r.Config(t.Context()); err != nil {
 				t.Fatal(err)
@@ -146,7 +146,7 @@ func TestMissingLeaseIsRecreated(t *testing.T) {
 // Without a watch, renewals detect an expiry.
 func TestExpiryIsDetectedWithoutWatch(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	c := claim(t, vxlanConfig, 1)
 	c.TTL = 2 * time.Second
 	l := acquire(t, r, c)
@@ -161,7 +161,7 @@ func TestExpiryIsDetectedWithoutWatch(t *testing.T) {
 
 func TestLoss(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	const thief = `{"PublicIP":"192.0.2.9","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"},"NodeID":"thief"}`
 	for name, c := range map[string]struct{ key, value, says string }{
 		"taken":               {"10.5.7.0-24", thief, `"thief"`},
@@ -172,7 +172,7 @@ func TestLoss(t *testing.T) {
 		"overlapped, badly":   {"10.5.6.0-23", "oops", "10.5.6.0/23"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := open(t, endpoint, at(name))
+			r := open(t, endpoint, at(t, name))
 			setConfig(t, r, vxlanConfig)
 			if _, err := r.Config(t.Context()); err != nil {
 				t.Fatal(err)
@@ -215,7 +215,7 @@ func TestLoss(t *testing.T) {
 
 func TestReleaseEndsHold(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
 	lost := hold(t, r, l)
 	time.Sleep(50 * time.Millisecond)

@@ -108,7 +108,7 @@ func TestResume(t *testing.T) {
 // The saved state is deleted as soon as another node may have the subnet.
 func TestSavedStateIsDeleted(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "snapshot.json")
 	gone := func(when string) {

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"culvert/subnet"
-	"culvert/subnet/etcd/etcdtest"
 )
 
 func withQuarantine(d time.Duration) func(*Options) { return func(o *Options) { o.Quarantine = d } }
@@ -16,7 +15,7 @@ func withQuarantine(d time.Duration) func(*Options) { return func(o *Options) { 
 // quarantine: a new node gets the one freed first, a returning node its own.
 func TestFreedSubnetsAreQuarantined(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	const config = `{"Network":"10.5.0.0/26","SubnetLen":28,"SubnetMin":"10.5.0.0"}`
 	rest := withQuarantine(time.Hour)
 	admin := open(t, endpoint, rest)
@@ -47,7 +46,7 @@ func TestFreedSubnetsAreQuarantined(t *testing.T) {
 	if err := r1.Release(t.Context(), l1); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(2100 * time.Millisecond) // etcd reports the time to live in seconds
+	time.Sleep(1100 * time.Millisecond) // etcd reports the time to live in whole seconds
 	if err := r2.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -84,29 +83,37 @@ func TestFreedSubnetsAreQuarantined(t *testing.T) {
 	}
 }
 
-// The subnet of an expired lease is quarantined too. It is not leased while
-// another is free; after the quarantine it is.
+// The subnet of an expired lease is quarantined too. It is not leased while another
+// is free; after the quarantine it is.
 func TestExpiredSubnetsAreQuarantined(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
-	rest := withQuarantine(3 * time.Second)
-	r := open(t, endpoint, rest)
-	c := claim(t, vxlanConfig, 1)
-	c.TTL = 2 * time.Second
-	l := acquire(t, r, c)
-	r.keepMark(t.Context(), l) // as Hold does; the lease is not renewed
-	admin := open(t, endpoint, rest)
-	eventually(t, "the expiry", func() bool { e, _, err := admin.Entries(t.Context(), false); return err == nil && len(e) == 0 })
-	other := claim(t, vxlanConfig, 2)
-	other.Previous = l.Subnets()
-	if got := acquire(t, open(t, endpoint, rest), other); got.Key() == l.Key() {
-		t.Errorf("%s was leased while in quarantine", got)
-	}
-	eventually(t, "the end of the quarantine", func() bool { rests, err := admin.Quarantined(t.Context()); return err == nil && len(rests) == 0 })
-	other = claim(t, vxlanConfig, 3)
-	other.Previous = l.Subnets()
-	if got := acquire(t, open(t, endpoint, rest), other); got.Key() != l.Key() {
-		t.Errorf("got %s, want %s after its quarantine", got, l)
+	endpoint := share(t)
+	for name, c := range map[string]struct {
+		quarantine time.Duration
+		leased     bool // to another node
+	}{
+		"during": {time.Hour, false},
+		"after":  {time.Second, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			rest := func(o *Options) { at(t, name)(o); withQuarantine(c.quarantine)(o) }
+			r := open(t, endpoint, rest)
+			own := claim(t, vxlanConfig, 1)
+			own.TTL = time.Second
+			l := acquire(t, r, own)
+			r.keepMark(t.Context(), l) // as Hold does; the lease is not renewed
+			admin := open(t, endpoint, rest)
+			eventually(t, "the expiry", func() bool { e, _, err := admin.Entries(t.Context(), false); return err == nil && len(e) == 0 })
+			if c.leased {
+				eventually(t, "the end of the quarantine", func() bool { rests, err := admin.Quarantined(t.Context()); return err == nil && len(rests) == 0 })
+			}
+			other := claim(t, vxlanConfig, 2)
+			other.Previous = l.Subnets()
+			if got := acquire(t, open(t, endpoint, rest), other); (got.Key() == l.Key()) != c.leased {
+				t.Errorf("node-2 got %s; node-1 had %s", got, l)
+			}
+		})
 	}
 }
 
@@ -114,7 +121,7 @@ func TestExpiredSubnetsAreQuarantined(t *testing.T) {
 // is read.
 func TestLifetimeCountsFromTheRequest(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
 	r.setHeld(l)
 	r.client.Lease = slowLease{r.client.Lease}

@@ -238,7 +238,7 @@ func TestUserAndPassword(t *testing.T) {
 	if _, err := open(t, server.URL()).Config(t.Context()); err == nil {
 		t.Error("read without a user")
 	}
-	if _, err := open(t, server.URL(), asUser, at("/elsewhere")).Acquire(t.Context(), claim(t, vxlanConfig, 3)); err == nil {
+	if _, err := open(t, server.URL(), asUser, at(t, "/elsewhere")).Acquire(t.Context(), claim(t, vxlanConfig, 3)); err == nil {
 		t.Error("wrote outside the role's prefix")
 	}
 	if strings.Contains(log.String(), password) {

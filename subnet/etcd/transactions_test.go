@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"culvert/subnet"
-	"culvert/subnet/etcd/etcdtest"
 )
 
 // Each test here is of one condition of a transaction, or of what is done when one
@@ -30,7 +29,7 @@ func valueAt(t *testing.T, r *Registry, key string) string {
 // A lease is written over what was read, not over what another wrote since.
 func TestNothingIsOverwrittenThatWasNotRead(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
 	_, listed, err := r.entries(t.Context())
 	if err != nil {
@@ -51,7 +50,7 @@ func TestNothingIsOverwrittenThatWasNotRead(t *testing.T) {
 // half is in no range that could be compared.
 func TestDualStackIsTakenFromTheLatestListAlone(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	const config = `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12::/48","Backend":{"Type":"vxlan"}}`
 	choice, err := subnet.Choose(claim(t, config, 1), subnet.Occupancy{})
 	if err != nil {
@@ -75,7 +74,7 @@ func TestDualStackIsTakenFromTheLatestListAlone(t *testing.T) {
 // A subnet that overlaps an older entry, of another size, is given back.
 func TestAnOlderOverlapStands(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	choice, err := subnet.Choose(claim(t, vxlanConfig, 1), subnet.Occupancy{})
 	if err != nil {
 		t.Fatal(err)
@@ -102,7 +101,7 @@ func TestAnOlderOverlapStands(t *testing.T) {
 // after it.
 func TestOthersWritesAreNotDeleted(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
 	put(t, r, "subnets/"+l.Key(), othersValue)
 	r.undo(t.Context(), subnet.Choice{Lease: l}, l)
@@ -110,7 +109,7 @@ func TestOthersWritesAreNotDeleted(t *testing.T) {
 		t.Errorf("undoing left %q", got)
 	}
 
-	second := open(t, r.opts.Endpoints[0], at("/release"))
+	second := open(t, r.opts.Endpoints[0], at(t, "release"))
 	l = acquire(t, second, claim(t, vxlanConfig, 1))
 	second.client.KV = &racingKV{KV: second.client.KV, before: func() { put(t, second, "subnets/"+l.Key(), othersValue) }}
 	_ = second.Release(t.Context(), l)
@@ -123,7 +122,7 @@ func TestOthersWritesAreNotDeleted(t *testing.T) {
 // is tried: the etcd lease that it needs is gone.
 func TestAnUnansweredWriteIsMadeImpossible(t *testing.T) {
 	t.Parallel()
-	r := open(t, etcdtest.Start(t))
+	r := open(t, share(t))
 	g := grant{}
 	if err := r.ensureGranted(t.Context(), "node-1", time.Minute, &g); err != nil {
 		t.Fatal(err)

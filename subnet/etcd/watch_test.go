@@ -36,7 +36,7 @@ func peerValue(n int) string {
 func TestMalformedLeasesAreLoggedOnce(t *testing.T) {
 	t.Parallel()
 	log := &lines{}
-	r, l, w := ready(t, etcdtest.Start(t), log.options)
+	r, l, w := ready(t, share(t), log.options)
 	_ = l
 	put(t, r, "subnets/10.5.1.0-24", peerValue(1))
 	put(t, r, "subnets/10.5.2.0-24", "oops")
@@ -132,7 +132,7 @@ func TestEndedWatches(t *testing.T) {
 		"no leader": {clientv3.WatchResponse{Canceled: true}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			endpoint := etcdtest.Start(t)
+			endpoint := share(t)
 			r := open(t, endpoint)
 			watcher := &faultyWatcher{Watcher: r.client.Watcher, inject: make(chan clientv3.WatchResponse)}
 			r.client.Watcher = watcher
@@ -155,7 +155,7 @@ func TestEndedWatches(t *testing.T) {
 // A slow consumer gets the latest snapshot, not every one.
 func TestSlowConsumer(t *testing.T) {
 	t.Parallel()
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	r, l, _ := ready(t, endpoint)
 	n := 0
 	for s, err := range r.Watch(t.Context(), l) {
@@ -181,7 +181,7 @@ func TestSlowConsumer(t *testing.T) {
 func TestConfigWaits(t *testing.T) {
 	t.Parallel()
 	log := &lines{}
-	endpoint := etcdtest.Start(t)
+	endpoint := share(t)
 	r, admin := open(t, endpoint, log.options), open(t, endpoint)
 	got := make(chan subnet.Config, 1)
 	go func() {
@@ -209,7 +209,7 @@ func TestConfigWaits(t *testing.T) {
 
 func TestConfigChanges(t *testing.T) {
 	t.Parallel()
-	r, l, w := ready(t, etcdtest.Start(t))
+	r, l, w := ready(t, share(t))
 	for _, step := range []struct{ text, network, refused string }{
 		{`{"Network":"10.4.0.0/15"}`, "10.4.0.0/15", ""},
 		{`{"Network":"10.5.0.0/31"}`, "10.4.0.0/15", "too small"},

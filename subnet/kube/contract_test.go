@@ -165,5 +165,5 @@ func (c *cluster) empty(t *testing.T) *cluster {
 
 func TestContract(t *testing.T) {
 	c := start(t)
-	contract.Run(t, func(t *testing.T) contract.Store { return c.empty(t) })
+	contract.RunRemote(t, func(t *testing.T) contract.Remote { return c.empty(t) })
 }

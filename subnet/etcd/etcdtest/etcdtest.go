@@ -7,6 +7,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -41,16 +42,7 @@ func StartServer(t testing.TB, o member.Options) *Server {
 	if o.DataDir == "" {
 		o.DataDir = t.TempDir()
 	}
-	if o.ListenClient == "" {
-		o.ListenClient = "127.0.0.1:0"
-	}
-	if o.TickMs == 0 {
-		o.TickMs = 20
-	}
-	if o.Log == nil {
-		o.Log = io.Discard
-	}
-	o.UnsafeNoFsync = true
+	o = forTests(o)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatalf("etcdtest: %v", err)
@@ -63,13 +55,68 @@ func StartServer(t testing.TB, o member.Options) *Server {
 	return s
 }
 
+// forTests fills in the defaults of StartServer.
+func forTests(o member.Options) member.Options {
+	if o.ListenClient == "" {
+		o.ListenClient = "127.0.0.1:0"
+	}
+	if o.TickMs == 0 {
+		o.TickMs = 20
+	}
+	if o.Log == nil {
+		o.Log = io.Discard
+	}
+	o.UnsafeNoFsync = true
+	return o
+}
+
+// startLimit is how long a server may take to become ready.
+const startLimit = 20 * time.Second
+
+// Shared is a server for those tests of a package that need none of their own. The
+// tests must use different prefixes. It has no proxy.
+type Shared struct {
+	once   sync.Once
+	dir    string
+	member *member.Member
+	err    error
+}
+
+// URL returns the URL for clients. The first call starts the server.
+func (s *Shared) URL(t testing.TB) string {
+	t.Helper()
+	s.once.Do(func() {
+		if s.dir, s.err = os.MkdirTemp("", "etcdtest-"); s.err != nil {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), startLimit)
+		defer cancel()
+		s.member, s.err = member.Start(ctx, forTests(member.Options{DataDir: s.dir}))
+	})
+	if s.err != nil {
+		t.Fatalf("etcdtest: %v", s.err)
+	}
+	return s.member.URL()
+}
+
+// Stop stops the server, if it was started, and removes its data. Call it after the
+// last test.
+func (s *Shared) Stop() {
+	if s.member != nil {
+		s.member.Stop()
+	}
+	if s.dir != "" {
+		_ = os.RemoveAll(s.dir)
+	}
+}
+
 // URL returns the URL for clients. It does not change on a restart.
 func (s *Server) URL() string { return s.scheme + "://" + s.proxy.listener.Addr().String() }
 
 // Start starts a stopped server with its existing data.
 func (s *Server) Start() {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), startLimit)
 	defer cancel()
 	m, err := member.Start(ctx, s.opts)
 	if err != nil {
