@@ -42,7 +42,7 @@ type Standing struct {
 	State   State           // last planned
 	View    View            // last seen
 	Repairs map[Kind]uint64 // changes that undid someone else's
-	// Obstacles are what may block packets and is not culvert's to remove.
+	// Obstacles are what may block packets but is not culvert's to remove.
 	Obstacles []api.Warning
 	// Err is why the kernel is not in the wanted state; nil if it is.
 	Err error

@@ -228,9 +228,9 @@ func OwnerHere() (pid int, err error) {
 }
 
 // MayConfigure returns an error if this process may not configure the network
-// of its namespace. It changes nothing: it deletes an interface that cannot
-// exist, and the kernel checks the permission before the interface
-// (rtnetlink_rcv_msg).
+// of its namespace. It changes nothing: it tries to delete an interface that
+// cannot exist, and the kernel checks the permission before it looks up the
+// interface (rtnetlink_rcv_msg).
 func MayConfigure() error {
 	none := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: 1<<31 - 1}}
 	if err := netlink.LinkDel(none); errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {

@@ -19,10 +19,10 @@ type Passed struct {
 	Sent, Received bool
 }
 
-// PassedWatch observes the traffic of the kernel's vxlan devices per peer: what
-// was sent by the last use of FDB entries, and what was accepted by the
-// counters of the peers' set elements. It reads the counters only if something
-// was sent: with 5,000 peers a look takes some milliseconds.
+// PassedWatch observes the traffic of the kernel's vxlan devices per peer: sent
+// packets by the last use of FDB entries, accepted ones by the counters of the
+// peers' set elements. It reads the counters only if needed (see Look): with
+// 5,000 peers that takes some milliseconds.
 //
 // The kernel does not report the destinations of its ipip device.
 type PassedWatch struct {

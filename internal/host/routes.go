@@ -233,8 +233,8 @@ func (s *survey) within(networks []netip.Prefix) error {
 	return s.refresh(other)
 }
 
-// onLink reports whether the most specific route to an address that is not ours
-// leads to the underlay's link without a gateway.
+// onLink reports whether an address is reached by the underlay's link without a
+// gateway, by the most specific route that is not ours.
 func (s *survey) onLink(a netip.Addr) bool {
 	s.asking[a] = true
 	first := len(s.asked) == 0 // direct has not been read yet

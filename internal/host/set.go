@@ -18,7 +18,7 @@ import (
 
 // set is an nftables set of Sources whose inner prefixes have the same length.
 // An element's key is the outer source address and the masked inner source,
-// loaded from an offset in the transport header. So a lookup is an exact match
+// loaded at an offset from the transport header. So a lookup is an exact match
 // in a hash table (nft_set_hash.c); an interval set would be compared by field,
 // 4 bits at a time (nft_set_pipapo.c).
 type set struct {

@@ -1,4 +1,4 @@
-// Pause is what keeps a pod sandbox's namespaces: it waits to be told to end.
+// Pause keeps a pod sandbox's namespaces alive until SIGTERM or SIGINT.
 package main
 
 import (
