@@ -137,7 +137,6 @@ test-system: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./test -run Services
 	npm install --silent --no-audit --no-fund --no-save --prefix bin/npm axe-core@$(AXE)
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
-	cd deploy/prometheus/rulestest && CULVERT_BIN=$(CURDIR)/bin $(GO) test -count 1 ./...
 
 # Packages that test-vm needs.
 VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod
@@ -235,6 +234,11 @@ reproducible:
 		(cd $$work/$$n && GOCACHE=$$work/$$n.cache $(RELEASE) ARCHES='$(REPRODUCE)' internal/tools/release/build $$work/$$n.out); \
 	done; \
 	diff $$work/one.out/SHA256SUMS $$work/another/place.out/SHA256SUMS && cat $$work/one.out/SHA256SUMS
+
+.PHONY: test-rules
+## test-rules: the alert rules and the dashboard, by Prometheus' engine, over real daemons (two minutes)
+test-rules: build
+	cd deploy/prometheus/rulestest && CULVERT_BIN=$(CURDIR)/bin $(GO) test -count 1 ./...
 
 .PHONY: test-arch
 ## test-arch: the packet loop's tests for arm64 and s390x (big endian), under qemu-user

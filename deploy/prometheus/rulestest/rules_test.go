@@ -71,7 +71,7 @@ func TestRules(t *testing.T) {
 		}
 	}
 	c.put("/coreos.com/network/subnets/10.5.15.0-24", "nonsense")
-	c.removeRoutes(n1, 5)
+	c.removeRoutes(n1, 9)
 	to := netip.MustParsePrefix(strings.Replace(silent, "-", "/", 1)).Addr().Next()
 	stop := make(chan struct{})
 	done := make(chan struct{})
