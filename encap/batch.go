@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What one UDP datagram, and one UDP_SEGMENT call, can hold.
+// Limits of one UDP datagram and of one UDP_SEGMENT message.
 const (
 	maxDatagram = 65507 // bytes of UDP payload over IPv4; IPv6 has a few more
 	maxSegments = 64    // UDP_MAX_SEGMENTS (linux/udp.h) before Linux 6.9
@@ -20,14 +20,13 @@ type mmsghdr struct {
 	_   [4]byte
 }
 
-// sendBatch gathers packets into as few datagram calls as the kernel allows:
-// packets of one size to one peer form a run, which UDP_SEGMENT sends as one
-// message; the last packet of a run may be shorter. All runs of a batch leave
-// in one sendmmsg.
+// sendBatch gathers packets into as few system calls as possible. Packets of
+// one size to one peer form a run, which UDP_SEGMENT sends as one message; the
+// last packet of a run may be shorter. One sendmmsg per socket sends all its
+// runs.
 //
-// Packets of a flow keep their order, since a flow always leaves by the same
-// socket, and of a peer and a socket only the newest run grows. Other runs may
-// overtake each other.
+// The order within a flow is kept: a flow always uses the same socket, and only
+// the newest run of a peer and socket grows. Other runs may be reordered.
 //
 // The packets are borrowed until flush returns.
 type sendBatch struct {
@@ -41,7 +40,7 @@ type sendBatch struct {
 	sorted []run // runs, by socket
 }
 
-// piece is one slice of a datagram, and the run that it belongs to.
+// piece is one slice of a datagram, and the index of its run.
 type piece struct {
 	data []byte
 	run  int32
@@ -56,20 +55,20 @@ type run struct {
 	pieces   int
 	socket   socketID
 	tos      uint8 // of the outer header
-	closed   bool  // a short datagram ended it
+	closed   bool  // takes no more packets
 }
 
-// socketID is one of the sockets that a batch may leave by: the underlay
-// family above, and the number of the source port in it.
+// socketID identifies a send socket: family*socketsPerFamily plus the index of
+// the source.
 type socketID uint8
 
 const (
 	mostSources      = 16
-	fragmentSocket   = mostSources // the number of the one whose datagrams are fragmented
+	fragmentSocket   = mostSources // index of Underlay.Fragment
 	socketsPerFamily = mostSources + 1
 )
 
-// controlSpace holds a UDP_SEGMENT and an IP_TOS or IPV6_TCLASS message.
+// controlSpace fits a UDP_SEGMENT and an IP_TOS or IPV6_TCLASS message.
 const controlSpace = 2 * 24
 
 const (
@@ -88,14 +87,13 @@ func newSendBatch() *sendBatch {
 	}
 }
 
-// full says that another packet, or another frame of segments, might not fit.
+// full reports that another packet, or another run of segments, might not fit.
 func (b *sendBatch) full() bool {
 	return len(b.pieces) >= batchPieces-2*maxSegments || len(b.runs) >= batchRuns-2
 }
 
-// addPacket adds one whole datagram (headers stamped) of which the last
-// payload bytes are the inner packet. With gso false it gets a message of its
-// own.
+// addPacket adds one datagram, tunnel header included; its last payload bytes
+// are the inner packet. Without gso it gets its own message.
 func (b *sendBatch) addPacket(peer *Peer, socket socketID, tos uint8, datagram []byte, payload int, gso bool) {
 	i := len(b.runs) - 1
 	for i >= 0 && (b.runs[i].peer != peer || b.runs[i].socket != socket) {
@@ -117,17 +115,17 @@ func (r *run) takes(n int, tos uint8) bool {
 	return !r.closed && r.tos == tos && n <= r.size && r.segments < maxSegments && r.bytes+n <= maxDatagram
 }
 
-// newRun begins a run of datagrams of the given size and returns its index.
+// newRun starts a run of datagrams of the given size and returns its index.
 func (b *sendBatch) newRun(peer *Peer, socket socketID, tos uint8, size int) int {
 	b.runs = append(b.runs, run{peer: peer, socket: socket, tos: tos, size: size})
 	return len(b.runs) - 1
 }
 
-// addSegment adds a datagram in two parts, its headers and its payload, to the
-// run of a segmented frame. The caller keeps to the run's size and limits.
+// addSegment adds a datagram in two parts, headers and payload, to the run of a
+// segmented frame. The caller respects the run's size and limits.
 func (b *sendBatch) addSegment(i int, head, data []byte) {
 	r := &b.runs[i]
-	r.closed = true // nothing else joins a frame's run
+	r.closed = true // no other packet joins a frame's run
 	r.segments++
 	r.pieces += 2
 	r.bytes += len(head) + len(data)
@@ -135,7 +133,7 @@ func (b *sendBatch) addSegment(i int, head, data []byte) {
 	b.pieces = append(b.pieces, piece{head, int32(i)}, piece{data, int32(i)})
 }
 
-// bySocket puts the runs of each socket together, in their order.
+// bySocket sorts the runs by socket, stably.
 func (b *sendBatch) bySocket() {
 	var present [2 * socketsPerFamily]bool
 	kinds := 0
@@ -167,11 +165,11 @@ func (b *sendBatch) bySocket() {
 	}
 }
 
-// layOut writes the messages for sendmmsg, one per run, those of a socket
-// together, and returns how many.
+// layOut fills the messages for sendmmsg, one per run, grouped by socket, and
+// returns how many.
 func (b *sendBatch) layOut() int {
 	b.bySocket()
-	// Pieces of a run may lie apart: give each run its stretch of the vector.
+	// A run's pieces may be scattered: give each run its part of the vector.
 	next := 0
 	var at [batchRuns]int
 	for i := range b.runs {
@@ -188,8 +186,8 @@ func (b *sendBatch) layOut() int {
 	return len(b.runs)
 }
 
-// header writes the message header of a run: where to, from which slices, cut
-// up how, and with which traffic class.
+// header fills a run's message header: destination, slices, segment size and
+// traffic class.
 func (b *sendBatch) header(h *unix.Msghdr, r *run, iovs []unix.Iovec, slot int) {
 	h.Name = &r.peer.name[0]
 	h.Namelen = r.peer.nameLen
@@ -217,7 +215,7 @@ func (b *sendBatch) header(h *unix.Msghdr, r *run, iovs []unix.Iovec, slot int) 
 }
 
 // appendControl appends a control message with n zero bytes of data (at most
-// 8, padded to 8) and returns the longer slice; the data are its last 8 bytes.
+// 8, padded to 8). The data are the last 8 bytes of the result.
 func appendControl(b []byte, level, kind int32, n int) []byte {
 	at := len(b)
 	b = b[:at+unix.SizeofCmsghdr+8]
@@ -228,13 +226,13 @@ func appendControl(b []byte, level, kind int32, n int) []byte {
 	return b
 }
 
-// mayCut says whether a message that was refused may be sent datagram by
-// datagram.
+// mayCut reports whether a rejected message can be retried one datagram at a
+// time.
 func (b *sendBatch) mayCut(i int, errno unix.Errno) bool {
 	return b.runs[i].segments > 1 && (errno == unix.EIO || errno == unix.EINVAL || errno == unix.EMSGSIZE)
 }
 
-// reset forgets what was sent.
+// reset empties the batch.
 func (b *sendBatch) reset() {
 	b.pieces = b.pieces[:0]
 	b.runs = b.runs[:0]
@@ -245,8 +243,8 @@ func sendmmsg(fd uintptr, msgs []mmsghdr) (int, unix.Errno) {
 	return int(n), err
 }
 
-// recvBatch is the buffers of recvmmsg: each may be filled by one datagram, or
-// by many of one flow and one size that the kernel has joined (UDP_GRO).
+// recvBatch holds the buffers of recvmmsg. Each takes one datagram, or many of
+// one flow and size that the kernel has joined (UDP_GRO).
 type recvBatch struct {
 	msgs    []mmsghdr
 	iovs    []unix.Iovec
@@ -261,11 +259,11 @@ type datagrams struct {
 	source  []byte // sockaddr as the kernel wrote it
 	segment int    // bytes of each datagram but the last; 0 if the kernel joined none
 	ecn     uint8
-	cut     bool // the buffer was too short
+	cut     bool // truncated: the buffer was too short
 }
 
-// recvHeadroom keeps the buffers apart. Nothing is written there: the virtio
-// header of what goes to the device is written over the tunnel's own header.
+// recvHeadroom separates the buffers. It stays unused: the virtio header for the
+// device is written over the tunnel header.
 const (
 	recvHeadroom     = 32
 	recvBufferLen    = recvHeadroom + vnetHeaderLen + ethernetHeaderLen + 1<<16

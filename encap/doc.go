@@ -1,7 +1,10 @@
-// Package encap carries packets between a TUN device and the underlay: the
-// wire formats, and the batched loop that is culvert's userspace datapath.
+// Package encap is culvert's userspace datapath: the VXLAN and IPIP wire
+// formats, and the batched loop that carries packets between a TUN device and
+// the underlay's sockets. It keeps the peer table, path MTUs and counters in
+// memory. It opens and configures no device or socket (package backend/tunnel
+// does) and knows nothing of leases (package subnet does).
 //
-// A packet from a pod to a pod on another node takes this way:
+// The path of a packet from a pod to a pod on another node:
 //
 //	pod ── veth ── cni0 ── route ── TUN            egress.go, on the sending node
 //	 1. read one frame: up to 64 KB of one flow, with a virtio header   (vnet.go)
@@ -18,12 +21,13 @@
 //	 8. join the segments of a flow again                           (coalesce.go)
 //	 9. write each run to the TUN in one call, with a virtio header
 //
-// IPIP takes the same way with another header and other sockets (ipip.go).
-// Who runs all this, and how it waits, is in queue.go; what the network says of
-// a path's MTU in pathmtu.go.
+// IPIP takes the same path with another header and other sockets (ipip.go).
+// The threads and how they wait are in queue.go, path MTU discovery in
+// pathmtu.go.
 //
-// No payload byte is copied in userspace: segments and runs are lists of
-// slices into the buffer that the kernel filled. Nothing is allocated per
-// packet, no channel or lock stands on the path, and no timer waits for a
-// batch to fill: a batch is what the kernel had when it was asked.
+// Payload is not copied in userspace, except to fragment a packet or to repeat a
+// rejected frame: segments and runs are lists of slices into the buffer that the
+// kernel filled. The path allocates nothing per packet, takes no lock and uses
+// no channel, and no timer waits for a batch to fill: a batch is what the kernel
+// had when it was read.
 package encap

@@ -10,22 +10,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// egress is the sending direction: device to underlay. One goroutine runs it.
+// egress is the sending direction, from the device to the underlay. Only one
+// goroutine uses it.
 type egress struct {
 	*common
 	sources [2][]Source // by underlay family, IPv4 first; empty if unused
-	// fragmenter are the sockets whose datagrams are fragmented, by family.
+	// fragmenter are the sockets without DF (Underlay.Fragment), by family.
 	fragmenter [2]Source
-	classes    uint8   // the bits of the inner traffic class that the outer one bears
-	super      uintptr // descriptor of the device that takes super-frames, if Offload says that there is one
+	classes    uint8   // mask of the traffic class bits copied to the outer header
+	super      uintptr // descriptor of the Super device
 	device     uintptr // descriptor of the first queue
 	counters   *Counters
 
 	moves *atomic.Uint64 // see Options
-	moved uint64         // of moves, by when nothing was left in the first queue
-	held  []byte         // a frame that others go before
+	moved uint64         // value of moves at the last drain of the first queue
+	held  []byte         // a frame of the second queue that waits for that drain
 
-	dontFragment bool // super-frames bear DF
+	dontFragment bool // set DF on super-frames
 
 	slab  []byte
 	used  int // bytes of the slab that hold packets of the batch
@@ -34,26 +35,26 @@ type egress struct {
 	route route
 	tally tally
 	share share
-	// failed is the error of a call that cannot be made again.
+	// failed is a fatal socket error; drain returns it.
 	failed error
 
 	superID   uint16 // IPv4 identification of the next super-frame's first segment
 	superSent uint64
 
 	toldTooBig time.Time // when the last ICMP error was sent
-	scratch    []byte    // for what is made here
+	scratch    []byte    // for fragments and ICMP errors
 }
 
 const (
-	// frameHeadroom is left in the slab before each frame, so that the outer
-	// headers can be written in place; the virtio header gives 10 bytes more.
+	// frameHeadroom is left in the slab before each frame, so that the tunnel
+	// header can be written in place; the virtio header gives 10 more bytes.
 	frameHeadroom = VXLANHeaderLen - vnetHeaderLen
-	// slabStart is where the first frame's headroom begins. A super-frame needs
-	// a longer one, and has it: what lies before it in the slab has been sent.
+	// slabStart is where the first frame's headroom begins. It is as long as a
+	// super-frame needs; later super-frames may overwrite what was already sent.
 	slabStart = (superHeadroom + 63) &^ 63
 	maxFrame  = vnetHeaderLen + 1<<16
-	// egressSlab has room for one more whole frame behind a batch of small
-	// ones, which lie densely, to stay in the cache.
+	// egressSlab holds a batch of small frames, packed densely to stay in the
+	// cache, and one more frame of the largest size.
 	egressSlab = slabStart + 4*maxFrame
 )
 
@@ -73,20 +74,21 @@ func newEgress(c *common, sources [2][]Source, counters *Counters) *egress {
 	}
 }
 
-// What is sent before the other direction has its turn.
+// A turn: how much drain reads before the other direction runs.
 const (
 	turnFrames = 64
 	turnBytes  = 64 << 10
 )
 
-// drain sends what the device holds, or as much as is one turn's.
+// drain reads and sends at most one turn's frames.
 func (e *egress) drain(device uintptr) error {
 	_, err := e.read(device)
 	e.flush()
 	return errors.Join(err, e.failed)
 }
 
-// read reads a turn's frames, and says whether there are no more.
+// read adds at most one turn's frames to the batch, flushing as it fills. dry
+// reports that the device has no more.
 func (e *egress) read(device uintptr) (dry bool, err error) {
 	for frames, bytes := 0, 0; frames < turnFrames && bytes < turnBytes; {
 		at := e.used + frameHeadroom
@@ -119,13 +121,14 @@ func (e *egress) read(device uintptr) (dry bool, err error) {
 	return false, nil
 }
 
-// mostTurns is how many turns the first queue has at the most before a frame of
-// the second one: as many as it has places (500 by default), since what it held
-// when that frame was put into the other is no more.
+// mostTurns bounds how long the first queue is drained before a frame of the
+// second one is sent. The queue's length (500 packets by default) bounds what it
+// held when the flow moved.
 const mostTurns = 512
 
-// letOthersFirst sends what the first queue holds before the frame of n bytes at
-// slab[at:], of a flow that may have moved, and returns where the frame is then.
+// letOthersFirst drains the first queue before the frame of n bytes at
+// slab[at:], whose flow may have moved from there. It returns the frame's new
+// offset in the slab.
 func (e *egress) letOthersFirst(at, n int) (int, error) {
 	e.held = append(e.held[:0], e.slab[at:at+n]...)
 	for range mostTurns {
@@ -142,9 +145,9 @@ func (e *egress) letOthersFirst(at, n int) (int, error) {
 	return at, nil
 }
 
-// add puts the frame of n bytes at slab[at:] into the batch: a virtio header
-// and a packet. It says whether the frame was a large one, which is sent at
-// once, while it is in the cache.
+// add adds the frame of n bytes at slab[at:], a virtio header and a packet, to
+// the batch. big reports a GSO frame; the caller flushes at once, while the
+// frame is in the cache.
 func (e *egress) add(at, n int) (big bool) {
 	frame := e.slab[at : at+n]
 	if n < vnetHeaderLen {
@@ -190,7 +193,7 @@ func (e *egress) add(at, n int) (big bool) {
 	if e.tooLong(peer, b, &p, p.length) {
 		return false
 	}
-	// The outer headers go right before the packet, over the virtio header.
+	// The tunnel header goes right before the packet, over the virtio header.
 	start := at + vnetHeaderLen - len(peer.header)
 	datagram := e.slab[start : start+len(peer.header)+len(b)]
 	copy(datagram, peer.header)
@@ -199,21 +202,21 @@ func (e *egress) add(at, n int) (big bool) {
 	return false
 }
 
-// isLinkLocal says whether a packet is what a kernel says on every link of its
-// own accord: a router solicitation, a multicast report.
+// isLinkLocal reports whether a packet is link-local multicast that the kernel
+// sends on every link: router solicitations, multicast listener reports.
 func isLinkLocal(source, destination netip.Addr) bool {
 	return destination.IsLinkLocalMulticast() && (source.IsUnspecified() || source.IsLinkLocalUnicast())
 }
 
-// addFrame sends the frame at slab[at:] whole, or cuts it up and puts its
-// segments into the batch.
+// addFrame sends the GSO frame at slab[at:] whole, as a super-frame, or cuts it
+// and adds its segments to the batch.
 func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	if !p.transport || size == 0 || (kind == gsoUDP) != (p.proto == protoUDP) {
 		e.tally.drop(EgressMalformed)
 		return
 	}
 	if e.offload.SuperFrame.Load() && peer.allows(refusesSuper) {
-		// What came before goes before, and leaves its place in the slab.
+		// Flush first: it keeps the order, and the headers overwrite the slab.
 		e.flush()
 		if e.superFrame(peer, at, p, kind, size) {
 			return
@@ -235,7 +238,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	for i, s := range segments {
 		if i%perRun == 0 {
 			if e.batch.full() {
-				// The frame stays in the slab, so what is gathered can leave.
+				// flush is safe: the frame stays in the slab.
 				e.flush()
 			}
 			run = e.batch.newRun(peer, socket, p.class&e.classes, length)
@@ -244,15 +247,16 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 	}
 }
 
-// gso says whether many packets to a peer may leave in one message: a raw socket
-// cuts up nothing, and what is to be fragmented is sent packet by packet.
+// gso reports whether one message may hold several packets to the peer
+// (UDP_SEGMENT). Raw sockets do not segment, and packets that need fragmentation
+// are sent one by one.
 func (e *egress) gso(peer *Peer) bool {
 	return e.format == FormatVXLAN && e.offload.GSO.Load() && peer.allows(refusesGSO) && !e.fragments(peer)
 }
 
-// socket chooses the source port of a packet by its flow (RFC 7348, section 5),
-// so that the underlay can spread flows over its paths and the receiver over
-// its processors, and none over two.
+// socket selects the source port by the packet's flow hash (RFC 7348, section
+// 5), so that ECMP on the underlay and RSS on the receiver spread flows but do
+// not reorder them.
 func (e *egress) socket(peer *Peer, b []byte, p *packet) socketID {
 	family := peer.family()
 	id := socketID(family * socketsPerFamily)
@@ -285,7 +289,7 @@ func (e *egress) flush() {
 	e.used = slabStart
 }
 
-// publish adds what was counted to the counters.
+// publish adds the batch's tally and share to the counters.
 func (e *egress) publish() {
 	e.tally.publish(e.counters)
 	e.share.publish()
@@ -299,13 +303,13 @@ func (p *Peer) family() int {
 	return 1
 }
 
-// send sends the messages [from, to) through one socket. What a full socket does
-// not take is lost, as it would be to a full link.
+// send sends the messages [from, to) through one socket. If the socket buffer is
+// full, the rest is dropped, as on a full link.
 func (e *egress) send(socket socketID, from, to int) {
 	source := e.source(socket)
 	if source.Socket.FD() < 0 {
 		for _, r := range e.batch.runs[from:to] {
-			e.tally.dropN(EgressUnreachable, r.segments) // a family that is not used
+			e.tally.dropN(EgressUnreachable, r.segments) // unused family
 			e.share.drop(r.peer, r.segments)
 		}
 		return
@@ -320,7 +324,7 @@ func (e *egress) send(socket socketID, from, to int) {
 				continue
 			}
 			if !again && !e.batch.mayCut(from, errno) {
-				again = true // it may be of an ICMP error about something sent earlier
+				again = true // the error may be from an ICMP message about an earlier packet
 				continue
 			}
 			e.refused(fd, from, errno)
@@ -338,7 +342,7 @@ func (e *egress) send(socket socketID, from, to int) {
 	}
 }
 
-// source is the socket of an ID; the zero Source if there is none.
+// source returns the socket with the ID, or the zero Source.
 func (e *egress) source(id socketID) Source {
 	family, number := id/socketsPerFamily, int(id%socketsPerFamily)
 	switch {
@@ -350,12 +354,11 @@ func (e *egress) source(id socketID) Source {
 	return Source{}
 }
 
-// refused deals with a message that the kernel would not send. A run that it
-// would not cut up is sent again, one datagram at a time: EIO says that the
-// link cannot checksum (Linux before 6.11) or that IPsec covers this peer's route,
-// so it is not tried with that peer for a while; EINVAL or EMSGSIZE that the
-// route's MTU is too small for the run's datagrams, which are fragmented if they
-// come alone and without DF.
+// refused handles a message that the kernel rejected. A run that could not be
+// segmented is sent again one datagram at a time. EIO means that the link cannot
+// checksum (Linux before 6.11) or that IPsec covers the route: GSO is suspended
+// for this peer. EINVAL or EMSGSIZE mean that the run's datagrams exceed the
+// route's MTU; sent singly and without DF, they are fragmented.
 func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
 	r := &e.batch.runs[i]
 	if e.batch.mayCut(i, errno) {
@@ -368,7 +371,8 @@ func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
 	e.lost(r.peer, errno, r.segments)
 }
 
-// lost counts packets that the kernel would not send.
+// lost counts packets that the kernel did not send, and records a fatal error
+// in e.failed.
 func (e *egress) lost(p *Peer, errno unix.Errno, n int) {
 	o := socketSend.of(errno)
 	if o.fault != faultCounted {

@@ -8,14 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ingress is the receiving direction: one underlay socket to the device. One
-// goroutine runs it.
+// ingress is the receiving direction, from one underlay socket to the device.
+// Only one goroutine uses it.
 type ingress struct {
 	*common
-	device   uintptr // descriptors of the TUN device
-	socket   uintptr // and of the socket
+	device   uintptr // TUN descriptor
+	socket   uintptr // underlay socket
 	format   Format
-	linkLen  int // bytes of the link's header before each packet
+	linkLen  int // bytes of link-layer header before each packet
 	vni      uint32
 	mac      [6]byte // of this node's VTEP
 	mtu      int     // of the device
@@ -24,14 +24,14 @@ type ingress struct {
 	batch *recvBatch
 	join  *coalescer
 	cut   *segmenter
-	// pieces is a write of an empty virtio header, headers, and payload.
+	// pieces is one writev: an empty virtio header, headers, payload.
 	pieces [3]unix.Iovec
 	route  route
 	tally  tally
 	share  share
 
 	asks int // messages that the next receive may fill
-	// failed is the error of a call that cannot be made again.
+	// failed is a fatal device error; drain returns it.
 	failed error
 }
 
@@ -56,11 +56,11 @@ func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu in
 	return g
 }
 
-// ingressMessages is how many messages one receive may fill: 64 datagrams where
-// the network joins none, or up to 4 MB where it does.
+// ingressMessages is how many messages one receive may fill: 64 datagrams
+// without GRO, up to 4 MB with it.
 const ingressMessages = 64
 
-// drain delivers one batch of what the socket holds.
+// drain receives one batch from the socket and writes it to the device.
 func (g *ingress) drain() error {
 	defer g.publish()
 	n, errno := g.batch.receive(g.socket, g.asks)
@@ -90,9 +90,9 @@ func (g *ingress) drain() error {
 	return g.failed
 }
 
-// asksFor says how many messages the next receive may fill, by what the last
-// one brought: of large ones, only as many as stay in the processor's cache
-// until they are written.
+// asksFor returns how many messages the next receive may fill, judged by the
+// last one: if messages are large, only as many as stay in the CPU cache until
+// they are written.
 func asksFor(messages int, bytes uint64) int {
 	const large, cached = 16 << 10, 4
 	if messages > 0 && bytes/uint64(messages) >= large {
@@ -101,7 +101,7 @@ func asksFor(messages int, bytes uint64) int {
 	return ingressMessages
 }
 
-// message takes one received message apart into datagrams.
+// message splits one received message into datagrams.
 func (g *ingress) message(table *Table, m datagrams) {
 	if m.cut {
 		g.tally.drop(IngressTruncated)
@@ -112,9 +112,9 @@ func (g *ingress) message(table *Table, m datagrams) {
 		g.tally.drop(IngressStranger)
 		return
 	}
-	// A kernel VXLAN peer's own large frame arrives as one datagram, and the
-	// segment size given with it, if any, is the inner one: it must not be cut
-	// there. The inner length tells.
+	// A kernel VXLAN peer's super-frame may arrive as one datagram whose segment
+	// size, if any, is the inner one. Do not split it: its inner length equals the
+	// message's length.
 	segment := m.segment
 	if segment == 0 || segment >= len(m.data) || innerLength(m.data) == len(m.data)-VXLANHeaderLen {
 		g.datagram(table, m.data, outer, m.ecn, checksumUnknown, segment)
@@ -122,7 +122,7 @@ func (g *ingress) message(table *Table, m datagrams) {
 	}
 	for data := m.data; len(data) > 0; {
 		n := min(segment, len(data))
-		// The kernel joins only datagrams whose checksums it has verified.
+		// GRO joins only datagrams whose checksums the kernel has verified.
 		g.datagram(table, data[:n], outer, m.ecn, checksumVerified, 0)
 		data = data[n:]
 	}
@@ -146,7 +146,7 @@ func address(name []byte) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// innerLength returns the length of the inner packet by its own header, or -1.
+// innerLength returns the length that the inner IP header states, or -1.
 func innerLength(datagram []byte) int {
 	if len(datagram) < VXLANHeaderLen+20 {
 		return -1
@@ -158,8 +158,8 @@ func innerLength(datagram []byte) int {
 	return 40 + int(binary.BigEndian.Uint16(b[4:]))
 }
 
-// datagram checks one VXLAN datagram and hands its packet on. gsoSize is the
-// kernel's word on how a super-frame is cut, if it had any.
+// datagram checks one VXLAN datagram and delivers its inner packet. gsoSize is
+// the kernel's segment size of a super-frame, or 0.
 func (g *ingress) datagram(table *Table, d []byte, outer netip.Addr, ecn uint8, state checksum, gsoSize int) {
 	var p packet
 	if r := g.check(table, d, &p, outer); r != Accepted {
@@ -174,8 +174,8 @@ func (g *ingress) datagram(table *Table, d []byte, outer netip.Addr, ecn uint8, 
 	g.deliver(lead, &p, state, gsoSize)
 }
 
-// dropFrom counts a drop. What a stranger sends is that, whatever else is wrong
-// with it.
+// dropFrom counts a drop. A packet from an address that is no peer's counts as
+// IngressStranger, whatever else is wrong with it.
 func (g *ingress) dropFrom(table *Table, outer netip.Addr, r Reason) {
 	if !table.isPeer(outer) {
 		r = IngressStranger
@@ -186,14 +186,15 @@ func (g *ingress) dropFrom(table *Table, outer netip.Addr, r Reason) {
 	}
 }
 
-// publish adds what was counted to the counters.
+// publish adds the batch's tally and share to the counters.
 func (g *ingress) publish() {
 	g.tally.publish(g.counters)
 	g.share.publish()
 }
 
-// deliver hands on a packet that has passed all checks, and ends lead. size is
-// the payload of each packet that it stands for, if the kernel said so.
+// deliver passes a checked packet to the coalescer or segmenter. The packet is
+// the last p.length bytes of lead. size is the segment size (payload bytes) of
+// a super-frame, 0 if unknown or not one.
 func (g *ingress) deliver(lead []byte, p *packet, state checksum, size int) {
 	if g.join.full() {
 		g.flush()
@@ -204,7 +205,7 @@ func (g *ingress) deliver(lead []byte, p *packet, state checksum, size int) {
 	case p.transport && size > 0 && payload > size && (p.proto == protoUDP || p.headLen+size <= g.mtu):
 		g.superFrame(lead, p, size)
 	case p.transport && p.proto == protoTCP && p.length > g.mtu:
-		// The kernel does not say how it was to be cut: as large as fits.
+		// A super-frame of unknown segment size: cut it as large as the MTU allows.
 		g.superFrame(lead, p, g.mtu-p.headLen)
 	default:
 		g.tally.packets++
@@ -214,8 +215,9 @@ func (g *ingress) deliver(lead []byte, p *packet, state checksum, size int) {
 	}
 }
 
-// check overwrites p with the parse of the datagram's inner packet, and says
-// whether it is for this node and comes from whom it claims.
+// check parses the datagram's headers, overwrites p with the inner packet's
+// parse, and verifies that it is for this node and that its inner source
+// belongs to the sender.
 func (g *ingress) check(table *Table, d []byte, p *packet, outer netip.Addr) Reason {
 	var h VXLAN
 	if r := h.Parse(d); r != Accepted {
@@ -238,7 +240,7 @@ func (g *ingress) check(table *Table, d []byte, p *packet, outer netip.Addr) Rea
 	return Accepted
 }
 
-// checkInner is check without the tunnel's own header.
+// checkInner is the part of check that concerns the inner packet b.
 func (g *ingress) checkInner(table *Table, b []byte, p *packet, outer netip.Addr) Reason {
 	if !p.parse(b) || !p.headerIsRight(b) {
 		return IngressMalformed
@@ -254,7 +256,7 @@ func (g *ingress) checkInner(table *Table, b []byte, p *packet, outer netip.Addr
 	return Accepted
 }
 
-// decapECN gives the packet the mark that RFC 6040, figure 4, asks for. It
+// decapECN combines the outer and inner ECN fields (RFC 6040, figure 4). It
 // returns false if the packet must be dropped.
 func decapECN(b []byte, p *packet, outer uint8) bool {
 	const notECT, ect1, ect0, ce = 0, 1, 2, 3
@@ -269,9 +271,9 @@ func decapECN(b []byte, p *packet, outer uint8) bool {
 	return true
 }
 
-// superFrame hands on a packet that a kernel peer sent uncut, its checksum
-// unfinished; size is the payload of each packet it stands for. Where the
-// device cannot take it whole, it is cut here.
+// superFrame delivers a super-frame: a packet that a kernel peer sent
+// unsegmented. size is the payload bytes per segment. It is cut here if the
+// device does not take such frames.
 func (g *ingress) superFrame(lead []byte, p *packet, size int) {
 	b := lead[len(lead)-p.length:]
 	if size <= 0 || !isPartial(b, p) && !verify(b, p) {
@@ -287,7 +289,7 @@ func (g *ingress) superFrame(lead []byte, p *packet, size int) {
 		g.join.super(lead, p, size)
 		return
 	}
-	g.flush() // what came before of this flow goes before
+	g.flush() // keep the flow's order
 	g.writeCut(b, p, size)
 }
 
@@ -301,8 +303,8 @@ func (g *ingress) flush() {
 			continue
 		}
 		if f.gso != gsoNone && deviceWrite.of(errno).fault == faultRefused {
-			// It is this peer's frames, or those of all: the others find out by
-			// themselves.
+			// Stop coalescing for this peer only. If the device rejects everyone's
+			// large frames, each peer's first one shows it.
 			if f.gso == gsoUDP {
 				f.peer.refuse(refusesUSO)
 			} else {
@@ -316,7 +318,8 @@ func (g *ingress) flush() {
 	g.join.count = 0
 }
 
-// refused counts packets that the device would not take.
+// refused counts packets that the device rejected, and records a fatal error in
+// g.failed.
 func (g *ingress) refused(errno unix.Errno, packets, bytes int) {
 	o := deviceWrite.of(errno)
 	if o.fault == faultGone || o.fault == faultFatal {
@@ -326,14 +329,14 @@ func (g *ingress) refused(errno unix.Errno, packets, bytes int) {
 	g.lost(o.reason, packets, bytes)
 }
 
-// lost counts packets as dropped that have been counted as carried.
+// lost moves packets from the carried to the dropped counters.
 func (g *ingress) lost(r Reason, packets, bytes int) {
 	g.tally.packets -= uint64(packets)
 	g.tally.bytes -= uint64(bytes)
 	g.tally.dropN(r, packets)
 }
 
-// replay writes a frame that the device refused as the packets it was made of.
+// replay writes a rejected frame again as single packets. It copies the frame.
 func (g *ingress) replay(f *frame) {
 	b := append([]byte(nil), f.head[vnetHeaderLen:]...)
 	for _, d := range f.data {
@@ -347,7 +350,7 @@ func (g *ingress) replay(f *frame) {
 	g.writeCut(b, &p, f.size)
 }
 
-// writeCut writes a packet to the device in pieces of size bytes of payload.
+// writeCut writes a packet to the device as segments of size payload bytes.
 func (g *ingress) writeCut(b []byte, p *packet, size int) {
 	segments := g.cut.cut(nil, b, p, size)
 	if segments == nil {
@@ -365,7 +368,7 @@ func (g *ingress) writeCut(b []byte, p *packet, size int) {
 	}
 }
 
-// segmentsOf is how many packets a payload makes, of size bytes each but the last.
+// segmentsOf returns how many segments of size bytes a payload makes.
 func segmentsOf(payload, size int) int {
 	if size <= 0 {
 		return 1

@@ -9,12 +9,12 @@ import (
 	"sync/atomic"
 )
 
-// Descriptor is an open file that does not block, and that the runtime's poller
-// does not watch: the loop waits for it by itself, and would the poller watch
-// it too, every packet would wake a thread more. The zero Descriptor is none.
+// Descriptor is a non-blocking file descriptor that the Go runtime's poller does
+// not watch: the loop polls it itself, and a second watcher would wake another
+// thread for every packet. The zero Descriptor is none.
 type Descriptor struct{ above int }
 
-// NewDescriptor returns the Descriptor of fd.
+// NewDescriptor returns the Descriptor for fd.
 func NewDescriptor(fd int) Descriptor { return Descriptor{fd + 1} }
 
 // FD returns the number, or -1 if there is none.
@@ -29,23 +29,22 @@ const (
 	FormatIPIP                // RFC 2003: IPv4 in IPv4 alone
 )
 
-// Underlay is the sockets of one underlay address family, and what a datagram
-// must bear to be meant for this node. The zero Underlay is a family that is
-// not used.
+// Underlay is the sockets of one underlay address family, and the VNI and MAC
+// that datagrams for this node carry. The zero Underlay is an unused family.
 type Underlay struct {
-	// Receive is a socket for each thread. For VXLAN they are UDP sockets bound
-	// to this node's address and the VXLAN port, for IPIP packet sockets with
-	// PACKET_VNET_HDR, which give every IPv4 packet of protocol 4, and before it
-	// the link's own header, of LinkHeader bytes.
+	// Receive has one socket per thread. For VXLAN they are UDP sockets bound to
+	// this node's address and the VXLAN port; for IPIP, packet sockets with
+	// PACKET_VNET_HDR that receive IPv4 packets of protocol 4, each preceded by
+	// the link-layer header of LinkHeader bytes.
 	Receive    []Descriptor
 	LinkHeader int
-	// Send are the sockets to send from, a flow always from the same one, at
-	// most 16: for VXLAN UDP sockets of different source ports, for IPIP one raw
-	// socket.
+	// Send are the sockets to send from, at most 16; a flow always uses the same
+	// one. For VXLAN they are UDP sockets with different source ports, for IPIP
+	// one raw socket.
 	Send []Source
-	// Fragment is a UDP socket to send from whose datagrams are fragmented, where
-	// those of Send bear DF, for peers whose path is narrower than the least that
-	// pods can be told. May be none.
+	// Fragment is a UDP socket whose datagrams may be fragmented, if those of Send
+	// set DF. It serves peers whose path MTU is below the minimum that pods can be
+	// told. May be none.
 	Fragment Source
 
 	VNI uint32 // 24 bits
@@ -58,48 +57,48 @@ type Source struct {
 	Port   uint16
 }
 
-// Offload says which of the kernel's batching mechanisms the loop uses. The
-// loop itself does without one for a while with a peer for which the kernel
-// refuses it.
+// Offload enables the kernel's batching mechanisms for the whole loop. If the
+// kernel rejects one for a peer, the loop suspends it for that peer for a while.
 type Offload struct {
 	GSO atomic.Bool // send many datagrams in one call (UDP_SEGMENT)
 	GRO atomic.Bool // write many packets of a flow to the device as one frame
-	USO atomic.Bool // the same for UDP, which the device must know (Linux 6.2)
+	USO atomic.Bool // the same for UDP, if the device supports it (Linux 6.2)
 
-	// SuperFrame sends large frames whole to peers with a next hop. Whoever
-	// watches the uplink turns it on and off; there must be a Super device.
+	// SuperFrame sends large frames whole to peers with a next hop. It requires a
+	// Super device. The uplink's watcher sets it; the loop clears it if the device
+	// fails.
 	SuperFrame atomic.Bool
 }
 
-// Options is what a Loop is made of. All fields are required unless they say
-// otherwise; the loop borrows the descriptors until Run has returned.
+// Options configures a Loop. Fields are required unless they say otherwise. The
+// loop borrows the descriptors until Run returns.
 type Options struct {
 	Format Format
-	// Devices are the queues of one TUN device with IFF_VNET_HDR and a header of
-	// 10 bytes. Each of Threads goroutines serves every Threads-th of them in turn,
-	// so that what waits in one does not wait for all of another; with 0 each has
-	// its own.
+	// Devices are the queues of one TUN device with IFF_VNET_HDR and a 10-byte
+	// header. Each of Threads goroutines serves every Threads-th queue, a bounded
+	// turn at a time, so that a busy queue does not starve another. With 0 each
+	// queue has its own goroutine.
 	Devices []Descriptor
 	Threads int
-	// Moves counts the flows that the kernel has begun to put into the second queue
-	// of their thread, instead of the first one; it counts before it does so. What the
-	// first one holds of a flow is then sent before what the second one does. Nil
-	// where flows do not move.
+	// Moves counts the flows that the kernel has moved from a thread's first queue
+	// to its second. The kernel counts before it moves the flow, so the loop can
+	// drain the first queue before it sends from the second, which keeps the
+	// flow's order. Nil if flows do not move.
 	Moves *atomic.Uint64
-	// Super is a TAP device with IFF_VNET_HDR and a header of 24 bytes, of which
-	// every frame is redirected to the uplink: for VXLAN with
-	// TUN_F_UDP_TUNNEL_GSO, for IPIP by a program that tells the kernel of the
-	// outer header. It is never read. May be none.
+	// Super is a TAP device with IFF_VNET_HDR and a 24-byte header whose frames
+	// are redirected to the uplink: for VXLAN with TUN_F_UDP_TUNNEL_GSO, for IPIP
+	// by a program that tells the kernel about the outer header. It is never read.
+	// May be none.
 	Super Descriptor
 	MTU   int // of the device, bytes
 	IPv4  Underlay
 	IPv6  Underlay
-	// CopyDSCP has the outer header bear the inner one's DSCP (RFC 2983, the
-	// uniform model, outwards alone); else it is 0.
+	// CopyDSCP copies the inner DSCP to the outer header (RFC 2983, the uniform
+	// model, on encapsulation only); otherwise the outer DSCP is 0.
 	CopyDSCP bool
-	// NoBusyPoll has threads sleep as soon as there is nothing to carry.
+	// NoBusyPoll disables adaptive busy polling.
 	NoBusyPoll bool
-	// DontFragment says that the sockets set DF, so that large frames must, too.
+	// DontFragment says that the sockets set DF; super-frames then set it too.
 	DontFragment bool
 	Offload      *Offload
 	Egress       *Counters
@@ -112,12 +111,12 @@ type Loop struct {
 	common
 }
 
-// common is what all directions of a loop look at.
+// common is the state that both directions of all threads share.
 type common struct {
 	table    atomic.Pointer[Table]
 	offload  *Offload
 	format   Format
-	stopping atomic.Bool // the context has ended
+	stopping atomic.Bool // Run is ending
 }
 
 // NewLoop returns a loop with an empty table: it drops everything until
@@ -140,8 +139,8 @@ func (l *Loop) SetTable(t *Table) {
 // Table returns the table in use.
 func (l *Loop) Table() *Table { return l.table.Load() }
 
-// Run carries packets until ctx ends (nil) or a descriptor fails. Packets that
-// the kernel still holds then stay in it.
+// Run carries packets until ctx ends (it returns nil) or a descriptor fails.
+// Packets still queued in the kernel stay there.
 func (l *Loop) Run(ctx context.Context) error {
 	var queues []*queue
 	defer func() {
@@ -185,7 +184,7 @@ func (o *Options) threads() int {
 	return len(o.Devices)
 }
 
-// open puts the parts of the i-th thread together.
+// open builds the i-th thread's queue.
 func (l *Loop) open(i int) (*queue, error) {
 	o := l.options
 	device := uintptr(o.Devices[i].FD())
@@ -226,9 +225,8 @@ func (l *Loop) open(i int) (*queue, error) {
 	return q, nil
 }
 
-// reserveProcessors adds n to those that the runtime may use at once, for
-// goroutines that keep one while they wait, and returns what takes them away
-// again.
+// reserveProcessors raises GOMAXPROCS by n, since each queue's goroutine keeps
+// its P while it waits in a raw system call. undo lowers it again.
 func reserveProcessors(n int) (undo func()) {
 	processors.Lock()
 	defer processors.Unlock()
@@ -240,7 +238,7 @@ func reserveProcessors(n int) (undo func()) {
 	}
 }
 
-// processors keeps loops from changing GOMAXPROCS at once.
+// processors serializes changes of GOMAXPROCS by several loops.
 var processors sync.Mutex
 
 // PeerTo returns the VXLAN peer that leases subnet: its datagrams go to
