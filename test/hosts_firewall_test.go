@@ -270,6 +270,12 @@ func testWornHost(t *testing.T, datapath string) {
 					}
 				}
 			}
+			if e.check == "input-drop" && datapath == "kernel" {
+				c.wait(n, "turns the fast path off", func(s api.Status) bool {
+					f := s.Datapath.FastPath
+					return f != nil && !f.On && strings.Contains(f.Why, e.says)
+				})
+			}
 			if e.check == "silent-peer" {
 				s, err := c.status(n)
 				if err != nil || !strings.Contains(warned(s, "input-drop"), "table netdev moat, chain bridge, rule 1") || len(s.Datapath.SilentPeers) == 0 {

@@ -17,6 +17,8 @@ import (
 // fill makes the maps equal to what is wanted. Nobody else has them, so what they
 // hold is what was put there.
 func (p *Path) fill(want contents) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	err := errors.Join(
 		fillMap(p.loaded.Maps["peers"], p.held.peers, want.peers),
 		fillMap(p.loaded.Maps["sources"], p.held.sources, want.sources),

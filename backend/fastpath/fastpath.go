@@ -56,11 +56,15 @@ type Path struct {
 	mode Mode
 	log  *slog.Logger
 
-	mu     sync.Mutex
-	loaded *ebpf.Collection // nil: it cannot be, and why says why
-	ids    map[string]ebpf.ProgramID
-	held   contents // of the maps
-	paths  pathMTUs
+	// following is held while the kernel is looked at and changed, which may take
+	// long where others hold its locks. Status does not wait for it.
+	following sync.Mutex
+	paths     pathMTUs
+	ids       map[string]ebpf.ProgramID
+
+	mu     sync.Mutex       // held for moments; after following, if both are
+	loaded *ebpf.Collection // nil: it cannot be, and why says why; changed with both held
+	held   contents         // of the maps
 	on     bool
 	why    string
 }
@@ -78,6 +82,7 @@ func Open(mode Mode, log *slog.Logger) (*Path, error) {
 			return nil, fmt.Errorf("--fast-path=on: %w", err)
 		}
 		p.why = err.Error()
+		log.Info("fast path off", "why", p.why)
 	}
 	return p, nil
 }
@@ -179,12 +184,15 @@ func (p *Path) Want(s *host.State) {
 // stand where they should. Where the host has something that the fast path would
 // pass by, such as IPsec, the programs are taken away.
 func (p *Path) Follow(s host.State, v host.View) ([]host.Change, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.following.Lock()
+	defer p.following.Unlock()
 	if p.loaded == nil || !s.FastPath {
 		return nil, nil
 	}
 	f, err := p.look(s)
+	if v.Shut != "" {
+		err = fmt.Errorf("the host's firewall keeps the tunnel's packets out, and the fast path would pass by it: %s", v.Shut)
+	}
 	var want contents
 	if err == nil {
 		want, err = contentsOf(s, f)
@@ -209,6 +217,8 @@ func (p *Path) Follow(s host.State, v host.View) ([]host.Change, error) {
 }
 
 func (p *Path) say(on bool, why string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if on != p.on || why != p.why {
 		if on {
 			p.log.Info("fast path on")
@@ -278,6 +288,8 @@ func (p *Path) read() (r readings) {
 // Close gives up this process's hold on the programs. Those that are attached
 // stay: host.Apply with another state removes them.
 func (p *Path) Close() {
+	p.following.Lock()
+	defer p.following.Unlock()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.loaded != nil {

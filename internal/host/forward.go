@@ -15,6 +15,9 @@ import (
 	"culvert/internal/api"
 )
 
+// checkInput is the check of a rule that drops the tunnel's own packets.
+const checkInput = "input-drop"
+
 // An accept in our table cannot override a drop in another: every table must
 // accept a packet. So other programs' chains are evaluated with the packets
 // that must pass (evaluate.go). If an iptables-nft chain drops them, as with
@@ -110,7 +113,7 @@ func (f Firewall) passages(s surroundings) []passage {
 	}
 	for _, t := range f.Tunnels {
 		is4 := t.Network.Addr().Is4()
-		in := passage{hook: nftables.ChainHookInput, chain: "INPUT", is4: is4, check: "input-drop", accepts: []accept{t.accept()}}
+		in := passage{hook: nftables.ChainHookInput, chain: "INPUT", is4: is4, check: checkInput, accepts: []accept{t.accept()}}
 		out := passage{hook: nftables.ChainHookOutput, chain: "OUTPUT", is4: is4, check: "output-drop", accepts: in.accepts}
 		in.probes, out.probes = t.probes(s.underlay, commonPrefix(t.Peers))
 		if len(t.Peers) > 1 {

@@ -55,7 +55,10 @@ type View struct {
 	// link is gone. It has no addresses: a plan does not choose them.
 	Underlay Underlay
 	// NoFIB is set if the kernel lacks nftables' fib expression.
-	NoFIB  bool
+	NoFIB bool
+	// Shut is the text of another program's rule that drops the tunnel's packets on
+	// input, or empty. It is set only for a Follower, since it depends on the plan.
+	Shut   string
 	survey *survey
 }
 

@@ -1,0 +1,35 @@
+package host_test
+
+import (
+	"log/slog"
+	"testing"
+
+	"culvert/internal/host"
+	"culvert/internal/lab"
+	"culvert/internal/lab/labtest"
+)
+
+// TestStandingDoesNotWait asks a Keeper while a look at the kernel goes on: the
+// status, and with it the metrics, must not wait for that.
+func TestStandingDoesNotWait(t *testing.T) {
+	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
+	k := host.NewKeeper(0, slog.New(slog.DiscardHandler))
+	looking, goOn, done := make(chan struct{}), make(chan struct{}), make(chan error)
+	go func() {
+		done <- n.Do(func() error {
+			return k.Apply(func(host.View) (host.State, error) {
+				close(looking)
+				<-goOn
+				return host.State{}, nil
+			})
+		})
+	}()
+	<-looking
+	if s := k.Standing(); s.Err != nil || s.Writes != 0 { // the test's time limit is what fails
+		t.Errorf("before the first look has ended there is %+v", s)
+	}
+	close(goOn)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
