@@ -24,6 +24,7 @@ var capabilities = []struct {
 	{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN", "no device, route or nftables rule can be made", true},
 	{unix.CAP_NET_RAW, "CAP_NET_RAW", "no IPIP in userspace, and no `culvert ping`", false},
 	{unix.CAP_BPF, "CAP_BPF", "a single queue in userspace, and no fast path", false},
+	{unix.CAP_PERFMON, "CAP_PERFMON", "no fast path", false},
 }
 
 // privileges checks this process's capabilities; it usually runs as the same
@@ -48,7 +49,7 @@ func privileges(_ context.Context, _ Host) (string, []Finding) {
 	if len(all) > 0 {
 		return "", all
 	}
-	return "CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF", nil
+	return "CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF, CAP_PERFMON", nil
 }
 
 func kernel(_ context.Context, h Host) (string, []Finding) {
