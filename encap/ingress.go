@@ -12,8 +12,9 @@ import (
 // Only one goroutine uses it.
 type ingress struct {
 	*common
-	device   uintptr // TUN descriptor
-	socket   uintptr // underlay socket
+	device   uintptr   // TUN descriptor
+	spread   []uintptr // queues to choose device from; empty if there is only one
+	socket   uintptr   // underlay socket
 	format   Format
 	linkLen  int // bytes of link-layer header before each packet
 	vni      uint32
@@ -298,6 +299,7 @@ func (g *ingress) flush() {
 	for i := range g.join.count {
 		f := &g.join.frames[i]
 		f.finish()
+		g.choose(f.head[vnetHeaderLen:], &f.p)
 		errno := g.write(g.join.iovec(f))
 		if errno == 0 {
 			continue
@@ -352,6 +354,7 @@ func (g *ingress) replay(f *frame) {
 
 // writeCut writes a packet to the device as segments of size payload bytes.
 func (g *ingress) writeCut(b []byte, p *packet, size int) {
+	g.choose(b, p)
 	segments := g.cut.cut(nil, b, p, size)
 	if segments == nil {
 		payload := p.length - p.headLen
@@ -374,6 +377,13 @@ func segmentsOf(payload, size int) int {
 		return 1
 	}
 	return max(1, (payload+size-1)/size)
+}
+
+// choose chooses the queue of the device for what is written next (Options.Spread).
+func (g *ingress) choose(b []byte, p *packet) {
+	if n := uint32(len(g.spread)); n > 0 {
+		g.device = g.spread[p.flowHash(b)%n]
+	}
 }
 
 // write writes one frame, a virtio header and a packet, to the device.

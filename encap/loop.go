@@ -85,6 +85,10 @@ type Options struct {
 	// drain the first queue before it sends from the second, which keeps the
 	// flow's order. Nil if flows do not move.
 	Moves *atomic.Uint64
+	// Spread writes each flow's packets to one of its thread's queues, chosen by the
+	// flow. Without a steering program, the kernel puts a flow into the queue that the
+	// packets of its other direction were written to.
+	Spread bool
 	// Super is a TAP device with IFF_VNET_HDR and a 24-byte header whose frames
 	// are redirected to the uplink: for VXLAN with TUN_F_UDP_TUNNEL_GSO, for IPIP
 	// by a program that tells the kernel about the outer header. It is never read.
@@ -187,12 +191,19 @@ func (o *Options) threads() int {
 // open builds the i-th thread's queue.
 func (l *Loop) open(i int) (*queue, error) {
 	o := l.options
-	device := uintptr(o.Devices[i].FD())
+	var devices []uintptr
+	for k := i; k < len(o.Devices); k += o.threads() {
+		devices = append(devices, uintptr(o.Devices[k].FD()))
+	}
+	device := devices[0]
 	var in []*ingress
 	for _, u := range []Underlay{o.IPv4, o.IPv6} {
 		if len(u.Receive) > 0 {
 			g := newIngress(&l.common, device, u.Receive[i], u, o.MTU, o.Ingress)
 			g.share.thread = i
+			if o.Spread {
+				g.spread = devices
+			}
 			in = append(in, g)
 		}
 	}
@@ -207,10 +218,6 @@ func (l *Loop) open(i int) (*queue, error) {
 	out.dontFragment = o.DontFragment
 	if o.CopyDSCP {
 		out.classes = 0xff
-	}
-	var devices []uintptr
-	for k := i; k < len(o.Devices); k += o.threads() {
-		devices = append(devices, uintptr(o.Devices[k].FD()))
 	}
 	q, err := newQueue(&l.common, devices, out, in)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -109,7 +110,7 @@ func (c *cluster) unitStatus(p *lab.Process, n *lab.Node, is func(api.Status) er
 // and can write subnet.env at flannel's path (cases D3 and D4).
 func TestD3D4AsTheUnitRunsIt(t *testing.T) {
 	settings := unit(t)
-	for _, k := range []string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF"} {
+	for _, k := range []string{"CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF", "CAP_PERFMON"} {
 		if !slices.Contains(settings["CapabilityBoundingSet"], k) {
 			t.Errorf("the unit lacks %s", k)
 		}
@@ -134,6 +135,9 @@ func TestD3D4AsTheUnitRunsIt(t *testing.T) {
 							t.Errorf("%s is off: %s", m.Name, m.Why)
 						}
 					}
+					if f := s.Datapath.FastPath; datapath == "kernel" && (f == nil || !f.On) {
+						return fmt.Errorf("the fast path is off: %+v", f)
+					}
 					for _, w := range s.Datapath.Warnings {
 						if strings.Contains(fmt.Sprint(w), "permitted") || strings.Contains(fmt.Sprint(w), "read-only") {
 							t.Errorf("warned: %v", w)
@@ -155,4 +159,53 @@ func TestD3D4AsTheUnitRunsIt(t *testing.T) {
 			})
 		}
 	}
+}
+
+// Without the capabilities that load programs the node works, and says what it
+// does without.
+func TestTheUnitWithoutBPF(t *testing.T) {
+	c := newCluster(t, 1)
+	n := c.Nodes[0]
+	c.setConfig(config)
+	for _, missing := range []string{"CAP_BPF", "CAP_PERFMON"} {
+		settings := maps.Clone(unit(t))
+		settings["CapabilityBoundingSet"] = slices.DeleteFunc(slices.Clone(settings["CapabilityBoundingSet"]), func(k string) bool { return k == missing })
+		p := c.asUnit(n, settings, "--datapath", "kernel", "--metrics", "")
+		c.unitStatus(p, n, func(s api.Status) error {
+			if f := s.Datapath.FastPath; !s.Ready || f == nil || f.On || f.Mode != "auto" || !strings.Contains(f.Why, missing) {
+				return fmt.Errorf("ready %t (%s), fast path %+v", s.Ready, s.NotReady, f)
+			}
+			return nil
+		})
+		if err := p.Stop(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestLoopWithoutBPF has two nodes whose loop may load no program: their pods' packets
+// arrive as they were sent, in order, and the status says what is lost.
+func TestLoopWithoutBPF(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		if _, err := n.Start(lab.Command{
+			Name: n.ID, Path: "/usr/bin/setpriv",
+			Args: []string{
+				"--bounding-set", "-bpf,-sys_admin", filepath.Join(c.bin, "culvert"), "run", "--node-id", n.ID, "--run-dir", n.RunDir,
+				"--etcd-endpoints", c.endpoint, "--datapath", "userspace",
+			},
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range c.Nodes {
+		s := c.waitReady(n, 1)
+		i := slices.IndexFunc(s.Datapath.Mechanisms, func(m api.Mechanism) bool { return m.Name == "sparse-queue" })
+		if m := s.Datapath.Mechanisms[i]; m.On || !strings.Contains(m.Why, "CAP_BPF") || !strings.Contains(m.Why, "8 queues") {
+			t.Errorf("the status says %+v", m)
+		}
+	}
+	pods := c.pods()
+	exchange(t, place{pods[0].Namespace, pods[0].Addrs}, place{pods[1].Namespace, pods[1].Addrs}, 8<<20)
 }

@@ -25,6 +25,7 @@ type device struct {
 	sparse  bool   // each thread has two, one of them for sparse flows
 	// noSparse is why not.
 	noSparse string
+	spread   bool   // flows have places by the kernel's own hash: see unsteeredQueues
 	moves    []byte // a page: see steer; nil if there are none
 	uso      bool   // the kernel takes and gives UDP frames to be cut (Linux 6.2)
 }
@@ -48,17 +49,16 @@ func openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*devic
 		err = d.openMany(name, 2*d.threads)
 		if errors.Is(err, errNotSteered) {
 			log.Info("sparse flows have no queue of their own", "reason", err)
-			d.noSparse = err.Error()
-			err = d.close()
-			d.queues, d.sparse = nil, false
+			d.unsteered(err)
+			err = d.attach(name, max(0, unsteeredQueues-len(d.queues)))
 		}
 	}
-	if !d.sparse && err == nil {
+	if len(d.queues) == 0 && err == nil {
 		if err := makeRoom(name, d.threads > 1); err != nil {
 			return nil, err
 		}
 	}
-	if !d.sparse && d.threads > 1 && err == nil {
+	if len(d.queues) == 0 && d.threads > 1 && err == nil {
 		err = d.openMany(name, d.threads)
 		if errors.Is(err, errNotSteered) {
 			log.Warn("the tunnel device has one queue", "reason", err)
@@ -70,7 +70,7 @@ func openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*devic
 			}
 		}
 	}
-	if !d.sparse && d.threads == 1 && err == nil {
+	if len(d.queues) == 0 && d.threads == 1 && err == nil {
 		err = d.openOne(name, mtu)
 	}
 	switch {
@@ -134,6 +134,32 @@ var errNotSteered = errors.New("flows cannot be steered to queues")
 // openMany makes the device with several queues, which that package does not
 // know.
 func (d *device) openMany(name string, queues int) error {
+	if err := d.attach(name, queues); err != nil {
+		return err
+	}
+	return d.steer()
+}
+
+// unsteeredQueues is how many queues there are where no program may steer flows to
+// them. One thread serves them in turns, so that a request waits for what one turn
+// sends, unless its flow and a bulk stream share a queue.
+//
+// The kernel puts a flow into the queue that its answers were written to, or, before
+// there are any, by its hash. So the loop writes a flow's to one queue
+// (encap.Options.Spread), and a flow changes its queue once, with the first answer.
+const unsteeredQueues = 8
+
+// unsteered has one thread serve all queues.
+func (d *device) unsteered(why error) {
+	d.noSparse = fmt.Sprintf("%v; flows share %d queues by their hash", why, max(unsteeredQueues, len(d.queues)))
+	if d.threads > 1 {
+		d.noMore = why.Error()
+	}
+	d.threads, d.sparse, d.spread = 1, false, true
+}
+
+// attach opens further queues.
+func (d *device) attach(name string, queues int) error {
 	for range queues {
 		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -149,7 +175,7 @@ func (d *device) openMany(name string, queues int) error {
 			return fmt.Errorf("TUNSETIFF: %w", err)
 		}
 	}
-	return d.steer()
+	return nil
 }
 
 // steer has the kernel choose queues by flow.

@@ -90,3 +90,33 @@ func movesAreCounted(d *device, threads int) error {
 	}
 	return nil
 }
+
+// TestQueuesWithoutBPF opens a device where no program may be loaded.
+func TestQueuesWithoutBPF(t *testing.T) {
+	labtest.NeedTUN(t)
+	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
+	if err := n.Do(func() error {
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // of this thread
+		var had, has [2]unix.CapUserData
+		if err := unix.Capget(&header, &had[0]); err != nil {
+			return err
+		}
+		has = had
+		for _, k := range []int{unix.CAP_BPF, unix.CAP_SYS_ADMIN} {
+			has[k/32].Effective &^= 1 << (k % 32)
+		}
+		if err := unix.Capset(&header, &has[0]); err != nil {
+			return err
+		}
+		d, err := openDevice(DeviceName, 1450, deviceSize{threads: 2, sparse: true}, slog.New(slog.DiscardHandler))
+		if err := errors.Join(err, unix.Capset(&header, &had[0])); err != nil {
+			return err
+		}
+		if d.sparse || !d.spread || d.threads != 1 || len(d.queues) != unsteeredQueues || d.counted() != nil {
+			t.Errorf("the device is %+v", d)
+		}
+		return d.close()
+	}); err != nil {
+		t.Fatal(err)
+	}
+}

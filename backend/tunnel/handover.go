@@ -97,7 +97,11 @@ func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.
 		d.queues = append(d.queues, fd)
 	}
 	d.sparse = size.sparse && len(d.queues) == 2*size.threads
-	if !d.sparse && len(d.queues) != size.threads {
+	if size.sparse && len(d.queues) == unsteeredQueues && !d.sparse {
+		// Nothing steered them. With four threads there are as many that were.
+		d.unsteered(errNotSteered)
+	}
+	if !d.sparse && !d.spread && len(d.queues) != size.threads {
 		if err := d.close(); err != nil {
 			return nil, err
 		}
@@ -106,10 +110,10 @@ func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.
 	if err := d.offloads(name); err != nil {
 		return nil, errors.Join(err, d.close())
 	}
-	if size.sparse && !d.sparse {
+	if size.sparse && !d.sparse && !d.spread {
 		d.noSparse = "the device is an earlier version's"
 	}
-	if len(d.queues) > 1 {
+	if len(d.queues) > 1 && !d.spread {
 		// It has a program, which may be another version's.
 		if err := d.steer(); err != nil {
 			log.Warn("flows are steered as before", "reason", err)
