@@ -30,6 +30,10 @@ type Keeper struct {
 	others    survey // cached knowledge of other programs' routes
 	hears     atomic.Bool
 
+	// standing is the result of the last reconciliation. Readers do not wait for a running
+	// one, since other programs may hold the kernel's locks for long.
+	standing atomic.Pointer[Standing]
+
 	mu      sync.Mutex // serializes reconciliation
 	plan    Plan
 	said    Standing
@@ -55,9 +59,11 @@ type Standing struct {
 // NewKeeper returns an idle Keeper. The underlay is the index of the interface
 // that the plan is told about, even if it is renamed.
 func NewKeeper(underlay int, log *slog.Logger, followers ...Follower) *Keeper {
-	return &Keeper{underlay: underlay, log: log, followers: followers, said: Standing{
+	k := &Keeper{underlay: underlay, log: log, followers: followers, said: Standing{
 		Repairs: make(map[Kind]uint64), Took: api.NewHistogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
 	}}
+	k.publish()
+	return k
 }
 
 // Apply makes the kernel equal to what the plan wants; Run then keeps it so.
@@ -68,13 +74,15 @@ func (k *Keeper) Apply(p Plan) error {
 	return k.reconcile()
 }
 
-// Standing returns the status. It is safe for concurrent use.
-func (k *Keeper) Standing() Standing {
-	k.mu.Lock()
-	defer k.mu.Unlock()
+// Standing returns the result of the last reconciliation. It is safe for concurrent use
+// and does not wait. The caller must not change it.
+func (k *Keeper) Standing() Standing { return *k.standing.Load() }
+
+// publish makes the current state the Standing.
+func (k *Keeper) publish() {
 	s := k.said
 	s.Repairs, s.Took = maps.Clone(s.Repairs), s.Took.Clone()
-	return s
+	k.standing.Store(&s)
 }
 
 // Intervals of reconciliation.
@@ -156,7 +164,10 @@ func (k *Keeper) repair() time.Duration {
 // reconcile reads the kernel, plans, and writes the difference. It is the only
 // path from the plan to the kernel.
 func (k *Keeper) reconcile() (err error) {
-	defer func() { k.said.Err = err }()
+	defer func() {
+		k.said.Err = err
+		k.publish()
+	}()
 	began := time.Now()
 	defer func() { k.took = time.Since(began) }()
 	if !k.hears.Load() { // without notifications the cached routes may be stale
@@ -183,6 +194,9 @@ func (k *Keeper) reconcile() (err error) {
 		_, warnings := diffOthers(have.firewalls, want.Firewall, have.surroundings(want))
 		_, routes := foreignRoutes(have, want)
 		k.obstacles(append(warnings, routes...))
+		if i := slices.IndexFunc(warnings, func(w api.Warning) bool { return w.Check == checkInput }); i >= 0 {
+			have.view.Shut = warnings[i].Text
+		}
 	}
 	steps := diff(have, want)
 	done, err := write(have, steps)
