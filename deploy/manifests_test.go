@@ -150,7 +150,7 @@ func checkDaemonSet(t *testing.T, set *appsv1.DaemonSet) {
 			t.Errorf("container %s can gain privileges", c.Name)
 		case s.Capabilities == nil || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}):
 			t.Errorf("container %s keeps capabilities", c.Name)
-		case slices.ContainsFunc(s.Capabilities.Add, func(c corev1.Capability) bool { 
+		case slices.ContainsFunc(s.Capabilities.Add, func(c corev1.Capability) bool {
 			return !slices.Contains([]corev1.Capability{"NET_ADMIN", "NET_RAW", "BPF", "PERFMON"}, c)
 		}):
 			t.Errorf("container %s has the capabilities %v", c.Name, s.Capabilities.Add)
