@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// The parts of the loop by themselves, without system calls: `make bench-micro`
-// compares them with bench/micro/baseline.txt.
+// Benchmarks of the loop's parts, without system calls. `make bench-micro` compares
+// them with bench/micro/baseline.txt.
 
 func BenchmarkChecksum(b *testing.B) {
 	for _, n := range []int{64, 1400, 65535} {
@@ -60,8 +60,8 @@ func BenchmarkLookup(b *testing.B) {
 	}
 }
 
-// benchFrame is what a device gives: of TCP, and to be cut if larger than a
-// packet.
+// benchFrame returns a TCP frame as read from a device, a GSO frame if it is larger
+// than a packet.
 func benchFrame(payload int) (frame []byte, v vnetHeader) {
 	v = vnetHeader{flags: vnetNeedsCsum, csumStart: 20, csumOffset: 16}
 	if payload > segmentPayload {
@@ -71,7 +71,7 @@ func benchFrame(payload int) (frame []byte, v vnetHeader) {
 	return s.partial(), v
 }
 
-// segmentPayload is a TCP segment's on a device with an MTU of 1450.
+// segmentPayload is the payload of a TCP segment on a device with an MTU of 1450.
 const segmentPayload = 1410
 
 func BenchmarkSplit(b *testing.B) {
@@ -130,8 +130,8 @@ func BenchmarkCoalesce(b *testing.B) {
 	}
 }
 
-// BenchmarkEncap is a frame's way from the device to the messages that would be
-// sent.
+// BenchmarkEncap measures a frame from the device's buffer to the messages for
+// sendmmsg.
 func BenchmarkEncap(b *testing.B) {
 	for _, payload := range []int{0, segmentPayload, 60000} {
 		b.Run(fmt.Sprintf("payload=%d", payload), func(b *testing.B) {
@@ -147,8 +147,7 @@ func BenchmarkEncap(b *testing.B) {
 			b.SetBytes(int64(len(packet)))
 			b.ReportAllocs()
 			for b.Loop() {
-				// The slab is filled as the kernel would fill it; a whole packet's
-				// checksum is completed in it.
+				// Restore the slab: completing the checksum changes it.
 				e.add(slabStart, copy(e.slab[slabStart:], frame))
 				e.flush() // to no socket
 			}
@@ -159,8 +158,8 @@ func BenchmarkEncap(b *testing.B) {
 	}
 }
 
-// BenchmarkDecap is the way of 43 datagrams of one flow from what was received to
-// the frame that would be written.
+// BenchmarkDecap measures 43 datagrams of one flow from the receive buffer to the
+// joined frame.
 func BenchmarkDecap(b *testing.B) {
 	from := netip.MustParseAddrPort("198.18.0.2:8472")
 	self, peerMAC := [6]byte{2, 1}, [6]byte{2}

@@ -5,16 +5,15 @@ import (
 	"math/bits"
 )
 
-// The Internet checksum (RFC 1071) is a sum in ones' complement arithmetic,
-// which does not care about byte order or word size: sums here are kept in
-// the byte order of the packet as loaded natively, 64 bits wide, and folded
-// and swapped at the end.
+// The Internet checksum (RFC 1071) is a ones' complement sum, which does not
+// depend on byte order or word size: running sums are 64 bits wide, over words
+// loaded in host byte order, and fold reduces them to 16 bits.
 
 // blockSize is how many bytes sumBlocks adds at a time.
 const blockSize = 128
 
-// sum adds b to the running sum. Between calls the data must be an even
-// number of bytes long, except for the last.
+// sum adds b to the running sum acc. Only the last call may add an odd number of
+// bytes.
 func sum(b []byte, acc uint64) uint64 {
 	var carry uint64
 	if hasSumBlocks && len(b) >= 2*blockSize {
@@ -49,8 +48,8 @@ func sum(b []byte, acc uint64) uint64 {
 	return acc
 }
 
-// fold reduces a running sum to the 16 bits that stand in a packet, in the
-// order of the host; it is not complemented.
+// fold reduces a running sum to 16 bits, in host byte order as loaded from a
+// packet, not complemented.
 func fold(acc uint64) uint16 {
 	acc = acc>>32 + acc&0xffffffff
 	acc = acc>>16 + acc&0xffff
@@ -59,7 +58,7 @@ func fold(acc uint64) uint16 {
 	return uint16(acc)
 }
 
-// add16 adds a 16-bit word given as a number, not as loaded from a packet.
+// add16 adds a 16-bit word given by value, not as loaded from a packet.
 func add16(acc uint64, v uint16) uint64 {
 	var b [2]byte
 	binary.BigEndian.PutUint16(b[:], v)
@@ -67,13 +66,13 @@ func add16(acc uint64, v uint16) uint64 {
 	return s + carry
 }
 
-// putChecksum stores a folded sum at b, as it is.
+// putChecksum stores a folded sum at b, not complemented.
 func putChecksum(b []byte, v uint16) { binary.NativeEndian.PutUint16(b, v) }
 
 func loadChecksum(b []byte) uint16 { return binary.NativeEndian.Uint16(b) }
 
-// pseudo returns the sum of the pseudo-header that TCP and UDP checksums
-// cover, without the length: the addresses and the protocol.
+// pseudo returns the sum of the TCP or UDP pseudo-header without the length:
+// addresses and protocol.
 func (p *packet) pseudo(ip []byte) uint64 {
 	if p.is4 {
 		return add16(sum(ip[12:20], 0), uint16(p.proto))

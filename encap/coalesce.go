@@ -6,18 +6,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// coalescer joins the packets of a flow into frames, so that the device, and
-// everything between it and the pod's socket, handles one where the network
-// carried up to 64. It follows the kernel's own rules (tcp_gro_receive,
-// udp_gro_receive): what it joins, segmentation would cut into the same
-// packets again.
+// coalescer joins up to 64 packets of a flow into one frame, so that the device
+// and everything up to the pod's socket handles one packet instead of many. It
+// follows the kernel's GRO rules (tcp_gro_receive, udp_gro_receive):
+// segmentation restores the same packets.
 //
-// Packets of one flow keep their order; flows may overtake each other.
+// The order within a flow is kept; flows may overtake each other.
 //
 // Packets are borrowed until the frames are written.
 type coalescer struct {
 	offload *Offload
-	peer    *Peer // that sends what is added now; may be nil
+	peer    *Peer // sender of the packets being added; may be nil
 	frames  []frame
 	count   int
 	iovs    []unix.Iovec
@@ -27,22 +26,22 @@ type coalescer struct {
 // the payload of the packets that joined it.
 type frame struct {
 	flow     flow
-	peer     *Peer  // that sent it
-	head     []byte // virtio header (space for it, until finish) and first packet
+	peer     *Peer  // the sender
+	head     []byte // virtio header (filled by finish) and first packet
 	p        packet
 	data     [][]byte // payload of the joined packets
-	length   int      // of the packet, with what joined
-	size     int      // payload bytes of each joined packet but the last
+	length   int      // of the packet, joined payload included
+	size     int      // payload bytes of each segment but the last
 	segments int      // packets on the wire
-	nextSeq  uint32   // TCP
-	nextID   uint16   // IPv4: of the packet that may join, if IDs count
-	fixedID  bool     // IPv4 with DF: the sender does not count IDs
-	partial  bool     // the transport checksum is to be completed by the device
-	closed   bool     // nothing may join any more
-	gso      uint8    // how the device is to cut a super-frame that came whole
+	nextSeq  uint32   // TCP: of the packet that may join
+	nextID   uint16   // IPv4: of the packet that may join, if IDs increase
+	fixedID  bool     // IPv4 with DF: all IDs are equal
+	partial  bool     // the transport checksum is left to the device
+	closed   bool     // no more packets may join
+	gso      uint8    // virtio GSO type
 }
 
-// flow identifies a transport flow exactly, in words that compare quickly.
+// flow is a 5-tuple, packed into words for fast comparison.
 type flow struct {
 	addresses [4]uint64
 	ports     uint32
@@ -63,8 +62,8 @@ func newCoalescer(offload *Offload, frames int) *coalescer {
 }
 
 const (
-	// maxJoined is how many packets one frame may hold. UDP_SEGMENT's own limit
-	// holds for UDP, since a receiver may ask for the frame uncut (UDP_GRO).
+	// maxJoined is how many packets one frame may hold. It is UDP_SEGMENT's limit,
+	// since a receiver may take a UDP frame unsegmented (UDP_GRO).
 	maxJoined = 64
 	// maxFrameLen is the longest IPv4 packet.
 	maxFrameLen = 1<<16 - 1
@@ -72,23 +71,23 @@ const (
 
 func (c *coalescer) full() bool { return c.count == len(c.frames) }
 
-// checksum state of a packet that is added.
+// checksum is what is known of an added packet's transport checksum.
 type checksum uint8
 
 const (
-	checksumUnknown  checksum = iota // nobody has looked
-	checksumVerified                 // covered by a verified outer checksum
+	checksumUnknown  checksum = iota // not verified
+	checksumVerified                 // the kernel verified it, or an outer one that covers it
 )
 
-// joins says whether packets from the peer may be joined, and joinsUDP whether
-// those of UDP may.
+// joins reports whether packets from the peer may be coalesced, joinsUDP whether
+// UDP packets may.
 func (c *coalescer) joins() bool { return c.offload.GRO.Load() && c.peer.allows(refusesGRO) }
 
 func (c *coalescer) joinsUDP() bool { return c.offload.USO.Load() && c.peer.allows(refusesUSO) }
 
-// add adds a packet. lead is the packet with at least vnetHeaderLen bytes
-// before it that may be overwritten; p is its parse. The caller has made sure
-// that there is room (full).
+// add adds a packet: the last p.length bytes of lead, preceded by at least
+// vnetHeaderLen bytes that may be overwritten. p is its parse. The caller checks
+// full first.
 func (c *coalescer) add(lead []byte, p *packet, state checksum) {
 	head := lead[len(lead)-p.length-vnetHeaderLen:]
 	b := head[vnetHeaderLen:]
@@ -107,7 +106,7 @@ func (c *coalescer) add(lead []byte, p *packet, state checksum) {
 	n.open(b, p, state, p.proto != protoUDP || c.joinsUDP())
 }
 
-// alone adds a packet that nothing may join.
+// alone adds a packet that no other may join.
 func (c *coalescer) alone(head []byte, p *packet, partial bool) {
 	f := c.begin(head, p, partial)
 	f.flow = flow{}
@@ -121,8 +120,8 @@ func (c *coalescer) begin(head []byte, p *packet, partial bool) *frame {
 	return f
 }
 
-// super adds a packet larger than any link's MTU, which a kernel peer sent
-// uncut: the device will cut it into packets of size bytes of payload.
+// super adds a super-frame, which a kernel peer sent unsegmented. The device
+// segments it into packets of size payload bytes.
 func (c *coalescer) super(lead []byte, p *packet, size int) {
 	head := lead[len(lead)-p.length-vnetHeaderLen:]
 	f := c.begin(head, p, true)
@@ -133,7 +132,7 @@ func (c *coalescer) super(lead []byte, p *packet, size int) {
 	f.gso = p.gsoType()
 }
 
-// newest returns the youngest frame of the flow, or nil.
+// newest returns the flow's most recent frame, or nil.
 func (c *coalescer) newest(f *flow) *frame {
 	for i := c.count - 1; i >= 0; i-- {
 		if c.frames[i].flow == *f {
@@ -155,8 +154,8 @@ func flowOf(b []byte, p *packet) flow {
 	return f
 }
 
-// open decides whether other packets may join this one, which begins a frame,
-// if packets of its protocol may be joined.
+// open decides whether other packets may join this one, the first of its frame.
+// may says whether packets of its protocol may be coalesced at all.
 func (f *frame) open(b []byte, p *packet, state checksum, may bool) {
 	f.size = p.length - p.headLen
 	f.closed = true
@@ -166,7 +165,7 @@ func (f *frame) open(b []byte, p *packet, state checksum, may bool) {
 	switch p.proto {
 	case protoTCP:
 		if flags := b[p.ipLen+13]; flags != tcpACK {
-			return // PSH and FIN end a run, the others are never part of one
+			return // PSH and FIN end a frame; SYN, RST and URG are never joined
 		}
 		f.nextSeq = binary.BigEndian.Uint32(b[p.ipLen+4:]) + uint32(f.size)
 	case protoUDP:
@@ -175,7 +174,7 @@ func (f *frame) open(b []byte, p *packet, state checksum, may bool) {
 		}
 	}
 	if !f.partial && state == checksumUnknown && !verify(b, p) {
-		return // it goes on as it is, for its receiver to judge
+		return // bad checksum: pass it on unchanged, the receiver drops it
 	}
 	if p.is4 {
 		f.nextID = binary.BigEndian.Uint16(b[4:]) + 1
@@ -183,7 +182,8 @@ func (f *frame) open(b []byte, p *packet, state checksum, may bool) {
 	f.closed = false
 }
 
-// udpJoinable says whether the datagram has a checksum and an honest length.
+// udpJoinable reports whether the datagram has a checksum and a UDP length that
+// matches the packet's.
 func udpJoinable(b []byte, p *packet) bool {
 	return loadChecksum(b[p.ipLen+6:]) != 0 && int(binary.BigEndian.Uint16(b[p.ipLen+4:])) == p.length-p.ipLen
 }
@@ -230,10 +230,10 @@ func (f *frame) join(b []byte, p *packet, state checksum) bool {
 	return true
 }
 
-// sameNetworkHeader says whether the IP headers differ only in length,
-// identification and checksum, and whether the identification goes on as
-// segmentation would make it, or, with DF, stands still (RFC 6864 gives it no
-// meaning then).
+// sameNetworkHeader reports whether the IP headers differ only in length,
+// identification and checksum. The identification must increase by one per
+// packet, as segmentation would set it, or, with DF, stay the same (RFC 6864
+// gives it no meaning then).
 func (f *frame) sameNetworkHeader(first, b []byte, p *packet) bool {
 	if !p.is4 {
 		// Traffic class, flow label, and hop limit.
@@ -255,30 +255,30 @@ func (f *frame) sameNetworkHeader(first, b []byte, p *packet) bool {
 	return counts
 }
 
-// sameTCPHeader says whether acknowledgement, window and options are equal.
+// sameTCPHeader reports whether acknowledgement, window and options are equal.
 func sameTCPHeader(a, b []byte) bool {
 	return binary.NativeEndian.Uint32(a[8:]) == binary.NativeEndian.Uint32(b[8:]) &&
 		binary.NativeEndian.Uint16(a[14:]) == binary.NativeEndian.Uint16(b[14:]) &&
 		string(a[20:]) == string(b[20:])
 }
 
-// isPartial says whether the transport checksum holds only the pseudo-header's
-// sum: a kernel peer on the same machine, or behind a virtual NIC, leaves it
-// to be completed by whoever puts the packet on a wire. Should a complete
-// checksum look so by chance, completing it gives the same value again.
+// isPartial reports whether the transport checksum holds only the pseudo-header's
+// sum (CHECKSUM_PARTIAL): a kernel peer on the same machine, or behind a virtual
+// NIC, leaves the rest to the device that puts the packet on a wire. If a complete
+// checksum looks so by chance, completing it gives the same value again.
 func isPartial(b []byte, p *packet) bool {
 	return loadChecksum(b[p.checkOffset():]) == fold(add16(p.pseudo(b), uint16(p.length-p.ipLen)))
 }
 
-// verify says whether the transport checksum is right.
+// verify reports whether the transport checksum is correct.
 func verify(b []byte, p *packet) bool {
 	if p.proto == protoUDP && loadChecksum(b[p.ipLen+6:]) == 0 {
-		return true // there is none
+		return true // no checksum
 	}
 	return fold(sum(b[p.ipLen:p.length], add16(p.pseudo(b), uint16(p.length-p.ipLen)))) == 0xffff
 }
 
-// finish writes the headers of a joined frame, and the virtio header.
+// finish updates the headers of a joined frame and writes the virtio header.
 func (f *frame) finish() {
 	var v vnetHeader
 	b := f.head[vnetHeaderLen:]
@@ -305,7 +305,7 @@ func (f *frame) finish() {
 	v.put(f.head)
 }
 
-// gsoType is how a device is told to cut the packet.
+// gsoType returns the virtio GSO type of the packet.
 func (p *packet) gsoType() uint8 {
 	switch {
 	case p.proto == protoUDP:
@@ -317,7 +317,8 @@ func (p *packet) gsoType() uint8 {
 	}
 }
 
-// iovec returns the finished frame as the slices of one write.
+// iovec returns the finished frame as the slices of one writev, valid until the
+// next call.
 func (c *coalescer) iovec(f *frame) []unix.Iovec {
 	iovs := c.iovs[:1+len(f.data)]
 	iovs[0] = iovecOf(f.head)

@@ -5,9 +5,9 @@ import (
 	"testing"
 )
 
-// TestDamagedHeaderIsNotMended gives the receiving side packets whose IPv4 header
-// is damaged, in the ways in which a header is written anew: joined with the packet
-// before, marked for congestion, cut. None may leave with a checksum that is right.
+// TestDamagedHeaderIsNotMended delivers packets with a damaged IPv4 header to each
+// operation that writes a new header checksum: coalescing, ECN marking,
+// segmentation. None may come out with a correct checksum.
 func TestDamagedHeaderIsNotMended(t *testing.T) {
 	outer := netip.MustParseAddr("192.0.2.1")
 	name := []byte{2, 0, 0, 0, 192, 0, 2, 1}
@@ -25,9 +25,9 @@ func TestDamagedHeaderIsNotMended(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name    string
-		segment int   // the kernel has joined and verified, or nobody has
-		ecn     uint8 // outside
-		tos     uint8 // inside
+		segment int   // GRO segment size, or 0
+		ecn     uint8 // outer
+		tos     uint8 // inner
 	}{
 		{"joined", 0, 0, 0},
 		{"joined, verified outside", 1, 0, 0},

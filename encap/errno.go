@@ -2,37 +2,36 @@ package encap
 
 import "golang.org/x/sys/unix"
 
-// fault is what an errno of one of the loop's system calls means.
+// fault classifies an errno of the loop's system calls.
 type fault uint8
 
 const (
-	// faultGone: somebody took the device or the socket away. Run returns, and
-	// whoever called it opens all of it anew.
+	// faultGone: the device or socket was removed. Run returns, and its caller
+	// reopens both.
 	faultGone fault = iota
-	// faultDry says that there is nothing to read for now.
+	// faultDry: nothing to read now.
 	faultDry
-	// faultAgain says nothing about the call: it is to be made again.
+	// faultAgain: interrupted; repeat the call.
 	faultAgain
-	// faultPast is about something sent earlier, or about a link that is down
-	// for now. The kernel says it once.
+	// faultPast: transient, or about an earlier packet. Nothing of this call is
+	// counted as dropped.
 	faultPast
-	// faultCounted loses the packet, which is counted under the outcome's Reason.
+	// faultCounted: the packet is lost and counted under the outcome's Reason.
 	faultCounted
-	// faultRefused refuses a batching mechanism, not the packets: they go on
-	// without it.
+	// faultRefused: the kernel rejects a batching mechanism, not the packets; send
+	// them without it.
 	faultRefused
-	// faultFatal is a mistake of the loop's own.
+	// faultFatal: a bug in the loop. Run returns.
 	faultFatal
 )
 
-// outcome is what is done about an errno.
+// outcome is how the loop handles an errno.
 type outcome struct {
 	fault  fault
-	reason Reason // of faultCounted, and of faultRefused if the packet is lost all the same
+	reason Reason // for faultCounted, and for faultRefused if the packet is lost anyway
 }
 
-// outcomes is a table of errno; that of 0 is the outcome of all that are not
-// named.
+// outcomes maps an errno to its outcome; key 0 is the default.
 type outcomes map[unix.Errno]outcome
 
 func (t outcomes) of(errno unix.Errno) outcome {
@@ -42,16 +41,16 @@ func (t outcomes) of(errno unix.Errno) outcome {
 	return t[0]
 }
 
-// The tables of errno, one for each direction and descriptor. The sources are
-// the kernel's: drivers/net/tun.c, net/packet/af_packet.c, net/ipv4/udp.c, raw.c
-// and ip_output.c, their IPv6 counterparts, and icmp_err_convert.
+// The errno tables, one per system call. Kernel sources: drivers/net/tun.c,
+// net/packet/af_packet.c, net/ipv4/udp.c, raw.c and ip_output.c, their IPv6
+// counterparts, and icmp_err_convert.
 var (
 	// deviceRead: read(2) from the TUN device.
 	deviceRead = outcomes{
 		0:           {fault: faultGone},
 		unix.EAGAIN: {fault: faultDry},
 		unix.EINTR:  {fault: faultAgain},
-		unix.ENOMEM: {fault: faultDry}, // the next look may find memory
+		unix.ENOMEM: {fault: faultDry}, // retried at the next poll
 		unix.EBADF:  {fault: faultFatal},
 		unix.EFAULT: {fault: faultFatal},
 		unix.EINVAL: {fault: faultFatal}, // the buffer is too short for a header
@@ -65,8 +64,8 @@ var (
 		unix.ENOMEM:  {faultCounted, IngressNoBuffers},
 		unix.ENOBUFS: {faultCounted, IngressNoBuffers},
 		unix.EIO:     {faultCounted, IngressDown}, // the device is set down
-		// Of a large frame: some kernels take none (Linux 6.6.44, 6.10.3). Of a
-		// single packet: it is none that the device takes.
+		// Some kernels reject GSO frames (Linux 6.6.44, 6.10.3). A single packet is
+		// lost.
 		unix.EINVAL: {faultRefused, IngressWrite},
 		unix.EBADFD: {fault: faultGone},
 		unix.EBADF:  {fault: faultFatal},
@@ -78,10 +77,10 @@ var (
 		unix.EAGAIN: {fault: faultDry},
 		unix.EINTR:  {fault: faultDry},
 		unix.ENOMEM: {fault: faultDry},
-		// A packet socket's link was set down; up again, it goes on by itself.
+		// A packet socket's link was set down; the socket works again once it is up.
 		unix.ENETDOWN: {fault: faultPast},
-		// ICMP errors about something sent earlier: icmp_err_convert in
-		// net/ipv4/icmp.c, icmpv6_err_convert in net/ipv6/icmp.c.
+		// ICMP errors about earlier packets: icmp_err_convert in net/ipv4/icmp.c,
+		// icmpv6_err_convert in net/ipv6/icmp.c.
 		unix.ECONNREFUSED: {fault: faultPast},
 		unix.EHOSTUNREACH: {fault: faultPast},
 		unix.ENETUNREACH:  {fault: faultPast},
@@ -92,18 +91,18 @@ var (
 		unix.EHOSTDOWN:    {fault: faultPast},
 		unix.ENONET:       {fault: faultPast},
 		unix.EOPNOTSUPP:   {fault: faultPast},
-		// A packet socket before Linux 6.2 cannot say how a UDP super-frame is cut,
-		// and has thrown it away. Only links that carry such frames whole, as veth
-		// does, show it.
+		// Before Linux 6.2 a packet socket cannot describe a UDP GSO frame and drops
+		// it. Only links that carry such frames unsegmented, such as veth, are
+		// affected.
 		unix.EINVAL: {faultCounted, IngressUncut},
 		unix.ENODEV: {fault: faultGone}, // a packet socket's link was deleted
 		unix.EBADF:  {fault: faultFatal},
 		unix.EFAULT: {fault: faultFatal},
 	}
-	// socketSend: sendmmsg(2) to a UDP or raw socket, after a second try. The
-	// first errno may be about something sent earlier (faultPast above).
+	// socketSend: sendmmsg(2) to a UDP or raw socket, after one retry, since the
+	// first errno may be about an earlier packet.
 	socketSend = outcomes{
-		0:                  {faultCounted, EgressSend}, // a firewall may say anything
+		0:                  {faultCounted, EgressSend}, // a firewall may return any errno
 		unix.EINTR:         {fault: faultAgain},
 		unix.EAGAIN:        {faultCounted, EgressFull},
 		unix.ENOBUFS:       {faultCounted, EgressNoBuffers}, // the link's queue is full, or memory is short
@@ -113,14 +112,14 @@ var (
 		unix.EHOSTUNREACH:  {faultCounted, EgressUnreachable},
 		unix.ENETDOWN:      {faultCounted, EgressUnreachable},
 		unix.EHOSTDOWN:     {faultCounted, EgressUnreachable},
-		unix.EADDRNOTAVAIL: {faultCounted, EgressUnreachable}, // our address is not on the link, for now
+		unix.EADDRNOTAVAIL: {faultCounted, EgressUnreachable}, // our address is not on the link
 		unix.ENODEV:        {faultCounted, EgressUnreachable},
 		unix.ENXIO:         {faultCounted, EgressUnreachable},
 		unix.EPERM:         {faultCounted, EgressDenied}, // a firewall's output chain
 		unix.EACCES:        {faultCounted, EgressDenied}, // a prohibit route
 		unix.EINVAL:        {faultCounted, EgressSend},   // our address is gone, or a blackhole route
 		unix.EIO:           {faultCounted, EgressSend},
-		unix.ECONNREFUSED:  {faultCounted, EgressSend}, // ICMP errors, one after the other
+		unix.ECONNREFUSED:  {faultCounted, EgressSend}, // two ICMP errors in a row
 		unix.ENOPROTOOPT:   {faultCounted, EgressSend},
 		unix.EPROTO:        {faultCounted, EgressSend},
 		unix.ENONET:        {faultCounted, EgressSend},
@@ -129,10 +128,10 @@ var (
 		unix.ENOTSOCK:      {fault: faultFatal},
 		unix.EFAULT:        {fault: faultFatal},
 	}
-	// superWrite: write(2) to the TAP device that takes super-frames. What it does
-	// not take leaves by the sockets, and is counted there.
+	// superWrite: write(2) to the Super device. Frames that it rejects leave by the
+	// sockets and are counted there.
 	superWrite = outcomes{
-		0:             {fault: faultGone}, // until whoever watches the uplink has looked
+		0:             {fault: faultGone}, // until the uplink's watcher enables it again
 		unix.EINTR:    {fault: faultAgain},
 		unix.EAGAIN:   {fault: faultPast},
 		unix.ENOBUFS:  {fault: faultPast},

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestErrnoTables says again, from the other end, what the loop does about each
+// TestErrnoTables states independently of the tables how the loop handles each
 // errno that it is known to meet.
 func TestErrnoTables(t *testing.T) {
 	for _, c := range []struct {
@@ -85,8 +85,8 @@ func TestErrnoTables(t *testing.T) {
 	}
 }
 
-// TestP8UncutFrameIsCountedAsLost gives the receiving side a frame of more
-// segments than it cuts, while the device takes no large frames.
+// TestP8UncutFrameIsCountedAsLost delivers a frame with more segments than the
+// segmenter cuts, while the device accepts no GSO frames.
 func TestP8UncutFrameIsCountedAsLost(t *testing.T) {
 	a, b := pairOfNodes(t)
 	b.options.Offload.GRO.Store(false)
@@ -103,7 +103,7 @@ func TestP8UncutFrameIsCountedAsLost(t *testing.T) {
 	}
 }
 
-// ingressOf is the receiving side of a node, whose loop does not run.
+// ingressOf returns the directions of a node whose loop does not run.
 func ingressOf(t *testing.T, n *testNode) (*ingress, *egress) {
 	t.Helper()
 	q, err := n.loop.open(0)
@@ -114,8 +114,8 @@ func ingressOf(t *testing.T, n *testNode) (*ingress, *egress) {
 	return q.in[0], q.out
 }
 
-// TestP9RefusalIsThePeersAlone has the kernel refuse segmentation to one of two
-// peers: the other keeps it, and the one gets it again after a while.
+// TestP9RefusalIsThePeersAlone has the kernel reject GSO for one of two peers: the
+// other keeps it, and the first gets it back after refusedFor.
 func TestP9RefusalIsThePeersAlone(t *testing.T) {
 	a, b := pairOfNodes(t)
 	other := PeerTo(netip.MustParsePrefix("10.5.9.0/24"), b.at, testVNI, b.mac, a.mac)
@@ -137,7 +137,7 @@ func TestP9RefusalIsThePeersAlone(t *testing.T) {
 	if gso, super, gro, uso := a.loop.Table().Refused(); gso != 1 || super+gro+uso != 0 {
 		t.Errorf("refused: %d, %d, %d, %d", gso, super, gro, uso)
 	}
-	// A new table knows it too.
+	// A new table inherits the refusal.
 	again := PeerTo(refused.Subnet, refused.Underlay, testVNI, b.mac, a.mac)
 	a.loop.SetTable(NewTable([]netip.Prefix{a.subnet}, []*Peer{again}))
 	if again.allows(refusesGSO) {
@@ -149,8 +149,8 @@ func TestP9RefusalIsThePeersAlone(t *testing.T) {
 	}
 }
 
-// TestP5Hints gives the loop ICMP errors that quote 8 bytes behind the outer IP
-// header (RFC 792): they are believed as far as they can be.
+// TestP5Hints gives the loop ICMP errors that quote 8 bytes after the outer IP
+// header (RFC 792): those that are plausible lower the path MTU.
 func TestP5Hints(t *testing.T) {
 	by := netip.MustParseAddr("192.0.2.254")
 	node4, node6 := netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")
@@ -171,7 +171,7 @@ func TestP5Hints(t *testing.T) {
 		longest int
 		quote   []byte
 		mtu     int
-		told    int // that pods are; 0 if it is not believed
+		told    int // the MTU that pods are told; 0 if the hint is ignored
 		fits    int
 	}{
 		{"a UDP header", FormatVXLAN, vxlan4(), node4, 1450, nil, 1400, 1350, 1350},
@@ -201,7 +201,7 @@ func TestP5Hints(t *testing.T) {
 		if ok && time.Until(k.Until) > hintLife {
 			t.Errorf("%s: believed until %v", c.name, k.Until)
 		}
-		// A second one that comes at once is not looked at, whatever it says.
+		// A second hint within hintPause is ignored.
 		before := c.peer.path.Load()
 		q.narrower(c.to, by, c.quote, c.mtu-100)
 		if c.peer.path.Load() != before {

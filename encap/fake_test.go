@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A node of the tests is a real loop on real descriptors, of which only the
-// TUN device is a stand-in: a pair of datagram sockets, of which the loop
-// holds one end and the test, as the kernel, the other.
+// A test node is a real loop on real descriptors. Only the TUN device is a fake: a
+// pair of datagram sockets. The loop holds one end, the test plays the kernel on
+// the other.
 //
 //	test ── socketpair ── loop ── UDP on 127.0.0.x ── loop ── socketpair ── test
 
@@ -91,7 +91,7 @@ func meet(a, b *testNode) {
 	}
 }
 
-// send gives the loop a frame, as the kernel does.
+// send writes a frame to the loop, as the kernel does.
 func (n *testNode) send(t testing.TB, v vnetHeader, packet []byte) {
 	t.Helper()
 	frame := make([]byte, vnetHeaderLen, vnetHeaderLen+len(packet))

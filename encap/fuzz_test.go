@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// specOf makes a packet of what a fuzzer draws: any that may be cut.
+// specOf makes a packet that may be cut from fuzzed values.
 func specOf(kind uint8, id uint16, seq uint32, flags uint8, options, payload []byte) spec {
 	s := spec{
 		source: here4, destination: there4, proto: protoTCP, tos: kind & 0xfc, ttl: 64, id: id, df: kind&4 != 0,
@@ -23,7 +23,7 @@ func specOf(kind uint8, id uint16, seq uint32, flags uint8, options, payload []b
 	return s
 }
 
-// FuzzCut has the segmenter cut what the oracle cuts.
+// FuzzCut compares the segmenter with the oracle.
 func FuzzCut(f *testing.F) {
 	f.Add(uint8(0), uint16(0xfffe), uint32(0xffffff00), uint8(tcpPSH|tcpCWR), []byte{1, 1, 8, 10}, bytes.Repeat([]byte("payload"), 300), uint16(100))
 	f.Add(uint8(3), uint16(1), uint32(1), uint8(0), []byte{}, bytes.Repeat([]byte{0xff}, 1000), uint16(1))
@@ -51,9 +51,9 @@ func FuzzCut(f *testing.F) {
 	})
 }
 
-// FuzzJoin joins packets of a flow in which bytes have been changed, and has the
-// frames cut again: every packet comes out as it went in, in its order, but that a
-// checksum that was left unfinished may be finished.
+// FuzzJoin joins packets of a flow with changed bytes and cuts the frames again:
+// every packet comes out unchanged and in order, except that a partial checksum may
+// be completed.
 func FuzzJoin(f *testing.F) {
 	f.Add(uint8(0), bytes.Repeat([]byte("payload"), 100), uint8(70), []byte{})
 	f.Add(uint8(0), bytes.Repeat([]byte("payload"), 100), uint8(70), []byte{1, 0, 8, 1, 2, 0, 33, 0x10})
@@ -81,7 +81,7 @@ func FuzzJoin(f *testing.F) {
 			want = append(want, finished(b[:p.length], &p))
 			c.add(lead, &p, checksumUnknown)
 		}
-		// By flow: one may overtake another.
+		// By flow: flows may overtake each other.
 		got := make(map[flow][][]byte)
 		for i := range c.count {
 			fr := &c.frames[i]
@@ -106,7 +106,7 @@ func FuzzJoin(f *testing.F) {
 	})
 }
 
-// flowIn is a packet's flow, one for all that has none.
+// flowIn returns a packet's flow, the zero flow if it has none.
 func flowIn(b []byte, p *packet) flow {
 	if !p.transport {
 		return flow{}
@@ -114,7 +114,7 @@ func flowIn(b []byte, p *packet) flow {
 	return flowOf(b, p)
 }
 
-// finished is a packet with its checksum finished, where it was not.
+// finished returns the packet with its checksum completed if it was partial.
 func finished(b []byte, p *packet) []byte {
 	b = bytes.Clone(b)
 	if p.transport && isPartial(b, p) {

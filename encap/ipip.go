@@ -5,14 +5,14 @@ import (
 	"net/netip"
 )
 
-// IPIP (RFC 2003) puts one IPv4 header before an inner IPv4 packet, and nothing
-// else: protocol 4, no ports, no checksum over the payload. It is sent through
-// a raw socket, one packet a message, since the kernel cuts up nothing there;
-// large frames leave whole by the Super device. It is received through a packet
-// socket with a virtio header before each packet, since the kernel joins
-// packets before a raw socket sees them, and does not say how.
+// IPIP (RFC 2003) is an IPv4 header of protocol 4 before an inner IPv4 packet:
+// no ports, no checksum over the payload. Packets are sent through a raw socket,
+// one per message, since raw sockets have no GSO; large frames are sent whole
+// through the Super device. They are received through a packet socket with a
+// virtio header per packet: GRO joins packets before a raw socket receives them,
+// and a raw socket does not report the segment size.
 
-// IPIPCost is what IPIP takes from the underlay's MTU.
+// IPIPCost is IPIP's overhead in bytes.
 const IPIPCost = 20
 
 const protoIPIP = 4
@@ -22,7 +22,7 @@ func IPIPPeer(subnet netip.Prefix, underlay netip.Addr) *Peer {
 	return NewPeer(subnet, netip.AddrPortFrom(underlay, 0), nil)
 }
 
-// ipipMessage takes one message of the packet socket apart.
+// ipipMessage decapsulates one message of the packet socket.
 func (g *ingress) ipipMessage(table *Table, m datagrams) {
 	if m.cut || len(m.data) < vnetHeaderLen+g.linkLen {
 		g.tally.drop(IngressTruncated)
@@ -37,13 +37,13 @@ func (g *ingress) ipipMessage(table *Table, m datagrams) {
 		return
 	}
 	from := outer.source(d)
-	if !outer.headerIsRight(d) { // the kernel has not looked yet
+	if !outer.headerIsRight(d) { // a packet socket gets packets before the kernel verifies them
 		g.dropFrom(table, from, IngressMalformed)
 		return
 	}
 	if outer.fragment {
-		// The kernel would put it together for a raw socket, not for this one.
-		// Senders of IPIP set DF, as the kernel's device does.
+		// The kernel reassembles for raw sockets, not for packet sockets. IPIP
+		// senders set DF, as the kernel's device does.
 		g.dropFrom(table, from, IngressFragment)
 		return
 	}
@@ -69,8 +69,8 @@ func (g *ingress) ipipMessage(table *Table, m datagrams) {
 	g.deliver(lead, &p, state, size)
 }
 
-// ipipHeader writes the outer header of an inner packet of n bytes, without
-// its identification and checksum, which superPath.stamp adds.
+// ipipHeader writes the outer header without traffic class, length,
+// identification and checksum, which superPath.stamp adds.
 func ipipHeader(ip []byte, from, to netip.Addr) {
 	ip[0], ip[8], ip[9] = 4<<4|5, ttl, protoIPIP
 	const dontFragment = 0x4000

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// ipipIngress is the receiving side of a node that leases there4's subnet and
-// has here4's as its peer.
+// ipipIngress returns the receiving side of a node that leases there4's subnet and
+// has a peer with here4's.
 func ipipIngress() *ingress {
 	c := &common{offload: allOn(), format: FormatIPIP}
 	c.table.Store(NewTable(
@@ -16,7 +16,7 @@ func ipipIngress() *ingress {
 	return newIngress(c, ^uintptr(0), Descriptor{}, Underlay{LinkHeader: 14}, 1480, &Counters{})
 }
 
-// ipipDatagram puts a packet into an outer header, as the packet socket gives it.
+// ipipDatagram encapsulates a packet, as the packet socket returns it.
 func ipipDatagram(from string, inner []byte) []byte {
 	b := make([]byte, vnetHeaderLen+14+20, vnetHeaderLen+14+20+len(inner))
 	ip := b[vnetHeaderLen+14:]
@@ -69,7 +69,8 @@ func TestIPIPAcceptsPeersAlone(t *testing.T) {
 	}
 }
 
-// FuzzIPIP gives the receiving side anything at all: it is delivered or counted.
+// FuzzIPIP gives the receiving side arbitrary bytes: each message is delivered or
+// counted as dropped.
 func FuzzIPIP(f *testing.F) {
 	f.Add(ipipDatagram("198.18.0.1", tcpSpec(100).bytes()))
 	f.Add(ipipDatagram("198.18.0.9", tcpSpec(0).bytes()))
@@ -90,8 +91,8 @@ func FuzzIPIP(f *testing.F) {
 	})
 }
 
-// FuzzQuote gives the path MTU's side the quote of an ICMP error: only a packet
-// of ours changes anything, and never below what every path must carry.
+// FuzzQuote gives path MTU discovery arbitrary quotes of ICMP errors: only a quote
+// of a packet of this node changes the path MTU, and never below the minimum.
 func FuzzQuote(f *testing.F) {
 	peer := PeerTo(netip.PrefixFrom(there4, 24).Masked(), netip.MustParseAddrPort("198.18.0.2:8472"), testVNI, [6]byte{2}, [6]byte{2, 1})
 	ours := append(append([]byte{}, peer.header...), tcpSpec(100).bytes()...)

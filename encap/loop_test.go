@@ -20,7 +20,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// pairOfNodes returns two running nodes that know each other.
+// pairOfNodes returns two running nodes that are peers.
 func pairOfNodes(t testing.TB) (a, b *testNode) {
 	t.Helper()
 	a = newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
@@ -52,15 +52,15 @@ func tcpSpec(payload int) spec {
 	}
 }
 
-// TestFrameCrosses sends one frame of each kind from device to device, and
-// checks that the same packets come out, in order, as the kernel would cut
-// them: byte for byte.
+// TestFrameCrosses sends one frame of each kind from device to device and compares
+// the packets that come out, byte for byte and in order, with what the kernel's
+// segmentation would produce.
 func TestFrameCrosses(t *testing.T) {
 	udp := func(n int) spec { s := tcpSpec(n); s.proto = protoUDP; s.flags = 0; return s }
 	cases := []struct {
 		name string
 		spec spec
-		size int // of segments; 0 for a packet that is whole
+		size int // payload bytes per segment; 0 for a single packet
 	}{
 		{"bare acknowledgement", tcpSpec(0), 0},
 		{"full TCP packet", tcpSpec(1410), 0},
@@ -118,8 +118,8 @@ func TestFrameCrosses(t *testing.T) {
 	}
 }
 
-// TestKernelSuperFrame takes what a kernel VXLAN peer sends on a machine where
-// nothing cuts it: the whole frame as one datagram, its checksum unfinished.
+// TestKernelSuperFrame receives a frame that a kernel VXLAN peer on the same
+// machine sends unsegmented: one datagram with a partial checksum.
 func TestKernelSuperFrame(t *testing.T) {
 	for _, gro := range []bool{true, false} {
 		_, b := pairOfNodes(t)
@@ -169,8 +169,8 @@ func (packet2) check(t *testing.T, b []byte) {
 	}
 }
 
-// TestDropsAreCounted sends what must not pass, each kind once, and expects
-// exactly its reason to be counted.
+// TestDropsAreCounted sends one packet per drop reason and expects exactly that
+// reason to be counted.
 func TestDropsAreCounted(t *testing.T) {
 	a, b := pairOfNodes(t)
 	good := tcpSpec(100)
@@ -229,7 +229,7 @@ func TestDropsAreCounted(t *testing.T) {
 		expectDrop(t, a.options.Egress, reason)
 	}
 
-	// After all that, a good packet still passes, padded as Ethernet pads.
+	// A valid packet with Ethernet padding still passes.
 	if _, err := peer.Write(append(datagram(func(*VXLAN, *spec) {}), 0, 0, 0, 0)); err != nil {
 		t.Fatal(err)
 	}
@@ -256,7 +256,7 @@ func expectDrop(t *testing.T, c *Counters, reason Reason) {
 	t.Fatalf("%s was not counted, but %v", reason, dropsOf(c))
 }
 
-// TestECN walks through RFC 6040, figure 4.
+// TestECN checks every combination of RFC 6040, figure 4.
 func TestECN(t *testing.T) {
 	const notECT, ect1, ect0, ce, drop = 0, 1, 2, 3, 4
 	want := [4][4]uint8{ // [inner][outer]
@@ -292,8 +292,8 @@ func TestECN(t *testing.T) {
 	}
 }
 
-// TestFlowsKeepTheirOrder sends datagrams of many sizes in many flows in one
-// burst and expects each flow's in order.
+// TestFlowsKeepTheirOrder sends a burst of datagrams of many sizes in many flows
+// and expects each flow in order.
 func TestFlowsKeepTheirOrder(t *testing.T) {
 	a, b := pairOfNodes(t)
 	const flows, each = 5, 40
@@ -319,13 +319,13 @@ func TestFlowsKeepTheirOrder(t *testing.T) {
 	}
 }
 
-// TestMovedFlowKeepsItsOrder has the kernel move a flow to the second queue of a
-// thread while the first one holds more than one turn's frames.
+// TestMovedFlowKeepsItsOrder moves a flow to a thread's second queue while the first
+// holds more than one turn's frames.
 func TestMovedFlowKeepsItsOrder(t *testing.T) {
 	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
 	var moves atomic.Uint64
-	var queues, kernel [2]int // pipes, which hold more than a pair of sockets
+	var queues, kernel [2]int // pipes, which buffer more than a socket pair
 	a.options.Devices = nil
 	for i := range queues {
 		var pipe [2]int
@@ -388,8 +388,8 @@ func TestMovedFlowKeepsItsOrder(t *testing.T) {
 	}
 }
 
-// TestNothingIsAllocated runs one frame of each kind through both directions,
-// in one goroutine, and counts allocations.
+// TestNothingIsAllocated runs one frame of each kind through both directions in one
+// goroutine and expects no allocation.
 func TestNothingIsAllocated(t *testing.T) {
 	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
@@ -435,8 +435,8 @@ func TestNothingIsAllocated(t *testing.T) {
 	}
 }
 
-// TestSystemCallsPerFrame counts what bulk transfer costs: a frame of 64 KB is
-// one read and one write on either side, and little more.
+// TestSystemCallsPerFrame bounds the system calls of bulk transfer: little more than
+// two per 64 KB frame on each side.
 func TestSystemCallsPerFrame(t *testing.T) {
 	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
@@ -477,8 +477,8 @@ func TestSystemCallsPerFrame(t *testing.T) {
 	}
 }
 
-// TestStartsAndStopsLeaveNothing starts and stops the loop again and again on
-// the same descriptors; goleak and the count of descriptors tell.
+// TestStartsAndStopsLeaveNothing starts and stops the loop repeatedly on the same
+// descriptors, and checks for leaked goroutines and descriptors.
 func TestStartsAndStopsLeaveNothing(t *testing.T) {
 	n := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	before := openFiles(t)
@@ -518,8 +518,8 @@ func openFiles(t *testing.T) int {
 	}
 }
 
-// TestNoChannelOnThePath keeps channels, select and locks out of the files
-// that every packet goes through.
+// TestNoChannelOnThePath rejects channels, select and locks in the files of the
+// packet path.
 func TestNoChannelOnThePath(t *testing.T) {
 	for _, name := range []string{"egress.go", "ingress.go", "batch.go", "coalesce.go", "segment.go", "packet.go", "checksum.go", "patience.go", "peers.go", "vnet.go", "vxlan.go", "syscalls.go", "superframe.go", "queue.go"} {
 		f, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)

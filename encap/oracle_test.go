@@ -5,11 +5,10 @@ import (
 	"net/netip"
 )
 
-// The oracle makes and cuts packets in the slowest, most obvious way: byte by
-// byte, from RFC 791, 8200, 768, 9293 and 1071 alone. It shares no code with
-// what it judges.
+// The oracle builds and cuts packets in the slowest, most obvious way: byte by byte,
+// from RFC 791, 8200, 768, 9293 and 1071. It shares no code with package encap.
 
-// spec is a transport packet in words.
+// spec describes a TCP or UDP packet.
 type spec struct {
 	source, destination netip.Addr
 	proto               uint8
@@ -26,7 +25,7 @@ type spec struct {
 
 func (s spec) is4() bool { return s.source.Is4() }
 
-// bytes returns the packet with right checksums.
+// bytes returns the packet with correct checksums.
 func (s spec) bytes() []byte {
 	transport := s.transport()
 	at := 16
@@ -41,8 +40,8 @@ func (s spec) bytes() []byte {
 	return append(s.ipHeader(len(transport)), transport...)
 }
 
-// partial returns the packet as the kernel leaves it for a device to finish:
-// the checksum field holds the pseudo-header's sum.
+// partial returns the packet with a partial checksum, as the kernel leaves it to a
+// device: the field holds the pseudo-header's sum.
 func (s spec) partial() []byte {
 	transport := s.transport()
 	at := 16
@@ -102,7 +101,7 @@ func (s spec) pseudoHeader(n int) []byte {
 	return append(b, 0, s.proto, byte(n>>8), byte(n))
 }
 
-// cut returns the packets of size bytes of payload that the frame stands for.
+// cut returns the segments of size payload bytes of the frame.
 func (s spec) cut(size int) [][]byte {
 	var all [][]byte
 	for at := 0; at < len(s.payload); at += size {
@@ -121,7 +120,7 @@ func (s spec) cut(size int) [][]byte {
 	return all
 }
 
-// slowChecksum is RFC 1071, section 1, two bytes at a time.
+// slowChecksum is the checksum of RFC 1071, section 1, two bytes at a time.
 func slowChecksum(b []byte) uint16 {
 	total := uint32(0)
 	for i, x := range b {

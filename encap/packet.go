@@ -14,25 +14,25 @@ const (
 	ecnBits = 3 // of the traffic class (RFC 3168)
 )
 
-// packet is where the parts of an inner IP packet are. It holds offsets, not
-// slices, so that it can be reused for every packet without allocation.
+// packet is the parse of an IP packet: offsets and lengths, not slices, so that
+// it can be reused without allocation.
 type packet struct {
 	is4      bool
 	proto    uint8 // of the transport header, if transport is set
 	ecn      uint8 // the low two bits of the traffic class
-	class    uint8 // the traffic class (IPv4: type of service), ECN included, as it was parsed
-	length   int   // of the whole packet by its own header; never more than was given
+	class    uint8 // the traffic class (IPv4: type of service), ECN included, as parsed
+	length   int   // of the whole packet by its header; at most the input's length
 	ipLen    int   // of the IP header
 	headLen  int   // of the IP and transport headers together, if transport is set
 	fragment bool
-	// transport says that a whole TCP or UDP header follows the IP header
-	// directly, and that the packet is no fragment.
+	// transport reports that a whole TCP or UDP header follows the IP header
+	// directly and that the packet is not a fragment.
 	transport bool
 }
 
-// parse overwrites p with the packet at the start of b, which may be longer
-// than the packet (Ethernet padding). It returns false if the IP header is not
-// whole or contradicts itself.
+// parse overwrites p with the parse of the packet at the start of b, which may
+// be longer (Ethernet padding). It returns false if the IP header is truncated or
+// its lengths are inconsistent.
 func (p *packet) parse(b []byte) bool {
 	*p = packet{}
 	if len(b) < 20 {
@@ -81,7 +81,7 @@ func (p *packet) parse(b []byte) bool {
 	return true
 }
 
-// checkOffset is where the transport checksum stands, from the packet's start.
+// checkOffset is the offset of the transport checksum from the packet's start.
 func (p *packet) checkOffset() int {
 	if p.proto == protoTCP {
 		return p.ipLen + 16
@@ -104,9 +104,8 @@ func (p *packet) destination(b []byte) netip.Addr {
 	return netip.AddrFrom16([16]byte(b[24:40]))
 }
 
-// flowHash is the same for all packets of a flow: of the addresses, and the
-// ports with TCP. Fragments have no ports, and those of UDP are to stay with
-// their flow.
+// flowHash hashes the addresses, and for TCP the ports. It omits UDP ports:
+// fragments do not have them and would take another socket than their flow.
 func (p *packet) flowHash(b []byte) uint32 {
 	var h uint64
 	if p.is4 {
@@ -123,14 +122,14 @@ func (p *packet) flowHash(b []byte) uint32 {
 	return uint32(h >> 33)
 }
 
-// headerIsRight verifies the header checksum of IPv4. Who changes a header writes a
-// new checksum, so a damaged one must not come so far.
+// headerIsRight verifies the IPv4 header checksum. It must be called before the
+// header is modified, since that writes a new checksum and would hide damage.
 func (p *packet) headerIsRight(b []byte) bool {
 	return !p.is4 || fold(sum(b[:p.ipLen], 0)) == 0xffff
 }
 
-// setLength writes the packet's length into its IP header, and renews the
-// header checksum of IPv4.
+// setLength writes the packet's length n into its IP header, and updates the IPv4
+// header checksum.
 func (p *packet) setLength(b []byte, n int) {
 	if !p.is4 {
 		binary.BigEndian.PutUint16(b[4:], uint16(n-40))
@@ -141,8 +140,8 @@ func (p *packet) setLength(b []byte, n int) {
 	putChecksum(b[10:], ^fold(sum(b[:p.ipLen], 0)))
 }
 
-// setECN replaces the low two bits of the traffic class (RFC 3168), and renews
-// the header checksum of IPv4.
+// setECN replaces the low two bits of the traffic class (RFC 3168), and updates
+// the IPv4 header checksum.
 func (p *packet) setECN(b []byte, ecn uint8) {
 	p.ecn = ecn
 	if !p.is4 {

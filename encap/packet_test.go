@@ -7,9 +7,9 @@ import (
 	"testing"
 )
 
-// TestParseBelievesNoLie gives parse packets that contradict their own lengths: those
-// of IP are refused, and those of the transport header make it a packet without one,
-// which is passed on as it is, and neither joined nor cut.
+// TestParseBelievesNoLie gives parse packets with inconsistent lengths. A wrong IP
+// length is rejected. With a wrong transport length the packet counts as one without
+// a transport header, which is passed on unchanged, not joined or cut.
 func TestParseBelievesNoLie(t *testing.T) {
 	tcp4, tcp6, udp4 := tcpSpec(20), tcpSpec(20), tcpSpec(20)
 	tcp6.source, tcp6.destination = here6, there6
@@ -54,8 +54,8 @@ func TestParseBelievesNoLie(t *testing.T) {
 	}
 }
 
-// A datagram whose UDP length is not the packet's is not joined: it would be cut at
-// another place than it was.
+// A datagram whose UDP length differs from the packet's is not joined: cutting would
+// not restore it.
 func TestUDPLengthThatLiesIsNotJoined(t *testing.T) {
 	s := tcpSpec(100)
 	s.proto = protoUDP
@@ -72,7 +72,7 @@ func TestUDPLengthThatLiesIsNotJoined(t *testing.T) {
 	}
 }
 
-// A frame that is to be cut into segments of no bytes is malformed.
+// A frame with a segment size of 0 is malformed.
 func TestSegmentsOfNoBytes(t *testing.T) {
 	s := tcpSpec(3000)
 	peer := PeerTo(netip.PrefixFrom(here4, 24).Masked(), netip.MustParseAddrPort("192.0.2.1:8472"), testVNI, [6]byte{1}, [6]byte{2})
@@ -90,7 +90,7 @@ func TestSegmentsOfNoBytes(t *testing.T) {
 	}
 }
 
-// A virtio header that points outside of the packet completes no checksum.
+// A virtio header whose checksum field is outside the packet is rejected.
 func TestChecksumOutsideOfThePacket(t *testing.T) {
 	whole := tcpSpec(10).partial()
 	for _, c := range []struct {

@@ -9,51 +9,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where the outer packets bear DF, a narrower link on the way answers with an
-// ICMP error instead of a fragment; so it does where they are IPv6. The loop
-// then knows the peer's MTU, for a while, and tells the pods that send more, in
-// an ICMP error of its own:
+// Path MTU discovery. If outer packets set DF, or are IPv6, a router before a
+// narrower link answers with an ICMP error instead of fragmenting. The loop
+// stores the peer's path MTU for a while and answers longer packets from pods
+// with its own ICMP error:
 //
 //	router ── ICMP too big ── socket's error queue ── Peer.mtu
 //	pod ◄── TUN ── ICMP too big, from the peer's VTEP address ── packet that is longer
 //
-// Anyone can send an ICMP error. One is believed if it quotes the tunnel's header
-// and an inner packet from this node's pods to the peer's. Some routers quote no
-// more than 8 bytes behind the outer IP header (RFC 792): of VXLAN the UDP header,
-// by whose ports the kernel found the socket; of IPIP the length of the inner
-// packet. Such a hint is taken as far as the kernel itself would take it, and no
-// further: only if a packet that long was sent to that peer, for a shorter time,
-// and a few a second.
+// Anyone can forge an ICMP error. It is accepted if it quotes the tunnel header
+// and an inner packet from this node's pods to the peer's. Some routers quote only
+// 8 bytes after the outer IP header (RFC 792): for VXLAN the UDP header, whose
+// ports the kernel used to find the socket; for IPIP the start of the inner IPv4
+// header, with its length. Such a hint is accepted only if a packet longer than
+// its MTU was sent to that peer, at a limited rate, and for a shorter time.
 //
-// What every pod may send whatever it is told, 1280 bytes in IPv6, may be longer
-// than the path takes. Then the outer packet is fragmented (RFC 2473, section 7.1),
-// by a socket of its own.
+// Pods may send packets of the minimum MTU whatever they are told (IPv6: 1280
+// bytes), which may exceed the path MTU. The outer packet is then fragmented
+// (RFC 2473, section 7.1), through a separate socket.
 
 const (
-	// pathMTULife is how long a peer's MTU is believed, as the kernel does
+	// pathMTULife is how long a peer's path MTU is valid, as in the kernel
 	// (net.ipv4.route.mtu_expires).
 	pathMTULife = 10 * time.Minute
-	// No path is believed to be narrower than every one must be (RFC 791,
-	// RFC 8200).
+	// The minimum MTUs that pods are told: every host must accept IPv4 packets of
+	// 576 bytes (RFC 791), every link must carry IPv6 packets of 1280 (RFC 8200).
 	leastMTU4, leastMTU6 = 576, 1280
-	// hintLife is how long an MTU is believed of which the error quoted too little
-	// to prove anything.
+	// hintLife is how long the MTU of a hint is valid: an ICMP error that quoted
+	// too little to verify.
 	hintLife = 2 * time.Minute
-	// hintPause is the least time between two such errors that are looked at.
+	// hintPause is the minimum interval between hints; others are ignored.
 	hintPause = 100 * time.Millisecond
-	// tooBigPause is the least time between two ICMP errors that are sent.
+	// tooBigPause is the minimum interval between ICMP errors sent to pods.
 	tooBigPause = time.Millisecond
 )
 
-// PathMTU is what the network said of the way to a peer.
+// PathMTU is what ICMP errors said of the path to a peer. Sizes are of inner
+// packets, in bytes.
 type PathMTU struct {
-	MTU          int        // of inner packets, in bytes: what pods are told
-	Fits         int        // the longest inner packet that passes in one piece
-	By           netip.Addr // whose ICMP error said so; invalid if not known
-	Since, Until time.Time  // from when, and how long, it is believed
+	MTU          int        // what pods are told
+	Fits         int        // the longest packet that passes unfragmented
+	By           netip.Addr // sender of the ICMP error; invalid if not known
+	Since, Until time.Time  // validity
 }
 
-// PathMTU returns what is known of the way there, and whether anything is.
+// PathMTU returns what is known of the path to the peer, and false if nothing is.
 func (p *Peer) PathMTU() (PathMTU, bool) {
 	k := p.path.Load()
 	if k == nil {
@@ -66,21 +66,21 @@ func (p *Peer) PathMTU() (PathMTU, bool) {
 	return *k, true
 }
 
-// limit is the longest inner packet that reaches the peer, or 0 if nothing is
-// known.
+// limit is the MTU that pods are told for the peer, or 0 if nothing is known.
 func (p *Peer) limit() int {
 	k, _ := p.PathMTU()
 	return k.MTU
 }
 
-// fits is the longest inner packet that reaches the peer in one piece, or 0 if
+// fits is the longest inner packet that reaches the peer unfragmented, or 0 if
 // nothing is known.
 func (p *Peer) fits() int {
 	k, _ := p.PathMTU()
 	return k.Fits
 }
 
-// fragments says whether packets to the peer are fragmented outside.
+// fragments reports whether packets to the peer leave by the fragmenting socket:
+// its path takes less than pods can be told.
 func (e *egress) fragments(peer *Peer) bool {
 	if peer.path.Load() == nil || e.fragmenter[peer.family()].Socket.FD() < 0 {
 		return false
@@ -89,7 +89,8 @@ func (e *egress) fragments(peer *Peer) bool {
 	return ok && k.Fits < k.MTU
 }
 
-// inheritPaths keeps what is known of the ways to the peers of an older table.
+// inheritPaths copies path MTUs and suspended mechanisms from the old table, for
+// peers whose underlay address is unchanged.
 func (t *Table) inheritPaths(old *Table) {
 	for prefix, p := range t.peers {
 		before := old.peers[prefix]
@@ -104,10 +105,10 @@ func (t *Table) inheritPaths(old *Table) {
 	}
 }
 
-// errorQueue reads what the network said of packets that a socket has sent.
+// errorQueue reads ICMP errors from the sockets' error queues (IP_RECVERR).
 type errorQueue struct {
 	*common
-	hinted  time.Time // when the last hint was looked at
+	hinted  time.Time // when the last hint was handled
 	quote   [576]byte
 	control [256]byte
 	name    [unix.SizeofSockaddrInet6]byte
@@ -126,8 +127,8 @@ func (q *errorQueue) drain(fd uintptr) {
 			continue
 		}
 		if errno != 0 {
-			// Where the queue had no room for an error, the socket still has it, and
-			// would be ready for ever.
+			// If the queue had no room, the error is still pending on the socket, which
+			// would stay ready: clear it.
 			_, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
 			return
 		}
@@ -138,8 +139,8 @@ func (q *errorQueue) drain(fd uintptr) {
 	}
 }
 
-// tooBig returns the MTU that an ICMP error gives, of the outer packet, and who
-// sent it; or 0 if it is about something else.
+// tooBig returns the outer MTU that an ICMP packet too big states, and its
+// sender; 0 for any other error.
 func tooBig(control []byte) (mtu int, by netip.Addr) {
 	const originICMP, originICMP6 = 2, 3 // linux/errqueue.h
 	for len(control) >= unix.SizeofCmsghdr {
@@ -160,9 +161,9 @@ func tooBig(control []byte) (mtu int, by netip.Addr) {
 	return 0, by
 }
 
-// narrower believes what by says, that the way to a peer takes outer packets of
-// mtu bytes, if what is quoted is a packet of ours. The quote begins with the
-// tunnel's header.
+// narrower lowers the path MTU of the peer at to if the quote, which begins with
+// the tunnel header, is of a packet that this node sent there. mtu is of outer
+// packets; by is the error's sender.
 func (q *errorQueue) narrower(to, by netip.Addr, quote []byte, mtu int) {
 	table := q.table.Load()
 	var p packet
@@ -185,7 +186,7 @@ func (q *errorQueue) narrower(to, by netip.Addr, quote []byte, mtu int) {
 	peer.narrow(mtu-q.cost(to), by, pathMTULife)
 }
 
-// cost is what the tunnel takes of the MTU to an underlay address.
+// cost is the tunnel's overhead in bytes, for an underlay address.
 func (q *errorQueue) cost(to netip.Addr) int {
 	if q.format == FormatVXLAN {
 		return VXLANCost(to.Is4())
@@ -193,8 +194,8 @@ func (q *errorQueue) cost(to netip.Addr) int {
 	return IPIPCost
 }
 
-// narrow notes that inner packets of n bytes are the longest that pass, unless it
-// is known already.
+// narrow stores n as the longest inner packet that passes, unless a valid value
+// is as low.
 func (p *Peer) narrow(n int, by netip.Addr, life time.Duration) {
 	least := leastMTU6
 	if p.Subnet.Addr().Is4() {
@@ -208,11 +209,11 @@ func (p *Peer) narrow(n int, by netip.Addr, life time.Duration) {
 	p.path.Store(&PathMTU{MTU: max(n, least), Fits: n, By: by, Since: now, Until: now.Add(life)})
 }
 
-// leastFits bounds how far a path is believed to be narrow. The fragments that a
-// socket makes are 1280 bytes long at least over IPv6, which has no narrower links.
+// leastFits is the lowest PathMTU.Fits that is accepted: the IPv4 minimum less 70
+// bytes, the overhead of VXLAN over IPv6.
 const leastFits = 576 - 70
 
-// hint is narrower for a quote that is too short to prove anything.
+// hint is narrower for a quote that is too short to verify.
 func (q *errorQueue) hint(table *Table, to, by netip.Addr, quote []byte, mtu int) {
 	now := time.Now()
 	if now.Sub(q.hinted) < hintPause {
@@ -221,12 +222,12 @@ func (q *errorQueue) hint(table *Table, to, by netip.Addr, quote []byte, mtu int
 	q.hinted = now
 	fits := mtu - q.cost(to)
 	if !to.Is4() && mtu < leastMTU6 {
-		return // no link is (RFC 8200, section 5)
+		return // no IPv6 link has a lower MTU (RFC 8200, section 5)
 	}
 	for _, peer := range table.outer[to] {
 		longest := int(peer.longest.Load())
 		if fits <= 0 || longest <= fits {
-			continue // nothing was sent that would not have fitted
+			continue // nothing longer was sent
 		}
 		switch q.format {
 		case FormatVXLAN:
@@ -245,7 +246,7 @@ func (q *errorQueue) hint(table *Table, to, by netip.Addr, quote []byte, mtu int
 	}
 }
 
-// parseQuoted is parse for a packet of which only the beginning is there.
+// parseQuoted is parse for a truncated packet; it sets only is4.
 func (p *packet) parseQuoted(b []byte) bool {
 	*p = packet{}
 	switch {
@@ -258,15 +259,15 @@ func (p *packet) parseQuoted(b []byte) bool {
 	return false
 }
 
-// tooLong deals with a frame whose packets, of n bytes, are longer than the way
-// to the peer takes, and returns false if it is to be sent all the same.
+// tooLong handles a frame whose packets, of n bytes, exceed the peer's path MTU:
+// it fragments or drops it. It returns false if the caller shall send the frame.
 func (e *egress) tooLong(peer *Peer, b []byte, p *packet, n int) bool {
 	if longest := &peer.longest; uint32(n) > longest.Load() {
-		longest.Store(uint32(n)) // another queue's may be lost, and come again
+		longest.Store(uint32(n)) // a concurrent larger value may be lost; the next packet restores it
 	}
 	limit := peer.limit()
 	if limit == 0 || n <= limit || e.format == FormatVXLAN && !e.dontFragment {
-		return false // the outer packet is fragmented
+		return false // it fits, or the outer packet may be fragmented
 	}
 	const dontFragment = 0x40
 	if p.is4 && b[6]&dontFragment == 0 && n == p.length {
@@ -282,7 +283,7 @@ func (e *egress) tooLong(peer *Peer, b []byte, p *packet, n int) bool {
 	return true
 }
 
-// fragment sends an IPv4 packet that may be fragmented in pieces (RFC 791).
+// fragment sends an inner IPv4 packet without DF as fragments (RFC 791).
 func (e *egress) fragment(peer *Peer, b []byte, p *packet, limit int) {
 	e.flush()
 	step := (limit - p.ipLen) &^ 7
@@ -306,9 +307,9 @@ func (e *egress) fragment(peer *Peer, b []byte, p *packet, limit int) {
 	}
 }
 
-// tellTooBig writes an ICMP error to the device, for the sender of b (RFC 792,
-// RFC 4443). It comes from the peer's VTEP address: from one of this node's own
-// the kernel would drop it as martian.
+// tellTooBig writes an ICMP packet too big to the device, for the sender of b
+// (RFC 792, RFC 4443). Its source is the peer's VTEP address: the kernel would
+// drop one of this node's own addresses as martian.
 func (e *egress) tellTooBig(peer *Peer, b []byte, p *packet, limit int) {
 	from, to := peer.Subnet.Addr(), p.source(b)
 	f := e.scratch[:vnetHeaderLen]

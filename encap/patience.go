@@ -6,35 +6,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// patience decides whether who has run dry looks again before it sleeps.
-// Falling asleep and being woken costs more than many looks: in bulk transfer a
-// sixth of all CPU time, and of a request and its answer half the time, since a
-// core that has nothing to do sleeps too. But looking in vain costs as well, so
-// only who would have been woken soon looks again, and between looks it yields
-// its core to whoever wants it.
+// patience implements adaptive busy polling: after a short block the queue polls
+// for up to looking before it blocks again. Blocking and waking up cost more than
+// many polls: a sixth of all CPU time in bulk transfer, and half the round trip of
+// a request and its reply, since an idle core sleeps too. Polling in vain also
+// costs, so the queue polls only if it would have been woken soon, and it yields
+// the CPU between polls.
 type patience struct {
-	looking time.Duration // how long it looks before it sleeps; 0: not at all
+	looking time.Duration // how long to poll before blocking; 0 disables polling
 
-	busy    bool      // the last sleep was short, or the last looking found something
-	dry     time.Time // since when there has been nothing; zero if there has been
-	slept   time.Time // when it went to sleep last
-	crowded time.Time // when it was last kept waiting for its core
+	busy    bool      // poll: the last block was short, or the last poll succeeded
+	dry     time.Time // start of the current polling period; zero if there is none
+	slept   time.Time // when it blocked last
+	crowded time.Time // when a yield last took longer than longWait
 }
 
 const (
-	// looking is how long a busy thread looks before it sleeps.
+	// looking is how long a busy thread polls before it blocks.
 	looking = 50 * time.Microsecond
-	// Who yields a core that others want for long gets it back later than who
-	// is woken. After having waited for longWait it does not look for shyness.
+	// If a yield took longer than longWait, other work needs the CPU, and blocking
+	// would have given it back sooner: do not busy-poll for shyness.
 	longWait = time.Millisecond
 	shyness  = 200 * time.Millisecond
 )
 
-// fed notes that there was something to carry.
+// fed records that a poll found a ready descriptor.
 func (p *patience) fed() { p.dry = time.Time{} }
 
-// look gives the core to whoever wants it before the next look, or says by busy
-// that it has looked for long enough.
+// look yields the CPU after an empty poll. After polling for p.looking it clears
+// busy instead.
 func (p *patience) look() {
 	now := time.Now()
 	if p.dry.IsZero() {
@@ -48,7 +48,7 @@ func (p *patience) look() {
 	p.yielded(now)
 }
 
-// yielded notes that the core is back, which was given away at a time.
+// yielded backs off if the yield that began at the given time took too long.
 func (p *patience) yielded(at time.Time) {
 	if now := time.Now(); now.Sub(at) > longWait {
 		p.crowded = now
@@ -56,11 +56,11 @@ func (p *patience) yielded(at time.Time) {
 	}
 }
 
-// sleeps and woken stand around a sleep.
+// sleeps and woken are called before and after blocking.
 func (p *patience) sleeps() { p.slept = time.Now() }
 
-// woken finds a sleep short that looking would have bridged, a woken thread's
-// own start included.
+// woken enables polling if the block was so short that polling would have caught
+// the event. Twice p.looking allows for the wake-up latency.
 func (p *patience) woken() {
 	p.dry = time.Time{}
 	now := time.Now()

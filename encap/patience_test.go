@@ -6,9 +6,8 @@ import (
 	"time"
 )
 
-// TestPatience walks a thread through a burst, a pause, a trickle and a crowd:
-// it looks again only where it would have been woken soon and nobody else wants
-// its core.
+// TestPatience simulates a burst, a pause, a trickle and CPU contention: the thread
+// busy-polls only if it would have been woken soon and no other work needs the CPU.
 func TestPatience(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := patience{looking: looking}
@@ -17,7 +16,7 @@ func TestPatience(t *testing.T) {
 			time.Sleep(d)
 			p.woken()
 		}
-		// looks says whether it is ready to look, does so, and lets time pass.
+		// looks polls once, lets d pass, and reports whether polling was enabled.
 		looks := func(d time.Duration) bool {
 			if !p.busy {
 				return false

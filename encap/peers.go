@@ -9,37 +9,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Peer is another node as the loop sees it: one subnet, and how to reach it.
-// It is made once, by NewPeer, and never changes, except for what is known of
-// the way there.
+// Peer is one subnet of another node, and how to reach it. NewPeer makes it.
+// Its subnet, address and header never change; the state of the path does.
 type Peer struct {
-	Subnet   netip.Prefix   // inner addresses that live there
-	Underlay netip.AddrPort // where datagrams for it go, and come from (its address alone)
+	Subnet   netip.Prefix   // inner addresses of the node's pods
+	Underlay netip.AddrPort // destination of its datagrams; they also come from this address
 
-	// header is what stands before every inner packet sent to it: a VXLAN
+	// header precedes every inner packet sent to the peer: a VXLAN and an Ethernet
 	// header, or nothing for IPIP.
 	header []byte
-	// sent and heard say that packets have passed since Passed was asked last. They
-	// are written only where they change.
+	// sent and heard record traffic since the last call of Passed. They are written
+	// only when they change, to keep the cache line shared.
 	sent, heard atomic.Bool
-	// name is Underlay as the kernel takes it.
+	// name is Underlay as a sockaddr.
 	name    [unix.SizeofSockaddrInet6]byte
 	nameLen uint32
-	// super is the way of super-frames, nil while there is none.
+	// super holds the headers of super-frames; nil if there is no next hop.
 	super atomic.Pointer[superPath]
-	// path is what the network said of the way there; nil if nothing.
+	// path is the discovered path MTU; nil if none.
 	path atomic.Pointer[PathMTU]
-	// longest is the bytes of the longest inner packet that was sent there.
+	// longest is the length in bytes of the longest inner packet sent to the peer.
 	longest atomic.Uint32
-	// refused is until when the kernel is taken at its word that it does not take
-	// a mechanism with this peer, by the mechanism; 0 if it has not refused.
+	// refused is, by mechanism, until when it is suspended for this peer, in
+	// nanoseconds since start; 0 if it is not.
 	refused [refusals]atomic.Int64
-	// lanes are the threads' counters of what passes.
+	// lanes are the traffic counters, one per thread.
 	lanes []lane
 }
 
-// refusal is a batching mechanism that the kernel can refuse for the packets to
-// or from a peer, although it has it: IPsec on one route has no GSO.
+// refusal is a batching mechanism that the kernel supports but may reject for one
+// peer's packets: a route with IPsec has no GSO.
 type refusal uint8
 
 const (
@@ -50,13 +49,12 @@ const (
 	refusals
 )
 
-// refusedFor is how long the kernel is taken at its word, before the mechanism is
-// tried again.
+// refusedFor is how long a rejected mechanism is suspended.
 const refusedFor = time.Minute
 
-var start = time.Now() // of what allows compares, which nobody sets as the wall clock is
+var start = time.Now() // the origin of Peer.refused, on the monotonic clock
 
-// allows says whether a mechanism may be used with the peer.
+// allows reports whether a mechanism may be used with the peer.
 func (p *Peer) allows(m refusal) bool {
 	if p == nil {
 		return true
@@ -78,8 +76,7 @@ func (p *Peer) refuse(m refusal) {
 	}
 }
 
-// Refused returns how many peers there are with which the kernel refused each
-// mechanism lately.
+// Refused returns, by mechanism, for how many peers it is suspended.
 func (t *Table) Refused() (gso, superFrame, gro, uso int) {
 	var n [refusals]int
 	for _, p := range t.peers {
@@ -92,8 +89,8 @@ func (t *Table) Refused() (gso, superFrame, gro, uso int) {
 	return n[refusesGSO], n[refusesSuper], n[refusesGRO], n[refusesUSO]
 }
 
-// NewPeer returns the peer that leases subnet and is reached at underlay. The
-// header is stamped before every inner packet; the peer keeps it.
+// NewPeer returns the peer that leases subnet and is reached at underlay. header
+// is copied before every inner packet; the peer retains it.
 func NewPeer(subnet netip.Prefix, underlay netip.AddrPort, header []byte) *Peer {
 	p := &Peer{Subnet: subnet.Masked(), Underlay: underlay, header: header}
 	b := p.name[:]
@@ -112,30 +109,31 @@ func NewPeer(subnet netip.Prefix, underlay netip.AddrPort, header []byte) *Peer 
 	return p
 }
 
-// Passed says whether anything was sent to the peer, and whether anything of it was
-// taken, since it was called last. It may be called at any time.
+// Passed reports whether packets were sent to the peer, and accepted from it,
+// since the last call. It is safe for concurrent use.
 func (p *Peer) Passed() (sent, heard bool) { return p.sent.Swap(false), p.heard.Swap(false) }
 
-// note sets a mark that says that something has passed.
+// note sets the mark, and writes only if it is not set.
 func note(mark *atomic.Bool) {
 	if !mark.Load() {
 		mark.Store(true)
 	}
 }
 
-// Table is every peer, and this node's own subnets, of all address families.
-// It is immutable: the loop follows an atomic pointer to the current one.
+// Table holds all peers and this node's own subnets, of both address families.
+// Lookups need no lock: the loop loads it through an atomic pointer, and SetTable
+// replaces it whole.
 type Table struct {
 	local []netip.Prefix
 	peers map[netip.Prefix]*Peer
-	// bits are the distinct prefix lengths among peers, longest first, by
-	// family; in nearly every cluster there is one.
+	// bits4 and bits6 are the distinct prefix lengths of the peers' subnets,
+	// longest first; nearly every cluster has one.
 	bits4, bits6 []int
 	outer        map[netip.Addr][]*Peer
 }
 
-// NewTable returns the table of a node that leases the local prefixes. Of two
-// peers with one subnet the first stands.
+// NewTable returns the table of a node that leases the local prefixes. If two
+// peers have the same subnet, the first is used.
 func NewTable(local []netip.Prefix, peers []*Peer) *Table {
 	t := &Table{
 		local: local,
@@ -196,7 +194,7 @@ func (t *Table) lookup(a netip.Addr) *Peer {
 	return nil
 }
 
-// isLocal says whether the inner address is in one of this node's subnets.
+// isLocal reports whether the inner address is in one of this node's subnets.
 func (t *Table) isLocal(a netip.Addr) bool {
 	for _, p := range t.local {
 		if p.Contains(a) {
@@ -206,14 +204,14 @@ func (t *Table) isLocal(a netip.Addr) bool {
 	return false
 }
 
-// isPeer says whether any peer lives at the underlay address.
+// isPeer reports whether any peer has the underlay address.
 func (t *Table) isPeer(outer netip.Addr) bool {
 	_, ok := t.outer[outer]
 	return ok
 }
 
-// route remembers the last lookup of one direction, since packets come in
-// runs: most of the time the table is not asked at all.
+// route caches one direction's last lookup: packets come in runs, so most
+// lookups do not reach the table.
 type route struct {
 	table *Table
 	inner netip.Addr

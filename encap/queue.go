@@ -10,12 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// queue is one or several queues of the device and the sockets that belong to
-// them, with the goroutine that serves them.
-//
-// One serves both directions: what the kernel answers to a write, an
-// acknowledgement above all, is on the device when the write returns, and needs
-// nobody to be woken. Several processors are for several queues.
+// queue is one or several queues of the device and their sockets, served by one
+// goroutine in both directions: the kernel's reply to a write, such as a TCP ACK,
+// is on the device when the write returns, so no other thread has to be woken.
+// Several queues use several CPUs.
 type queue struct {
 	*common
 	devices []uintptr
@@ -24,13 +22,13 @@ type queue struct {
 
 	stop     eventfd
 	errors   errorQueue
-	polls    []unix.PollFd // stop, the sockets, those that only send, the devices
+	polls    []unix.PollFd // stop, receive sockets, send-only sockets (errors), devices
 	patience patience
 }
 
-// dozing is how long a thread sleeps in a system call that the runtime does
-// not know of, before it sleeps in one that it does. It is less than the 10 ms
-// after which the runtime would ask the goroutine for its processor.
+// dozing is how long a thread blocks in a raw system call, hidden from the Go
+// scheduler, before it blocks in one that releases its P. It is less than the
+// 10 ms after which the runtime preempts a goroutine.
 const dozing = 5 * time.Millisecond
 
 func newQueue(c *common, devices []uintptr, out *egress, in []*ingress) (*queue, error) {
@@ -49,7 +47,7 @@ func newQueue(c *common, devices []uintptr, out *egress, in []*ingress) (*queue,
 	return q, nil
 }
 
-// watchErrors has the queue look at the errors of sockets that only send.
+// watchErrors adds the send-only sockets to the poll set, for their error queues.
 func (q *queue) watchErrors(o Options) {
 	last := len(q.polls) - len(q.devices)
 	devices := slices.Clone(q.polls[last:])
@@ -67,14 +65,14 @@ func (q *queue) watchErrors(o Options) {
 	q.polls = append(q.polls, devices...)
 }
 
-// close lets go of what newQueue made.
+// close closes the eventfd.
 func (q *queue) close() { q.stop.close() }
 
-// wake makes the goroutine see that the loop is stopping.
+// wake wakes the goroutine, so that it sees that the loop is stopping.
 func (q *queue) wake() { q.stop.signal() }
 
-// serve carries what comes, in both directions, until the loop stops or a
-// descriptor fails.
+// serve carries packets in both directions until the loop stops (it returns nil)
+// or a descriptor fails.
 func (q *queue) serve() error {
 	devices := q.polls[len(q.polls)-len(q.devices):]
 	for {
@@ -108,8 +106,8 @@ func (q *queue) serve() error {
 	}
 }
 
-// look looks again and again, as long as something can be expected soon, and
-// says whether a descriptor is ready.
+// look busy-polls while patience allows it, and reports whether a descriptor is
+// ready.
 func (q *queue) look() (ready bool) {
 	for q.patience.busy {
 		if wait(q.polls, 0) {
@@ -121,7 +119,7 @@ func (q *queue) look() (ready bool) {
 	return false
 }
 
-// sleep sleeps until a descriptor is ready.
+// sleep blocks until a descriptor is ready.
 func (q *queue) sleep() {
 	q.patience.sleeps()
 	if !wait(q.polls, dozing) {
@@ -143,14 +141,14 @@ func (q *queue) sleep() {
 	}
 }
 
-// wait waits until one of the descriptors is ready, and returns false if none
-// was for a time of at most dozing. Woken so, a goroutine runs at once, on its
-// own thread: the scheduler has no part in it. The price is that it keeps its
-// processor while it waits, so there must be one for it besides those that the
-// rest of the program is to use (Loop.Run).
+// wait blocks until a descriptor is ready, and returns false after atMost, which
+// must not exceed dozing. It is a raw system call: after the wake-up the
+// goroutine runs at once on its thread, without the Go scheduler. It keeps its P
+// meanwhile, so Loop.Run reserves one more per queue.
 //
-// Whoever needs the processor, the garbage collector above all, asks for it by
-// a signal, which ends the system call; Gosched then gives it away.
+// The runtime, such as the garbage collector, preempts by a signal, which
+// interrupts the call: wait then yields (Gosched) and returns true with no events
+// set.
 func wait(polls []unix.PollFd, atMost time.Duration) (ready bool) {
 	timeout := unix.NsecToTimespec(int64(atMost))
 	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&polls[0])), uintptr(len(polls)), uintptr(unsafe.Pointer(&timeout)), 0, 0, 0)
@@ -168,7 +166,7 @@ func clearEvents(polls []unix.PollFd) {
 	}
 }
 
-// eventfd is a counter to wait for (eventfd(2)).
+// eventfd is an eventfd(2), used as a wake-up.
 type eventfd int
 
 func newEventfd() (eventfd, error) {
@@ -179,7 +177,7 @@ func newEventfd() (eventfd, error) {
 	return eventfd(fd), nil
 }
 
-var eventOne = [8]byte{1} // any number but 0, in either byte order
+var eventOne = [8]byte{1} // not 0 in either byte order
 
 func (e eventfd) signal() { _, _ = unix.Write(int(e), eventOne[:]) }
 

@@ -2,9 +2,9 @@ package encap
 
 import "sync/atomic"
 
-// Reason says why a packet was dropped. Every drop is counted under exactly
-// one of them. Where the kernel's datapath drops for the same reason
-// (internal/host, firewall.go), it has the same name there.
+// Reason is why a packet was dropped. Each drop is counted under exactly one
+// Reason. The kernel datapath's drop counters (package internal/host) use the same
+// names for the same reasons.
 type Reason uint8
 
 // The reasons of the sending side (pod to underlay) come first, then those of
@@ -12,35 +12,35 @@ type Reason uint8
 const (
 	Accepted Reason = iota // not a drop
 
-	EgressMalformed   // the device gave a frame that is no whole IP packet
-	EgressNoPeer      // no lease covers the inner destination
+	EgressMalformed   // the device's frame is not a valid IP packet or GSO frame
+	EgressNoPeer      // no peer's lease contains the inner destination
 	EgressSource      // the inner source is not in this node's subnet
-	EgressLinkLocal   // what the kernel says on every link, for no peer
-	EgressTooBig      // it does not fit the path to the peer
-	EgressFull        // the socket's buffer, and so the link, is full
+	EgressLinkLocal   // link-local multicast of the kernel's, which has no peer
+	EgressTooBig      // longer than the path MTU to the peer
+	EgressFull        // the socket buffer is full
 	EgressNoBuffers   // the link's queue is full, or the kernel is short of memory
-	EgressUnreachable // the host has no route to the peer, or its link is down
-	EgressDenied      // the host's own firewall or a prohibit route forbids it
-	EgressSend        // the kernel refused to send it
+	EgressUnreachable // no route to the peer, or the link is down
+	EgressDenied      // denied by the host's firewall or a prohibit route
+	EgressSend        // any other error of the send call
 
-	IngressTruncated // longer than any datagram may be
-	IngressShort     // shorter than its headers
-	IngressUncut     // a super-frame that the kernel cannot hand over, or that has too many segments
-	IngressFragment  // a fragment of an IPIP packet
+	IngressTruncated // longer than the receive buffer (IPIP: or shorter than the link header)
+	IngressShort     // shorter than its headers (IPIP: or not an IPIP packet)
+	IngressUncut     // a super-frame that the kernel cannot deliver, or with too many segments
+	IngressFragment  // a fragment of an outer IPIP packet
 	IngressFlags     // VXLAN without the I flag (RFC 7348, section 5)
 	IngressVNI       // another overlay's VNI
-	IngressStranger  // the outer source leases nothing
+	IngressStranger  // the outer source is no peer's address
 	IngressMAC       // the inner Ethernet destination is not this VTEP
 	IngressProtocol  // the inner frame is neither IPv4 nor IPv6
-	IngressMalformed // the inner packet contradicts its own lengths
+	IngressMalformed // a length or checksum in the packet is wrong
 	IngressSource    // the inner source is not in the sender's subnet
 	IngressNotOurs   // the inner destination is not in this node's subnet
-	IngressECN       // congestion marked outside, not understood inside (RFC 6040)
+	IngressECN       // the outer ECN is CE, the inner Not-ECT (RFC 6040)
 	IngressDown      // the tunnel device is down
 	IngressNoBuffers // the kernel is short of memory
-	IngressWrite     // the device refused it
+	IngressWrite     // the device rejected it
 
-	reasons // how many there are
+	reasons // number of reasons
 )
 
 var reasonNames = [reasons]string{
@@ -54,7 +54,7 @@ var reasonNames = [reasons]string{
 
 func (r Reason) String() string { return reasonNames[r] }
 
-// Reasons lists every reason for a drop, in the order of a packet's way.
+// Reasons returns all reasons for a drop, sending side first.
 func Reasons() []Reason {
 	all := make([]Reason, 0, reasons-1)
 	for r := Accepted + 1; r < reasons; r++ {
@@ -63,20 +63,19 @@ func Reasons() []Reason {
 	return all
 }
 
-// Counters are what one direction of the loop has done. The loop adds to them
-// once per batch; anyone may read them at any time.
+// Counters are the totals of one direction of the loop, which adds to them once
+// per batch. Reading them is safe at any time.
 type Counters struct {
-	Packets  atomic.Uint64 // inner packets carried, counted as on the wire (segments)
+	Packets  atomic.Uint64 // inner packets carried, each segment counted
 	Bytes    atomic.Uint64 // of inner packets, headers included
-	Frames   atomic.Uint64 // device reads or writes: one frame may hold many packets
-	Super    atomic.Uint64 // of Frames: those that left whole, as super-frames
-	Syscalls atomic.Uint64 // reads, writes, sends and receives, waits apart
-	Waits    atomic.Uint64 // times the loop had nothing to do and slept
+	Frames   atomic.Uint64 // device reads or writes; one frame may hold many packets
+	Super    atomic.Uint64 // of Frames: those sent whole, as super-frames
+	Syscalls atomic.Uint64 // reads, writes, sends and receives, not waits
+	Waits    atomic.Uint64 // times that this direction ended a blocking wait
 	Drops    [reasons]atomic.Uint64
 }
 
-// tally is a Counters' increment, kept by the loop's own goroutine and
-// published once per batch.
+// tally is an increment of Counters, local to one goroutine until publish.
 type tally struct {
 	packets, bytes, frames, super, syscalls uint64
 	drops                                   [reasons]uint64
@@ -90,7 +89,7 @@ func (t *tally) dropN(r Reason, n int) {
 	t.dropped = true
 }
 
-// publish adds the tally to c and begins a new one.
+// publish adds the tally to c and resets it.
 func (t *tally) publish(c *Counters) {
 	c.Packets.Add(t.packets)
 	c.Bytes.Add(t.bytes)

@@ -3,22 +3,22 @@ package encap
 import "encoding/binary"
 
 // segment is one packet cut from a frame: new headers, and a slice of the
-// frame's own payload.
+// frame's payload.
 type segment struct {
-	head []byte // whatever was asked to stand before the packet, then its headers
+	head []byte // lead (see cut), then the packet's headers
 	data []byte
 }
 
-// segmenter cuts frames of up to 64 KB into packets. It owns the headers that
-// it writes; they are valid until its next cut.
+// segmenter cuts frames of up to 64 KB into packets. It owns the headers that it
+// writes, which are valid until the next cut.
 type segmenter struct {
 	arena    []byte
 	segments []segment
 }
 
 const (
-	// MaxFrameSegments is the most segments that a frame may ask for; one that
-	// asks for more is dropped. The device should be told (gso_max_segs).
+	// MaxFrameSegments is the maximum number of segments per frame; a frame with
+	// more is dropped. The device's gso_max_segs should be set to it.
 	MaxFrameSegments = 1024
 	// The longest headers: VXLAN, IPv4 with options, TCP with options.
 	headSpace = (VXLANHeaderLen + 60 + 60 + 15) &^ 15
@@ -31,13 +31,13 @@ func newSegmenter() *segmenter {
 	}
 }
 
-// cut cuts the TCP or UDP packet b, of which p is the parse, into packets with
-// size bytes of payload each but the last, and puts lead before each. Lengths,
-// IPv4 identification, TCP sequence numbers and flags, and all checksums are
-// those that the kernel's own segmentation would give (tcp_gso_segment,
-// __udp_gso_segment). It returns nil if the frame cannot be cut so.
+// cut cuts the TCP or UDP packet b, parsed as p, into segments of size payload
+// bytes (the last may be shorter) and puts lead before each. Lengths, IPv4
+// identification, TCP sequence numbers and flags, and all checksums are as the
+// kernel's segmentation sets them (tcp_gso_segment, __udp_gso_segment). It returns
+// nil if size is not positive or there would be too many segments.
 //
-// The payload is borrowed from b, and the headers from s.
+// The payload is borrowed from b, the headers from s.
 func (s *segmenter) cut(lead, b []byte, p *packet, size int) []segment {
 	s.segments = s.segments[:0]
 	payload := b[p.headLen:p.length]
@@ -78,7 +78,7 @@ func (s *segmenter) cut(lead, b []byte, p *packet, size int) []segment {
 }
 
 // complement turns a sum over pseudo-header, transport header and payload into
-// the checksum to store. For UDP, zero would say that there is none (RFC 768).
+// the checksum to store. In UDP, 0 would mean no checksum (RFC 768).
 func (p *packet) complement(acc uint64) uint16 {
 	c := ^fold(acc)
 	if c == 0 && p.proto == protoUDP {
@@ -97,10 +97,9 @@ const (
 	tcpCWR = 1 << 7
 )
 
-// completeChecksum finishes the checksum that a virtio header says is
-// unfinished: the field at start+offset holds the pseudo-header's sum, and the
-// rest of the packet from start on is still to be added. It returns false if
-// the header points outside the packet.
+// completeChecksum completes a partial checksum (VIRTIO_NET_HDR_F_NEEDS_CSUM):
+// the field at start+offset holds the pseudo-header's sum, and the packet's bytes
+// from start on are added. It returns false if the field is outside the packet.
 func completeChecksum(b []byte, start, offset int, udp bool) bool {
 	at := start + offset
 	if start < 0 || offset < 0 || at+2 > len(b) {

@@ -16,8 +16,8 @@ var (
 	here6, there6 = netip.MustParseAddr("fd00:5:1::7"), netip.MustParseAddr("fd00:5:2::9")
 )
 
-// drawSpec draws any packet that may be cut: a TCP one whose flags segments
-// may bear, or a UDP one.
+// drawSpec draws a packet that may be cut: TCP with flags that segments may have, or
+// UDP.
 func drawSpec(t *rapid.T) spec {
 	s := spec{
 		source: here4, destination: there4, proto: protoTCP,
@@ -75,8 +75,8 @@ func TestCutIsWhatTheOracleCuts(t *testing.T) {
 	})
 }
 
-// TestJoinUndoesCut joins what the oracle cut, and lets the oracle cut the
-// joined frames again: the same packets must come out, in the same order.
+// TestJoinUndoesCut joins packets that the oracle cut, and cuts the joined frames
+// again: the same packets must come out in the same order.
 func TestJoinUndoesCut(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s := drawSpec(t)
@@ -105,7 +105,7 @@ func TestJoinUndoesCut(t *testing.T) {
 	})
 }
 
-// explode cuts a finished frame as a device would.
+// explode finishes a frame and cuts it as a device would.
 func explode(t rapid.TB, f *frame) [][]byte {
 	f.finish()
 	var v vnetHeader
@@ -117,7 +117,7 @@ func explode(t rapid.TB, f *frame) [][]byte {
 	return cutAsDevice(t, v, b)
 }
 
-// cutAsDevice does what the kernel does with a frame on its way to a wire.
+// cutAsDevice completes and segments a frame as the kernel does before a wire.
 func cutAsDevice(t rapid.TB, v vnetHeader, b []byte) [][]byte {
 	if v.gsoType == gsoNone {
 		if v.flags&vnetNeedsCsum != 0 && !completeChecksum(b, int(v.csumStart), int(v.csumOffset), v.csumOffset == 6) {
@@ -168,8 +168,8 @@ func TestChecksumIsTheSlowOne(t *testing.T) {
 	})
 }
 
-// TestChecksumOfEveryLength has the fast ways begin and end everywhere; all ones
-// are what loses a carry that is not added.
+// TestChecksumOfEveryLength starts and ends the fast paths at every offset. Data of
+// all ones reveals a lost carry.
 func TestChecksumOfEveryLength(t *testing.T) {
 	random := make([]byte, maxFrameLen)
 	rng := rand.New(rand.NewPCG(1, 2))

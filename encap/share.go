@@ -2,17 +2,17 @@ package encap
 
 import "sync/atomic"
 
-// PeerTraffic is what has been carried with one peer. Packets are counted as on
-// the wire, bytes are of inner packets; drops are those of either direction
-// whose peer is known.
+// PeerTraffic is the traffic with one peer. Packets are inner packets, each
+// segment counted; bytes are of inner packets; Drops are of both directions, if
+// the packet's peer was known.
 type PeerTraffic struct {
 	SentPackets, SentBytes         uint64
 	ReceivedPackets, ReceivedBytes uint64
 	Drops                          uint64
 }
 
-// lane is what one thread has carried with a peer, on a cache line of its own:
-// one thread writes it, and anyone may read.
+// lane is one thread's counters for a peer, padded to a cache line. Only that
+// thread writes it.
 type lane struct {
 	packets, bytes [2]atomic.Uint64 // by direction
 	drops          atomic.Uint64
@@ -25,8 +25,8 @@ const (
 	receiving
 )
 
-// Traffic sums what the threads have carried with the peer, since it was first in
-// a table of the loop with this underlay address. It may be called at any time.
+// Traffic returns the traffic with the peer since it was first in a table of the
+// loop with this underlay address. It is safe for concurrent use.
 func (p *Peer) Traffic() PeerTraffic {
 	var t PeerTraffic
 	for i := range p.lanes {
@@ -40,38 +40,39 @@ func (p *Peer) Traffic() PeerTraffic {
 	return t
 }
 
-// count gives every peer a lane for each thread; a peer that was in the older
-// table keeps its own.
+// count allocates a lane per thread for every peer. A peer of the old table with
+// the same underlay address keeps its lanes.
 func (t *Table) count(threads int, old *Table) {
 	fresh := make([]lane, 0)
 	for prefix, p := range t.peers {
 		before := old.peers[prefix]
 		switch {
-		case before == p: // of a table that is set again
+		case before == p: // the same Peer in both tables
 			continue
 		case before != nil && before.Underlay == p.Underlay:
 			p.lanes = before.lanes
 			continue
 		}
-		if len(fresh) < threads { // not all at once: a peer that goes would keep the memory of all
+		if len(fresh) < threads { // in small blocks: one remaining peer keeps its whole block alive
 			fresh = make([]lane, max(threads, lanesAtOnce/threads*threads))
 		}
 		p.lanes, fresh = fresh[:threads:threads], fresh[threads:]
 	}
 }
 
-// lanesAtOnce fill a page.
+// lanesAtOnce lanes fill a 4 KB page.
 const lanesAtOnce = 64
 
-// share is what of a batch is one peer's, for one direction of one thread. As
-// packets come in runs, the peer's lane is written about once per batch.
+// share gathers one direction's counts for the current peer, and publishes them
+// when the peer changes or the batch ends. Packets come in runs, so a lane is
+// written about once per batch.
 type share struct {
 	thread, direction     int
 	peer                  *Peer
 	packets, bytes, drops uint64
 }
 
-// add counts packets that were carried with a peer.
+// add counts carried packets.
 func (s *share) add(p *Peer, packets, bytes int) {
 	if s.peer != p {
 		s.publish()
@@ -81,13 +82,13 @@ func (s *share) add(p *Peer, packets, bytes int) {
 	s.bytes += uint64(bytes)
 }
 
-// drop counts packets to or from a peer that were dropped.
+// drop counts dropped packets to or from a peer.
 func (s *share) drop(p *Peer, n int) {
 	s.add(p, 0, 0)
 	s.drops += uint64(n)
 }
 
-// publish adds the share to the peer's lane and begins a new one.
+// publish adds the share to the peer's lane and resets it.
 func (s *share) publish() {
 	if s.peer != nil && s.thread < len(s.peer.lanes) {
 		l := &s.peer.lanes[s.thread]

@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// TestPeerTraffic sends frames between two nodes and compares what each counts
-// by peer with what it counts in all, also after the table has been made anew,
-// and after a packet with a source that is not the peer's.
+// TestPeerTraffic sends frames between two nodes and compares each node's counters
+// per peer with its totals, also after the table is replaced and after a packet with
+// a wrong source.
 func TestPeerTraffic(t *testing.T) {
 	a, b := pairOfNodes(t)
 	frames := func() {
@@ -36,7 +36,7 @@ func TestPeerTraffic(t *testing.T) {
 	const each = 20000/1398 + 1 + 1
 	frames()
 	agree(each)
-	meet(a, b) // with other peers of the same names
+	meet(a, b) // replaces the tables, with the same subnets and addresses
 	frames()
 	agree(2 * each)
 

@@ -5,12 +5,12 @@ import (
 	"net/netip"
 )
 
-// A super-frame is a TCP or UDP packet of up to 64 KB that is still to be cut,
-// with the headers of the tunnel before it, written to a TAP device in one
-// piece. The kernel, or the uplink's hardware, cuts it, and repeats the tunnel's
-// headers for each segment (Linux 6.17: TUN_F_UDP_TUNNEL_GSO,
-// virtio_net_hdr_tnl_to_skb in linux/virtio_net.h). The TAP's frames are
-// redirected to the uplink as they are, so the Ethernet header, too, is ours.
+// A super-frame is a TCP or UDP GSO packet of up to 64 KB with the tunnel's
+// headers before it, written to a TAP device whole. The kernel, or the uplink's
+// hardware, segments it and repeats the tunnel's headers for each segment (Linux
+// 6.17: TUN_F_UDP_TUNNEL_GSO, virtio_net_hdr_tnl_to_skb in linux/virtio_net.h).
+// The TAP's frames are redirected to the uplink unchanged, so the loop writes the
+// outer Ethernet header as well.
 
 const (
 	// superVnetLen is the length of struct virtio_net_hdr_v1_hash_tunnel.
@@ -23,34 +23,34 @@ const (
 
 	ttl = 64
 
-	// superKeep is how often a super-frame takes the portable way in place of
-	// its own: the kernel then sees the neighbour in use, and keeps asking for
-	// it when it has grown old.
+	// Every superKeep-th super-frame is sent through the sockets instead, so that
+	// the kernel sees the neighbour entry in use and revalidates it when it is
+	// stale.
 	superKeep = 256
 )
 
-// superHeadroom is what stands before the inner packet of a super-frame at
-// most.
+// superHeadroom is the maximum bytes of headers before a super-frame's inner
+// packet.
 const superHeadroom = superVnetLen + ethernetHeaderLen + 40 + udpLen + VXLANHeaderLen
 
-// NextHop is how super-frames reach a peer: a neighbour on the uplink.
+// NextHop is the neighbour on the uplink by which super-frames reach a peer.
 type NextHop struct {
-	MAC, Uplink [6]byte    // the neighbour's address and the uplink's own
+	MAC, Uplink [6]byte    // Ethernet addresses of the neighbour and the uplink
 	Source      netip.Addr // the outer source
 	MTU         int        // of the uplink, bytes
 }
 
-// superPath is a NextHop as the loop uses it: the headers, precomputed.
+// superPath is the precomputed headers for a NextHop.
 type superPath struct {
-	head    []byte // virtio, Ethernet, IP, UDP and VXLAN headers, with lengths and sums left out
+	head    []byte // virtio, Ethernet, IP, UDP and VXLAN headers, without lengths and checksums
 	ipLen   int
 	ipip    bool
 	pseudo  uint64 // of the outer UDP checksum, without the length
 	largest int    // bytes of the longest inner segment
 }
 
-// SetNextHop lets super-frames to the peer take this way; nil closes it, and
-// they are cut in userspace. It may be called at any time.
+// SetNextHop sets the next hop of super-frames to the peer. With nil, frames are
+// cut in userspace. It is safe for concurrent use.
 func (p *Peer) SetNextHop(n *NextHop) {
 	if n == nil || n.Source.Is4() != p.Underlay.Addr().Is4() {
 		p.super.Store(nil)
@@ -98,8 +98,8 @@ func (p *Peer) SetNextHop(n *NextHop) {
 	p.super.Store(s)
 }
 
-// ipipPath is the way of super-frames in IPIP. What the kernel must know of the
-// outer header is told by the program that redirects the frames.
+// ipipPath returns the IPIP superPath. The program that redirects the frames tells
+// the kernel about the outer header.
 func ipipPath(p *Peer, n *NextHop) *superPath {
 	s := &superPath{ipLen: 20, largest: n.MTU - IPIPCost, ipip: true}
 	s.head = make([]byte, superVnetLen+ethernetHeaderLen+s.ipLen)
@@ -112,11 +112,11 @@ func ipipPath(p *Peer, n *NextHop) *superPath {
 	return s
 }
 
-// HasNextHop says whether super-frames to the peer have a way of their own.
+// HasNextHop reports whether a next hop for super-frames to the peer is set.
 func (p *Peer) HasNextHop() bool { return p.super.Load() != nil }
 
-// outerFields are those of the outer headers that are not the same for all
-// super-frames to a peer.
+// outerFields are the outer header fields that differ between super-frames to one
+// peer.
 type outerFields struct {
 	class uint8
 	id    uint16 // IPv4 identification
@@ -124,11 +124,11 @@ type outerFields struct {
 	df    bool   // IPv4: do not fragment
 }
 
-// stamp writes the headers right before the inner packet, which begins at
-// room[len(s.head)] and is length bytes long, and returns false if the packet
-// does not fit an outer one.
+// stamp writes the headers before the inner packet p, which begins at
+// room[len(s.head)]. It returns false, and writes nothing, if the outer packet or
+// a segment would be too long.
 func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, o outerFields) bool {
-	outer := len(s.head) - superVnetLen - ethernetHeaderLen + p.length // IP header and all behind it
+	outer := len(s.head) - superVnetLen - ethernetHeaderLen + p.length // length of the outer IP packet
 	if outer > maxFrameLen || p.headLen+size > s.largest {
 		return false
 	}
@@ -165,9 +165,9 @@ func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, o outerF
 	return true
 }
 
-// superFrame sends the frame at slab[at:] whole, if it can. What cannot be is untouched: the
-// headers are written over nothing but headroom and the frame's own virtio
-// header.
+// superFrame sends the frame at slab[at:] whole and returns true, or returns
+// false. The frame's packet is not modified: the headers overwrite only the slab
+// before it, which the caller has flushed.
 func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int) bool {
 	path := peer.super.Load()
 	if path == nil || !e.offload.SuperFrame.Load() {
@@ -177,7 +177,7 @@ func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int)
 		return false
 	}
 	if fits := peer.fits(); fits != 0 && p.headLen+size > fits {
-		return false // the kernel fragments what it is given, not what the uplink cuts
+		return false // segments that the uplink cuts are not fragmented
 	}
 	payload := p.length - p.headLen
 	segments := (payload + size - 1) / size
@@ -208,8 +208,8 @@ func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int)
 		case faultRefused:
 			peer.refuse(refusesSuper)
 		default:
-			// The device is down or gone: all leaves by the portable way until
-			// whoever watches the uplink turns it on again.
+			// The device is down or gone: use the sockets until the uplink's watcher
+			// enables super-frames again.
 			e.offload.SuperFrame.Store(false)
 		}
 		return false

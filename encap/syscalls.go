@@ -6,9 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The loop's system calls never block, so they are made without telling the
-// scheduler: its bookkeeping would cost more than a small packet does. Waiting
-// is left to the runtime's poller.
+// The loop's system calls do not block, so they are raw: the Go scheduler's
+// bookkeeping would cost more than a small packet. Waiting is in queue.go.
 
 func read(fd uintptr, b []byte) (int, unix.Errno) {
 	n, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))

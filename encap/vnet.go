@@ -6,20 +6,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// vnetHeaderLen is the length of the virtio header that stands before every
-// frame of a TUN device with IFF_VNET_HDR.
+// vnetHeaderLen is the length of the virtio header before every frame of a TUN
+// device with IFF_VNET_HDR.
 const vnetHeaderLen = 10
 
-// vnetHeader says what is unfinished about a frame: whether a checksum is
-// still to be completed, and into what segments it is to be cut. It is
-// struct virtio_net_hdr (linux/virtio_net.h), in the host's byte order.
+// vnetHeader is struct virtio_net_hdr (linux/virtio_net.h), in host byte order.
+// It describes a frame's pending offloads: checksum completion and segmentation.
 type vnetHeader struct {
 	flags      uint8
 	gsoType    uint8
-	hdrLen     uint16 // of the headers that every segment repeats
+	hdrLen     uint16 // bytes of headers, which every segment repeats
 	gsoSize    uint16 // payload bytes per segment
-	csumStart  uint16 // where the checksum's coverage begins
-	csumOffset uint16 // where, from csumStart, the checksum is stored
+	csumStart  uint16 // offset where the checksum's coverage begins
+	csumOffset uint16 // offset of the checksum field from csumStart
 }
 
 const (

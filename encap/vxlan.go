@@ -2,12 +2,12 @@ package encap
 
 import "encoding/binary"
 
-// VXLANHeaderLen is the bytes that VXLAN puts between the outer UDP header and
-// the inner IP packet: the VXLAN header and the inner Ethernet header.
+// VXLANHeaderLen is the bytes between the outer UDP header and the inner IP
+// packet: the VXLAN header and the inner Ethernet header.
 const VXLANHeaderLen = 8 + ethernetHeaderLen
 
-// VXLANCost is what VXLAN takes from the underlay's MTU: the outer IP header
-// (20 or 40 bytes), the outer UDP header (8), and VXLANHeaderLen.
+// VXLANCost is VXLAN's overhead in bytes: the outer IP header (20 or 40), the
+// outer UDP header (8), and VXLANHeaderLen.
 func VXLANCost(underlay4 bool) int {
 	if underlay4 {
 		return 20 + 8 + VXLANHeaderLen
@@ -36,8 +36,8 @@ const (
 //	|      destination MAC (6)    |    source MAC (6)  | type (2)   |
 //	+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+-+
 //
-// Reserved bits are sent as zero and ignored when received, so a sender that
-// uses them for the group policy extension is understood.
+// Reserved bits are sent as zero and ignored on receipt, so frames with the group
+// policy extension are accepted.
 type VXLAN struct {
 	VNI                 uint32 // 24 bits
 	Destination, Source [6]byte

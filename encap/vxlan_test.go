@@ -33,8 +33,8 @@ func TestVXLANHeader(t *testing.T) {
 	}
 }
 
-// FuzzDatagram throws bytes at everything that a datagram from the network
-// meets, and checks that what is accepted fits within what came.
+// FuzzDatagram gives arbitrary bytes to all code that handles a datagram from the
+// network, and checks that an accepted packet lies within the datagram.
 func FuzzDatagram(f *testing.F) {
 	s := tcpSpec(30)
 	h := VXLAN{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}
@@ -73,11 +73,11 @@ func FuzzDatagram(f *testing.F) {
 				t.Fatalf("a frame of %d bytes says %d, of %d received", total, fr.length, len(data))
 			}
 		}
-		g.flush() // the device refuses everything: each frame is counted
+		g.flush() // the device rejects every frame, which is counted
 	})
 }
 
-// FuzzFrame throws frames at the sending side.
+// FuzzFrame gives arbitrary frames to the sending side.
 func FuzzFrame(f *testing.F) {
 	frame := make([]byte, vnetHeaderLen)
 	(&vnetHeader{flags: vnetNeedsCsum, csumStart: 20, csumOffset: 16, gsoType: gsoTCP4, gsoSize: 100}).put(frame)
