@@ -2,16 +2,26 @@ package test
 
 import (
 	"context"
+	"encoding/pem"
 	"fmt"
+	"io"
+	"log"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/sys/unix"
 
+	"culvert/internal/host"
 	"culvert/internal/lab"
 )
 
@@ -140,17 +150,43 @@ func TestFirstContact(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
+	udp, err := n.ListenPacket(t.Context(), "udp", "0.0.0.0:8472")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer udp.Close()
+	c.setConfig(config)
+	run := func(more ...string) []string {
+		return append([]string{"run", "--node-id", "n1", "--run-dir", t.TempDir(), "--metrics", "", "--etcd-endpoints", c.endpoint}, more...)
+	}
+	https := strings.Replace(c.endpoint, "http:", "https:", 1)
+	tls, ca := tlsServer(t, n, "127.0.0.1:9998")
 	for _, m := range []struct {
-		name string
-		args []string
-		says []string
+		name   string
+		before string // a wrapper
+		args   []string
+		says   []string
 	}{
-		{"no etcd", []string{"lease", "list", "--etcd-endpoints", "http://127.0.0.1:1"}, []string{"connection refused: is etcd running there"}},
-		{"no configuration", []string{"config", "show", "--etcd-endpoints", c.endpoint}, []string{"culvert config init"}},
-		{"no daemon", []string{"status", "--run-dir", t.TempDir()}, []string{"is `culvert run` running"}},
-		{"metrics port taken", []string{"run", "--node-id", "n1", "--run-dir", t.TempDir(), "--metrics", "127.0.0.1:9999", "--etcd-endpoints", c.endpoint}, []string{"127.0.0.1:9999", "take another address with --metrics"}},
+		{name: "no etcd", args: []string{"lease", "list", "--etcd-endpoints", "http://127.0.0.1:1"}, says: []string{"connection refused: is etcd running there"}},
+		{name: "no configuration", args: []string{"config", "show", "--etcd-endpoints", c.endpoint, "--etcd-prefix", "/none"}, says: []string{"culvert config init"}},
+		{name: "no daemon", args: []string{"status", "--run-dir", t.TempDir()}, says: []string{"is `culvert run` running"}},
+		{name: "no daemon to ping from", args: []string{"ping", "--all", "--run-dir", t.TempDir()}, says: []string{"is `culvert run` running"}},
+		{name: "nothing to trace by", args: []string{"trace", "10.5.1.2", "10.5.2.2", "--run-dir", t.TempDir()}, says: []string{"it is not known what should be on this host", "no daemon has left the leases"}},
+		{name: "metrics port taken", args: run("--metrics", "127.0.0.1:9999"), says: []string{"127.0.0.1:9999", "take another address with --metrics"}},
+		{name: "tunnel port taken", args: run("--datapath", "userspace"), says: []string{"8472", "ss -lunp"}},
+		{name: "https asked of http", args: []string{"lease", "list", "--etcd-endpoints", https}, says: []string{"it does not use TLS", "write http://"}},
+		{name: "http asked of https", args: []string{"lease", "list", "--etcd-endpoints", "http://" + tls}, says: []string{"it requires TLS", "write https://"}},
+		{name: "a certificate of nobody known", args: []string{"lease", "list", "--etcd-endpoints", "https://" + tls}, says: []string{"certificate", "--etcd-cafile"}},
+		{name: "no such CA file", args: []string{"lease", "list", "--etcd-endpoints", "https://" + tls, "--etcd-cafile", ca + ".none"}, says: []string{ca + ".none", "no such file"}},
+		{name: "no root", before: "--bounding-set=-net_admin --inh-caps=-net_admin", args: run(), says: []string{"CAP_NET_ADMIN", "as root"}},
+		{name: "no root to clean up", before: "--bounding-set=-net_admin --inh-caps=-net_admin", args: []string{"cleanup"}, says: []string{"CAP_NET_ADMIN", "as root"}},
+		{name: "no root to trace", before: "--bounding-set=-net_admin --inh-caps=-net_admin", args: []string{"trace", "10.5.1.2", "10.5.2.2"}, says: []string{"CAP_NET_ADMIN", "as root"}},
 	} {
-		p, err := n.Start(lab.Command{Name: strings.ReplaceAll(m.name, " ", "-"), Path: filepath.Join(c.bin, "culvert"), Args: m.args})
+		command := lab.Command{Name: strings.ReplaceAll(m.name, " ", "-"), Path: filepath.Join(c.bin, "culvert"), Args: m.args}
+		if m.before != "" {
+			command.Path, command.Args = "/usr/bin/setpriv", append(append(strings.Fields(m.before), command.Path), m.args...)
+		}
+		p, err := n.Start(command)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -161,9 +197,31 @@ func TestFirstContact(t *testing.T) {
 			}
 		}
 	}
+	// An old kernel, as a program with this personality(2) sees it.
+	if out, err := n.Run(t.Context(), "/usr/bin/setarch", "--uname-2.6", filepath.Join(c.bin, "culvert"), "doctor", "--run-dir", t.TempDir(), "--no-cni"); err == nil || !strings.Contains(string(out), "is older than what culvert is tested with") || !strings.Contains(string(out), "use Linux 5.10 or later") {
+		t.Errorf("on an old kernel: %s (%v)", out, err)
+	}
+	// A route of culvert's own, as a network over etcd's address leaves it.
+	if err := n.Do(func() error {
+		return netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(netip.MustParsePrefix("10.5.0.0/16")), Type: unix.RTN_UNREACHABLE, Protocol: host.RouteProtocol})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	p, err := n.Start(lab.Command{Name: "cut-off", Path: filepath.Join(c.bin, "culvert"), Args: []string{"lease", "list", "--etcd-endpoints", "http://10.5.9.9:2379"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if said := exit(t, p, 3*time.Second); !strings.Contains(said, "culvert's own route to 10.5.0.0/16") || !strings.Contains(said, "culvert cleanup") {
+		t.Errorf("cut off by our own route: %q", said)
+	}
+	// A daemon that reaches another server refuses the network.
+	p = c.start(n, "--etcd-endpoints", "http://10.5.9.9:2379")
+	if said := exit(t, p, 5*time.Second); !strings.Contains(said, "the etcd server 10.5.9.9 lies in the cluster network 10.5.0.0/16") {
+		t.Errorf("with an etcd server in the network: %q", said)
+	}
 	// The daemon waits and reports what for.
 	c.endpoint = "https://127.0.0.1:1"
-	p := c.start(n)
+	p = c.start(n)
 	began := time.Now()
 	eventually(t, "the status has the reason", func() error {
 		s, err := c.status(n)
@@ -178,4 +236,27 @@ func TestFirstContact(t *testing.T) {
 	if err := p.Stop(); err != nil {
 		t.Error(err)
 	}
+}
+
+// tlsServer serves TLS in a node's namespace, with a certificate that nobody has
+// signed but itself, and returns its address and the certificate's file.
+func tlsServer(t *testing.T, n *lab.Node, at string) (address, ca string) {
+	t.Helper()
+	server := httptest.NewUnstartedServer(http.NotFoundHandler())
+	_ = server.Listener.Close()
+	l, err := n.Listen(t.Context(), "tcp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.Listener = l
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	ca = filepath.Join(t.TempDir(), "ca.pem")
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	if err := os.WriteFile(ca, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return at, ca
 }

@@ -307,6 +307,11 @@ func TestTrace(t *testing.T) {
 			if b.name == "nftables" && (r.Probe == nil || len(r.Probe.Dropped) == 0 || r.Probe.Dropped[0].Table != "castle" || r.Probe.Dropped[0].Handle == 0) {
 				t.Errorf("the packet was not followed to its end: %+v", r.Probe)
 			}
+			if _, err := os.Stat("/sys/kernel/tracing/events/skb/kfree_skb/enable"); err == nil && b.name == "nftables" && r.Probe != nil && os.Geteuid() == 0 {
+				if got := fmt.Sprint(r.Probe.Reasons); !strings.Contains(got, "NETFILTER_DROP") {
+					t.Errorf("the kernel's reasons: %s", got)
+				}
+			}
 			if tables {
 				t.Logf("\n%s", regexp.MustCompile(`/run/netns/cvt-[0-9a-f]*-`).ReplaceAllString(text, "/run/netns/"))
 			}

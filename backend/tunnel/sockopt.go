@@ -45,7 +45,7 @@ func (s udpSocket) open() (fd int, port uint16, err error) {
 	}}
 	c, err := lc.ListenPacket(context.Background(), network, at.String())
 	if errors.Is(err, unix.EADDRINUSE) {
-		return -1, 0, fmt.Errorf("UDP port %d is taken: is a kernel vxlan device up (`ip -d link show type vxlan`), or flanneld running?: %w", at.Port(), err)
+		return -1, 0, fmt.Errorf("UDP port %d is taken: `ss -lunp` names the program; is a kernel vxlan device up (`ip -d link show type vxlan`), or flanneld running?: %w", at.Port(), err)
 	}
 	if err != nil {
 		return -1, 0, fmt.Errorf("opening the tunnel's socket: %w", err)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"culvert/internal/daemon"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
 )
@@ -48,6 +49,11 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 	defer func() { _ = r.Close() }()
 	err = do(ctx, r)
 	explained := r.Explain(c.Context(), err)
+	if err != nil && r.Trouble() != nil {
+		if why := daemon.CutOff(c.Context(), o.Endpoints); why != "" {
+			return fmt.Errorf("%w; %s", explained, why)
+		}
+	}
 	if errors.Is(err, context.DeadlineExceeded) && r.Trouble() == nil {
 		return fmt.Errorf("etcd does not answer (%s): is it running there, and is the address right?: %w", o, err)
 	}

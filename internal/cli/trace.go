@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -345,6 +346,11 @@ func writeTrace(w io.Writer, r traceResult) error {
 			fmt.Fprintf(w, "sent: %s: answered in %s\n", p.What, milliseconds(p.Took))
 		default:
 			fmt.Fprintf(w, "sent: %s: %s; the tunnel device sent %d packets meanwhile and received %d\n", p.What, p.Said, p.Sent, p.Received)
+		}
+	}
+	if p := r.Probe; p != nil && !p.Answered {
+		for _, reason := range slices.Sorted(maps.Keys(p.Reasons)) {
+			fmt.Fprintf(w, "the kernel dropped meanwhile, on this machine: %d, %s\n", p.Reasons[reason], reason)
 		}
 	}
 	switch r.Verdict {

@@ -208,6 +208,11 @@ func (d *node) run(ctx context.Context) error {
 	}
 	defer func() { _ = registry.Close() }()
 	d.health.setWarnings("store", d.leftBehind(ctx)...)
+	if _, old, err := host.Release(); err == nil && old != "" {
+		w := api.Warning{Check: "kernel", Text: old, Fix: host.KernelFix}
+		d.log.Warn(w.Text, "check", w.Check, "fix", w.Fix)
+		d.health.setWarnings("kernel", w)
+	}
 	return d.live(ctx, registry, at)
 }
 

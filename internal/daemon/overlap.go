@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"net/url"
@@ -17,6 +18,7 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/subnet"
+	"culvert/subnet/etcd"
 )
 
 // What is given out of the cluster network is taken from whatever else has those
@@ -240,6 +242,19 @@ func (d *node) leftBehind(ctx context.Context) []api.Warning {
 		d.log.Warn(w.Text, "check", w.Check, "fix", w.Fix)
 	}
 	return all
+}
+
+// CutOff says, as a sentence, that a route of culvert's own leads where one of the
+// etcd servers is, and what to do; empty if none does. It is for who cannot reach
+// them, and would look at the server.
+func CutOff(ctx context.Context, endpoints []string) string {
+	d := &node{log: slog.New(slog.DiscardHandler), options: Options{Etcd: etcd.Options{Endpoints: endpoints}}}
+	for _, w := range d.leftBehind(ctx) {
+		if strings.Contains(w.Text, "the etcd server") {
+			return w.String()
+		}
+	}
+	return ""
 }
 
 // fit leaves out of a snapshot what this host cannot follow: leases of peers that

@@ -53,16 +53,14 @@ func privileges(_ context.Context, _ Host) (string, []Finding) {
 }
 
 func kernel(_ context.Context, h Host) (string, []Finding) {
-	var name unix.Utsname
-	if err := unix.Uname(&name); err != nil {
-		return "", []Finding{bad("", "asking the kernel's version: %v", err)}
+	release, old, err := host.Release()
+	if err != nil {
+		return "", []Finding{bad("", "%v", err)}
 	}
-	release := unix.ByteSliceToString(name.Release[:])
 	seen := []string{"Linux " + release}
-	var major, minor int
 	var all []Finding
-	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err == nil && (major < 5 || major == 5 && minor < 10) {
-		all = append(all, bad("use Linux 5.10 or later", "Linux %s is older than what culvert is tested with", release))
+	if old != "" {
+		all = append(all, bad(host.KernelFix, "%s", old))
 	}
 	format := "vxlan"
 	if h.Status != nil && h.Status.Datapath.WireFormat != "" {

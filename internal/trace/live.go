@@ -33,6 +33,9 @@ type Probe struct {
 	// counters.
 	Sent     uint64 `json:"tunnel_sent"`
 	Received uint64 `json:"tunnel_received"`
+	// Reasons counts packets that the kernel dropped meanwhile, on the whole
+	// machine, by its reason and the place; nil if it does not report any.
+	Reasons map[string]int `json:"kernel_drops,omitempty"`
 }
 
 // patience is how long to wait for a reply.
@@ -50,9 +53,13 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 	if err != nil { // continue without tracing
 		p.Limit = append(p.Limit, err.Error())
 	}
+	drops := watchDrops()
 	before := host.DeviceTraffic(p.Tunnel)
 	probe.What, probe.Took, err = send(ctx, ns, p)
 	after := host.DeviceTraffic(p.Tunnel)
+	if drops != nil {
+		probe.Reasons = drops()
+	}
 	if follow != nil {
 		probe.Dropped = follow()
 	}
