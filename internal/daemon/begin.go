@@ -14,40 +14,40 @@ import (
 	"culvert/subnet/kept"
 )
 
-// A node that was restarted while the store is unreachable has on its disk what it last
-// read there, and goes on with it for as long as its lease certainly lasts:
+// A daemon that is restarted while the store is unreachable serves from its snapshot
+// on disk, until the lease in it may have expired:
 //
 //	the store answers ── standFence ── join ──┐
 //	     │ not within answerPatience        ├── carry
 //	     └── kept on disk ── Resume ────────┘
 //
-// So does a node that carries etcd along, which starts with it.
+// So does a node with the embedded etcd, which starts together with the daemon.
 //
-// From there on it is as a node that ran all along: Hold takes the lease up
-// again or finds it lost, and the first list replaces what was kept.
+// From then on it behaves as if it had run all along: Hold renews the lease or
+// finds it lost, and the first list from the store replaces the snapshot.
 
 const (
-	// answerPatience is how long the store is waited for before what is kept serves;
-	// one that refuses connections is not waited for at all.
+	// answerPatience is how long to wait for the store's answer before serving from
+	// the snapshot. If connections are refused, there is no wait.
 	answerPatience = 500 * time.Millisecond
-	// joinPatience bounds the way to a lease where there is one on disk already.
+	// joinPatience bounds leasing from the store if the snapshot has a usable lease.
 	joinPatience = 5 * time.Second
 )
 
 var errAway = errors.New("the store is unreachable")
 
-// tenure is a lease to serve, under a configuration and at a place.
+// tenure is a lease to serve, with its network configuration and place.
 type tenure struct {
 	config subnet.Config
 	lease  subnet.Lease
 	at     place
-	// nets are the host's own networks within the cluster's: a peer's lease there
-	// is set aside.
+	// nets are the host's own networks inside the cluster network: peers' leases
+	// there are rejected.
 	nets []subnet.HostNetwork
 }
 
-// begin returns the lease to serve: the store's, or the kept one while the store
-// is unreachable.
+// begin returns the lease to serve: from the store, or from the snapshot on disk
+// while the store is unreachable.
 func (d *node) begin(ctx context.Context, r store, at place) (tenure, error) {
 	if k, _, err := d.kept(r); k == nil {
 		if err != nil {
@@ -71,7 +71,7 @@ func (d *node) begin(ctx context.Context, r store, at place) (tenure, error) {
 	if ctx.Err() != nil {
 		return tenure{}, ctx.Err()
 	}
-	// Looked at again: what was done meanwhile may have ended it.
+	// Check again: the snapshot may have become unusable meanwhile.
 	k, there, err := d.kept(r)
 	if k == nil {
 		d.log.Warn(d.options.storeName()+" is unreachable, and what was kept does not serve any more", "reason", err)
@@ -90,8 +90,8 @@ func (d *node) begin(ctx context.Context, r store, at place) (tenure, error) {
 	return tenure{k.Config, k.Lease, there, nets}, nil
 }
 
-// enter is the way through the store. A server that is carried along is waited for:
-// one that does not start ends a daemon that has nothing else to go by.
+// enter leases from the store. It waits for the embedded etcd first; if that does
+// not start, the daemon ends, as it has no snapshot to serve from.
 func (d *node) enter(ctx context.Context, r store, at place) (tenure, error) {
 	if d.embedded != nil {
 		if err := d.embedded.await(ctx); err != nil {
@@ -104,9 +104,9 @@ func (d *node) enter(ctx context.Context, r store, at place) (tenure, error) {
 	return d.join(ctx, r)
 }
 
-// kept returns what an earlier daemon kept if this one could have written it:
-// the same node at the same place, not fenced, whose pods have the kept subnet.
-// Nil without an error is of a node that has kept nothing.
+// kept returns the snapshot on disk if it fits this daemon: same node and place, not
+// fenced, and subnet.env names its subnets. It returns nil without an error if there
+// is no snapshot.
 func (d *node) kept(r store) (*kept.State, place, error) {
 	k, err := r.Kept(d.options.Node)
 	if err != nil || k == nil {

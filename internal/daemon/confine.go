@@ -5,19 +5,20 @@ import (
 	"culvert/internal/confine"
 )
 
-// Confine is whether the daemon gives up, once it has started, what it does not need.
+// Confine is whether the daemon drops capabilities and system calls after its start.
 type Confine string
 
 const (
 	ConfineOn  Confine = "on"
 	ConfineOff Confine = "off"
-	// ConfineKill is on, and ends the daemon where it makes a system call that it has
-	// given up: the tests run so, which proves that it makes none.
+	// ConfineKill is ConfineOn, but a forbidden system call kills the daemon instead of
+	// failing. The tests use it to prove that the daemon makes none.
 	ConfineKill Confine = "kill"
 )
 
-// confine is done before there is any thread that carries packets. What cannot be given
-// up, as in a container that forbids it, is told and no reason not to start.
+// confine drops what the daemon does not need. It must run before the threads that
+// carry packets start. A failure, such as in a container that forbids it, is logged
+// only.
 func (o Options) confine() {
 	if o.Confine == ConfineOff {
 		return

@@ -1,12 +1,15 @@
-// Package daemon is the node daemon: it joins the registry, the datapath and
-// subnet.env, and decides the order in which they start and stop.
+// Package daemon is the node daemon. It connects the store, the datapath and
+// subnet.env, and decides the order in which they start and stop. It owns
+// subnet.env, the small records in the run directory and the status; leases are
+// owned by the store's package (subnet/etcd, subnet/kube), packets by the datapath
+// (backend), and the kernel's configuration by internal/host.
 //
-// A lease event takes one way through it:
+// Lease events take one path:
 //
 //	store ── Registry.Watch ── Snapshot ── Backend.Apply ── kernel or peer table
 //
-// and the same way serves the start, every change, and the return of the
-// store after an absence, since a snapshot is always whole.
+// The start, every change and a reconnection to the store use the same path, since a
+// snapshot is always complete.
 package daemon
 
 import (
@@ -29,67 +32,66 @@ import (
 	"culvert/subnet/kube"
 )
 
-// Options is everything that a daemon is told. Every field is required unless
-// it says otherwise.
+// Options configures the daemon. Fields are required unless they say otherwise.
 type Options struct {
 	Version string
 	Node    string // stable identity
 	RunDir  string // of the socket and the state
-	// SocketGroup may ask the daemon, beside root; "" for none.
+	// SocketGroup is the group that may use the socket besides root; "" for none.
 	SocketGroup string
-	// Confine gives up the rights and system calls that the daemon does not need.
+	// Confine drops the capabilities and system calls that the daemon does not need.
 	Confine    Confine
-	SubnetFile string // where the CNI plugin looks for subnet.env
-	// CNIConfDir is where to put in place the network configuration that
-	// `culvert cni install --when-ready` left there; "" for nowhere.
+	SubnetFile string // path of subnet.env, which the CNI plugin reads
+	// CNIConfDir is the directory in which to publish the CNI network configuration
+	// that `culvert cni install --when-ready` left there; "" to publish none.
 	CNIConfDir string
 	Etcd       etcd.Options
-	// Kubernetes is where the leases are instead of in etcd, or nil.
+	// Kubernetes selects the Kubernetes API as the store; nil selects etcd.
 	Kubernetes *kube.Options
 	Underlay   host.UnderlaySelector
-	// PublicIPs are what other nodes send to, where that is not the underlay's
-	// own address; empty, or at most one per family.
+	// PublicIPs are the addresses that peers send to, if they differ from the
+	// underlay's; empty, or at most one per family.
 	PublicIPs []netip.Addr
 	IPMasq    bool
-	NoMasq    []netip.Prefix // destinations that see the pods' own addresses
+	NoMasq    []netip.Prefix // destinations that are not masqueraded
 	LeaseTTL  time.Duration
-	// OnLost is what to do when another node has our subnet.
+	// OnLost is what to do if another node holds our subnet.
 	OnLost OnLost
-	// ReleaseOnExit gives the lease back when the daemon is told to stop, for a
-	// node that is drained and will not be back.
+	// ReleaseOnExit releases the lease on exit, for a node that is drained and will
+	// not return.
 	ReleaseOnExit bool
-	// StartJitter bounds a random pause before the store is first asked, for sites
-	// where thousands of nodes are booted at one moment; a node that has a
-	// snapshot on its disk does not wait.
+	// StartJitter bounds a random delay before the first request to the store, for
+	// sites that boot thousands of nodes at once. A node with a usable snapshot on
+	// disk does not wait.
 	StartJitter time.Duration
 	Datapath    Datapath
 	FastPath    FastPath
-	// TakeOverFlannel removes flannel's device where ours cannot be beside it.
+	// TakeOverFlannel removes flannel's device if it conflicts with ours.
 	TakeOverFlannel bool
-	// Replace takes over from a daemon that runs with the same run directory.
+	// Replace takes over from the daemon that runs with the same run directory.
 	Replace bool
-	// HandedOver is what to do when another has taken over from this one.
+	// HandedOver is what to do after a successor has taken over.
 	HandedOver HandedOver
-	// Metrics is where metrics and probes are served, "" for nowhere.
+	// Metrics is the listen address of metrics and probes, "" for none.
 	Metrics string
-	// MetricsAccess guards them.
+	// MetricsAccess is the TLS certificate and token of that address.
 	MetricsAccess Access
-	// Embedded is the etcd server to carry along, or nil.
+	// Embedded is the etcd server to run beside the daemon, or nil.
 	Embedded *EmbeddedEtcd
 	Tunnel   Tunnel
-	NoProbe  bool // peers are not asked whether they are there
+	NoProbe  bool // do not probe peers
 	Log      *slog.Logger
-	// Recent has the last lines of Log, for `culvert report`; nil if nothing has.
+	// Recent holds the last lines of Log, for `culvert report`; may be nil.
 	Recent *api.Ring
 }
 
-// Tunnel is what an operator can say of the userspace datapath.
+// Tunnel is the tuning of the userspace datapath.
 type Tunnel = tunnel.Tuning
 
-// Run is the daemon. It returns nil after ctx ended and everything has
-// stopped, in order, or the error that made it stop.
+// Run runs the daemon. It returns nil after ctx has ended and everything has
+// stopped in order, or after a handover, or the error that stopped it.
 func Run(ctx context.Context, o Options) error {
-	// Before anything is asked of etcd or changed on the host.
+	// Check privileges before any request to the store or change of the host.
 	if err := host.MayConfigure(); err != nil {
 		return err
 	}
@@ -125,12 +127,12 @@ func runOnce(ctx context.Context, o Options) error {
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
 	d := &node{options: o, log: o.Log, health: newHealth(o), store: newFDStore(), requests: make(chan request)}
-	// What is asked about is served from the first moment to the last: while
-	// waiting for the store is when people ask.
+	// The socket is served from start to end: status matters most while the daemon
+	// waits for the store.
 	defer func() {
 		d.possessions.close()
 		if d.successor != nil {
-			_ = d.successor.Close() // last: it says that all of this is done
+			_ = d.successor.Close() // last: it tells the successor that this daemon has ended
 		}
 	}()
 	err := d.start(ctx, abort)
@@ -138,7 +140,7 @@ func runOnce(ctx context.Context, o Options) error {
 		if err := o.remember(); err != nil {
 			d.log.Warn("what this daemon was told is not recorded: `culvert doctor` knows less while no daemon runs", "error", err)
 		}
-		o.confine() // a socket's group is set by then
+		o.confine() // after the socket's group is set
 		err = d.run(ctx)
 	}
 	if errors.Is(err, errHandedOver) {
@@ -151,8 +153,7 @@ func runOnce(ctx context.Context, o Options) error {
 	return err
 }
 
-// start takes what only one daemon of a node has: from the kernel, or from a
-// daemon that runs.
+// start acquires the possessions: from the kernel, or from the running daemon.
 func (d *node) start(ctx context.Context, abort context.CancelCauseFunc) error {
 	if d.options.Replace {
 		return d.replace(ctx, abort)
@@ -160,10 +161,10 @@ func (d *node) start(ctx context.Context, abort context.CancelCauseFunc) error {
 	return d.possess(ctx)
 }
 
-// ownerPatience is how long another daemon, or a cleanup, may take to end.
+// ownerPatience is how long to wait for another daemon or a cleanup to end.
 const ownerPatience = time.Second
 
-// owner is what is said of this daemon to another that is started beside it.
+// owner describes this daemon to other processes that want the namespace.
 func (o Options) owner() host.Owner {
 	return host.Owner{
 		PID: os.Getpid(), What: "culvert run", Node: o.Node, RunDir: o.RunDir,
@@ -177,18 +178,18 @@ type node struct {
 	log     *slog.Logger
 	health  *health
 	store   *fdStore
-	// embedded is the etcd server that is carried along, nil if there is none.
+	// embedded is the embedded etcd server, or nil.
 	embedded *supervised
 	// had are the subnets that this daemon has leased.
 	had         []netip.Prefix
 	possessions possessions
-	requests    chan request   // of successors
-	takeover    *takeover      // of a start beside a running daemon, else nil
-	successor   *handover.Conn // of the daemon that this one has handed over to
+	requests    chan request   // from successors
+	takeover    *takeover      // with --replace beside a running daemon, else nil
+	successor   *handover.Conn // the daemon that this one has handed over to
 }
 
-// run goes through the start in the order in which things need each other, and
-// stops what it started in the opposite order.
+// run starts the parts in the order of their dependencies and stops them in the
+// reverse order.
 func (d *node) run(ctx context.Context) error {
 	at, err := d.locate(nil, nil)
 	if err != nil {
@@ -196,7 +197,7 @@ func (d *node) run(ctx context.Context) error {
 	}
 	if d.options.Embedded != nil {
 		var after <-chan struct{}
-		if d.takeover != nil { // which has one that serves until then
+		if d.takeover != nil { // the running daemon's server serves until it ends
 			after = d.takeover.gone
 		}
 		d.embedded = d.options.Embedded.start(ctx, after, d.log)
@@ -216,8 +217,7 @@ func (d *node) run(ctx context.Context) error {
 	return d.live(ctx, registry, at)
 }
 
-// stopped returns nil where an error only says that the daemon was told to
-// stop.
+// stopped returns nil if the daemon was told to stop and err is only a consequence.
 func stopped(ctx context.Context, err error) error {
 	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, errKept)) {
 		return nil
@@ -225,8 +225,8 @@ func stopped(ctx context.Context, err error) error {
 	return err
 }
 
-// join waits for a network configuration, chooses the node's place for it and
-// leases a subnet under it.
+// join waits for the network configuration, selects the node's place for it and
+// leases a subnet.
 func (d *node) join(ctx context.Context, r store) (tenure, error) {
 	waiting := "waiting for the network configuration in " + d.options.configPlace()
 	d.health.notReady(waiting)
@@ -266,13 +266,12 @@ func (d *node) join(ctx context.Context, r store) (tenure, error) {
 	return tenure{config, lease, at, nets}, nil
 }
 
-// troubleLook is how often a node that waits for its configuration looks whether
-// the store is reached.
+// troubleLook is how often tellTrouble checks the store's connection.
 const troubleLook = 250 * time.Millisecond
 
-// tellTrouble says, in the status and the log, why the store is not reached,
-// until done is called, and otherwise that: what a node waits for at its first start is most often
-// a wrong address or certificate.
+// tellTrouble reports in status and log why the store cannot be reached, until done
+// is called; while there is no trouble the status is otherwise. A node that waits at
+// its first start most often has a wrong address or certificate.
 func (d *node) tellTrouble(ctx context.Context, r subnet.Registry, otherwise string) (done func()) {
 	store, ok := r.(interface{ Trouble() error })
 	if !ok {
@@ -308,8 +307,7 @@ func (d *node) tellTrouble(ctx context.Context, r subnet.Registry, otherwise str
 	}
 }
 
-// claim is what this node asks for under a configuration, without the subnets
-// that it had.
+// claim builds this node's request for a lease, without its previous subnets.
 func (d *node) claim(config subnet.Config, at place) (subnet.Claim, error) {
 	if err := config.CheckUnderlay(at.underlay.Networks); err != nil {
 		return subnet.Claim{}, err

@@ -17,22 +17,22 @@ import (
 	"culvert/subnet"
 )
 
-// Datapath is who carries the packets.
+// Datapath selects what carries the packets: the kernel or the daemon.
 type Datapath string
 
-// FastPath is whether programs before the datapath carry what they can.
+// FastPath is whether eBPF programs carry packets before the kernel datapath.
 type FastPath = fastpath.Mode
 
-// The datapaths that can be asked for.
+// The values of --datapath.
 const (
 	Auto      Datapath = "auto"
 	Userspace Datapath = "userspace"
 	Kernel    Datapath = "kernel"
 )
 
-// choose decides who carries the packets, and says why: the kernel where it can,
-// since it goes on without a daemon. supports says whether it has a device of
-// a type.
+// choose selects the datapath and says why. Auto prefers the kernel, which keeps
+// carrying packets while no daemon runs. supports returns an error if the kernel lacks
+// a device type.
 func choose(asked Datapath, format string, supports func(kind string) error) (kind Datapath, why string, err error) {
 	switch asked {
 	case Userspace:
@@ -59,8 +59,8 @@ func choose(asked Datapath, format string, supports func(kind string) error) (ki
 	return Userspace, "auto: " + err.Error(), nil
 }
 
-// open chooses the datapath and opens it. Of other programs' devices that stand
-// in its way, flannel's are replaced if that was asked for; any other is named.
+// open selects and opens the datapath. If another program's device conflicts, it
+// returns an error that names it, unless it is flannel's and TakeOverFlannel is set.
 func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n backend.Node) (backend.Backend, error) {
 	d.health.notReady("opening the datapath")
 	format := c.Backend.Type
@@ -92,7 +92,7 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 		}
 		return t, nil
 	}
-	// A socket that is left has the kernel's port.
+	// Close stored sockets: they occupy the port that the kernel's device needs.
 	if err := d.store.keep(nil); err != nil {
 		d.log.Warn("what an earlier datapath stored is still there", "error", err)
 	}
@@ -115,8 +115,8 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 	return backend.NewKernel(k), nil
 }
 
-// takeOver returns the devices of other programs that are to be removed when
-// ours come.
+// takeOver returns flannel's devices to replace with ours, or an error that names a
+// conflicting device.
 func (d *node) takeOver(c subnet.Config, n backend.Node, socket bool) ([]string, error) {
 	var found []host.Conflict
 	var err error
@@ -146,7 +146,7 @@ func (d *node) takeOver(c subnet.Config, n backend.Node, socket bool) ([]string,
 	return names, nil
 }
 
-// stalePods returns the pods that were made for another MTU than pods now get.
+// stalePods describes the pods whose MTU differs from the one that new pods get.
 func stalePods(gateways []netip.Prefix, mtu int) []string {
 	stale, err := host.StalePods(gateways, mtu)
 	if err != nil {

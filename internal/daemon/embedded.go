@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// EmbeddedEtcd is an etcd server that the daemon carries along, as a process
-// of its own: for a small site that has no etcd. Other nodes point at it.
+// EmbeddedEtcd is an etcd server that the daemon runs as a child process, for a
+// small site without etcd. Other nodes use it as their endpoint.
 type EmbeddedEtcd struct {
 	Program string   // the culvert-etcd binary
 	Args    []string // its flags
@@ -39,24 +39,24 @@ func FindEtcd() (string, error) {
 }
 
 const (
-	etcdStart = 60 * time.Second // until the server answers: a large log takes its time
-	etcdStop  = 15 * time.Second
+	etcdStart = 60 * time.Second // until the server serves; replaying a large log is slow
+	etcdStop  = 15 * time.Second // from SIGTERM to SIGKILL
 )
 
-// supervised is a running server and its successors.
+// supervised runs the server and restarts it when it ends.
 type supervised struct {
 	cancel context.CancelFunc
 	done   chan struct{}
-	first  chan struct{} // closed when the first server serves, or has ended
-	err    error         // why it ended, then
+	first  chan struct{} // closed when the first server serves or has ended
+	err    error         // why it ended; valid after first is closed
 	after  <-chan struct{}
 }
 
-// start starts the server, and keeps it running: it is started anew when it
-// ends. Where a predecessor's still serves, it starts after that (nil: at once).
+// start starts the server and restarts it whenever it ends. If after is not nil, it
+// waits for it first: the predecessor's server still serves.
 func (e EmbeddedEtcd) start(ctx context.Context, after <-chan struct{}, log *slog.Logger) *supervised {
-	// The server outlives ctx: the daemon gives its last word to etcd while
-	// stopping, and stops it last.
+	// The server outlives ctx: while stopping, the daemon still writes to etcd. stop
+	// ends it.
 	running, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s := &supervised{cancel: cancel, done: make(chan struct{}), first: make(chan struct{}), after: after}
 	go func() {
@@ -68,9 +68,8 @@ func (e EmbeddedEtcd) start(ctx context.Context, after <-chan struct{}, log *slo
 				return
 			}
 		}
-		// The server is told to end when the thread that started it does
-		// (Pdeathsig), so that a killed daemon leaves none behind: the thread is
-		// kept for as long as it supervises.
+		// Pdeathsig ends the server with the thread that started it, so that a killed
+		// daemon leaves no server behind. Keep the thread while supervising.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		s.supervise(running, e, log)
@@ -78,10 +77,9 @@ func (e EmbeddedEtcd) start(ctx context.Context, after <-chan struct{}, log *slo
 	return s
 }
 
-// await waits until the server serves. One that ended before it ever did is an
-// error.
+// await waits until the server serves. It returns an error if the server ended first.
 func (s *supervised) await(ctx context.Context) error {
-	if s.after != nil { // the predecessor's serves, or comes back as ours
+	if s.after != nil { // the predecessor's server serves until ours starts
 		return nil
 	}
 	var err error
@@ -99,7 +97,7 @@ func (s *supervised) await(ctx context.Context) error {
 	return nil
 }
 
-// supervise runs the server again and again until ctx ends.
+// supervise runs the server, with backoff between restarts, until ctx ends.
 func (s *supervised) supervise(ctx context.Context, e EmbeddedEtcd, log *slog.Logger) {
 	told := false
 	tell := func(err error) {
@@ -129,13 +127,14 @@ func (s *supervised) supervise(ctx context.Context, e EmbeddedEtcd, log *slog.Lo
 	}
 }
 
-// runOnce runs the server until it ends or ctx does, and calls serving when it
-// has said that it is ready.
+// runOnce runs the server until it ends or ctx does. It calls serving when the server
+// reports that it is ready.
 func (e EmbeddedEtcd) runOnce(ctx context.Context, log *slog.Logger, serving func()) error {
 	cmd := exec.CommandContext(ctx, e.Program, e.Args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = etcdStop
-	// A group of its own: Ctrl-C is for the daemon, which stops it in order.
+	// A separate process group: Ctrl-C reaches the daemon only, which stops the server
+	// in order.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	var complaint lastLines
 	cmd.Stderr = &complaint
@@ -162,13 +161,13 @@ func (e EmbeddedEtcd) runOnce(ctx context.Context, log *slog.Logger, serving fun
 	return err
 }
 
-// stop ends the server and returns when it has ended.
+// stop stops the server and waits until it has ended.
 func (s *supervised) stop() {
 	s.cancel()
 	<-s.done
 }
 
-// lastLines keeps the end of what is written to it.
+// lastLines is a writer that keeps the last 2 KB.
 type lastLines struct{ b []byte }
 
 func (l *lastLines) Write(p []byte) (int, error) {

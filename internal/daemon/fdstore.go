@@ -11,20 +11,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// storedName is what our descriptors are called in systemd's store.
+// storedName is the name of our descriptors in systemd's store.
 const storedName = "culvert"
 
-// fdStore keeps the datapath's open descriptors where they outlive the daemon:
-// with systemd, which hands them to the next one (sd_pid_notify_with_fds(3),
-// FileDescriptorStoreMax= in the unit). It holds them itself as well, for a
-// datapath that follows another in this process: without systemd it is for
-// that alone.
+// fdStore stores duplicates of the datapath's descriptors. systemd keeps them beyond
+// the daemon's end and passes them to the next one (sd_pid_notify_with_fds(3),
+// FileDescriptorStoreMax= in the unit). The process also keeps them itself, for the
+// next datapath in this process and for a handover.
 type fdStore struct {
 	mu   sync.Mutex
-	left []int // not taken yet, ours
+	left []int // owned, not taken yet
 }
 
-// newFDStore takes what the predecessor stored.
+// newFDStore returns a store with the descriptors that systemd passed.
 func newFDStore() *fdStore {
 	s := &fdStore{}
 	for _, f := range activation.Files(true) {
@@ -38,7 +37,7 @@ func newFDStore() *fdStore {
 	return s
 }
 
-// take returns what the predecessor left, which is then the caller's.
+// take empties the store without closing; the caller owns the descriptors.
 func (s *fdStore) take() []int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -47,22 +46,22 @@ func (s *fdStore) take() []int {
 	return left
 }
 
-// peek returns what is held, which stays the store's.
+// peek returns the descriptors, which the store still owns.
 func (s *fdStore) peek() []int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.left)
 }
 
-// add holds what a predecessor passed on, until it is taken.
+// add adds descriptors that a predecessor passed; the store owns them.
 func (s *fdStore) add(fds []int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.left = append(s.left, fds...)
 }
 
-// keep stores descriptors, which stay the caller's, in the place of those that
-// are there; none empties the store.
+// keep replaces the stored descriptors, here and in systemd, with duplicates of fds,
+// which the caller still owns. Empty fds empties the store.
 func (s *fdStore) keep(fds []int) error {
 	for _, fd := range s.take() {
 		_ = unix.Close(fd)
@@ -84,7 +83,8 @@ func (s *fdStore) keep(fds []int) error {
 	return nil
 }
 
-// notify tells systemd, if it listens (sd_notify(3)).
+// notify sends a state to systemd (sd_notify(3)); without NOTIFY_SOCKET it does
+// nothing.
 func notify(state string, rights []byte) error {
 	name := os.Getenv("NOTIFY_SOCKET")
 	if name == "" {

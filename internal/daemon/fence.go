@@ -17,28 +17,29 @@ import (
 	"culvert/internal/statefile"
 )
 
-// OnLost is what a node does when another node has its subnet.
+// OnLost is what a node does if another node holds its subnet.
 type OnLost string
 
-// The ways.
+// The values of --on-lost.
 const (
-	// Fence keeps the node out until no pod of the old subnet is left on it.
+	// Fence keeps the node fenced until it has no pod of the old subnet.
 	Fence OnLost = "fence"
-	// Release leases another subnet at once; the pods of the old one stay cut
-	// off until somebody deletes them.
+	// Release leases another subnet at once. Pods of the old one stay cut off until
+	// they are deleted.
 	Release OnLost = "release"
 )
 
-// fenceLook is how often a fenced node looks for pods of the old subnet.
+// fenceLook is how often a fenced node checks for pods of the old subnet.
 const fenceLook = time.Second
 
-// maxRecord bounds what is read of the daemon's own small records, in bytes.
+// maxRecord is the maximum size in bytes of the daemon's small records.
 const maxRecord = 64 << 10
 
 func (d *node) fencePath() string { return filepath.Join(d.options.RunDir, "fenced.json") }
 
-// fence is the first thing that happens to a lost lease: the plugin finds no
-// subnet any more, and a restart finds the mark. The datapath is closed after.
+// fence is the first step after a lease is lost: it removes subnet.env, so that the
+// plugin adds no pods, and writes the fence mark for a restart. The datapath is closed
+// afterwards.
 func (s *session) fence(cause error) error {
 	mark := api.Fenced{Subnets: s.lease.Subnets(), Since: time.Now().UTC(), Reason: cause.Error()}
 	s.health.setFenced(&mark)
@@ -60,8 +61,8 @@ func (d *node) saveFence(mark api.Fenced) error {
 	return nil
 }
 
-// loadFence returns the mark of an earlier loss, or nil. A mark that cannot be
-// read counts: somebody must look.
+// loadFence returns the fence mark, or nil if there is none. A mark that cannot be
+// read is an error, so that the node does not start unfenced.
 func (d *node) loadFence() (*api.Fenced, error) {
 	text, err := statefile.Read(d.fencePath(), maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -77,8 +78,8 @@ func (d *node) loadFence() (*api.Fenced, error) {
 	return &mark, nil
 }
 
-// standFence waits while this node is fenced: by a mark, or because another has
-// the subnet that pods here still use, since this daemon did not run.
+// standFence blocks while this node is fenced: by a mark, or because another node
+// took the subnet of this node's pods while no daemon ran here.
 func (d *node) standFence(ctx context.Context, r store, at place) error {
 	mark, err := d.loadFence()
 	if err == nil && mark == nil {
@@ -120,8 +121,8 @@ func (d *node) standFence(ctx context.Context, r store, at place) error {
 	}
 }
 
-// lostMeanwhile looks, before a lease is asked for, whether the subnet of the
-// pods that are here became another's while no daemon held it.
+// lostMeanwhile checks, before leasing, whether another node took the subnet of this
+// node's pods while no daemon held it. If so it fences this node.
 func (d *node) lostMeanwhile(ctx context.Context, r store, at place) (*api.Fenced, error) {
 	previous := d.previous()
 	if len(previous) == 0 {
@@ -144,8 +145,8 @@ func (d *node) lostMeanwhile(ctx context.Context, r store, at place) (*api.Fence
 }
 
 func (d *node) dropFence() error {
-	// The pods' bridge keeps its address of the lost subnet until the next pod
-	// comes: it is no network of the host's, which a peer's lease must not cover.
+	// The pods' bridge keeps its address in the lost subnet until the next pod is
+	// added. Remember the subnet, so that it does not count as a network of the host.
 	if mark, err := d.loadFence(); err == nil && mark != nil {
 		d.had = append(d.had, mark.Subnets...)
 	}
@@ -156,9 +157,8 @@ func (d *node) dropFence() error {
 	return nil
 }
 
-// keepInside leaves of culvert's in the kernel nothing but the word that the
-// cluster network is unreachable, so that packets of pods that are cut off do
-// not leave by the default route.
+// keepInside removes culvert's kernel state except unreachable routes for the cluster
+// network, so that packets of cut-off pods do not leave by the default route.
 func (d *node) keepInside() error {
 	var state host.State
 	for _, p := range d.health.networks() {
@@ -171,8 +171,8 @@ func (d *node) keepInside() error {
 	return err
 }
 
-// previous returns the subnets that subnet.env names. A file that is missing
-// or unreadable only means that nothing is known.
+// previous returns the subnets in subnet.env; none if the file is missing or
+// unreadable.
 func (d *node) previous() []netip.Prefix {
 	env, err := cni.ReadSubnetEnv(d.options.SubnetFile)
 	if err != nil {

@@ -16,8 +16,8 @@ import (
 	"culvert/internal/handover"
 )
 
-// This file is the running daemon's side of a handover; takeover.go is the
-// successor's. The messages are drawn in package handover. What each owns:
+// This file is the running daemon's side of a handover, takeover.go the successor's.
+// Package handover draws the messages. Who owns what:
 //
 //	              store, subnet.env   host's state     packets    sockets of status and metrics
 //	before        running daemon      running          running    running
@@ -26,51 +26,50 @@ import (
 //	from yours    successor           successor        successor  successor
 //	from running  the running daemon has ended
 //
-// "From take" lasts for one message there and one back, and the time that the
-// packets take that were read already.
+// "From take" lasts for one round trip plus the time to send the packets that were
+// already read.
 
-// HandedOver is what a daemon does that has handed over.
+// HandedOver is what a daemon does after it has handed over.
 type HandedOver string
 
-// The ways.
+// The values of --handed-over.
 const (
 	// Exit ends it.
 	Exit HandedOver = "exit"
-	// Wait keeps it until it is told to stop, as a supervisor that would start an
-	// ended one again does. Should the successor end first, it takes its place.
+	// Wait keeps the process until it is told to stop, for a supervisor that would
+	// restart it otherwise. If the successor ends first, it takes its place.
 	Wait HandedOver = "wait"
 )
 
 const (
-	// handoverPatience is how long a successor may take to prepare, and to say that
-	// it runs.
+	// handoverPatience is how long a successor may take from the offer until it runs.
 	handoverPatience = time.Minute
-	// stopPatience is the same once this daemon is told to stop.
+	// stopPatience replaces it once this daemon is told to stop.
 	stopPatience = 10 * time.Second
-	// requestPatience is how long a successor waits for a daemon that is between two
-	// states.
+	// requestPatience is how long a successor's request waits while this daemon cannot
+	// hand over.
 	requestPatience = 5 * time.Second
 )
 
 var (
-	// errHandedOver ends a daemon whose successor runs.
+	// errHandedOver stops this daemon: its successor runs.
 	errHandedOver = errors.New("handed over")
-	// errKept says that a successor did not get to run, and this daemon goes on.
+	// errKept means that the handover failed and this daemon goes on.
 	errKept = errors.New("the successor did not take over")
 )
 
-// asked says that a successor asks.
+// asked stops the parts of a session because a successor asks for the node.
 type asked struct{ request }
 
 func (asked) Error() string { return "a successor asks for this node" }
 
-// request is a successor's.
+// request is a successor's request for the node.
 type request struct {
 	conn  *handover.Conn
 	hello handover.Message
 }
 
-// socketHandler serves everything that is asked on the daemon's unix socket.
+// socketHandler serves the daemon's unix socket.
 func (d *node) socketHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", d.health.socket())
@@ -91,8 +90,8 @@ func (d *node) socketHandler() http.Handler {
 	return mux
 }
 
-// untilAsked returns a context that ends, too, when a successor asks, and what
-// returns the request then, nil if there is none. It must be called.
+// untilAsked returns a context that also ends when a successor asks, and a function
+// that returns its request, or nil. The function must be called.
 func (d *node) untilAsked(ctx context.Context) (context.Context, func() *request) {
 	ctx, cancel := context.WithCancel(ctx)
 	got := make(chan *request, 1)
@@ -111,17 +110,17 @@ func (d *node) untilAsked(ctx context.Context) (context.Context, func() *request
 	}
 }
 
-// carrying is a datapath that a successor may get.
+// carrying is a running datapath that a successor may inherit.
 type carrying struct {
 	facts map[string]string
-	stop  func() error    // stops carrying, and returns when all that was read is written
-	drop  func()          // closes the datapath, if the successor wants another
-	ended <-chan struct{} // by itself
+	stop  func() error    // stops carrying, and returns when all packets read are sent
+	drop  func()          // closes the datapath, if the successor opens another
+	ended <-chan struct{} // closed when the datapath has stopped
 }
 
-// give hands this node over, with the datapath, if one carries (else nil). It
-// returns errHandedOver, or errKept when this daemon is to go on. The parts that
-// write to the store have ended.
+// give hands this node over to a successor; c is the running datapath, or nil. It
+// returns errHandedOver, or errKept if this daemon goes on. The caller has stopped the
+// parts that write to the store.
 func (d *node) give(ctx context.Context, r request, c *carrying) error {
 	log := d.log.With("successor", r.hello.PID, "version", r.hello.Program)
 	kept := func(why string) error {
@@ -177,7 +176,8 @@ func (d *node) resumeServing(log *slog.Logger) {
 	}
 }
 
-// offer is what a successor gets: the names are in the order of the descriptors.
+// offer builds the message that passes the descriptors; their names are in the same
+// order.
 func (d *node) offer(c *carrying) (handover.Message, []int) {
 	p := d.possessions
 	lock, socket := p.socket.Descriptors()
@@ -199,8 +199,8 @@ func (d *node) offer(c *carrying) (handover.Message, []int) {
 	return m, fds
 }
 
-// patience waits for a successor's messages: less long once this daemon is told
-// to stop.
+// patience is the timeout for a successor's messages, shortened when this daemon is
+// told to stop.
 type patience struct {
 	mu    sync.Mutex
 	timer *time.Timer
@@ -222,7 +222,7 @@ func (p *patience) end() {
 	p.timer.Stop()
 }
 
-// message returns the next message, or why there is none that goes on.
+// message returns the next message, or why the handover failed.
 func (p *patience) message(from <-chan handover.Message, want handover.Step, ended <-chan struct{}) (m handover.Message, why string) {
 	select {
 	case m, ok := <-from:
@@ -240,7 +240,6 @@ func (p *patience) message(from <-chan handover.Message, want handover.Step, end
 	}
 }
 
-// closeAll closes descriptors.
 func closeAll(fds []int) {
 	for _, fd := range fds {
 		_ = unix.Close(fd)

@@ -22,17 +22,17 @@ import (
 	"culvert/subnet"
 )
 
-// health is what the daemon knows of itself: the one place that status,
-// metrics and probes read, and that the parts of the daemon report to.
+// health is the daemon's state as it reports it. The daemon's parts write it; status,
+// metrics and probes read it.
 type health struct {
 	mu   sync.Mutex
 	said api.Status
 	path backend.Backend
-	// repairs are those of earlier datapaths.
+	// repairs counts the repairs of earlier datapaths, by kind.
 	repairs map[string]uint64
-	// warnings are the daemon's own, by the part of it that reports them.
+	// warnings are the daemon's warnings, by the part that reports them.
 	warnings map[string][]api.Warning
-	warned   map[netip.Prefix]float64 // the shares in use that were warned of; the follower's
+	warned   map[netip.Prefix]float64 // share in use at the last warning; follow's goroutine only
 	requests *requestTimes
 }
 
@@ -81,8 +81,7 @@ func (h *health) setLease(l subnet.Lease) {
 	})
 }
 
-// setDatapath notes the datapath, and what an earlier one in this process has
-// repaired.
+// setDatapath sets the datapath, and keeps the repair counts of the one before.
 func (h *health) setDatapath(b backend.Backend) {
 	h.mu.Lock()
 	old := h.path
@@ -96,7 +95,7 @@ func (h *health) setDatapath(b backend.Backend) {
 	}
 }
 
-// repaired counts repairs that are not the present datapath's.
+// repaired counts repairs that the current datapath does not count.
 func (h *health) repaired(kind string, n uint64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -106,7 +105,7 @@ func (h *health) repaired(kind string, n uint64) {
 	h.repairs[kind] += n
 }
 
-// setFenced notes that the lease is lost, or with nil that it is so no more.
+// setFenced records that the node is fenced, or with nil that it no longer is.
 func (h *health) setFenced(f *api.Fenced) {
 	h.change(func(s *api.Status) {
 		s.Fenced = f
@@ -122,14 +121,14 @@ func (h *health) setFenced(f *api.Fenced) {
 	})
 }
 
-// setWarnings replaces the warnings of one part of the daemon; part names it.
+// setWarnings replaces the warnings of one part of the daemon.
 func (h *health) setWarnings(part string, all ...api.Warning) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.warnings[part] = all
 }
 
-// refuseConfig notes that the configuration in the store cannot be followed.
+// refuseConfig records why the configuration in the store cannot be applied.
 func (h *health) refuseConfig(why error) {
 	h.change(func(s *api.Status) { s.Store.ConfigRefused = why.Error() })
 }
@@ -140,7 +139,7 @@ func (h *health) networks() []netip.Prefix {
 	return h.said.Networks
 }
 
-// setNetworks is for the time before the configuration is known.
+// setNetworks sets the networks if the configuration is not known yet.
 func (h *health) setNetworks(networks []netip.Prefix) {
 	h.change(func(s *api.Status) {
 		if len(s.Networks) == 0 {
@@ -149,8 +148,8 @@ func (h *health) setNetworks(networks []netip.Prefix) {
 	})
 }
 
-// setUsage warns when a network becomes nearly full, and again for each further
-// twentieth.
+// setUsage records the usage, and warns when a network becomes nearly full and at
+// every further 5 %.
 func (h *health) setUsage(usage []subnet.Usage, log *slog.Logger) {
 	const step = 0.05
 	const fix = "make room with `culvert config set` and a Network that contains the present one, or see `culvert lease check`"
@@ -180,7 +179,8 @@ func (h *health) setUsage(usage []subnet.Usage, log *slog.Logger) {
 	})
 }
 
-// setSnapshot notes that the store is in reach, and what it holds.
+// setSnapshot records a snapshot: from the connected store, or, if Kept is set, from
+// disk.
 func (h *health) setSnapshot(snapshot subnet.Snapshot, log *slog.Logger) {
 	h.setConfig(snapshot.Config)
 	h.setUsage(snapshot.Usage, log)
@@ -207,8 +207,8 @@ func (h *health) setSnapshot(snapshot subnet.Snapshot, log *slog.Logger) {
 	})
 }
 
-// storeLost notes that the store is out of reach. The node goes on with what
-// it knows, and stays ready: its lease and its peers stand.
+// storeLost records that the store is unreachable. The node stays ready: its lease
+// and peers are still valid.
 func (h *health) storeLost(err error) {
 	h.change(func(s *api.Status) {
 		if s.Store.Connected || s.Store.Since.IsZero() {
@@ -218,13 +218,13 @@ func (h *health) storeLost(err error) {
 	})
 }
 
-// status returns a copy that nobody changes any more.
+// status returns the status, including the datapath's. The caller owns it.
 func (h *health) status() api.Status {
 	h.mu.Lock()
 	s, path, earlier := h.said, h.path, maps.Clone(h.repairs)
 	s.Warnings = slices.Concat(slices.Collect(maps.Values(h.warnings))...)
 	h.mu.Unlock()
-	// The datapath asks the kernel, which may take its time.
+	// Without the lock: the datapath queries the kernel, which may be slow.
 	if path != nil {
 		s.Datapath = path.Status()
 		if s.Lease != nil && s.Datapath.MTU != 0 {
@@ -246,8 +246,8 @@ func (h *health) status() api.Status {
 	return s
 }
 
-// ranOut says, as a sentence, that the lease has ended for all that is known;
-// empty if it has not. The node goes on forwarding for the pods that it has.
+// ranOut returns a sentence if the lease has expired as far as this node knows, else
+// "". The node goes on forwarding for its pods.
 func ranOut(s api.Status, now time.Time) string {
 	if s.Lease == nil || s.Lease.Expires.IsZero() || !now.After(s.Lease.Expires) {
 		return ""
@@ -262,8 +262,8 @@ func ranOut(s api.Status, now time.Time) string {
 		s.Lease.Subnets, s.Lease.Expires.Format(time.RFC3339), why)
 }
 
-// readiness answers the CNI plugin. It asks nothing of the datapath, which may
-// be what hangs.
+// readiness answers the CNI plugin and /readyz. It does not query the datapath, which
+// may hang.
 func (h *health) readiness(now time.Time) readiness.Answer {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -281,7 +281,7 @@ func (h *health) readiness(now time.Time) readiness.Answer {
 	return readiness.Answer{Ready: true}
 }
 
-// socket serves everything that is asked on the daemon's unix socket.
+// socket serves status, peers, page and readiness on the daemon's unix socket.
 func (h *health) socket() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", api.Handler(h.status, h.peers))
@@ -290,19 +290,19 @@ func (h *health) socket() http.Handler {
 	return mux
 }
 
-// probes serves /metrics and, to this host alone, the page, for those whom access
-// lets in, and /livez and /readyz.
+// probes serves /metrics and, to loopback clients, the page, both guarded by access,
+// and /livez and /readyz.
 func probes(h *health, access Access) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), metrics{h})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", access.guard(promhttp.HandlerFor(registry, promhttp.HandlerOpts{})))
 	mux.Handle("GET /", page.LoopbackOnly(access.guard(page.Handler(h.status, h.peers))))
-	// Alive is a daemon that can answer: an unreachable store is no reason to
-	// restart it, and a restart would not bring the store back.
+	// A daemon that answers is alive. An unreachable store does not count: a restart
+	// would not bring it back.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	// The same answer as the CNI plugin's, which asks nothing of the datapath: a
-	// probe that waits for a repair would have the pod restarted in the middle.
+	// The same answer as the CNI plugin's, which does not query the datapath: a probe
+	// that waits for a repair would time out.
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if a := h.readiness(time.Now()); !a.Ready {
 			http.Error(w, a.Reason, http.StatusServiceUnavailable)

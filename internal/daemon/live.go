@@ -21,17 +21,17 @@ import (
 	"culvert/subnet"
 )
 
-// releasePatience is the daemon's patience with the store while it stops.
+// releasePatience bounds the request to the store that releases the lease on exit.
 const releasePatience = 5 * time.Second
 
-// live is the life of a node, from its first lease to its end:
+// live runs the node from its first lease to its end:
 //
 //	begin ── carry ──┬─ told to stop ── (--release-on-exit) ── end
 //	  ▲              └─ another node has the subnet ── fenced ──┐
 //	  └───────────── no pod of the old subnet is left ──────────┘
 func (d *node) live(ctx context.Context, r store, at place) error {
-	// What is kept is of this boot: the node was restarted, and not all of them
-	// by a power cut.
+	// A usable snapshot is from this boot, so only this daemon was restarted: no jitter
+	// is needed.
 	if kept, _, _ := d.kept(r); kept == nil {
 		if err := d.scatter(ctx); err != nil {
 			return nil
@@ -56,14 +56,14 @@ func (d *node) live(ctx context.Context, r store, at place) error {
 			return stopped(ctx, err)
 		}
 		d.log.Error("the lease is lost", "error", err)
-		// The address may be another by now.
+		// The underlay's address may have changed meanwhile.
 		if at, err = d.relocate(ctx); err != nil {
 			return stopped(ctx, err)
 		}
 	}
 }
 
-// scatter waits a random part of the jitter.
+// scatter waits for a random time of at most StartJitter.
 func (d *node) scatter(ctx context.Context) error {
 	if d.options.StartJitter <= 0 {
 		return nil
@@ -79,34 +79,35 @@ func (d *node) scatter(ctx context.Context) error {
 	}
 }
 
-// moved is the end of a datapath whose underlay has become another, or the
-// options of the wire format in the network configuration.
+// moved stops the datapath so that it is reopened: at another place on the underlay,
+// or with other wire format options in the network configuration.
 type moved struct{ to place }
 
 func (m moved) Error() string { return "the datapath is to be another" }
 
-// brokenSoon is the pause after a datapath that broke at once.
+// brokenSoon is the pause before reopening a datapath that broke within that time.
 const brokenSoon = time.Second
 
-// reopenAfter is when to try again to open a datapath.
+// reopenAfter is the pause before retrying to open a datapath.
 const reopenAfter = time.Second
 
-// carry opens the datapath and serves the lease, with another datapath whenever
-// the underlay has changed, until ctx ends (nil), the lease is lost, or the node
-// cannot go on. The lease's subnets stay as they are.
+// carry opens the datapath and serves the lease, and reopens the datapath when the
+// underlay or the wire format options change or it breaks. It returns when ctx ends
+// (nil), the lease is lost, or the node cannot go on. The lease's subnets do not
+// change.
 func (d *node) carry(ctx context.Context, r store, t tenure) error {
 	config, at := t.config, t.at
 	s := &session{node: d, registry: r, lease: t.lease, nets: t.nets, networks: t.config.Networks, file: &subnetFile{path: d.options.SubnetFile}}
 	s.announced.Store(&at.underlay.Addrs)
-	opened, unopened := false, "" // and the last reason why not
+	opened, unopened := false, "" // unopened: the last error of open, "" after a success
 	for {
 		s.at, s.backend = at, config.Backend
 		path, err := d.open(ctx, config, s.lease, backend.Node{
 			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel, NoProbe: d.options.NoProbe,
 		})
 		if err != nil && opened && config.Backend != s.worked.Backend {
-			// The others use it, and so should we: but not at the cost of carrying
-			// nothing at all.
+			// The datapath cannot use the new options: keep the previous ones rather than
+			// carry nothing.
 			d.log.Error("the datapath cannot be made as the network configuration now says; the last one stands", "error", err)
 			d.health.refuseConfig(err)
 			s.refused, config = config.Backend, s.worked
@@ -116,8 +117,8 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 			return err
 		}
 		if err != nil {
-			// What stands in the way may pass, as an address that is gone for a moment;
-			// the lease is held meanwhile.
+			// The cause may be transient, such as a missing address: hold the lease and
+			// retry.
 			if err.Error() != unopened {
 				d.log.Error("the datapath cannot be opened; trying again", "error", err)
 			}
@@ -126,7 +127,7 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 		} else {
 			s.worked, opened, unopened = config, true, ""
 		}
-		s.path = path // until it is dropped for a successor's
+		s.path = path // hand may replace it
 		began := time.Now()
 		err = s.serve(ctx)
 		if m, ok := errors.AsType[moved](err); ok {
@@ -169,8 +170,8 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 		case errors.Is(err, errHandedOver), d.takeover.pending():
 			return errors.Join(stopped(ctx, err), s.path.Close(backend.Keep))
 		case errors.Is(err, subnet.ErrLost):
-			// Not Remove: for a moment the cluster network would be the default
-			// route's. keepInside takes away all but the word that it is unreachable.
+			// Not Remove: for a moment packets to the cluster network would leave by the
+			// default route. keepInside removes all but the unreachable routes.
 			return errors.Join(err, s.path.Close(backend.Keep), d.keepInside())
 		case ctx.Err() != nil && d.options.ReleaseOnExit:
 			return errors.Join(stopped(ctx, err), s.file.remove(), s.path.Close(backend.Remove), d.release(ctx, r, s.lease))
@@ -180,8 +181,7 @@ func (d *node) carry(ctx context.Context, r store, t tenure) error {
 	}
 }
 
-// release gives the lease back. A failure is told and changes nothing: the lease
-// then runs out by itself.
+// release releases the lease in the store.
 func (d *node) release(ctx context.Context, r store, l subnet.Lease) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releasePatience)
 	defer cancel()
@@ -195,7 +195,7 @@ func (d *node) release(ctx context.Context, r store, l subnet.Lease) error {
 	return nil
 }
 
-// atPlace is the lease with the place's addresses.
+// atPlace returns a copy of the lease with the place's public addresses.
 func atPlace(l subnet.Lease, at place) subnet.Lease {
 	l.Endpoints = slices.Clone(l.Endpoints)
 	for i, e := range l.Endpoints {
@@ -208,35 +208,33 @@ func atPlace(l subnet.Lease, at place) subnet.Lease {
 	return l
 }
 
-// session is a lease that is served: by one datapath after another, if the
-// underlay changes.
+// session serves one lease, with several datapaths in turn if the underlay changes.
 type session struct {
 	*node
 	registry  store
 	lease     subnet.Lease
 	at        place
 	path      backend.Backend
-	backend   subnet.BackendConfig // that path was opened with
-	refused   subnet.BackendConfig // one that no datapath could be opened with
-	worked    subnet.Config        // the last one that one could
+	backend   subnet.BackendConfig // with which path was opened
+	refused   subnet.BackendConfig // with which no datapath could be opened
+	worked    subnet.Config        // the last one with which a datapath was opened
 	file      *subnetFile
-	last      *subnet.Snapshot // the newest; the following goroutine's
-	unapplied *subnet.Snapshot // the newest, if the datapath did not follow it; the following goroutine's
-	told      bool             // that the node is ready
+	last      *subnet.Snapshot // the newest; follow's goroutine only
+	unapplied *subnet.Snapshot // the newest, if the datapath failed to apply it; follow's goroutine only
+	told      bool             // the node was reported ready
 	nets      []subnet.HostNetwork
-	networks  []subnet.Network // of the last configuration that was followed; the following goroutine's
+	networks  []subnet.Network // of the last accepted configuration; follow's goroutine only
 	// confPublished is whether the CNI configuration is in place.
 	confPublished bool
-	// announced are the underlay addresses that the lease in the store stands for.
+	// announced are the underlay addresses to which the lease in the store corresponds.
 	announced atomic.Pointer[[]netip.Addr]
 }
 
-// serve runs the parts of a node that has its lease and its datapath, until
-// ctx ends or one of them fails.
+// serve runs the datapath and the parts that need the lease, until ctx ends or one of
+// them fails.
 func (s *session) serve(ctx context.Context) error {
 	s.health.setDatapath(s.path)
-	// Packets are carried to the last, since the other parts take their time to
-	// end.
+	// The datapath stops last: it carries packets while the other parts end.
 	told := ctx
 	carrying, stop := context.WithCancel(context.WithoutCancel(ctx))
 	ctx, fail := context.WithCancelCause(ctx)
@@ -280,7 +278,7 @@ func (s *session) serve(ctx context.Context) error {
 	return errors.Join(err, carrier.Wait())
 }
 
-// hand gives the node to a successor while the datapath carries.
+// hand hands the node over to a successor, with the datapath if it carries packets.
 func (s *session) hand(ctx context.Context, r request, ended <-chan struct{}, stop func() error) error {
 	if _, down := s.path.(backend.Down); down || !s.told {
 		return s.give(ctx, r, nil)
@@ -297,8 +295,8 @@ func (s *session) hand(ctx context.Context, r request, ended <-chan struct{}, st
 	})
 }
 
-// follow makes the datapath equal to each snapshot. A datapath that replaces
-// another begins with the other's last one, whether the store is there or not.
+// follow applies each snapshot to the datapath. A reopened datapath starts with the
+// last snapshot, even if the store is unreachable.
 func (s *session) follow(ctx context.Context) error {
 	if s.last != nil {
 		snapshot := *s.last
@@ -327,7 +325,7 @@ func (s *session) follow(ctx context.Context) error {
 		}
 	})
 	for {
-		// What was in the way, such as a want of descriptors or memory, may be gone long
+		// Retry: the cause, such as a lack of descriptors or memory, may be gone long
 		// before the leases change again.
 		var again <-chan time.Time
 		if s.unapplied != nil {
@@ -355,12 +353,13 @@ func (s *session) follow(ctx context.Context) error {
 	}
 }
 
-// applyAgain is when a snapshot is tried again that the datapath did not follow.
+// applyAgain is the pause before retrying a snapshot that the datapath failed to
+// apply.
 const applyAgain = 2 * time.Second
 
-// apply makes the datapath equal to a snapshot. With the first one the node is
-// ready, and says so to the CNI plugin by writing subnet.env. A datapath that
-// does not follow is no end: it carries on, and is tried again.
+// apply applies a snapshot to the datapath. After the first one the node is ready, and
+// subnet.env tells the CNI plugin. If the datapath fails to apply it, the node goes on
+// with what it has and follow retries.
 func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	if b := snapshot.Config.Backend; b != s.backend && b != s.refused {
 		s.log.Warn("the options of the wire format have changed; opening the datapath anew", "before", s.backend, "now", b)
@@ -370,8 +369,8 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 		snapshot.Config.Backend = s.backend
 		s.health.refuseConfig(errors.New("no datapath could be opened with its options (see the log)"))
 	}
-	// The running daemon, if there is one, is waited for with all that this one
-	// needs at hand.
+	// In a takeover, have the running daemon stop carrying only now that this one is
+	// prepared.
 	if err := s.takeover.take(ctx, true); err != nil {
 		return err
 	}
@@ -392,7 +391,7 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	if err := s.file.write(subnetEnv(snapshot.Config, lease, s.path.Status().MTU)); err != nil && !s.told {
 		return err
 	} else if err != nil {
-		s.last = &snapshot // which the datapath follows
+		s.last = &snapshot // the datapath has applied it
 		s.log.Error("the CNI plugin goes on with the last subnet.env", "error", err)
 		s.health.setWarnings("subnet-file", subnetFileWarning(err))
 		s.health.ready()
@@ -412,8 +411,8 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	return s.tookOver()
 }
 
-// publishConf puts the CNI configuration in place, with which the runtime
-// begins to add pods, and a Node of Kubernetes becomes Ready.
+// publishConf installs the CNI configuration. The container runtime then begins to add
+// pods, and a Kubernetes Node becomes Ready.
 func (s *session) publishConf() {
 	if s.options.CNIConfDir == "" || s.confPublished {
 		return
@@ -431,16 +430,16 @@ func (s *session) publishConf() {
 	}
 }
 
-// publishSoon is when to try again to publish an address, since the store is
-// most often unreachable for as long as the address is new; publishAgain how rare
-// the tries become, as with an address that another node has.
+// publishSoon is the first pause before retrying to publish an address: just after an
+// address change the store is often unreachable. publishAgain is the longest pause, as
+// for an address that another node has.
 const (
 	publishSoon  = 500 * time.Millisecond
 	publishAgain = 10 * time.Second
 )
 
-// publish tells the others our address, where it is another than the lease in
-// the store says.
+// publish updates the lease in the store if its addresses differ from ours, and
+// retries until it succeeds or ctx ends.
 func (s *session) publish(ctx context.Context) error {
 	for again := publishSoon; ; {
 		held, ok := s.registry.Held()
@@ -450,7 +449,7 @@ func (s *session) publish(ctx context.Context) error {
 		}
 		err := s.update(ctx)
 		switch {
-		case ctx.Err() != nil || errors.Is(err, subnet.ErrLost): // Hold says so too
+		case ctx.Err() != nil || errors.Is(err, subnet.ErrLost): // Hold reports a lost lease
 			return nil
 		case err == nil:
 			s.log.Info("our new address is published", "subnet", s.lease.Subnets(), "public", s.lease.Publics())
@@ -467,8 +466,8 @@ func (s *session) publish(ctx context.Context) error {
 	}
 }
 
-// update writes our lease with the present address, unless the host has lost
-// that meanwhile: what nobody bears is not published.
+// update writes our lease with the current addresses, unless the host no longer has
+// them.
 func (s *session) update(ctx context.Context) error {
 	if f, err := host.ReadFacts(); err == nil && !f.Bears(s.at.underlay.Addrs) {
 		return fmt.Errorf("%s does not bear %v now", s.at.underlay.Name, s.at.underlay.Addrs)
@@ -479,6 +478,6 @@ func (s *session) update(ctx context.Context) error {
 	return err
 }
 
-// updatePatience bounds one try, so that an address is not written long after
-// it was looked at.
+// updatePatience bounds one attempt, so that an address is not written long after it
+// was checked.
 const updatePatience = 2 * time.Second

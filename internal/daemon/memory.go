@@ -5,9 +5,8 @@ import (
 	"runtime/debug"
 )
 
-// gcPercent is how much the heap may grow between two collections, in percent of
-// what is in use, unless GOGC is set. The daemon is on every node and allocates
-// nothing per packet, so it spends processor time on memory.
+// gcPercent is the default GOGC. A low value trades CPU time for memory: the daemon
+// runs on every node and allocates nothing per packet.
 const gcPercent = 40
 
 func limitHeap() {

@@ -12,11 +12,11 @@ import (
 	"culvert/internal/host"
 )
 
-// metrics turns the status into metrics at each scrape, so that there is one
-// truth and nothing to keep in step.
+// metrics derives all metrics from the status at each scrape, so that the two cannot
+// differ.
 type metrics struct{ health *health }
 
-// metric is one of those that are served. docs/metrics.md lists them.
+// metric describes one metric. docs/metrics.md lists them.
 type metric struct {
 	name, kind, help string
 	labels           []string
@@ -162,7 +162,7 @@ func truth(b bool) float64 {
 	return 0
 }
 
-// histogram is h as Prometheus has it: each bucket with those before it.
+// histogram converts h to a Prometheus histogram, whose buckets are cumulative.
 func histogram(m *metric, h api.Histogram, labels ...string) prometheus.Metric {
 	buckets, sum := make(map[float64]uint64), uint64(0)
 	for i, bound := range h.Bounds {
@@ -172,7 +172,7 @@ func histogram(m *metric, h api.Histogram, labels ...string) prometheus.Metric {
 	return prometheus.MustNewConstHistogram(m.desc, sum+h.Counts[len(h.Bounds)], h.Sum, buckets, labels...)
 }
 
-// built says what the binary was built from.
+// built returns the commit and the Go version of the binary.
 func built() (revision, goversion string) {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range info.Settings {
@@ -184,7 +184,7 @@ func built() (revision, goversion string) {
 	return revision, runtime.Version()
 }
 
-// requestTimes are the durations of requests to the store.
+// requestTimes records the durations of requests to the store.
 type requestTimes struct {
 	mu sync.Mutex
 	by map[requestKind]*api.Histogram

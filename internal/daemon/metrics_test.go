@@ -12,7 +12,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/metrics.md anew")
 
-// TestMetricsLint has Prometheus' own linter look at every metric.
+// TestMetricsLint runs Prometheus' linter on every metric.
 func TestMetricsLint(t *testing.T) {
 	var text strings.Builder
 	for _, m := range allMetrics {

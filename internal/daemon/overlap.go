@@ -21,23 +21,24 @@ import (
 	"culvert/subnet/etcd"
 )
 
-// What is given out of the cluster network is taken from whatever else has those
-// addresses. So it is compared with all that the host has:
+// Routes to the cluster network's subnets take its addresses away from other uses on
+// the host. So the daemon checks for overlaps:
 //
-//	what the node needs (the store, gateways, resolvers)  refused at the start, before a lease is taken
-//	the networks of the host's links                      not leased by this node; a peer's lease there is set aside
-//	what comes up while the node runs                     a warning
+//	addresses the node needs (store, gateways, resolvers)  error at the start, before leasing
+//	networks of the host's links                           not leased by this node; peers' leases there are rejected
+//	networks that appear while the node runs               a warning
 
-// need is an address without which the node is cut off.
+// need is an address that the node must reach.
 type need struct {
 	what string // such as "the etcd server 10.9.0.5"
 	addr netip.Addr
-	// soft says that the node itself gets by without it: it is warned of.
+	// soft: the node itself works without it; only warn.
 	soft bool
 }
 
-// needs returns what the node needs: the servers of the store, by name or
-// address, the gateways of the underlay, and the resolvers.
+// needs returns the addresses that the node needs: the etcd servers, the gateways of
+// the underlay, and the resolvers. Resolvers are soft unless an etcd server is given
+// by name.
 func (d *node) needs(ctx context.Context, f host.Facts, u host.Underlay) []need {
 	var all []need
 	named := false
@@ -73,8 +74,8 @@ func hostOf(endpoint string) string {
 	return u.Hostname()
 }
 
-// resolve returns the addresses of a name. One that cannot be resolved has none:
-// the store's client says so.
+// resolve returns the addresses of a name, none if it cannot be resolved; the store's
+// client then reports the error.
 func resolve(ctx context.Context, name string) []netip.Addr {
 	if a, err := netip.ParseAddr(name); err == nil {
 		return []netip.Addr{a.WithZone("")}
@@ -96,7 +97,7 @@ func resolve(ctx context.Context, name string) []netip.Addr {
 
 const resolvePatience = 2 * time.Second
 
-// resolvers returns the name servers of a resolv.conf(5).
+// resolvers returns the name servers in a resolv.conf(5).
 func resolvers(path string) []netip.Addr {
 	file, err := os.Open(path)
 	if err != nil {
@@ -114,9 +115,9 @@ func resolvers(path string) []netip.Addr {
 	return all
 }
 
-// cutOff says, purely, which needs a node would lose to the cluster network: what
-// lies in it, unless the host itself bears it or a more specific route than the
-// network's leads there.
+// cutOff returns the needs that the cluster network would cut off: addresses inside
+// it that are not the host's own and have no more specific route than the network.
+// Soft ones are warnings, others an error. It does no I/O.
 func cutOff(c subnet.Config, f host.Facts, needs []need) (warned []api.Warning, refused error) {
 	warned, lost := losses(c, f, needs)
 	var errs []error
@@ -126,7 +127,7 @@ func cutOff(c subnet.Config, f host.Facts, needs []need) (warned []api.Warning, 
 	return warned, errors.Join(errs...)
 }
 
-// losses is cutOff with both as warnings.
+// losses is cutOff with both kinds as warnings.
 func losses(c subnet.Config, f host.Facts, needs []need) (soft, hard []api.Warning) {
 	for _, w := range needs {
 		if w.addr.IsLoopback() || f.Bears([]netip.Addr{w.addr}) {
@@ -155,8 +156,9 @@ func losses(c subnet.Config, f host.Facts, needs []need) (soft, hard []api.Warni
 	return soft, hard
 }
 
-// overlapping warns, purely, of the host's networks that overlap what is given
-// out. What lies within the node's own subnets is pods' business.
+// overlapping returns a warning for each of the host's networks that overlaps the
+// allocatable part of the cluster network, except those inside the node's own subnets,
+// which are the pods'. It does no I/O.
 func overlapping(c subnet.Config, own []netip.Prefix, networks []host.LinkNetwork) []api.Warning {
 	var all []api.Warning
 	for _, h := range networks {
@@ -177,8 +179,8 @@ func overlapping(c subnet.Config, own []netip.Prefix, networks []host.LinkNetwor
 	return all
 }
 
-// survey compares the host with a configuration before a lease is asked for. It
-// returns the networks that are to be left to the host.
+// survey checks a configuration against the host before leasing. It returns the
+// networks that the cluster must leave to the host.
 func (d *node) survey(ctx context.Context, config subnet.Config, at place) ([]subnet.HostNetwork, error) {
 	f, err := host.ReadFacts()
 	if err != nil {
@@ -192,7 +194,8 @@ func (d *node) survey(ctx context.Context, config subnet.Config, at place) ([]su
 	}
 	keep := hostNetworks(config, f.Networks(d.podLinks()))
 	for _, w := range needs {
-		// A more specific route leads there: no lease may be more specific still.
+		// A more specific route keeps the address reachable. Keep it free of leases,
+		// which could be more specific still.
 		r, ok := f.RouteOfOthers(w.addr)
 		inside := slices.ContainsFunc(config.Networks, func(n subnet.Network) bool { return n.Prefix.Contains(w.addr) })
 		if l, named := f.LinkName(r.Link); ok && named && r.To.Bits() > 0 && inside {
@@ -202,9 +205,9 @@ func (d *node) survey(ctx context.Context, config subnet.Config, at place) ([]su
 	return keep, nil
 }
 
-// hostNetworks are those of the host's networks within the cluster's that no
-// peer's lease may have. A network around the whole cluster's is not lost to a
-// peer, but to all of them: it is warned of.
+// hostNetworks returns the host's networks inside the cluster network, where peers'
+// leases are rejected. A host network that contains the whole cluster network is not
+// among them, since all peers overlap it; overlapping warns of it.
 func hostNetworks(config subnet.Config, networks []host.LinkNetwork) []subnet.HostNetwork {
 	var keep []subnet.HostNetwork
 	for _, h := range networks {
@@ -217,13 +220,13 @@ func hostNetworks(config subnet.Config, networks []host.LinkNetwork) []subnet.Ho
 	return keep
 }
 
-// podLinks is what tells the pods' links from the host's.
+// podLinks is what distinguishes the pods' links from the host's.
 func (d *node) podLinks() host.Known {
 	return host.Known{Pods: d.podSubnets(), Bridges: cni.RecordedBridges(cniDataDirs...)}
 }
 
-// leftBehind says that a route of culvert's that an earlier run left leads where
-// a server of the store is: a daemon that waits for the store would not say why.
+// leftBehind warns of a culvert route of an earlier run that covers a server of the
+// store. Without the warning the daemon would wait for the store and not say why.
 func (d *node) leftBehind(ctx context.Context) []api.Warning {
 	f, err := host.ReadFacts()
 	if err != nil {
@@ -257,8 +260,8 @@ func CutOff(ctx context.Context, endpoints []string) string {
 	return ""
 }
 
-// fit leaves out of a snapshot what this host cannot follow: leases of peers that
-// overlap its own networks, and a network that has grown over what it needs.
+// fit removes from a snapshot what this host cannot apply: peers' leases that overlap
+// its own networks, and changed networks that would cut it off from what it needs.
 func (s *session) fit(ctx context.Context, snapshot subnet.Snapshot) subnet.Snapshot {
 	if !slices.Equal(snapshot.Config.Networks, s.networks) {
 		f, err := host.ReadFacts()

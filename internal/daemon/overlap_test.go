@@ -22,7 +22,7 @@ func parseConfig(t *testing.T, text string) subnet.Config {
 	return c
 }
 
-// TestCutOff has what a node needs within and beside the cluster network.
+// TestCutOff places what a node needs inside and outside the cluster network.
 func TestCutOff(t *testing.T) {
 	const whole, part = `{"Network":"10.0.0.0/8"}`, `{"Network":"10.0.0.0/8","SubnetMin":"10.5.0.0","SubnetMax":"10.5.255.0"}`
 	facts := host.Facts{

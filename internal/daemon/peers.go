@@ -9,7 +9,7 @@ import (
 	"culvert/internal/api"
 )
 
-// peers joins the leases' names with what the datapath knows of the ways.
+// peers lists the peers of the last snapshot with the datapath's state of each.
 func (h *health) peers() api.Peers {
 	h.mu.Lock()
 	s, path := h.said, h.path

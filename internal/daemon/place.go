@@ -18,14 +18,14 @@ import (
 	"culvert/subnet"
 )
 
-// place is where a node is on the underlay.
+// place is a node's position on the underlay.
 type place struct {
 	underlay host.Underlay
-	publics  []netip.Addr // what others send to, at most one per family
+	publics  []netip.Addr // addresses that peers send to, at most one per family
 }
 
-// placeRecord is what outlives the daemon of its place, so that a restart does
-// not move the node: the addresses in use, and those that it goes back to.
+// placeRecord stores a place on disk, so that a restart does not move the node: the
+// addresses in use, and former ones to return to.
 type placeRecord struct {
 	Addrs  []netip.Addr `json:"addrs"`
 	Former []netip.Addr `json:"former,omitempty"`
@@ -33,8 +33,8 @@ type placeRecord struct {
 
 func (d *node) placePath() string { return filepath.Join(d.options.RunDir, "underlay.json") }
 
-// lastPlace returns the record of an earlier daemon. One that is missing or
-// cannot be read only means that nothing is known.
+// lastPlace returns the record of an earlier daemon, empty if it is missing or
+// unreadable.
 func (d *node) lastPlace() placeRecord {
 	var r placeRecord
 	text, err := statefile.Read(d.placePath(), maxRecord)
@@ -57,8 +57,8 @@ func (d *node) savePlace(u host.Underlay) {
 	}
 }
 
-// known is what the choice of the underlay goes by at a start. Of a
-// configuration that is not known yet the families are not either.
+// known returns what the selection of the underlay considers at a start. config may
+// be nil; the address families are then unknown.
 func (d *node) known(config *subnet.Config, leased []netip.Addr) host.Known {
 	last := d.lastPlace()
 	k := d.podLinks()
@@ -71,12 +71,12 @@ func (d *node) known(config *subnet.Config, leased []netip.Addr) host.Known {
 	return k
 }
 
-// cniDataDirs are where the plugin keeps its records by default, under each of
-// the names that it is installed by.
+// cniDataDirs are the plugin's default data directories, one per name under which it
+// is installed.
 var cniDataDirs = []string{"/var/lib/cni/culvert", "/var/lib/cni/flannel"}
 
-// podSubnets are the subnets that pods on this host may be of: the lease's, that
-// of subnet.env, a lost one.
+// podSubnets are the subnets that pods on this host may have: those leased by this
+// daemon, those in subnet.env, and lost ones.
 func (d *node) podSubnets() []netip.Prefix {
 	all := slices.Concat(d.had, d.previous())
 	if mark, err := d.loadFence(); err == nil && mark != nil {
@@ -85,7 +85,7 @@ func (d *node) podSubnets() []netip.Prefix {
 	return all
 }
 
-// locate chooses the place for a configuration, or, with nil, a first one.
+// locate selects the place for a configuration, which is nil before it is known.
 func (d *node) locate(config *subnet.Config, leased []netip.Addr) (place, error) {
 	u, err := host.FindUnderlay(d.options.Underlay, d.known(config, leased))
 	if err != nil {
@@ -97,8 +97,8 @@ func (d *node) locate(config *subnet.Config, leased []netip.Addr) (place, error)
 	return at, nil
 }
 
-// relocate is locate for a daemon that has served already, which waits rather
-// than ends while there is no underlay.
+// relocate is locate for a daemon that has already served: it retries until there is
+// an underlay.
 func (d *node) relocate(ctx context.Context) (place, error) {
 	for said := ""; ; {
 		at, err := d.locate(nil, nil)
@@ -118,9 +118,8 @@ func (d *node) relocate(ctx context.Context) (place, error) {
 	}
 }
 
-// leased returns the addresses that the store has for this node, for a start
-// without a record of its own. What cannot be read is left: the lease is asked
-// for after this, and says why.
+// leased returns the addresses of this node's lease in the store, for a start without
+// a placeRecord. Errors are only logged: leasing follows and reports them.
 func (d *node) leased(ctx context.Context, r store) []netip.Addr {
 	if len(d.lastPlace().Addrs) > 0 {
 		return nil
@@ -144,7 +143,8 @@ func (d *node) leased(ctx context.Context, r store) []netip.Addr {
 	return nil
 }
 
-// publics are the addresses that others send to: told, else the underlay's.
+// publics returns the addresses that peers send to: PublicIPs, else the underlay's,
+// per family.
 func (d *node) publics(u host.Underlay) []netip.Addr {
 	publics := slices.Clone(d.options.PublicIPs)
 	for _, a := range u.Addrs {
@@ -156,8 +156,8 @@ func (d *node) publics(u host.Underlay) []netip.Addr {
 	return publics
 }
 
-// awaitMove ends the datapath when the node must go to another place on the
-// underlay, and says meanwhile how the present one stands.
+// awaitMove watches the underlay. It returns moved when the node must use another
+// place, and reports the state of the current one meanwhile.
 func (s *session) awaitMove(ctx context.Context) error {
 	to, err := host.AwaitMove(ctx, host.Watch{
 		Selector:  s.options.Underlay,
@@ -179,7 +179,7 @@ func (s *session) awaitMove(ctx context.Context) error {
 	return moved{place{to, s.publics(to)}}
 }
 
-// fits says why pods cannot be served with an MTU of the underlay.
+// fits returns an error if the underlay's MTU is too small for the pods'.
 func (s *session) fits(mtu int) error {
 	u := s.at.underlay
 	u.MTU = mtu
@@ -187,7 +187,7 @@ func (s *session) fits(mtu int) error {
 	return err
 }
 
-// seen returns what notes, after each look, how the underlay in use stands.
+// seen returns the callback that records the underlay's state after each check.
 func (s *session) seen() func(host.Facts, host.Holding) {
 	name := s.at.underlay.Name
 	said := make(map[api.Warning]bool)
@@ -211,8 +211,8 @@ func (s *session) seen() func(host.Facts, host.Holding) {
 	}
 }
 
-// foreignAddresses warns of addresses that somebody has put on the helper device
-// of the userspace datapath, which bears none. From the others they are removed.
+// foreignAddresses warns of addresses on the userspace datapath's helper device, which
+// has none of its own. On culvert's other devices foreign addresses are removed.
 func foreignAddresses(f host.Facts) []api.Warning {
 	var all []api.Warning
 	for _, a := range f.Addrs {
@@ -227,7 +227,7 @@ func foreignAddresses(f host.Facts) []api.Warning {
 	return all
 }
 
-// underlayWarnings says what of the underlay is not as it was chosen.
+// underlayWarnings warns of how the underlay differs from when it was selected.
 func (s *session) underlayWarnings(h host.Holding) []api.Warning {
 	var all []api.Warning
 	was := s.at.underlay

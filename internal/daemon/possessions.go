@@ -16,22 +16,22 @@ import (
 	"culvert/internal/host"
 )
 
-// possessions are what one daemon of a node has at a time besides its datapath:
-// the lock of the network namespace, the run directory with its socket, and the
-// address of metrics and probes. All of them are descriptors, which a successor
-// gets (package handover): whoever asks between the two waits in the kernel and
-// is answered by the successor.
+// possessions are what only one daemon of a node can have at a time, besides the
+// datapath: the lock of the network namespace, the run directory with its socket, and
+// the listen address of metrics and probes. All are descriptors, which a handover
+// passes on (package handover): connections made in between wait in the kernel's
+// backlog for the successor.
 type possessions struct {
 	owner   *host.Ownership
 	socket  *api.Socket
 	asked   *service // on the socket
 	metrics *service // nil without --metrics
-	// passed says that a successor has them, or still its predecessor: they are not
-	// taken down with this process.
+	// passed means that another daemon uses them, the successor or still the
+	// predecessor: do not remove them when this process ends.
 	passed bool
 }
 
-// possess takes them where no daemon runs.
+// possess acquires the possessions if no daemon runs.
 func (d *node) possess(ctx context.Context) error {
 	own, err := host.AwaitOwn(ctx, d.options.owner(), ownerPatience)
 	if owned, ok := errors.AsType[*host.OwnedError](err); ok && owned.By.Same(d.options.owner()) {
@@ -71,7 +71,7 @@ func listenTCP(address string) (fd int, err error) {
 	return fd, nil
 }
 
-// serve answers what is asked.
+// serve starts serving the socket and, if configured, metrics.
 func (p *possessions) serve() error {
 	err := p.asked.start()
 	if p.metrics != nil {
@@ -80,7 +80,7 @@ func (p *possessions) serve() error {
 	return err
 }
 
-// pause stops taking connections; requests that were read are answered.
+// pause stops accepting connections; requests on accepted ones are answered.
 func (p *possessions) pause() {
 	p.owner.Pause()
 	p.asked.pause()
@@ -89,7 +89,8 @@ func (p *possessions) pause() {
 	}
 }
 
-// close ends what is here: for good, or only this process's share of it.
+// close stops serving and releases the possessions; if passed, it closes only this
+// process's descriptors.
 func (p *possessions) close() {
 	if p.asked != nil {
 		p.asked.stop()
@@ -110,23 +111,23 @@ func (p *possessions) close() {
 	}
 }
 
-// service is a listening socket, and what is served on it.
+// service is a listening socket and its HTTP handler.
 type service struct {
 	fd      int
 	handler http.Handler
 	wrap    func(net.Listener) net.Listener // or nil
-	write   time.Duration                   // that an answer may take; 0 for ever
+	write   time.Duration                   // timeout of an answer; 0 for none
 
-	now    *serving       // nil while nothing is served
-	ending sync.WaitGroup // those that answer their last requests
+	now    *serving       // nil while not serving
+	ending sync.WaitGroup // paused servers that answer their last requests
 }
 
-// serving is a server on a service's socket.
+// serving is a running server on a service's socket.
 type serving struct {
 	listener net.Listener
 	server   *http.Server
-	accepts  chan struct{}  // closed when it takes no more connections
-	open     sync.WaitGroup // connections
+	accepts  chan struct{}  // closed when it no longer accepts connections
+	open     sync.WaitGroup // open connections
 }
 
 // start serves until pause or stop.
@@ -158,13 +159,11 @@ func (v *serving) count(_ net.Conn, state http.ConnState) {
 	}
 }
 
-// lastAnswers is how long requests that have come may take when their daemon
-// ends.
+// lastAnswers is how long accepted connections may take after pause.
 const lastAnswers = time.Second
 
-// pause takes no more connections, and returns at once. Requests on those that
-// were taken are answered (which http.Server.Shutdown would not do with the last
-// one).
+// pause stops accepting connections and does not wait. Requests on accepted ones are
+// answered, including the last one, which http.Server.Shutdown might close unanswered.
 func (s *service) pause() {
 	v := s.now
 	if v == nil {
@@ -181,7 +180,7 @@ func (s *service) pause() {
 	})
 }
 
-// stop ends all connections.
+// stop closes all connections and waits for paused servers.
 func (s *service) stop() {
 	if v := s.now; v != nil {
 		s.now = nil

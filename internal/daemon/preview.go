@@ -20,23 +20,22 @@ import (
 	"culvert/subnet/kept"
 )
 
-// Outlook is what a daemon that was started now, and told what the last one was,
-// would find on this host. It is made without the store and without changing
-// anything, from what the last daemon left: told.json, snapshot.json,
-// underlay.json, subnet.env.
+// Outlook is what a daemon started now with the last one's options would find on this
+// host. It is computed without the store and without changing anything, from the last
+// daemon's files: told.json, snapshot.json, underlay.json, subnet.env.
 type Outlook struct {
-	Told     *Told            // nil if no daemon has left word
+	Told     *Told            // nil if there is no told.json
 	Snapshot *subnet.Snapshot // as last read from the store; nil if there is none
-	Underlay host.Underlay    // that it would use; the zero Underlay if none
-	Datapath Datapath         // userspace or kernel, as it would choose
-	State    host.State       // that it wants of the kernel
+	Underlay host.Underlay    // that the daemon would use; the zero Underlay if none
+	Datapath Datapath         // that the daemon would choose: userspace or kernel
+	State    host.State       // the desired kernel state
 	Flaws    []host.Flaw
 
 	underlay int
-	plan     host.Plan // nil if nothing is known of what should be there
+	plan     host.Plan // nil if the desired state is unknown
 }
 
-// Preview looks at the host as a daemon with this run directory would.
+// Preview inspects the host as a daemon with this run directory would.
 func Preview(ctx context.Context, runDir string) (Outlook, error) {
 	var o Outlook
 	told, err := Recall(runDir)
@@ -68,7 +67,7 @@ func Preview(ctx context.Context, runDir string) (Outlook, error) {
 	return o, o.foresee(ctx, d, snapshot)
 }
 
-// foresee compares the host with what a snapshot asks for.
+// foresee compares the host with a snapshot's desired state.
 func (o *Outlook) foresee(ctx context.Context, d *node, s subnet.Snapshot) error {
 	u, err := host.FindUnderlay(d.options.Underlay, d.known(&s.Config, s.Self.Publics()))
 	if err != nil {
@@ -130,8 +129,8 @@ func (o *Outlook) foresee(ctx context.Context, d *node, s subnet.Snapshot) error
 	return nil
 }
 
-// Mend does what a daemon would do about the flaws that it repairs, and returns
-// what it changed. No daemon may run in the network namespace.
+// Mend repairs the flaws that a daemon would repair, and returns the changes. It fails
+// if a daemon runs in the network namespace.
 func (o Outlook) Mend() ([]host.Change, error) {
 	if o.plan == nil {
 		return nil, errors.New("nothing is known of what culvert should have on this host: start the daemon")

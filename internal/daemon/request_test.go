@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// FuzzRequest asks the daemon's socket, and the metrics' address, whatever bytes make
-// a request: there is an answer, and nothing but GET is done.
+// FuzzRequest sends arbitrary bytes as a request to the daemon's socket and the metrics'
+// address: there is an answer, and only GET and HEAD succeed.
 func FuzzRequest(f *testing.F) {
 	for _, text := range []string{
 		"GET /status HTTP/1.1\r\nHost: culvert\r\n\r\n",

@@ -12,8 +12,8 @@ import (
 	"culvert/subnet/kube"
 )
 
-// store is what the daemon needs of where the leases are, beyond the leases
-// themselves: what it holds, what it keeps on the disk, and its connection.
+// store is the daemon's view of the lease store: the registry, this node's lease, the
+// copy on disk, and the connection.
 type store interface {
 	subnet.Registry
 	holder
@@ -21,36 +21,38 @@ type store interface {
 	connection
 }
 
-// holder knows this node's own lease and who else has its subnet.
+// holder knows this node's lease and which other node has its subnets.
 type holder interface {
 	// Held returns the lease as last written or read, and whether there is one.
 	Held() (subnet.Lease, bool)
-	// TakenBy names, as a sentence, who else has one of the subnets; empty if
-	// nobody has. It waits while the store is unreachable.
+	// TakenBy returns a sentence that names another holder of one of the subnets, ""
+	// if there is none. It blocks while the store is unreachable.
 	TakenBy(ctx context.Context, node string, publics []netip.Addr, subnets []netip.Prefix) (string, error)
 }
 
-// keeper is the copy of the leases on the disk.
+// keeper is the snapshot of the leases on disk.
 type keeper interface {
-	// Kept returns the copy, nil if there is none, or why it cannot be used.
+	// Kept returns the snapshot, nil if there is none, or why it cannot be used.
 	Kept(node string) (*kept.State, error)
-	// Resume holds the copy's lease, and has the next Watch begin with its leases.
+	// Resume makes the snapshot's lease the held one, and the next Watch start with its
+	// leases.
 	Resume(k *kept.State, ttl time.Duration)
-	// Forget removes the copy: the lease is not this node's any longer.
+	// Forget removes the snapshot, after the lease is lost.
 	Forget()
 }
 
-// connection is the way to the store.
+// connection is the connection to the store.
 type connection interface {
 	// Answers returns an error if the store is unreachable or does not answer
 	// before ctx ends.
 	Answers(ctx context.Context) error
-	// Reconnect breaks the connections, since the node's address has changed.
+	// Reconnect breaks the connections, which are then made anew, after the node's
+	// address has changed.
 	Reconnect()
 	Close() error
 }
 
-// openStore makes the store that the options name.
+// openStore opens the store that the options select.
 func (d *node) openStore() (store, error) {
 	if d.options.Kubernetes == nil {
 		o := d.options.Etcd
@@ -67,7 +69,7 @@ func (d *node) openStore() (store, error) {
 	return r, nil
 }
 
-// describeStore is the store in the status, before it is reached.
+// describeStore returns the store's part of the status, without its connection state.
 func (o Options) describeStore() api.Store {
 	if o.Kubernetes != nil {
 		return api.Store{Kind: "kubernetes", Prefix: o.Kubernetes.Prefix}
@@ -75,10 +77,10 @@ func (o Options) describeStore() api.Store {
 	return api.Store{Kind: "etcd", Endpoints: o.Etcd.Endpoints, Prefix: o.Etcd.Prefix}
 }
 
-// storeName is the store in a message.
+// storeName is the store's name for messages.
 func (o Options) storeName() string { return o.describeStore().Name() }
 
-// configPlace is where the network configuration is, and how to set one.
+// configPlace says, for messages, where the network configuration is and how to set it.
 func (o Options) configPlace() string {
 	if o.Kubernetes != nil {
 		return o.Kubernetes.NetConf + ": mount the ConfigMap that has it"
@@ -86,7 +88,7 @@ func (o Options) configPlace() string {
 	return "etcd: set one with `culvert config set`"
 }
 
-// snapshotFile is where the store keeps its copy of the leases.
+// snapshotFile is the path of the snapshot on disk.
 func (o Options) snapshotFile() string {
 	if o.Kubernetes != nil {
 		return o.Kubernetes.SnapshotFile

@@ -17,20 +17,19 @@ import (
 	"culvert/subnet"
 )
 
-// subnetFile is the daemon's subnet.env: written when the node is ready, and
-// again as the lease is renewed, since the file says how long the CNI plugin
-// may rely on it. So a node whose lease runs out, with or without a daemon,
-// takes no more pods.
+// subnetFile is the daemon's subnet.env. It is written when the node is ready and again
+// as the lease is renewed: it contains the lease's expiry, after which the CNI plugin
+// adds no pods, whether a daemon runs or not.
 type subnetFile struct {
 	path string
 
 	mu      sync.Mutex
 	env     cni.SubnetEnv
 	written bool
-	removed bool // and stays so
+	removed bool // for good
 }
 
-// subnetEnv says what the plugin may give to pods.
+// subnetEnv builds the content of subnet.env.
 func subnetEnv(c subnet.Config, l subnet.Lease, mtu int) cni.SubnetEnv {
 	env := cni.SubnetEnv{MTU: mtu, IPMasq: true, Expires: l.Expires}
 	for _, n := range c.Networks {
@@ -40,7 +39,7 @@ func subnetEnv(c subnet.Config, l subnet.Lease, mtu int) cni.SubnetEnv {
 	return env
 }
 
-// gateways returns the address in each subnet that is the node's, to its pods.
+// gateways returns the first host address of each subnet, which is the pods' gateway.
 func gateways(subnets []netip.Prefix) []netip.Prefix {
 	var all []netip.Prefix
 	for _, s := range subnets {
@@ -49,8 +48,8 @@ func gateways(subnets []netip.Prefix) []netip.Prefix {
 	return all
 }
 
-// write makes the file say env, if it does not but for its end, which due and
-// extend are about.
+// write writes env if it differs from the file in more than the expiry, which extend
+// updates. After remove it does nothing.
 func (f *subnetFile) write(env cni.SubnetEnv) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -62,7 +61,7 @@ func (f *subnetFile) write(env cni.SubnetEnv) error {
 	return f.put(env)
 }
 
-// put writes env, with its end by both clocks. The caller has mu.
+// put writes env, with the expiry by both clocks. The caller holds mu.
 func (f *subnetFile) put(env cni.SubnetEnv) error {
 	env.ExpiresUp, env.Boot = 0, ""
 	if !env.Expires.IsZero() {
@@ -71,7 +70,7 @@ func (f *subnetFile) put(env cni.SubnetEnv) error {
 			return err
 		}
 		env.ExpiresUp, env.Boot = now.Up+time.Until(env.Expires), now.Boot
-		env.Expires = env.Expires.Round(0) // by the wall clock from now on
+		env.Expires = env.Expires.Round(0) // drop the monotonic reading
 	}
 	if err := cni.WriteSubnetEnv(f.path, env); err != nil {
 		return fmt.Errorf("writing %s: %w", f.path, err)
@@ -80,7 +79,7 @@ func (f *subnetFile) put(env cni.SubnetEnv) error {
 	return nil
 }
 
-// remove takes the file away for good: the subnet is not this node's any more.
+// remove removes the file for good, after the subnet is lost or released.
 func (f *subnetFile) remove() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -91,7 +90,7 @@ func (f *subnetFile) remove() error {
 	return nil
 }
 
-// extend moves the end of the lease in the file, if there is a file.
+// extend updates the expiry in the file, if it was written.
 func (f *subnetFile) extend(until time.Time) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -103,9 +102,9 @@ func (f *subnetFile) extend(until time.Time) error {
 	return f.put(env)
 }
 
-// due says whether the file's end is worth moving: the wall clock was set, or
-// the lease was renewed. Renewals come every third of the lifetime or more
-// often, and each write is synced to a disk.
+// due reports whether the file's expiry should be updated: the wall clock was set, or
+// the lease was renewed. Small differences are ignored, since renewals come every third
+// of the lifetime or more often and each write is synced to disk.
 func (f *subnetFile) due(now, until time.Time) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -115,12 +114,12 @@ func (f *subnetFile) due(now, until time.Time) bool {
 	return f.written && until.Round(0).Sub(f.env.Expires).Abs() > max(until.Sub(now).Abs()/8, clockSlack)
 }
 
-// clockSlack is what clocks may differ by without having been set: they are
-// slewed, and read one after the other.
+// clockSlack is how far the clocks may drift apart without having been set: they are
+// slewed, and not read at the same instant.
 const clockSlack = 500 * time.Millisecond
 
-// clocks tells of a wall clock that is set, and of a machine that was suspended,
-// by how far the clocks have gone since the last look.
+// clocks detects a set wall clock and a suspended machine, by comparing how far each
+// clock has advanced.
 type clocks struct {
 	at time.Time // by the wall clock and CLOCK_MONOTONIC
 	up time.Duration
@@ -142,8 +141,8 @@ func (c *clocks) look() (set, suspended time.Duration) {
 	return now.at.Round(0).Sub(before.at.Round(0)) - gone, gone - now.at.Sub(before.at)
 }
 
-// renewSubnetFile follows the lease's lifetime until ctx ends. look has the
-// store asked about the lease.
+// renewSubnetFile keeps the file's expiry and the status up to date until ctx ends. It
+// calls look, which verifies the lease, after a clock change or a suspend.
 func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (subnet.Lease, bool), look func()) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -168,7 +167,7 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 			if !f.due(now, l.Expires) {
 				continue
 			}
-			// The file that is there goes on being true until it says no longer.
+			// If this fails, the existing file is valid until its expiry.
 			err := f.extend(l.Expires)
 			if err != nil && !failing {
 				d.log.Error("the CNI plugin will refuse pods when the old end of the lease is reached", "error", err)
@@ -182,13 +181,12 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 	}
 }
 
-// subnetFileWarning says that subnet.env cannot be written.
+// subnetFileWarning warns that subnet.env cannot be written.
 func subnetFileWarning(err error) api.Warning {
 	return api.Warning{Check: "subnet-file", Text: err.Error(), Fix: "make room for it, or name another place with --subnet-file"}
 }
 
-// look has the store asked whether the lease still stands, if it is one that has
-// leases that end.
+// look has the registry verify the lease in the store, if its leases can expire.
 func (s *session) look() {
 	if r, ok := s.registry.(interface{ VerifyLease() }); ok {
 		r.VerifyLease()

@@ -25,7 +25,7 @@ func TestSubnetFileFollowsTheLease(t *testing.T) {
 		}
 		return env.Expires
 	}
-	// Before the node is ready there is no file, and renewals make none.
+	// Before the node is ready there is no file, and renewals create none.
 	if f.due(now, now.Add(time.Hour)) {
 		t.Error("a file that was not written is due")
 	}
@@ -37,10 +37,10 @@ func TestSubnetFileFollowsTheLease(t *testing.T) {
 	}
 	for _, c := range []struct {
 		after time.Duration // since the start
-		left  time.Duration // then; 0: for ever
+		left  time.Duration // of the lease, then; 0: it never expires
 		due   bool
 	}{
-		{8 * time.Second, 24 * time.Hour, false}, // renewed, and no news
+		{8 * time.Second, 24 * time.Hour, false}, // renewed by too little to write
 		{2 * time.Hour, 24 * time.Hour, false},
 		{4 * time.Hour, 24 * time.Hour, true},
 		{4 * time.Hour, 20 * time.Hour, false}, // not renewed
@@ -88,7 +88,7 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
-// F5: the file follows a wall clock that is set, and so does the word of it.
+// F5: after the wall clock is set, the file is rewritten and clocks reports it.
 func TestF5ClockIsSet(t *testing.T) {
 	f := &subnetFile{path: filepath.Join(t.TempDir(), "subnet.env")}
 	until := time.Now().Add(24 * time.Hour)
@@ -98,7 +98,7 @@ func TestF5ClockIsSet(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	// As though it had been written under another wall clock.
+	// As if the file had been written under another wall clock.
 	for _, years := range []int{6, -6} {
 		f.env.Expires = f.env.Expires.AddDate(years, 0, 0)
 		if !f.due(time.Now(), until) {

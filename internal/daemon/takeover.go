@@ -18,34 +18,33 @@ import (
 	"culvert/subnet"
 )
 
-// takeover is a start beside a running daemon, whose place this one takes
-// (--replace):
+// takeover is the successor's side of a handover (--replace):
 //
 //	ask ── offer ── begin, open ── first snapshot ── take ── yours ── apply ── running
 //	                 (the running daemon carries)            (nobody reads)
 //
-// When the running daemon ends before its time, this one goes on alone. When it
-// says `back`, this one ends.
+// If the running daemon ends early, this one goes on. If it sends `back`, this one
+// ends.
 type takeover struct {
 	conn     *handover.Conn
 	offer    handover.Message
 	datapath []int         // descriptors, until they are inherited
-	yours    chan struct{} // closed when the running daemon carries no more
+	yours    chan struct{} // closed when the running daemon has stopped carrying
 	gone     chan struct{} // closed when it has ended
-	taken    bool          // take was said, or the other had ended
+	taken    bool          // it has stopped carrying, or has ended
 	finished atomic.Bool
 	status   api.Handover
 }
 
-// takenBack ends a successor that its predecessor told to end.
+// takenBack stops this successor: the running daemon goes on.
 type takenBack struct{ why string }
 
 func (e takenBack) Error() string {
 	return "the running daemon goes on instead of this one: " + e.why
 }
 
-// replace asks the running daemon for what it has. There may be none (nil), and
-// then this is a start like any other.
+// replace asks the running daemon for its possessions and adopts them. If none runs,
+// it is a normal start (possess).
 func (d *node) replace(ctx context.Context, abort context.CancelCauseFunc) error {
 	o := d.options
 	asking, cancel := context.WithTimeout(ctx, handoverPatience)
@@ -67,7 +66,7 @@ func (d *node) replace(ctx context.Context, abort context.CancelCauseFunc) error
 	o.Log.Info("taking over from the running daemon", "pid", offer.PID, "version", offer.Program, "carrying", offer.Carrying)
 	go t.listen(abort)
 	if !offer.Carrying {
-		// Nothing depends on it: there is no reason to wait until this one is ready.
+		// No datapath runs: take over before this one is ready.
 		if err := t.take(ctx, false); err != nil {
 			return err
 		}
@@ -76,7 +75,7 @@ func (d *node) replace(ctx context.Context, abort context.CancelCauseFunc) error
 	return nil
 }
 
-// adopt takes the descriptors, in the order of their names.
+// adopt takes ownership of the passed descriptors, by name.
 func (d *node) adopt(fds []int) error {
 	t, p := d.takeover, &d.possessions
 	named := make(map[string][]int)
@@ -93,7 +92,7 @@ func (d *node) adopt(fds []int) error {
 			return fmt.Errorf("the running daemon passed no %s", name)
 		}
 	}
-	// Its predecessor's until it is taken over.
+	// The running daemon uses them until tookOver.
 	p.passed = true
 	var err error
 	if p.owner, err = host.InheritOwnership(named["owner"][0], d.options.owner()); err != nil {
@@ -122,7 +121,7 @@ func (d *node) adopt(fds []int) error {
 	return nil
 }
 
-// listen follows what the running daemon says.
+// listen handles the running daemon's messages until the connection ends.
 func (t *takeover) listen(abort context.CancelCauseFunc) {
 	defer close(t.gone)
 	defer t.conn.Close()
@@ -138,14 +137,14 @@ func (t *takeover) listen(abort context.CancelCauseFunc) {
 	}
 }
 
-// take has the running daemon stop carrying, and returns when it has, or has
-// ended. Once is enough.
+// take tells the running daemon to stop carrying, and waits until it has stopped or
+// ended. Later calls do nothing.
 func (t *takeover) take(ctx context.Context, inherit bool) error {
 	if t == nil || t.taken {
 		return nil
 	}
 	if err := t.conn.Send(handover.Message{Step: handover.Take, Inherit: inherit}); err != nil {
-		// It has ended, or taken itself back, which listen says.
+		// It has ended, or sent `back`, which listen handles.
 		select {
 		case <-t.gone:
 		case <-ctx.Done():
@@ -162,7 +161,7 @@ func (t *takeover) take(ctx context.Context, inherit bool) error {
 	return context.Cause(ctx)
 }
 
-// pending says that the running daemon may still go on by itself.
+// pending reports whether the running daemon can still take the node back.
 func (t *takeover) pending() bool {
 	if t == nil || t.finished.Load() {
 		return false
@@ -175,7 +174,8 @@ func (t *takeover) pending() bool {
 	}
 }
 
-// tookOver is said once this daemon runs: from now on the node is its own.
+// tookOver completes the takeover once this daemon runs: it starts serving, and the
+// running daemon ends.
 func (d *node) tookOver() error {
 	t := d.takeover
 	if t == nil || !t.finished.CompareAndSwap(false, true) {
@@ -195,9 +195,9 @@ func (d *node) tookOver() error {
 	return nil
 }
 
-// inherit returns the descriptors of the running daemon's datapath if this
-// daemon's is to be the same. Else it says why not, and has that one closed
-// first, since the two would stand in each other's way.
+// inherit returns the descriptors of the running daemon's datapath if this daemon's
+// has the same facts. Otherwise it logs why not and has that datapath closed first,
+// since the two would conflict.
 func (d *node) inherit(ctx context.Context, facts map[string]string) ([]int, error) {
 	t := d.takeover
 	if t == nil || t.taken {
@@ -216,7 +216,7 @@ func (d *node) inherit(ctx context.Context, facts map[string]string) ([]int, err
 	return nil, t.take(ctx, false)
 }
 
-// differences says what of a datapath is another than before.
+// differences describes how a datapath's facts changed; "" if they did not.
 func differences(before, now map[string]string) string {
 	var all []string
 	for _, name := range slices.Sorted(maps.Keys(now)) {
@@ -227,8 +227,8 @@ func differences(before, now map[string]string) string {
 	return strings.Join(all, "; ")
 }
 
-// datapathFacts are what a datapath is made of: of two that agree in them, one
-// can go on with the other's descriptors.
+// datapathFacts are a datapath's parameters. If they are equal, a successor can inherit
+// the descriptors.
 func (d *node) datapathFacts(kind Datapath, c subnet.Config, l subnet.Lease, u host.Underlay) map[string]string {
 	facts := map[string]string{
 		"node": d.options.Node, "store": fmt.Sprint(d.options.describeStore()),

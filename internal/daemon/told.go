@@ -15,9 +15,8 @@ import (
 	"culvert/subnet/kube"
 )
 
-// Told is what a daemon was told, as it leaves it in its run directory: what
-// `culvert doctor`, `trace` and `report` go by while no daemon runs. It holds no
-// password, token or key.
+// Told is the daemon's options as saved in its run directory, for `culvert doctor`,
+// `trace` and `report` while no daemon runs. It holds no password, token or key.
 type Told struct {
 	Version         string         `json:"version"`
 	Node            string         `json:"node"`
@@ -39,7 +38,7 @@ type Told struct {
 
 func toldPath(runDir string) string { return filepath.Join(runDir, "told.json") }
 
-// remember writes what this daemon was told.
+// remember saves this daemon's options.
 func (o Options) remember() error {
 	s := o.describeStore()
 	text, err := json.MarshalIndent(Told{
@@ -53,8 +52,8 @@ func (o Options) remember() error {
 	return statefile.Write(toldPath(o.RunDir), append(text, '\n'), 0o644)
 }
 
-// Recall returns what the last daemon of a run directory was told, nil if there
-// was none, or one that leaves no word.
+// Recall returns the options that the last daemon saved in a run directory, nil if
+// there are none.
 func Recall(runDir string) (*Told, error) {
 	text, err := statefile.Read(toldPath(runDir), maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -70,8 +69,7 @@ func Recall(runDir string) (*Told, error) {
 	return &t, nil
 }
 
-// options are those of a daemon that would be told the same. It cannot reach the
-// store, of which it has no secrets.
+// options converts back to Options. They lack the secrets to reach the store.
 func (t Told) options(runDir string) Options {
 	o := Options{
 		Version: t.Version, Node: t.Node, RunDir: runDir, SubnetFile: t.SubnetFile,

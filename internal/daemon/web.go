@@ -17,26 +17,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Access is how metrics are guarded where others than this host's programs reach
-// them. Files are read anew for each connection and request, so they may change.
+// Access protects the metrics' listener. The files are read again for each connection
+// or request, so they may be replaced.
 type Access struct {
 	CertFile, KeyFile string // PEM; serve TLS with them
-	TokenFile         string // asked for as a bearer token, of /metrics
+	TokenFile         string // bearer token, required for /metrics and the page
 }
 
-// What a request may cost. None has much of a body, and all answers are short but
-// the metrics and the status of thousands of peers.
+// Limits per request and connection. Requests have no large bodies; only the metrics
+// and status of thousands of peers are long answers.
 const (
 	readPatience    = 5 * time.Second
-	writePatience   = 30 * time.Second // over TCP, for a client that reads slowly
+	writePatience   = 30 * time.Second // over TCP; bounds slow clients
 	idlePatience    = time.Minute
 	mostHeaderBytes = 16 << 10
 	mostBodyBytes   = 64 << 10
 	mostConnections = 512 // over TCP
 )
 
-// bounded returns a server that bounds what a request costs. An answer may take as
-// long as write, or with 0 for ever.
+// bounded returns a server with these limits. write is the timeout of an answer, 0 for
+// none.
 func bounded(h http.Handler, write time.Duration) *http.Server {
 	return &http.Server{
 		Handler:     http.MaxBytesHandler(h, mostBodyBytes),
@@ -44,8 +44,8 @@ func bounded(h http.Handler, write time.Duration) *http.Server {
 	}
 }
 
-// web returns the service of metrics and probes on a listening socket, which it
-// closes if there is an error.
+// web returns the service of metrics and probes on a listening socket. On error it
+// closes the socket.
 func (d *node) web(fd int) (*service, error) {
 	s, err := d.options.MetricsAccess.service(fd, d.health, d.log)
 	if err != nil {
@@ -54,7 +54,7 @@ func (d *node) web(fd int) (*service, error) {
 	return s, nil
 }
 
-// service is metrics and probes on a listening socket, guarded.
+// service returns the protected service of metrics and probes on a listening socket.
 func (a Access) service(fd int, h *health, log *slog.Logger) (*service, error) {
 	s := &service{fd: fd, handler: probes(h, a), write: writePatience}
 	s.wrap = func(l net.Listener) net.Listener { return netutil.LimitListener(l, mostConnections) }
@@ -83,7 +83,7 @@ func (a Access) service(fd int, h *health, log *slog.Logger) (*service, error) {
 	return s, nil
 }
 
-// listensAt is a socket's own address.
+// listensAt returns a socket's local address.
 func listensAt(fd int) (at netip.AddrPort, loopback bool) {
 	name, err := unix.Getsockname(fd)
 	if err != nil {
@@ -98,7 +98,7 @@ func listensAt(fd int) (at netip.AddrPort, loopback bool) {
 	return at, at.Addr().IsLoopback()
 }
 
-// token returns what has to be shown, "" if nothing has.
+// token returns the required bearer token, "" if none is.
 func (a Access) token() (string, error) {
 	if a.TokenFile == "" {
 		return "", nil
@@ -114,7 +114,7 @@ func (a Access) token() (string, error) {
 	return text, nil
 }
 
-// guard lets only those pass who show the token.
+// guard rejects requests without the token.
 func (a Access) guard(h http.Handler) http.Handler {
 	if a.TokenFile == "" {
 		return h

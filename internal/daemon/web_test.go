@@ -20,8 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestWeb asks for metrics with and without TLS and the token, and with a header
-// that is too large.
+// TestWeb requests metrics with and without TLS and token, and with too large a header.
 func TestWeb(t *testing.T) {
 	dir := t.TempDir()
 	token, cert, key := filepath.Join(dir, "token"), filepath.Join(dir, "cert"), filepath.Join(dir, "key")
@@ -106,7 +105,7 @@ func TestWeb(t *testing.T) {
 			t.Errorf("%s %.30s: %d, not %d", c.url, c.value, answer.StatusCode, c.want)
 		}
 	}
-	// Another token in the file is the one from then on.
+	// A new token in the file is valid at once.
 	write(token, "other")
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+at.String()+"/metrics", http.NoBody)
 	if err != nil {
