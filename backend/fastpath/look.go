@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"culvert/internal/host"
 )
@@ -128,10 +129,13 @@ const (
 )
 
 func (m *pathMTUs) refresh(s host.State) {
-	uplinks := make(map[string]string)
+	tunnels := make(map[string]way)
 	for _, l := range s.Links {
-		if l.VXLAN != nil {
-			uplinks[l.Name] = l.VXLAN.Device
+		if l.VXLAN == nil {
+			continue
+		}
+		if uplink, err := netlink.LinkByName(l.VXLAN.Device); err == nil {
+			tunnels[l.Name] = way{l.VXLAN.Local, uplink.Attrs().Index}
 		}
 	}
 	old, again := m.known, time.Since(m.asked) > askAgain
@@ -142,7 +146,7 @@ func (m *pathMTUs) refresh(s host.State) {
 	for i, e := range s.FDB {
 		known, there := old[e.To]
 		if !there || again && (len(s.FDB) <= askedAtOnce || (i-m.turn+len(s.FDB))%len(s.FDB) < askedAtOnce) {
-			known = ask(e.To, uplinks[e.Link])
+			known = ask(e.To, tunnels[e.Link])
 		}
 		m.known[e.To] = known
 	}
@@ -151,14 +155,28 @@ func (m *pathMTUs) refresh(s host.State) {
 	}
 }
 
-// ask looks up the route as the vxlan device does: by its own uplink.
-func ask(to netip.Addr, uplink string) pathMTU {
-	routes, err := netlink.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{Oif: uplink})
+// way is where a tunnel's packets leave: from which address, by which link.
+type way struct {
+	local  netip.Addr
+	uplink int
+}
+
+// ask looks up the route to a peer as the vxlan device does: from its own address, by
+// whatever link the host's routes and rules say (an FDB entry names none). A route of
+// another type or by another link than the tunnel's uplink is for the device alone:
+// bpf_redirect_neigh, which is given the uplink, would take a blackhole for a peer on
+// the link.
+func ask(to netip.Addr, tunnel way) pathMTU {
+	if tunnel.uplink == 0 {
+		return pathMTU{}
+	}
+	routes, err := netlink.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{SrcAddr: tunnel.local.AsSlice()})
 	if err != nil || len(routes) != 1 {
 		return pathMTU{}
 	}
 	r := routes[0]
-	return pathMTU{r.MTU, r.Encap == nil && (r.Type == 0 || r.Type == 1)} // RTN_UNICAST
+	plain := r.Type == unix.RTN_UNICAST && r.Encap == nil && r.LinkIndex == tunnel.uplink
+	return pathMTU{r.MTU, plain}
 }
 
 func (m *pathMTUs) of(to netip.Addr, _ string) (mtu int, usable bool) {

@@ -62,6 +62,7 @@ func Checks() []Check {
 		{"subnet-file", "subnet.env is missing, stale, or cannot be written", false},
 
 		{"cni", "no pod can be added", false},
+		{"cni-conf", "the CNI configuration cannot be put in place", false},
 		{"cni-bridge", "the pods' bridge has addresses, or lacks something, that keeps pods from being added", false},
 		{"cni-addresses", "the subnet has no address left for a pod", false},
 
