@@ -379,7 +379,7 @@ func segmentsOf(payload, size int) int {
 	return max(1, (payload+size-1)/size)
 }
 
-// choose chooses the queue of the device for what is written next (Options.Spread).
+// choose selects the device queue for the next write (Options.Spread).
 func (g *ingress) choose(b []byte, p *packet) {
 	if n := uint32(len(g.spread)); n > 0 {
 		g.device = g.spread[p.flowHash(b)%n]

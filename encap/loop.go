@@ -85,9 +85,9 @@ type Options struct {
 	// drain the first queue before it sends from the second, which keeps the
 	// flow's order. Nil if flows do not move.
 	Moves *atomic.Uint64
-	// Spread writes each flow's packets to one of its thread's queues, chosen by the
-	// flow. Without a steering program, the kernel puts a flow into the queue that the
-	// packets of its other direction were written to.
+	// Spread writes each flow's packets to one of its thread's queues, selected by the
+	// flow hash. Without a steering program, the kernel puts a flow into the queue to
+	// which its other direction's packets were written.
 	Spread bool
 	// Super is a TAP device with IFF_VNET_HDR and a 24-byte header whose frames
 	// are redirected to the uplink: for VXLAN with TUN_F_UDP_TUNNEL_GSO, for IPIP

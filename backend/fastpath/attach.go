@@ -14,8 +14,8 @@ import (
 	"culvert/internal/host"
 )
 
-// fill makes the maps equal to what is wanted. Nobody else has them, so what they
-// hold is what was put there.
+// fill updates the maps to the desired contents, by the difference to the last ones.
+// Only this Path writes them, except for the marks of Passed.
 func (p *Path) fill(want contents) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -25,7 +25,7 @@ func (p *Path) fill(want contents) error {
 		fillMap(p.loaded.Maps["tunnels"], p.held.tunnels, want.tunnels),
 	)
 	if err != nil {
-		p.held = contents{} // write all of it next time
+		p.held = contents{} // write everything next time
 		return fmt.Errorf("filling the fast path's maps: %w", err)
 	}
 	p.held = want
@@ -51,16 +51,15 @@ func fillMap[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
 	return nil
 }
 
-// occupied says that somebody else has the place of one of our filters.
+// occupied means that another program's filter has our priority.
 type occupied struct{ link, by string }
 
 func (o *occupied) Error() string {
 	return fmt.Sprintf("the tc filter %q of another program has priority %d on %s", o.by, host.FilterPriority, o.link)
 }
 
-// attach sees to it that each program stands in its place, and none of ours in
-// another. One that stands there already, of an earlier daemon, is replaced in
-// one step.
+// attach attaches each program that is not in place. A filter of an earlier daemon is
+// replaced atomically.
 func (p *Path) attach(hooks []hook) ([]host.Change, error) {
 	var changes []host.Change
 	for _, h := range hooks {
@@ -98,11 +97,12 @@ func (p *Path) attach(hooks []hook) ([]host.Change, error) {
 	return changes, nil
 }
 
-// stands says whether our program is in its place.
+// stands reports whether our program is attached at its hook. The error is occupied if
+// another program's filter is.
 func (p *Path) stands(l netlink.Link, h hook) (bool, error) {
 	filters, err := host.Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, h.parent) })
 	if err != nil {
-		return false, nil // there is no qdisc yet
+		return false, nil // no qdisc yet
 	}
 	for _, f := range filters {
 		if f.Attrs().Priority != host.FilterPriority {
@@ -133,7 +133,7 @@ func addClsact(l netlink.Link) error {
 	return nil
 }
 
-// stepBack takes our filters away, the uplink's first.
+// stepBack removes our filters.
 func (p *Path) stepBack() ([]host.Change, error) {
 	filters, err := host.Filters()
 	if err != nil {
@@ -151,8 +151,8 @@ func (p *Path) stepBack() ([]host.Change, error) {
 	return changes, errors.Join(errs...)
 }
 
-// prepareJoin has the far end join segments. It does so only while the near end
-// does not promise to take large frames itself (veth_skb_is_eligible_for_gro in
+// prepareJoin enables GRO on the far end of the veth pair and disables TSO on the near
+// end, without which veth does not run GRO (veth_skb_is_eligible_for_gro in
 // drivers/net/veth.c).
 func prepareJoin() error {
 	tool, err := ethtool.NewEthtool()

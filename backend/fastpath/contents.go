@@ -11,9 +11,9 @@ import (
 	"culvert/internal/host"
 )
 
-// The maps' keys and values, as bpf/fastpath.c has them.
+// The maps' keys and values, laid out as in bpf/fastpath.c.
 type (
-	address [16]byte // IPv4: the first four, and zeros
+	address [16]byte // IPv4: the first four bytes, then zeros
 
 	tunnel struct {
 		Device, Uplink, Joiner, MTU uint32
@@ -34,7 +34,7 @@ type (
 	peer struct {
 		Outer address
 		MTU   uint32
-		Sent  uint32 // the program sets it
+		Sent  uint32 // set by the program
 	}
 	sourceKey struct {
 		Bits         uint32
@@ -42,24 +42,24 @@ type (
 	}
 )
 
-// mostLengths is how many lengths of peers' prefixes the program tries; peers of
-// further ones are left to the datapath below.
+// mostLengths is how many prefix lengths of peers' subnets the program looks up.
+// Packets of peers with other lengths are left to the kernel datapath.
 const mostLengths = 8
 
-// narrowest is the MTU that every IPv6 path has (RFC 8200, section 5). What is
-// longer is left to the kernel, which remembers what routers say of a path.
+// narrowest is the minimum IPv6 MTU (RFC 8200, section 5). Longer IPv6 packets are left
+// to the kernel, which knows the path MTU.
 const narrowest = 1280
 
-// contents are what the maps are to hold, and where the programs are to stand.
+// contents are the desired contents of the maps and the hooks of the programs.
 type contents struct {
 	tunnels map[uint32]tunnel // by family, 4 or 6
 	peers   map[peerKey]peer
 	sources map[sourceKey]uint32
 	hooks   []hook
-	pairs   []host.Source // of sources
+	pairs   []host.Source // the keys of sources
 }
 
-// hook is one place for one program.
+// hook is where a program is attached.
 type hook struct {
 	link    string
 	index   int
@@ -67,12 +67,12 @@ type hook struct {
 	program string
 }
 
-// facts are what the contents depend on besides the state.
+// facts is what the contents depend on besides the host state.
 type facts struct {
 	links            map[string]link
-	firstPort, ports uint16           // of this network namespace's local ones
-	hops             map[uint32]uint8 // by family
-	// path says what a peer's path takes, and whether the fast path may use it.
+	firstPort, ports uint16           // the namespace's local port range
+	hops             map[uint32]uint8 // TTL or hop limit, by family
+	// path returns the MTU of the path to a peer, and whether the fast path may use it.
 	path func(outer netip.Addr, uplink string) (mtu int, ok bool)
 }
 
@@ -97,8 +97,8 @@ func keyOf(s host.Source) sourceKey {
 	return sourceKey{Bits: uint32(s.Inner.Bits()), Outer: addressOf(s.Outer), Inner: addressOf(s.Inner.Masked().Addr())}
 }
 
-// contentsOf computes, purely, what a state comes to. The error says why the fast
-// path cannot stand before it.
+// contentsOf computes the contents for a state, without I/O. The error says why the
+// fast path cannot be used with it.
 func contentsOf(s host.State, f facts) (contents, error) {
 	c := contents{tunnels: make(map[uint32]tunnel), peers: make(map[peerKey]peer), sources: make(map[sourceKey]uint32)}
 	families := make(map[string]uint32)
@@ -181,11 +181,11 @@ func contentsOf(s host.State, f facts) (contents, error) {
 		c.peers[peerKey{e.MAC, uint16(family)}] = peer{Outer: addressOf(e.To), MTU: uint32(mtu)}
 	}
 	slices.SortFunc(c.hooks, compareHooks)
-	c.hooks = slices.Compact(c.hooks) // the uplink of two tunnels
+	c.hooks = slices.Compact(c.hooks) // two tunnels may share an uplink
 	return c, nil
 }
 
-// compareHooks puts the far ends before what sends to them.
+// compareHooks orders receivers before senders: join, in, out.
 func compareHooks(a, b hook) int {
 	order := func(h hook) int { return slices.Index([]string{programJoin, programIn, programOut}, h.program) }
 	if d := order(a) - order(b); d != 0 {

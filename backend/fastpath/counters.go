@@ -11,13 +11,13 @@ import (
 type counter uint32
 
 const (
-	outPackets counter = iota // segments, as on the wire
+	outPackets counter = iota // each segment counted
 	outBytes                  // of inner packets
 	outFrames
 	inPackets
 	inBytes
 	inFrames
-	inJoined // of inFrames: through the pair of veth
+	inJoined // of inFrames: through the veth pair, for GRO
 
 	slowOutPeer
 	slowOutProtocol
@@ -39,11 +39,11 @@ const (
 	slowInFlow
 	slowInRoom
 
-	counters // how many there are
+	counters // number of counters
 )
 
-// slowNames are the reasons for which a packet is left to the datapath below,
-// which carries or drops it.
+// slowNames are the reasons for leaving a packet to the kernel datapath, which carries
+// or drops it.
 var slowNames = [counters]string{
 	slowOutPeer:       "egress-no-peer",
 	slowOutProtocol:   "egress-protocol",
@@ -65,7 +65,7 @@ var slowNames = [counters]string{
 	slowInRoom:        "ingress-no-room",
 }
 
-// readings are the counters, of all processors together.
+// readings are the counters, summed over all CPUs.
 type readings [counters]uint64
 
 func (r readings) egress() api.Traffic {
@@ -76,8 +76,8 @@ func (r readings) ingress() api.Traffic {
 	return api.Traffic{Packets: r[inPackets], Bytes: r[inBytes], Frames: r[inFrames]}
 }
 
-// slow returns what was left to the datapath below, by reason, the commonest
-// first.
+// slow returns how many packets were left to the kernel datapath, by reason, the most
+// frequent first.
 func (r readings) slow() []api.Drop {
 	var all []api.Drop
 	for c, name := range slowNames {

@@ -1,17 +1,18 @@
-// Package fastpath puts tc programs (eBPF) before the kernel's vxlan devices:
-// one encapsulates what leaves by the device and sends it to the uplink, one
-// takes peers' packets out of their headers on the uplink and hands them to the
-// device as received there. The host's routes, conntrack and nftables see what
-// they always saw. What a program cannot or should not carry goes on to the
-// device, packet by packet.
+// Package fastpath runs eBPF tc programs before the kernel's vxlan devices. One
+// encapsulates packets that leave by the device and sends them to the uplink. The other
+// decapsulates peers' packets on the uplink and delivers them to the device as received
+// there. Routes, conntrack and nftables see the same inner packets as before; packets
+// that a program cannot carry go on to the device, one by one. The package owns the
+// programs, their maps and filters; the devices are owned by internal/host, and the
+// desired state comes from the datapath's Plan (package backend).
 //
 //	Snapshot ── Plan ── host.State ─┬─ host.Keeper: devices, routes, FDB, nftables
 //	                                └─ Path.Follow: maps, then the tc filters
 //
-// Nothing is pinned. A tc filter holds its program, which holds its maps, and
-// goes with its device: so the fast path stays while the daemon is away, and
-// nothing is left to be stale. The next daemon loads programs of its own, fills
-// their maps, and replaces the old ones, each in one step.
+// Nothing is pinned: a tc filter holds its program, which holds its maps, and ends with
+// its device. So the fast path works while no daemon runs, and leaves nothing behind. A
+// restarted daemon loads new programs, fills their maps, and replaces each filter
+// atomically.
 package fastpath
 
 import (
@@ -32,17 +33,17 @@ import (
 	"culvert/internal/host"
 )
 
-// Mode is whether a fast path is asked for.
+// Mode is the value of --fast-path.
 type Mode string
 
 // The modes.
 const (
-	Auto Mode = "auto" // where the kernel and the host allow it
-	On   Mode = "on"   // or the datapath is not opened
+	Auto Mode = "auto" // if the kernel and the host allow it
+	On   Mode = "on"   // opening the datapath fails if the programs do not load
 	Off  Mode = "off"
 )
 
-// The programs, by their names in the object. The filters bear them too.
+// The programs' names in the object, which are also their filters' names.
 const (
 	programOut  = host.FilterName + "out"
 	programIn   = host.FilterName + "in"
@@ -56,21 +57,21 @@ type Path struct {
 	mode Mode
 	log  *slog.Logger
 
-	// following is held while the kernel is looked at and changed, which may take
-	// long where others hold its locks. Status does not wait for it.
+	// following is held while Follow reads and changes the kernel's state, which may take
+	// long if other programs hold its locks. Status does not wait for it.
 	following sync.Mutex
 	paths     pathMTUs
 	ids       map[string]ebpf.ProgramID
 
-	mu     sync.Mutex       // held for moments; after following, if both are
-	loaded *ebpf.Collection // nil: it cannot be, and why says why; changed with both held
-	held   contents         // of the maps
+	mu     sync.Mutex       // held briefly; taken after following if both are
+	loaded *ebpf.Collection // nil if off or not loadable, see why; changed with both held
+	held   contents         // last written to the maps
 	on     bool
 	why    string
 }
 
-// Open loads the programs, and tries them. With Auto a kernel that does not take
-// them is no error: the Path stays off, and Status says why.
+// Open loads and tests the programs. If the kernel rejects them, Open returns an error
+// with On; with Auto the Path stays off and Status says why.
 func Open(mode Mode, log *slog.Logger) (*Path, error) {
 	p := &Path{mode: mode, log: log, why: "waiting for the first leases"}
 	if mode == Off {
@@ -87,13 +88,13 @@ func Open(mode Mode, log *slog.Logger) (*Path, error) {
 	return p, nil
 }
 
-// load has the kernel check the programs, and tries them with packets.
+// load loads the programs and tests them with packets.
 func (p *Path) load() error {
 	spec, err := loadSpec()
 	if err != nil {
 		return err
 	}
-	_ = rlimit.RemoveMemlock() // before Linux 5.11; where it may not, loading says so
+	_ = rlimit.RemoveMemlock() // needed before Linux 5.11; if it fails, loading reports it
 	loaded, err := ebpf.NewCollection(spec)
 	if err != nil {
 		return explain(err)
@@ -128,7 +129,7 @@ func loadSpec() (*ebpf.CollectionSpec, error) {
 	return spec, nil
 }
 
-// explain adds what helps to an error of loading.
+// explain turns an error of loading into one that names the cause.
 func explain(err error) error {
 	var refused *ebpf.VerifierError
 	switch {
@@ -144,8 +145,8 @@ func explain(err error) error {
 	return fmt.Errorf("loading the programs: %w", err)
 }
 
-// has says whether this process has a capability, or CAP_SYS_ADMIN, which stood for
-// those of eBPF before Linux 5.8.
+// has reports whether this process has a capability, or CAP_SYS_ADMIN, which implies
+// those for eBPF. It returns true if that is unknown.
 func has(capability int) bool {
 	b, err := os.ReadFile("/proc/self/status")
 	if err != nil {
@@ -160,8 +161,8 @@ func has(capability int) bool {
 	return true
 }
 
-// Want adds to a state what the fast path needs of the host: that its filters may
-// stay, and the pair of veth that joins segments.
+// Want adds to a state what the fast path needs: permission for its filters, and the
+// veth pair that runs GRO.
 func (p *Path) Want(s *host.State) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -180,9 +181,9 @@ func (p *Path) Want(s *host.State) {
 		host.Link{Name: host.JoinFar, MTU: mtu, Veth: host.JoinNear})
 }
 
-// Follow makes the maps equal to the state, then sees to it that the programs
-// stand where they should. Where the host has something that the fast path would
-// pass by, such as IPsec, the programs are taken away.
+// Follow updates the maps to the state, then attaches the programs. If that fails, or if
+// the host has something that the fast path would bypass, such as IPsec, it detaches
+// them.
 func (p *Path) Follow(s host.State, v host.View) ([]host.Change, error) {
 	p.following.Lock()
 	defer p.following.Unlock()
@@ -207,7 +208,7 @@ func (p *Path) Follow(s host.State, v host.View) ([]host.Change, error) {
 	if err == nil {
 		changes, err = p.attach(want.hooks)
 	}
-	if err != nil { // the datapath below is whole without it
+	if err != nil { // the kernel datapath works without it
 		more, failed := p.stepBack()
 		p.say(false, err.Error())
 		return append(changes, more...), failed
@@ -229,7 +230,7 @@ func (p *Path) say(on bool, why string) {
 	p.on, p.why = on, why
 }
 
-// Status says whether the fast path is on, why not, and what it has carried.
+// Status reports whether the fast path is on, why not, and what it has carried.
 func (p *Path) Status() api.FastPath {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -239,8 +240,8 @@ func (p *Path) Status() api.FastPath {
 	return s
 }
 
-// Passed returns what has passed with each peer by the fast path since the last
-// call.
+// Passed returns for each peer whether packets were sent and received by the fast path
+// since the last call.
 func (p *Path) Passed() []host.Passed {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -285,8 +286,8 @@ func (p *Path) read() (r readings) {
 	return r
 }
 
-// Close gives up this process's hold on the programs. Those that are attached
-// stay: host.Apply with another state removes them.
+// Close releases this process's references to the programs. Attached ones stay attached;
+// host.Apply with a state without the fast path removes them.
 func (p *Path) Close() {
 	p.following.Lock()
 	defer p.following.Unlock()

@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// accepts is what the datapath below asks of a frame on the uplink before it hands
-// the inner frame on, slow and obvious. taken says that the fast path must take
-// it; a frame that is right but odd, such as one with options, it may leave.
+// accepts is a slow and obvious oracle: whether the kernel datapath accepts a frame from
+// the uplink, and the inner frame that it then delivers. It covers only frames without
+// IPv4 options in the outer header.
 func accepts(b []byte) (inner []byte, accepted bool) {
 	if len(b) < 14+20+16+14+20 || !bytes.Equal(b[:6], make([]byte, 6)) || b[12] != 8 || b[13] != 0 {
 		return nil, false
@@ -62,9 +62,9 @@ func accepts(b []byte) (inner []byte, accepted bool) {
 	return inner, true
 }
 
-// TestTakesNothingThatTheDatapathBelowWouldNot changes good frames at random: what
-// the program takes, the datapath below would have taken, and the inner frame is
-// the one that it would have handed on. What is good it takes.
+// TestTakesNothingThatTheDatapathBelowWouldNot changes valid frames at random. What the
+// program takes, the kernel datapath would have accepted with the same inner frame. What
+// the oracle accepts, the program takes, unless a checksum or flow prevents it.
 func TestTakesNothingThatTheDatapathBelowWouldNot(t *testing.T) {
 	p := filled(t)
 	random := rand.New(rand.NewPCG(1, 2))
@@ -88,7 +88,7 @@ func TestTakesNothingThatTheDatapathBelowWouldNot(t *testing.T) {
 		if random.IntN(8) == 0 {
 			b = b[:60+random.IntN(len(b)-60)]
 		}
-		if random.IntN(2) == 0 && len(b) >= 34 { // so that a change shows elsewhere than in this sum
+		if random.IntN(2) == 0 && len(b) >= 34 { // repair the outer header checksum, so that other checks are reached
 			b[24], b[25] = 0, 0
 			binary.BigEndian.PutUint16(b[24:], ^fold(sumOf(b[14:34])))
 		}
@@ -96,8 +96,8 @@ func TestTakesNothingThatTheDatapathBelowWouldNot(t *testing.T) {
 		verdict, got, reason := p.run(t, programIn, b, 0)
 		switch {
 		case verdict == actRedirect && !accepted:
-			// The inner checksum proves the outer one, or the other way round; a packet in
-			// which both are wrong by as much arrives, and the pod drops it.
+			// The program derives one of the inner and outer checksums from the other. If
+			// both are wrong by the same amount, the packet arrives and the pod drops it.
 			if sumsAgree(b) {
 				left++
 				continue
@@ -118,8 +118,7 @@ func TestTakesNothingThatTheDatapathBelowWouldNot(t *testing.T) {
 	}
 }
 
-// sumsAgree says whether a frame would be accepted if its inner UDP checksum were
-// left out of the question.
+// sumsAgree reports whether a frame would be accepted without its outer UDP checksum.
 func sumsAgree(b []byte) bool {
 	b = bytes.Clone(b)
 	udp := b[34:]

@@ -16,8 +16,8 @@ import (
 	"culvert/internal/host"
 )
 
-// look finds out what the contents depend on. The error says why the host must do
-// without the fast path.
+// look reads the facts from the host. The error says why the fast path must not be used
+// on this host.
 func (p *Path) look(s host.State) (facts, error) {
 	f := facts{links: make(map[string]link), hops: make(map[uint32]uint8)}
 	var uplink string
@@ -30,7 +30,7 @@ func (p *Path) look(s host.State) (facts, error) {
 		for _, name := range names {
 			found, err := netlink.LinkByName(name)
 			if err != nil {
-				continue // whoever needs it says so
+				continue // contentsOf reports a missing link
 			}
 			a := found.Attrs()
 			f.links[name] = link{a.Index, a.MTU, a.EncapType == "ether" && len(a.HardwareAddr) == 6}
@@ -79,8 +79,8 @@ func setting(key string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// unshaped returns an error if packets that leave by the device are queued or
-// shaped, which a program before it would pass by.
+// unshaped returns an error if the device has a root qdisc other than noqueue, which the
+// fast path would bypass.
 func unshaped(l netlink.Link) error {
 	qdiscs, err := host.Retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(l) })
 	if err != nil {
@@ -94,9 +94,8 @@ func unshaped(l netlink.Link) error {
 	return nil
 }
 
-// noIPsec returns an error if there is a policy that may want packets of the
-// underlay encrypted: the kernel's device follows it, and bpf_redirect_neigh does
-// not.
+// noIPsec returns an error if there is an outgoing IPsec policy, which might apply to
+// underlay packets: the kernel's vxlan device honours it, bpf_redirect_neigh does not.
 func noIPsec() error {
 	policies, err := host.Retry(func() ([]netlink.XfrmPolicy, error) { return netlink.XfrmPolicyList(netlink.FAMILY_ALL) })
 	if err != nil {
@@ -108,8 +107,8 @@ func noIPsec() error {
 	return nil
 }
 
-// pathMTUs remembers what the routes to peers take, which only asking tells: a
-// router's word leaves no notification.
+// pathMTUs caches the path MTUs of the routes to peers. They must be polled: the kernel
+// sends no notification when an ICMP error changes one.
 type pathMTUs struct {
 	known map[netip.Addr]pathMTU
 	turn  int
@@ -117,12 +116,12 @@ type pathMTUs struct {
 }
 
 type pathMTU struct {
-	mtu    int // 0: as the uplink
+	mtu    int // 0: the uplink's
 	usable bool
 }
 
-// askedAtOnce is how many known routes one look asks for again, in turn, and askAgain
-// how long after the last time it does.
+// askedAtOnce is how many cached routes one refresh looks up again, in turn, and askAgain
+// the minimum interval between such refreshes.
 const (
 	askedAtOnce = 256
 	askAgain    = 3 * time.Second
@@ -155,17 +154,17 @@ func (m *pathMTUs) refresh(s host.State) {
 	}
 }
 
-// way is where a tunnel's packets leave: from which address, by which link.
+// way is the source address and the uplink of a tunnel's outer packets.
 type way struct {
 	local  netip.Addr
 	uplink int
 }
 
-// ask looks up the route to a peer as the vxlan device does: from its own address, by
-// whatever link the host's routes and rules say (an FDB entry names none). A route of
-// another type or by another link than the tunnel's uplink is for the device alone:
-// bpf_redirect_neigh, which is given the uplink, would take a blackhole for a peer on
-// the link.
+// ask looks up the route to a peer as the vxlan device does: from its source address,
+// by any link that the host's routes and rules select (FDB entries name none). A route of
+// another type or by another link than the uplink is left to the device:
+// bpf_redirect_neigh is given the uplink, and would treat the peer of a blackhole route
+// as on-link.
 func ask(to netip.Addr, tunnel way) pathMTU {
 	if tunnel.uplink == 0 {
 		return pathMTU{}

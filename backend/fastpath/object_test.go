@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// TestObjectsAreOfTheirSource compiles the programs and compares them with what is
-// committed.
+// TestObjectsAreOfTheirSource compiles the programs and compares them with the committed
+// objects.
 func TestObjectsAreOfTheirSource(t *testing.T) {
 	version, err := exec.Command("clang", "--version").Output()
 	if err != nil {
@@ -33,7 +33,7 @@ func TestObjectsAreOfTheirSource(t *testing.T) {
 	}
 }
 
-// code returns the sections of an object that matter to the kernel.
+// code returns the sections of an object that the kernel loads.
 func code(t *testing.T, path string) map[string][]byte {
 	t.Helper()
 	f, err := elf.Open(path)

@@ -15,8 +15,8 @@ import (
 	"culvert/internal/host"
 )
 
-// open loads the programs, or skips the test where eBPF may not be used; in
-// continuous integration it fails.
+// open loads the programs, or skips the test if eBPF is not permitted; in continuous
+// integration it fails.
 func open(t *testing.T) *Path {
 	t.Helper()
 	p, err := Open(On, slog.New(slog.DiscardHandler))
@@ -48,8 +48,8 @@ var (
 	vni                 uint32 = 7
 )
 
-// state is a node with one tunnel of each family, all of it on the loopback
-// interface, which is where the kernel tries programs.
+// state returns a node with one tunnel per family, all on the loopback interface, which
+// BPF_PROG_TEST_RUN uses.
 func state() host.State {
 	tunnel := func(name string, local netip.Addr, network, subnet netip.Prefix, peers ...host.Source) (host.Link, host.Tunnel) {
 		return host.Link{Name: name, VXLAN: &host.VXLAN{MAC: ourMAC, VNI: vni, Local: local, Device: "lo", Port: 8472}},
@@ -80,14 +80,14 @@ func filled(t *testing.T) *Path {
 	return p
 }
 
-// run runs a program on a frame and returns what it made of it, and the one
-// counter of the slow path that it added to.
+// run runs a program on a frame and returns the verdict, the resulting frame and the
+// slow-path reason that it counted, if any.
 func (p *Path) run(t *testing.T, program string, frame []byte, gso int) (verdict uint32, out []byte, reason string) {
 	t.Helper()
 	before := p.read()
 	opts := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256)}
 	if gso != 0 {
-		// struct __sk_buff, of which gso_size is the last field before a hole.
+		// struct __sk_buff; gso_size is the last field before a hole.
 		context := make([]byte, 192)
 		binary.NativeEndian.PutUint32(context[164:], uint32(2))   // gso_segs
 		binary.NativeEndian.PutUint32(context[176:], uint32(gso)) // gso_size
@@ -106,8 +106,8 @@ func (p *Path) run(t *testing.T, program string, frame []byte, gso int) (verdict
 	return verdict, opts.DataOut, reason
 }
 
-// wire is a frame as a peer sends it: Ethernet, IP, UDP, VXLAN, and then the inner
-// frame. Its checksums are right until edit spoils them.
+// wire returns a frame as a peer sends it: Ethernet, IP, UDP and VXLAN headers, then the
+// inner frame, with correct checksums after edit.
 func wire(outerSource, outerDestination netip.Addr, inner []byte, edit func(b []byte)) []byte {
 	udp := make([]byte, 16)
 	binary.BigEndian.PutUint16(udp, 45678)
@@ -125,7 +125,7 @@ func wire(outerSource, outerDestination netip.Addr, inner []byte, edit func(b []
 		b[10], b[11] = 0, 0
 		binary.BigEndian.PutUint16(b[10:], ^fold(sumOf(b[:20])))
 	}
-	if string(b[header+6:header+8]) != "\xff\xfe" { // kept as it is
+	if string(b[header+6:header+8]) != "\xff\xfe" { // a wrong checksum to keep
 		b[header+6], b[header+7] = 0, 0
 		binary.BigEndian.PutUint16(b[header+6:], ^fold(pseudo(b, 17)+sumOf(b[header:])))
 	}
@@ -174,7 +174,7 @@ func ipPacket(source, destination netip.Addr, protocol byte, payload []byte) []b
 	return append(b, payload...)
 }
 
-// datagram is an IP packet of a UDP datagram with a right checksum.
+// datagram returns an IP packet with a UDP datagram and correct checksums.
 func datagram(source, destination netip.Addr, size int) []byte {
 	udp := make([]byte, 8+size)
 	binary.BigEndian.PutUint16(udp, 1024)
@@ -189,7 +189,7 @@ func datagram(source, destination netip.Addr, size int) []byte {
 	return b
 }
 
-// class gives an IP packet a traffic class.
+// class sets an IP packet's traffic class.
 func class(b []byte, class byte) []byte {
 	b = bytes.Clone(b)
 	if b[0]>>4 == 6 {
@@ -208,8 +208,8 @@ func protocol(b []byte, protocol byte) []byte {
 	return b
 }
 
-// TestEncapsulates takes what the program made of a packet apart: headers,
-// checksums, ECN, and the inner frame as it was.
+// TestEncapsulates checks an encapsulated packet: headers, checksums, ECN, and the
+// unchanged inner frame.
 func TestEncapsulates(t *testing.T) {
 	p := filled(t)
 	for _, family := range []struct {
@@ -256,13 +256,13 @@ func TestEncapsulates(t *testing.T) {
 	}
 }
 
-// TestLeavesOut has every reason for which a packet is left to the device on its
-// way out, unchanged.
+// TestLeavesOut triggers every reason for leaving an outgoing packet, unchanged, to the
+// device.
 func TestLeavesOut(t *testing.T) {
 	p := filled(t)
 	fragment := datagram(ourPod, peerPod, 100)
 	fragment[6] = 0x20
-	fragment = class(fragment, 0) // and a right header checksum
+	fragment = class(fragment, 0) // updates the header checksum
 	noSum := datagram(ourPod, peerPod, 100)
 	noSum[26], noSum[27] = 0, 0
 	short := append(datagram(ourPod, peerPod, 100), 0, 0) // padded
@@ -286,7 +286,7 @@ func TestLeavesOut(t *testing.T) {
 		{"IPv6 segments", frame(peerMAC, ourMAC, datagram(ourPod6, peerPod6, 1000)), 500, "egress-segments"},
 		{"segments of a fragment", frame(peerMAC, ourMAC, fragment), 50, "egress-segments"},
 		{"segments too long", frame(peerMAC, ourMAC, datagram(ourPod, peerPod, 1400)), 1450 - 28 + 1, "egress-too-long"},
-		// Of no kind: such a frame cannot be made but by the kernel itself.
+		// Without a GSO type; tests cannot set one, only the kernel can.
 		{"segments of no kind", frame(peerMAC, ourMAC, datagram(ourPod, peerPod, 1400)), 700, "egress-no-room"},
 	} {
 		verdict, out, reason := p.run(t, programOut, test.frame, test.gso)
@@ -301,8 +301,8 @@ func TestLeavesOut(t *testing.T) {
 	}
 }
 
-// TestDecapsulates hands over what a peer sends, with the ECN field that RFC 6040
-// asks for, and right checksums.
+// TestDecapsulates decapsulates peers' packets, and checks the ECN field (RFC 6040) and
+// the checksums.
 func TestDecapsulates(t *testing.T) {
 	p := filled(t)
 	for _, family := range []struct{ node, peer, pod, from netip.Addr }{
@@ -333,7 +333,7 @@ func TestDecapsulates(t *testing.T) {
 				switch sum {
 				case "zero":
 					sent[at], sent[at+1] = 0, 0
-				case "unfinished": // as a socket sends it where there is no wire
+				case "unfinished": // a partial checksum, as over a virtual link
 					binary.BigEndian.PutUint16(sent[at:], fold(pseudo(sent[14:], 17)))
 				}
 				verdict, out, reason := p.run(t, programIn, sent, 0)
@@ -346,8 +346,8 @@ func TestDecapsulates(t *testing.T) {
 	}
 }
 
-// TestLeavesIn has every reason for which a packet is left to the device on its way
-// in, unchanged, and what is none of ours, which is not counted.
+// TestLeavesIn triggers every reason for leaving an incoming packet, unchanged, to the
+// device. Packets that are not the tunnel's are not counted.
 func TestLeavesIn(t *testing.T) {
 	p := filled(t)
 	good := frame(ourMAC, peerMAC, datagram(peerPod, ourPod, 100))
@@ -359,11 +359,11 @@ func TestLeavesIn(t *testing.T) {
 	fragment := datagram(peerPod, ourPod, 100)
 	fragment[6] = 0x20
 	fragment = class(fragment, 0)
-	keep := func(b []byte) { copy(b[26:], "\xff\xfe") } // a checksum that is wrong
+	keep := func(b []byte) { copy(b[26:], "\xff\xfe") } // a wrong checksum
 	badHeader := with(good, nil)
 	badHeader[14+10] ^= 1
 	other := with(good, nil)
-	other[0] = 2 // another's Ethernet address
+	other[0] = 2 // another host's Ethernet address
 	tests := []struct {
 		name   string
 		frame  []byte
@@ -408,7 +408,7 @@ func TestLeavesIn(t *testing.T) {
 	}
 }
 
-// TestEveryReasonHasAName and none twice.
+// TestEveryReasonHasAName checks that each reason has a unique name.
 func TestEveryReasonHasAName(t *testing.T) {
 	seen := map[string]bool{}
 	for c := slowOutPeer; c < counters; c++ {
@@ -419,8 +419,8 @@ func TestEveryReasonHasAName(t *testing.T) {
 	}
 }
 
-// TestContents has the states before which there can be no fast path, each with
-// its reason.
+// TestContents checks the states that the fast path does not support, each with its
+// reason.
 func TestContents(t *testing.T) {
 	f := facts{
 		links: map[string]link{"cvt.7": loopback, "cvt6.7": loopback, "lo": loopback}, ports: 1,
@@ -450,7 +450,7 @@ func TestContents(t *testing.T) {
 			t.Errorf("%v, want %q", err, name)
 		}
 	}
-	// More lengths of prefixes than the program tries: what is over is left.
+	// More prefix lengths than the program looks up: the rest are left out.
 	s := state()
 	for bits := 10; bits < 24; bits++ {
 		s.Firewall.Tunnels[0].Peers = append(s.Firewall.Tunnels[0].Peers, host.Source{Outer: peerNode, Inner: netip.PrefixFrom(netip.MustParseAddr("10.0.0.0"), bits)})

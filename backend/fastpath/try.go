@@ -12,17 +12,17 @@ import (
 	"culvert/internal/host"
 )
 
-// What a program answers (linux/pkt_cls.h).
+// The programs' verdicts (linux/pkt_cls.h).
 const (
-	actUnspec   = 0xffffffff // TC_ACT_UNSPEC: the datapath below takes the packet
+	actUnspec   = 0xffffffff // TC_ACT_UNSPEC: leave the packet to the kernel datapath
 	actRedirect = 7
 )
 
-// try sends a packet through the programs, in the kernel and without a network
-// (BPF_PROG_TEST_RUN): a helper that an older kernel lacks, or refuses to use so,
-// shows here and not when packets stay away.
+// try runs the programs on a packet in the kernel, without a network
+// (BPF_PROG_TEST_RUN), to detect helpers that an older kernel lacks or rejects before
+// real packets are lost.
 func try(loaded *ebpf.Collection) error {
-	const loopback = 1 // the interface of such packets
+	const loopback = 1 // BPF_PROG_TEST_RUN uses the loopback interface
 	mac, theirs := host.MAC{2, 0, 0, 0, 0, 1}, host.MAC{2, 0, 0, 0, 0, 2}
 	here, there := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
 	inner, other := netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.1")
@@ -48,10 +48,10 @@ func try(loaded *ebpf.Collection) error {
 	if verdict != actRedirect {
 		return fmt.Errorf("the kernel does not encapsulate by eBPF (Linux 5.13 does): %s", p.read().reasons())
 	}
-	// The same packet with the roles changed: as the other end sends it.
+	// The reply: the same packet with source and destination swapped.
 	answer := ethernetFrame(theirs, mac, udpPacket(other, inner, []byte("culvert")))
 	wire = bytes.Clone(wire)
-	clear(wire[:6]) // the address of the loopback interface
+	clear(wire[:6]) // the loopback interface's address
 	copy(wire[26:30], there.AsSlice())
 	copy(wire[30:34], here.AsSlice())
 	copy(wire[50:], answer)
@@ -65,7 +65,7 @@ func try(loaded *ebpf.Collection) error {
 	return p.reset()
 }
 
-// reset sets the counters to zero.
+// reset clears the counters.
 func (p *Path) reset() error {
 	m := p.loaded.Maps["counters"]
 	var each []uint64
@@ -80,7 +80,7 @@ func (p *Path) reset() error {
 	return errors.Join(errs...)
 }
 
-// reasons says why packets were left, in words.
+// reasons returns the most frequent reason for leaving packets to the kernel datapath.
 func (r readings) reasons() string {
 	all := r.slow()
 	if len(all) == 0 {
@@ -94,7 +94,7 @@ func ethernetFrame(source, destination host.MAC, packet []byte) []byte {
 	return append(append(b, 8, 0), packet...)
 }
 
-// udpPacket is an IPv4 packet of a UDP datagram from port 1024 to 1025.
+// udpPacket returns an IPv4 packet with a UDP datagram from port 1024 to 1025.
 func udpPacket(source, destination netip.Addr, payload []byte) []byte {
 	b := make([]byte, 28, 28+len(payload))
 	b[0], b[8], b[9] = 0x45, 64, 17

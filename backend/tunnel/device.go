@@ -19,26 +19,26 @@ import (
 
 // device is a TUN device with a virtio header before every frame.
 type device struct {
-	queues  []int  // a descriptor for each
-	threads int    // that serve them
-	noMore  string // why there is only one where more were asked for
-	sparse  bool   // each thread has two, one of them for sparse flows
-	// noSparse is why not.
+	queues  []int  // descriptors
+	threads int    // that serve the queues
+	noMore  string // why there is one thread although more were requested
+	sparse  bool   // each thread has two queues, one of them for sparse flows
+	// noSparse is why sparse is false.
 	noSparse string
-	spread   bool   // flows have places by the kernel's own hash: see unsteeredQueues
-	moves    []byte // a page: see steer; nil if there are none
-	uso      bool   // the kernel takes and gives UDP frames to be cut (Linux 6.2)
+	spread   bool   // the kernel's hash places flows, not our program: see unsteeredQueues
+	moves    []byte // a mapped page (see steer), or nil
+	uso      bool   // the device supports UDP GSO frames (Linux 6.2)
 }
 
-// deviceSize is what a TUN device is to have: a thread for each queue, or for each
-// pair of queues where sparse flows get one of their own.
+// deviceSize is the desired size of a TUN device: one queue per thread, or a pair with
+// sparse, the first for sparse flows.
 type deviceSize struct {
 	threads int
 	sparse  bool
 }
 
-// openDevice makes a TUN device of a size, or of a smaller one if flows cannot be
-// steered.
+// openDevice opens a TUN device of a size, creating it if needed. If flows cannot be
+// steered, it has one thread.
 func openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*device, error) {
 	d := &device{threads: size.threads, sparse: size.sparse}
 	var err error
@@ -93,8 +93,8 @@ func openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*devic
 	return d, nil
 }
 
-// makeRoom removes a device that an earlier run left, if it cannot be opened
-// with one queue or with several, as is wanted now.
+// makeRoom removes a device that an earlier run left if its multi-queue flag differs
+// from the desired one, since it could not be opened.
 func makeRoom(name string, many bool) error {
 	link, err := netlink.LinkByName(name)
 	if left, ok := link.(*netlink.Tuntap); err != nil || !ok || left.Flags&netlink.TUNTAP_MULTI_QUEUE != 0 == many {
@@ -106,33 +106,33 @@ func makeRoom(name string, many bool) error {
 	return nil
 }
 
-// openOne makes the device through wireguard's package, which asks for the
-// virtio header. That package's own Read and Write cut and copy, so only the
-// descriptor is kept of it.
+// openOne opens the device with one queue through wireguard's package, which requests
+// the virtio header. Only the descriptor is kept: the package's Read and Write segment
+// and copy.
 func (d *device) openOne(name string, mtu int) error {
 	t, err := tun.CreateTUN(name, mtu)
 	if err != nil {
 		return err
 	}
 	go func() {
-		for range t.Events() { // the package insists on telling, until it is closed
+		for range t.Events() { // drain: the package blocks otherwise
 		}
 	}()
 	fd, err := detach(t.File())
 	if err == nil {
 		d.queues = append(d.queues, fd)
 	}
-	// The rest of it only listens for changes of the link, and may have ended by
-	// itself, which Close would call an error.
+	// Ignore the error: the package's link listener may have ended already, which Close
+	// reports as an error.
 	_ = t.Close()
 	return err
 }
 
-// errNotSteered says that flows would not stay on their queues.
+// errNotSteered means that the steering program could not be loaded or attached.
 var errNotSteered = errors.New("flows cannot be steered to queues")
 
-// openMany makes the device with several queues, which that package does not
-// know.
+// openMany opens the device with several queues, which wireguard's package does not
+// support.
 func (d *device) openMany(name string, queues int) error {
 	if err := d.attach(name, queues); err != nil {
 		return err
@@ -140,16 +140,16 @@ func (d *device) openMany(name string, queues int) error {
 	return d.steer()
 }
 
-// unsteeredQueues is how many queues there are where no program may steer flows to
-// them. One thread serves them in turns, so that a request waits for what one turn
-// sends, unless its flow and a bulk stream share a queue.
+// unsteeredQueues is the number of queues if no steering program can be loaded. One
+// thread serves them in turns, so that a request waits for one turn at most, unless its
+// flow shares a queue with a bulk stream.
 //
-// The kernel puts a flow into the queue that its answers were written to, or, before
-// there are any, by its hash. So the loop writes a flow's to one queue
-// (encap.Options.Spread), and a flow changes its queue once, with the first answer.
+// The kernel puts a flow into the queue to which its replies were written, or by its
+// hash if there are none yet. So the loop writes a flow's packets to one queue
+// (encap.Options.Spread), and a flow changes its queue once, with the first reply.
 const unsteeredQueues = 8
 
-// unsteered has one thread serve all queues.
+// unsteered makes one thread serve all queues.
 func (d *device) unsteered(why error) {
 	d.noSparse = fmt.Sprintf("%v; flows share %d queues by their hash", why, max(unsteeredQueues, len(d.queues)))
 	if d.threads > 1 {
@@ -158,7 +158,7 @@ func (d *device) unsteered(why error) {
 	d.threads, d.sparse, d.spread = 1, false, true
 }
 
-// attach opens further queues.
+// attach opens more queues.
 func (d *device) attach(name string, queues int) error {
 	for range queues {
 		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -178,7 +178,7 @@ func (d *device) attach(name string, queues int) error {
 	return nil
 }
 
-// steer has the kernel choose queues by flow.
+// steer installs the steering program.
 func (d *device) steer() (err error) {
 	if d.moves, err = steer(d.queues[0], d.threads, d.sparse); err != nil {
 		return fmt.Errorf("%w: %w", errNotSteered, err)
@@ -186,7 +186,7 @@ func (d *device) steer() (err error) {
 	return nil
 }
 
-// counted is what moves counts, for encap.Options.
+// counted returns the counter of moves for encap.Options.Moves, or nil.
 func (d *device) counted() *atomic.Uint64 {
 	if d.moves == nil {
 		return nil
@@ -194,7 +194,7 @@ func (d *device) counted() *atomic.Uint64 {
 	return (*atomic.Uint64)(unsafe.Pointer(&d.moves[0]))
 }
 
-// offloads asks for what the loop can do.
+// offloads enables the offloads that the loop supports, USO only if the kernel does.
 func (d *device) offloads(name string) error {
 	const tcp = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
 	d.uso = d.setOffload(tcp|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil
@@ -208,7 +208,7 @@ func (d *device) offloads(name string) error {
 }
 
 func (d *device) setOffload(flags int) error {
-	return unix.IoctlSetInt(d.queues[0], unix.TUNSETOFFLOAD, flags) // of all queues
+	return unix.IoctlSetInt(d.queues[0], unix.TUNSETOFFLOAD, flags) // applies to all queues
 }
 
 func (d *device) close() error {
@@ -223,8 +223,8 @@ func (d *device) close() error {
 	return errors.Join(errs...)
 }
 
-// detach returns a descriptor of what c has open, which the runtime's poller
-// does not watch, and closes c. The caller closes the descriptor.
+// detach returns a duplicate of c's descriptor, which the Go runtime's poller does not
+// watch, and closes c. The caller closes the descriptor.
 func detach(c interface {
 	syscall.Conn
 	io.Closer
@@ -242,9 +242,8 @@ func detach(c interface {
 	return fd, nil
 }
 
-// gsoMaxSegments is the most that the loop cuts a frame into. A frame that asks
-// for more, of tiny segments, is cut by the kernel before it reaches the
-// device. The kernel's limit in bytes stays at its 64 KB: were it lower, what a
-// pod sends through its own 64 KB interface would be cut in full on its way
-// here, instead of leaving in two messages of one call.
+// gsoMaxSegments is the device's gso_max_segs, the maximum that the loop cuts a frame
+// into: the kernel segments frames with more before they reach the device. gso_max_size
+// stays at 64 KB: with a lower limit the kernel would segment a pod's 64 KB frame
+// entirely, while the loop sends it in two messages of one call.
 const gsoMaxSegments = encap.MaxFrameSegments

@@ -18,7 +18,7 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// TestSparseQueue opens a device of which sparse flows have a queue of their own.
+// TestSparseQueue opens devices with separate queues for sparse flows.
 func TestSparseQueue(t *testing.T) {
 	labtest.NeedTUN(t)
 	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
@@ -44,9 +44,8 @@ func TestSparseQueue(t *testing.T) {
 	}
 }
 
-// movesAreCounted sends datagrams of one flow through the device, and checks that
-// they go to the second queue of a thread once they are many, and that this has
-// been counted.
+// movesAreCounted sends many datagrams of one flow through the device, and checks that
+// they move to the thread's second queue and that the move is counted.
 func movesAreCounted(d *device, threads int) error {
 	link, err := netlink.LinkByName(DeviceName)
 	if err != nil {
@@ -91,12 +90,12 @@ func movesAreCounted(d *device, threads int) error {
 	return nil
 }
 
-// TestQueuesWithoutBPF opens a device where no program may be loaded.
+// TestQueuesWithoutBPF opens a device without the capability to load eBPF programs.
 func TestQueuesWithoutBPF(t *testing.T) {
 	labtest.NeedTUN(t)
 	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
 	if err := n.Do(func() error {
-		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // of this thread
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // pid 0: this thread
 		var had, has [2]unix.CapUserData
 		if err := unix.Capget(&header, &had[0]); err != nil {
 			return err

@@ -10,17 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A tunnel is handed over by its open descriptors. While nobody reads them the
-// kernel keeps what arrives: the device 500 packets, a socket what its
-// buffer holds. So a successor that is quick loses nothing.
+// A tunnel is handed over by its open descriptors. Until the successor reads them, the
+// kernel queues arriving packets: 500 in the device, and the socket buffers. So a
+// quick successor loses nothing.
 //
 //	predecessor ── Descriptors ──┬─ systemd's store ──────┬─ Options.Inherited ── successor
 //	                             └─ internal/handover ────┘
 //
-// The device lasts by itself, too, with its addresses and routes: a successor
-// without its descriptor opens it by its name.
+// The device is persistent, with its addresses and routes: a successor without its
+// descriptor opens it by name.
 
-// Descriptors returns what a successor needs. They stay the Tunnel's.
+// Descriptors returns the descriptors that a successor needs. The Tunnel still owns
+// them.
 func (t *Tunnel) Descriptors() []int {
 	all := append([]int(nil), t.sockets...)
 	if t.device != nil {
@@ -32,10 +33,11 @@ func (t *Tunnel) Descriptors() []int {
 	return all
 }
 
-// inherited are a predecessor's descriptors that nobody has claimed yet.
+// inherited holds a predecessor's descriptors that are not claimed yet.
 type inherited struct{ fds []int }
 
-// claim takes the first descriptor that is what is looked for.
+// claim removes and returns the first descriptor for which is returns true. The caller
+// then owns it.
 func (i *inherited) claim(is func(fd int) bool) (fd int, ok bool) {
 	for k, fd := range i.fds {
 		if is(fd) {
@@ -47,7 +49,7 @@ func (i *inherited) claim(is func(fd int) bool) (fd int, ok bool) {
 }
 
 // socket claims the socket of a type (SOCK_DGRAM, SOCK_RAW) that is bound to an
-// address; of a raw one the port is 0.
+// address. The port is ignored for a raw IPv4 socket.
 func (i *inherited) socket(kind int, at netip.AddrPort) (fd int, ok bool) {
 	return i.claim(func(fd int) bool {
 		k, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
@@ -77,8 +79,8 @@ func (i *inherited) packets(link int) (fd int, ok bool) {
 	})
 }
 
-// device claims the TUN device of a name. One that was removed meanwhile has
-// none.
+// device claims the descriptor of the TUN or TAP device with a name. A device that was
+// removed meanwhile has no name.
 func (i *inherited) device(name string) (fd int, ok bool) {
 	return i.claim(func(fd int) bool {
 		request, err := unix.NewIfreq("")
@@ -89,8 +91,8 @@ func (i *inherited) device(name string) (fd int, ok bool) {
 	})
 }
 
-// openDevice opens the device that was left, if it has the right number of queues,
-// or a new one.
+// openDevice claims the predecessor's device if its number of queues fits, or opens it
+// anew.
 func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*device, error) {
 	d := &device{threads: size.threads}
 	for fd, ok := i.device(name); ok; fd, ok = i.device(name) {
@@ -98,7 +100,8 @@ func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.
 	}
 	d.sparse = size.sparse && len(d.queues) == 2*size.threads
 	if size.sparse && len(d.queues) == unsteeredQueues && !d.sparse {
-		// Nothing steered them. With four threads there are as many that were.
+		// The predecessor had no steering program. (Four threads with sparse queues also
+		// have eight queues, which the condition above excludes.)
 		d.unsteered(errNotSteered)
 	}
 	if !d.sparse && !d.spread && len(d.queues) != size.threads {
@@ -114,7 +117,7 @@ func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.
 		d.noSparse = "the device is an earlier version's"
 	}
 	if len(d.queues) > 1 && !d.spread {
-		// It has a program, which may be another version's.
+		// The attached program may be another version's: replace it.
 		if err := d.steer(); err != nil {
 			log.Warn("flows are steered as before", "reason", err)
 		}
@@ -123,7 +126,7 @@ func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.
 	return d, nil
 }
 
-// listenUDP returns the socket that was left, or a new one.
+// listenUDP claims the predecessor's socket, or opens one.
 func (i *inherited) listenUDP(s udpSocket) (fd int, port uint16, err error) {
 	fd, ok := i.socket(unix.SOCK_DGRAM, s.at)
 	if !ok {
@@ -142,7 +145,7 @@ func (i *inherited) listenUDP(s udpSocket) (fd int, port uint16, err error) {
 	return fd, s.at.Port(), nil
 }
 
-// close closes what nobody has claimed.
+// close closes the unclaimed descriptors.
 func (i *inherited) close() error {
 	var errs []error
 	for _, fd := range i.fds {
@@ -152,7 +155,7 @@ func (i *inherited) close() error {
 	return errors.Join(errs...)
 }
 
-// persist makes the device outlive this process.
+// persist makes the device persistent, so that it outlives this process.
 func (d *device) persist() error {
 	if err := unix.IoctlSetInt(d.queues[0], unix.TUNSETPERSIST, 1); err != nil {
 		return fmt.Errorf("making the TUN device last: %w", err)

@@ -15,16 +15,16 @@ import (
 	"culvert/encap"
 )
 
-// listenIPIP opens the sockets of IPIP (RFC 2003): a raw one that sends, from
-// this node's underlay address, and for each queue a packet socket that
-// receives on the underlay interface.
+// listenIPIP opens the sockets of IPIP (RFC 2003): a raw socket to send from this
+// node's underlay address, and per thread a packet socket to receive on the underlay
+// interface.
 func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 	link, err := net.InterfaceByIndex(t.options.Node.Underlay.Index)
 	if err != nil {
 		return side, fmt.Errorf("looking up %s: %w", t.options.Node.Underlay.Name, err)
 	}
 	if len(link.HardwareAddr) == 6 {
-		side.LinkHeader = 14 // Ethernet's; what has no addresses has no header
+		side.LinkHeader = 14 // Ethernet; links without addresses have no header
 	}
 	raw, ok := t.inherited.socket(unix.SOCK_RAW, netip.AddrPortFrom(local, 0))
 	if !ok {
@@ -35,13 +35,13 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 	t.sockets = append(t.sockets, raw)
 	side.Send = []encap.Source{{Socket: encap.NewDescriptor(raw)}}
 	for range t.device.threads {
-		// One that was left may be in a group of another size: only where there
-		// is none is it the same.
+		// With several threads a predecessor's socket may be in a fanout group of another
+		// size: claim it only with one thread, which uses no group.
 		packets, ok := -1, false
 		if t.device.threads == 1 {
 			packets, ok = t.inherited.packets(link.Index)
 		}
-		if ok { // our address may be another by now
+		if ok { // our address may have changed
 			if err := onlyIPIP(packets, local); err != nil {
 				return side, errors.Join(err, unix.Close(packets))
 			}
@@ -56,7 +56,7 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 		if t.device.threads == 1 {
 			break
 		}
-		// Spread by the flow, of the inner packet too (skb_get_hash).
+		// Spread by the flow hash, which includes the inner packet (skb_get_hash).
 		group := link.Index&0xffff | unix.PACKET_FANOUT_HASH<<16
 		if err := unix.SetsockoptInt(packets, unix.SOL_PACKET, unix.PACKET_FANOUT, group); err != nil {
 			return side, fmt.Errorf("PACKET_FANOUT: %w", err)
@@ -65,7 +65,7 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 	return side, nil
 }
 
-// openRaw opens the socket that sends.
+// openRaw opens the send socket.
 func openRaw(local netip.Addr) (int, error) {
 	raw, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_IPIP)
 	if errors.Is(err, unix.EPERM) {
@@ -80,8 +80,9 @@ func openRaw(local netip.Addr) (int, error) {
 	return raw, nil
 }
 
-// prepareRaw makes the raw socket send only. It must exist for receiving, too:
-// without one the kernel answers every packet with protocol unreachable.
+// prepareRaw configures the raw socket. A filter drops what it receives, but the
+// socket must exist: without one the kernel answers every packet with protocol
+// unreachable.
 func prepareRaw(fd int, local netip.Addr) error {
 	if err := attachFilter(fd, []bpf.Instruction{bpf.RetConstant{Val: 0}}); err != nil {
 		return err
@@ -89,7 +90,7 @@ func prepareRaw(fd int, local netip.Addr) error {
 	if err := setBuffers(fd); err != nil {
 		return err
 	}
-	// As the kernel's ipip device does: the outer packet is not fragmented.
+	// Set DF, as the kernel's ipip device does.
 	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE); err != nil {
 		return fmt.Errorf("IP_MTU_DISCOVER: %w", err)
 	}
@@ -99,10 +100,10 @@ func prepareRaw(fd int, local netip.Addr) error {
 	return unix.Bind(fd, &unix.SockaddrInet4{Addr: local.As4()})
 }
 
-// openPackets opens a packet socket for the IPIP packets that arrive on a link for
-// an address. Those for other addresses are the kernel's to forward.
+// openPackets opens a packet socket for IPIP packets that arrive on a link for an
+// address. The kernel forwards those for other addresses.
 func openPackets(link int, local netip.Addr) (int, error) {
-	// Bound to no protocol until the filter is there.
+	// Protocol 0: receive nothing until the filter is attached and bind sets it.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
@@ -126,8 +127,8 @@ func openPackets(link int, local netip.Addr) (int, error) {
 	return fd, nil
 }
 
-// onlyIPIP has a packet socket take the IPIP packets that arrive for an address:
-// not what this host sends, nor what is for another one.
+// onlyIPIP makes a packet socket accept only IPIP packets that arrive for an address:
+// not those that this host sends, nor those for other hosts or addresses.
 func onlyIPIP(fd int, local netip.Addr) error {
 	const protocol, destination = 0xfff00000 + 9, 0xfff00000 + 16 // SKF_NET_OFF, and where the IPv4 header has them
 	a := local.As4()
@@ -159,7 +160,7 @@ func attachFilter(fd int, program []bpf.Instruction) error {
 	return nil
 }
 
-// Of linux/bpf.h and linux/pkt_cls.h.
+// From linux/bpf.h and linux/pkt_cls.h.
 const (
 	adjustRoomMAC       = 1      // BPF_ADJ_ROOM_MAC
 	adjustRoomFixedGSO  = 1      // BPF_F_ADJ_ROOM_FIXED_GSO
@@ -167,11 +168,10 @@ const (
 	actShot             = 2      // TC_ACT_SHOT
 )
 
-// loadMarker loads the program that redirects frames to the uplink and tells
-// the kernel which of their headers is the tunnel's. The frames bear the outer
-// header already, as bytes; the kernel's segmentation would not know of it. So
-// the program takes it off and puts it on again, which leaves the packet the
-// same and the kernel's notes on it complete.
+// loadMarker loads the program that redirects frames to the uplink and marks their
+// outer header as a tunnel's. The frames contain the outer header, but the skb's
+// segmentation state does not. The program removes the header and adds it again with
+// bpf_skb_adjust_room, which leaves the bytes unchanged and sets that state.
 func loadMarker(uplink int) (*ebpf.Program, error) {
 	const ethernet, outer, at = 14, 20, -24 // at: in the stack frame
 	adjust := func(by int32, flags int32) asm.Instructions {

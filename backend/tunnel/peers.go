@@ -8,7 +8,7 @@ import (
 	"culvert/internal/api"
 )
 
-// probeTargets are the table's peers as the Prober asks them.
+// probeTargets returns the table's peers for the Prober.
 func (t *Tunnel) probeTargets(table *encap.Table) []backend.ProbeTarget {
 	var all []backend.ProbeTarget
 	for _, p := range table.All() {
@@ -17,8 +17,7 @@ func (t *Tunnel) probeTargets(table *encap.Table) []backend.ProbeTarget {
 	return all
 }
 
-// Peers says what is known of the way to each peer, in no order, and what pods
-// may send.
+// Peers returns the state of each peer, in no order, and the pods' MTU.
 func (t *Tunnel) Peers() ([]api.PeerState, int) {
 	table, now := t.loop.Table(), time.Now()
 	all := make([]api.PeerState, 0, table.Peers())

@@ -12,17 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socketBuffer is asked for in each direction: 4 ms of a 10 Gbit/s link. The
-// kernel counts its own overhead, and doubles what is asked.
+// socketBuffer is the requested buffer size in bytes per direction, 6.7 ms of a
+// 10 Gbit/s link. The kernel doubles it and counts its own overhead against it.
 const socketBuffer = 8 << 20
 
-// udpSocket is what a UDP socket of the tunnel is for.
+// udpSocket is the purpose of a UDP socket of the tunnel.
 type udpSocket struct {
-	at     netip.AddrPort // the port 0 is one of the kernel's choice
-	shared bool           // the port is spread over its sockets by flow, by the kernel
-	df     bool           // datagrams bear DF
-	// sends says that the socket receives nothing, and fragments that its datagrams
-	// are fragmented to the least that every path takes.
+	at     netip.AddrPort // port 0: chosen by the kernel
+	shared bool           // several sockets share the port, by flow (SO_REUSEPORT)
+	df     bool           // set DF
+	// sends: the socket receives nothing. fragments: its datagrams may be fragmented,
+	// over IPv6 to the minimum MTU.
 	sends, fragments bool
 }
 
@@ -55,15 +55,14 @@ func (s udpSocket) open() (fd int, port uint16, err error) {
 	return fd, port, err
 }
 
-// setOptions prepares the socket: large buffers, datagrams of one flow
-// joined when received (UDP_GRO, Linux 5.0), and the outer traffic class told.
+// setOptions configures the socket: large buffers, GRO on receipt (UDP_GRO, Linux
+// 5.0), the outer traffic class as a control message, and path MTU discovery.
 //
-// Without df, as with the kernel's vxlan device, the outer packet may be
-// fragmented where the path is narrower than the link: IPv4 by routers, IPv6 by
-// the kernel here, which remembers what they say, and the loop hears it too, for
-// its super-frames, which the kernel does not see. With df the loop follows what
-// the network says of the path, from the socket's error queue; the kernel's own
-// memory of it, which believes anybody, is left out (PMTUDISC_PROBE).
+// Without df, as with the kernel's vxlan device, the outer packet may be fragmented:
+// IPv4 by routers, IPv6 by this kernel, which learns the path MTU. The loop reads the
+// IPv6 errors too, for its super-frames, which bypass the kernel's fragmentation. With
+// df the loop learns the path MTU from the socket's error queue; the kernel's own path
+// MTU, which anyone can forge, is ignored (PMTUDISC_PROBE).
 func (s udpSocket) setOptions(fd int) error {
 	is4, df := s.at.Addr().Is4(), s.df
 	if err := setBuffers(fd); err != nil {
@@ -74,14 +73,14 @@ func (s udpSocket) setOptions(fd int) error {
 			return err
 		}
 	} else {
-		// Without it every datagram comes alone, which is slower and right.
+		// Optional: without GRO each datagram is received alone, which is only slower.
 		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1)
 	}
 	level, class, discover, errs := unix.SOL_IP, unix.IP_RECVTOS, unix.IP_MTU_DISCOVER, unix.IP_RECVERR
 	if !is4 {
 		level, class, discover, errs = unix.SOL_IPV6, unix.IPV6_RECVTCLASS, unix.IPV6_MTU_DISCOVER, unix.IPV6_RECVERR
 	}
-	how, tell := unix.IP_PMTUDISC_DONT, 0 // the same values for IPv6
+	how, tell := unix.IP_PMTUDISC_DONT, 0 // IPv6 uses the same values
 	if df && !s.fragments {
 		how = unix.IP_PMTUDISC_PROBE
 	}
@@ -97,7 +96,7 @@ func (s udpSocket) setOptions(fd int) error {
 		}
 	}
 	if s.fragments && !is4 {
-		// Over IPv4 routers fragment further; over IPv6 nobody does.
+		// IPv4 routers fragment further if needed; IPv6 routers do not.
 		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_MTU, 1280); err != nil {
 			return fmt.Errorf("setting the length of fragments: %w", err)
 		}
@@ -105,10 +104,9 @@ func (s udpSocket) setOptions(fd int) error {
 	return nil
 }
 
-// receiveNothing has a socket that only sends take nothing in: whoever finds its
-// port could pin as much memory as its buffer holds, since nobody reads it. What
-// the network says of packets sent still reaches the error queue, for which there
-// is room.
+// receiveNothing makes a send-only socket drop all input. Nobody reads it, so a sender
+// that finds its port could otherwise pin a buffer's worth of memory. ICMP errors still
+// reach the error queue, which needs a small buffer.
 func receiveNothing(fd int) error {
 	if err := attachFilter(fd, []bpf.Instruction{bpf.RetConstant{Val: 0}}); err != nil {
 		return err
@@ -123,7 +121,7 @@ func receiveNothing(fd int) error {
 func setBuffers(fd int) error {
 	for option, force := range map[int]int{unix.SO_RCVBUF: unix.SO_RCVBUFFORCE, unix.SO_SNDBUF: unix.SO_SNDBUFFORCE} {
 		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, socketBuffer) == nil {
-			continue // beyond what the system allows others (CAP_NET_ADMIN)
+			continue // with CAP_NET_ADMIN, beyond net.core.{r,w}mem_max
 		}
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, socketBuffer); err != nil {
 			return err

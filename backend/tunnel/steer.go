@@ -11,20 +11,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// steer has the kernel choose the device's queue by the flow alone. Left to
-// itself it moves a flow to the queue by which its answers come, which
-// reorders packets at that moment.
+// steer attaches an eBPF program that selects the device's queue by flow. By default
+// the kernel moves a flow to the queue to which its replies were written, which reorders
+// packets at that moment.
 //
-// A flow is the addresses, and the ports with TCP: fragments have no ports, and
-// those of UDP are to stay with their flow, which is why network cards do the
-// same by default.
+// A flow is the addresses, and with TCP the ports. UDP ports are not used, since
+// fragments do not have them and must stay in order; network cards do the same by
+// default.
 //
-// With sparse, there are two queues for each thread, and flows that send little have
-// the first of them to themselves: a request does not wait behind all that a bulk
-// stream has in the device.
+// With sparse, each thread has two queues, and the first is for flows that send little:
+// a request does not wait behind a bulk stream's queued packets.
 //
-// The moves count the flows that have become bulk, each before its first packet goes to
-// the other queue (encap.Options); their page is the caller's to unmap.
+// moves counts the flows that became bulk, each before its first packet goes to the
+// second queue (encap.Options.Moves). The caller unmaps it.
 func steer(device, threads int, sparse bool) (moves []byte, err error) {
 	program := hashing()
 	if sparse {
@@ -69,19 +68,19 @@ func steer(device, threads int, sparse bool) (moves []byte, err error) {
 
 const (
 	flowBuckets = 4096
-	// A flow is bulk once it has sent bulkBytes in bulkWindow, and until it has sent
-	// nothing for bulkPause: what it has left in its queue is gone by then, so that
-	// nothing is overtaken when it moves back.
+	// A flow is bulk once it has sent bulkBytes within bulkWindow, until it has sent
+	// nothing for bulkPause. By then its queue is drained, so that moving back does not
+	// reorder packets.
 	bulkBytes  = 32 << 10
 	bulkWindow = 10 * time.Millisecond
 	bulkPause  = 100 * time.Millisecond
 )
 
-// sparseFirst chooses the queue by the hash in R7 and by what the flow has sent:
-// hash % threads for a sparse one, and as many queues further for bulk. A flow's
-// entry is when its window began, the bytes in it, and, of a bulk one, when it sent
-// last, in ns. Two processors may write one at once; that costs precision alone, since
-// a move is counted before it is written down.
+// sparseFirst selects the queue by the hash in R7 and by how much the flow has sent:
+// hash % threads if it is sparse, plus threads if it is bulk. A flow's map entry is the
+// start of its window, the bytes sent in it, and, if it is bulk, when it sent last (ns).
+// CPUs may race on an entry; that costs only precision, since a move is counted before
+// it is stored.
 func sparseFirst(flows, moves, threads int) asm.Instructions {
 	const key = -48 // in the stack frame
 	return asm.Instructions{
@@ -97,7 +96,7 @@ func sparseFirst(flows, moves, threads int) asm.Instructions {
 		asm.JEq.Imm(asm.R0, 0, "sparse"),
 		asm.Mov.Reg(asm.R9, asm.R0),
 
-		// Bulk, and without a pause: it stays so.
+		// Bulk and sent within bulkPause: it stays bulk.
 		asm.LoadMem(asm.R1, asm.R9, 16, asm.DWord),
 		asm.JEq.Imm(asm.R1, 0, "window"),
 		asm.Mov.Reg(asm.R2, asm.R8),
@@ -136,8 +135,7 @@ func sparseFirst(flows, moves, threads int) asm.Instructions {
 	}
 }
 
-// hashing leaves a hash of the packet at the start of the buffer in R7, and the
-// packet's context in R6.
+// hashing computes the packet's flow hash in R7 and leaves its context in R6.
 func hashing() asm.Instructions {
 	const buffer = -40 // in the stack frame: room for an IPv6 header
 	load := func(offset, length int32) asm.Instructions {
@@ -167,10 +165,10 @@ func hashing() asm.Instructions {
 		asm.Mov.Reg(asm.R1, asm.R8),
 		asm.RSh.Imm(asm.R1, 4),
 		asm.JEq.Imm(asm.R1, 6, "ipv6"),
-		asm.JNE.Imm(asm.R8, 0x45, "addresses4"), // with options: no ports
+		asm.JNE.Imm(asm.R8, 0x45, "addresses4"), // IP options: ignore ports
 		asm.LoadMem(asm.R1, asm.RFP, buffer+9, asm.Byte),
 		asm.JNE.Imm(asm.R1, unix.IPPROTO_TCP, "addresses4"),
-		asm.LoadMem(asm.R1, asm.RFP, buffer+6, asm.Byte), // more fragments, and the offset
+		asm.LoadMem(asm.R1, asm.RFP, buffer+6, asm.Byte), // MF and fragment offset
 		asm.And.Imm(asm.R1, 0x3f),
 		asm.JNE.Imm(asm.R1, 0, "addresses4"),
 		asm.LoadMem(asm.R1, asm.RFP, buffer+7, asm.Byte),
@@ -202,7 +200,7 @@ func hashing() asm.Instructions {
 	add(mix(0)...)
 
 	add(
-		// The low bits choose the queue: have the high ones decide, too.
+		// Mix the high bits into the low ones, which select the queue.
 		asm.Mov.Reg(asm.R0, asm.R7).WithSymbol("done"),
 		asm.RSh.Imm32(asm.R0, 15),
 		asm.Xor.Reg(asm.R0, asm.R7),

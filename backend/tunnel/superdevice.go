@@ -12,18 +12,17 @@ import (
 	"culvert/encap"
 )
 
-// SuperDeviceName is the name of the TAP device that takes super-frames.
+// SuperDeviceName is the name of the TAP device for super-frames.
 const SuperDeviceName = "culvert0s"
 
-// superDevice is a TAP device to which tunnel frames of up to 64 KB are written
-// whole: every frame that seems to come from it is redirected to the uplink,
-// where the kernel or the hardware cuts it. Nothing is read from it, and it
-// has no address.
+// superDevice is a TAP device to which the loop writes tunnel frames of up to 64 KB. A
+// tc filter redirects every frame from its ingress to the uplink, where the kernel or
+// the hardware segments it. It is never read and has no address.
 type superDevice struct {
 	fd     int
 	format encap.Format
-	marker *ebpf.Program // IPIP: what marks and redirects
-	to     int           // the index of the uplink that marker knows
+	marker *ebpf.Program // IPIP: the program that marks and redirects
+	to     int           // index of the uplink that marker redirects to
 	link   netlink.Link
 }
 
@@ -35,11 +34,11 @@ const (
 	superHeaderLen = 24
 )
 
-// errNoSuperFrames says that the kernel has no such thing.
+// errNoSuperFrames means that the kernel lacks the offloads.
 var errNoSuperFrames = errors.New("the kernel does not offer it (Linux 6.17 does)")
 
-// openSuperDevice takes over the device that was left, or makes it, and sets it
-// up. It returns an error that wraps errNoSuperFrames if the kernel is too old.
+// openSuperDevice claims the predecessor's device or creates it, and sets it up. The
+// error wraps errNoSuperFrames if the kernel is too old.
 func (i *inherited) openSuperDevice(format encap.Format) (*superDevice, error) {
 	d := &superDevice{format: format}
 	var left bool
@@ -88,7 +87,7 @@ func (d *superDevice) prepare() (err error) {
 	if d.link, err = netlink.LinkByName(SuperDeviceName); err != nil {
 		return err
 	}
-	// It is to say nothing of its own accord: its frames would go to the uplink.
+	// Disable IPv6 addresses and ARP: the kernel's own frames would go to the uplink.
 	const none = 1 // IN6_ADDR_GEN_MODE_NONE
 	if err := netlink.LinkSetIP6AddrGenMode(d.link, none); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
 		return fmt.Errorf("turning IPv6 addresses off: %w", err)
@@ -99,8 +98,8 @@ func (d *superDevice) prepare() (err error) {
 	return netlink.LinkSetUp(d.link)
 }
 
-// redirect makes every frame of the device leave by the uplink, unless that is
-// so already.
+// redirect installs the filter that redirects the device's frames to the uplink, if it
+// is not in place.
 func (d *superDevice) redirect(uplink int) error {
 	parent := uint32(netlink.HANDLE_MIN_INGRESS)
 	filters, err := netlink.FilterList(d.link, parent)
@@ -129,11 +128,11 @@ func (d *superDevice) redirect(uplink int) error {
 	return nil
 }
 
-// filter returns the filter that redirects, for VXLAN by the kernel's own
-// means, which need no capability of their own.
+// filter returns the redirecting filter. For VXLAN it is u32 with mirred, which needs
+// no capability for eBPF.
 func (d *superDevice) filter(uplink int, at netlink.FilterAttrs) (netlink.Filter, error) {
 	if d.format == encap.FormatVXLAN {
-		return &netlink.U32{ // which every kernel with traffic control has, unlike matchall
+		return &netlink.U32{ // more widely available than matchall
 			FilterAttrs: at,
 			Sel:         &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: 1, Keys: []netlink.TcU32Key{{}}},
 			Actions:     []netlink.Action{netlink.NewMirredAction(uplink)},
@@ -161,7 +160,7 @@ func (d *superDevice) redirects(f netlink.Filter, uplink int) bool {
 		a, ok := f.Actions[0].(*netlink.MirredAction)
 		return ok && a.Ifindex == uplink && a.MirredAction == netlink.TCA_EGRESS_REDIR
 	case *netlink.BpfFilter:
-		return d.to == uplink // nobody else knows this device
+		return d.to == uplink // no other program attaches filters to this device
 	}
 	return false
 }

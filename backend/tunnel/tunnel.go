@@ -1,9 +1,10 @@
-// Package tunnel is the userspace datapath: a TUN device on the side of the
-// pods, UDP sockets on the side of the underlay, and encap's loop between.
+// Package tunnel is the userspace datapath: it opens a TUN device on the pods' side,
+// UDP or IPIP sockets on the underlay's side, and runs package encap's loop between
+// them. It owns these descriptors; encap owns the packets and the peer table, and
+// internal/host the device's addresses, routes and firewall rules.
 //
-// The host gets one route, the cluster network into the device; which peer a
-// packet goes to is looked up in the loop's own table. So a lease event is one
-// pointer swap, and no kernel state can be stale.
+// Routes lead the whole cluster network into the device, and the loop's table selects
+// the peer. So a lease event is one pointer swap, and no per-peer route can be stale.
 package tunnel
 
 import (
@@ -31,37 +32,36 @@ import (
 // DeviceName is the TUN device's name.
 const DeviceName = "culvert0"
 
-// Options is what a Tunnel is made of.
+// Options configures a Tunnel.
 type Options struct {
 	Node   backend.Node
 	Config subnet.Config
-	Lease  subnet.Lease // this node's own
-	Why    string       // the choice of this datapath, for the status
-	// Replaces names devices of other programs that have our UDP port.
+	Lease  subnet.Lease // of this node
+	Why    string       // why this datapath was chosen, for the status
+	// Replaces names other programs' devices to remove, which conflict with ours.
 	Replaces []string
 	Tuning
-	// Inherited are the descriptors that a predecessor left open (Descriptors),
-	// which Open takes over or closes.
+	// Inherited are a predecessor's open descriptors (Descriptors). Open takes
+	// ownership: it uses or closes them.
 	Inherited []int
 	Log       *slog.Logger
 }
 
-// Tuning is what an operator can say of the loop. The zero value is the
-// default.
+// Tuning is the operator's settings of the loop. The zero value is the default.
 type Tuning struct {
-	// The kill switches: each turns one mechanism off that would be used wherever
-	// the kernel has it.
+	// Kill switches: each disables a mechanism that is otherwise used if the kernel
+	// supports it.
 	NoGSO, NoGRO, NoUSO, NoSuperFrame, NoMultiQueue, NoBusyPoll bool
 
-	Queues      int  // of the device, each with a thread of its own; 0: by the processors
-	SourcePorts int  // that flows are spread over, at most 16; 0: by the processors
-	CopyDSCP    bool // the outer header bears the inner one's DSCP
-	// DontFragment has VXLAN packets bear DF, and the loop follow what the network
-	// says of the path. IPIP always does.
+	Queues      int  // threads that serve the device; 0: by the number of CPUs
+	SourcePorts int  // over which flows are spread, at most 16; 0: by the number of CPUs
+	CopyDSCP    bool // copy the inner DSCP to the outer header
+	// DontFragment sets DF on outer VXLAN packets and enables path MTU discovery. IPIP
+	// always does both.
 	DontFragment bool
 }
 
-// queues returns how many there are to be: one processor stays with the pods.
+// queues returns the number of threads; by default one CPU is left to the pods.
 func (t Tuning) queues() int {
 	switch {
 	case t.NoMultiQueue:
@@ -77,13 +77,13 @@ func (t Tuning) sourcePorts() int {
 	case t.SourcePorts > 0:
 		return t.SourcePorts
 	case runtime.NumCPU() <= 2:
-		return 1 // a batch of small packets then leaves in one call
+		return 1 // a batch of small packets then needs one call
 	}
 	return 8
 }
 
-// Shape is what two tunnels must agree in, besides their Options, for one to go
-// on with the other's descriptors.
+// Shape describes the tuning that a tunnel's descriptors depend on: a successor can
+// inherit them only if its Shape is equal.
 func (t Tuning) Shape() string {
 	return fmt.Sprintf("%d queues, pairs %t, DF %t", t.queues(), !t.NoMultiQueue, t.DontFragment)
 }
@@ -95,9 +95,9 @@ type Tunnel struct {
 	mtu     int
 	device  *device
 	sockets []int        // descriptors
-	super   *superDevice // nil if there is none, and then noSuper says why
+	super   *superDevice // nil if super-frames are off; noSuper says why
 	noSuper string
-	uplink  *uplink // watches for super; nil if super is
+	uplink  *uplink // nil if super is nil
 	loop    *encap.Loop
 	offload encap.Offload
 	egress  encap.Counters
@@ -111,8 +111,8 @@ type Tunnel struct {
 	once      sync.Once
 }
 
-// Open makes the device and the sockets. The error names the step, and what to
-// do where that is known. Nothing is left open after an error.
+// Open opens the device and the sockets. An error names the step, and the remedy if it
+// is known; nothing is left open then.
 func Open(o Options) (*Tunnel, error) {
 	format, ok := map[string]encap.Format{"vxlan": encap.FormatVXLAN, "ipip": encap.FormatIPIP}[o.Config.Backend.Type]
 	if !ok {
@@ -199,7 +199,7 @@ func (t *Tunnel) listen(e subnet.Endpoint) (side encap.Underlay, err error) {
 	return side, nil
 }
 
-// openUDP returns a socket that the tunnel closes.
+// openUDP opens a socket, which the tunnel owns, and returns its port.
 func (t *Tunnel) openUDP(s udpSocket) (encap.Descriptor, uint16, error) {
 	fd, port, err := t.inherited.listenUDP(s)
 	if err != nil {
@@ -209,8 +209,8 @@ func (t *Tunnel) openUDP(s udpSocket) (encap.Descriptor, uint16, error) {
 	return encap.NewDescriptor(fd), port, nil
 }
 
-// openSuper makes the device for super-frames, where it is wanted and to be
-// had; they are not sent before the uplink has been looked at.
+// openSuper opens the device for super-frames if enabled and supported. None is sent
+// before the uplink has been checked.
 func (t *Tunnel) openSuper() error {
 	o := t.options
 	if o.NoSuperFrame || o.NoGSO {
@@ -233,8 +233,8 @@ func (t *Tunnel) openSuper() error {
 	return nil
 }
 
-// PodMTU returns what the underlay's MTU leaves for the pods of a lease, in
-// whichever datapath.
+// PodMTU returns the pods' MTU: the underlay's, or the configured one, less the tunnel's
+// overhead. It is the same for every datapath.
 func PodMTU(c subnet.BackendConfig, l subnet.Lease, u host.Underlay) (int, error) {
 	cost := 0
 	for _, e := range l.Endpoints {
@@ -249,8 +249,8 @@ func PodMTU(c subnet.BackendConfig, l subnet.Lease, u host.Underlay) (int, error
 	return backend.MTU(c.MTU, u, cost, ipv6)
 }
 
-// Apply swaps the peer table, and makes the host's addresses, routes and
-// masquerading right.
+// Apply replaces the peer table, and applies the host's addresses, routes and firewall
+// rules.
 func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 	table := t.table(s)
 	if t.uplink != nil {
@@ -263,7 +263,7 @@ func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 	return err
 }
 
-// table is the loop's view of a snapshot.
+// table builds the loop's table from a snapshot.
 func (t *Tunnel) table(s subnet.Snapshot) *encap.Table {
 	var local []netip.Prefix
 	for _, e := range t.options.Lease.Endpoints {
@@ -287,12 +287,12 @@ func (t *Tunnel) table(s subnet.Snapshot) *encap.Table {
 	return encap.NewTable(local, peers)
 }
 
-// state is what the host must be like, given a snapshot.
+// state returns the desired host state for a snapshot.
 func (t *Tunnel) state(s subnet.Snapshot, v host.View) host.State {
 	return state(t.options.Node, t.options.Config.Backend, t.options.Lease, t.mtu, s, v)
 }
 
-// Plan is what the host must be like for a tunnel that would be opened now.
+// Plan returns the desired host state for a tunnel that is not open.
 func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
 	mtu, err := PodMTU(s.Config.Backend, s.Self, n.Underlay)
 	if err != nil {
@@ -301,8 +301,8 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	return backend.Wanted{State: state(n, s.Config.Backend, s.Self, mtu, s, v), MTU: mtu}, nil
 }
 
-// state: the cluster network is reached through the device, and is unreachable
-// while it is gone.
+// state routes the cluster network through the device; an unreachable route remains if
+// the device is gone.
 func state(n backend.Node, c subnet.BackendConfig, self subnet.Lease, mtu int, s subnet.Snapshot, v host.View) host.State {
 	state := backend.Base(n, s)
 	link := host.Link{Name: DeviceName, MTU: mtu, GSOMaxSegs: gsoMaxSegments}
@@ -314,12 +314,12 @@ func state(n backend.Node, c subnet.BackendConfig, self subnet.Lease, mtu int, s
 		link.Addrs = append(link.Addrs, backend.HostAddrs(e)...)
 		for _, p := range backend.Covered(s, e) {
 			if p == e.Subnet {
-				continue // of the pods that are here, which have a route of their own
+				continue // this node's pods; their bridge has the route
 			}
 			state.Routes = append(state.Routes, host.Route{To: p, Link: DeviceName, Source: e.Subnet.Addr()})
 		}
 		is4 := network.Addr().Is4()
-		guard := host.Tunnel{ // of IPIP, which has no port
+		guard := host.Tunnel{ // without a port: IPIP
 			Network: network, Subnet: e.Subnet, Peers: backend.Sources(backend.Peers(s, is4)),
 			Underlay: cmp.Or(v.Underlay.Name, n.Underlay.Name), Local: n.Underlay.Addr(is4), NoFIB: v.NoFIB,
 		}
@@ -332,9 +332,9 @@ func state(n backend.Node, c subnet.BackendConfig, self subnet.Lease, mtu int, s
 	return state
 }
 
-// Run carries packets, and repairs what others do to the host, until ctx ends.
-// What comes before the first Apply waits in the kernel: without a peer it
-// would be dropped.
+// Run carries packets and repairs changes that others make to the host's state, until
+// ctx ends. It waits for the first Apply: until then the kernel queues packets, which
+// the loop would drop without peers.
 func (t *Tunnel) Run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -343,7 +343,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	}
 	asker := backend.OpenAsker(t.options.Log)
 	defer asker.Close()
-	// Packets are carried until the other parts have ended, which takes longer.
+	// The loop stops last: it carries packets while the other parts end.
 	carrying, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	broken := make(chan error, 1)
@@ -376,7 +376,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	return err
 }
 
-// listenForPeers looks for silent peers until ctx ends.
+// listenForPeers detects silent peers until ctx ends.
 func (t *Tunnel) listenForPeers(ctx context.Context, asker *backend.Asker) {
 	tick := time.NewTicker(backend.SilenceInterval)
 	defer tick.Stop()
@@ -421,8 +421,8 @@ func (t *Tunnel) Status() api.Datapath {
 		},
 	}
 	standing := t.keeper.Standing()
-	// What the loop dropped, and what our nftables rules did, which pods' forged
-	// packets never pass.
+	// The loop's drops and those of our nftables rules, which drop pods' forged packets
+	// before the loop sees them.
 	filtered := host.Drops(standing.State.Firewall)
 	for _, r := range encap.Reasons() {
 		n := t.egress.Drops[r].Load() + t.ingress.Drops[r].Load() + filtered[r.String()]
@@ -456,8 +456,8 @@ func (t *Tunnel) Status() api.Datapath {
 	return s
 }
 
-// mechanism reports whether an offload is on, and if not, why: disabled by flag,
-// or unsupported. With some peers the kernel may have refused it lately.
+// mechanism reports whether an offload is on, and if not, why: disabled by flag, or
+// unsupported. refused is for how many peers it is suspended.
 func mechanism(name string, on, disabled bool, refused int) api.Mechanism {
 	m := api.Mechanism{Name: name, On: on}
 	switch {
@@ -471,7 +471,7 @@ func mechanism(name string, on, disabled bool, refused int) api.Mechanism {
 	return m
 }
 
-// refusedBy says with how many peers the kernel has refused a mechanism.
+// refusedBy describes for how many peers a mechanism is suspended; "" for none.
 func refusedBy(peers int) string {
 	if peers == 0 {
 		return ""
@@ -505,7 +505,7 @@ func (t *Tunnel) queueMechanism() api.Mechanism {
 	return m
 }
 
-// sparseMechanism says whether sparse flows have a queue of their own.
+// sparseMechanism reports whether sparse flows have a separate queue.
 func (t *Tunnel) sparseMechanism() api.Mechanism {
 	m := api.Mechanism{Name: "sparse-queue", On: t.device.sparse, Why: t.device.noSparse}
 	if t.options.NoMultiQueue {
@@ -521,8 +521,8 @@ func traffic(c *encap.Counters) api.Traffic {
 	}
 }
 
-// Close closes the device, which takes its addresses and routes with it, and
-// the sockets. The masquerading and the unreachable route stay with Keep.
+// Close closes the descriptors. With Keep the device, its addresses and routes, the
+// unreachable route and the firewall rules stay; with Remove they are removed.
 func (t *Tunnel) Close(how backend.How) error {
 	var errs []error
 	for _, s := range t.sockets {
@@ -539,8 +539,8 @@ func (t *Tunnel) Close(how backend.How) error {
 	return errors.Join(errs...)
 }
 
-// makeWay removes what has our UDP port and can be removed: the devices of the
-// kernel datapath, if that ran here before, and those that we are to replace.
+// makeWay removes devices that conflict with the tunnel: the kernel datapath's, if it
+// ran here before, and Options.Replaces.
 func (t *Tunnel) makeWay() error {
 	var catchAll []host.Route
 	for _, n := range t.options.Config.Networks {

@@ -22,12 +22,12 @@ import (
 	"culvert/internal/host"
 )
 
-// uplink watches what super-frames depend on: that the underlay interface
-// segments tunnels itself (where it does not, cutting in userspace is faster),
-// and which neighbour leads to each peer. Both can change at any time; while
-// either is missing, frames leave by the portable way.
+// uplink watches what super-frames depend on: that the underlay interface segments
+// tunnel packets in hardware (otherwise cutting in userspace is faster; IPIP does not
+// need it), and the neighbour that leads to each peer. Both can change at any time;
+// while either is missing, frames are sent through the sockets.
 //
-// A notification of the kernel and the timer lead to the same refresh.
+// Kernel notifications and a timer trigger the same refresh.
 type uplink struct {
 	node    backend.Node
 	device  *superDevice
@@ -36,36 +36,37 @@ type uplink struct {
 	log     *slog.Logger
 
 	routed atomic.Bool // a route has changed
-	// used is what notifications are compared with.
+	// used is the peers' addresses and next hops, to filter notifications.
 	used atomic.Pointer[ways]
 
 	mu   sync.Mutex
-	why  string // super-frames are off; "" if they are on
+	why  string // why super-frames are off; "" if they are on
 	link netlink.Link
-	// gateways is the next hop of each underlay address that was asked for, the
-	// address itself where it is on the link, invalid where the way there is
-	// another one. Forgotten when a route changes.
+	// gateways caches the next hop of each underlay address: the address itself if it is
+	// on the link, invalid if its route does not use the uplink. It is cleared when a
+	// route changes.
 	gateways   map[netip.Addr]netip.Addr
 	neighbours map[netip.Addr][6]byte
 }
 
-// ways are the peers' addresses, and the next hops that lead to them.
+// ways are the peers' underlay addresses and their next hops.
 type ways struct {
 	to   []netip.Addr
 	hops map[netip.Addr]bool
 }
 
-// When the uplink is looked at.
+// When the uplink is refreshed.
 const (
-	// uplinkCheck is how often without a word of the kernel; where a look takes
-	// long, at most one part in uplinkShare of the time is spent on it.
+	// uplinkCheck is the interval without notifications; if a refresh is slow, at most
+	// 1/uplinkShare of the time is spent on it.
 	uplinkCheck = 3 * time.Second
 	uplinkShare = 300
-	// uplinkPause lets notifications gather, which get a part in uplinkBusy.
+	// uplinkPause gathers notifications; refreshing for them takes at most 1/uplinkBusy
+	// of the time.
 	uplinkPause = 50 * time.Millisecond
 	uplinkBusy  = 20
-	// uplinkForget is how often the routes to all peers are asked for again: some
-	// go without a word, as those by a link that goes down do.
+	// uplinkForget is how often the routes to all peers are looked up again: some vanish
+	// without a notification, such as those of a link that goes down.
 	uplinkForget = time.Minute
 )
 
@@ -106,13 +107,13 @@ func (u *uplink) run(ctx context.Context) error {
 const uplinkGroups = unix.RTMGRP_LINK | unix.RTMGRP_NEIGH | unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE |
 	unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR | unix.RTMGRP_IPV4_RULE | 1<<(unix.RTNLGRP_IPV6_RULE-1) | 1<<(unix.RTNLGRP_NEXTHOP-1)
 
-// matters says whether a notification is of the uplink, of a neighbour that
-// leads to a peer, or of a route to one. A busy host has many that are not.
+// matters reports whether a notification concerns the uplink, the next hop to a peer,
+// or a route to one. On a busy host most do not.
 func (u *uplink) matters(kind uint16, body []byte) bool {
 	index := uint32(u.node.Underlay.Index)
 	if len(body) < 8 {
 		u.routed.Store(true)
-		return true // some were lost
+		return true // notifications were lost
 	}
 	switch kind {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK: // struct ifinfomsg
@@ -121,7 +122,7 @@ func (u *uplink) matters(kind uint16, body []byte) bool {
 		return binary.NativeEndian.Uint32(body[4:]) == index && u.leads(body)
 	case unix.RTM_NEWADDR: // struct ifaddrmsg
 		return false
-	case unix.RTM_DELADDR: // whose routes go without a word
+	case unix.RTM_DELADDR: // its routes vanish without a notification
 		if binary.NativeEndian.Uint32(body[4:]) != index {
 			return false
 		}
@@ -135,7 +136,7 @@ func (u *uplink) matters(kind uint16, body []byte) bool {
 	return true
 }
 
-// leads says whether a neighbour is the next hop to a peer.
+// leads reports whether a neighbour is the next hop to a peer.
 func (u *uplink) leads(body []byte) bool {
 	attrs, err := netlinkattr.NewAttributeDecoder(body[unix.SizeofNdMsg:])
 	if err != nil {
@@ -151,14 +152,14 @@ func (u *uplink) leads(body []byte) bool {
 	return false
 }
 
-// toPeer says whether a prefix holds a peer's address.
+// toPeer reports whether a prefix contains a peer's address.
 func (u *uplink) toPeer(to netip.Prefix) bool {
 	used := u.used.Load()
 	return used != nil && slices.ContainsFunc(used.to, to.Contains)
 }
 
-// refresh looks at the uplink, its neighbours and the routes, and gives the
-// peers of the current table their next hops.
+// refresh checks the uplink, reads its neighbours and the routes, and sets the next hops
+// of the current table's peers.
 func (u *uplink) refresh() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -186,15 +187,15 @@ func (u *uplink) refresh() {
 	u.offload.SuperFrame.Store(true)
 }
 
-// check says why the uplink is not to get super-frames, if so, and mends the
-// way there.
+// check returns why the uplink cannot take super-frames, or nil after it has made sure
+// that the device redirects to it.
 func (u *uplink) check() error {
 	link, err := netlink.LinkByIndex(u.node.Underlay.Index)
 	if err != nil {
 		return fmt.Errorf("looking up %s: %w", u.node.Underlay.Name, err)
 	}
 	a := link.Attrs()
-	name := a.Name // it may have been renamed
+	name := a.Name // may have been renamed
 	switch {
 	case a.Flags&net.FlagUp == 0:
 		return fmt.Errorf("%s is down", name)
@@ -203,8 +204,8 @@ func (u *uplink) check() error {
 	}
 	u.link = link
 	if u.device.format == encap.FormatIPIP {
-		// Even where the kernel has to cut, it does so better than a raw socket
-		// for each packet.
+		// Software segmentation in the kernel is still faster than one raw socket message
+		// per packet.
 		return u.device.redirect(a.Index)
 	}
 	tool, err := ethtool.NewEthtool()
@@ -224,8 +225,7 @@ func (u *uplink) check() error {
 	return u.device.redirect(a.Index)
 }
 
-// fill gives the peers of a table, which may not be in use yet, their next hops
-// as far as they are known.
+// fill sets the known next hops of a table's peers. The table may not be in use yet.
 func (u *uplink) fill(t *encap.Table) {
 	own := [6]byte(u.link.Attrs().HardwareAddr)
 	used := ways{hops: make(map[netip.Addr]bool)}
@@ -244,7 +244,7 @@ func (u *uplink) fill(t *encap.Table) {
 	}
 }
 
-// prepare fills a table that is about to be used, from what is known.
+// prepare fills a new table before the loop uses it, if super-frames are on.
 func (u *uplink) prepare(t *encap.Table) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -253,8 +253,8 @@ func (u *uplink) prepare(t *encap.Table) {
 	}
 }
 
-// gateway is the neighbour that leads to an underlay address, or the zero Addr
-// if the way there is not the uplink.
+// gateway returns the next hop to an underlay address, or the zero Addr if its route
+// does not use the uplink.
 func (u *uplink) gateway(to, source netip.Addr) netip.Addr {
 	if via, ok := u.gateways[to]; ok {
 		return via
@@ -273,7 +273,7 @@ func (u *uplink) gateway(to, source netip.Addr) netip.Addr {
 	return via
 }
 
-// neighboursOf returns the neighbours of an interface whose address is known.
+// neighboursOf returns an interface's neighbours with a known Ethernet address.
 func neighboursOf(link int) (map[netip.Addr][6]byte, error) {
 	const valid = netlink.NUD_PERMANENT | netlink.NUD_NOARP | netlink.NUD_REACHABLE | netlink.NUD_STALE | netlink.NUD_DELAY | netlink.NUD_PROBE
 	list, err := host.Retry(func() ([]netlink.Neigh, error) { return netlink.NeighList(link, unix.AF_UNSPEC) })
@@ -289,7 +289,7 @@ func neighboursOf(link int) (map[netip.Addr][6]byte, error) {
 	return known, nil
 }
 
-// status says whether super-frames are on, and why not.
+// status reports whether super-frames are on, and why not.
 func (u *uplink) status() (on bool, why string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()

@@ -247,9 +247,9 @@ func (d *node) leftBehind(ctx context.Context) []api.Warning {
 	return all
 }
 
-// CutOff says, as a sentence, that a route of culvert's own leads where one of the
-// etcd servers is, and what to do; empty if none does. It is for who cannot reach
-// them, and would look at the server.
+// CutOff returns a sentence if a culvert route covers one of the etcd servers, with the
+// remedy, else "". Commands that cannot reach etcd show it, since the server is not the
+// cause.
 func CutOff(ctx context.Context, endpoints []string) string {
 	d := &node{log: slog.New(slog.DiscardHandler), options: Options{Etcd: etcd.Options{Endpoints: endpoints}}}
 	for _, w := range d.leftBehind(ctx) {
