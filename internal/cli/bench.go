@@ -36,8 +36,8 @@ type benchFlags struct {
 	out                             benchOutput
 }
 
-// benchOutput is where a report goes: to files, or to standard output ("-"); as
-// a table to the latter if nothing else is.
+// benchOutput is where a report goes: to files or to standard output ("-"). If none of
+// them is standard output, the table goes there.
 type benchOutput struct {
 	reference                string
 	json, csv, gobench, html string
@@ -69,7 +69,7 @@ func (o *benchOutput) check() error {
 	if _, ok := bench.FindDatapath(o.reference); !ok {
 		return usagef("bench: --reference %s: %s", o.reference, strings.Join(benchDatapaths(), ", "))
 	}
-	// Found out before an hour of measuring, not after.
+	// Check before an hour of measuring, not after.
 	for _, path := range []string{o.json, o.csv, o.gobench, o.html} {
 		if path == "" || path == "-" {
 			continue
@@ -94,7 +94,7 @@ func benchDatapaths() []string {
 	return names
 }
 
-// write writes the report as was asked.
+// write writes the report in the requested formats.
 func (o *benchOutput) write(out io.Writer, r *bench.Report) error {
 	shown := false
 	var errs []error
@@ -146,7 +146,7 @@ func writeFile(path string, write func(io.Writer) error) error {
 	return errors.Join(write(f), f.Close())
 }
 
-// benchPreset is what --preset chooses; each flag that is given goes before it.
+// benchPreset is the settings of a --preset. Flags that are given override it.
 type benchPreset struct {
 	name, about                     string
 	underlays, datapaths, workloads []string
@@ -252,7 +252,7 @@ func presetUsage() string {
 	return strings.Join(all, "; ")
 }
 
-// take makes the preset's choices where no flag made one.
+// take applies the preset to the flags that were not given.
 func (p benchPreset) take(c *cobra.Command, f *benchFlags) {
 	choose(c, "underlay", &f.underlays, p.underlays)
 	choose(c, "datapath", &f.datapaths, p.datapaths)
@@ -318,7 +318,7 @@ func (f *benchFlags) run(c *cobra.Command) error {
 	return inLab("bench", func() error { return f.measure(c, o) })
 }
 
-// existing is the server, or connects the client.
+// existing runs the server for measurements between two hosts, or connects the client.
 func (f *benchFlags) existing(c *cobra.Command, o *bench.Options) error {
 	choose(c, "underlay", &f.underlays, []string{bench.Existing})
 	o.Underlays = f.underlays
@@ -361,14 +361,15 @@ func (f *benchFlags) existing(c *cobra.Command, o *bench.Options) error {
 	return nil
 }
 
-// choose sets a flag that was not given.
+// choose sets a flag's value if the flag was not given.
 func choose[T any](c *cobra.Command, flag string, value *T, to T) {
 	if !c.Flags().Changed(flag) {
 		*value = to
 	}
 }
 
-// inLab calls fn where labs can be made.
+// inLab calls fn with the privileges to create labs: as root, or in a new user
+// namespace, for which it runs the program again.
 func inLab(command string, fn func() error) error {
 	code, again, err := lab.EnterUserNamespace()
 	if err != nil {
@@ -406,13 +407,13 @@ func (f *benchFlags) measure(c *cobra.Command, o bench.Options) error {
 		return err
 	}
 	if report.Broken() {
-		return errReported // the report says what
+		return errReported // the report names the failures
 	}
 	return nil
 }
 
-// progressBar shows how far a run has come: on a terminal as a bar, else as a
-// line now and then.
+// progressBar shows a run's progress: as a bar on a terminal, else as an occasional
+// line.
 type progressBar struct {
 	w        io.Writer
 	terminal bool
@@ -515,7 +516,7 @@ Exit code 1 if a figure got worse by more than --floor.`,
 	return c
 }
 
-// newBenchNodeCommand is what culvert bench starts in its nodes.
+// newBenchNodeCommand is the hidden command that culvert bench runs in its nodes.
 func newBenchNodeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    "node PART",

@@ -12,8 +12,8 @@ import (
 	"culvert/bench"
 )
 
-// benchCommand is the built program as a user starts it; the test is skipped
-// where no lab can be made.
+// benchCommand returns the built program's command; it skips the test if no lab can be
+// created.
 func benchCommand(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := demoCommand(t)
@@ -42,7 +42,7 @@ func TestBench(t *testing.T) {
 	}
 }
 
-// TestBenchInterrupted presses Ctrl-C once something is finished: that is shown.
+// TestBenchInterrupted sends Ctrl-C once a part is finished, and expects its result.
 func TestBenchInterrupted(t *testing.T) {
 	cmd := benchCommand(t, "--underlay", "offload", "--datapath", "native", "--workload", "rr", "--rounds", "1000", "--duration", "50ms")
 	var out strings.Builder

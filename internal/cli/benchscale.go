@@ -86,9 +86,9 @@ func scale(c *cobra.Command, o bench.ScaleOptions, json, docs string) error {
 	return errors.Join(jerr, err)
 }
 
-// benchContext sweeps what killed runs left, and returns a context that ends in
-// order with a closed terminal or pipe, as with Ctrl-C. A second Ctrl-C ends the
-// program at once; the next run cleans up.
+// benchContext removes what killed runs left, and returns a context that also ends when
+// the terminal or pipe closes. After its end a second Ctrl-C kills the program; the next
+// run cleans up.
 func benchContext(c *cobra.Command) (context.Context, func()) {
 	if _, err := lab.Sweep(); err != nil {
 		fmt.Fprintf(c.ErrOrStderr(), "culvert: %s\n", oneLine(err))

@@ -25,7 +25,7 @@ While a daemon runs it is refused: the daemon would put everything back.`,
 			if err := host.MayConfigure(); err != nil {
 				return err
 			}
-			// Held meanwhile, so that no daemon begins in the middle.
+			// Own the namespace meanwhile, so that no daemon starts during the cleanup.
 			own, err := host.Own(host.Owner{PID: os.Getpid(), What: "culvert cleanup", Since: time.Now()})
 			switch {
 			case err == nil:

@@ -16,11 +16,11 @@ import (
 	"culvert/subnet/etcd"
 )
 
-// storeTimeout bounds what an administrator waits for etcd.
+// storeTimeout bounds an administrator's command.
 const storeTimeout = 15 * time.Second
 
-// quarantined makes the registry know of subnets that rest, for as long as the
-// flag says; with nil it is enough to read them.
+// quarantined enables the quarantine in the registry, for the flag's duration. With nil
+// it is enabled for reading only.
 func quarantined(d *time.Duration) func(*etcd.Options) {
 	return func(o *etcd.Options) {
 		o.Quarantine = time.Hour
@@ -30,7 +30,8 @@ func quarantined(d *time.Duration) func(*etcd.Options) {
 	}
 }
 
-// withStore calls do with the administrator's side of the registry.
+// withStore opens etcd and calls do with the administrator's interface. Its error names
+// the cause if etcd cannot be reached.
 func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admin subnet.Admin) error, change ...func(*etcd.Options)) error {
 	o, err := f.options(slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -144,7 +145,7 @@ func newConfigCheckCommand() *cobra.Command {
 	}
 }
 
-// readConfig returns the text that an argument stands for.
+// readConfig returns the configuration text that the argument refers to.
 func readConfig(c *cobra.Command, arg string) ([]byte, error) {
 	switch {
 	case arg == "-":
@@ -155,7 +156,7 @@ func readConfig(c *cobra.Command, arg string) ([]byte, error) {
 	return os.ReadFile(arg)
 }
 
-// warn shows what is odd about a configuration, or returns why it is refused.
+// warn prints a configuration's warnings, or returns why it is invalid.
 func warn(c *cobra.Command, text []byte) error {
 	_, warnings, err := subnet.ParseConfig(text)
 	for _, w := range warnings {

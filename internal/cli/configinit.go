@@ -12,7 +12,7 @@ import (
 	"culvert/subnet"
 )
 
-// configFlags are the choices of a new network.
+// configFlags are the settings of a new network.
 type configFlags struct {
 	network, network6 string
 	length, length6   int
@@ -77,8 +77,7 @@ yet: nothing that is there is overwritten ('culvert config set' does that).`,
 	return c
 }
 
-// text is the configuration in flannel's JSON, with what was chosen and no
-// more.
+// text returns the configuration in flannel's JSON, with only the chosen settings.
 func (n configFlags) text() ([]byte, error) {
 	type backend struct {
 		Type          string

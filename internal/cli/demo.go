@@ -25,18 +25,19 @@ import (
 const (
 	demoConfig   = `{"Network":"10.42.0.0/16","Backend":{"Type":"vxlan"}}`
 	demoTransfer = 100_000_000 // bytes
-	// reflectorPort answers with the address that it saw (lab.ServeReflector).
+	// reflectorPort is where each end replies with the source address that it saw
+	// (lab.ServeReflector).
 	reflectorPort = 7000
 
 	maxDemoNodes = 50
 	maxDemoPods  = 100
 )
 
-// How long the demo waits for its parts.
+// Timeouts of the demo's steps.
 const (
 	storeStart   = 30 * time.Second
 	daemonStart  = 60 * time.Second
-	firstContact = 10 * time.Second // until a pod is reached for the first time
+	firstContact = 10 * time.Second // for the first reply of a pod
 	pingAgain    = 2 * time.Second
 	transferTime = 2 * time.Minute
 	podRemoval   = 30 * time.Second
@@ -122,8 +123,8 @@ func (f *demoFlags) run(c *cobra.Command) error {
 		return fmt.Errorf("demo: %w", err)
 	}
 
-	// The daemons are told everything by flags; what is set for daemons of this
-	// machine is not for them.
+	// Environment variables set for a daemon of this machine must not reach the demo's
+	// daemons, which are configured by flags.
 	for _, kv := range os.Environ() {
 		if name, _, _ := strings.Cut(kv, "="); strings.HasPrefix(name, "CULVERT_") {
 			if err := os.Unsetenv(name); err != nil {
@@ -132,8 +133,8 @@ func (f *demoFlags) run(c *cobra.Command) error {
 		}
 	}
 
-	// A closed terminal or pipe ends the demo in order, as Ctrl-C does; a second
-	// Ctrl-C ends it at once, and the next demo cleans up.
+	// A closed terminal or pipe stops the demo in order, as Ctrl-C does. A second Ctrl-C
+	// kills it; the next demo cleans up.
 	ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGHUP, syscall.SIGPIPE)
 	defer stop()
 	defer context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt, syscall.SIGTERM) })()
@@ -177,7 +178,7 @@ func demoPrograms() (string, error) {
 	return bin, nil
 }
 
-// demo is one run of it.
+// demo is one run of culvert demo.
 type demo struct {
 	nodes, pods int
 	bin         string
@@ -192,8 +193,7 @@ type demo struct {
 	Result  demoResult
 }
 
-// demoEnd is what takes part in pings: a pod, or a node by the address that its
-// subnet gives it.
+// demoEnd takes part in pings: a pod, or a node with its address in its own subnet.
 type demoEnd struct {
 	*lab.Namespace
 	name string
@@ -213,7 +213,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	}
 	if d.lab, err = lab.New(lab.Options{
 		Nodes: d.nodes, Bin: d.bin,
-		// Without root everything ends with this process anyway.
+		// Without root the namespaces end with this process.
 		Keep: d.keep && !lab.Rootless(),
 	}); err != nil {
 		return fmt.Errorf("demo: %w", err)
@@ -252,8 +252,8 @@ func (d *demo) run(ctx context.Context) (err error) {
 	return err
 }
 
-// show makes the cluster and its traffic. An error means that it could not go
-// on; what was not reached stands in d.Result.
+// show builds the cluster and sends traffic. It returns an error if it could not go on;
+// pings and transfers that failed are in d.Result.
 func (d *demo) show(ctx context.Context) error {
 	d.progress.say("%s: %s and the network between them, all in network namespaces", d.lab.ID, count(d.nodes, "node"))
 	store, err := d.startStore(ctx)
@@ -275,8 +275,7 @@ func (d *demo) show(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// startStore runs etcd in the fabric, and writes the network configuration
-// there as an administrator would.
+// startStore runs etcd in the fabric and writes the network configuration to it.
 func (d *demo) startStore(ctx context.Context) (url string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, storeStart)
 	defer cancel()
@@ -303,7 +302,7 @@ func (d *demo) startStore(ctx context.Context) (url string, err error) {
 	return url, nil
 }
 
-// startDaemons runs culvert on every node at once, and waits for their leases.
+// startDaemons starts culvert on all nodes at once and waits for their leases.
 func (d *demo) startDaemons(ctx context.Context, store string) error {
 	ctx, cancel := context.WithTimeout(ctx, daemonStart)
 	defer cancel()
@@ -347,7 +346,7 @@ func (d *demo) startDaemons(ctx context.Context, store string) error {
 	return nil
 }
 
-// awaitSubnetEnv waits until the daemon has written what it leased.
+// awaitSubnetEnv waits until the daemon has written subnet.env.
 func awaitSubnetEnv(ctx context.Context, n *lab.Node, daemon *lab.Process) (cni.SubnetEnv, error) {
 	for {
 		env, err := cni.ReadSubnetEnv(n.SubnetFile())
@@ -364,7 +363,7 @@ func awaitSubnetEnv(ctx context.Context, n *lab.Node, daemon *lab.Process) (cni.
 	}
 }
 
-// addPods adds every node's pods, the nodes side by side.
+// addPods adds every node's pods, in parallel across nodes.
 func (d *demo) addPods(ctx context.Context) error {
 	pods := make([][]*lab.Pod, len(d.lab.Nodes))
 	errs := make([]error, len(d.lab.Nodes))
@@ -393,8 +392,8 @@ func (d *demo) addPods(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// leaveUp prints how to look around. As root the demo then outlives this
-// process; else it lasts until this process is told to end.
+// leaveUp prints how to explore the demo. As root it then outlives this process;
+// otherwise leaveUp waits until the process is told to end.
 func (d *demo) leaveUp(ctx context.Context) (kept bool, err error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -437,8 +436,8 @@ func (d *demo) leaveUp(ctx context.Context) (kept bool, err error) {
 	return true, nil
 }
 
-// tearDown deletes the pods through the plugins, as a container runtime would,
-// and removes everything. It is not cut short by a signal.
+// tearDown deletes the pods through the plugins, as a container runtime does, and
+// removes everything. Signals do not interrupt it.
 func (d *demo) tearDown() error {
 	ctx, cancel := context.WithTimeout(context.Background(), podRemoval)
 	defer cancel()
@@ -457,7 +456,7 @@ func (d *demo) tearDown() error {
 	return nil
 }
 
-// progress tells what was done, with the time since the start.
+// progress prints the steps done, with the time since the start.
 type progress struct {
 	w     io.Writer
 	start time.Time
@@ -467,7 +466,7 @@ func (p progress) say(format string, args ...any) {
 	fmt.Fprintf(p.w, "%5.1f s  %s\n", time.Since(p.start).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// count names a number of things.
+// count formats a number with its noun in the right number.
 func count(n int, thing string) string {
 	if n == 1 {
 		return "1 " + thing

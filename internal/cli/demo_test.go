@@ -18,8 +18,7 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// demoCommand is the built program as a user starts it; the test is skipped
-// where no demo can run.
+// demoCommand returns the built program's command; it skips the test if no demo can run.
 func demoCommand(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	if err := lab.CheckTUN(); err != nil {
@@ -35,8 +34,7 @@ func demoCommand(t *testing.T, args ...string) *exec.Cmd {
 	return exec.Command(program, append([]string{"demo"}, args...)...)
 }
 
-// nothingLeft fails the test if a demo left anything. Other demos and tests
-// may run beside.
+// nothingLeft fails the test if this demo left anything; others may run in parallel.
 func nothingLeft(t *testing.T, stderr string) {
 	t.Helper()
 	_, rest, ok := strings.Cut(stderr, "cvt-")
@@ -81,7 +79,7 @@ func TestDemo(t *testing.T) {
 	if err := d.Decode(&got); err != nil || d.More() {
 		t.Fatalf("not one JSON object: %v", err)
 	}
-	// 4 pods to 3 others, and 2 nodes to the 2 pods of the other and back.
+	// 4 pods to 3 others each, and 2 nodes to and from the other's 2 pods.
 	if !got.OK || len(got.Nodes) != 2 || len(got.Pods) != 4 || len(got.Pings) != 4*3+2*2*2 || len(got.Transfers) != 2 {
 		t.Errorf("the result is %+v", got)
 	}
@@ -98,7 +96,7 @@ func TestDemo(t *testing.T) {
 	nothingLeft(t, stderr.String())
 }
 
-// watchDemo runs a demo and calls at once with each line of its progress.
+// watchDemo runs a demo and calls line with each line of its progress.
 func watchDemo(t *testing.T, cmd *exec.Cmd, line func(string)) (stderr string, code int) {
 	t.Helper()
 	pipe, err := cmd.StderrPipe()
@@ -138,7 +136,7 @@ func TestDemoSaysWhatFailed(t *testing.T) {
 	if !lab.Privileged() {
 		t.Skip("needs to see the demo's processes: root")
 	}
-	// A kernel would carry on without the daemon.
+	// The kernel datapath would keep working without the daemon.
 	cmd := demoCommand(t, "--nodes", "2", "--pods", "1", "--datapath", "userspace", "-o", "json")
 	var stdout bytes.Buffer
 	cmd.Stdout = &stdout
@@ -146,7 +144,7 @@ func TestDemoSaysWhatFailed(t *testing.T) {
 		if !strings.Contains(line, "n2 (") {
 			return
 		}
-		// It has its lease: the demo would not start another.
+		// The node has its lease, so the demo does not start another daemon.
 		records, _ := filepath.Glob(filepath.Join(lab.Root, "*", "processes", "n2.json"))
 		for _, f := range records {
 			var r struct{ Process struct{ PID int } }

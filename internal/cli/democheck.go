@@ -14,8 +14,8 @@ import (
 	"culvert/internal/lab"
 )
 
-// pairs are the directions that have to work: every pod to every other, each
-// node to the pods of other nodes, and those to it.
+// pairs returns the directions to test: every pod to every other, and each node to and
+// from the pods of other nodes.
 func (d *demo) pairs() [][2]*demoEnd {
 	var all [][2]*demoEnd
 	for _, from := range d.ends {
@@ -30,9 +30,8 @@ func (d *demo) pairs() [][2]*demoEnd {
 	return all
 }
 
-// pingAll reaches every end from every other. All contacts are made first,
-// side by side, so that what is measured afterwards, one by one, is neither
-// the learning of addresses nor the load of other pings.
+// pingAll pings all pairs. The first contacts run in parallel; the measured pings follow
+// one at a time, so that they include neither address resolution nor the load of others.
 func (d *demo) pingAll(ctx context.Context) error {
 	for _, e := range d.ends {
 		c, err := e.ServeReflector(ctx, netip.AddrPortFrom(e.addr, reflectorPort))
@@ -95,8 +94,8 @@ func ping(ctx context.Context, from, to *demoEnd, atMost time.Duration) (time.Du
 	return from.Ping(ctx, netip.Addr{}, to.addr)
 }
 
-// transferAll sends data between the first pods of every two nodes, each way,
-// one after the other.
+// transferAll sends data between the first pods of every two nodes in both directions,
+// one transfer at a time.
 func (d *demo) transferAll(ctx context.Context) error {
 	if len(d.lab.Nodes) < 2 {
 		return nil
@@ -109,7 +108,7 @@ func (d *demo) transferAll(ctx context.Context) error {
 	}
 	payload, into := make([]byte, demoTransfer), make([]byte, demoTransfer)
 	var seed [32]byte
-	_, _ = rand.Read(seed[:]) // never fails, nor does the next
+	_, _ = rand.Read(seed[:]) // neither call fails
 	_, _ = mathrand.NewChaCha8(seed).Read(payload)
 	for _, from := range d.lab.Nodes {
 		for _, to := range d.lab.Nodes {

@@ -32,13 +32,13 @@ type demoPod struct {
 	Address netip.Addr `json:"address"`
 }
 
-// demoPing is one direction between two pods, or a pod and a remote node.
+// demoPing is a ping in one direction between two pods, or a pod and a remote node.
 type demoPing struct {
 	From  string  `json:"from"`
 	To    string  `json:"to"`
 	OK    bool    `json:"ok"`
 	RTTms float64 `json:"rtt_ms"`
-	// NAT says that the far end saw another address than the one sent from.
+	// NAT means that the far end saw a translated source address.
 	NAT bool `json:"nat"`
 
 	why error
@@ -54,13 +54,13 @@ type demoFlow struct {
 	why error
 }
 
-// good says whether everything was reached, untranslated and intact.
+// good reports whether all pings succeeded without NAT and all transfers were intact.
 func (r demoResult) good() bool {
 	return !slices.ContainsFunc(r.Pings, func(p demoPing) bool { return !p.OK || p.NAT }) &&
 		!slices.ContainsFunc(r.Transfers, func(t demoFlow) bool { return !t.OK })
 }
 
-// report prints the result: one JSON object, or tables of what there is.
+// report prints the result as one JSON object or as tables.
 func (d *demo) report() error {
 	if d.json {
 		return writeJSON(d.out, d.Result)
@@ -71,8 +71,8 @@ func (d *demo) report() error {
 	return err
 }
 
-// wideDemo is how many columns of pings are still readable; beyond, the table
-// has nodes instead of pods.
+// wideDemo is the maximum number of columns of the ping table; with more, it shows nodes
+// instead of pods.
 const wideDemo = 13
 
 func (r demoResult) table(w io.Writer) {
@@ -125,8 +125,8 @@ func (r demoResult) table(w io.Writer) {
 		reached, len(r.Pings), natted, intact, len(r.Transfers))
 }
 
-// pingTable shows the round-trip times from each row to each column: between
-// pods and nodes, or between nodes alone where those would be too many.
+// pingTable prints the round-trip times from each row to each column: between pods and
+// nodes, or only nodes if there are too many.
 func (r demoResult) pingTable(w io.Writer) {
 	group := func(name string) string { return name }
 	var names []string
@@ -170,7 +170,7 @@ func (r demoResult) pingTable(w io.Writer) {
 	_ = t.Flush()
 }
 
-// pingCell shows the worst of some pings.
+// pingCell formats the worst of some pings.
 func pingCell(pings []demoPing) string {
 	if len(pings) == 0 {
 		return "."
@@ -188,7 +188,7 @@ func pingCell(pings []demoPing) string {
 	return fmt.Sprintf("%.2f", slowest)
 }
 
-// showLogs says why things failed, and what the daemons concerned said last.
+// showLogs prints the failures and the last log lines of the daemons concerned.
 func (d *demo) showLogs() {
 	const most = 5 // of each
 	var reasons, nodes []string

@@ -103,8 +103,8 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 	return c
 }
 
-// examine runs the checks, and the pings if a daemon says of whom. The outlook is
-// for where no daemon runs.
+// examine runs the checks, and if a daemon runs, the pings to its peers. The outlook is
+// set only if no daemon runs.
 func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Outlook) {
 	h := doctor.Host{Endpoints: o.endpoints, Port: o.port}
 	var outlook daemon.Outlook
@@ -152,7 +152,7 @@ func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Out
 	return results, outlook
 }
 
-// install is how the CNI plugin is installed.
+// install returns the CNI plugin's installation.
 func (o doctorOptions) install() cni.Install {
 	i := o.cni
 	i.ConfName, i.RunDir = cniConfName, o.runDir
@@ -160,7 +160,7 @@ func (o doctorOptions) install() cni.Install {
 	return i
 }
 
-// mend does what can be done about the findings, and prints each command.
+// mend repairs the findings that can be repaired, and prints each command.
 func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.Result, outlook daemon.Outlook) error {
 	var failed []error
 	tell := func(command string, err error) {
@@ -212,12 +212,12 @@ func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.R
 	return errors.Join(failed...)
 }
 
-// probeNodes pings every node through the tunnel, and measures more of those that
-// answer, and of those that do not.
+// probeNodes pings every node through the tunnel, and runs more checks on the ones that
+// answer and the ones that do not.
 func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result {
 	r := doctor.Result{Check: "peer-unreachable", Title: "other nodes"}
 	o := pingOptions{count: 2, interval: 50 * time.Millisecond, patience: time.Second}
-	targets, _ := pingTargets(s, nil) // without arguments no error
+	targets, _ := pingTargets(s, nil) // never fails without arguments
 	pings, err := o.pingAll(ctx, s, targets)
 	if err != nil {
 		r.Findings = []doctor.Finding{{Severity: doctor.Risk, Warning: api.Warning{Check: r.Check, Text: err.Error()}}}

@@ -14,7 +14,7 @@ import (
 	"culvert/subnet/kube"
 )
 
-// kubeFlags are about Kubernetes as the store. They have flannel's names.
+// kubeFlags are the flags for Kubernetes as the store. They have flannel's names.
 type kubeFlags struct {
 	manager     bool
 	kubeconfig  string
@@ -33,7 +33,7 @@ func (f *kubeFlags) addTo(flags *pflag.FlagSet) {
 	flags.BoolVar(&f.unavailable, "set-node-network-unavailable", true, "set the Node's condition NetworkUnavailable to False once packets are carried")
 }
 
-// inKubernetes decides about --store.
+// inKubernetes resolves --store: whether the store is Kubernetes.
 func (f *runFlags) inKubernetes(c *cobra.Command) (bool, error) {
 	given := c.Flags().Changed("etcd-endpoints") || f.embedded
 	if f.kube.manager {
@@ -56,11 +56,11 @@ func (f *runFlags) inKubernetes(c *cobra.Command) (bool, error) {
 	return false, usagef("--store %s: auto, etcd or kubernetes", f.store)
 }
 
-// nodeNameLimit bounds the question on which Node a pod is. Kubernetes starts a
-// daemon again that ends.
+// nodeNameLimit bounds the request for the pod's Node. If it fails the daemon ends, and
+// Kubernetes restarts it.
 const nodeNameLimit = time.Minute
 
-// options returns how to reach the API, and names the node as its Node.
+// options returns how to reach the API, and sets o.Node to the name of the Node.
 func (f *kubeFlags) options(ctx context.Context, o *daemon.Options, log *slog.Logger) (*kube.Options, error) {
 	k := kube.Options{
 		Server: f.server, Kubeconfig: f.kubeconfig, Prefix: f.prefix, NetConf: f.netConf, NetworkUnavailable: f.unavailable,

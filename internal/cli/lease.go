@@ -26,7 +26,7 @@ func newLeaseCommand() *cobra.Command {
 	return c
 }
 
-// leaseView is a key of the store as a person or a program reads it.
+// leaseView is a key of the store as the lease commands print it.
 type leaseView struct {
 	Key            string         `json:"key"`
 	Subnets        []netip.Prefix `json:"subnets,omitempty"`
@@ -47,7 +47,7 @@ func viewOf(e subnet.Entry) leaseView {
 	if e.ID != 0 {
 		v.LeaseID = fmt.Sprintf("%x", e.ID)
 	}
-	v.Subnets, _ = subnet.ParseKey(e.Key) // a key that is none is the problem below
+	v.Subnets, _ = subnet.ParseKey(e.Key) // e.Lease reports an invalid key
 	l, err := e.Lease()
 	switch {
 	case err != nil:
@@ -77,7 +77,7 @@ func newLeaseListCommand() *cobra.Command {
 				views := make([]leaseView, 0, len(entries))
 				for _, e := range entries {
 					v := viewOf(e)
-					v.Value = "" // which show shows
+					v.Value = "" // only `lease show` prints it
 					views = append(views, v)
 				}
 				rests, err := admin.Quarantined(ctx)
@@ -251,7 +251,7 @@ the daemon first, or start it with --release-on-exit and stop it.`,
 	return c
 }
 
-// parseSubnet reads 10.5.7.0/24, and etcd's spelling 10.5.7.0-24.
+// parseSubnet parses 10.5.7.0/24, and the form of etcd's keys, 10.5.7.0-24.
 func parseSubnet(text string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(strings.Replace(text, "-", "/", 1))
 	switch {
@@ -263,8 +263,8 @@ func parseSubnet(text string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// findEntry finds the one entry that the words mean: a key, a subnet, an address
-// within one, a node's address or its identity.
+// findEntry returns the one entry that words refers to: by key, subnet, an address in
+// the subnet, or the node's address or identity.
 func findEntry(ctx context.Context, admin subnet.Admin, words string, withExpiry bool) (subnet.Entry, error) {
 	entries, _, err := admin.Entries(ctx, false)
 	if err != nil {
@@ -311,7 +311,7 @@ func findEntry(ctx context.Context, admin subnet.Admin, words string, withExpiry
 	return subnet.Entry{}, fmt.Errorf("%s: %w", words, subnet.ErrAbsent)
 }
 
-// completeLeases offers the subnets that there are.
+// completeLeases completes the subnets in the store.
 func completeLeases(f *etcdFlags) cobra.CompletionFunc {
 	return func(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 		var offers []string

@@ -14,7 +14,7 @@ import (
 	"culvert/subnet"
 )
 
-// leaseReport is what `culvert lease check` found.
+// leaseReport is the result of `culvert lease check`.
 type leaseReport struct {
 	Usage    []subnet.Usage `json:"usage"`
 	Leases   int            `json:"leases"`
@@ -24,7 +24,7 @@ type leaseReport struct {
 	NotSeen  []string       `json:"not_seen,omitempty"`
 }
 
-// finding is something that is wrong, or may be.
+// finding is an error or a warning.
 type finding struct {
 	Level   string `json:"level"` // error or warning
 	Kind    string `json:"kind"`  // config, malformed, duplicate, set-aside, eternal, orphan, not-seen, full
@@ -99,7 +99,7 @@ or if etcd cannot be asked, and with 2 if the command line is not understood.`,
 	return c
 }
 
-// checkLeases judges what is in the store as a node that holds nothing would.
+// checkLeases checks the store's content as a node without a lease would see it.
 func checkLeases(configText []byte, entries []subnet.Entry, nodes []string, now time.Time) leaseReport {
 	r := leaseReport{Findings: []finding{}, Usage: []subnet.Usage{}}
 	config, warnings, err := subnet.ParseConfig(configText)
@@ -168,8 +168,8 @@ func checkLeases(configText []byte, entries []subnet.Entry, nodes []string, now 
 	return r
 }
 
-// checkReserved finds leases that a reservation overlaps, which no node sets
-// aside: it has no address to send to.
+// checkReserved finds reservations outside the network, and those that overlap another
+// reservation. BuildSnapshot does not check them.
 func (r *leaseReport) checkReserved(config subnet.Config, entries []subnet.Entry) {
 	var reserved []subnet.Entry
 	for _, e := range entries {

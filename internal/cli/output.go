@@ -23,7 +23,7 @@ func writeYAML(w io.Writer, v any) error {
 	return err
 }
 
-// size shows a number of bytes as a person would.
+// size formats a number of bytes with a decimal unit.
 func size(n uint64) string {
 	units := []string{"B", "kB", "MB", "GB", "TB", "PB"}
 	v := float64(n)

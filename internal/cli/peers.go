@@ -98,7 +98,7 @@ func (o peersOptions) run(ctx context.Context, w io.Writer) error {
 			slices.Reverse(all.Peers)
 		}
 		if o.watch > 0 && (o.out == "table" || o.out == "wide") {
-			fmt.Fprint(w, "\x1b[H\x1b[2J") // to the top, and clear
+			fmt.Fprint(w, "\x1b[H\x1b[2J") // cursor home, clear the screen
 		}
 		out, wide := o.out, o.out == "wide"
 		if wide {
@@ -119,8 +119,8 @@ func (o peersOptions) run(ctx context.Context, w io.Writer) error {
 	}
 }
 
-// peerOrder has the orders of --sort. Those of numbers have the largest first, and
-// what is not known last.
+// peerOrder is the comparison for each --sort order. Numbers sort the largest first and
+// unknown ones last.
 var peerOrder = map[string]func(a, b api.PeerState) int{
 	"node":     func(a, b api.PeerState) int { return cmp.Compare(a.Node, b.Node) },
 	"subnet":   func(a, b api.PeerState) int { return a.Subnet.Compare(b.Subnet) },
@@ -153,7 +153,7 @@ func dropsOf(p api.PeerState) int64 {
 	return int64(*p.Drops)
 }
 
-// peerFilter returns what all filters keep.
+// peerFilter returns a function that reports whether all filters match.
 func peerFilter(filters []string) (keep func(api.PeerState) bool, err error) {
 	var all []func(api.PeerState) bool
 	for _, f := range filters {
@@ -210,8 +210,8 @@ func peerCondition(key, value string) (func(api.PeerState) bool, error) {
 	return nil, usagef("--filter %s=: one of node, subnet, address, way, state", key)
 }
 
-// writePeerStates shows the peers as a table: rates since before, or sums if that
-// is nil.
+// writePeerStates prints the peers as a table, with traffic as rates since before, or as
+// totals if before is nil.
 func writePeerStates(w io.Writer, all api.Peers, before *api.Peers, wide bool) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	columns := []string{"NODE", "SUBNET", "ADDRESS", "STATE", "WAY", "RTT", "MTU", "HEARD", "SENT", "RECEIVED", "DROPS"}
@@ -271,7 +271,7 @@ func writePeerStates(w io.Writer, all api.Peers, before *api.Peers, wide bool) e
 	return err
 }
 
-// ago is how long ago something was.
+// ago formats the time since then; "-" if then is zero.
 func ago(now, then time.Time) string {
 	if then.IsZero() {
 		return "-"
@@ -279,7 +279,7 @@ func ago(now, then time.Time) string {
 	return age(now.Sub(then)) + " ago"
 }
 
-// counted shows what went one way: the sum, or the rate over some seconds.
+// counted formats one direction's traffic: the total, or the rate over some seconds.
 func counted(c, before *api.PeerCount, seconds float64, wide bool) string {
 	switch {
 	case c == nil:

@@ -9,7 +9,7 @@ import (
 	"culvert/internal/api"
 )
 
-// somePeers are an active one, one that is behind a narrow path, and a silent one.
+// somePeers returns an active peer, one with a small path MTU, and a silent one.
 func somePeers(now time.Time) api.Peers {
 	drops := uint64(2)
 	return api.Peers{Node: "n1", At: now, MTU: 1450, Peers: []api.PeerState{
@@ -67,7 +67,7 @@ n3    10.5.140.0/24  192.0.2.3    idle    fast path  12.00 ms  1350  12s ago  - 
 func TestPeerFilterAndOrder(t *testing.T) {
 	all := somePeers(time.Unix(1000, 0)).Peers
 	for _, c := range []struct {
-		filters string // separated by blanks
+		filters string // separated by spaces
 		want    string // subnets, or part of an error
 	}{
 		{"", "10.5.19.0/24 10.5.140.0/24 fd00:5::/64"},

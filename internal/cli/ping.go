@@ -90,7 +90,7 @@ pods may send.`,
 	return c
 }
 
-// pingTarget is what is asked, and the node that it belongs to.
+// pingTarget is an address to ping, and its node.
 type pingTarget struct {
 	Node   string       `json:"node,omitempty"`
 	Subnet netip.Prefix `json:"subnet,omitzero"`
@@ -98,17 +98,17 @@ type pingTarget struct {
 	Public netip.Addr   `json:"public_ip,omitzero"` // of the node, on the underlay
 }
 
-// pingResult is what the requests to one target came to. Times are in
-// nanoseconds, sizes in bytes of the inner IP packet.
+// pingResult is the result for one target. Times are in nanoseconds, sizes in bytes of
+// the inner IP packet.
 type pingResult struct {
 	pingTarget
 	echo.Summary
 	MTU     int    `json:"mtu,omitempty"`      // the largest packet that passed; 0 if not measured
-	WantMTU int    `json:"want_mtu,omitempty"` // what pods may send
+	WantMTU int    `json:"want_mtu,omitempty"` // the pods' MTU
 	Problem string `json:"problem,omitempty"`
 }
 
-// pingTargets finds what the arguments name; none mean every node.
+// pingTargets returns the targets that the arguments name; without arguments, all nodes.
 func pingTargets(s api.Status, args []string) ([]pingTarget, error) {
 	var targets []pingTarget
 	if len(args) == 0 {
@@ -158,9 +158,9 @@ func pingTargetsOf(s api.Status, arg string) ([]pingTarget, error) {
 	return nil, fmt.Errorf("no node has the name, subnet or address %q: see `culvert status`", arg)
 }
 
-// peerTargets are a node's addresses on its tunnel devices, which bear the
-// first address of the subnet, with flannel too. A node that is reached by
-// plain routes alone has none; its underlay address answers.
+// peerTargets returns a node's tunnel addresses: the first address of each subnet, with
+// flannel as well. A node reached by plain routes has none; its underlay address is used
+// instead.
 func peerTargets(s api.Status, p api.Peer) []pingTarget {
 	var targets []pingTarget
 	for i, subnet := range p.Subnets {
@@ -173,10 +173,10 @@ func peerTargets(s api.Status, p api.Peer) []pingTarget {
 	return targets
 }
 
-// pingWorkers bounds how many targets are measured at once.
+// pingWorkers is how many targets are measured in parallel.
 const pingWorkers = 256
 
-// pingAll measures every target, in the order of its addresses.
+// pingAll measures all targets and returns the results sorted by node and address.
 func (o pingOptions) pingAll(ctx context.Context, s api.Status, targets []pingTarget) ([]pingResult, error) {
 	pingers, err := openPingers(s, targets)
 	defer func() {
@@ -207,8 +207,8 @@ func (o pingOptions) pingAll(ctx context.Context, s api.Status, targets []pingTa
 	return results, nil
 }
 
-// from says which socket asks what: through the tunnel from this node's own
-// subnet, on the underlay from its own address there.
+// from selects a socket: through the tunnel the source is in this node's subnet, on the
+// underlay it is the node's underlay address.
 type from struct{ is4, tunnel bool }
 
 // openPingers opens the sockets that the targets need.
@@ -221,7 +221,7 @@ func openPingers(s api.Status, targets []pingTarget) (map[from]*echo.Pinger, err
 			}
 			p, err := echo.Open(sourceOf(s, f))
 			if err != nil {
-				// The tunnel device may be missing, which the requests will tell.
+				// The tunnel device may be missing; the requests then fail.
 				p, err = echo.Open(unspecified(f.is4))
 			}
 			if err != nil {
@@ -272,8 +272,8 @@ func (o pingOptions) ping(ctx context.Context, s api.Status, t pingTarget, pinge
 	}
 	if want := s.Datapath.MTU; !o.noMTU && want > 0 {
 		r.WantMTU = want
-		// What loses packets for another reason needs more patience than a
-		// round trip, and no more than was given to the small ones.
+		// On a lossy or slow path one round trip is too short a timeout; the small
+		// packets' timeout is the maximum.
 		patience := min(o.patience, max(100*time.Millisecond, 20*r.Times[len(r.Times)-1]))
 		low := 576
 		if !t.Addr.Is4() {
@@ -291,7 +291,8 @@ func (o pingOptions) ping(ctx context.Context, s api.Status, t pingTarget, pinge
 	return r
 }
 
-// silence says why the tunnel may not answer, by asking the underlay too.
+// silence says why there may be no answer through the tunnel; it also pings the underlay
+// address.
 func (o pingOptions) silence(ctx context.Context, t pingTarget, why error, underlay *echo.Pinger) string {
 	words := "no answer"
 	if why != nil {
@@ -308,7 +309,7 @@ func (o pingOptions) silence(ctx context.Context, t pingTarget, why error, under
 	return fmt.Sprintf("%s, nor does %s on the underlay: the node is down, or the underlay does not reach it", words, t.Public)
 }
 
-// milliseconds shows a round-trip time.
+// milliseconds formats a round-trip time.
 func milliseconds(d time.Duration) string {
 	return fmt.Sprintf("%.2f ms", float64(d)/float64(time.Millisecond))
 }

@@ -8,9 +8,8 @@ import (
 	"culvert/internal/host"
 )
 
-// newProbeCommand is for a container's startup probe. Status and metrics do not
-// tell the two daemons of an update apart: until the new one has taken over, the
-// old one answers.
+// newProbeCommand is for a container's startup probe. Status and metrics cannot be used:
+// during an update the old daemon answers them until the new one has taken over.
 func newProbeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    "probe",

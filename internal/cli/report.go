@@ -69,7 +69,7 @@ minute, and works while no daemon runs. FILE "-" is the standard output.`,
 	return c
 }
 
-// report says what goes into the archive.
+// report returns the sources of the archive.
 func (o doctorOptions) report(ctx context.Context, name, root string) report.Options {
 	r := report.Options{Name: name, Root: root, RunDir: o.runDir, CNI: o.cni.ConfDir}
 	asking, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -77,7 +77,7 @@ func (o doctorOptions) report(ctx context.Context, name, root string) report.Opt
 	status, err := api.GetStatus(asking, o.runDir)
 	if err == nil {
 		if text, err := os.ReadFile(filepath.Join(o.runDir, "lock")); err == nil {
-			r.PID, _ = strconv.Atoi(strings.TrimSpace(string(text))) // 0: it is not said
+			r.PID, _ = strconv.Atoi(strings.TrimSpace(string(text))) // 0: unknown
 		}
 	}
 	add := func(file string, read func(context.Context) ([]byte, error)) {
@@ -100,7 +100,7 @@ func (o doctorOptions) report(ctx context.Context, name, root string) report.Opt
 	} else {
 		add("status.txt", func(context.Context) ([]byte, error) { return []byte(err.Error() + "\n"), nil })
 	}
-	// It may take longer than a source may: before them.
+	// Examine first: it may take longer than a source's timeout.
 	examining, stop := context.WithTimeout(ctx, 20*time.Second)
 	defer stop()
 	results, _ := o.examine(examining)

@@ -1,5 +1,6 @@
-// Package cli is the command line: one file per command. A command turns flags
-// into options, calls the package that does the work, and prints what it says.
+// Package cli is the command line, one file per command. A command parses flags into
+// options, calls the package that does the work, and prints the result. It keeps no state:
+// that is owned by the packages it calls (internal/daemon, subnet/etcd, cni, internal/lab).
 package cli
 
 import (
@@ -22,14 +23,14 @@ import (
 // Exit codes.
 const (
 	exitOK    = 0
-	exitError = 1 // what was asked failed
-	exitUsage = 2 // what was asked is not understood
+	exitError = 1 // the command failed
+	exitUsage = 2 // the command line is invalid
 )
 
 // version is set by the linker (see the Makefile).
 var version = ""
 
-// Version returns the release, or what the build knows of its commit.
+// Version returns the release, or else the build's commit.
 func Version() string {
 	if version != "" {
 		return version
@@ -61,9 +62,8 @@ func Main(args []string) int {
 	return exitError
 }
 
-// withValues joins a flag whose value is optional with the word after it, where
-// that is its value: `--json FILE` is `--json=FILE`, as people mean it. pflag takes
-// such a value only after a =, and FILE for an argument.
+// withValues rewrites `--json FILE` to `--json=FILE` for flags with an optional value.
+// pflag accepts such a value only after =, and would take FILE as an argument.
 func withValues(root *cobra.Command, args []string) []string {
 	cmd, _, err := root.Find(args)
 	if err != nil {
@@ -72,7 +72,7 @@ func withValues(root *cobra.Command, args []string) []string {
 	var out []string
 	for i := 0; i < len(args); i++ {
 		name, isFlag := strings.CutPrefix(args[i], "--")
-		if isFlag && name == "" { // what follows are arguments
+		if isFlag && name == "" { // "--": only arguments follow
 			return append(out, args[i:]...)
 		}
 		f := cmd.Flags().Lookup(name)
@@ -86,13 +86,13 @@ func withValues(root *cobra.Command, args []string) []string {
 	return out
 }
 
-// toStdout is the value of a flag that names a file, where none is given.
+// toStdout is the default value of a file flag that is given without a value.
 const toStdout = "-"
 
-// errReported is returned by a command that has said what failed already.
+// errReported is returned by a command that has already printed what failed.
 var errReported = errors.New("reported")
 
-// usageError is a command line that is not understood.
+// usageError is an error in the command line.
 type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
@@ -106,7 +106,7 @@ func isUsage(err error) bool {
 	return errors.As(err, &u) || strings.HasPrefix(err.Error(), "unknown command")
 }
 
-// oneLine joins the lines of joined errors.
+// oneLine formats joined errors on one line.
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
 func newRootCommand() *cobra.Command {
@@ -151,8 +151,8 @@ Ask a running node:       culvert status`,
 	return root
 }
 
-// prepare makes a command, and those below it, take its flags from the
-// environment too, and report wrong arguments as usage errors.
+// prepare makes a command and its subcommands read flags from the environment too, and
+// report wrong arguments as usage errors.
 func prepare(c *cobra.Command) {
 	if check := c.Args; check != nil {
 		c.Args = func(c *cobra.Command, args []string) error {
@@ -180,7 +180,7 @@ func fromEnvironment(flags *pflag.FlagSet) error {
 			return
 		}
 		if err := flags.Set(f.Name, value); err != nil {
-			// The value is not repeated: it may be a password.
+			// Do not print the value: it may be a password.
 			errs = append(errs, usagef("%s: not a value for --%s", name, f.Name))
 		}
 	})
@@ -203,7 +203,7 @@ func newVersionCommand() *cobra.Command {
 	}
 }
 
-// output is the -o flag of a command that reads.
+// output is the -o flag: the output format.
 type output string
 
 func (o *output) addTo(flags *pflag.FlagSet) {
@@ -211,8 +211,8 @@ func (o *output) addTo(flags *pflag.FlagSet) {
 	flags.StringVarP((*string)(o), "output", "o", "table", "how to show it: table, json or yaml")
 }
 
-// write shows v as JSON or YAML, or calls table. A table of thousands of lines is
-// written cell by cell, so it is gathered first.
+// write prints v as JSON or YAML, or calls table. Output is buffered, since tables are
+// written cell by cell.
 func (o output) write(w io.Writer, v any, table func(io.Writer) error) error {
 	b := bufio.NewWriterSize(w, 64<<10)
 	return cmp.Or(o.show(b, v, table), b.Flush())

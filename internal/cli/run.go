@@ -20,7 +20,7 @@ import (
 	"culvert/subnet/etcd"
 )
 
-// etcdFlags are the flags of every command that talks to etcd.
+// etcdFlags are the flags of the commands that use etcd.
 type etcdFlags struct {
 	endpoints    []string
 	prefix       string
@@ -50,12 +50,12 @@ func (f *etcdFlags) options(log *slog.Logger) (etcd.Options, error) {
 		User: f.user, Password: f.password, PasswordFile: f.passwordFile, Logger: log,
 	}
 	if o.PasswordFile != "" {
-		o.Password = "" // from the environment, perhaps: the file wins
+		o.Password = "" // may be from the environment; the file takes precedence
 	}
 	return o, nil
 }
 
-// addQuarantine adds the flag of the commands that free subnets or take them.
+// addQuarantine adds the flag of the commands that free or lease subnets.
 func addQuarantine(flags *pflag.FlagSet, d *time.Duration) {
 	flags.DurationVar(d, "quarantine", time.Hour, "how long a freed subnet rests before another node gets it, while others are free; 0 for no rest")
 }
@@ -185,7 +185,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	return c
 }
 
-// options checks the flags and returns what the daemon is told.
+// options checks the flags and converts them to the daemon's options.
 func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	var recent api.Ring
 	log, err := newLogger(io.MultiWriter(c.ErrOrStderr(), &recent), f.logLevel, f.logFormat)
@@ -281,8 +281,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	return o, nil
 }
 
-// embed adds the embedded etcd, which the daemon itself uses unless it is told
-// other endpoints.
+// embed adds the embedded etcd. The daemon uses it unless endpoints are given.
 func (f *runFlags) embed(o *daemon.Options, endpointsGiven bool) error {
 	listen, err := netip.ParseAddrPort(f.etcdListen)
 	if err != nil {
@@ -322,8 +321,8 @@ func (f *runFlags) underlay(o *daemon.Options) error {
 			return usagef("--iface-can-reach: %w", err)
 		}
 	}
-	// --public-ip takes either family, since that is what status.hostIP of a pod
-	// may be, and status.hostIPs both.
+	// --public-ip accepts either family and lists, since it may be set from a pod's
+	// status.hostIP or status.hostIPs.
 	for _, p := range []struct{ flag, text string }{{"public-ip", f.publicIP}, {"public-ipv6", f.publicIPv6}} {
 		for text := range strings.SplitSeq(p.text, ",") {
 			if text = strings.TrimSpace(text); text == "" {
@@ -348,7 +347,7 @@ func (f *runFlags) underlay(o *daemon.Options) error {
 	return nil
 }
 
-// machineID is the default identity (machine-id(5)).
+// machineID returns the default node identity (machine-id(5)).
 func machineID() (string, error) {
 	for _, path := range []string{"/etc/machine-id", "/var/lib/dbus/machine-id"} {
 		b, err := os.ReadFile(path)

@@ -9,8 +9,7 @@ import (
 	"culvert/internal/daemon"
 )
 
-// D1: status.hostIP is of the cluster's first family, and status.hostIPs of
-// both.
+// D1: status.hostIP has the cluster's first address family, status.hostIPs has both.
 func TestD1PublicIPOfEitherFamily(t *testing.T) {
 	for _, c := range []struct{ ip, ipv6, want string }{
 		{"10.0.0.1", "", "10.0.0.1"},

@@ -14,20 +14,20 @@ import (
 	"culvert/subnet/etcd/etcdtest"
 )
 
-// TestMain lets the scripts run this test binary as culvert.
+// TestMain makes the scripts run this test binary as culvert.
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"culvert": func() { os.Exit(Main(os.Args[1:])) }})
 }
 
-// TestScripts runs culvert as a person does, from a shell, and looks at what it
-// prints and how it exits. Each script has a prefix of its own in a real etcd,
-// and the command put, which writes a key under it as another program would.
+// TestScripts runs culvert from scripts, and checks its output and exit code. Each script
+// has a separate prefix in a real etcd, and the command put, which writes a key under it
+// as another program would.
 func TestScripts(t *testing.T) {
 	scripts, err := filepath.Glob("testdata/script/*.txtar")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if testing.Short() { // the others run this program a hundred times: slow with the race detector
+	if testing.Short() { // the others start the program a hundred times, slow with the race detector
 		scripts = []string{"testdata/script/usage.txtar", "testdata/script/status.txtar"}
 	}
 	endpoint := etcdtest.Start(t)

@@ -40,7 +40,7 @@ carried and why, the contact with etcd, the other nodes, and what was dropped.`,
 	return c
 }
 
-// writeStatus shows the status as a table. now is what ages are measured from.
+// writeStatus prints the status as a table. Ages are relative to now.
 func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(name, format string, args ...any) {
@@ -204,7 +204,7 @@ func repairs(byKind map[string]uint64) string {
 	return strings.Join(words, ", ")
 }
 
-// join lists addresses or prefixes, or says that there are none.
+// join formats a list of addresses or prefixes, "-" if it is empty.
 func join[T interface {
 	netip.Addr | netip.Prefix
 	String() string

@@ -34,14 +34,14 @@ type traceOptions struct {
 	out      output
 }
 
-// What a trace comes to.
+// The verdicts of a trace.
 const (
 	tracePasses  = "passes"
 	traceStopped = "stopped"
 	traceUnknown = "unknown"
 )
 
-// traceResult is what `culvert trace` found, step by step.
+// traceResult is the result of `culvert trace`.
 type traceResult struct {
 	From     netip.Addr   `json:"from"`
 	To       netip.Addr   `json:"to"`
@@ -102,7 +102,8 @@ are stopped.`,
 	return c
 }
 
-// trace explains, probes, and asks the far node.
+// trace explains the path from this node's state. Toward a remote end, and without
+// --half, it also sends probes and asks the far node.
 func (o traceOptions) trace(ctx context.Context, fromText, toText string) (traceResult, error) {
 	var r traceResult
 	switch {
@@ -174,15 +175,15 @@ func (o traceOptions) trace(ctx context.Context, fromText, toText string) (trace
 	return r, o.live(ctx, p, &r)
 }
 
-// judge takes a step for what stops packets, if one was found.
+// judge records the step that stops packets, if one was found.
 func (r *traceResult) judge(s trace.Step, found bool) {
 	if found {
 		r.Verdict, r.Culprit = traceStopped, &s
 	}
 }
 
-// live sends packets, and asks the far node if none comes back and nothing on this
-// one says why.
+// live sends probes. If there is no answer and nothing on this node explains it, it asks
+// the far node, or deduces the cause.
 func (o traceOptions) live(ctx context.Context, p trace.Path, r *traceResult) error {
 	culprit, found := trace.Culprit(r.Steps)
 	if !o.noProbe && (p.Pod != nil || p.Self) {
@@ -226,10 +227,11 @@ func (o traceOptions) live(ctx context.Context, p trace.Path, r *traceResult) er
 
 func (traceOptions) isElsewhere(p trace.Path) bool { return p.Peer != nil }
 
-// farPatience bounds the far node's half.
+// farPatience bounds askFar.
 const farPatience = 30 * time.Second
 
-// askFar runs the far node's half.
+// askFar runs the trace on the far node, with the command of --far, and returns its
+// steps.
 func (o traceOptions) askFar(ctx context.Context, r *traceResult) ([]trace.Step, error) {
 	ctx, cancel := context.WithTimeout(ctx, farPatience)
 	defer cancel()
@@ -250,7 +252,7 @@ func (o traceOptions) askFar(ctx context.Context, r *traceResult) ([]trace.Step,
 	return far.Steps, nil
 }
 
-// traceEnd is an address of the cluster network, or what a word stands for.
+// traceEnd resolves an end of the trace: an address, or a node's name.
 func traceEnd(o daemon.Outlook, text string, is4 bool) (netip.Addr, error) {
 	if a, err := netip.ParseAddr(text); err == nil {
 		return a.Unmap(), nil
@@ -271,8 +273,8 @@ func traceEnd(o daemon.Outlook, text string, is4 bool) (netip.Addr, error) {
 	return netip.Addr{}, usagef("%q is neither an address nor the identity of a node (`culvert status` lists them)", text)
 }
 
-// tracePath is what the leases and the datapath's plan say of the way between an
-// address of this node and another one.
+// tracePath builds the path between an address of this node and another one from the
+// leases and the datapath's plan.
 func tracePath(o daemon.Outlook, local, remote netip.Addr, toward bool) (trace.Path, error) {
 	s := *o.Snapshot
 	p := trace.Path{
@@ -285,7 +287,7 @@ func tracePath(o daemon.Outlook, local, remote netip.Addr, toward bool) (trace.P
 	}
 	p.Subnet, p.Public = self.Subnet, self.Public
 	if a := o.Underlay.Addr(self.Public.Is4()); a.IsValid() {
-		p.Public = a // ours on the link, should the published one be translated
+		p.Public = a // the address on the link; the published one may be behind NAT
 	}
 	for _, l := range s.Peers {
 		if e, ok := l.Endpoint(remote.Is4()); ok && e.Subnet.Contains(remote) {
