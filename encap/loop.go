@@ -26,7 +26,7 @@ type Format uint8
 // The wire formats.
 const (
 	FormatVXLAN Format = iota // RFC 7348
-	FormatIPIP                // RFC 2003: IPv4 in IPv4 alone
+	FormatIPIP                // RFC 2003: IPv4 in IPv4 only
 )
 
 // Underlay is the sockets of one underlay address family, and the VNI and MAC

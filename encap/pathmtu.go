@@ -14,7 +14,7 @@ import (
 // stores the peer's path MTU for a while and answers longer packets from pods
 // with its own ICMP error:
 //
-//	router ── ICMP too big ── socket's error queue ── Peer.mtu
+//	router ── ICMP too big ── socket's error queue ── Peer.path
 //	pod ◄── TUN ── ICMP too big, from the peer's VTEP address ── packet that is longer
 //
 // Anyone can forge an ICMP error. It is accepted if it quotes the tunnel header

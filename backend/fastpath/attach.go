@@ -15,7 +15,7 @@ import (
 )
 
 // fill updates the maps to the desired contents, by the difference to the last ones.
-// Only this Path writes them, except for the marks of Passed.
+// Only this Path writes them, except for the marks that the programs set (Passed).
 func (p *Path) fill(want contents) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -152,8 +152,8 @@ func (p *Path) stepBack() ([]host.Change, error) {
 }
 
 // prepareJoin enables GRO on the far end of the veth pair and disables TSO on the near
-// end, without which veth does not run GRO (veth_skb_is_eligible_for_gro in
-// drivers/net/veth.c).
+// end: veth runs GRO only for packets from an end without TSO
+// (veth_skb_is_eligible_for_gro in drivers/net/veth.c).
 func prepareJoin() error {
 	tool, err := ethtool.NewEthtool()
 	if err != nil {

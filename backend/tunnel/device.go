@@ -141,8 +141,8 @@ func (d *device) openMany(name string, queues int) error {
 }
 
 // unsteeredQueues is the number of queues if no steering program can be loaded. One
-// thread serves them in turns, so that a request waits for one turn at most, unless its
-// flow shares a queue with a bulk stream.
+// thread serves them in turns, so that a request waits only for the other queues' turns,
+// unless its flow shares a queue with a bulk stream.
 //
 // The kernel puts a flow into the queue to which its replies were written, or by its
 // hash if there are none yet. So the loop writes a flow's packets to one queue

@@ -398,7 +398,7 @@ func (t *Tunnel) listenForPeers(ctx context.Context, asker *backend.Asker) {
 	}
 }
 
-// Status says what the datapath does.
+// Status returns the datapath's part of the status.
 func (t *Tunnel) Status() api.Datapath {
 	gso, super, gro, uso := t.loop.Table().Refused()
 	s := api.Datapath{

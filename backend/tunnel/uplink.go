@@ -23,9 +23,9 @@ import (
 )
 
 // uplink watches what super-frames depend on: that the underlay interface segments
-// tunnel packets in hardware (otherwise cutting in userspace is faster; IPIP does not
-// need it), and the neighbour that leads to each peer. Both can change at any time;
-// while either is missing, frames are sent through the sockets.
+// tunnel packets itself (otherwise cutting in userspace is faster; IPIP does not need
+// it), and the neighbour that leads to each peer. Both can change at any time; while
+// either is missing, frames are sent through the sockets.
 //
 // Kernel notifications and a timer trigger the same refresh.
 type uplink struct {

@@ -19,8 +19,8 @@ import (
 // storeTimeout bounds an administrator's command.
 const storeTimeout = 15 * time.Second
 
-// quarantined enables the quarantine in the registry, for the flag's duration. With nil
-// it is enabled for reading only.
+// quarantined enables the quarantine in the registry, for the flag's duration. Commands
+// that only read it pass nil.
 func quarantined(d *time.Duration) func(*etcd.Options) {
 	return func(o *etcd.Options) {
 		o.Quarantine = time.Hour

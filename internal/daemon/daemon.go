@@ -1,8 +1,8 @@
 // Package daemon is the node daemon. It connects the store, the datapath and
 // subnet.env, and decides the order in which they start and stop. It owns
-// subnet.env, the small records in the run directory and the status; leases are
-// owned by the store's package (subnet/etcd, subnet/kube), packets by the datapath
-// (backend), and the kernel's configuration by internal/host.
+// subnet.env, its records in the run directory and the status. It implements no store,
+// datapath or host configuration: subnet/etcd and subnet/kube own the leases, backend
+// and encap the packets, internal/host the kernel's configuration.
 //
 // Lease events take one path:
 //

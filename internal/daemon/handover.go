@@ -22,7 +22,7 @@ import (
 //	              store, subnet.env   host's state     packets    sockets of status and metrics
 //	before        running daemon      running          running    running
 //	from offer    successor           running          running    running
-//	from take     successor           nobody           nobody     nobody: the kernel keeps what comes
+//	from take     successor           nobody           nobody     nobody: the kernel queues both
 //	from yours    successor           successor        successor  successor
 //	from running  the running daemon has ended
 //

@@ -23,7 +23,7 @@ type metric struct {
 	desc             *prometheus.Desc
 }
 
-// allMetrics are all, in the order of docs/metrics.md.
+// allMetrics lists all metrics, in the order of docs/metrics.md.
 var allMetrics []*metric
 
 func define(kind, name, help string, labels ...string) *metric {
