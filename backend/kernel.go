@@ -215,12 +215,7 @@ func (k *Kernel) Status() api.Datapath {
 			w.Warnings = append(slices.Clip(w.Warnings), api.Warning{Check: "fast-path", Text: "--fast-path=on is set, but the fast path is off: " + fast.Why})
 		}
 	}
-	for reason, n := range host.Drops(w.State.Firewall) {
-		s.Drops = append(s.Drops, api.Drop{Reason: reason, Packets: n})
-	}
-	slices.SortFunc(s.Drops, func(a, b api.Drop) int {
-		return cmp.Or(cmp.Compare(b.Packets, a.Packets), cmp.Compare(a.Reason, b.Reason))
-	})
+	s.SetDrops(host.Drops(w.State.Firewall))
 	s.Warnings = slices.Clone(w.Warnings)
 	Describe(&s, k.keeper.Standing())
 	DescribeSilence(&s, &k.silence, "the tunnel's UDP port")

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -423,20 +424,12 @@ func (t *Tunnel) Status() api.Datapath {
 	standing := t.keeper.Standing()
 	// The loop's drops and those of our nftables rules, which drop pods' forged packets
 	// before the loop sees them.
-	filtered := host.Drops(standing.State.Firewall)
+	drops := make(map[string]uint64)
+	maps.Copy(drops, host.Drops(standing.State.Firewall))
 	for _, r := range encap.Reasons() {
-		n := t.egress.Drops[r].Load() + t.ingress.Drops[r].Load() + filtered[r.String()]
-		delete(filtered, r.String())
-		if n != 0 {
-			s.Drops = append(s.Drops, api.Drop{Reason: r.String(), Packets: n})
-		}
+		drops[r.String()] += t.egress.Drops[r].Load() + t.ingress.Drops[r].Load()
 	}
-	for reason, n := range filtered {
-		s.Drops = append(s.Drops, api.Drop{Reason: reason, Packets: n})
-	}
-	slices.SortFunc(s.Drops, func(a, b api.Drop) int {
-		return cmp.Or(cmp.Compare(b.Packets, a.Packets), cmp.Compare(a.Reason, b.Reason))
-	})
+	s.SetDrops(drops)
 	for _, p := range t.loop.Table().All() {
 		if k, ok := p.PathMTU(); ok {
 			s.NarrowPaths = append(s.NarrowPaths, api.NarrowPath{

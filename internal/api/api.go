@@ -5,7 +5,10 @@
 package api
 
 import (
+	"cmp"
+	"maps"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -111,6 +114,9 @@ type Datapath struct {
 	Egress     Traffic     `json:"egress"`
 	Ingress    Traffic     `json:"ingress"`
 	Drops      []Drop      `json:"drops"`
+	// Reasons are all reasons that the datapath counts drops under. Metrics serve those
+	// without drops as 0: a counter that appears with its first drops shows no increase.
+	Reasons []string `json:"-"`
 	// FastPath is the eBPF fast path in front of the datapath; nil if it cannot
 	// use one. Egress and Ingress include its packets.
 	FastPath *FastPath `json:"fast_path,omitempty"`
@@ -210,4 +216,16 @@ func (p Peer) PublicOf(i int) netip.Addr {
 type Rejection struct {
 	Key    string `json:"key"`
 	Reason string `json:"reason"`
+}
+
+// SetDrops sets Drops, the most frequent first, and Reasons from the count of each
+// reason.
+func (d *Datapath) SetDrops(byReason map[string]uint64) {
+	d.Reasons, d.Drops = slices.Sorted(maps.Keys(byReason)), nil
+	for _, r := range d.Reasons {
+		if n := byReason[r]; n > 0 {
+			d.Drops = append(d.Drops, Drop{Reason: r, Packets: n})
+		}
+	}
+	slices.SortStableFunc(d.Drops, func(a, b Drop) int { return cmp.Compare(b.Packets, a.Packets) })
 }

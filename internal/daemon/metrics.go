@@ -117,8 +117,12 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	gauge(metricStale, float64(len(s.Datapath.StalePods)))
 	gauge(metricNarrow, float64(len(s.Datapath.NarrowPaths)))
 	gauge(metricSilent, float64(len(s.Datapath.SilentPeers)))
+	drops := make(map[string]uint64)
 	for _, d := range s.Datapath.Drops {
-		counter(metricDrops, d.Packets, d.Reason)
+		drops[d.Reason] = d.Packets
+	}
+	for _, r := range s.Datapath.Reasons {
+		counter(metricDrops, drops[r], r)
 	}
 	revision, goversion := built()
 	gauge(metricBuild, 1, s.Version, revision, goversion)
@@ -203,13 +207,13 @@ func (r *requestTimes) observe(operation string, took time.Duration, failed bool
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	h := r.by[kind]
-	if h == nil {
-		made := api.NewHistogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-		h = &made
-		r.by[kind] = h
+	if r.by[kind] == nil { // both, so that the first error is an increase
+		for _, result := range []string{"ok", "error"} {
+			h := api.NewHistogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+			r.by[requestKind{operation, result}] = &h
+		}
 	}
-	h.Observe(took.Seconds())
+	r.by[kind].Observe(took.Seconds())
 }
 
 func (r *requestTimes) collect(c chan<- prometheus.Metric) {

@@ -31,7 +31,7 @@ func DeviceTraffic(names ...string) Traffic {
 }
 
 // Drops returns the number of packets dropped by culvert's nftables rules, by
-// reason. The counters restart when the chains are replaced, as when a peer has
+// reason, 0 included. The counters restart when the chains are replaced, as when a peer has
 // a subnet of a new size.
 func Drops(f Firewall) map[string]uint64 {
 	t := f.table()
@@ -48,6 +48,7 @@ func Drops(f Firewall) map[string]uint64 {
 		for _, r := range ch.rules {
 			if r.reason != "" {
 				reasons[label(r.text)] = r.reason
+				drops[r.reason] += 0
 			}
 		}
 		if len(reasons) == 0 {
@@ -59,7 +60,7 @@ func Drops(f Firewall) map[string]uint64 {
 		}
 		for _, r := range rules {
 			for _, e := range r.Exprs {
-				if n, ok := e.(*expr.Counter); ok && n.Packets > 0 && reasons[commentText(r.UserData)] != "" {
+				if n, ok := e.(*expr.Counter); ok && reasons[commentText(r.UserData)] != "" {
 					drops[reasons[commentText(r.UserData)]] += n.Packets
 				}
 			}
