@@ -201,7 +201,8 @@ func metricsOf(t *testing.T, expr string) (names []string) {
 	return names
 }
 
-// history is scrapes one after another, ten minutes each, up to now.
+// history is scrapes one after another, each served for five minutes, up to now: the
+// rules' windows hold the change from one to the next.
 type history struct {
 	t       *testing.T
 	storage storage.Queryable
@@ -214,9 +215,9 @@ func newHistory(t *testing.T, scrapes ...string) *history {
 	s := teststorage.New(t)
 	h := &history{t: t, storage: s, now: time.Now(), engine: promql.NewEngine(promql.EngineOpts{MaxSamples: 1e6, Timeout: time.Minute})}
 	t.Cleanup(func() { _ = h.engine.Close() })
-	at := h.now.Add(-time.Duration(len(scrapes)) * 10 * time.Minute)
+	at := h.now.Add(-time.Duration(len(scrapes)) * 5 * time.Minute)
 	for _, text := range scrapes {
-		for range 20 {
+		for range 10 {
 			at = at.Add(30 * time.Second)
 			app := s.Appender(t.Context())
 			for line := range strings.Lines(text) {
