@@ -224,7 +224,7 @@ func (l *Loop) open(i int) (*queue, error) {
 		return nil, err
 	}
 	if !o.NoBusyPoll {
-		q.patience.looking = looking
+		q.poller.limit = pollTime
 	}
 	if i == 0 {
 		q.watchErrors(o)

@@ -20,16 +20,16 @@ type queue struct {
 	out     *egress
 	in      []*ingress
 
-	stop     eventfd
-	errors   errorQueue
-	polls    []unix.PollFd // stop, receive sockets, send-only sockets (errors), devices
-	patience patience
+	stop   eventfd
+	errors errorQueue
+	polls  []unix.PollFd // stop, receive sockets, send-only sockets (errors), devices
+	poller poller
 }
 
-// dozing is how long a thread blocks in a raw system call, hidden from the Go
+// rawBlock is how long a thread blocks in a raw system call, hidden from the Go
 // scheduler, before it blocks in one that releases its P. It is less than the
 // 10 ms after which the runtime preempts a goroutine.
-const dozing = 5 * time.Millisecond
+const rawBlock = 5 * time.Millisecond
 
 func newQueue(c *common, devices []uintptr, out *egress, in []*ingress) (*queue, error) {
 	stop, err := newEventfd()
@@ -106,28 +106,28 @@ func (q *queue) serve() error {
 	}
 }
 
-// look busy-polls while patience allows it, and reports whether a descriptor is
+// look busy-polls while the poller allows it, and reports whether a descriptor is
 // ready.
 func (q *queue) look() (ready bool) {
-	for q.patience.busy {
+	for q.poller.busy {
 		if wait(q.polls, 0) {
-			q.patience.fed()
+			q.poller.ready()
 			return true
 		}
-		q.patience.look()
+		q.poller.empty()
 	}
 	return false
 }
 
 // sleep blocks until a descriptor is ready.
 func (q *queue) sleep() {
-	q.patience.sleeps()
-	if !wait(q.polls, dozing) {
+	q.poller.block()
+	if !wait(q.polls, rawBlock) {
 		if _, err := unix.Ppoll(q.polls, nil, nil); err != nil {
 			clearEvents(q.polls)
 		}
 	}
-	q.patience.woken()
+	q.poller.wake()
 	for i, g := range q.in {
 		if q.polls[1+i].Revents != 0 {
 			g.counters.Waits.Add(1)
@@ -142,7 +142,7 @@ func (q *queue) sleep() {
 }
 
 // wait blocks until a descriptor is ready, and returns false after atMost, which
-// must not exceed dozing. It is a raw system call: after the wake-up the
+// must not exceed rawBlock. It is a raw system call: after the wake-up the
 // goroutine runs at once on its thread, without the Go scheduler. It keeps its P
 // meanwhile, so Loop.Run reserves one more per queue.
 //

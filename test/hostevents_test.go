@@ -303,7 +303,7 @@ func (v *victim) heal() {
 // settle gives up after 6 s. It returns the number of checks.
 func (v *victim) settle(t *testing.T, must bool) (checked int) {
 	const held = 5 * time.Second
-	const patience = 30 * time.Second
+	const deadline = 30 * time.Second
 	var since [2]time.Time
 	var done [2]bool
 	var last [2]string
@@ -311,12 +311,12 @@ func (v *victim) settle(t *testing.T, must bool) (checked int) {
 	for !done[0] || !done[1] {
 		limit := held + time.Second
 		if must {
-			limit = patience
+			limit = deadline
 		}
 		if time.Since(began) > limit {
 			for i, d := range done {
 				if must && !d {
-					t.Errorf("%s (%s), restored, family %d: after %s: %s", v.node.ID, v.kind, i, patience, last[i])
+					t.Errorf("%s (%s), restored, family %d: after %s: %s", v.node.ID, v.kind, i, deadline, last[i])
 				}
 			}
 			return checked

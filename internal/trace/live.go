@@ -38,8 +38,8 @@ type Probe struct {
 	Reasons map[string]int `json:"kernel_drops,omitempty"`
 }
 
-// patience is how long to wait for a reply.
-const patience = 500 * time.Millisecond
+// replyTimeout bounds the wait for a reply.
+const replyTimeout = 500 * time.Millisecond
 
 // Send sends real packets from the pod, or from this host's own address, and
 // traces the first through this host's rules.
@@ -87,11 +87,11 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 		if !p.Local.Is4() {
 			low = 1280
 		}
-		if _, err := e.Series(ctx, p.Remote, 1, 0, 0, patience); err != nil { // it answers no ping: not measured
+		if _, err := e.Series(ctx, p.Remote, 1, 0, 0, replyTimeout); err != nil { // it answers no ping: not measured
 			probe.Want = 0
 			return nil
 		}
-		probe.Largest, _ = e.PathMTU(ctx, p.Remote, min(low, probe.Want), probe.Want, patience/3)
+		probe.Largest, _ = e.PathMTU(ctx, p.Remote, min(low, probe.Want), probe.Want, replyTimeout/3)
 		return nil
 	})
 	return probe, err
@@ -101,7 +101,7 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 // may be delayed by neighbour resolution.
 func send(ctx context.Context, ns string, p Path) (what string, took time.Duration, err error) {
 	once := func() error {
-		ctx, cancel := context.WithTimeout(ctx, patience)
+		ctx, cancel := context.WithTimeout(ctx, replyTimeout)
 		defer cancel()
 		return within(ns, func() error {
 			began := time.Now()
@@ -174,14 +174,14 @@ func Deduce(ctx context.Context, p Path) Step {
 	}
 	s := Step{Node: far, Layer: LayerFar, State: Bad, Fix: "run the same `culvert trace` on " + far + ", or let this one do it (--far)"}
 	answers := func(from, to netip.Addr) error {
-		ctx, cancel := context.WithTimeout(ctx, 2*patience)
+		ctx, cancel := context.WithTimeout(ctx, 2*replyTimeout)
 		defer cancel()
 		e, err := echo.Open(from)
 		if err != nil {
 			return err
 		}
 		defer e.Close()
-		sum, err := e.Series(ctx, to, 2, 0, 50*time.Millisecond, patience/2)
+		sum, err := e.Series(ctx, to, 2, 0, 50*time.Millisecond, replyTimeout/2)
 		if sum.Answered > 0 {
 			return nil
 		}
@@ -191,7 +191,7 @@ func Deduce(ctx context.Context, p Path) Step {
 		return err
 	}
 	knock := func(port uint16) error {
-		ctx, cancel := context.WithTimeout(ctx, patience)
+		ctx, cancel := context.WithTimeout(ctx, replyTimeout)
 		defer cancel()
 		_, err := echo.Knock(ctx, netip.AddrPortFrom(p.Public, 0), netip.AddrPortFrom(p.Peer.Public, port), 64, echo.Offloaded)
 		return err
