@@ -19,7 +19,7 @@ FUZZTIME ?= 3s
 # Packages that test-system needs: a container engine, and other network tools to check
 # culvert against.
 AXE := 4.11.1
-SYSTEM_PACKAGES := etcd-server docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium npm ethtool tcpdump clang llvm libbpf-dev gcc libc6-dev
+SYSTEM_PACKAGES := etcd-server docker.io containerd runc util-linux iproute2 procps iputils-ping iptables nftables iperf3 chromium ethtool tcpdump clang llvm libbpf-dev gcc libc6-dev
 
 .PHONY: all build
 all: build
@@ -135,6 +135,7 @@ test-system: build
 	internal/tools/install-packages $(SYSTEM_PACKAGES)
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./cni ./internal/host ./backend/... ./subnet/etcd
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./test -run Services
+	command -v npm >/dev/null || internal/tools/install-packages npm
 	npm install --silent --no-audit --no-fund --no-save --prefix bin/npm axe-core@$(AXE)
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
 

