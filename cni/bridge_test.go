@@ -1,7 +1,6 @@
 package cni_test
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
@@ -235,19 +234,7 @@ func TestReservationsOfAnEarlierBoot(t *testing.T) {
 			old(t, filepath.Join(h.dataDir(), id+":eth0"))
 		}
 		path := filepath.Join(h.dataDir(), "before:eth0")
-		text, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var r map[string]any
-		if err := json.Unmarshal(text, &r); err != nil {
-			t.Fatal(err)
-		}
-		r["boot"] = "00000000-0000-0000-0000-000000000000"
-		if text, err = json.Marshal(r); err != nil {
-			t.Fatal(err)
-		}
-		leave(t, path, string(text))
+		fromEarlierBoot(t, path)
 		old(t, path)
 		leave(t, filepath.Join(h.dataDir(), "damaged:eth0"), `{"cont`)
 		for i := 5; i < 255; i++ {

@@ -141,13 +141,9 @@ func TestGC(t *testing.T) {
 	h.expect(t, "after GC of everything", []string{"damaged:eth0", "elsewhere"}, []string{"10.42.7.106", "10.42.7.107", "10.42.7.108", "fe80::1%lo", "notes.txt"})
 }
 
-// What an earlier boot left is released even if the list is empty.
-func TestGCAfterReboot(t *testing.T) {
-	h := newHost(t, "10.42.7.0/24")
-	for _, id := range []string{"before", "now"} {
-		h.must(t, call{verb: "ADD", id: id, netns: sandbox(t, h).Path})
-	}
-	path := filepath.Join(h.dataDir(), "before:eth0")
+// fromEarlierBoot changes a record as if an earlier boot had written it.
+func fromEarlierBoot(t *testing.T, path string) {
+	t.Helper()
 	text, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -161,6 +157,15 @@ func TestGCAfterReboot(t *testing.T) {
 		t.Fatal(err)
 	}
 	leave(t, path, string(text))
+}
+
+// What an earlier boot left is released even if the list is empty.
+func TestGCAfterReboot(t *testing.T) {
+	h := newHost(t, "10.42.7.0/24")
+	for _, id := range []string{"before", "now"} {
+		h.must(t, call{verb: "ADD", id: id, netns: sandbox(t, h).Path})
+	}
+	fromEarlierBoot(t, filepath.Join(h.dataDir(), "before:eth0"))
 	settle()
 	h.must(t, call{verb: "GC", stdin: h.valid()})
 	h.expect(t, "after GC", []string{"now:eth0"}, []string{"10.42.7.3"})

@@ -146,16 +146,6 @@ func testDoctor(t *testing.T, datapath string) {
 		}
 		return func() error { return os.WriteFile(path, b, 0o644) }
 	}
-	ip := func(commands ...string) func() error {
-		return func() error {
-			for _, command := range commands {
-				if err := runIP(strings.Fields(command)); err != nil {
-					return fmt.Errorf("%s: %w", command, err)
-				}
-			}
-			return nil
-		}
-	}
 	store := filepath.Join(n.StateDir, "networks", "culvert")
 	for _, b := range []struct {
 		name   string
@@ -216,8 +206,8 @@ func testDoctor(t *testing.T, datapath string) {
 			name: "F2: a table of nftables drops", check: "input-drop", says: []string{"table inet castle, chain gate, by its policy", "nft insert rule inet castle gate udp dport 8472 accept"},
 			do: castle(nftables.ChainPolicyDrop), undo: castle(nftables.ChainPolicyAccept),
 		},
-		{name: "F3: our device does not forward", both: true, check: "forwarding-off", fixed: true, do: ip("sysctl net/ipv4/conf/" + device + "/forwarding 0"), says: []string{"forwarding is not 1", "sysctl -w"}},
-		{name: "F3: nothing forwards", check: "forwarding-off", fixed: true, do: ip("sysctl net/ipv4/ip_forward 0"), says: []string{"net.ipv4.ip_forward is not 1", "sysctl -w net.ipv4.ip_forward=1"}},
+		{name: "F3: our device does not forward", both: true, check: "forwarding-off", fixed: true, do: ipCommands("sysctl net/ipv4/conf/" + device + "/forwarding 0"), says: []string{"forwarding is not 1", "sysctl -w"}},
+		{name: "F3: nothing forwards", check: "forwarding-off", fixed: true, do: ipCommands("sysctl net/ipv4/ip_forward 0"), says: []string{"net.ipv4.ip_forward is not 1", "sysctl -w net.ipv4.ip_forward=1"}},
 		{
 			name: "F4: router advertisements", check: "router-advertisements", fixed: true, says: []string{"net.ipv6.conf.eth0.accept_ra is not 2", "sysctl -w net.ipv6.conf.eth0.accept_ra=2"},
 			do: func() error {
@@ -249,7 +239,7 @@ func testDoctor(t *testing.T, datapath string) {
 		{
 			name: "F6: a route for a part of this node's subnet by a peer", check: "foreign-route", fixed: true, others: true,
 			says: []string{"is not culvert's, and takes the packets for this node's own pods", "ip route del"},
-			do:   ip(fmt.Sprintf("route add %s via %s", netip.PrefixFrom(subnet.Addr(), subnet.Bits()+1), c.Nodes[1].Addrs[0])),
+			do:   ipCommands(fmt.Sprintf("route add %s via %s", netip.PrefixFrom(subnet.Addr(), subnet.Bits()+1), c.Nodes[1].Addrs[0])),
 		},
 		{
 			name: "C1: the pods' bridge has a link-local address", check: "cni-bridge", fixed: true,
@@ -292,7 +282,7 @@ func testDoctor(t *testing.T, datapath string) {
 			},
 		},
 		{name: "our routes are gone", both: true, check: "host-route", fixed: true, do: removeOurs, says: []string{"not as the leases want it", "ip route prepend"}},
-		{name: "our device is gone", check: "host-link", fixed: true, do: ip("link del cvt.1"), says: []string{"ip link add cvt.1"}},
+		{name: "our device is gone", check: "host-link", fixed: true, do: ipCommands("link del cvt.1"), says: []string{"ip link add cvt.1"}},
 		{
 			name: "our table is gone", both: true, check: "host-nftables", fixed: true, says: []string{"culvert's nftables table"},
 			do: func() error {
@@ -306,12 +296,12 @@ func testDoctor(t *testing.T, datapath string) {
 		},
 		{
 			name: "flannel's device", check: "leftovers", fixed: true, others: true, says: []string{"devices of flannel are here: flannel.9", "--take-over-flannel"},
-			do: ip("link add flannel.9 type bridge"),
+			do: ipCommands("link add flannel.9 type bridge"),
 		},
 		{
 			name: "the underlay's address is another", check: "underlay-address-gone", says: []string{"peers send to 198.18.0.1", "takes [198.18.0.99"},
-			do:   ip("addr del 198.18.0.1/24 dev eth0", "addr add 198.18.0.99/24 dev eth0", "route replace default via 198.18.0.254"),
-			undo: ip("addr del 198.18.0.99/24 dev eth0", "addr add 198.18.0.1/24 dev eth0", "route replace default via 198.18.0.254"),
+			do:   ipCommands("addr del 198.18.0.1/24 dev eth0", "addr add 198.18.0.99/24 dev eth0", "route replace default via 198.18.0.254"),
+			undo: ipCommands("addr del 198.18.0.99/24 dev eth0", "addr add 198.18.0.1/24 dev eth0", "route replace default via 198.18.0.254"),
 		},
 	} {
 		if datapath != "kernel" && !b.both {

@@ -41,6 +41,19 @@ func tryIP(n *lab.Namespace, command string) error {
 	return nil
 }
 
+// ipCommands returns a function that runs commands as runIP does, one after the other,
+// until one fails.
+func ipCommands(commands ...string) func() error {
+	return func() error {
+		for _, command := range commands {
+			if err := runIP(strings.Fields(command)); err != nil {
+				return fmt.Errorf("%s: %w", command, err)
+			}
+		}
+		return nil
+	}
+}
+
 func runIP(w []string) error {
 	word := func(name string) string {
 		for i := 2; i < len(w)-1; i++ {

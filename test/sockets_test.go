@@ -99,30 +99,13 @@ func TestP2SendersTakeNothingIn(t *testing.T) {
 					t.Errorf("%d bytes are in the receive queue of port %d", waiting[port], port)
 				}
 			}
-			used := cpuTime(t, p.PID)
+			used := processorTime(t, p.PID)
 			time.Sleep(500 * time.Millisecond)
-			if used = cpuTime(t, p.PID) - used; used > 250*time.Millisecond {
+			if used = processorTime(t, p.PID) - used; used > 250*time.Millisecond {
 				t.Errorf("the daemon used %v of CPU time in half a second", used)
 			}
 		})
 	}
-}
-
-// cpuTime returns the CPU time of a process.
-func cpuTime(t *testing.T, pid int) time.Duration {
-	t.Helper()
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(text), ") ")
-	w := strings.Fields(rest)
-	user, err1 := strconv.Atoi(w[11])
-	system, err2 := strconv.Atoi(w[12])
-	if err := errors.Join(err1, err2); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(user+system) * 10 * time.Millisecond // USER_HZ
 }
 
 // setLink sets a node's link up or down.

@@ -167,16 +167,6 @@ func TestTrace(t *testing.T) {
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(8472)},
 	}
-	ip := func(commands ...string) func() error {
-		return func() error {
-			for _, command := range commands {
-				if err := runIP(strings.Fields(command)); err != nil {
-					return fmt.Errorf("%s: %w", command, err)
-				}
-			}
-			return nil
-		}
-	}
 	fdb := func() error {
 		l, err := netlink.LinkByName("cvt.1")
 		if err != nil {
@@ -248,7 +238,7 @@ func TestTrace(t *testing.T) {
 			node: "n1", layer: trace.LayerRules, says: []string{"nftables, table inet castle, chain moat, rule 2 (drop, handle"},
 		},
 		{
-			name: "lease", on: n1.Namespace, do: ip(), undo: ip(), to: netip.MustParseAddr("10.5.250.7"),
+			name: "lease", on: n1.Namespace, do: ipCommands(), undo: ipCommands(), to: netip.MustParseAddr("10.5.250.7"),
 			node: "n1", layer: trace.LayerLease, says: []string{"no node has a lease that serves with 10.5.250.7"},
 		},
 		{
@@ -353,11 +343,11 @@ func TestTrace(t *testing.T) {
 	}
 	for _, b := range []breach{
 		{
-			name: "sysctl", on: n1.Namespace, do: ip("sysctl net/ipv4/conf/cni0/forwarding 0"), undo: ip("sysctl net/ipv4/conf/cni0/forwarding 1"),
+			name: "sysctl", on: n1.Namespace, do: ipCommands("sysctl net/ipv4/conf/cni0/forwarding 0"), undo: ipCommands("sysctl net/ipv4/conf/cni0/forwarding 1"),
 			node: "n1", layer: trace.LayerSetting, says: []string{"net.ipv4.conf.cni0.forwarding is 0"},
 		},
 		{
-			name: "far: sysctl", on: n2.Namespace, do: ip("sysctl net/ipv4/conf/cvt.1/forwarding 0"), undo: mend(n2), far: true,
+			name: "far: sysctl", on: n2.Namespace, do: ipCommands("sysctl net/ipv4/conf/cvt.1/forwarding 0"), undo: mend(n2), far: true,
 			node: "n2", layer: trace.LayerSetting, says: []string{"net.ipv4.conf.cvt/1.forwarding is 0"}, deduced: []string{"answers through the tunnel"},
 		},
 		{
@@ -365,7 +355,7 @@ func TestTrace(t *testing.T) {
 			node: "n1", layer: trace.LayerFDB, says: []string{"cvt.1 has no FDB entry for"},
 		},
 		{
-			name: "far: tunnel port", on: n2.Namespace, do: ip("link del cvt.1"), undo: mend(n2), far: true,
+			name: "far: tunnel port", on: n2.Namespace, do: ipCommands("link del cvt.1"), undo: mend(n2), far: true,
 			node: "n2", layer: trace.LayerTunnel, says: []string{"there is no device cvt.1"}, deduced: []string{"nobody has UDP port 8472"},
 		},
 	} {
