@@ -351,6 +351,9 @@ func writeTrace(w io.Writer, r traceResult) error {
 		}
 	}
 	if p := r.Probe; p != nil && !p.Answered {
+		if p.Limit != "" {
+			fmt.Fprintf(w, "the packet was not followed through this host's rules: %s\n", p.Limit)
+		}
 		for _, reason := range slices.Sorted(maps.Keys(p.Reasons)) {
 			fmt.Fprintf(w, "the kernel dropped meanwhile, on this machine: %d, %s\n", p.Reasons[reason], reason)
 		}

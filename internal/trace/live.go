@@ -29,6 +29,8 @@ type Probe struct {
 	Want    int `json:"want,omitempty"`
 	// Dropped are this host's rules that dropped it, from nftables' trace.
 	Dropped []host.Traced `json:"dropped,omitempty"`
+	// Limit is why Dropped is not known; empty if it is.
+	Limit string `json:"limit,omitempty"`
 	// Sent and Received are the increases of the tunnel device's packet
 	// counters.
 	Sent     uint64 `json:"tunnel_sent"`
@@ -51,7 +53,7 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 	}
 	follow, err := host.FollowPackets(p.Local, p.Remote, p.Proto)
 	if err != nil { // continue without tracing
-		p.Limit = append(p.Limit, err.Error())
+		probe.Limit = err.Error()
 	}
 	drops := watchDrops()
 	before := host.DeviceTraffic(p.Tunnel)
