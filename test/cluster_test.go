@@ -129,6 +129,18 @@ func (c *cluster) startAll(flags ...string) (daemons []*lab.Process) {
 	return daemons
 }
 
+// startPair starts two nodes with a datapath (newCluster's if empty), each with a pod, and waits until the pods reach each other.
+func startPair(t *testing.T, datapath string) (c *cluster, daemons []*lab.Process, pods []*lab.Pod) {
+	t.Helper()
+	c = newCluster(t, 2)
+	c.datapath = cmp.Or(datapath, c.datapath)
+	c.setConfig(config)
+	daemons = c.startAll()
+	pods = c.pods()
+	ping(t, pods[0], pods[1])
+	return c, daemons, pods
+}
+
 // status returns the status of a node's daemon.
 func (c *cluster) status(n *lab.Node) (api.Status, error) {
 	ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)

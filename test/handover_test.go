@@ -164,13 +164,8 @@ func (s *scraper) stop() (int, []string) {
 func TestReplace(t *testing.T) {
 	for _, datapath := range datapaths {
 		t.Run(datapath, func(t *testing.T) {
-			c := newCluster(t, 2)
-			c.datapath = datapath
-			c.setConfig(config)
-			n := c.Nodes[0]
-			p := c.startAll()[0]
-			pods := c.pods()
-			ping(t, pods[0], pods[1])
+			c, daemons, pods := startPair(t, datapath)
+			n, p := c.Nodes[0], daemons[0]
 			before := c.waitReady(n, 1)
 			file, err := os.Stat(before.SubnetFile)
 			if err != nil {
@@ -232,12 +227,8 @@ func TestReplace(t *testing.T) {
 // TestReplaceAnother starts successors with another configuration: they report the
 // difference and open a new datapath, and a TCP connection survives.
 func TestReplaceAnother(t *testing.T) {
-	c := newCluster(t, 2)
-	c.setConfig(config)
-	n := c.Nodes[0]
-	p := c.startAll()[0]
-	pods := c.pods()
-	ping(t, pods[0], pods[1])
+	c, daemons, pods := startPair(t, "")
+	n, p := c.Nodes[0], daemons[0]
 	flow := startFlow(t, pods[0], pods[1])
 	for _, step := range []struct{ datapath, flag, why string }{
 		{"kernel", "", "datapath is kernel, and was userspace"},
@@ -341,13 +332,8 @@ func pingsFromEnv() int {
 func TestReplaceKilled(t *testing.T) {
 	for _, datapath := range datapaths {
 		t.Run(datapath, func(t *testing.T) {
-			c := newCluster(t, 2)
-			c.datapath = datapath
-			c.setConfig(config)
-			n := c.Nodes[0]
-			running := c.startAll()[0]
-			pods := c.pods()
-			ping(t, pods[0], pods[1])
+			c, daemons, pods := startPair(t, datapath)
+			n, running := c.Nodes[0], daemons[0]
 			// If the running daemon is killed before it has sent the descriptors, packets may be
 			// lost, as whenever a daemon is killed.
 			running = c.killAt(n, running, handover.Hello, "running daemon", false)

@@ -22,13 +22,8 @@ import (
 // TestUpgrade restarts a kernel node's daemon, as an upgrade does, and then kills it, under
 // 1,000 pings per second. The kernel continues to forward: no ping is lost.
 func TestUpgrade(t *testing.T) {
-	c := newCluster(t, 2)
-	c.datapath = "kernel"
-	c.setConfig(config)
-	n := c.Nodes[0]
-	p := c.startAll()[0]
-	pods := c.pods()
-	ping(t, pods[0], pods[1])
+	c, daemons, pods := startPair(t, "kernel")
+	n, p := c.Nodes[0], daemons[0]
 	flow := startFlow(t, pods[0], pods[1])
 	for _, end := range []struct {
 		name string
@@ -211,12 +206,8 @@ func deviceIndex(t *testing.T, n *lab.Node) int {
 // TestKilledWithoutSystemd kills a userspace daemon without a descriptor store: its device
 // and routes stay, and the next daemon takes them over.
 func TestKilledWithoutSystemd(t *testing.T) {
-	c := newCluster(t, 2)
-	c.setConfig(config)
-	n := c.Nodes[0]
-	p := c.startAll()[0]
-	pods := c.pods()
-	ping(t, pods[0], pods[1])
+	c, daemons, pods := startPair(t, "")
+	n, p := c.Nodes[0], daemons[0]
 	flow := startFlow(t, pods[0], pods[1])
 	index := deviceIndex(t, n)
 	routes := func() (all []string) {
