@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -162,7 +163,7 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 // mergePassed merges two lists: a peer in both was sent to, or received from, if it
 // was in either. It appends to a and overwrites its entries.
 func mergePassed(a, b []host.Passed) []host.Passed {
-	at := make(map[host.Source]int, len(a))
+	at := make(map[firewall.Source]int, len(a))
 	for i, p := range a {
 		at[p.Source] = i
 	}
@@ -215,7 +216,7 @@ func (k *Kernel) Status() api.Datapath {
 			w.Warnings = append(slices.Clip(w.Warnings), api.Warning{Check: "fast-path", Text: "--fast-path=on is set, but the fast path is off: " + fast.Why})
 		}
 	}
-	s.SetDrops(host.Drops(w.State.Firewall))
+	s.SetDrops(firewall.Drops(w.State.Firewall))
 	s.Warnings = slices.Clone(w.Warnings)
 	Describe(&s, k.keeper.Standing())
 	DescribeSilence(&s, &k.silence, "the tunnel's UDP port")

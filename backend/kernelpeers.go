@@ -5,12 +5,12 @@ import (
 	"time"
 
 	"culvert/internal/api"
-	"culvert/internal/host"
+	"culvert/internal/firewall"
 )
 
 // kernelWay is how the kernel reaches a peer's subnet.
 type kernelWay struct {
-	host.Source
+	firewall.Source
 	direct bool
 }
 
@@ -32,7 +32,7 @@ func (w Wanted) ways() []kernelWay {
 		if !tunnel {
 			public = r.Via
 		}
-		all = append(all, kernelWay{host.Source{Outer: public, Inner: r.To}, r.Via == public && !r.OnLink})
+		all = append(all, kernelWay{firewall.Source{Outer: public, Inner: r.To}, r.Via == public && !r.OnLink})
 	}
 	return all
 }
@@ -59,9 +59,9 @@ func (k *Kernel) Peers() ([]api.PeerState, int) {
 	if k.options.FastPath != nil && k.options.FastPath.Status().On {
 		way = api.WayFastPath
 	}
-	var received map[host.Source]host.Count
+	var received map[firewall.Source]firewall.Count
 	if way == api.WayKernel {
-		received, _ = host.ReceivedFrom(w.State.Firewall.Tunnels) // what cannot be read is not shown
+		received, _ = firewall.Received(w.State.Firewall.Tunnels) // what cannot be read is not shown
 	}
 	var all []api.PeerState
 	for _, to := range w.ways() {

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -44,7 +45,7 @@ func Base(n Node, s subnet.Snapshot) host.State {
 			}
 		}
 		if n.IPMasq {
-			m := host.Masquerade{Network: network, Subnet: e.Subnet}
+			m := firewall.Masquerade{Network: network, Subnet: e.Subnet}
 			for _, p := range n.NoMasq {
 				if p.Addr().Is4() == network.Addr().Is4() {
 					m.Except = append(m.Except, p)
@@ -87,10 +88,10 @@ func Peers(s subnet.Snapshot, is4 bool) []subnet.Endpoint {
 
 // Sources returns the permitted pairs of outer source address and inner source
 // subnet.
-func Sources(peers []subnet.Endpoint) []host.Source {
-	all := make([]host.Source, 0, len(peers))
+func Sources(peers []subnet.Endpoint) []firewall.Source {
+	all := make([]firewall.Source, 0, len(peers))
 	for _, p := range peers {
-		all = append(all, host.Source{Outer: p.Public, Inner: p.Subnet})
+		all = append(all, firewall.Source{Outer: p.Public, Inner: p.Subnet})
 	}
 	return all
 }

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/subnet"
@@ -249,7 +250,7 @@ func (v *victim) event(r *rand.Rand) {
 			if err != nil {
 				return err
 			}
-			n.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: host.TableName})
+			n.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: firewall.TableName})
 			return n.Flush()
 		})
 	}

@@ -45,9 +45,9 @@ var mutations = []mutation{
 	{"source", "any inner MAC", "encap/ingress.go", `case h.Destination != g.mac:`, `case false:`, "./encap", ".", false},
 	{"source", "a pod may send with any source", "encap/egress.go", `if !table.isLocal(p.source(b)) {`, `if false {`, "./encap", ".", false},
 	{"source", "without the I flag", "encap/vxlan.go", `if datagram[0]&vxlanFlagI == 0 {`, `if false {`, "./encap", ".", false},
-	{"source", "the kernel's device takes what is no pair", "internal/host/firewall.go", `lines = append(lines, all(is, right, drop("ingress-source")))`, ``, "./internal/host", "TestOnlyPairs|TestCommands|TestSets", false},
-	{"source", "the kernel's device is a router into other networks", "internal/host/firewall.go", `inner = append(inner, tunnel.unpacked())`, ``, "./test", "TestChaosInjection/vxlan/kernel", true},
-	{"source", "a pod may send tunnel packets", "internal/host/firewall.go", `out = append(out, tunnel.forwarded()...)`, ``, "./test", "TestP1NobodyForges/vxlan/kernel", true},
+	{"source", "the kernel's device takes what is no pair", "internal/firewall/tunnelrule.go", `lines = append(lines, all(is, right, drop("ingress-source")))`, ``, "./internal/host", "TestOnlyPairs|TestCommands|TestSets", false},
+	{"source", "the kernel's device is a router into other networks", "internal/firewall/table.go", `inner = append(inner, tunnel.unpacked())`, ``, "./test", "TestChaosInjection/vxlan/kernel", true},
+	{"source", "a pod may send tunnel packets", "internal/firewall/table.go", `out = append(out, tunnel.forwarded()...)`, ``, "./test", "TestP1NobodyForges/vxlan/kernel", true},
 	{"source", "IPIP is taken that is for another address", "backend/tunnel/ipip.go", `Val: binary.BigEndian.Uint32(a[:]), SkipTrue: 1}`, `Val: binary.BigEndian.Uint32(a[:]), SkipTrue: 0}`, "./test", "TestChaosInjection/ipip/userspace", true},
 	{"source", "a pod believes another's router advertisement", "cni/routers.go", `if err := swap("0"); err != nil {`, `if err := swap("1"); err != nil {`, "./test", "TestChaosRogueRouter/userspace", true},
 

@@ -8,6 +8,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 )
 
@@ -56,7 +57,7 @@ type contents struct {
 	peers   map[peerKey]peer
 	sources map[sourceKey]uint32
 	hooks   []hook
-	pairs   []host.Source // the keys of sources
+	pairs   []firewall.Source // the keys of sources
 }
 
 // hook is where a program is attached.
@@ -93,7 +94,7 @@ func maskOf(bits int) (m address) {
 	return m
 }
 
-func keyOf(s host.Source) sourceKey {
+func keyOf(s firewall.Source) sourceKey {
 	return sourceKey{Bits: uint32(s.Inner.Bits()), Outer: addressOf(s.Outer), Inner: addressOf(s.Inner.Masked().Addr())}
 }
 
@@ -107,7 +108,7 @@ func contentsOf(s host.State, f facts) (contents, error) {
 			continue
 		}
 		v := l.VXLAN
-		i := slices.IndexFunc(s.Firewall.Tunnels, func(t host.Tunnel) bool { return t.Device == l.Name })
+		i := slices.IndexFunc(s.Firewall.Tunnels, func(t firewall.TunnelRule) bool { return t.Device == l.Name })
 		device, there := f.links[l.Name]
 		uplink, up := f.links[v.Device]
 		switch {

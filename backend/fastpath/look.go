@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 )
 
@@ -44,7 +45,7 @@ func (p *Path) look(s host.State) (facts, error) {
 	if err := noIPsec(); err != nil {
 		return f, err
 	}
-	if chain, err := host.IngressChain(); err != nil || chain != "" {
+	if chain, err := firewall.IngressChain(); err != nil || chain != "" {
 		if err == nil {
 			err = fmt.Errorf("the nftables chain %s sees what comes in, which the fast path would pass by (`nft list chain %s`)", chain, chain)
 		}

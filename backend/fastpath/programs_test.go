@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 )
 
@@ -51,14 +52,14 @@ var (
 // state returns a node with one tunnel per family, all on the loopback interface, which
 // BPF_PROG_TEST_RUN uses.
 func state() host.State {
-	tunnel := func(name string, local netip.Addr, network, subnet netip.Prefix, peers ...host.Source) (host.Link, host.Tunnel) {
+	tunnel := func(name string, local netip.Addr, network, subnet netip.Prefix, peers ...firewall.Source) (host.Link, firewall.TunnelRule) {
 		return host.Link{Name: name, VXLAN: &host.VXLAN{MAC: ourMAC, VNI: vni, Local: local, Device: "lo", Port: 8472}},
-			host.Tunnel{Device: name, Port: 8472, VNI: vni, Network: network, Subnet: subnet, Peers: peers}
+			firewall.TunnelRule{Device: name, Port: 8472, VNI: vni, Network: network, Subnet: subnet, Peers: peers}
 	}
-	l4, t4 := tunnel("cvt.7", ourNode, cluster4, ourNet, host.Source{Outer: peerNode, Inner: peerNet}, host.Source{Outer: wideNode, Inner: wideNet})
-	l6, t6 := tunnel("cvt6.7", ourNode6, cluster6, ourNet6, host.Source{Outer: peerNode6, Inner: peerNet6})
+	l4, t4 := tunnel("cvt.7", ourNode, cluster4, ourNet, firewall.Source{Outer: peerNode, Inner: peerNet}, firewall.Source{Outer: wideNode, Inner: wideNet})
+	l6, t6 := tunnel("cvt6.7", ourNode6, cluster6, ourNet6, firewall.Source{Outer: peerNode6, Inner: peerNet6})
 	return host.State{
-		FastPath: true, Links: []host.Link{l4, l6}, Firewall: host.Firewall{Tunnels: []host.Tunnel{t4, t6}},
+		FastPath: true, Links: []host.Link{l4, l6}, Firewall: firewall.Policy{Tunnels: []firewall.TunnelRule{t4, t6}},
 		FDB: []host.FDBEntry{{Link: "cvt.7", MAC: peerMAC, To: peerNode}, {Link: "cvt6.7", MAC: peerMAC, To: peerNode6}},
 	}
 }
@@ -453,7 +454,7 @@ func TestContents(t *testing.T) {
 	// More prefix lengths than the program looks up: the rest are left out.
 	s := state()
 	for bits := 10; bits < 24; bits++ {
-		s.Firewall.Tunnels[0].Peers = append(s.Firewall.Tunnels[0].Peers, host.Source{Outer: peerNode, Inner: netip.PrefixFrom(netip.MustParseAddr("10.0.0.0"), bits)})
+		s.Firewall.Tunnels[0].Peers = append(s.Firewall.Tunnels[0].Peers, firewall.Source{Outer: peerNode, Inner: netip.PrefixFrom(netip.MustParseAddr("10.0.0.0"), bits)})
 	}
 	if c, err = contentsOf(s, f); err != nil || c.tunnels[4].Lengths != mostLengths {
 		t.Errorf("%d lengths (%v)", c.tunnels[4].Lengths, err)

@@ -6,6 +6,7 @@ package ipip
 
 import (
 	"culvert/backend"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -48,7 +49,7 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 		}
 		state.Routes = append(state.Routes, r)
 	}
-	state.Firewall.Tunnels = []host.Tunnel{{
+	state.Firewall.Tunnels = []firewall.TunnelRule{{
 		Network: network, Device: DeviceName, Subnet: self.Subnet, Peers: backend.Sources(peers),
 		Underlay: v.Underlay.Name, Local: local, NoFIB: v.NoFIB,
 	}}

@@ -12,6 +12,7 @@ import (
 
 	"culvert/backend"
 	"culvert/backend/ipip"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
@@ -117,8 +118,8 @@ func TestGuard(t *testing.T) {
 	l := labtest.New(t, lab.Options{Nodes: 3, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}})
 	n := l.Nodes[0]
 	state := plan(t, snapshot(t, "", lease(2)))
-	firewall := host.State{Firewall: state.Firewall}
-	if err := n.Do(func() error { _, err := host.Apply(firewall); return err }); err != nil {
+	rules := host.State{Firewall: state.Firewall}
+	if err := n.Do(func() error { _, err := host.Apply(rules); return err }); err != nil {
 		t.Fatal(err)
 	}
 	send := func(from *lab.Node, source, destination string) {
@@ -138,7 +139,7 @@ func TestGuard(t *testing.T) {
 	}
 	dropped := func() (count uint64) {
 		if err := n.Do(func() error {
-			drops := host.Drops(firewall.Firewall)
+			drops := firewall.Drops(rules.Firewall)
 			count = drops["ingress-source"] + 10*drops["ingress-stranger"]
 			return nil
 		}); err != nil {

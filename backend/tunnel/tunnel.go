@@ -26,6 +26,7 @@ import (
 	"culvert/backend"
 	"culvert/encap"
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -320,7 +321,7 @@ func state(n backend.Node, c subnet.BackendConfig, self subnet.Lease, mtu int, s
 			state.Routes = append(state.Routes, host.Route{To: p, Link: DeviceName, Source: e.Subnet.Addr()})
 		}
 		is4 := network.Addr().Is4()
-		guard := host.Tunnel{ // without a port: IPIP
+		guard := firewall.TunnelRule{ // without a port: IPIP
 			Network: network, Subnet: e.Subnet, Peers: backend.Sources(backend.Peers(s, is4)),
 			Underlay: cmp.Or(v.Underlay.Name, n.Underlay.Name), Local: n.Underlay.Addr(is4), NoFIB: v.NoFIB,
 		}
@@ -425,7 +426,7 @@ func (t *Tunnel) Status() api.Datapath {
 	// The loop's drops and those of our nftables rules, which drop pods' forged packets
 	// before the loop sees them.
 	drops := make(map[string]uint64)
-	maps.Copy(drops, host.Drops(standing.State.Firewall))
+	maps.Copy(drops, firewall.Drops(standing.State.Firewall))
 	for _, r := range encap.Reasons() {
 		drops[r.String()] += t.egress.Drops[r].Load() + t.ingress.Drops[r].Load()
 	}

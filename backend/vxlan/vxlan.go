@@ -10,6 +10,7 @@ import (
 
 	"culvert/backend"
 	"culvert/encap"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -71,7 +72,7 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 			state.Neighbours = append(state.Neighbours, host.Neighbour{Link: link.Name, IP: vtep, MAC: host.MAC(p.VTEP.MAC)})
 			state.Routes = append(state.Routes, host.Route{To: p.Subnet, Via: vtep, Link: link.Name, OnLink: true})
 		}
-		state.Firewall.Tunnels = append(state.Firewall.Tunnels, host.Tunnel{
+		state.Firewall.Tunnels = append(state.Firewall.Tunnels, firewall.TunnelRule{
 			Port: link.VXLAN.Port, VNI: link.VXLAN.VNI, Network: network, Device: link.Name, Subnet: self.Subnet, Peers: backend.Sources(peers),
 			Underlay: v.Underlay.Name, Local: link.VXLAN.Local, NoFIB: v.NoFIB,
 		})

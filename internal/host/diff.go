@@ -6,19 +6,20 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
+
+	"culvert/internal/firewall"
 )
 
 // step is one change and how to apply it: by a call, as a message in a batch,
-// or as part of an nftables transaction.
+// or by package firewall, after all others.
 type step struct {
 	Change
 	link    string // the device of ours that the step requires, if any
 	caution bool   // a setting whose failure is tolerated
 	do      func(*writer) error
 	message func(*writer) (netlink.Message, error)
-	nft     func(*nftables.Conn) error
+	rules   *firewall.Step
 }
 
 // diff returns the steps from the present state to the wanted one. It does no
@@ -38,7 +39,7 @@ func diff(have reading, want State) []step {
 	gone := d.condemned(have, want)
 	d.routes(have, want, gone)
 	stale, _ := foreignRoutes(have, want)
-	return slices.Concat(d.before, d.down, d.links(have, want, gone), d.up, d.after, stale, diffFirewall(have, want))
+	return slices.Concat(d.before, d.down, d.links(have, want, gone), d.up, d.after, stale, firewallSteps(have, want))
 }
 
 // differ collects the steps before and after those that change devices.
@@ -309,7 +310,7 @@ func catchAllFirst(routes []Route) []Route {
 func observe(s State) reading {
 	r := reading{
 		State: s, devices: make(map[string]device), others: make(map[string]bool), settings: make(map[string]string),
-		table: s.Firewall.table(),
+		firewall: s.Firewall.Applied(),
 	}
 	r.Routes = nil
 	for _, route := range s.Routes {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -138,27 +137,4 @@ func Filters() ([]Filter, error) {
 // DeleteCommand returns the shell command that removes the filter.
 func (f Filter) DeleteCommand() string {
 	return fmt.Sprintf("tc filter del dev %s %s pref %d", f.Link, f.direction(), FilterPriority)
-}
-
-// IngressChain returns the name of an nftables chain at the ingress hook
-// (family netdev), as `nft` writes it; empty if there is none. That hook runs
-// after tc's ingress filters.
-func IngressChain() (string, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return "", fmt.Errorf("opening nftables: %w", err)
-	}
-	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyNetdev)
-	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
-		return "", nil // a kernel without nftables
-	}
-	if err != nil {
-		return "", fmt.Errorf("listing the nftables chains: %w", err)
-	}
-	for _, ch := range chains {
-		if ch.Hooknum != nil && *ch.Hooknum == *nftables.ChainHookIngress {
-			return "netdev " + ch.Table.Name + " " + ch.Name, nil
-		}
-	}
-	return "", nil
 }

@@ -1,362 +1,53 @@
 package host
 
 import (
-	"fmt"
-	"maps"
 	"net/netip"
-	"slices"
 
-	"github.com/google/nftables/expr"
+	"culvert/internal/firewall"
 )
 
-// TableName is the name of culvert's nftables table.
-const TableName = "culvert"
-
-// Firewall is the wanted nftables state.
-type Firewall struct {
-	Masquerade []Masquerade // one per address family, IPv4 first
-	Tunnels    []Tunnel     // one per outer address family
-	// Forward are the networks whose packets must pass other programs' FORWARD
-	// chains.
-	Forward []netip.Prefix
+// firewallSteps returns the steps of package firewall.
+func firewallSteps(have reading, want State) []step {
+	var steps []step
+	for _, s := range firewall.Diff(have.firewall, want.Firewall, have.podDevices(want)) {
+		steps = append(steps, step{Change: firewallChange(s), rules: &s})
+	}
+	return steps
 }
 
-// Masquerade translates the source of traffic that leaves the cluster network
-// to the node's address, for one address family. Traffic within the network is
-// not translated.
-type Masquerade struct {
-	Network netip.Prefix // the cluster network
-	Subnet  netip.Prefix // this node's subnet
-	// Except are destinations for which the pod's address is kept.
-	Except []netip.Prefix
+func firewallChange(s firewall.Step) Change {
+	if s.Foreign {
+		return Change{KindForward, s.Command}
+	}
+	return Change{KindNFTables, s.Command}
 }
 
-// Tunnel describes the tunnel's encapsulated packets to the rules.
-type Tunnel struct {
-	Port    uint16       // UDP port of VXLAN; 0 for IPIP
-	VNI     uint32       // VXLAN only
-	Network netip.Prefix // the cluster network; its family is the inner and the outer one
-	// Device is the kernel device that decapsulates. It checks nothing: these
-	// rules do. Empty if a process decapsulates.
-	Device string
-	Subnet netip.Prefix // this node's subnet
-	Peers  []Source
-	// Underlay is the link on which tunnel packets arrive, and Local this
-	// node's address there: the outer source of what it sends.
-	Underlay string
-	Local    netip.Addr
-	// NoFIB is set if the kernel lacks nftables' fib expression.
-	NoFIB bool
-}
-
-// Source pairs a peer's underlay address with a subnet that it leases.
-type Source struct {
-	Outer netip.Addr
-	Inner netip.Prefix
-}
-
-// kubeMark marks packets that kube-proxy masquerades itself.
-const kubeMark = 0x4000
-
-// rules returns the masquerading rules of one family, equivalent to flannel's
-// except for spoofed pod addresses:
-//
-//  1. to an excepted network: keep the pod's address
-//  2. pods to pods: no translation. flannel would translate the source if it is a pod
-//     of another node; here it stays, and the tunnel drops it as spoofed
-//  3. others to this node's pods: no translation, so that the pod sees the client
-//  4. pods to anywhere else except multicast: the node's address
-//  5. others to other nodes' pods: the node's address, so that replies return here
-func (m Masquerade) rules() []rule {
-	is4 := m.Network.Addr().Is4()
-	multicast := netip.MustParsePrefix("224.0.0.0/4")
-	if !is4 {
-		multicast = netip.MustParsePrefix("ff00::/8")
+// podDevices returns the links that packets of the cluster networks traverse.
+func (r reading) podDevices(want State) firewall.Devices {
+	d := firewall.Devices{
+		Underlay: firewall.Device{Name: r.view.Underlay.Name, Index: r.view.Underlay.Index},
+		Pods:     firewall.Device{Name: defaultBridge}, Tunnels: make(map[netip.Prefix]firewall.Device),
 	}
-	masquerade := rule{"masquerade fully-random", masqueradeExprs(), ""}
-	var lines []rule
-	for _, p := range m.Except {
-		lines = append(lines, all(familyIs(is4, ""), address("daddr", true, p), leave()))
-	}
-	return append(lines,
-		all(familyIs(is4, ""), address("saddr", true, m.Network), address("daddr", true, m.Network), leave()),
-		all(familyIs(is4, ""), address("daddr", true, m.Subnet), leave()),
-		all(familyIs(is4, ""), address("saddr", true, m.Network), address("daddr", false, multicast), masquerade),
-		all(familyIs(is4, ""), address("saddr", false, m.Network), address("daddr", true, m.Network), masquerade),
-	)
-}
-
-// Offsets in a VXLAN datagram, from the start of the UDP header (RFC 7348).
-const (
-	vxlanVNI       = 8 + 4
-	vxlanEtherType = 8 + 8 + 12
-	vxlanInner     = 8 + 8 + 14 // the inner IP header
-)
-
-// is matches the tunnel's packets by their outer headers.
-func (t Tunnel) is() rule {
-	if t.Port == 0 {
-		return protocol(4, "meta l4proto 4") // RFC 2003
-	}
-	return udpPort(t.Port)
-}
-
-// notOf returns rules that accept everything but the tunnels' VXLAN packets, so
-// that other packets skip the remaining rules, none of which applies to them.
-// It returns none for IPIP, or if the tunnels' ports differ.
-func notOf(tunnels []Tunnel) []rule {
-	port := tunnels[0].Port
-	if port == 0 || slices.ContainsFunc(tunnels, func(t Tunnel) bool { return t.Port != port }) {
-		return nil
-	}
-	return []rule{all(notUDP(), leave()), all(notUDPPort(port), leave())}
-}
-
-// expected returns the rules that accept valid packets of peers before the
-// detailed checks, so that most packets match one rule. Valid means: not
-// translated, arrived on the underlay (which the rules of forged exclude),
-// outer source not in this node's subnet, and inner source in the peer's
-// subnet.
-func (t Tunnel) expected() []rule {
-	if t.Device == "" || t.Port == 0 || t.Underlay == "" || !t.Subnet.IsValid() {
-		return nil
-	}
-	is, right := t.inner()
-	var lines []rule
-	for _, s := range t.sets() {
-		lines = append(lines, all(inputDevice(t.Underlay), is, untranslated(), address("saddr", false, t.Subnet), right, s.pair(), leave()))
-	}
-	return lines
-}
-
-// inner matches VXLAN packets of our VNI (is), and those of them whose inner
-// packet is of the tunnel's family (right).
-func (t Tunnel) inner() (is, right rule) {
-	ethertype := []byte{0x08, 0x00}
-	if !t.is4() {
-		ethertype = []byte{0x86, 0xdd}
-	}
-	is = all(t.isNamed(), transport(vxlanVNI, 3, true, []byte{byte(t.VNI >> 16), byte(t.VNI >> 8), byte(t.VNI)}))
-	return is, transport(vxlanEtherType, 2, true, ethertype)
-}
-
-// received returns the rules that drop packets that the kernel device would
-// accept but must not: from unknown nodes, and from a peer with an inner source
-// outside its subnet. A peer's valid packet matches the first rule, or one of
-// the first if peers' subnets differ in size.
-//
-// They are in the input hook, where fragments are reassembled and the device
-// has not yet received the packet. IPIP has no VNI: packets are ours if their
-// inner destination is in the cluster network.
-func (t Tunnel) received() []rule {
-	is, right := t.isNamed(), innerDestination(t.Network)
-	if t.Port != 0 {
-		is, right = t.inner()
-	}
-	var lines []rule
-	for _, s := range t.sets() {
-		lines = append(lines, all(is, right, s.pair(), leave()))
-	}
-	if t.Local.IsValid() {
-		ours := is
-		if t.Port == 0 {
-			ours = all(is, right)
+	for _, n := range want.Firewall.Forward {
+		for _, b := range r.bearers {
+			if n.Contains(b.addr.Addr()) && !b.addr.IsSingleIP() {
+				d.Pods = b.Device
+			}
 		}
-		lines = append(lines, all(ours, t.nodes().lacks("saddr"), drop("ingress-stranger")))
-	}
-	lines = append(lines, all(is, right, drop("ingress-source")))
-	if t.Port != 0 {
-		lines = append(lines, all(is, drop("ingress-protocol")))
-	}
-	return lines
-}
-
-// taken returns the rule that drops IPIP packets in the input hook if a process
-// receives them by a packet socket. Otherwise a kernel with the ipip module
-// would answer with ICMP port unreachable, and the sender's ipip device would
-// report the peer unreachable for a while.
-func (t Tunnel) taken() rule {
-	return all(familyIs(true, "meta nfproto ipv4"), t.is(), innerDestination(t.Network), verdict(expr.VerdictDrop, "drop"))
-}
-
-// unpacked returns the rule that drops decapsulated packets with a destination
-// outside this node's subnet: the node does not route them to other networks.
-func (t Tunnel) unpacked() rule {
-	return all(inputDevice(t.Device), familyIs(t.Network.Addr().Is4(), ""), address("daddr", false, t.Subnet), drop("ingress-destination"))
-}
-
-// A receiver identifies a peer by the outer source only. So each node prevents
-// its pods, and anything else it forwards for, from sending tunnel packets with
-// a node's address as the source:
-//
-//	hook         dropped                                      reason
-//	forward      from a pod's own address to the underlay     egress-encapsulated
-//	             from a node's address, by the wrong link     egress-forged
-//	postrouting  translated to this node's address            egress-encapsulated
-//	input        to this node's port: as in forward
-//	             translated to this node's port               ingress-translated
-//
-// The input and forward hooks run after DNAT, so packets that a Service
-// redirects to a tunnel port are checked too. Later fragments have no ports,
-// but are useless without the first one.
-
-// forwarded returns the rules of the forward hook. Most packets match the
-// first.
-func (t Tunnel) forwarded() []rule {
-	lines := []rule{
-		all(familyIs(t.is4(), ""), address("saddr", true, t.Network), address("daddr", true, t.Network), leave()),
-		all(familyIs(t.is4(), ""), address("saddr", true, t.Network), address("daddr", false, t.Network), t.is(), drop("egress-encapsulated")),
-	}
-	return append(lines, t.forged()...)
-}
-
-// arriving returns the rules of the input hook that drop tunnel packets that do
-// not come from the underlay, or were redirected to our port by NAT.
-func (t Tunnel) arriving() []rule {
-	// A sender that may not reach our port could have another port translated
-	// to it.
-	lines := []rule{all(t.isNamed(), translated(), drop("ingress-translated"))}
-	if t.Subnet.IsValid() {
-		lines = append(lines, all(familyIs(t.is4(), ""), address("saddr", true, t.Subnet), t.is(), drop("egress-encapsulated")))
-	}
-	return append(lines, t.forged()...)
-}
-
-// forged returns the rules that drop tunnel packets with a node's address as
-// the source that arrive by a bridge or a veth, unless the route to that
-// address leads there: a node may be a virtual machine or container behind this
-// host's bridge. Physical links are not checked, because routes may be
-// asymmetric.
-func (t Tunnel) forged() []rule {
-	if !t.Local.IsValid() {
-		return nil
-	}
-	var lines []rule
-	for _, kind := range []string{"bridge", "veth"} {
-		parts := []rule{t.isNamed(), inputKind(kind)}
-		if t.Underlay != "" {
-			parts = append(parts, notInputDevice(t.Underlay))
+		for _, route := range want.Routes {
+			if route.Link != "" && n.Contains(route.To.Addr()) && (d.Tunnels[n].Name == "" || Ours(route.Link)) {
+				d.Tunnels[n] = firewall.Device{Name: route.Link, Index: r.indexes[route.Link]}
+			}
 		}
-		parts = append(parts, t.nodes().holds("saddr"))
-		if !t.NoFIB {
-			parts = append(parts, notTheWayBack())
-		}
-		lines = append(lines, all(append(parts, drop("egress-forged"))...))
-	}
-	return lines
-}
-
-// departed returns the rule that drops forwarded tunnel packets whose source
-// any NAT rule translated to this node's address. Packets of the kernel's
-// tunnel device have that device as their input interface; those of a process
-// have none.
-func (t Tunnel) departed() (line rule, ok bool) {
-	if !t.Local.IsValid() {
-		return line, false
-	}
-	parts := []rule{familyIs(t.is4(), ""), address("saddr", true, netip.PrefixFrom(t.Local, t.Local.BitLen())), t.is(), someInput()}
-	if t.Device != "" {
-		parts = append(parts, notInputDevice(t.Device))
-	}
-	return all(append(parts, drop("egress-encapsulated"))...), true
-}
-
-func (t Tunnel) is4() bool { return t.Network.Addr().Is4() }
-
-// isNamed is is with an explicit family match, for rules that compare no
-// address.
-func (t Tunnel) isNamed() rule {
-	named := map[bool]string{true: "meta nfproto ipv4", false: "meta nfproto ipv6"}
-	return all(familyIs(t.is4(), named[t.is4()]), t.is())
-}
-
-// nodes returns the set of the underlay addresses of all nodes, including this
-// one.
-func (t Tunnel) nodes() set {
-	s := set{name: "nodes4", is4: t.is4(), bits: nodesOnly}
-	if !t.is4() {
-		s.name = "nodes6"
-	}
-	addrs := map[netip.Addr]bool{t.Local: true}
-	s.elements = []Source{{Outer: t.Local}}
-	for _, p := range t.Peers {
-		if !addrs[p.Outer] {
-			addrs[p.Outer] = true
-			s.elements = append(s.elements, Source{Outer: p.Outer})
+		for _, t := range want.Firewall.Tunnels {
+			if t.Network == n && t.Device != "" {
+				d.Tunnels[n] = firewall.Device{Name: t.Device, Index: r.indexes[t.Device]}
+			}
 		}
 	}
-	return s
+	return d
 }
 
-// sets returns the sets of the peers' Sources, one per prefix length (nearly
-// always one in all), sorted by length.
-func (t Tunnel) sets() []set {
-	is4 := t.Network.Addr().Is4()
-	offset, name := addressOffset("saddr", is4), "peers4"
-	if !is4 {
-		name = "peers6"
-	}
-	if t.Port != 0 {
-		offset += vxlanInner
-	}
-	byBits := make(map[int][]Source)
-	for _, p := range t.Peers {
-		byBits[p.Inner.Bits()] = append(byBits[p.Inner.Bits()], p)
-	}
-	var sets []set
-	for _, bits := range slices.Sorted(maps.Keys(byBits)) {
-		sets = append(sets, set{name: fmt.Sprintf("%s_%d", name, bits), is4: is4, bits: bits, offset: offset, elements: byBits[bits]})
-	}
-	return sets
-}
-
-// table returns the whole table; nil if it would be empty.
-func (f Firewall) table() *table {
-	t := &table{}
-	if len(f.Masquerade) > 0 {
-		lines := []rule{all(marked(), leave())}
-		for _, m := range f.Masquerade {
-			lines = append(lines, m.rules()...)
-		}
-		t.chains = append(t.chains, chain{"postrouting", lines})
-	}
-	var in, inner, out, departed []rule
-	if len(f.Tunnels) > 0 {
-		in = notOf(f.Tunnels)
-	}
-	for _, tunnel := range f.Tunnels {
-		in = append(in, tunnel.expected()...)
-	}
-	for _, tunnel := range f.Tunnels {
-		in = append(in, tunnel.arriving()...)
-		if tunnel.Device == "" && tunnel.Port == 0 {
-			in = append(in, tunnel.taken())
-		}
-		if tunnel.Device != "" {
-			in = append(in, tunnel.received()...)
-			inner = append(inner, tunnel.unpacked())
-			t.sets = append(t.sets, tunnel.sets()...)
-		}
-		out = append(out, tunnel.forwarded()...)
-		if line, ok := tunnel.departed(); ok {
-			departed = append(departed, line)
-			t.sets = append(t.sets, tunnel.nodes())
-		}
-	}
-	if len(in) > 0 {
-		t.chains = append(t.chains, chain{"input", in})
-	}
-	if len(inner) > 0 {
-		t.chains = append(t.chains, chain{"prerouting", inner})
-	}
-	if len(out) > 0 {
-		t.chains = append(t.chains, chain{"forward", out})
-	}
-	if len(departed) > 0 {
-		t.chains = append(t.chains, chain{"departed", departed})
-	}
-	if len(t.chains) == 0 {
-		return nil
-	}
-	return t
-}
+// defaultBridge is the assumed pod bridge, if no device has an address in the
+// network.
+const defaultBridge = "cni0"

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/lab"
 )
@@ -30,11 +31,11 @@ func TestRealFirewalls(t *testing.T) {
 		forward = "-s 10.5.0.0/16"
 		input   = "-p udp --dport 8472"
 	)
-	want := host.State{Firewall: host.Firewall{
+	want := host.State{Firewall: firewall.Policy{
 		Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")},
-		Tunnels: []host.Tunnel{{
+		Tunnels: []firewall.TunnelRule{{
 			Port: 8472, VNI: 1, Network: netip.MustParsePrefix("10.5.0.0/16"), Device: "cvt.1", Subnet: netip.MustParsePrefix("10.5.1.0/24"),
-			Peers: []host.Source{
+			Peers: []firewall.Source{
 				{Outer: netip.MustParseAddr("192.168.50.12"), Inner: netip.MustParsePrefix("10.5.2.0/24")},
 				{Outer: netip.MustParseAddr("192.168.50.13"), Inner: netip.MustParsePrefix("10.5.3.0/24")},
 			},

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 )
 
 // foreignRoute is another program's route in the main table.
@@ -136,7 +137,7 @@ func (s State) shadowed(f foreignRoute, underlay string) string {
 
 // leased reports whether an address is in a peer's subnet.
 func (s State) leased(a netip.Addr) bool {
-	return slices.ContainsFunc(s.Firewall.Tunnels, func(t Tunnel) bool {
-		return slices.ContainsFunc(t.Peers, func(p Source) bool { return p.Inner.Contains(a) })
+	return slices.ContainsFunc(s.Firewall.Tunnels, func(t firewall.TunnelRule) bool {
+		return slices.ContainsFunc(t.Peers, func(p firewall.Source) bool { return p.Inner.Contains(a) })
 	})
 }

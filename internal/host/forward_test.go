@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/nftables"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/lab"
 )
@@ -40,7 +41,7 @@ func dropForward(t *testing.T, n *lab.Node) {
 // they are stable, and removes them; the other program's rules stay unchanged.
 func TestForwardDrop(t *testing.T) {
 	n := node(t)
-	want := host.State{Firewall: host.Firewall{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")}}}
+	want := host.State{Firewall: firewall.Policy{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")}}}
 	if got := apply(t, n, want); len(got) != 0 {
 		t.Errorf("where nobody drops: %q", got)
 	}
@@ -133,7 +134,7 @@ func TestIptablesSave(t *testing.T) {
 			for command := range strings.SplitSeq(c.setup, ";") {
 				run("", append([]string{"iptables-nft"}, strings.Fields(command)...)...)
 			}
-			want := host.State{Firewall: host.Firewall{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}}}
+			want := host.State{Firewall: firewall.Policy{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}}}
 			apply(t, n, want)
 			saved := run("", "iptables-nft-save")
 			got := rules(saved)
@@ -194,7 +195,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 	k := host.NewKeeper(0, slog.New(slog.DiscardHandler))
 	inside(t, n, func() error {
 		return k.Apply(func(host.View) (host.State, error) {
-			return host.State{Firewall: host.Firewall{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}}}, nil
+			return host.State{Firewall: firewall.Policy{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}}}, nil
 		})
 	})
 	got := fmt.Sprint(k.Standing().Obstacles)

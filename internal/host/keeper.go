@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 )
 
 // Plan computes the wanted state from facts about the host. It does no I/O. An
@@ -191,10 +192,10 @@ func (k *Keeper) reconcile() (err error) {
 	repair := k.planned && reflect.DeepEqual(want, k.said.State)
 	k.said.State, k.planned = want, true
 	if len(want.Firewall.Forward) > 0 {
-		_, warnings := diffOthers(have.firewalls, want.Firewall, have.surroundings(want))
+		warnings := firewall.Obstacles(have.firewall, want.Firewall, have.podDevices(want))
 		_, routes := foreignRoutes(have, want)
 		k.obstacles(append(warnings, routes...))
-		if i := slices.IndexFunc(warnings, func(w api.Warning) bool { return w.Check == checkInput }); i >= 0 {
+		if i := slices.IndexFunc(warnings, func(w api.Warning) bool { return w.Check == firewall.CheckInput }); i >= 0 {
 			have.view.Shut = warnings[i].Text
 		}
 	}

@@ -7,15 +7,16 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/firewall"
 )
 
 // Passed reports whether packets have passed between this node and a peer since
 // the last look.
 type Passed struct {
-	Source
+	firewall.Source
 	Sent, Received bool
 }
 
@@ -26,9 +27,10 @@ type Passed struct {
 //
 // The kernel does not report the destinations of its ipip device.
 type PassedWatch struct {
-	route, nft *netlink.Conn
-	used       map[netip.Addr]time.Time // last use of an underlay address's FDB entry
-	counted    map[Source]uint64        // packets from a peer at the last look
+	route    *netlink.Conn
+	counters firewall.PeerCounters
+	used     map[netip.Addr]time.Time           // last use of an underlay address's FDB entry
+	counted  map[firewall.Source]firewall.Count // received from a peer, at the last look
 }
 
 // WatchPassed opens its sockets in the network namespace of the calling thread.
@@ -37,20 +39,20 @@ func WatchPassed() (*PassedWatch, error) {
 	if err != nil {
 		return nil, fmt.Errorf("looking at what has passed: %w", err)
 	}
-	nft, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	counters, err := firewall.OpenPeerCounters()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("looking at what has passed: %w", err), route.Close())
 	}
-	return &PassedWatch{route: route, nft: nft}, nil
+	return &PassedWatch{route: route, counters: counters}, nil
 }
 
-func (w *PassedWatch) Close() error { return errors.Join(w.route.Close(), w.nft.Close()) }
+func (w *PassedWatch) Close() error { return errors.Join(w.route.Close(), w.counters.Close()) }
 
 // Look returns what has passed with each peer of the vxlan tunnels. own are the
 // underlay addresses to which only this process's own requests were sent. If
 // nothing was sent to others and the caller is not waiting for a reply, Look
 // skips the counters and returns nil.
-func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bool) ([]Passed, error) {
+func (w *PassedWatch) Look(tunnels []firewall.TunnelRule, own map[netip.Addr]bool, waiting bool) ([]Passed, error) {
 	used, err := w.lastUsed(tunnels)
 	if err != nil {
 		return nil, err
@@ -73,7 +75,7 @@ func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bo
 	if len(sent) == 0 && !waiting {
 		return nil, nil
 	}
-	counts, err := w.counts(tunnels)
+	counts, err := w.counters.Received(tunnels)
 	if err != nil {
 		return nil, err
 	}
@@ -88,8 +90,8 @@ func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bo
 			if !device {
 				continue
 			}
-			before := w.counted[s]
-			all = append(all, Passed{Source: s, Sent: sent[s.Outer], Received: n > before || n < before && n > 0})
+			before := w.counted[s].Packets
+			all = append(all, Passed{Source: s, Sent: sent[s.Outer], Received: n.Packets > before || n.Packets < before && n.Packets > 0})
 		}
 	}
 	w.counted = counts
@@ -98,7 +100,7 @@ func (w *PassedWatch) Look(tunnels []Tunnel, own map[netip.Addr]bool, waiting bo
 
 // lastUsed reads from the FDBs when a packet was last sent to each underlay
 // address.
-func (w *PassedWatch) lastUsed(tunnels []Tunnel) (map[netip.Addr]time.Time, error) {
+func (w *PassedWatch) lastUsed(tunnels []firewall.TunnelRule) (map[netip.Addr]time.Time, error) {
 	all := make(map[netip.Addr]time.Time)
 	for _, t := range tunnels {
 		if t.Device == "" || t.Port == 0 {
@@ -161,61 +163,4 @@ func linkIndex(c *netlink.Conn, name string) (uint32, error) {
 		return 0, fmt.Errorf("looking for the device %s: %w", name, err)
 	}
 	return binary.NativeEndian.Uint32(messages[0].Data[4:]), nil
-}
-
-// Count is the traffic received from a peer.
-type Count struct{ Packets, Bytes uint64 }
-
-// ReceivedFrom returns what the rules accepted from each peer since its set was
-// created: bytes of inner packets, and packets as the input hook sees them,
-// which may have been coalesced (GRO).
-func ReceivedFrom(tunnels []Tunnel) (map[Source]Count, error) {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return nil, err
-	}
-	all := make(map[Source]Count)
-	err = eachCount(c, tunnels, func(t Tunnel, s Source, packets, bytes uint64) {
-		all[s] = Count{packets, bytes - min(bytes, packets*t.outerLen())}
-	})
-	return all, errors.Join(err, c.Close())
-}
-
-// outerLen is the length of the headers before the inner packet, as the input
-// hook counts them.
-func (t Tunnel) outerLen() uint64 {
-	n := uint64(20)
-	if !t.is4() {
-		n = 40
-	}
-	if t.Port != 0 {
-		n += 8 + 8 + 14
-	}
-	return n
-}
-
-// counts returns the number of packets from each peer.
-func (w *PassedWatch) counts(tunnels []Tunnel) (map[Source]uint64, error) {
-	all := make(map[Source]uint64)
-	return all, eachCount(w.nft, tunnels, func(_ Tunnel, s Source, packets, _ uint64) { all[s] = packets })
-}
-
-func eachCount(c *netlink.Conn, tunnels []Tunnel, see func(t Tunnel, s Source, packets, bytes uint64)) error {
-	for _, t := range tunnels {
-		if t.Device == "" {
-			continue
-		}
-		for _, s := range t.sets() {
-			elements, err := setElementsBy(c, nftables.TableFamilyINet, TableName, s.name)
-			if err != nil {
-				return fmt.Errorf("reading the counters of the nftables set %s: %w", s.name, err)
-			}
-			for _, e := range elements {
-				if source, ok := sourceOf(e, s.bits); ok && e.Counter != nil {
-					see(t, source, e.Counter.Packets, e.Counter.Bytes)
-				}
-			}
-		}
-	}
-	return nil
 }

@@ -11,41 +11,42 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
 )
 
-func source(outer, inner string) host.Source {
-	return host.Source{Outer: netip.MustParseAddr(outer), Inner: netip.MustParsePrefix(inner)}
+func source(outer, inner string) firewall.Source {
+	return firewall.Source{Outer: netip.MustParseAddr(outer), Inner: netip.MustParsePrefix(inner)}
 }
 
 // tunnels has one tunnel of each kind, on a node 192.0.2.1 and 2001:db8:1::1.
-func tunnels() map[string]host.Tunnel {
+func tunnels() map[string]firewall.TunnelRule {
 	net4, net6 := netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")
 	sub4, sub6 := netip.MustParsePrefix("10.5.7.0/24"), netip.MustParsePrefix("fd00:5:0:7::/64")
-	peers4 := []host.Source{
+	peers4 := []firewall.Source{
 		source("192.0.2.2", "10.5.2.0/24"), source("192.0.2.2", "10.5.32.0/20"), source("192.0.2.2", "10.5.9.9/32"),
 		source("192.0.2.3", "10.5.3.0/24"),
 	}
-	peers6 := []host.Source{
+	peers6 := []firewall.Source{
 		source("2001:db8:1::2", "fd00:5:0:2::/64"), source("2001:db8:1::2", "fd00:5:0:80::/57"), source("2001:db8:1::2", "fd00:5:0:9::9/128"),
 		source("2001:db8:1::3", "fd00:5:0:3::/64"),
 	}
-	return map[string]host.Tunnel{
+	return map[string]firewall.TunnelRule{
 		"vxlan4": {Port: 8472, VNI: 1, Network: net4, Device: "cvt.1", Subnet: sub4, Peers: peers4},
 		"vxlan6": {Port: 8472, VNI: 1, Network: net6, Device: "cvt6.1", Subnet: sub6, Peers: peers6},
 		"ipip":   {Network: net4, Device: "cvt.ipip", Subnet: sub4, Peers: peers4},
 	}
 }
 
-func firewall(t host.Tunnel) host.State {
-	return host.State{Firewall: host.Firewall{Tunnels: []host.Tunnel{t}}}
+func rules(t firewall.TunnelRule) host.State {
+	return host.State{Firewall: firewall.Policy{Tunnels: []firewall.TunnelRule{t}}}
 }
 
 // packet is the payload of the outer IP header: VXLAN and Ethernet headers, or
 // none for IPIP, and an inner IP header.
-func packet(t host.Tunnel, inner string) []byte {
+func packet(t firewall.TunnelRule, inner string) []byte {
 	from, to := netip.MustParseAddr(inner), t.Subnet.Addr().Next()
 	ip := make([]byte, 20)
 	ethertype := []byte{0x08, 0x00}
@@ -83,7 +84,7 @@ func TestOnlyPairsArrive(t *testing.T) {
 				right = []string{"fd00:5:0:2::1", "fd00:5:0:2:ffff:ffff:ffff:ffff", "fd00:5:0:80::", "fd00:5:0:ff::1", "fd00:5:0:9::9"}
 				wrong = []string{"fd00:5:0:1::1", "fd00:5:0:3::1", "fd00:5:0:7f::1", "fd00:5:0:100::1", "fd00:5:0:9::8", "fd00:5:0:9::a", "2001:db8:1::2"}
 			}
-			apply(t, l.Nodes[0], firewall(tunnel))
+			apply(t, l.Nodes[0], rules(tunnel))
 			var in net.PacketConn
 			var out net.Conn
 			inside(t, l.Nodes[0], func() (err error) { in, err = net.ListenPacket(network, at); return err })
@@ -116,7 +117,7 @@ func TestOnlyPairsArrive(t *testing.T) {
 				}
 				arrives(right[0])
 				inside(t, l.Nodes[0], func() error {
-					if got := host.Drops(firewall(tunnel).Firewall); got["ingress-source"] != uint64(i+1) {
+					if got := firewall.Drops(rules(tunnel).Firewall); got["ingress-source"] != uint64(i+1) {
 						t.Errorf("after one from %s there are the drops %v", inner, got)
 					}
 					return nil
@@ -124,7 +125,7 @@ func TestOnlyPairsArrive(t *testing.T) {
 			}
 
 			tunnel.Peers = nil
-			apply(t, l.Nodes[0], firewall(tunnel))
+			apply(t, l.Nodes[0], rules(tunnel))
 			if _, err := out.Write(packet(tunnel, right[0])); err != nil {
 				t.Fatal(err)
 			}
@@ -145,19 +146,19 @@ func TestSetsFollow(t *testing.T) {
 	n := node(t)
 	tunnel := tunnels()["vxlan4"]
 	for _, c := range []struct {
-		peers []host.Source
+		peers []firewall.Source
 		alone bool // only elements change
 		sets  string
 	}{
 		{nil, false, ""},
-		{[]host.Source{source("192.0.2.2", "10.5.2.0/24")}, false, "peers4_24"},
-		{[]host.Source{source("192.0.2.2", "10.5.2.0/24"), source("192.0.2.3", "10.5.3.0/24")}, true, "peers4_24"},
-		{[]host.Source{source("192.0.2.2", "10.5.16.0/20"), source("192.0.2.3", "10.5.3.0/24")}, false, "peers4_20 peers4_24"},
-		{[]host.Source{source("192.0.2.2", "10.5.3.0/24"), source("192.0.2.3", "10.5.16.0/20")}, true, "peers4_20 peers4_24"},
-		{[]host.Source{source("192.0.2.2", "10.5.16.0/20")}, false, "peers4_20"},
+		{[]firewall.Source{source("192.0.2.2", "10.5.2.0/24")}, false, "peers4_24"},
+		{[]firewall.Source{source("192.0.2.2", "10.5.2.0/24"), source("192.0.2.3", "10.5.3.0/24")}, true, "peers4_24"},
+		{[]firewall.Source{source("192.0.2.2", "10.5.16.0/20"), source("192.0.2.3", "10.5.3.0/24")}, false, "peers4_20 peers4_24"},
+		{[]firewall.Source{source("192.0.2.2", "10.5.3.0/24"), source("192.0.2.3", "10.5.16.0/20")}, true, "peers4_20 peers4_24"},
+		{[]firewall.Source{source("192.0.2.2", "10.5.16.0/20")}, false, "peers4_20"},
 	} {
 		tunnel.Peers = c.peers
-		changes := apply(t, n, firewall(tunnel))
+		changes := apply(t, n, rules(tunnel))
 		alone := !slices.ContainsFunc(changes, func(s string) bool { return !strings.Contains(s, " element ") })
 		if alone != c.alone {
 			t.Errorf("%v: changed %q", c.peers, changes)
@@ -167,9 +168,9 @@ func TestSetsFollow(t *testing.T) {
 }
 
 // settled checks that nothing is left to change, and which sets there are.
-func settled(t *testing.T, n *lab.Node, tunnel host.Tunnel, want string) {
+func settled(t *testing.T, n *lab.Node, tunnel firewall.TunnelRule, want string) {
 	t.Helper()
-	if again := apply(t, n, firewall(tunnel)); len(again) > 0 {
+	if again := apply(t, n, rules(tunnel)); len(again) > 0 {
 		t.Errorf("a second time changed %q", again)
 	}
 	inside(t, n, func() error {
@@ -177,7 +178,7 @@ func settled(t *testing.T, n *lab.Node, tunnel host.Tunnel, want string) {
 		if err != nil {
 			return err
 		}
-		sets, err := c.GetSets(&nftables.Table{Family: nftables.TableFamilyINet, Name: host.TableName})
+		sets, err := c.GetSets(&nftables.Table{Family: nftables.TableFamilyINet, Name: firewall.TableName})
 		if err != nil {
 			return err
 		}
@@ -201,7 +202,7 @@ func settled(t *testing.T, n *lab.Node, tunnel host.Tunnel, want string) {
 func TestOtherSets(t *testing.T) {
 	tunnel := tunnels()["vxlan4"]
 	tunnel.Peers = tunnel.Peers[:1]
-	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: host.TableName}
+	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: firewall.TableName}
 	for _, c := range []struct{ name, set, first string }{
 		{"older version", "peers4", "nft add set "},
 		{"same name", "peers4_24", "nft delete table "},
@@ -229,7 +230,7 @@ func TestOtherSets(t *testing.T) {
 				}})
 				return conn.Flush()
 			})
-			if changes := apply(t, n, firewall(tunnel)); len(changes) == 0 || !strings.HasPrefix(changes[0], c.first) {
+			if changes := apply(t, n, rules(tunnel)); len(changes) == 0 || !strings.HasPrefix(changes[0], c.first) {
 				t.Errorf("changed %q", changes)
 			}
 			settled(t, n, tunnel, "peers4_24")
@@ -237,7 +238,7 @@ func TestOtherSets(t *testing.T) {
 	}
 
 	n := node(t)
-	apply(t, n, firewall(tunnel))
+	apply(t, n, rules(tunnel))
 	inside(t, n, func() error {
 		conn, err := nftables.New()
 		if err != nil {
@@ -249,7 +250,7 @@ func TestOtherSets(t *testing.T) {
 		return conn.Flush()
 	})
 	want := []string{"nft flush set inet culvert peers4_24", "nft add element inet culvert peers4_24 { 192.0.2.2 . 0x0a050200 }"}
-	if changes := apply(t, n, firewall(tunnel)); !slices.Equal(changes, want) {
+	if changes := apply(t, n, rules(tunnel)); !slices.Equal(changes, want) {
 		t.Errorf("changed %q, want %q", changes, want)
 	}
 	settled(t, n, tunnel, "peers4_24")

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 )
 
 // Flaw is a difference between the host and a plan, or an obstacle.
@@ -171,46 +172,15 @@ func deviceFlaws(have reading, want State) []Flaw {
 // culvert's would prevent, and those that it would not.
 func firewallFlaws(have reading, want State) []Flaw {
 	var flaws []Flaw
-	s := have.surroundings(want)
-	steps, warnings := diffOthers(have.firewalls, want.Firewall, s)
-	for _, w := range warnings {
-		flaws = append(flaws, Flaw{Warning: w})
-	}
-	var repairs []Change
-	for _, step := range steps {
-		repairs = append(repairs, step.Change)
-	}
-	if len(repairs) == 0 {
-		return flaws
-	}
-	named := false
-	for _, p := range want.Firewall.passages(s) {
-		found := p.findings(have.firewalls.set)
-		at, ok := have.firewalls.spot(p, found)
-		if !ok || !at.missing(have.firewalls, p) {
-			continue
+	for _, f := range firewall.Flaws(have.firewall, want.Firewall, have.podDevices(want)) {
+		flaw := Flaw{Warning: f.Warning}
+		for _, s := range f.Repairs {
+			flaw.Repairs = append(flaw.Repairs, firewallChange(s))
 		}
-		for _, f := range found {
-			if !f.certain || !at.covers(f) {
-				continue
-			}
-			flaws = append(flaws, Flaw{Warning: p.warning(f), Repairs: repairs})
-			named = true
-			break // the same rule drops the passage's other packets
+		if flaw.Fix == "" {
+			flaw.Fix = someCommands(flaw.Repairs)
 		}
-	}
-	if !named { // superfluous, or needed only if another rule is added
-		flaws = append(flaws, Flaw{
-			Warning: api.Warning{Check: "host-" + string(KindForward), Text: "culvert's rules in other programs' chains are not where they are needed", Fix: someCommands(repairs)},
-			Repairs: repairs,
-		})
+		flaws = append(flaws, flaw)
 	}
 	return flaws
-}
-
-// missing reports whether one of the passage's accepts is not at the spot.
-func (s spot) missing(o otherRules, p passage) bool {
-	return slices.ContainsFunc(p.accepts, func(a accept) bool {
-		return !slices.ContainsFunc(o.ours, func(r ourRule) bool { return s.holds(r) && r.text == a.text })
-	})
 }

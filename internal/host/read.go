@@ -7,6 +7,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/firewall"
 )
 
 // reading is the result of one read of the kernel: culvert's objects as a
@@ -20,12 +22,10 @@ type reading struct {
 	// settings are the relevant kernel settings by key, without those that the
 	// kernel lacks.
 	settings map[string]string
-	table    *table   // culvert's nftables table; nil if there is none
 	filters  []Filter // culvert's
-	// firewalls are other programs' rules.
-	firewalls otherRules
-	bearers   []bearer // addresses of devices that are not culvert's
-	foreign   []foreignRoute
+	firewall firewall.Reading
+	bearers  []bearer // addresses of devices that are not culvert's
+	foreign  []foreignRoute
 	// advertisers are the links that may use router advertisements: the
 	// underlay, and those with routes from them (advertisedBy, by index).
 	advertisers  []string
@@ -34,7 +34,7 @@ type reading struct {
 
 // bearer is a device that has an address.
 type bearer struct {
-	iface
+	firewall.Device
 	addr netip.Prefix
 }
 
@@ -99,7 +99,7 @@ func read(underlay int, others *survey) (reading, error) {
 			r.others[name] = true
 			for _, a := range addrs {
 				if p, ok := prefixOf(a.IPNet); ok && a.LinkIndex == l.Attrs().Index {
-					r.bearers = append(r.bearers, bearer{iface{name, a.LinkIndex}, p})
+					r.bearers = append(r.bearers, bearer{firewall.Device{Name: name, Index: a.LinkIndex}, p})
 				}
 			}
 			continue
@@ -121,7 +121,7 @@ func read(underlay int, others *survey) (reading, error) {
 			}
 		}
 	}
-	r.view.NoFIB = !offersFIB()
+	r.view.NoFIB = !firewall.HasFIB()
 	if err := r.readRoutes(names); err != nil {
 		return r, err
 	}
@@ -142,7 +142,8 @@ func read(underlay int, others *survey) (reading, error) {
 		}
 	}
 	r.filters = readFilters(bearing)
-	return r, r.readFirewall()
+	r.firewall, err = firewall.Read()
+	return r, err
 }
 
 func (r *reading) note(key string) {

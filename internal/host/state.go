@@ -1,5 +1,6 @@
 // Package host makes the kernel of this host equal to a State: devices,
-// addresses, routes, neighbours, FDB entries, nftables rules. It does not
+// addresses, routes, neighbours, FDB entries, and through package firewall the
+// packet filter. It does not
 // decide what the State is: the datapaths in packages backend and
 // backend/tunnel pass a Plan, and their Keeper holds the last State and View.
 // The start, events and repairs all take the same path:
@@ -22,6 +23,8 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+
+	"culvert/internal/firewall"
 )
 
 // RouteProtocol marks culvert's routes (rtm_protocol in rtnetlink(7)).
@@ -41,7 +44,7 @@ type State struct {
 	Routes     []Route
 	Neighbours []Neighbour
 	FDB        []FDBEntry
-	Firewall   Firewall
+	Firewall   firewall.Policy
 	// FastPath allows culvert's tc filters on the links and on the vxlan
 	// devices' uplinks. A Follower attaches them.
 	FastPath bool

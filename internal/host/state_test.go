@@ -10,6 +10,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
@@ -35,7 +36,7 @@ func wanted() host.State {
 			{To: net6, Link: "culvert0", Source: sub6.Addr(), Metric: 1024},
 			{To: net6, Metric: host.UnreachableMetric},
 		},
-		Firewall: host.Firewall{Masquerade: []host.Masquerade{{Network: net4, Subnet: sub4}, {Network: net6, Subnet: sub6}}},
+		Firewall: firewall.Policy{Masquerade: []firewall.Masquerade{{Network: net4, Subnet: sub4}, {Network: net6, Subnet: sub6}}},
 	}
 }
 
@@ -209,7 +210,7 @@ func TestNftShowsTheTable(t *testing.T) {
 	addDevice(t, n)
 	apply(t, n, wanted())
 	inside(t, n, func() error {
-		out, err := exec.Command(nft, "list", "table", "inet", host.TableName).CombinedOutput()
+		out, err := exec.Command(nft, "list", "table", "inet", firewall.TableName).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}

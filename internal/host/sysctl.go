@@ -155,7 +155,7 @@ func (r *reading) readSettings(names map[int]string) error {
 		}
 	}
 	for _, b := range r.bearers {
-		wanted[b.name] = true
+		wanted[b.Name] = true
 	}
 	for _, name := range r.advertised(names) {
 		r.note(acceptKey(name))
@@ -274,8 +274,8 @@ func (r reading) passing(want State) []string {
 		for _, n := range want.Firewall.Forward {
 			inside = inside || n.Contains(b.addr.Addr()) && b.addr.Addr().Is4()
 		}
-		if inside && !slices.Contains(all, b.name) {
-			all = append(all, b.name)
+		if inside && !slices.Contains(all, b.Name) {
+			all = append(all, b.Name)
 		}
 	}
 	return all

@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/lab"
 )
@@ -35,7 +36,7 @@ func newWorn(t *testing.T) worn {
 		Routes: []host.Route{
 			{To: netip.MustParsePrefix("10.5.0.0/16"), Link: "cvt.1"}, {To: netip.MustParsePrefix("fd00:5::/48"), Link: "cvt.1"},
 		},
-		Firewall: host.Firewall{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")}},
+		Firewall: firewall.Policy{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")}},
 	}}
 }
 

@@ -7,9 +7,10 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/firewall"
 )
 
 // writer applies steps to the kernel.
@@ -40,7 +41,7 @@ func write(have reading, steps []step) ([]Change, error) {
 		errs = append(errs, fmt.Errorf("%s: %w", s.Command, err))
 	}
 	var waiting []step
-	transactions := make(map[Kind][]step)
+	var rules []firewall.Step
 	flush := func() {
 		for i, err := range w.send(waiting) {
 			report(waiting[i], err)
@@ -55,40 +56,18 @@ func write(have reading, steps []step) ([]Change, error) {
 		case s.link != "" && w.failed[s.link]:
 		case s.message != nil:
 			waiting = append(waiting, s)
-		case s.nft != nil:
-			transactions[s.Kind] = append(transactions[s.Kind], s)
+		case s.rules != nil:
+			rules = append(rules, *s.rules)
 		default:
 			report(s, s.do(w))
 		}
 	}
 	flush()
-	for _, kind := range []Kind{KindNFTables, KindForward} {
-		changes, err := commit(transactions[kind])
-		done, errs = append(done, changes...), append(errs, err)
+	changed, err := firewall.Apply(rules)
+	for _, s := range changed {
+		done = append(done, firewallChange(s))
 	}
-	return done, errors.Join(errs...)
-}
-
-// commit applies steps in one nftables transaction.
-func commit(steps []step) ([]Change, error) {
-	if len(steps) == 0 {
-		return nil, nil
-	}
-	c, err := nftables.New()
-	if err != nil {
-		return nil, fmt.Errorf("opening nftables: %w", err)
-	}
-	var changes []Change
-	for _, s := range steps {
-		if err := s.nft(c); err != nil {
-			return nil, fmt.Errorf("%s: %w", s.Command, err)
-		}
-		changes = append(changes, s.Change)
-	}
-	if err := c.Flush(); err != nil {
-		return nil, fmt.Errorf("nftables (%s, and %d more): %w", steps[0].Command, len(steps)-1, err)
-	}
-	return changes, nil
+	return done, errors.Join(append(errs, err)...)
 }
 
 func (w *writer) index(name string) (int, error) {

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/echo"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 )
 
@@ -28,7 +29,7 @@ type Probe struct {
 	Largest int `json:"largest,omitempty"`
 	Want    int `json:"want,omitempty"`
 	// Dropped are this host's rules that dropped it, from nftables' trace.
-	Dropped []host.Traced `json:"dropped,omitempty"`
+	Dropped []firewall.TracedDrop `json:"dropped,omitempty"`
 	// Limit is why Dropped is not known; empty if it is.
 	Limit string `json:"limit,omitempty"`
 	// Sent and Received are the increases of the tunnel device's packet
@@ -51,7 +52,7 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 	if p.Pod != nil {
 		ns = p.Pod.Netns
 	}
-	follow, err := host.FollowPackets(p.Local, p.Remote, p.Proto)
+	follow, err := firewall.TracePackets(p.Local, p.Remote, p.Proto)
 	if err != nil { // continue without tracing
 		probe.Limit = err.Error()
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 )
 
@@ -278,26 +279,26 @@ func podAt(path string, p Path, byIndex map[int]netlink.Link, facts host.Facts) 
 // readRules evaluates the rules for packets of both directions and for the
 // tunnel packets that carry them, and notes what could not be read.
 func (p *Path) readRules(bridge string, is4 bool) {
-	rules, err := host.ReadRules()
+	rules, err := firewall.ReadRules()
 	if err != nil {
 		p.Limit = append(p.Limit, "the rules cannot be read: "+err.Error())
 		return
 	}
-	walk := func(layer string, packet host.Packet, hooks ...host.Hook) {
+	walk := func(layer string, packet firewall.Packet, hooks ...firewall.Hook) {
 		for _, hook := range hooks {
 			q := packet
 			switch hook {
-			case host.Prerouting, host.Input:
+			case firewall.Prerouting, firewall.Input:
 				q.Out = ""
-			case host.Postrouting:
+			case firewall.Postrouting:
 				q.In = ""
 			}
 			p.Rules = append(p.Rules, RuleStep{layer, hook, q, rules.Walk(hook, q)})
 		}
 	}
 	way := p.cameBy()
-	out := host.Packet{From: p.Local, To: p.Remote, Proto: p.Proto, In: bridge, Out: way, Answer: !p.Toward}
-	in := host.Packet{From: p.Remote, To: p.Local, Proto: p.Proto, In: way, Out: bridge, Answer: p.Toward}
+	out := firewall.Packet{From: p.Local, To: p.Remote, Proto: p.Proto, In: bridge, Out: way, Answer: !p.Toward}
+	in := firewall.Packet{From: p.Remote, To: p.Local, Proto: p.Proto, In: way, Out: bridge, Answer: p.Toward}
 	if p.Toward {
 		out.Port = p.Port
 	} else {
@@ -310,12 +311,12 @@ func (p *Path) readRules(bridge string, is4 bool) {
 	switch {
 	case p.Self:
 		out.In, in.Out, in.ToHost = "", "", true
-		walk(first, out, host.Output, host.Postrouting)
-		walk(second, in, host.Prerouting, host.Input)
+		walk(first, out, firewall.Output, firewall.Postrouting)
+		walk(second, in, firewall.Prerouting, firewall.Input)
 	default:
-		walk(first, out, host.Prerouting, host.Forward, host.Postrouting)
+		walk(first, out, firewall.Prerouting, firewall.Forward, firewall.Postrouting)
 		if p.Peer != nil { // otherwise both ends are on the same bridge
-			walk(second, in, host.Prerouting, host.Forward, host.Postrouting)
+			walk(second, in, firewall.Prerouting, firewall.Forward, firewall.Postrouting)
 		}
 	}
 	if p.Peer == nil || p.Format == "host-gw" {
@@ -328,6 +329,6 @@ func (p *Path) readRules(bridge string, is4 bool) {
 	if p.Public.Is4() != p.Peer.Public.Is4() {
 		return
 	}
-	walk(LayerTunnelRules, host.Packet{From: p.Public, To: p.Peer.Public, Proto: proto, Port: port, Out: p.Underlay.Link}, host.Output, host.Postrouting)
-	walk(LayerTunnelRules, host.Packet{From: p.Peer.Public, To: p.Public, Proto: proto, Port: port, In: p.Underlay.Link, ToHost: true}, host.Prerouting, host.Input)
+	walk(LayerTunnelRules, firewall.Packet{From: p.Public, To: p.Peer.Public, Proto: proto, Port: port, Out: p.Underlay.Link}, firewall.Output, firewall.Postrouting)
+	walk(LayerTunnelRules, firewall.Packet{From: p.Peer.Public, To: p.Public, Proto: proto, Port: port, In: p.Underlay.Link, ToHost: true}, firewall.Prerouting, firewall.Input)
 }

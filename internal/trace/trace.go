@@ -3,7 +3,7 @@
 // facts of one node in a Path; Explain does no I/O. The same explanation serves
 // both ends: the node of the sending pod, and that of the receiving one. It
 // keeps no state; Send, which sends real packets, adds a temporary nftables
-// table (host.FollowPackets).
+// table (firewall.TracePackets).
 //
 //	pod ── veth ── bridge ── route ── rules ── neighbour, FDB ── tunnel ── rules ── underlay
 package trace
@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 )
 
@@ -162,9 +163,9 @@ type Setting struct {
 // RuleStep is the verdicts of the chains at one hook on one kind of packet.
 type RuleStep struct {
 	Layer    string
-	Hook     host.Hook
-	Packet   host.Packet
-	Verdicts []host.Verdict
+	Hook     firewall.Hook
+	Packet   firewall.Packet
+	Verdicts []firewall.Verdict
 }
 
 // Explain returns a step for each place on the path. It does no I/O. The

@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"encoding/binary"
@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Traced is a rule, or a chain's policy, that dropped a traced packet.
-type Traced struct {
+// TracedDrop is a rule, or a chain's policy, that dropped a traced packet.
+type TracedDrop struct {
 	Family string `json:"family"`
 	Table  string `json:"table"`
 	Chain  string `json:"chain"`
@@ -24,7 +24,7 @@ type Traced struct {
 	Handle uint64 `json:"handle,omitempty"`
 }
 
-func (t Traced) String() string {
+func (t TracedDrop) String() string {
 	where := fmt.Sprintf("nftables, table %s %s, chain %s", t.Family, t.Table, t.Chain)
 	if program := iptablesProgram(tableFamily(t.Family), t.Table); program != "" {
 		where = fmt.Sprintf("%s, table %s, chain %s", program, t.Table, t.Chain)
@@ -36,7 +36,7 @@ func (t Traced) String() string {
 }
 
 // Fix returns the suggested remedy.
-func (t Traced) Fix() string {
+func (t TracedDrop) Fix() string {
 	if t.Handle == 0 {
 		return fmt.Sprintf("an accept in the chain, or another policy (`nft list chain %s %s %s`)", t.Family, t.Table, t.Chain)
 	}
@@ -67,10 +67,10 @@ const (
 	verdictCode = 1 // NFTA_VERDICT_CODE
 )
 
-// FollowPackets traces packets between two addresses through nftables, in both
+// TracePackets traces packets between two addresses through nftables, in both
 // directions, until stop is called, which returns the rules that dropped some.
 // It adds a table that only marks packets; stop deletes it.
-func FollowPackets(a, b netip.Addr, proto byte) (stop func() []Traced, err error) {
+func TracePackets(a, b netip.Addr, proto byte) (stop func() []TracedDrop, err error) {
 	events, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("following packets: %w", err)
@@ -107,7 +107,7 @@ func FollowPackets(a, b netip.Addr, proto byte) (stop func() []Traced, err error
 		_ = events.Close()
 		return nil, fmt.Errorf("following packets: nftables: %w", err)
 	}
-	return func() []Traced {
+	return func() []TracedDrop {
 		c.DelTable(table)
 		_ = c.Flush() // best effort: the table only marks packets
 		defer events.Close()
@@ -116,8 +116,8 @@ func FollowPackets(a, b netip.Addr, proto byte) (stop func() []Traced, err error
 }
 
 // readTrace reads the trace messages received so far.
-func readTrace(events *netlink.Conn) []Traced {
-	var all []Traced
+func readTrace(events *netlink.Conn) []TracedDrop {
+	var all []TracedDrop
 	for {
 		_ = events.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 		messages, err := events.Receive()
@@ -136,14 +136,14 @@ func readTrace(events *netlink.Conn) []Traced {
 }
 
 // parseTrace returns the rule or policy if the message reports a drop.
-func parseTrace(m netlink.Message) (Traced, bool) {
+func parseTrace(m netlink.Message) (TracedDrop, bool) {
 	if m.Header.Type != netlink.HeaderType(unix.NFNL_SUBSYS_NFTABLES<<8|traceMessage) || len(m.Data) < 4 {
-		return Traced{}, false
+		return TracedDrop{}, false
 	}
-	t := Traced{Family: familyText(nftables.TableFamily(m.Data[0]))}
+	t := TracedDrop{Family: familyText(nftables.TableFamily(m.Data[0]))}
 	d, err := netlink.NewAttributeDecoder(m.Data[4:])
 	if err != nil {
-		return Traced{}, false
+		return TracedDrop{}, false
 	}
 	d.ByteOrder = binary.BigEndian
 	kind, dropped := uint32(0), false
@@ -173,7 +173,7 @@ func parseTrace(m netlink.Message) (Traced, bool) {
 		}
 	}
 	if d.Err() != nil {
-		return Traced{}, false
+		return TracedDrop{}, false
 	}
 	const kindPolicy, kindRule = 1, 3
 	switch kind {
@@ -183,5 +183,5 @@ func parseTrace(m netlink.Message) (Traced, bool) {
 	case kindRule:
 		return t, dropped
 	}
-	return Traced{}, false
+	return TracedDrop{}, false
 }

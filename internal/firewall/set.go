@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"encoding/binary"
@@ -119,10 +119,10 @@ func (s set) counts() bool { return s.bits != nodesOnly }
 func (s set) nft() *nftables.Set { return &nftables.Set{Table: ourTable(), Name: s.name} }
 
 // addStep returns the step that creates the set.
-func (s set) addStep() step {
-	return step{
-		Change: Change{KindNFTables, fmt.Sprintf("nft add set inet %s %s { typeof %s;%s }", TableName, s.name, s.keyText(), map[bool]string{true: " counter;"}[s.counts()])},
-		do:     func(*writer) error { return s.add() },
+func (s set) addStep() Step {
+	return Step{
+		Command: fmt.Sprintf("nft add set inet %s %s { typeof %s;%s }", TableName, s.name, s.keyText(), map[bool]string{true: " counter;"}[s.counts()]),
+		do:      s.add,
 	}
 }
 
@@ -245,14 +245,14 @@ func udata32(kind byte, v uint32) []byte {
 
 // diffElements returns the steps that change the elements of have into those of
 // s.
-func diffElements(s set, have set) []step {
-	var steps []step
+func diffElements(s set, have set) []Step {
+	var steps []Step
 	n := s.nft()
 	old := have.elements
 	if have.foreign {
-		steps = append(steps, step{
-			Change: Change{KindNFTables, "nft flush set inet " + TableName + " " + s.name},
-			nft:    func(c *nftables.Conn) error { c.FlushSet(n); return nil },
+		steps = append(steps, Step{
+			Command: "nft flush set inet " + TableName + " " + s.name,
+			nft:     func(c *nftables.Conn) error { c.FlushSet(n); return nil },
 		})
 		old = nil
 	}
@@ -274,15 +274,15 @@ func diffElements(s set, have set) []step {
 	}
 	// A message has room for 64 KB of elements.
 	for part := range slices.Chunk(surplus, 200) {
-		steps = append(steps, step{
-			Change: Change{KindNFTables, "nft delete element inet " + TableName + " " + s.name + " " + elementsText(part)},
-			nft:    func(c *nftables.Conn) error { return c.SetDeleteElements(n, elements(part)) },
+		steps = append(steps, Step{
+			Command: "nft delete element inet " + TableName + " " + s.name + " " + elementsText(part),
+			nft:     func(c *nftables.Conn) error { return c.SetDeleteElements(n, elements(part)) },
 		})
 	}
 	for part := range slices.Chunk(missing, 200) {
-		steps = append(steps, step{
-			Change: Change{KindNFTables, "nft add element inet " + TableName + " " + s.name + " " + elementsText(part)},
-			nft:    func(c *nftables.Conn) error { return c.SetAddElements(n, elements(part)) },
+		steps = append(steps, Step{
+			Command: "nft add element inet " + TableName + " " + s.name + " " + elementsText(part),
+			nft:     func(c *nftables.Conn) error { return c.SetAddElements(n, elements(part)) },
 		})
 	}
 	return steps

@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"encoding/binary"
@@ -14,9 +14,6 @@ import (
 
 	"culvert/internal/api"
 )
-
-// checkInput is the check of a rule that drops the tunnel's own packets.
-const checkInput = "input-drop"
 
 // An accept in our table cannot override a drop in another: every table must
 // accept a packet. So other programs' chains are evaluated with the packets
@@ -58,67 +55,29 @@ type accept struct {
 	exprs []expr.Any
 }
 
-// surroundings are the links that packets of the cluster network traverse.
-type surroundings struct {
-	underlay iface
-	pods     iface // the device that pods are attached to
-	tunnels  map[netip.Prefix]iface
-}
-
-// surroundings returns those of the cluster networks in want.
-func (r reading) surroundings(want State) surroundings {
-	s := surroundings{
-		underlay: iface{r.view.Underlay.Name, r.view.Underlay.Index},
-		pods:     iface{name: defaultBridge}, tunnels: make(map[netip.Prefix]iface),
-	}
-	for _, n := range want.Firewall.Forward {
-		for _, b := range r.bearers {
-			if n.Contains(b.addr.Addr()) && !b.addr.IsSingleIP() {
-				s.pods = b.iface
-			}
-		}
-		for _, route := range want.Routes {
-			if route.Link != "" && n.Contains(route.To.Addr()) && (!s.tunnels[n].known() || Ours(route.Link)) {
-				s.tunnels[n] = iface{route.Link, r.indexes[route.Link]}
-			}
-		}
-		for _, t := range want.Firewall.Tunnels {
-			if t.Network == n && t.Device != "" {
-				s.tunnels[n] = iface{t.Device, r.indexes[t.Device]}
-			}
-		}
-	}
-	return s
-}
-
-// defaultBridge is the assumed pod bridge, if no device has an address in the
-// network.
-const defaultBridge = "cni0"
-
 // passages returns everything that must pass other programs' chains.
-func (f Firewall) passages(s surroundings) []passage {
+func (p Policy) passages(d Devices) []passage {
 	var all []passage
-	for _, n := range f.Forward {
+	for _, n := range p.Forward {
 		is4 := n.Addr().Is4()
-		p := passage{hook: nftables.ChainHookForward, chain: "FORWARD", is4: is4, check: "forward-drop"}
-		p.probes = forwarded(n, s.pods, s.tunnels[n])
+		through := passage{hook: nftables.ChainHookForward, chain: "FORWARD", is4: is4, check: "forward-drop"}
+		through.probes = forwarded(n, d.Pods, d.Tunnels[n])
 		for _, flag := range []string{"-d", "-s"} {
 			field := forwardFlags[flag]
-			p.accepts = append(p.accepts, accept{
+			through.accepts = append(through.accepts, accept{
 				flag + " " + n.Masked().String(), fmt.Sprintf("%s %s %s", family(is4), field, n.Masked()), forwardMatch(field, n),
 			})
 		}
-		all = append(all, p)
-		all = append(all, p.at(nftables.ChainHookPrerouting), p.at(nftables.ChainHookPostrouting))
+		all = append(all, through, through.at(nftables.ChainHookPrerouting), through.at(nftables.ChainHookPostrouting))
 	}
-	for _, t := range f.Tunnels {
+	for _, t := range p.Tunnels {
 		is4 := t.Network.Addr().Is4()
-		in := passage{hook: nftables.ChainHookInput, chain: "INPUT", is4: is4, check: checkInput, accepts: []accept{t.accept()}}
+		in := passage{hook: nftables.ChainHookInput, chain: "INPUT", is4: is4, check: CheckInput, accepts: []accept{t.accept()}}
 		out := passage{hook: nftables.ChainHookOutput, chain: "OUTPUT", is4: is4, check: "output-drop", accepts: in.accepts}
-		in.probes, out.probes = t.probes(s.underlay, commonPrefix(t.Peers))
+		in.probes, out.probes = t.probes(d.Underlay, commonPrefix(t.Peers))
 		if len(t.Peers) > 1 {
 			for _, p := range t.Peers {
-				i, o := t.probes(s.underlay, netip.PrefixFrom(p.Outer, p.Outer.BitLen()))
+				i, o := t.probes(d.Underlay, netip.PrefixFrom(p.Outer, p.Outer.BitLen()))
 				in.each, out.each = append(in.each, i...), append(out.each, o...)
 			}
 		}
@@ -132,14 +91,14 @@ func (f Firewall) passages(s surroundings) []passage {
 
 // forwarded returns probes for packets between this node's pods and other
 // nodes'.
-func forwarded(n netip.Prefix, pods, tunnel iface) []probe {
+func forwarded(n netip.Prefix, pods, tunnel Device) []probe {
 	coarse, protos := max(24, min(n.Bits()+8, 30)), []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMP}
 	if !n.Addr().Is4() {
 		coarse, protos[2] = max(64, min(n.Bits()+8, 112)), unix.IPPROTO_ICMPV6
 	}
 	address := prefixField(n, coarse)
 	var all []probe
-	for _, direction := range [][2]iface{{pods, tunnel}, {tunnel, pods}} {
+	for _, direction := range [][2]Device{{pods, tunnel}, {tunnel, pods}} {
 		for _, proto := range protos {
 			p := newProbe("packets of the cluster network "+n.String(), proto, address, address, [2]field{free(2), free(2)})
 			p.in, p.out, p.names = direction[0], direction[1], n.Bits()
@@ -157,7 +116,7 @@ func (p passage) at(hook *nftables.ChainHook) passage {
 
 // probes returns the tunnel's packets from and to peers within a prefix; the
 // zero Prefix means any.
-func (t Tunnel) probes(underlay iface, peers netip.Prefix) (in, out []probe) {
+func (t TunnelRule) probes(underlay Device, peers netip.Prefix) (in, out []probe) {
 	n := 4
 	if !t.Network.Addr().Is4() {
 		n = 16
@@ -197,7 +156,7 @@ func commonPrefix(peers []Source) netip.Prefix {
 }
 
 // packets describes the tunnel's packets.
-func (t Tunnel) packets() string {
+func (t TunnelRule) packets() string {
 	if t.Port == 0 {
 		return "IP protocol 4"
 	}
@@ -206,7 +165,7 @@ func (t Tunnel) packets() string {
 
 // accept returns the rule that accepts the tunnel's packets, in either
 // direction.
-func (t Tunnel) accept() accept {
+func (t TunnelRule) accept() accept {
 	is4 := t.Network.Addr().Is4()
 	if t.Port == 0 {
 		return accept{"-p 4", "ip protocol 4", protocolMatch(unix.IPPROTO_IPIP, is4)}
@@ -269,10 +228,10 @@ func isOurs(r *nftables.Rule) bool {
 // diffOthers returns the steps that insert our accepts into the iptables chains
 // that would drop what must pass, and delete any other of ours; and warnings
 // about drops that the accepts do not prevent.
-func diffOthers(have otherRules, want Firewall, s surroundings) (steps []step, warnings []api.Warning) {
+func diffOthers(have otherRules, want Policy, d Devices) (steps []Step, warnings []api.Warning) {
 	keep := make(map[ourRule]bool)
-	var added []step
-	for _, p := range want.passages(s) {
+	var added []Step
+	for _, p := range want.passages(d) {
 		found := p.findings(have.set)
 		spot, ok := have.spot(p, found)
 		if ok {
@@ -383,7 +342,7 @@ func jumpsTo(rules []*nftables.Rule, to string) int {
 	})
 }
 
-func (s spot) addStep(a accept) step {
+func (s spot) addStep(a accept) Step {
 	comment := xt.Comment(forwardComment)
 	table := &nftables.Table{Family: s.family, Name: "filter"}
 	rule := &nftables.Rule{
@@ -394,8 +353,8 @@ func (s spot) addStep(a accept) step {
 	if s.before != 0 {
 		flag = "-I"
 	}
-	return step{
-		Change: Change{KindForward, forwardCommand(s.family, flag, s.chain, a.text)},
+	return Step{
+		Command: forwardCommand(s.family, flag, s.chain, a.text), Foreign: true,
 		nft: func(c *nftables.Conn) error {
 			if rule.Position != 0 {
 				c.InsertRule(rule)
@@ -407,12 +366,12 @@ func (s spot) addStep(a accept) step {
 	}
 }
 
-func (r ourRule) deleteStep() step {
+func (r ourRule) deleteStep() Step {
 	table := &nftables.Table{Family: r.family, Name: r.table}
 	old := &nftables.Rule{Table: table, Chain: &nftables.Chain{Table: table, Name: r.chain}, Handle: r.handle}
-	return step{
-		Change: Change{KindForward, forwardCommand(r.family, "-D", r.chain, r.text)},
-		nft:    func(c *nftables.Conn) error { return c.DelRule(old) },
+	return Step{
+		Command: forwardCommand(r.family, "-D", r.chain, r.text), Foreign: true,
+		nft: func(c *nftables.Conn) error { return c.DelRule(old) },
 	}
 }
 

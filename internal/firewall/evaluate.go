@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"bytes"
@@ -163,7 +163,7 @@ func (s ruleset) evaluate(hook nftables.ChainHook, p probe) []finding {
 // sees reports whether packets of the probe traverse the chain.
 func (c ruleChain) sees(p probe) bool {
 	if c.atIngress {
-		return slices.Contains(c.links, p.in.name)
+		return slices.Contains(c.links, p.in.Name)
 	}
 	switch c.family {
 	case nftables.TableFamilyINet:

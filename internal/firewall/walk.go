@@ -1,6 +1,7 @@
-package host
+package firewall
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -96,7 +97,7 @@ func (r Rules) Walk(at Hook, p Packet) []Verdict {
 		ports[1] = known(binaryutil.BigEndian.PutUint16(p.Port)...)
 	}
 	q := newProbe(p.String(), p.Proto, known(p.From.AsSlice()...), known(p.To.AsSlice()...), ports)
-	q.in, q.out = iface{p.In, r.indexes[p.In]}, iface{p.Out, r.indexes[p.Out]}
+	q.in, q.out = Device{p.In, r.indexes[p.In]}, Device{p.Out, r.indexes[p.Out]}
 	q.local, q.stateNew, q.names = p.ToHost, !p.Answer, 8
 	var all []Verdict
 	for _, c := range r.set.chains {
@@ -139,4 +140,27 @@ func removal(f finding) string {
 		return fmt.Sprintf("%s -t %s -D %s %d, or an accept before it", program, f.base.table, last.chain, last.index+1)
 	}
 	return fmt.Sprintf("nft delete rule %s %s %s handle %d, or an accept before it", familyText(f.base.family), f.base.table, last.chain, last.handle)
+}
+
+// IngressChain returns the name of an nftables chain at the ingress hook
+// (family netdev), as `nft` writes it; empty if there is none. That hook runs
+// after tc's ingress filters.
+func IngressChain() (string, error) {
+	c, err := nftables.New()
+	if err != nil {
+		return "", fmt.Errorf("opening nftables: %w", err)
+	}
+	chains, err := c.ListChainsOfTableFamily(nftables.TableFamilyNetdev)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		return "", nil // a kernel without nftables
+	}
+	if err != nil {
+		return "", fmt.Errorf("listing the nftables chains: %w", err)
+	}
+	for _, ch := range chains {
+		if ch.Hooknum != nil && *ch.Hooknum == *nftables.ChainHookIngress {
+			return "netdev " + ch.Table.Name + " " + ch.Name, nil
+		}
+	}
+	return "", nil
 }

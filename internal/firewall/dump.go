@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"encoding/binary"
@@ -58,17 +58,7 @@ func nfNested(d *netlink.AttributeDecoder, each func(d *netlink.AttributeDecoder
 }
 
 // setElements dumps a set's elements with verdicts and counters.
-func setElements(family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = c.Close() }()
-	return setElementsBy(c, family, table, set)
-}
-
-// setElementsBy is setElements on an open socket.
-func setElementsBy(c *netlink.Conn, family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
+func setElements(c *netlink.Conn, family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
 	messages, err := nfDumpBy(c, unix.NFT_MSG_GETSETELEM, family, map[uint16]string{unix.NFTA_SET_ELEM_LIST_TABLE: table, unix.NFTA_SET_ELEM_LIST_SET: set})
 	if err != nil {
 		return nil, err

@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"bytes"
@@ -18,7 +18,7 @@ type probe struct {
 	proto     byte
 	ip        field // IP header
 	transport field // payload of the IP header
-	in, out   iface
+	in, out   Device
 	stateNew  bool   // conntrack sees the first packet of a connection
 	local     bool   // the destination is an address of this host
 	mark      uint32 // initial mark
@@ -197,27 +197,19 @@ func (f field) between(lo, hi []byte) match {
 }
 
 // field returns a device's name as rules compare it.
-func (d iface) field() field {
-	if d.name == "" {
+func (d Device) field() field {
+	if d.Name == "" {
 		return dark(unix.IFNAMSIZ)
 	}
 	b := make([]byte, unix.IFNAMSIZ)
-	copy(b, d.name)
+	copy(b, d.Name)
 	return known(b...)
 }
 
 // number returns a device's index as rules compare it.
-func (d iface) number() field {
-	if d.index == 0 {
+func (d Device) number() field {
+	if d.Index == 0 {
 		return dark(4)
 	}
-	return known(binaryutil.NativeEndian.PutUint32(uint32(d.index))...)
+	return known(binaryutil.NativeEndian.PutUint32(uint32(d.Index))...)
 }
-
-// iface is a device; name or index may be unknown.
-type iface struct {
-	name  string
-	index int
-}
-
-func (d iface) known() bool { return d.name != "" }

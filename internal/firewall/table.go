@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"crypto/sha256"
@@ -8,9 +8,11 @@ import (
 	"strings"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
+
+// TableName is the name of culvert's nftables table.
+const TableName = "culvert"
 
 // table is culvert's nftables table, wanted or read. The text of a rule that
 // was read is its comment, so that rules are compared without decoding
@@ -23,6 +25,57 @@ type table struct {
 type chain struct {
 	name  string
 	rules []rule
+}
+
+// table returns the whole table; nil if it would be empty.
+func (p Policy) table() *table {
+	t := &table{}
+	if len(p.Masquerade) > 0 {
+		lines := []rule{all(marked(), leave())}
+		for _, m := range p.Masquerade {
+			lines = append(lines, m.rules()...)
+		}
+		t.chains = append(t.chains, chain{"postrouting", lines})
+	}
+	var in, inner, out, departed []rule
+	if len(p.Tunnels) > 0 {
+		in = notOf(p.Tunnels)
+	}
+	for _, tunnel := range p.Tunnels {
+		in = append(in, tunnel.expected()...)
+	}
+	for _, tunnel := range p.Tunnels {
+		in = append(in, tunnel.arriving()...)
+		if tunnel.Device == "" && tunnel.Port == 0 {
+			in = append(in, tunnel.taken())
+		}
+		if tunnel.Device != "" {
+			in = append(in, tunnel.received()...)
+			inner = append(inner, tunnel.unpacked())
+			t.sets = append(t.sets, tunnel.sets()...)
+		}
+		out = append(out, tunnel.forwarded()...)
+		if line, ok := tunnel.departed(); ok {
+			departed = append(departed, line)
+			t.sets = append(t.sets, tunnel.nodes())
+		}
+	}
+	if len(in) > 0 {
+		t.chains = append(t.chains, chain{"input", in})
+	}
+	if len(inner) > 0 {
+		t.chains = append(t.chains, chain{"prerouting", inner})
+	}
+	if len(out) > 0 {
+		t.chains = append(t.chains, chain{"forward", out})
+	}
+	if len(departed) > 0 {
+		t.chains = append(t.chains, chain{"departed", departed})
+	}
+	if len(t.chains) == 0 {
+		return nil
+	}
+	return t
 }
 
 // texts returns the rules of all chains, sorted by chain; order within a chain
@@ -50,19 +103,13 @@ func (t *table) set(name string) (set, bool) {
 	return t.sets[i], true
 }
 
-// diffFirewall compares the tables. If rules differ, all chains are replaced,
-// otherwise only elements are changed; either in one transaction, after new
-// sets have been created.
-func diffFirewall(have reading, want State) []step {
-	steps := diffTable(have.table, want.Firewall.table())
-	others, _ := diffOthers(have.firewalls, want.Firewall, have.surroundings(want))
-	return append(steps, others...)
-}
-
-func diffTable(have, want *table) []step {
-	var steps []step
+// diffTable compares the tables. If rules differ, all chains are replaced,
+// otherwise only elements are changed; either in one transaction, after new sets
+// have been created.
+func diffTable(have, want *table) []Step {
+	var steps []Step
 	add := func(nft func(*nftables.Conn) error, format string, args ...any) {
-		steps = append(steps, step{Change: Change{KindNFTables, "nft " + fmt.Sprintf(format, args...)}, nft: nft})
+		steps = append(steps, Step{Command: "nft " + fmt.Sprintf(format, args...), nft: nft})
 	}
 	switch {
 	case want == nil && have == nil:
@@ -72,7 +119,7 @@ func diffTable(have, want *table) []step {
 		return steps
 	case have != nil && slices.ContainsFunc(want.sets, have.mistakable):
 		// A set's type cannot be changed, and rules refer to the set.
-		steps = append(steps, step{Change: Change{KindNFTables, "nft delete table inet " + TableName}, do: func(*writer) error { return deleteTable() }})
+		steps = append(steps, Step{Command: "nft delete table inet " + TableName, do: deleteTable})
 		have = nil
 	}
 	if have == nil {
@@ -153,29 +200,6 @@ func (c chain) nft() (*nftables.Chain, string) {
 		return n, "type filter hook postrouting priority 300;"
 	}
 	return n, "type filter hook " + c.name + " priority filter;"
-}
-
-func masqueradeExprs() []expr.Any { return []expr.Any{&expr.Masq{FullyRandom: true}} }
-
-// readFirewall reads culvert's table and other programs' rules.
-func (r *reading) readFirewall() error {
-	c, err := nftables.New(nftables.AsLasting())
-	if err != nil {
-		return fmt.Errorf("opening nftables: %w", err)
-	}
-	defer func() { _ = c.CloseLasting() }()
-	chains, err := c.ListChains()
-	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
-		return nil // a kernel without nftables: writing returns the error
-	}
-	if err != nil {
-		return fmt.Errorf("listing the nftables chains: %w", err)
-	}
-	if r.table, err = readTable(c, chains); err != nil {
-		return fmt.Errorf("reading the nftables table %s: %w", TableName, err)
-	}
-	r.firewalls, err = readOthers(c, chains, false)
-	return err
 }
 
 func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {

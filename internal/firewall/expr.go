@@ -1,7 +1,8 @@
-package host
+package firewall
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 
 	"github.com/google/nftables/binaryutil"
@@ -69,10 +70,12 @@ func address(field string, equal bool, p netip.Prefix) rule {
 	}
 	return rule{fmt.Sprintf("%s %s %s%s", family(p.Addr().Is4()), field, word, p), []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset(field, p.Addr().Is4()), Len: n},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: n, Mask: IPNet(p).Mask, Xor: make([]byte, n)},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: n, Mask: prefixMask(p), Xor: make([]byte, n)},
 		&expr.Cmp{Op: op, Register: 1, Data: p.Masked().Addr().AsSlice()},
 	}, ""}
 }
+
+func prefixMask(p netip.Prefix) net.IPMask { return net.CIDRMask(p.Bits(), p.Addr().BitLen()) }
 
 // addressOffset returns the offset of an address in an IP header (RFC 791, RFC
 // 8200).
@@ -133,7 +136,7 @@ func transport(offset, length uint32, equal bool, data []byte) rule {
 
 // innerDestination compares the inner destination of an IPIP packet.
 func innerDestination(p netip.Prefix) rule {
-	mask, data := IPNet(p).Mask, p.Masked().Addr().AsSlice()
+	mask, data := prefixMask(p), p.Masked().Addr().AsSlice()
 	return rule{fmt.Sprintf("@th,128,32 & 0x%x == 0x%x", []byte(mask), data), []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: addressOffset("daddr", true), Len: 4},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)},

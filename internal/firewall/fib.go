@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"errors"
@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// offersFIB reports whether the kernel has nftables' fib expression
+// HasFIB reports whether the kernel has nftables' fib expression
 // (NFT_FIB_INET), by adding a rule with it and deleting it in the same
 // transaction. It checks once per process.
-var offersFIB = sync.OnceValue(func() bool {
+var HasFIB = sync.OnceValue(func() bool {
 	c, err := nftables.New()
 	if err != nil {
 		return true // writing the table will return the error

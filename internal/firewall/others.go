@@ -1,10 +1,12 @@
-package host
+package firewall
 
 import (
 	"fmt"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
 )
@@ -130,7 +132,12 @@ func readSet(c *nftables.Conn, t *nftables.Table, name string) (ruleSet, error) 
 	if err != nil {
 		return ruleSet{}, err
 	}
-	elements, err := setElements(t.Family, t.Name, name)
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return ruleSet{}, err
+	}
+	defer func() { _ = conn.Close() }()
+	elements, err := setElements(conn, t.Family, t.Name, name)
 	if err != nil {
 		return ruleSet{}, err
 	}

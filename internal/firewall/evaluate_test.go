@@ -1,4 +1,4 @@
-package host
+package firewall
 
 import (
 	"fmt"
@@ -136,11 +136,11 @@ func TestEvaluate(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := c.rules.ruleset(nftables.TableFamilyIPv4, "filter")
-			bridge, tunnel := iface{name: "cni0"}, iface{name: "cvt.1", index: 7}
+			bridge, tunnel := Device{Name: "cni0"}, Device{Name: "cvt.1", Index: 7}
 			if got := first(s, forwarded(pods, bridge, tunnel), nftables.ChainHookPrerouting, nftables.ChainHookForward); got != c.want {
 				t.Errorf("forwarded: %q, want %q", got, c.want)
 			}
-			in, _ := Tunnel{Port: 8472, Network: pods}.probes(iface{name: "eth0", index: 2}, netip.MustParsePrefix("192.168.50.0/28"))
+			in, _ := TunnelRule{Port: 8472, Network: pods}.probes(Device{Name: "eth0", Index: 2}, netip.MustParsePrefix("192.168.50.0/28"))
 			if got := first(s, in, nftables.ChainHookPrerouting, nftables.ChainHookInput); got != c.in {
 				t.Errorf("the tunnel's: %q, want %q", got, c.in)
 			}

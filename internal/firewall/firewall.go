@@ -1,0 +1,154 @@
+// Package firewall makes this host's packet filter equal to a Policy: culvert's
+// nftables table, and accept rules in the iptables chains of other programs that
+// would drop packets of pods or of the tunnel. It reads and evaluates other
+// programs' rules (nftables, iptables-nft, iptables-legacy), also for one packet
+// (Rules.Walk, TracePackets), but changes none of them. It does not decide what the
+// Policy is, and does not repeat: package host calls it at each reconciliation.
+//
+//	           Policy, Devices
+//	                 │
+//	kernel ── Read ──┴── Diff ── steps ── Apply ── nftables transactions
+//
+// Diff, Obstacles and Flaws do no I/O. The kernel holds the state.
+package firewall
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+)
+
+// Policy is what the packet filter must do for culvert. The zero value removes
+// everything that is culvert's.
+type Policy struct {
+	Masquerade []Masquerade // one per address family, IPv4 first
+	Tunnels    []TunnelRule // one per outer address family
+	// Forward are the networks whose packets must pass other programs' FORWARD
+	// chains.
+	Forward []netip.Prefix
+}
+
+// Device is a link; the name or the index may be unknown.
+type Device struct {
+	Name  string
+	Index int
+}
+
+// Devices are the links that packets of the cluster networks traverse. Other
+// programs' rules are evaluated for packets that arrive and leave by them.
+type Devices struct {
+	Underlay Device
+	Pods     Device // the one that pods are attached to
+	Tunnels  map[netip.Prefix]Device
+}
+
+// Reading is the result of one read of the kernel's rules.
+type Reading struct {
+	table  *table // culvert's; nil if there is none
+	others otherRules
+}
+
+// Read reads culvert's table and other programs' rules.
+func Read() (Reading, error) {
+	var r Reading
+	c, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return r, fmt.Errorf("opening nftables: %w", err)
+	}
+	defer func() { _ = c.CloseLasting() }()
+	chains, err := c.ListChains()
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		return r, nil // a kernel without nftables: writing returns the error
+	}
+	if err != nil {
+		return r, fmt.Errorf("listing the nftables chains: %w", err)
+	}
+	if r.table, err = readTable(c, chains); err != nil {
+		return r, fmt.Errorf("reading the nftables table %s: %w", TableName, err)
+	}
+	r.others, err = readOthers(c, chains, false)
+	return r, err
+}
+
+// Applied returns what Read would return on a host on which the policy, and
+// nothing else, is in force.
+func (p Policy) Applied() Reading { return Reading{table: p.table()} }
+
+// Step is one change. Diff computes it, Apply makes it.
+type Step struct {
+	Command string // the equivalent shell command
+	// Foreign is set if the change is in another program's chain.
+	Foreign bool
+
+	do  func() error               // in a transaction of its own
+	nft func(*nftables.Conn) error // in the transaction of all such steps
+}
+
+// Diff returns the steps from what was read to the policy: first new sets, which
+// take a transaction each, then one transaction for our table and one for the
+// accepts in other programs' chains.
+func Diff(have Reading, want Policy, d Devices) []Step {
+	others, _ := diffOthers(have.others, want, d)
+	return append(diffTable(have.table, want.table()), others...)
+}
+
+// Obstacles returns warnings about other programs' rules that drop packets of pods
+// or of the tunnel, and that the accepts do not prevent.
+func Obstacles(have Reading, want Policy, d Devices) []api.Warning {
+	_, warnings := diffOthers(have.others, want, d)
+	return warnings
+}
+
+// Apply makes the changes and returns those that were made. It continues after an
+// error, and returns all errors joined.
+func Apply(steps []Step) (done []Step, err error) {
+	var errs []error
+	var own, foreign []Step
+	for _, s := range steps {
+		switch {
+		case s.do != nil:
+			if err := s.do(); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", s.Command, err))
+				continue
+			}
+			done = append(done, s)
+		case s.Foreign:
+			foreign = append(foreign, s)
+		default:
+			own = append(own, s)
+		}
+	}
+	for _, transaction := range [][]Step{own, foreign} {
+		if err := commit(transaction); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		done = append(done, transaction...)
+	}
+	return done, errors.Join(errs...)
+}
+
+// commit makes the changes in one nftables transaction.
+func commit(steps []Step) error {
+	if len(steps) == 0 {
+		return nil
+	}
+	c, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("opening nftables: %w", err)
+	}
+	for _, s := range steps {
+		if err := s.nft(c); err != nil {
+			return fmt.Errorf("%s: %w", s.Command, err)
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("nftables (%s, and %d more): %w", steps[0].Command, len(steps)-1, err)
+	}
+	return nil
+}

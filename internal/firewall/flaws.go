@@ -1,0 +1,63 @@
+package firewall
+
+import (
+	"slices"
+
+	"culvert/internal/api"
+)
+
+// CheckInput is the check of the warning about a rule that drops the tunnel's own
+// packets.
+const CheckInput = "input-drop"
+
+// Flaw is a rule of another program that drops packets, or one of ours that is not
+// where it is needed.
+type Flaw struct {
+	api.Warning
+	// Repairs are the steps of Diff that mend it, if it has no Fix of its own; none
+	// if culvert cannot.
+	Repairs []Step
+}
+
+// Flaws returns other programs' drops: those that an accept of culvert's would
+// prevent, and those that it would not.
+func Flaws(have Reading, want Policy, d Devices) []Flaw {
+	var flaws []Flaw
+	repairs, warnings := diffOthers(have.others, want, d)
+	for _, w := range warnings {
+		flaws = append(flaws, Flaw{Warning: w})
+	}
+	if len(repairs) == 0 {
+		return flaws
+	}
+	named := false
+	for _, p := range want.passages(d) {
+		found := p.findings(have.others.set)
+		at, ok := have.others.spot(p, found)
+		if !ok || !at.missing(have.others, p) {
+			continue
+		}
+		for _, f := range found {
+			if !f.certain || !at.covers(f) {
+				continue
+			}
+			flaws = append(flaws, Flaw{Warning: p.warning(f), Repairs: repairs})
+			named = true
+			break // the same rule drops the passage's other packets
+		}
+	}
+	if !named { // superfluous, or needed only if another rule is added
+		flaws = append(flaws, Flaw{
+			Warning: api.Warning{Check: "host-forward", Text: "culvert's rules in other programs' chains are not where they are needed"},
+			Repairs: repairs,
+		})
+	}
+	return flaws
+}
+
+// missing reports whether one of the passage's accepts is not at the spot.
+func (s spot) missing(o otherRules, p passage) bool {
+	return slices.ContainsFunc(p.accepts, func(a accept) bool {
+		return !slices.ContainsFunc(o.ours, func(r ourRule) bool { return s.holds(r) && r.text == a.text })
+	})
+}
