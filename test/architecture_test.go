@@ -25,8 +25,12 @@ import (
 // here; imports run downward only.
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
-	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/lab", "internal/page", "internal/report", "internal/trace", "bench", "cni", "subnet", "subnet/etcd", "subnet/kube"},
-	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/confine", "internal/handover", "internal/host", "internal/page", "internal/statefile"},
+	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/httpd", "internal/lab", "internal/overlap", "internal/page", "internal/report", "internal/trace", "bench", "cni", "subnet", "subnet/etcd", "subnet/etcd/embedded", "subnet/kube"},
+	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/etcd/embedded", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/confine", "internal/handover", "internal/host", "internal/httpd", "internal/metrics", "internal/overlap", "internal/page", "internal/statefile"},
+	"culvert/internal/httpd":           {"internal/handover"},
+	"culvert/internal/metrics":         {"internal/api", "internal/host"},
+	"culvert/internal/overlap":         {"internal/api", "internal/host", "subnet"},
+	"culvert/subnet/etcd/embedded":     {},
 	"culvert/internal/page":            {"internal/api"},
 	"culvert/internal/confine":         {},
 	"culvert/internal/lab":             {"internal/host", "cni", "subnet", "internal/statefile"},
@@ -74,7 +78,7 @@ var outside = map[string][]string{
 	"go.etcd.io/etcd/server":         {"culvert/subnet/etcd/member"},
 	"github.com/google/nftables":     {"culvert/internal/firewall"},
 	"golang.zx2c4.com/wireguard":     {"culvert/backend/tunnel", "culvert/bench"},
-	"github.com/prometheus":          {"culvert/internal/daemon"},
+	"github.com/prometheus":          {"culvert/internal/metrics"},
 	"github.com/spf13":               {"culvert/internal/cli"},
 	"github.com/containernetworking": {"culvert/cni", "culvert/cni/culvert-cni", "culvert/internal/lab"},
 }

@@ -71,9 +71,9 @@ var mutations = []mutation{
 
 	{"fence", "subnet.env stays when the lease is lost", "internal/daemon/fence.go", `return errors.Join(s.file.remove(), s.saveFence(mark))`, `return s.saveFence(mark)`, "./test", "TestFence", true},
 	{"fence", "no mark is left when the lease is lost", "internal/daemon/fence.go", `return errors.Join(s.file.remove(), s.saveFence(mark))`, `return s.file.remove()`, "./test", "TestFence", true},
-	{"fence", "pods' packets leave by the default route when the lease is lost", "internal/daemon/live.go", `return errors.Join(err, s.path.Close(backend.Keep), d.keepInside())`, `return errors.Join(err, s.path.Close(backend.Remove))`, "./test", "TestP7", true},
+	{"fence", "pods' packets leave by the default route when the lease is lost", "internal/daemon/serve.go", `return errors.Join(err, s.datapath.Close(backend.Keep), d.leaveUnreachable())`, `return errors.Join(err, s.datapath.Close(backend.Remove))`, "./test", "TestP7", true},
 	{"fence", "the plugin gives out addresses of a lease that ran out", "cni/plugin.go", "if expired {\n", "if false && expired {\n", "./cni", "TestRefusals|TestSpecErrors|TestF5", true},
-	{"fence", "a node is ready past its lease's end", "internal/daemon/health.go", `case ranOut(s, now) != "":`, `case false:`, "./internal/daemon", "TestReadiness", false},
+	{"fence", "a node is ready past its lease's end", "internal/daemon/readiness.go", `case ranOut(s, now) != "":`, `case false:`, "./internal/daemon", "TestReadiness", false},
 	{"fence", "another's entry at our key is taken for ours", hold, `return is, fmt.Errorf("%w: %s now has the subnet of %s", subnet.ErrLost, is, want)`, `return is, nil`, "./subnet/etcd", etcdTests, false},
 	{"fence", "a kept lease that ran out is believed", "subnet/kept/kept.go", `if left <= 0 {`, `if false {`, "./subnet/kept", ".", false},
 	{"fence", "a lease that was kept before the boot is believed", "subnet/kept/kept.go", `case f.BootID != now.Boot:`, `case false:`, "./subnet/kept", ".", false},

@@ -11,7 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"culvert/internal/daemon"
+	"culvert/internal/overlap"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
 )
@@ -51,7 +51,7 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 	err = do(ctx, r)
 	explained := r.Explain(c.Context(), err)
 	if err != nil && r.Trouble() != nil {
-		if why := daemon.CutOff(c.Context(), o.Endpoints); why != "" {
+		if why := overlap.StaleRoute(c.Context(), o.Endpoints); why != "" {
 			return fmt.Errorf("%w; %s", explained, why)
 		}
 	}

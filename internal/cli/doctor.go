@@ -61,7 +61,7 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 			if o.list {
 				return o.out.write(c.OutOrStdout(), api.Checks(), func(w io.Writer) error { return writeChecks(w) })
 			}
-			results, outlook := o.examine(c.Context())
+			results, diagnosis := o.examine(c.Context())
 			if err := c.Context().Err(); err != nil {
 				return err
 			}
@@ -70,7 +70,7 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 				if o.out != "table" {
 					tell = c.ErrOrStderr()
 				}
-				if err := o.mend(c.Context(), tell, results, outlook); err != nil {
+				if err := o.mend(c.Context(), tell, results, diagnosis); err != nil {
 					return err
 				}
 				results, _ = o.examine(c.Context())
@@ -103,11 +103,11 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 	return c
 }
 
-// examine runs the checks, and if a daemon runs, the pings to its peers. The outlook is
+// examine runs the checks, and if a daemon runs, the pings to its peers. The diagnosis is
 // set only if no daemon runs.
-func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Outlook) {
+func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Diagnosis) {
 	h := doctor.Host{Endpoints: o.endpoints, Port: o.port}
-	var outlook daemon.Outlook
+	var diagnosis daemon.Diagnosis
 	asking, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if s, err := api.GetStatus(asking, o.runDir); err == nil {
@@ -118,14 +118,14 @@ func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Out
 		}
 	} else {
 		h.NoDaemon = err
-		outlook, err = daemon.Preview(ctx, o.runDir)
+		diagnosis, err = daemon.Diagnose(ctx, o.runDir)
 		if err != nil {
 			h.Flaws = append(h.Flaws, host.Flaw{Warning: api.Warning{Check: "host-state", Text: err.Error()}})
 		}
-		h.Flaws = append(h.Flaws, outlook.Flaws...)
-		h.Foreseen = outlook.Snapshot != nil
-		h.Underlay, h.Addrs = outlook.Underlay.Name, outlook.Underlay.Addrs
-		if told := outlook.Told; told != nil {
+		h.Flaws = append(h.Flaws, diagnosis.Flaws...)
+		h.Foreseen = diagnosis.Snapshot != nil
+		h.Underlay, h.Addrs = diagnosis.Underlay.Name, diagnosis.Underlay.Addrs
+		if told := diagnosis.Saved; told != nil {
 			h.SubnetFile = told.SubnetFile
 			if len(h.Endpoints) == 0 && told.Store == "etcd" {
 				h.Endpoints = told.Endpoints
@@ -149,7 +149,7 @@ func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Out
 	if h.Status != nil && !o.noProbe {
 		results = append(results, probeNodes(ctx, *h.Status, h.Port)...)
 	}
-	return results, outlook
+	return results, diagnosis
 }
 
 // install returns the CNI plugin's installation.
@@ -161,7 +161,7 @@ func (o doctorOptions) install() cni.Install {
 }
 
 // mend repairs the findings that can be repaired, and prints each command.
-func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.Result, outlook daemon.Outlook) error {
+func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.Result, diagnosis daemon.Diagnosis) error {
 	var failed []error
 	tell := func(command string, err error) {
 		if err != nil {
@@ -189,7 +189,7 @@ func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.R
 		}
 	}
 	if ours {
-		changes, err := outlook.Mend()
+		changes, err := diagnosis.Repair()
 		for _, c := range changes {
 			fmt.Fprintln(w, "done:", c.Command)
 		}

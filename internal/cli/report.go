@@ -113,7 +113,7 @@ func (o doctorOptions) report(ctx context.Context, name, root string) report.Opt
 	add("cni.json", func(ctx context.Context) ([]byte, error) {
 		return shown(func(w io.Writer) error { return writeJSON(w, o.install().Status(ctx)) })
 	})
-	if told, err := daemon.Recall(o.runDir); err == nil && told != nil && told.Metrics != "" && r.PID != 0 {
+	if told, err := daemon.LoadOptions(o.runDir); err == nil && told != nil && told.Metrics != "" && r.PID != 0 {
 		add("metrics.txt", func(ctx context.Context) ([]byte, error) { return fetch(ctx, "http://"+told.Metrics+"/metrics") })
 	}
 	return r

@@ -16,8 +16,10 @@ import (
 
 	"culvert/internal/api"
 	"culvert/internal/daemon"
+	"culvert/internal/httpd"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
+	"culvert/subnet/etcd/embedded"
 )
 
 // etcdFlags are the flags of the commands that use etcd.
@@ -88,12 +90,12 @@ type runFlags struct {
 	metrics     string
 	replace     bool
 	handedOver  string
-	access      daemon.Access
+	access      httpd.Access
 	socketGroup string
 	confine     string
 	logLevel    string
 	logFormat   string
-	tunnel      daemon.Tunnel
+	tunnel      daemon.Tuning
 	embedded    bool
 	etcdDataDir string
 	etcdListen  string
@@ -305,11 +307,11 @@ func (f *runFlags) embed(o *daemon.Options, endpointsGiven bool) error {
 		}
 		o.Etcd.Endpoints = []string{scheme + at.String()}
 	}
-	program, err := daemon.FindEtcd()
+	program, err := embedded.Find()
 	if err != nil {
 		return err
 	}
-	o.Embedded = &daemon.EmbeddedEtcd{Program: program, Args: args}
+	o.Embedded = &embedded.Server{Program: program, Args: args}
 	return nil
 }
 

@@ -119,22 +119,22 @@ func (o traceOptions) trace(ctx context.Context, fromText, toText string) (trace
 	if err := host.MayConfigure(); err != nil {
 		return r, err
 	}
-	outlook, err := daemon.Preview(ctx, o.runDir)
+	diagnosis, err := daemon.Diagnose(ctx, o.runDir)
 	if err != nil {
 		return r, err
 	}
-	if outlook.Snapshot == nil {
+	if diagnosis.Snapshot == nil {
 		why := "no daemon has left the leases in " + o.runDir
-		for _, f := range outlook.Flaws {
+		for _, f := range diagnosis.Flaws {
 			why = f.Warning.String()
 		}
 		return r, fmt.Errorf("it is not known what should be on this host: %s", why)
 	}
-	to, err := traceEnd(outlook, toText, true)
+	to, err := traceEnd(diagnosis, toText, true)
 	if err != nil {
 		return r, err
 	}
-	from, err := traceEnd(outlook, fromText, to.Is4())
+	from, err := traceEnd(diagnosis, fromText, to.Is4())
 	if err != nil {
 		return r, err
 	}
@@ -142,16 +142,16 @@ func (o traceOptions) trace(ctx context.Context, fromText, toText string) (trace
 		return r, usagef("%s and %s are of two address families", from, to)
 	}
 	r = traceResult{From: from, To: to, Protocol: o.protocol, Port: o.port, Verdict: traceUnknown}
-	own := outlook.Snapshot.Self.Subnets()
+	own := diagnosis.Snapshot.Self.Subnets()
 	has := func(a netip.Addr) bool {
 		return slices.ContainsFunc(own, func(p netip.Prefix) bool { return p.Contains(a) })
 	}
 	var p trace.Path
 	switch {
 	case has(from):
-		p, err = tracePath(outlook, from, to, true)
+		p, err = tracePath(diagnosis, from, to, true)
 	case has(to):
-		p, err = tracePath(outlook, to, from, false)
+		p, err = tracePath(diagnosis, to, from, false)
 	default:
 		return r, fmt.Errorf("neither %s nor %s is in this node's subnet %s: run it on the node of one of them (`culvert status` lists them)", from, to, join(own))
 	}
@@ -253,7 +253,7 @@ func (o traceOptions) askFar(ctx context.Context, r *traceResult) ([]trace.Step,
 }
 
 // traceEnd resolves an end of the trace: an address, or a node's name.
-func traceEnd(o daemon.Outlook, text string, is4 bool) (netip.Addr, error) {
+func traceEnd(o daemon.Diagnosis, text string, is4 bool) (netip.Addr, error) {
 	if a, err := netip.ParseAddr(text); err == nil {
 		return a.Unmap(), nil
 	}
@@ -275,7 +275,7 @@ func traceEnd(o daemon.Outlook, text string, is4 bool) (netip.Addr, error) {
 
 // tracePath builds the path between an address of this node and another one from the
 // leases and the datapath's plan.
-func tracePath(o daemon.Outlook, local, remote netip.Addr, toward bool) (trace.Path, error) {
+func tracePath(o daemon.Diagnosis, local, remote netip.Addr, toward bool) (trace.Path, error) {
 	s := *o.Snapshot
 	p := trace.Path{
 		Node: s.Self.Node, Local: local, Remote: remote, Toward: toward,

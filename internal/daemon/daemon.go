@@ -27,8 +27,10 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/handover"
 	"culvert/internal/host"
+	"culvert/internal/httpd"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
+	"culvert/subnet/etcd/embedded"
 	"culvert/subnet/kube"
 )
 
@@ -75,18 +77,18 @@ type Options struct {
 	// Metrics is the listen address of metrics and probes, "" for none.
 	Metrics string
 	// MetricsAccess is the TLS certificate and token of that address.
-	MetricsAccess Access
+	MetricsAccess httpd.Access
 	// Embedded is the etcd server to run beside the daemon, or nil.
-	Embedded *EmbeddedEtcd
-	Tunnel   Tunnel
+	Embedded *embedded.Server
+	Tunnel   Tuning
 	NoProbe  bool // do not probe peers
 	Log      *slog.Logger
 	// Recent holds the last lines of Log, for `culvert report`; may be nil.
 	Recent *api.Ring
 }
 
-// Tunnel is the tuning of the userspace datapath.
-type Tunnel = tunnel.Tuning
+// Tuning is that of the userspace datapath.
+type Tuning = tunnel.Tuning
 
 // Run runs the daemon. It returns nil after ctx has ended and everything has
 // stopped in order, or after a handover, or the error that stopped it.
@@ -126,18 +128,18 @@ func standBy(ctx context.Context, o Options) error {
 func runOnce(ctx context.Context, o Options) error {
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
-	d := &node{options: o, log: o.Log, health: newHealth(o), store: newFDStore(), requests: make(chan request)}
+	d := &node{options: o, log: o.Log, state: newState(o), store: newFDStore(), requests: make(chan request)}
 	// The socket is served from start to end: status matters most while the daemon
 	// waits for the store.
 	defer func() {
-		d.possessions.close()
+		d.sockets.close()
 		if d.successor != nil {
 			_ = d.successor.Close() // last: it tells the successor that this daemon has ended
 		}
 	}()
 	err := d.start(ctx, abort)
 	if err == nil {
-		if err := o.remember(); err != nil {
+		if err := o.save(); err != nil {
 			d.log.Warn("what this daemon was told is not recorded: `culvert doctor` knows less while no daemon runs", "error", err)
 		}
 		o.confine() // after the socket's group is set
@@ -147,22 +149,22 @@ func runOnce(ctx context.Context, o Options) error {
 		return errors.Join(errHandedOver, d.store.keep(nil))
 	}
 	if back, ok := errors.AsType[takenBack](context.Cause(ctx)); ok {
-		d.possessions.passed = true
+		d.sockets.passed = true
 		return back
 	}
 	return err
 }
 
-// start acquires the possessions: from the kernel, or from the running daemon.
+// start opens the sockets, or gets them from the running daemon.
 func (d *node) start(ctx context.Context, abort context.CancelCauseFunc) error {
 	if d.options.Replace {
 		return d.replace(ctx, abort)
 	}
-	return d.possess(ctx)
+	return d.openSockets(ctx)
 }
 
-// ownerPatience is how long to wait for another daemon or a cleanup to end.
-const ownerPatience = time.Second
+// ownerTimeout is how long to wait for another daemon or a cleanup to end.
+const ownerTimeout = time.Second
 
 // owner describes this daemon to other processes that want the namespace.
 func (o Options) owner() host.Owner {
@@ -176,16 +178,16 @@ func (o Options) owner() host.Owner {
 type node struct {
 	options Options
 	log     *slog.Logger
-	health  *health
+	state   *state
 	store   *fdStore
 	// embedded is the embedded etcd server, or nil.
-	embedded *supervised
-	// had are the subnets that this daemon has leased.
-	had         []netip.Prefix
-	possessions possessions
-	requests    chan request   // from successors
-	takeover    *takeover      // with --replace beside a running daemon, else nil
-	successor   *handover.Conn // the daemon that this one has handed over to
+	embedded *embedded.Process
+	// leasedSubnets are the subnets that this daemon has leased.
+	leasedSubnets []netip.Prefix
+	sockets       sockets
+	requests      chan request   // from successors
+	takeover      *takeover      // with --replace beside a running daemon, else nil
+	successor     *handover.Conn // the daemon that this one has handed over to
 }
 
 // run starts the parts in the order of their dependencies and stops them in the
@@ -200,79 +202,79 @@ func (d *node) run(ctx context.Context) error {
 		if d.takeover != nil { // the running daemon's server serves until it ends
 			after = d.takeover.gone
 		}
-		d.embedded = d.options.Embedded.start(ctx, after, d.log)
-		defer d.embedded.stop()
+		d.embedded = d.options.Embedded.Start(ctx, after, d.log)
+		defer d.embedded.Stop()
 	}
 	registry, err := d.openStore()
 	if err != nil {
 		return err
 	}
 	defer func() { _ = registry.Close() }()
-	d.health.setWarnings("store", d.leftBehind(ctx)...)
+	d.state.setWarnings("store", d.staleRoutes(ctx)...)
 	if _, old, err := host.Release(); err == nil && old != "" {
 		w := api.Warning{Check: "kernel", Text: old, Fix: host.KernelFix}
 		d.log.Warn(w.Text, "check", w.Check, "fix", w.Fix)
-		d.health.setWarnings("kernel", w)
+		d.state.setWarnings("kernel", w)
 	}
 	return d.live(ctx, registry, at)
 }
 
 // stopped returns nil if the daemon was told to stop and err is only a consequence.
 func stopped(ctx context.Context, err error) error {
-	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, errKept)) {
+	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, errHandoverFailed)) {
 		return nil
 	}
 	return err
 }
 
-// join waits for the network configuration, selects the node's place for it and
+// requestLease waits for the network configuration, selects the node's place for it and
 // leases a subnet.
-func (d *node) join(ctx context.Context, r store) (tenure, error) {
+func (d *node) requestLease(ctx context.Context, r store) (grant, error) {
 	waiting := "waiting for the network configuration in " + d.options.configPlace()
-	d.health.notReady(waiting)
-	told := d.tellTrouble(ctx, r, waiting)
+	d.state.notReady(waiting)
+	told := d.reportTrouble(ctx, r, waiting)
 	config, err := r.Config(ctx)
 	told()
 	if err != nil {
-		return tenure{}, err
+		return grant{}, err
 	}
 	at, err := d.locate(&config, d.leased(ctx, r))
 	if err != nil {
-		return tenure{}, err
+		return grant{}, err
 	}
 	claim, err := d.claim(config, at)
 	if err != nil {
-		return tenure{}, err
+		return grant{}, err
 	}
-	nets, err := d.survey(ctx, config, at)
+	nets, err := d.checkOverlaps(ctx, config, at)
 	if err != nil {
-		return tenure{}, err
+		return grant{}, err
 	}
 	for _, h := range nets {
 		claim.Avoid = append(claim.Avoid, h.Prefix.Masked())
 	}
-	d.health.setConfig(config)
-	claim.Previous = d.previous()
-	d.health.notReady("leasing a subnet")
+	d.state.setConfig(config)
+	claim.Previous = d.previousSubnets()
+	d.state.notReady("leasing a subnet")
 	lease, err := r.Acquire(ctx, claim)
 	if errors.Is(err, subnet.ErrExhausted) {
 		err = fmt.Errorf("%w: see `culvert lease check`, or make room with `culvert config set` and a Network that contains the present one", err)
 	}
 	if err != nil {
-		return tenure{}, fmt.Errorf("leasing a subnet: %w", err)
+		return grant{}, fmt.Errorf("leasing a subnet: %w", err)
 	}
 	d.log.Info("subnet leased", "subnet", lease.Subnets(), "node", d.options.Node)
-	d.health.setLease(lease)
-	return tenure{config, lease, at, nets}, nil
+	d.state.setLease(lease)
+	return grant{config, lease, at, nets}, nil
 }
 
-// troubleLook is how often tellTrouble checks the store's connection.
-const troubleLook = 250 * time.Millisecond
+// troubleInterval is how often reportTrouble checks the store's connection.
+const troubleInterval = 250 * time.Millisecond
 
-// tellTrouble reports in status and log why the store cannot be reached, until done
+// reportTrouble reports in status and log why the store cannot be reached, until done
 // is called; while there is no trouble the status is otherwise. A node that waits at
 // its first start most often has a wrong address or certificate.
-func (d *node) tellTrouble(ctx context.Context, r subnet.Registry, otherwise string) (done func()) {
+func (d *node) reportTrouble(ctx context.Context, r subnet.Registry, otherwise string) (done func()) {
 	store, ok := r.(interface{ Trouble() error })
 	if !ok {
 		return func() {}
@@ -281,7 +283,7 @@ func (d *node) tellTrouble(ctx context.Context, r subnet.Registry, otherwise str
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		tick := time.NewTicker(troubleLook)
+		tick := time.NewTicker(troubleInterval)
 		defer tick.Stop()
 		for said := ""; ; {
 			select {
@@ -293,10 +295,10 @@ func (d *node) tellTrouble(ctx context.Context, r subnet.Registry, otherwise str
 			switch {
 			case why == nil && said != "":
 				said = ""
-				d.health.notReady(otherwise)
+				d.state.notReady(otherwise)
 			case why != nil && why.Error() != said:
 				said = why.Error()
-				d.health.notReady(said)
+				d.state.notReady(said)
 				d.log.Warn("waiting for the store", "error", said)
 			}
 		}

@@ -62,7 +62,7 @@ func choose(asked Datapath, format string, supports func(kind string) error) (ki
 // open selects and opens the datapath. If another program's device conflicts, it
 // returns an error that names it, unless it is flannel's and TakeOverFlannel is set.
 func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n backend.Node) (backend.Backend, error) {
-	d.health.notReady("opening the datapath")
+	d.state.notReady("opening the datapath")
 	format := c.Backend.Type
 	kind, why, err := choose(d.options.Datapath, format, host.Supports)
 	if err != nil {

@@ -29,8 +29,8 @@ const (
 	Release OnLost = "release"
 )
 
-// fenceLook is how often a fenced node checks for pods of the old subnet.
-const fenceLook = time.Second
+// fenceInterval is how often a fenced node checks for pods of the old subnet.
+const fenceInterval = time.Second
 
 // maxRecord is the maximum size in bytes of the daemon's small records.
 const maxRecord = 64 << 10
@@ -42,7 +42,7 @@ func (d *node) fencePath() string { return filepath.Join(d.options.RunDir, "fenc
 // afterwards.
 func (s *session) fence(cause error) error {
 	mark := api.Fenced{Subnets: s.lease.Subnets(), Since: time.Now().UTC(), Reason: cause.Error()}
-	s.health.setFenced(&mark)
+	s.state.setFenced(&mark)
 	return errors.Join(s.file.remove(), s.saveFence(mark))
 }
 
@@ -78,25 +78,25 @@ func (d *node) loadFence() (*api.Fenced, error) {
 	return &mark, nil
 }
 
-// standFence blocks while this node is fenced: by a mark, or because another node
+// waitFenced blocks while this node is fenced: by a mark, or because another node
 // took the subnet of this node's pods while no daemon ran here.
-func (d *node) standFence(ctx context.Context, r store, at place) error {
+func (d *node) waitFenced(ctx context.Context, r store, at place) error {
 	mark, err := d.loadFence()
 	if err == nil && mark == nil {
-		mark, err = d.lostMeanwhile(ctx, r, at)
+		mark, err = d.checkTaken(ctx, r, at)
 	}
 	if err != nil || mark == nil {
 		return err
 	}
-	d.health.setFenced(mark)
-	if err := d.keepInside(); err != nil {
+	d.state.setFenced(mark)
+	if err := d.leaveUnreachable(); err != nil {
 		d.log.Error("what the lost subnet left in the kernel cannot be removed", "error", err)
 	}
 	if d.options.OnLost == Release {
 		d.log.Warn("leaving the fence", "subnet", mark.Subnets, "why", "--on-lost=release")
-		return d.dropFence()
+		return d.unfence()
 	}
-	tick := time.NewTicker(fenceLook)
+	tick := time.NewTicker(fenceInterval)
 	defer tick.Stop()
 	for said := -1; ; {
 		pods, err := host.PodsIn(mark.Subnets)
@@ -105,13 +105,13 @@ func (d *node) standFence(ctx context.Context, r store, at place) error {
 			d.log.Warn("whether pods of the lost subnet are left is not known", "error", err)
 		case pods == 0:
 			d.log.Info("leaving the fence", "subnet", mark.Subnets, "why", "no pod of it is left")
-			return d.dropFence()
+			return d.unfence()
 		case pods != said:
 			said = pods
 			d.log.Warn("fenced until the pods of the lost subnet are deleted, or --on-lost=release", "subnet", mark.Subnets, "pods", pods)
 			waiting := *mark
 			waiting.Pods = pods
-			d.health.setFenced(&waiting)
+			d.state.setFenced(&waiting)
 		}
 		select {
 		case <-ctx.Done():
@@ -121,17 +121,17 @@ func (d *node) standFence(ctx context.Context, r store, at place) error {
 	}
 }
 
-// lostMeanwhile checks, before leasing, whether another node took the subnet of this
+// checkTaken checks, before leasing, whether another node took the subnet of this
 // node's pods while no daemon held it. If so it fences this node.
-func (d *node) lostMeanwhile(ctx context.Context, r store, at place) (*api.Fenced, error) {
-	previous := d.previous()
+func (d *node) checkTaken(ctx context.Context, r store, at place) (*api.Fenced, error) {
+	previous := d.previousSubnets()
 	if len(previous) == 0 {
 		return nil, nil
 	}
 	if pods, err := host.PodsIn(previous); err != nil || pods == 0 {
 		return nil, err
 	}
-	d.health.notReady("asking " + d.options.storeName() + " whether the subnet of this node's pods is still its own")
+	d.state.notReady("asking " + d.options.storeName() + " whether the subnet of this node's pods is still its own")
 	who, err := r.TakenBy(ctx, d.options.Node, at.publics, previous)
 	if err != nil || who == "" {
 		return nil, err
@@ -144,24 +144,24 @@ func (d *node) lostMeanwhile(ctx context.Context, r store, at place) (*api.Fence
 	return &mark, d.saveFence(mark)
 }
 
-func (d *node) dropFence() error {
+func (d *node) unfence() error {
 	// The pods' bridge keeps its address in the lost subnet until the next pod is
 	// added. Remember the subnet, so that it does not count as a network of the host.
 	if mark, err := d.loadFence(); err == nil && mark != nil {
-		d.had = append(d.had, mark.Subnets...)
+		d.leasedSubnets = append(d.leasedSubnets, mark.Subnets...)
 	}
 	if err := os.Remove(d.fencePath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("removing the mark of the fence: %w", err)
 	}
-	d.health.setFenced(nil)
+	d.state.setFenced(nil)
 	return nil
 }
 
-// keepInside removes culvert's kernel state except unreachable routes for the cluster
+// leaveUnreachable removes culvert's kernel state except unreachable routes for the cluster
 // network, so that packets of cut-off pods do not leave by the default route.
-func (d *node) keepInside() error {
+func (d *node) leaveUnreachable() error {
 	var state host.State
-	for _, p := range d.health.networks() {
+	for _, p := range d.state.networks() {
 		state.Routes = append(state.Routes, host.Route{To: p, Metric: host.UnreachableMetric})
 	}
 	changes, err := host.Apply(state)
@@ -171,14 +171,14 @@ func (d *node) keepInside() error {
 	return err
 }
 
-// previous returns the subnets in subnet.env; none if the file is missing or
+// previousSubnets returns the subnets in subnet.env; none if the file is missing or
 // unreadable.
-func (d *node) previous() []netip.Prefix {
+func (d *node) previousSubnets() []netip.Prefix {
 	env, err := cni.ReadSubnetEnv(d.options.SubnetFile)
 	if err != nil {
 		d.log.Debug("no earlier subnet", "reason", err)
 		return nil
 	}
-	d.health.setNetworks(env.Networks)
+	d.state.setNetworks(env.Networks)
 	return env.Subnets()
 }

@@ -5,14 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"os"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"culvert/internal/api"
 	"culvert/internal/handover"
 )
 
@@ -42,26 +40,26 @@ const (
 )
 
 const (
-	// handoverPatience is how long a successor may take from the offer until it runs.
-	handoverPatience = time.Minute
-	// stopPatience replaces it once this daemon is told to stop.
-	stopPatience = 10 * time.Second
-	// requestPatience is how long a successor's request waits while this daemon cannot
+	// handoverTimeout is how long a successor may take from the offer until it runs.
+	handoverTimeout = time.Minute
+	// stopTimeout replaces it once this daemon is told to stop.
+	stopTimeout = 10 * time.Second
+	// requestTimeout is how long a successor's request waits while this daemon cannot
 	// hand over.
-	requestPatience = 5 * time.Second
+	requestTimeout = 5 * time.Second
 )
 
 var (
 	// errHandedOver stops this daemon: its successor runs.
 	errHandedOver = errors.New("handed over")
-	// errKept means that the handover failed and this daemon goes on.
-	errKept = errors.New("the successor did not take over")
+	// errHandoverFailed means that the handover failed and this daemon goes on.
+	errHandoverFailed = errors.New("the successor did not take over")
 )
 
-// asked stops the parts of a session because a successor asks for the node.
-type asked struct{ request }
+// handoverRequested stops the parts of a session because a successor asks for the node.
+type handoverRequested struct{ request }
 
-func (asked) Error() string { return "a successor asks for this node" }
+func (handoverRequested) Error() string { return "a successor asks for this node" }
 
 // request is a successor's request for the node.
 type request struct {
@@ -69,30 +67,9 @@ type request struct {
 	hello handover.Message
 }
 
-// socketHandler serves the daemon's unix socket.
-func (d *node) socketHandler() http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("/", d.health.socket())
-	if recent := d.options.Recent; recent != nil {
-		mux.HandleFunc("GET "+api.LogPath, func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-			_, _ = w.Write(recent.Bytes())
-		})
-	}
-	mux.Handle(handover.Path, handover.Handler(func(c *handover.Conn, hello handover.Message) {
-		select {
-		case d.requests <- request{c, hello}:
-		case <-time.After(requestPatience):
-			_ = c.Send(handover.Message{Step: handover.Back, Why: "it is handing over to another, or between two states: try again"})
-			_ = c.Close()
-		}
-	}))
-	return mux
-}
-
-// untilAsked returns a context that also ends when a successor asks, and a function
+// untilHandover returns a context that also ends when a successor asks, and a function
 // that returns its request, or nil. The function must be called.
-func (d *node) untilAsked(ctx context.Context) (context.Context, func() *request) {
+func (d *node) untilHandover(ctx context.Context) (context.Context, func() *request) {
 	ctx, cancel := context.WithCancel(ctx)
 	got := make(chan *request, 1)
 	go func() {
@@ -110,24 +87,24 @@ func (d *node) untilAsked(ctx context.Context) (context.Context, func() *request
 	}
 }
 
-// carrying is a running datapath that a successor may inherit.
-type carrying struct {
+// runningDatapath is a running datapath that a successor may inherit.
+type runningDatapath struct {
 	facts map[string]string
 	stop  func() error    // stops carrying, and returns when all packets read are sent
 	drop  func()          // closes the datapath, if the successor opens another
 	ended <-chan struct{} // closed when the datapath has stopped
 }
 
-// give hands this node over to a successor; c is the running datapath, or nil. It
-// returns errHandedOver, or errKept if this daemon goes on. The caller has stopped the
+// handOver hands this node over to a successor; c is the running datapath, or nil. It
+// returns errHandedOver, or errHandoverFailed if this daemon goes on. The caller has stopped the
 // parts that write to the store.
-func (d *node) give(ctx context.Context, r request, c *carrying) error {
+func (d *node) handOver(ctx context.Context, r request, c *runningDatapath) error {
 	log := d.log.With("successor", r.hello.PID, "version", r.hello.Program)
 	kept := func(why string) error {
 		log.Error("the successor did not take over; going on", "reason", why)
 		_ = r.conn.Send(handover.Message{Step: handover.Back, Why: why})
 		_ = r.conn.Close()
-		return errKept
+		return errHandoverFailed
 	}
 	messages := r.conn.Messages()
 	log.Info("a successor asks for this node", "carrying", c != nil)
@@ -135,7 +112,7 @@ func (d *node) give(ctx context.Context, r request, c *carrying) error {
 	if err := r.conn.Send(offer, fds...); err != nil {
 		return kept(err.Error())
 	}
-	wait := newPatience(ctx, min(handoverPatience, d.options.LeaseTTL/2))
+	wait := newTimeout(ctx, min(handoverTimeout, d.options.LeaseTTL/2))
 	defer wait.end()
 	var ended <-chan struct{}
 	if c != nil {
@@ -145,7 +122,7 @@ func (d *node) give(ctx context.Context, r request, c *carrying) error {
 	if why != "" {
 		return kept(why)
 	}
-	d.possessions.pause()
+	d.sockets.pause()
 	if c != nil {
 		if err := c.stop(); err != nil {
 			d.resumeServing(log)
@@ -166,20 +143,20 @@ func (d *node) give(ctx context.Context, r request, c *carrying) error {
 		return kept(why)
 	}
 	log.Info("handed over", "datapath_inherited", m.Inherit && c != nil)
-	d.possessions.passed, d.successor = true, r.conn
+	d.sockets.passed, d.successor = true, r.conn
 	return errHandedOver
 }
 
 func (d *node) resumeServing(log *slog.Logger) {
-	if err := errors.Join(d.possessions.owner.Answer(), d.possessions.serve()); err != nil {
+	if err := errors.Join(d.sockets.owner.Answer(), d.sockets.serve()); err != nil {
 		log.Error("status and metrics are not served any more", "error", err)
 	}
 }
 
 // offer builds the message that passes the descriptors; their names are in the same
 // order.
-func (d *node) offer(c *carrying) (handover.Message, []int) {
-	p := d.possessions
+func (d *node) offer(c *runningDatapath) (handover.Message, []int) {
+	p := d.sockets
 	lock, socket := p.socket.Descriptors()
 	m := handover.Message{
 		Step: handover.Offer, Protocol: handover.Version, Program: d.options.Version, PID: os.Getpid(),
@@ -188,7 +165,7 @@ func (d *node) offer(c *carrying) (handover.Message, []int) {
 	fds := []int{p.owner.Descriptor(), lock, socket}
 	if p.metrics != nil {
 		m.Metrics = d.options.Metrics
-		m.Descriptors, fds = append(m.Descriptors, "metrics"), append(fds, p.metrics.fd)
+		m.Descriptors, fds = append(m.Descriptors, "metrics"), append(fds, p.metrics.Descriptor())
 	}
 	if c != nil {
 		m.Carrying, m.Datapath = true, c.facts
@@ -199,31 +176,31 @@ func (d *node) offer(c *carrying) (handover.Message, []int) {
 	return m, fds
 }
 
-// patience is the timeout for a successor's messages, shortened when this daemon is
+// messageTimer is the timeout for a successor's messages, shortened when this daemon is
 // told to stop.
-type patience struct {
+type messageTimer struct {
 	mu    sync.Mutex
 	timer *time.Timer
 	stop  func() bool
 }
 
-func newPatience(ctx context.Context, most time.Duration) *patience {
-	p := &patience{timer: time.NewTimer(most)}
+func newTimeout(ctx context.Context, most time.Duration) *messageTimer {
+	p := &messageTimer{timer: time.NewTimer(most)}
 	p.stop = context.AfterFunc(ctx, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.timer.Reset(min(most, stopPatience))
+		p.timer.Reset(min(most, stopTimeout))
 	})
 	return p
 }
 
-func (p *patience) end() {
+func (p *messageTimer) end() {
 	p.stop()
 	p.timer.Stop()
 }
 
 // message returns the next message, or why the handover failed.
-func (p *patience) message(from <-chan handover.Message, want handover.Step, ended <-chan struct{}) (m handover.Message, why string) {
+func (p *messageTimer) message(from <-chan handover.Message, want handover.Step, ended <-chan struct{}) (m handover.Message, why string) {
 	select {
 	case m, ok := <-from:
 		switch {
@@ -236,7 +213,7 @@ func (p *patience) message(from <-chan handover.Message, want handover.Step, end
 	case <-ended:
 		return m, "the datapath broke meanwhile"
 	case <-p.timer.C:
-		return m, fmt.Sprintf("it was not ready in time (%s at most): see its log", handoverPatience)
+		return m, fmt.Sprintf("it was not ready in time (%s at most): see its log", handoverTimeout)
 	}
 }
 

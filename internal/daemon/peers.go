@@ -10,10 +10,10 @@ import (
 )
 
 // peers lists the peers of the last snapshot with the datapath's state of each.
-func (h *health) peers() api.Peers {
-	h.mu.Lock()
-	s, path := h.said, h.path
-	h.mu.Unlock()
+func (st *state) peers() api.Peers {
+	st.mu.Lock()
+	s, path := st.current, st.path
+	st.mu.Unlock()
 	all := api.Peers{Node: s.Node, At: time.Now(), Peers: []api.PeerState{}}
 	var known []api.PeerState
 	if path != nil {

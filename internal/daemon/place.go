@@ -14,6 +14,7 @@ import (
 	"culvert/backend/tunnel"
 	"culvert/internal/api"
 	"culvert/internal/host"
+	"culvert/internal/overlap"
 	"culvert/internal/statefile"
 	"culvert/subnet"
 )
@@ -78,7 +79,7 @@ var cniDataDirs = []string{"/var/lib/cni/culvert", "/var/lib/cni/flannel"}
 // podSubnets are the subnets that pods on this host may have: those leased by this
 // daemon, those in subnet.env, and lost ones.
 func (d *node) podSubnets() []netip.Prefix {
-	all := slices.Concat(d.had, d.previous())
+	all := slices.Concat(d.leasedSubnets, d.previousSubnets())
 	if mark, err := d.loadFence(); err == nil && mark != nil {
 		all = append(all, mark.Subnets...)
 	}
@@ -93,7 +94,7 @@ func (d *node) locate(config *subnet.Config, leased []netip.Addr) (place, error)
 	}
 	at := place{u, d.publics(u)}
 	d.log.Info("underlay found", "interface", u.Name, "addrs", u.Addrs, "public", at.publics, "mtu", u.MTU, "why", u.Why)
-	d.health.setUnderlay(u)
+	d.state.setUnderlay(u)
 	return at, nil
 }
 
@@ -108,7 +109,7 @@ func (d *node) relocate(ctx context.Context) (place, error) {
 		if err.Error() != said {
 			said = err.Error()
 			d.log.Error("waiting for an underlay", "error", err)
-			d.health.notReady(said)
+			d.state.notReady(said)
 		}
 		select {
 		case <-ctx.Done():
@@ -156,16 +157,16 @@ func (d *node) publics(u host.Underlay) []netip.Addr {
 	return publics
 }
 
-// awaitMove watches the underlay. It returns moved when the node must use another
+// watchUnderlay watches the underlay. It returns reopen when the node must use another
 // place, and reports the state of the current one meanwhile.
-func (s *session) awaitMove(ctx context.Context) error {
+func (s *session) watchUnderlay(ctx context.Context) error {
 	to, err := host.AwaitMove(ctx, host.Watch{
 		Selector:  s.options.Underlay,
 		At:        s.at.underlay,
 		Known:     s.podLinks,
-		Published: func() []netip.Addr { return *s.announced.Load() },
+		Published: func() []netip.Addr { return *s.published.Load() },
 		Fits:      func(mtu int) bool { return s.fits(mtu) == nil },
-		Seen:      s.seen(),
+		Seen:      s.recordUnderlay(),
 	})
 	if ctx.Err() != nil {
 		return nil
@@ -174,9 +175,9 @@ func (s *session) awaitMove(ctx context.Context) error {
 		return err
 	}
 	s.log.Warn("the underlay has changed", "interface", to.Name, "addrs", to.Addrs, "mtu", to.MTU, "before", s.at.underlay.Addrs, "why", to.Why)
-	s.health.setUnderlay(to)
+	s.state.setUnderlay(to)
 	s.savePlace(to)
-	return moved{place{to, s.publics(to)}}
+	return reopen{place{to, s.publics(to)}}
 }
 
 // fits returns an error if the underlay's MTU is too small for the pods'.
@@ -187,8 +188,8 @@ func (s *session) fits(mtu int) error {
 	return err
 }
 
-// seen returns the callback that records the underlay's state after each check.
-func (s *session) seen() func(host.Facts, host.Holding) {
+// recordUnderlay returns the callback that records the underlay's state after each check.
+func (s *session) recordUnderlay() func(host.Facts, host.Holding) {
 	name := s.at.underlay.Name
 	said := make(map[api.Warning]bool)
 	return func(f host.Facts, h host.Holding) {
@@ -196,11 +197,11 @@ func (s *session) seen() func(host.Facts, host.Holding) {
 			s.log.Warn("the underlay interface has another name", "interface", h.Now.Name, "before", name)
 			name = h.Now.Name
 		}
-		s.health.setUnderlay(h.Now)
+		s.state.setUnderlay(h.Now)
 		underlay := append(s.underlayWarnings(h), foreignAddresses(f)...)
-		overlap := overlapping(s.worked, s.lease.Subnets(), f.Networks(s.podLinks()))
-		s.health.setWarnings("underlay", underlay...)
-		s.health.setWarnings("overlap", overlap...)
+		overlap := overlap.Networks(s.worked, s.lease.Subnets(), f.Networks(s.podLinks()))
+		s.state.setWarnings("underlay", underlay...)
+		s.state.setWarnings("overlap", overlap...)
 		now := make(map[api.Warning]bool)
 		for _, w := range slices.Concat(underlay, overlap) {
 			if now[w] = true; !said[w] {

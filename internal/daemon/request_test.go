@@ -6,6 +6,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"testing"
+
+	"culvert/internal/httpd"
 )
 
 // FuzzRequest sends arbitrary bytes as a request to the daemon's socket and the metrics'
@@ -21,8 +23,8 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add([]byte(text))
 	}
-	h := newHealth(Options{})
-	doors := []http.Handler{h.socket(), probes(h, Access{})}
+	h := newState(Options{})
+	doors := []http.Handler{h.socket(), probes(h, httpd.Access{})}
 	f.Fuzz(func(t *testing.T, text []byte) {
 		for _, door := range doors {
 			r, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(text)))
@@ -30,7 +32,7 @@ func FuzzRequest(f *testing.F) {
 				return
 			}
 			w := httptest.NewRecorder()
-			http.MaxBytesHandler(door, mostBodyBytes).ServeHTTP(w, r)
+			http.MaxBytesHandler(door, httpd.MaxBodyBytes).ServeHTTP(w, r)
 			if w.Code == http.StatusOK && r.Method != http.MethodGet && r.Method != http.MethodHead {
 				t.Errorf("%s %s is done", r.Method, r.URL)
 			}

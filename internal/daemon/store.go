@@ -56,16 +56,16 @@ type connection interface {
 func (d *node) openStore() (store, error) {
 	if d.options.Kubernetes == nil {
 		o := d.options.Etcd
-		o.Observe = d.health.requests.observe
+		o.Observe = d.state.requests.Observe
 		return etcd.New(o)
 	}
 	o := *d.options.Kubernetes
-	o.Waiting, o.Observe = d.health.notReady, d.health.requests.observe
+	o.Waiting, o.Observe = d.state.notReady, d.state.requests.Observe
 	r, err := kube.New(o)
 	if err != nil {
 		return nil, err
 	}
-	d.health.change(func(s *api.Status) { s.Store.Endpoints = []string{r.Server()} })
+	d.state.change(func(s *api.Status) { s.Store.Endpoints = []string{r.Server()} })
 	return r, nil
 }
 

@@ -163,7 +163,7 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 			if !ok {
 				continue
 			}
-			d.health.setLease(l)
+			d.state.setLease(l)
 			if !f.due(now, l.Expires) {
 				continue
 			}
@@ -173,9 +173,9 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 				d.log.Error("the CNI plugin will refuse pods when the old end of the lease is reached", "error", err)
 			}
 			if failing = err != nil; failing {
-				d.health.setWarnings("subnet-file", subnetFileWarning(err))
+				d.state.setWarnings("subnet-file", subnetFileWarning(err))
 			} else {
-				d.health.setWarnings("subnet-file")
+				d.state.setWarnings("subnet-file")
 			}
 		}
 	}
@@ -186,8 +186,8 @@ func subnetFileWarning(err error) api.Warning {
 	return api.Warning{Check: "subnet-file", Text: err.Error(), Fix: "make room for it, or name another place with --subnet-file"}
 }
 
-// look has the registry verify the lease in the store, if its leases can expire.
-func (s *session) look() {
+// verifyLease has the registry verify the lease in the store, if its leases can expire.
+func (s *session) verifyLease() {
 	if r, ok := s.registry.(interface{ VerifyLease() }); ok {
 		r.VerifyLease()
 	}

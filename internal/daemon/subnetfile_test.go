@@ -80,7 +80,7 @@ func TestReadiness(t *testing.T) {
 		{api.Status{Ready: true, Lease: lease(now.Add(-time.Hour)), Store: api.Store{Error: "no leader"}}, readiness.Fenced, "the lease of [10.5.72.0/24] ran out at 2026-03-01T11:00:00Z (etcd is out of reach: no leader)"},
 		{api.Status{NotReady: "x", Lease: lease(now.Add(-time.Hour))}, readiness.Fenced, "it was not renewed"},
 	} {
-		h := &health{said: c.is}
+		h := &state{current: c.is}
 		got := h.readiness(now)
 		if got.Code != c.code || got.Ready != (c.code == "") || !strings.Contains(got.Reason, c.says) {
 			t.Errorf("%+v is %+v, not %s saying %q", c.is, got, c.code, c.says)

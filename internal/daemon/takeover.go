@@ -15,6 +15,7 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/handover"
 	"culvert/internal/host"
+	"culvert/internal/httpd"
 	"culvert/subnet"
 )
 
@@ -43,16 +44,16 @@ func (e takenBack) Error() string {
 	return "the running daemon goes on instead of this one: " + e.why
 }
 
-// replace asks the running daemon for its possessions and adopts them. If none runs,
-// it is a normal start (possess).
+// replace asks the running daemon for its sockets and adopts them. If none runs,
+// it is a normal start (openSockets).
 func (d *node) replace(ctx context.Context, abort context.CancelCauseFunc) error {
 	o := d.options
-	asking, cancel := context.WithTimeout(ctx, handoverPatience)
+	asking, cancel := context.WithTimeout(ctx, handoverTimeout)
 	defer cancel()
 	conn, offer, err := handover.Ask(asking, api.SocketPath(o.RunDir), handover.Message{Program: o.Version, PID: o.owner().PID})
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, handover.ErrEnded) {
 		o.Log.Info("--replace: no daemon runs with this run directory", "run_dir", o.RunDir)
-		return d.possess(ctx)
+		return d.openSockets(ctx)
 	}
 	if err != nil {
 		return fmt.Errorf("--replace: %w", err)
@@ -60,7 +61,7 @@ func (d *node) replace(ctx context.Context, abort context.CancelCauseFunc) error
 	t := &takeover{conn: conn, offer: offer, yours: make(chan struct{}), gone: make(chan struct{})}
 	t.status = api.Handover{PID: offer.PID, Version: offer.Program}
 	d.takeover = t
-	if err := d.adopt(conn.TakeDescriptors()); err != nil {
+	if err := d.inheritSockets(conn.TakeDescriptors()); err != nil {
 		return fmt.Errorf("--replace: %w", err)
 	}
 	o.Log.Info("taking over from the running daemon", "pid", offer.PID, "version", offer.Program, "carrying", offer.Carrying)
@@ -70,14 +71,14 @@ func (d *node) replace(ctx context.Context, abort context.CancelCauseFunc) error
 		if err := t.take(ctx, false); err != nil {
 			return err
 		}
-		return d.tookOver()
+		return d.completeTakeover()
 	}
 	return nil
 }
 
-// adopt takes ownership of the passed descriptors, by name.
-func (d *node) adopt(fds []int) error {
-	t, p := d.takeover, &d.possessions
+// inheritSockets takes ownership of the passed descriptors, by name.
+func (d *node) inheritSockets(fds []int) error {
+	t, p := d.takeover, &d.sockets
 	named := make(map[string][]int)
 	if len(fds) != len(t.offer.Descriptors) {
 		closeAll(fds)
@@ -92,21 +93,21 @@ func (d *node) adopt(fds []int) error {
 			return fmt.Errorf("the running daemon passed no %s", name)
 		}
 	}
-	// The running daemon uses them until tookOver.
+	// The running daemon uses them until completeTakeover.
 	p.passed = true
 	var err error
 	if p.owner, err = host.InheritOwnership(named["owner"][0], d.options.owner()); err != nil {
 		return err
 	}
 	p.socket = api.Inherit(d.options.RunDir, named["lock"][0], named["socket"][0])
-	p.asked = &service{fd: named["socket"][0], handler: d.socketHandler()}
+	p.api = httpd.New(named["socket"][0], d.socketHandler(), d.log)
 	t.datapath = named["datapath"]
 	metrics := named["metrics"]
 	if d.options.Metrics != t.offer.Metrics {
 		closeAll(metrics)
 		metrics = nil
 		if d.options.Metrics != "" {
-			fd, err := listenTCP(d.options.Metrics)
+			fd, err := listenMetrics(d.options.Metrics)
 			if err != nil {
 				return err
 			}
@@ -114,7 +115,7 @@ func (d *node) adopt(fds []int) error {
 		}
 	}
 	if len(metrics) == 1 {
-		if p.metrics, err = d.web(metrics[0]); err != nil {
+		if p.metrics, err = d.metricsService(metrics[0]); err != nil {
 			return err
 		}
 	}
@@ -174,16 +175,16 @@ func (t *takeover) pending() bool {
 	}
 }
 
-// tookOver completes the takeover once this daemon runs: it starts serving, and the
+// completeTakeover completes the takeover once this daemon runs: it starts serving, and the
 // running daemon ends.
-func (d *node) tookOver() error {
+func (d *node) completeTakeover() error {
 	t := d.takeover
 	if t == nil || !t.finished.CompareAndSwap(false, true) {
 		return nil
 	}
 	t.status.At = time.Now()
-	d.health.change(func(s *api.Status) { s.Handover = &t.status })
-	p := &d.possessions
+	d.state.change(func(s *api.Status) { s.Handover = &t.status })
+	p := &d.sockets
 	p.passed = false
 	p.socket.Sign()
 	if err := errors.Join(p.owner.Answer(), p.serve()); err != nil {

@@ -1,4 +1,4 @@
-package daemon
+package metrics
 
 import (
 	"flag"
@@ -62,6 +62,6 @@ func TestMetricsDocs(t *testing.T) {
 		return
 	}
 	if want != string(text) {
-		t.Errorf("%s is not what the code says: go test ./internal/daemon -run MetricsDocs -update", file)
+		t.Errorf("%s is not what the code says: go test ./internal/metrics -run MetricsDocs -update", file)
 	}
 }

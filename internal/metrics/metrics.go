@@ -1,20 +1,38 @@
-package daemon
+// Package metrics exports the daemon's status as Prometheus metrics. It derives all of
+// them from the status at each scrape, so that the two cannot differ, except the
+// durations of requests to the store, which it owns (Requests).
+package metrics
 
 import (
+	"net/http"
 	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"culvert/internal/api"
 	"culvert/internal/host"
 )
 
-// metrics derives all metrics from the status at each scrape, so that the two cannot
-// differ.
-type metrics struct{ health *health }
+// Source is what the metrics are derived from.
+type Source struct {
+	Status   func() api.Status
+	Peers    func() api.Peers
+	Requests *Requests
+}
+
+// Handler serves the source's metrics, and those of the process and the Go runtime.
+func Handler(s Source) http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collector{s})
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
+}
+
+type collector struct{ Source }
 
 // metric describes one metric. docs/metrics.md lists them.
 type metric struct {
@@ -69,15 +87,15 @@ var (
 )
 
 // Describe implements prometheus.Collector.
-func (metrics) Describe(c chan<- *prometheus.Desc) {
+func (collector) Describe(c chan<- *prometheus.Desc) {
 	for _, m := range allMetrics {
 		c <- m.desc
 	}
 }
 
 // Collect implements prometheus.Collector.
-func (m metrics) Collect(c chan<- prometheus.Metric) {
-	s := m.health.status()
+func (m collector) Collect(c chan<- prometheus.Metric) {
+	s := m.Status()
 	gauge := func(m *metric, v float64, labels ...string) {
 		c <- prometheus.MustNewConstMetric(m.desc, prometheus.GaugeValue, v, labels...)
 	}
@@ -127,7 +145,7 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	revision, goversion := built()
 	gauge(metricBuild, 1, s.Version, revision, goversion)
 	states, small := map[string]int{api.PeerActive: 0, api.PeerIdle: 0, api.PeerSilent: 0, api.PeerUnknown: 0}, 0
-	peers := m.health.peers()
+	peers := m.Peers()
 	for _, p := range peers.Peers {
 		states[p.State]++
 		if p.State != api.PeerSilent && p.Problem != "" {
@@ -146,7 +164,7 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	if len(s.Datapath.RepairTimes.Counts) > 0 {
 		c <- histogram(metricRepair, s.Datapath.RepairTimes)
 	}
-	m.health.requests.collect(c)
+	m.Requests.collect(c)
 	if f := s.Datapath.FastPath; f != nil {
 		gauge(metricFast, truth(f.On))
 		for direction, t := range map[string]api.Traffic{"egress": f.Egress, "ingress": f.Ingress} {
@@ -188,19 +206,21 @@ func built() (revision, goversion string) {
 	return revision, runtime.Version()
 }
 
-// requestTimes records the durations of requests to the store.
-type requestTimes struct {
+// Requests records the durations of requests to the store.
+type Requests struct {
 	mu sync.Mutex
 	by map[requestKind]*api.Histogram
 }
 
 type requestKind struct{ operation, result string }
 
-func newRequestTimes() *requestTimes {
-	return &requestTimes{by: make(map[requestKind]*api.Histogram)}
+// NewRequests returns an empty record.
+func NewRequests() *Requests {
+	return &Requests{by: make(map[requestKind]*api.Histogram)}
 }
 
-func (r *requestTimes) observe(operation string, took time.Duration, failed bool) {
+// Observe records one request.
+func (r *Requests) Observe(operation string, took time.Duration, failed bool) {
 	kind := requestKind{operation, "ok"}
 	if failed {
 		kind.result = "error"
@@ -216,7 +236,7 @@ func (r *requestTimes) observe(operation string, took time.Duration, failed bool
 	r.by[kind].Observe(took.Seconds())
 }
 
-func (r *requestTimes) collect(c chan<- prometheus.Metric) {
+func (r *Requests) collect(c chan<- prometheus.Metric) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for kind, h := range r.by {

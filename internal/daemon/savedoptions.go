@@ -15,9 +15,9 @@ import (
 	"culvert/subnet/kube"
 )
 
-// Told is the daemon's options as saved in its run directory, for `culvert doctor`,
+// SavedOptions is the daemon's options as saved in its run directory, for `culvert doctor`,
 // `trace` and `report` while no daemon runs. It holds no password, token or key.
-type Told struct {
+type SavedOptions struct {
 	Version         string         `json:"version"`
 	Node            string         `json:"node"`
 	SubnetFile      string         `json:"subnet_file"`
@@ -36,12 +36,12 @@ type Told struct {
 	Metrics         string         `json:"metrics,omitempty"`
 }
 
-func toldPath(runDir string) string { return filepath.Join(runDir, "told.json") }
+func savedOptionsPath(runDir string) string { return filepath.Join(runDir, "told.json") }
 
-// remember saves this daemon's options.
-func (o Options) remember() error {
+// save saves this daemon's options.
+func (o Options) save() error {
 	s := o.describeStore()
-	text, err := json.MarshalIndent(Told{
+	text, err := json.MarshalIndent(SavedOptions{
 		Version: o.Version, Node: o.Node, SubnetFile: o.SubnetFile, Store: s.Kind, Endpoints: s.Endpoints, Prefix: s.Prefix,
 		Interfaces: o.Underlay.Interfaces, Regexes: o.Underlay.Regexes, CanReach: o.Underlay.CanReach, PublicIPs: o.PublicIPs,
 		IPMasq: o.IPMasq, NoMasq: o.NoMasq, Datapath: o.Datapath, FastPath: o.FastPath, TakeOverFlannel: o.TakeOverFlannel, Metrics: o.Metrics,
@@ -49,28 +49,28 @@ func (o Options) remember() error {
 	if err != nil {
 		return err
 	}
-	return statefile.Write(toldPath(o.RunDir), append(text, '\n'), 0o644)
+	return statefile.Write(savedOptionsPath(o.RunDir), append(text, '\n'), 0o644)
 }
 
-// Recall returns the options that the last daemon saved in a run directory, nil if
+// LoadOptions returns the options that the last daemon saved in a run directory, nil if
 // there are none.
-func Recall(runDir string) (*Told, error) {
-	text, err := statefile.Read(toldPath(runDir), maxRecord)
+func LoadOptions(runDir string) (*SavedOptions, error) {
+	text, err := statefile.Read(savedOptionsPath(runDir), maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	var t Told
+	var t SavedOptions
 	if err := json.Unmarshal(text, &t); err != nil {
-		return nil, fmt.Errorf("%s: %w", toldPath(runDir), err)
+		return nil, fmt.Errorf("%s: %w", savedOptionsPath(runDir), err)
 	}
 	return &t, nil
 }
 
 // options converts back to Options. They lack the secrets to reach the store.
-func (t Told) options(runDir string) Options {
+func (t SavedOptions) options(runDir string) Options {
 	o := Options{
 		Version: t.Version, Node: t.Node, RunDir: runDir, SubnetFile: t.SubnetFile,
 		Etcd: etcd.Options{Endpoints: t.Endpoints, Prefix: t.Prefix, SnapshotFile: snapshotPath(runDir)},

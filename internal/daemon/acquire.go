@@ -17,9 +17,9 @@ import (
 // A daemon that is restarted while the store is unreachable serves from its snapshot
 // on disk, until the lease in it may have expired:
 //
-//	the store answers ── standFence ── join ──┐
-//	     │ not within answerPatience        ├── carry
-//	     └── kept on disk ── Resume ────────┘
+//	the store answers ── waitFenced ── requestLease ──┐
+//	     │ not within answerTimeout                   ├── serve
+//	     └── kept on disk ── Resume ──────────────────┘
 //
 // So does a node with the embedded etcd, which starts together with the daemon.
 //
@@ -27,17 +27,17 @@ import (
 // finds it lost, and the first list from the store replaces the snapshot.
 
 const (
-	// answerPatience is how long to wait for the store's answer before serving from
+	// answerTimeout is how long to wait for the store's answer before serving from
 	// the snapshot. If connections are refused, there is no wait.
-	answerPatience = 500 * time.Millisecond
-	// joinPatience bounds leasing from the store if the snapshot has a usable lease.
-	joinPatience = 5 * time.Second
+	answerTimeout = 500 * time.Millisecond
+	// leaseTimeout bounds leasing from the store if the snapshot has a usable lease.
+	leaseTimeout = 5 * time.Second
 )
 
-var errAway = errors.New("the store is unreachable")
+var errStoreUnreachable = errors.New("the store is unreachable")
 
-// tenure is a lease to serve, with its network configuration and place.
-type tenure struct {
+// grant is a lease to serve, with its network configuration and place.
+type grant struct {
 	config subnet.Config
 	lease  subnet.Lease
 	at     place
@@ -46,68 +46,68 @@ type tenure struct {
 	nets []subnet.HostNetwork
 }
 
-// begin returns the lease to serve: from the store, or from the snapshot on disk
+// acquire returns the lease to serve: from the store, or from the snapshot on disk
 // while the store is unreachable.
-func (d *node) begin(ctx context.Context, r store, at place) (tenure, error) {
-	if k, _, err := d.kept(r); k == nil {
+func (d *node) acquire(ctx context.Context, r store, at place) (grant, error) {
+	if k, _, err := d.savedLease(r); k == nil {
 		if err != nil {
 			d.log.Warn("what is kept for a start without "+d.options.storeName()+" is not used", "file", d.options.snapshotFile(), "reason", err)
 		}
-		return d.enter(ctx, r, at)
+		return d.acquireFromStore(ctx, r, at)
 	}
-	asking, cancel := context.WithTimeoutCause(ctx, joinPatience, errAway)
+	asking, cancel := context.WithTimeoutCause(ctx, leaseTimeout, errStoreUnreachable)
 	defer cancel()
-	answering, cancelAnswer := context.WithTimeoutCause(asking, answerPatience, fmt.Errorf("%w: no answer within %s", errAway, answerPatience))
+	answering, cancelAnswer := context.WithTimeoutCause(asking, answerTimeout, fmt.Errorf("%w: no answer within %s", errStoreUnreachable, answerTimeout))
 	defer cancelAnswer()
-	d.health.notReady("asking whether " + d.options.storeName() + " is there")
+	d.state.notReady("asking whether " + d.options.storeName() + " is there")
 	why := r.Answers(answering)
 	if why == nil {
-		t, err := d.enter(asking, r, at)
+		t, err := d.acquireFromStore(asking, r, at)
 		if err == nil || ctx.Err() != nil || asking.Err() == nil {
 			return t, err
 		}
 		why = err
 	}
 	if ctx.Err() != nil {
-		return tenure{}, ctx.Err()
+		return grant{}, ctx.Err()
 	}
 	// Check again: the snapshot may have become unusable meanwhile.
-	k, there, err := d.kept(r)
+	k, there, err := d.savedLease(r)
 	if k == nil {
 		d.log.Warn(d.options.storeName()+" is unreachable, and what was kept does not serve any more", "reason", err)
-		return d.enter(ctx, r, at)
+		return d.acquireFromStore(ctx, r, at)
 	}
 	d.log.Warn(d.options.storeName()+" is unreachable: serving from the snapshot on disk", "saved", k.Saved, "subnet", k.Lease.Subnets(),
 		"leases", len(k.Entries), "until", k.Lease.Expires, "reason", why)
 	r.Resume(k, d.options.LeaseTTL)
-	d.health.setUnderlay(there.underlay)
-	d.health.setConfig(k.Config)
-	d.health.setLease(k.Lease)
-	nets, err := d.survey(ctx, k.Config, there)
+	d.state.setUnderlay(there.underlay)
+	d.state.setConfig(k.Config)
+	d.state.setLease(k.Lease)
+	nets, err := d.checkOverlaps(ctx, k.Config, there)
 	if err != nil {
 		d.log.Warn("the cluster network overlaps what this host needs", "error", err)
 	}
-	return tenure{k.Config, k.Lease, there, nets}, nil
+	return grant{k.Config, k.Lease, there, nets}, nil
 }
 
-// enter leases from the store. It waits for the embedded etcd first; if that does
+// acquireFromStore leases from the store. It waits for the embedded etcd first; if that does
 // not start, the daemon ends, as it has no snapshot to serve from.
-func (d *node) enter(ctx context.Context, r store, at place) (tenure, error) {
+func (d *node) acquireFromStore(ctx context.Context, r store, at place) (grant, error) {
 	if d.embedded != nil {
-		if err := d.embedded.await(ctx); err != nil {
-			return tenure{}, err
+		if err := d.embedded.Await(ctx); err != nil {
+			return grant{}, err
 		}
 	}
-	if err := d.standFence(ctx, r, at); err != nil {
-		return tenure{}, err
+	if err := d.waitFenced(ctx, r, at); err != nil {
+		return grant{}, err
 	}
-	return d.join(ctx, r)
+	return d.requestLease(ctx, r)
 }
 
-// kept returns the snapshot on disk if it fits this daemon: same node and place, not
+// savedLease returns the snapshot on disk if it fits this daemon: same node and place, not
 // fenced, and subnet.env names its subnets. It returns nil without an error if there
 // is no snapshot.
-func (d *node) kept(r store) (*kept.State, place, error) {
+func (d *node) savedLease(r store) (*kept.State, place, error) {
 	k, err := r.Kept(d.options.Node)
 	if err != nil || k == nil {
 		return nil, place{}, err
@@ -129,7 +129,7 @@ func (d *node) kept(r store) (*kept.State, place, error) {
 	if _, err := os.Stat(d.fencePath()); !errors.Is(err, fs.ErrNotExist) {
 		return nil, place{}, errors.New("this node is fenced")
 	}
-	if previous := d.previous(); !slices.Equal(previous, k.Lease.Subnets()) {
+	if previous := d.previousSubnets(); !slices.Equal(previous, k.Lease.Subnets()) {
 		return nil, place{}, fmt.Errorf("its lease is of %v, and %s says %v", k.Lease.Subnets(), d.options.SubnetFile, previous)
 	}
 	return k, at, nil

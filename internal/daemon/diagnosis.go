@@ -16,15 +16,16 @@ import (
 	"culvert/backend/vxlan"
 	"culvert/internal/api"
 	"culvert/internal/host"
+	"culvert/internal/overlap"
 	"culvert/subnet"
 	"culvert/subnet/kept"
 )
 
-// Outlook is what a daemon started now with the last one's options would find on this
+// Diagnosis is what a daemon started now with the last one's options would find on this
 // host. It is computed without the store and without changing anything, from the last
 // daemon's files: told.json, snapshot.json, underlay.json, subnet.env.
-type Outlook struct {
-	Told     *Told            // nil if there is no told.json
+type Diagnosis struct {
+	Saved    *SavedOptions    // nil if there is no told.json
 	Snapshot *subnet.Snapshot // as last read from the store; nil if there is none
 	Underlay host.Underlay    // that the daemon would use; the zero Underlay if none
 	Datapath Datapath         // that the daemon would choose: userspace or kernel
@@ -35,24 +36,24 @@ type Outlook struct {
 	plan     host.Plan // nil if the desired state is unknown
 }
 
-// Preview inspects the host as a daemon with this run directory would.
-func Preview(ctx context.Context, runDir string) (Outlook, error) {
-	var o Outlook
-	told, err := Recall(runDir)
+// Diagnose inspects the host as a daemon with this run directory would.
+func Diagnose(ctx context.Context, runDir string) (Diagnosis, error) {
+	var o Diagnosis
+	saved, err := LoadOptions(runDir)
 	if err != nil {
 		return o, err
 	}
-	o.Told = told
-	if told == nil {
-		told = &Told{SubnetFile: runDir + "/subnet.env", Store: "etcd", IPMasq: true, Datapath: Auto, FastPath: "off"}
+	o.Saved = saved
+	if saved == nil {
+		saved = &SavedOptions{SubnetFile: runDir + "/subnet.env", Store: "etcd", IPMasq: true, Datapath: Auto, FastPath: "off"}
 	}
-	options := told.options(runDir)
-	d := &node{options: options, log: options.Log, health: newHealth(options)}
+	options := saved.options(runDir)
+	d := &node{options: options, log: options.Log, state: newState(options)}
 	k, ended, err := kept.Look(options.snapshotFile())
 	if err != nil {
 		o.warn("host-state", "", "what was last read from %s cannot be read: %v", options.storeName(), err)
 	}
-	o.add(d.leftBehind(ctx)...)
+	o.add(d.staleRoutes(ctx)...)
 	if k == nil {
 		return o, nil
 	}
@@ -64,11 +65,11 @@ func Preview(ctx context.Context, runDir string) (Outlook, error) {
 		o.warn("lease-expired", "start the daemon: it takes the lease up again, or another", "the lease of %v is not certain any more: %v", k.Lease.Subnets(), ended)
 	}
 	snapshot := subnet.BuildSnapshot(k.Config, k.Lease, k.Entries, k.Revision)
-	return o, o.foresee(ctx, d, snapshot)
+	return o, o.compareHost(ctx, d, snapshot)
 }
 
-// foresee compares the host with a snapshot's desired state.
-func (o *Outlook) foresee(ctx context.Context, d *node, s subnet.Snapshot) error {
+// compareHost compares the host with a snapshot's desired state.
+func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot) error {
 	u, err := host.FindUnderlay(d.options.Underlay, d.known(&s.Config, s.Self.Publics()))
 	if err != nil {
 		o.warn("underlay-gone", "bring it back, or name another with --iface", "no underlay interface is found: %v", err)
@@ -87,12 +88,12 @@ func (o *Outlook) foresee(ctx context.Context, d *node, s subnet.Snapshot) error
 	if err != nil {
 		return err
 	}
-	soft, hard := losses(s.Config, f, d.needs(ctx, f, u))
+	soft, hard := overlap.Losses(s.Config, f, d.needs(ctx, f, u))
 	o.add(soft...)
 	o.add(hard...)
 	o.add(foreignAddresses(f)...)
-	o.add(overlapping(s.Config, s.Self.Subnets(), f.Networks(d.podLinks()))...)
-	s = s.WithoutOverlaps(hostNetworks(s.Config, f.Networks(d.podLinks())))
+	o.add(overlap.Networks(s.Config, s.Self.Subnets(), f.Networks(d.podLinks()))...)
+	s = s.WithoutOverlaps(overlap.HostNetworks(s.Config, f.Networks(d.podLinks())))
 	o.Snapshot = &s
 
 	n := backend.Node{Underlay: u, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel}
@@ -129,9 +130,9 @@ func (o *Outlook) foresee(ctx context.Context, d *node, s subnet.Snapshot) error
 	return nil
 }
 
-// Mend repairs the flaws that a daemon would repair, and returns the changes. It fails
+// Repair repairs the flaws that a daemon would repair, and returns the changes. It fails
 // if a daemon runs in the network namespace.
-func (o Outlook) Mend() ([]host.Change, error) {
+func (o Diagnosis) Repair() ([]host.Change, error) {
 	if o.plan == nil {
 		return nil, errors.New("nothing is known of what culvert should have on this host: start the daemon")
 	}
@@ -143,11 +144,11 @@ func (o Outlook) Mend() ([]host.Change, error) {
 	return host.Mend(o.underlay, o.plan)
 }
 
-func (o *Outlook) warn(check, fix, format string, args ...any) {
+func (o *Diagnosis) warn(check, fix, format string, args ...any) {
 	o.add(api.Warning{Check: check, Text: fmt.Sprintf(format, args...), Fix: fix})
 }
 
-func (o *Outlook) add(all ...api.Warning) {
+func (o *Diagnosis) add(all ...api.Warning) {
 	for _, w := range all {
 		o.Flaws = append(o.Flaws, host.Flaw{Warning: w})
 	}

@@ -1,4 +1,4 @@
-package daemon
+package overlap
 
 import (
 	"fmt"
@@ -53,7 +53,7 @@ func TestCutOff(t *testing.T) {
 		{"in that part", part, "10.5.9.5", false, 1, 0},
 		{"a resolver that the node itself does not use", whole, "10.9.0.5", true, 0, 1},
 	} {
-		warned, err := cutOff(parseConfig(t, c.config), facts, []need{{what: "the etcd server " + c.addr, addr: netip.MustParseAddr(c.addr), soft: c.soft}})
+		warned, err := CutOff(parseConfig(t, c.config), facts, []Need{{What: "the etcd server " + c.addr, Addr: netip.MustParseAddr(c.addr), Soft: c.soft}})
 		if (err != nil) != (c.refused > 0) || len(warned) != c.warned {
 			t.Errorf("%s: %v, %v", c.name, err, warned)
 		}
@@ -66,13 +66,13 @@ func TestCutOff(t *testing.T) {
 func TestOverlapping(t *testing.T) {
 	own := []netip.Prefix{netip.MustParsePrefix("10.5.72.0/24")}
 	for network, want := range map[string]int{"10.5.7.1/24": 1, "10.0.0.5/8": 1, "10.5.0.9/16": 1, "192.168.1.1/24": 0, "10.5.72.9/32": 0, "10.6.0.1/16": 0} {
-		got := overlapping(parseConfig(t, `{"Network":"10.5.0.0/16"}`), own, []host.LinkNetwork{{Link: "docker0", Prefix: netip.MustParsePrefix(network)}})
+		got := Networks(parseConfig(t, `{"Network":"10.5.0.0/16"}`), own, []host.LinkNetwork{{Link: "docker0", Prefix: netip.MustParsePrefix(network)}})
 		if len(got) != want || want == 1 && (got[0].Check != "network-overlap" || !strings.Contains(got[0].Text, "docker0")) {
 			t.Errorf("%s: %v", network, got)
 		}
 	}
 	var none []api.Warning
-	if got := overlapping(parseConfig(t, `{"Network":"10.0.0.0/8","SubnetMin":"10.5.0.0","SubnetMax":"10.5.255.0"}`), own,
+	if got := Networks(parseConfig(t, `{"Network":"10.0.0.0/8","SubnetMin":"10.5.0.0","SubnetMax":"10.5.255.0"}`), own,
 		[]host.LinkNetwork{{Link: "eth1", Prefix: netip.MustParsePrefix("10.240.0.5/16")}}); fmt.Sprint(got) != fmt.Sprint(none) {
 		t.Errorf("beside the part that is given out: %v", got)
 	}

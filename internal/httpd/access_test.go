@@ -1,4 +1,4 @@
-package daemon
+package httpd
 
 import (
 	"crypto/ecdsa"
@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestWeb requests metrics with and without TLS and token, and with too large a header.
-func TestWeb(t *testing.T) {
+// TestAccess requests with and without TLS and token, and with too large a header.
+func TestAccess(t *testing.T) {
 	dir := t.TempDir()
 	token, cert, key := filepath.Join(dir, "token"), filepath.Join(dir, "cert"), filepath.Join(dir, "key")
 	write := func(path, text string) {
@@ -55,22 +55,28 @@ func TestWeb(t *testing.T) {
 
 	access := Access{CertFile: cert, KeyFile: key, TokenFile: token}
 	log := slog.New(slog.DiscardHandler)
-	listen := func(a Access) (*service, error) {
-		fd, err := listenTCP("127.0.0.1:0")
+	handler := func(a Access) http.Handler {
+		mux := http.NewServeMux()
+		mux.Handle("/metrics", a.Guard(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})))
+		mux.HandleFunc("/livez", func(http.ResponseWriter, *http.Request) {})
+		return mux
+	}
+	listen := func(a Access) (*Service, error) {
+		fd, err := ListenTCP("127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = unix.Close(fd) })
-		return a.service(fd, newHealth(Options{}), log)
+		return a.Service(fd, handler(a), log)
 	}
 	s, err := listen(access)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.start(); err != nil {
+	if err := s.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(s.stop)
+	t.Cleanup(s.Stop)
 	at, loopback := listensAt(s.fd)
 	if !loopback {
 		t.Errorf("%s is no loopback address", at)
@@ -85,7 +91,7 @@ func TestWeb(t *testing.T) {
 		{"https://" + at.String() + "/metrics", "Authorization", "secret", http.StatusUnauthorized},
 		{"https://" + at.String() + "/metrics", "", "", http.StatusUnauthorized},
 		{"https://" + at.String() + "/livez", "", "", http.StatusOK},
-		{"https://" + at.String() + "/livez", "X-Large", strings.Repeat("x", 2*mostHeaderBytes), http.StatusRequestHeaderFieldsTooLarge},
+		{"https://" + at.String() + "/livez", "X-Large", strings.Repeat("x", 2*maxHeaderBytes), http.StatusRequestHeaderFieldsTooLarge},
 		{"http://" + at.String() + "/metrics", "", "", http.StatusBadRequest},
 	} {
 		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, c.url, http.NoBody)

@@ -1,9 +1,8 @@
-package daemon
+package httpd
 
 import (
 	"crypto/subtle"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -17,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Access protects the metrics' listener. The files are read again for each connection
+// Access protects a TCP address. The files are read again for each connection
 // or request, so they may be replaced.
 type Access struct {
 	CertFile, KeyFile string // PEM; serve TLS with them
@@ -27,37 +26,29 @@ type Access struct {
 // Limits per request and connection. Requests have no large bodies; only the metrics
 // and status of thousands of peers are long answers.
 const (
-	readPatience    = 5 * time.Second
-	writePatience   = 30 * time.Second // over TCP; bounds slow clients
-	idlePatience    = time.Minute
-	mostHeaderBytes = 16 << 10
-	mostBodyBytes   = 64 << 10
-	mostConnections = 512 // over TCP
+	readTimeout    = 5 * time.Second
+	writeTimeout   = 30 * time.Second // over TCP; bounds slow clients
+	idleTimeout    = time.Minute
+	maxHeaderBytes = 16 << 10
+	MaxBodyBytes   = 64 << 10
+	maxConnections = 512 // over TCP
 )
 
 // bounded returns a server with these limits. write is the timeout of an answer, 0 for
 // none.
-func bounded(h http.Handler, write time.Duration) *http.Server {
+func bounded(h http.Handler, write time.Duration, log *slog.Logger) *http.Server {
 	return &http.Server{
-		Handler:     http.MaxBytesHandler(h, mostBodyBytes),
-		ReadTimeout: readPatience, WriteTimeout: write, IdleTimeout: idlePatience, MaxHeaderBytes: mostHeaderBytes,
+		ErrorLog:    slog.NewLogLogger(log.Handler(), slog.LevelWarn), // such as a failed accept
+		Handler:     http.MaxBytesHandler(h, MaxBodyBytes),
+		ReadTimeout: readTimeout, WriteTimeout: write, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeaderBytes,
 	}
 }
 
-// web returns the service of metrics and probes on a listening socket. On error it
-// closes the socket.
-func (d *node) web(fd int) (*service, error) {
-	s, err := d.options.MetricsAccess.service(fd, d.health, d.log)
-	if err != nil {
-		return nil, errors.Join(err, unix.Close(fd))
-	}
-	return s, nil
-}
-
-// service returns the protected service of metrics and probes on a listening socket.
-func (a Access) service(fd int, h *health, log *slog.Logger) (*service, error) {
-	s := &service{fd: fd, handler: probes(h, a), write: writePatience}
-	s.wrap = func(l net.Listener) net.Listener { return netutil.LimitListener(l, mostConnections) }
+// Service returns the protected service on a listening TCP socket. The handler itself
+// says what needs the token (Guard).
+func (a Access) Service(fd int, h http.Handler, log *slog.Logger) (*Service, error) {
+	s := &Service{fd: fd, handler: h, log: log, write: writeTimeout}
+	s.wrap = func(l net.Listener) net.Listener { return netutil.LimitListener(l, maxConnections) }
 	if _, err := a.token(); err != nil {
 		return nil, err
 	}
@@ -78,7 +69,7 @@ func (a Access) service(fd int, h *health, log *slog.Logger) (*service, error) {
 		},
 	}
 	s.wrap = func(l net.Listener) net.Listener {
-		return tls.NewListener(netutil.LimitListener(l, mostConnections), config)
+		return tls.NewListener(netutil.LimitListener(l, maxConnections), config)
 	}
 	return s, nil
 }
@@ -114,8 +105,8 @@ func (a Access) token() (string, error) {
 	return text, nil
 }
 
-// guard rejects requests without the token.
-func (a Access) guard(h http.Handler) http.Handler {
+// Guard rejects requests without the token.
+func (a Access) Guard(h http.Handler) http.Handler {
 	if a.TokenFile == "" {
 		return h
 	}

@@ -1,4 +1,7 @@
-package daemon
+// Package embedded runs culvert-etcd, an etcd server, as a child process of the daemon
+// and restarts it when it ends. It does not contain the server, which package member
+// does, and does not talk to it. It owns the process.
+package embedded
 
 import (
 	"bufio"
@@ -15,15 +18,15 @@ import (
 	"time"
 )
 
-// EmbeddedEtcd is an etcd server that the daemon runs as a child process, for a
-// small site without etcd. Other nodes use it as their endpoint.
-type EmbeddedEtcd struct {
+// Server is how to run the server, for a small site without etcd. Other nodes use it as
+// their endpoint.
+type Server struct {
 	Program string   // the culvert-etcd binary
 	Args    []string // its flags
 }
 
-// FindEtcd returns the culvert-etcd binary beside the running one, or in PATH.
-func FindEtcd() (string, error) {
+// Find returns the culvert-etcd binary beside the running one, or in PATH.
+func Find() (string, error) {
 	const name = "culvert-etcd"
 	if self, err := os.Executable(); err == nil {
 		beside := filepath.Join(filepath.Dir(self), name)
@@ -43,8 +46,8 @@ const (
 	etcdStop  = 15 * time.Second // from SIGTERM to SIGKILL
 )
 
-// supervised runs the server and restarts it when it ends.
-type supervised struct {
+// Process is the running server, which is restarted when it ends.
+type Process struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 	first  chan struct{} // closed when the first server serves or has ended
@@ -52,15 +55,15 @@ type supervised struct {
 	after  <-chan struct{}
 }
 
-// start starts the server and restarts it whenever it ends. If after is not nil, it
+// Start starts the server and restarts it whenever it ends. If after is not nil, it
 // waits for it first: the predecessor's server still serves.
-func (e EmbeddedEtcd) start(ctx context.Context, after <-chan struct{}, log *slog.Logger) *supervised {
-	// The server outlives ctx: while stopping, the daemon still writes to etcd. stop
+func (e Server) Start(ctx context.Context, after <-chan struct{}, log *slog.Logger) *Process {
+	// The server outlives ctx: while stopping, the daemon still writes to etcd. Stop
 	// ends it.
 	running, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	s := &supervised{cancel: cancel, done: make(chan struct{}), first: make(chan struct{}), after: after}
+	p := &Process{cancel: cancel, done: make(chan struct{}), first: make(chan struct{}), after: after}
 	go func() {
-		defer close(s.done)
+		defer close(p.done)
 		if after != nil {
 			select {
 			case <-after:
@@ -72,20 +75,20 @@ func (e EmbeddedEtcd) start(ctx context.Context, after <-chan struct{}, log *slo
 		// daemon leaves no server behind. Keep the thread while supervising.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		s.supervise(running, e, log)
+		p.supervise(running, e, log)
 	}()
-	return s
+	return p
 }
 
-// await waits until the server serves. It returns an error if the server ended first.
-func (s *supervised) await(ctx context.Context) error {
-	if s.after != nil { // the predecessor's server serves until ours starts
+// Await waits until the server serves. It returns an error if the server ended first.
+func (p *Process) Await(ctx context.Context) error {
+	if p.after != nil { // the predecessor's server serves until ours starts
 		return nil
 	}
 	var err error
 	select {
-	case <-s.first:
-		err = s.err
+	case <-p.first:
+		err = p.err
 	case <-time.After(etcdStart):
 		err = fmt.Errorf("it does not serve after %s", etcdStart)
 	case <-ctx.Done():
@@ -98,12 +101,12 @@ func (s *supervised) await(ctx context.Context) error {
 }
 
 // supervise runs the server, with backoff between restarts, until ctx ends.
-func (s *supervised) supervise(ctx context.Context, e EmbeddedEtcd, log *slog.Logger) {
+func (p *Process) supervise(ctx context.Context, e Server, log *slog.Logger) {
 	told := false
 	tell := func(err error) {
 		if !told {
-			told, s.err = true, err
-			close(s.first)
+			told, p.err = true, err
+			close(p.first)
 		}
 	}
 	pause := time.Second
@@ -129,7 +132,7 @@ func (s *supervised) supervise(ctx context.Context, e EmbeddedEtcd, log *slog.Lo
 
 // runOnce runs the server until it ends or ctx does. It calls serving when the server
 // reports that it is ready.
-func (e EmbeddedEtcd) runOnce(ctx context.Context, log *slog.Logger, serving func()) error {
+func (e Server) runOnce(ctx context.Context, log *slog.Logger, serving func()) error {
 	cmd := exec.CommandContext(ctx, e.Program, e.Args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = etcdStop
@@ -161,10 +164,10 @@ func (e EmbeddedEtcd) runOnce(ctx context.Context, log *slog.Logger, serving fun
 	return err
 }
 
-// stop stops the server and waits until it has ended.
-func (s *supervised) stop() {
-	s.cancel()
-	<-s.done
+// Stop stops the server and waits until it has ended.
+func (p *Process) Stop() {
+	p.cancel()
+	<-p.done
 }
 
 // lastLines is a writer that keeps the last 2 KB.
