@@ -17,7 +17,6 @@ const (
 type mmsghdr struct {
 	hdr unix.Msghdr
 	n   uint32
-	_   [4]byte
 }
 
 // sendBatch gathers packets into as few system calls as possible. Packets of
@@ -180,7 +179,7 @@ func (b *sendBatch) layOut() int {
 	for _, p := range b.pieces {
 		iov := &b.iovs[at[p.run]]
 		iov.Base = unsafe.SliceData(p.data)
-		iov.Len = uint64(len(p.data))
+		iov.SetLen(len(p.data))
 		at[p.run]++
 	}
 	return len(b.runs)
@@ -192,13 +191,13 @@ func (b *sendBatch) header(h *unix.Msghdr, r *run, iovs []unix.Iovec, slot int) 
 	h.Name = &r.peer.name[0]
 	h.Namelen = r.peer.nameLen
 	h.Iov = &iovs[0]
-	h.Iovlen = uint64(len(iovs))
+	h.SetIovlen(len(iovs))
 	h.Control = nil
 	h.Controllen = 0
 	control := b.control[slot*controlSpace : slot*controlSpace : (slot+1)*controlSpace]
 	if r.segments > 1 {
 		control = appendControl(control, unix.SOL_UDP, unix.UDP_SEGMENT, 2)
-		binary.NativeEndian.PutUint16(control[len(control)-8:], uint16(r.size))
+		binary.NativeEndian.PutUint16(control[len(control)-controlWord:], uint16(r.size))
 	}
 	if r.tos != 0 {
 		level, kind := int32(unix.IPPROTO_IP), int32(unix.IP_TOS)
@@ -206,23 +205,23 @@ func (b *sendBatch) header(h *unix.Msghdr, r *run, iovs []unix.Iovec, slot int) 
 			level, kind = unix.IPPROTO_IPV6, unix.IPV6_TCLASS
 		}
 		control = appendControl(control, level, kind, 4)
-		binary.NativeEndian.PutUint32(control[len(control)-8:], uint32(r.tos))
+		binary.NativeEndian.PutUint32(control[len(control)-controlWord:], uint32(r.tos))
 	}
 	if len(control) > 0 {
 		h.Control = &control[0]
-		h.Controllen = uint64(len(control))
+		h.SetControllen(len(control))
 	}
 }
 
-// appendControl appends a control message with n zero bytes of data (at most
-// 8, padded to 8). The data are the last 8 bytes of the result.
+// appendControl appends a control message with n zero bytes of data (at most 4). The
+// data begin controlWord bytes before the end of the result.
 func appendControl(b []byte, level, kind int32, n int) []byte {
 	at := len(b)
-	b = b[:at+unix.SizeofCmsghdr+8]
-	binary.NativeEndian.PutUint64(b[at:], uint64(unix.SizeofCmsghdr+n))
-	binary.NativeEndian.PutUint32(b[at+8:], uint32(level))
-	binary.NativeEndian.PutUint32(b[at+12:], uint32(kind))
-	binary.NativeEndian.PutUint64(b[at+16:], 0)
+	b = b[:at+unix.SizeofCmsghdr+controlWord]
+	putControlLen(b[at:], unix.SizeofCmsghdr+n)
+	binary.NativeEndian.PutUint32(b[at+controlWord:], uint32(level))
+	binary.NativeEndian.PutUint32(b[at+controlWord+4:], uint32(kind))
+	clear(b[at+unix.SizeofCmsghdr:])
 	return b
 }
 
@@ -283,7 +282,7 @@ func newRecvBatch(messages int) *recvBatch {
 	for i := range b.msgs {
 		b.buffers[i] = slab[i*recvBufferLen+recvHeadroom : (i+1)*recvBufferLen : (i+1)*recvBufferLen]
 		b.iovs[i].Base = unsafe.SliceData(b.buffers[i])
-		b.iovs[i].Len = uint64(len(b.buffers[i]))
+		b.iovs[i].SetLen(len(b.buffers[i]))
 		h := &b.msgs[i].hdr
 		h.Name = &b.names[i*recvNameLen]
 		h.Iov = &b.iovs[i]
@@ -316,12 +315,12 @@ func (b *recvBatch) message(i int) datagrams {
 	}
 	control := b.control[i*recvControlSpace : i*recvControlSpace+int(m.hdr.Controllen)]
 	for len(control) >= unix.SizeofCmsghdr+1 {
-		n := int(binary.NativeEndian.Uint64(control))
+		n := controlLen(control)
 		if n < unix.SizeofCmsghdr+1 || n > len(control) {
 			break
 		}
-		level := binary.NativeEndian.Uint32(control[8:])
-		kind := binary.NativeEndian.Uint32(control[12:])
+		level := binary.NativeEndian.Uint32(control[controlWord:])
+		kind := binary.NativeEndian.Uint32(control[controlWord+4:])
 		value := control[unix.SizeofCmsghdr:n]
 		switch {
 		case level == unix.SOL_UDP && kind == unix.UDP_GRO && len(value) >= 4:
@@ -331,7 +330,7 @@ func (b *recvBatch) message(i int) datagrams {
 		case level == unix.IPPROTO_IPV6 && kind == unix.IPV6_TCLASS:
 			d.ecn = value[0] & 3
 		}
-		next := (n + 7) &^ 7
+		next := controlNext(n)
 		if next > len(control) {
 			break
 		}

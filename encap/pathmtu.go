@@ -120,8 +120,9 @@ func (q *errorQueue) drain(fd uintptr) {
 		iov := iovecOf(q.quote[:])
 		h := unix.Msghdr{
 			Name: &q.name[0], Namelen: uint32(len(q.name)), Iov: &iov, Iovlen: 1,
-			Control: &q.control[0], Controllen: uint64(len(q.control)),
+			Control: &q.control[0],
 		}
+		h.SetControllen(len(q.control))
 		n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&h)), unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
 		if errno == unix.EINTR {
 			continue
@@ -144,11 +145,11 @@ func (q *errorQueue) drain(fd uintptr) {
 func tooBig(control []byte) (mtu int, by netip.Addr) {
 	const originICMP, originICMP6 = 2, 3 // linux/errqueue.h
 	for len(control) >= unix.SizeofCmsghdr {
-		n := int(binary.NativeEndian.Uint64(control))
+		n := controlLen(control)
 		if n < unix.SizeofCmsghdr || n > len(control) {
 			return 0, by
 		}
-		level, kind := binary.NativeEndian.Uint32(control[8:]), binary.NativeEndian.Uint32(control[12:])
+		level, kind := binary.NativeEndian.Uint32(control[controlWord:]), binary.NativeEndian.Uint32(control[controlWord+4:])
 		e := control[unix.SizeofCmsghdr:n]
 		ours := level == unix.SOL_IP && kind == unix.IP_RECVERR || level == unix.SOL_IPV6 && kind == unix.IPV6_RECVERR
 		if ours && len(e) >= 16 && (e[4] == originICMP || e[4] == originICMP6) &&
@@ -156,7 +157,7 @@ func tooBig(control []byte) (mtu int, by netip.Addr) {
 			by, _ = address(e[16:]) // SO_EE_OFFENDER
 			return int(binary.NativeEndian.Uint32(e[8:])), by
 		}
-		control = control[min((n+7)&^7, len(control)):]
+		control = control[min(controlNext(n), len(control)):]
 	}
 	return 0, by
 }

@@ -31,7 +31,9 @@ func writev(fd uintptr, iovs []unix.Iovec) unix.Errno {
 }
 
 func iovecOf(b []byte) unix.Iovec {
-	return unix.Iovec{Base: unsafe.SliceData(b), Len: uint64(len(b))}
+	v := unix.Iovec{Base: unsafe.SliceData(b)}
+	v.SetLen(len(b))
+	return v
 }
 
 // iovecs returns the slices of a message.

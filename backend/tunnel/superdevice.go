@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -76,6 +77,13 @@ func makeSuperDevice() (fd int, err error) {
 func (d *superDevice) prepare() (err error) {
 	if err := unix.IoctlSetPointerInt(d.fd, unix.TUNSETVNETHDRSZ, superHeaderLen); err != nil {
 		return fmt.Errorf("TUNSETVNETHDRSZ: %w", err)
+	}
+	// The loop writes this device's headers in little endian, in which the kernel has the
+	// tunnel's fields; the other fields are in the host's order unless it is told.
+	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
+		if err := unix.IoctlSetPointerInt(d.fd, unix.TUNSETVNETLE, 1); err != nil {
+			return fmt.Errorf("TUNSETVNETLE: %w", err)
+		}
 	}
 	offloads := unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
 	if d.format == encap.FormatVXLAN {

@@ -20,6 +20,7 @@ package host
 
 import (
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"strings"
@@ -106,8 +107,9 @@ type Route struct {
 	Metric int        // 0 is the kernel's default, which for IPv6 is 1024
 }
 
-// UnreachableMetric yields to every other route.
-const UnreachableMetric = 1<<32 - 2
+// UnreachableMetric yields to every other route. Package netlink has metrics as an int,
+// of which 32-bit processors have the lower half.
+const UnreachableMetric = (1<<32 - 2) & math.MaxInt
 
 // normal returns the route as the kernel reports it.
 func (r Route) normal() Route {
