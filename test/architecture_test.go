@@ -66,10 +66,11 @@ var allowed = map[string][]string{
 	"culvert/subnet/etcd/culvert-etcd": {"subnet/etcd/member"},
 	// The plugin must not import internal/host, although it reads a bridge's
 	// addresses: that would triple the size of a program that is started for every pod.
-	"culvert/cni":             {"subnet", "internal/api/readiness", "internal/boottime", "internal/statefile"},
-	"culvert/cni/culvert-cni": {"cni"},
-	"culvert/cni/multicall":   {},
-	"culvert/test/image":      {},
+	"culvert/cni":                    {"subnet", "internal/api/readiness", "internal/boottime", "internal/statefile"},
+	"culvert/cni/culvert-cni":        {"cni"},
+	"culvert/cni/multicall":          {},
+	"culvert/internal/image":         {},
+	"culvert/internal/image/archive": {"internal/image"},
 }
 
 // outside lists which packages may import certain large external modules.

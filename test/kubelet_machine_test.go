@@ -23,9 +23,9 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"culvert/internal/image"
 	"culvert/internal/lab"
 	"culvert/subnet/kube/kubetest"
-	"culvert/test/image"
 )
 
 const (
@@ -278,7 +278,7 @@ func (k *kubelets) writeImages(t *testing.T) {
 		"web.tar":     {Name: webImage, Files: map[string]string{"web": web}, Entrypoint: []string{"/web"}},
 		"culvert.tar": culvert,
 	} {
-		if err := i.Write(filepath.Join(k.dir, file)); err != nil {
+		if err := image.Write(filepath.Join(k.dir, file), i); err != nil {
 			t.Fatal(err)
 		}
 	}

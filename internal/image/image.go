@@ -5,6 +5,7 @@ package image
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Image is what an image FROM scratch consists of.
@@ -25,6 +27,9 @@ type Image struct {
 	Files      map[string]string // path in the image: path here. Symbolic links stay such
 	Entrypoint []string
 	Cmd        []string
+	Arch       string // GOARCH; this machine's if empty
+	Labels     map[string]string
+	Created    time.Time
 }
 
 // FromDockerfile returns the image that a Dockerfile describes which only copies
@@ -145,59 +150,128 @@ func add(w *tar.Writer, name string, content []byte, mode int64) error {
 	return err
 }
 
+type platform struct {
+	OS           string `json:"os"`
+	Architecture string `json:"architecture"`
+	Variant      string `json:"variant,omitempty"`
+}
+
 type descriptor struct {
 	MediaType   string            `json:"mediaType"`
 	Digest      string            `json:"digest"`
 	Size        int               `json:"size"`
+	Platform    *platform         `json:"platform,omitempty"`
 	Annotations map[string]string `json:"annotations,omitempty"`
 }
 
-// Write writes the image into a file (OCI image layout, 1.0.0).
-func (i Image) Write(file string) error {
+const kind = "application/vnd.oci.image."
+
+// archive is an OCI image layout that is being written.
+type archive struct {
+	w       *tar.Writer
+	written map[string]bool
+}
+
+func (a archive) blob(mediaType string, content []byte) (descriptor, error) {
+	sum := fmt.Sprintf("%x", sha256.Sum256(content))
+	d := descriptor{MediaType: kind + mediaType, Digest: "sha256:" + sum, Size: len(content)}
+	if a.written[sum] {
+		return d, nil
+	}
+	a.written[sum] = true
+	return d, add(a.w, "blobs/sha256/"+sum, content, 0o644)
+}
+
+func (a archive) object(mediaType string, v any) (descriptor, error) {
+	text, err := json.Marshal(v)
+	if err != nil {
+		return descriptor{}, err
+	}
+	return a.blob(mediaType, text)
+}
+
+// image writes the image's layer, its configuration and its manifest.
+func (a archive) image(i Image) (descriptor, error) {
 	layer, err := i.layer()
 	if err != nil {
-		return fmt.Errorf("image %s: %w", i.Name, err)
+		return descriptor{}, err
 	}
+	diff := fmt.Sprintf("sha256:%x", sha256.Sum256(layer))
+	var packed bytes.Buffer
+	z := gzip.NewWriter(&packed)
+	if _, err := z.Write(layer); err != nil {
+		return descriptor{}, err
+	}
+	if err := z.Close(); err != nil {
+		return descriptor{}, err
+	}
+	layerBlob, err := a.blob("layer.v1.tar+gzip", packed.Bytes())
+	if err != nil {
+		return descriptor{}, err
+	}
+	is := platform{OS: "linux", Architecture: i.Arch}
+	if is.Architecture == "" {
+		is.Architecture = runtime.GOARCH
+	}
+	if is.Architecture == "arm" {
+		is.Variant = "v7"
+	}
+	description := map[string]any{
+		"os": is.OS, "architecture": is.Architecture,
+		"config": map[string]any{"Entrypoint": i.Entrypoint, "Cmd": i.Cmd, "Labels": i.Labels},
+		"rootfs": map[string]any{"type": "layers", "diff_ids": []any{diff}},
+	}
+	if is.Variant != "" {
+		description["variant"] = is.Variant
+	}
+	if !i.Created.IsZero() {
+		description["created"] = i.Created.UTC()
+	}
+	config, err := a.object("config.v1+json", description)
+	if err != nil {
+		return descriptor{}, err
+	}
+	d, err := a.object("manifest.v1+json", map[string]any{
+		"schemaVersion": 2, "mediaType": kind + "manifest.v1+json",
+		"config": config, "layers": []any{layerBlob},
+	})
+	d.Platform = &is
+	return d, err
+}
+
+// Write writes images of one name, each for another architecture, into a file that
+// `ctr images import` reads (OCI image layout, 1.0.0). What it writes depends on the
+// images alone.
+func Write(file string, images ...Image) error {
 	f, err := os.Create(file)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	w := tar.NewWriter(f)
-	var failed error
-	blob := func(kind string, content []byte) descriptor {
-		sum := fmt.Sprintf("%x", sha256.Sum256(content))
-		failed = errors.Join(failed, add(w, "blobs/sha256/"+sum, content, 0o644))
-		return descriptor{MediaType: "application/vnd.oci.image." + kind, Digest: "sha256:" + sum, Size: len(content)}
+	a := archive{tar.NewWriter(f), map[string]bool{}}
+	var all []descriptor
+	for _, i := range images {
+		d, err := a.image(i)
+		if err != nil {
+			return fmt.Errorf("image %s: %w", i.Name, err)
+		}
+		all = append(all, d)
 	}
-	object := func(v any) []byte {
-		text, err := json.Marshal(v)
-		failed = errors.Join(failed, err)
-		return text
+	top := all[0]
+	if len(all) > 1 {
+		if top, err = a.object("index.v1+json", index(all...)); err != nil {
+			return err
+		}
 	}
-	layerBlob := blob("layer.v1.tar", layer)
-	config := blob("config.v1+json", object(map[string]any{
-		"os": "linux", "architecture": runtime.GOARCH,
-		"config": map[string]any{"Entrypoint": i.Entrypoint, "Cmd": i.Cmd},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": []any{layerBlob.Digest}},
-	}))
-	manifest := blob("manifest.v1+json", object(map[string]any{
-		"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-		"config": config, "layers": []any{layerBlob},
-	}))
-	_, tag, _ := strings.Cut(path.Base(i.Name), ":")
-	manifest.Annotations = map[string]string{"io.containerd.image.name": i.Name, "org.opencontainers.image.ref.name": tag}
-	for _, part := range []struct {
-		name    string
-		content []byte
-	}{
-		{"index.json", object(map[string]any{"schemaVersion": 2, "manifests": []any{manifest}})},
-		{"oci-layout", []byte(`{"imageLayoutVersion":"1.0.0"}`)},
-	} {
-		failed = errors.Join(failed, add(w, part.name, part.content, 0o644))
-	}
-	if err := errors.Join(failed, w.Close(), f.Close()); err != nil {
-		return fmt.Errorf("image %s: %w", i.Name, err)
-	}
-	return nil
+	_, tag, _ := strings.Cut(path.Base(images[0].Name), ":")
+	top.Annotations = map[string]string{"io.containerd.image.name": images[0].Name, "org.opencontainers.image.ref.name": tag}
+	text, err := json.Marshal(index(top))
+	return errors.Join(err,
+		add(a.w, "index.json", text, 0o644),
+		add(a.w, "oci-layout", []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644),
+		a.w.Close(), f.Close())
+}
+
+func index(manifests ...descriptor) any {
+	return map[string]any{"schemaVersion": 2, "mediaType": kind + "index.v1+json", "manifests": manifests}
 }

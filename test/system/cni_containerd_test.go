@@ -23,9 +23,9 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"culvert/internal/api"
+	"culvert/internal/image"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
-	"culvert/test/image"
 )
 
 const pauseImage = "culvert.test/pause:1"
@@ -34,7 +34,7 @@ const pauseImage = "culvert.test/pause:1"
 func writePauseImage(t *testing.T, path string) {
 	t.Helper()
 	i := image.Image{Name: pauseImage, Files: map[string]string{"pause": buildTool(t, "./testdata/pause")}, Entrypoint: []string{"/pause"}}
-	if err := i.Write(path); err != nil {
+	if err := image.Write(path, i); err != nil {
 		t.Fatal(err)
 	}
 }
