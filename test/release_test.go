@@ -487,8 +487,8 @@ type packager struct {
 }
 
 // TestReleaseInstall installs the package on a machine with systemd, starts the unit,
-// upgrades it under 100 pings a second, and removes it: no packet is lost but where the
-// userspace datapath ends, and the configuration stays until dpkg purges it.
+// upgrades it under 100 pings a second, and removes it: the kernel datapath loses no packet,
+// and the configuration stays until dpkg purges it.
 //
 //	pod ── n1: systemd, the package ── fabric ── n2 ── pod
 func TestReleaseInstall(t *testing.T) {
@@ -553,8 +553,10 @@ func testInstall(t *testing.T, how packager, datapath string) {
 	})
 	sent, lost := pings.stop()
 	t.Logf("%s, %s: of %d pings during the upgrade %d were lost", how.kind, datapath, sent, lost)
-	if lost > 0 {
-		t.Errorf("the upgrade lost %d of %d pings (gap %s)", lost, sent, pings.gap())
+	// The userspace loop may lose the packet that it holds when it is stopped, as in
+	// TestUpgradeInUserspace.
+	if gap := pings.gap(); datapath == "kernel" && lost > 0 || gap > 100*time.Millisecond {
+		t.Errorf("the upgrade lost %d of %d pings (gap %s)", lost, sent, gap)
 	}
 	if kept := m.run("cat", "/etc/culvert/culvert.env"); kept != settings {
 		t.Errorf("after the upgrade the configuration is\n%s", kept)
