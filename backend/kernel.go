@@ -39,6 +39,13 @@ type FastPath interface {
 	// Passed returns, for each peer, whether packets were sent or received
 	// since the last call.
 	Passed() []host.Passed
+	// Counts reports whether the programs count what is sent, so that nftables need
+	// not.
+	Counts() bool
+	// Exchanged returns what was sent to each peer, by the fast path or by the
+	// device, and what the fast path has received from it, since the programs were
+	// loaded. It is nil while the fast path is off.
+	Exchanged() map[firewall.Source]firewall.Exchanged
 	// Status reports whether the fast path is on, and its traffic counters.
 	Status() api.FastPath
 	// Close closes this process's descriptors; attached programs keep running.
@@ -80,6 +87,7 @@ func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
 			return host.State{}, err
 		}
 		w.State.Replaces = k.options.Replaces
+		w.count(k.options.FastPath != nil && k.options.FastPath.Counts())
 		if k.options.FastPath != nil {
 			k.options.FastPath.Want(&w.State)
 		}

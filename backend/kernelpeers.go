@@ -12,6 +12,7 @@ import (
 type kernelWay struct {
 	firewall.Source
 	direct bool
+	link   string
 }
 
 // ways are those of the last plan: a route to a gateway that is the peer's own
@@ -32,7 +33,7 @@ func (w Wanted) ways() []kernelWay {
 		if !tunnel {
 			public = r.Via
 		}
-		all = append(all, kernelWay{firewall.Source{Outer: public, Inner: r.To}, r.Via == public && !r.OnLink})
+		all = append(all, kernelWay{firewall.Source{Outer: public, Inner: r.To}, r.Via == public && !r.OnLink, r.Link})
 	}
 	return all
 }
@@ -47,21 +48,36 @@ func (k *Kernel) probeTargets() []ProbeTarget {
 	return all
 }
 
-// Peers says what is known of the way to each peer, and what pods may send. The kernel counts by peer what
-// its tunnel devices receive, and not what they send; what takes the fast path is
-// not counted by peer.
+// count has the firewall count what is exchanged with each peer, as far as nothing
+// else does: a tunnel's received packets are counted where they are checked, and
+// the fast path counts what it sees.
+func (w *Wanted) count(fastPath bool) {
+	c := &w.State.Firewall.Count
+	for _, to := range w.ways() {
+		if to.direct {
+			c.Direct, c.Underlay = append(c.Direct, to.Inner), to.link
+		}
+		if to.direct || !fastPath {
+			c.Sent = append(c.Sent, to.Inner)
+		}
+	}
+}
+
+// Peers says what is known of the way to each peer, and what pods may send.
 func (k *Kernel) Peers() ([]api.PeerState, int) {
 	k.mu.Lock()
 	w := k.wanted
 	k.mu.Unlock()
 	now := time.Now()
 	way := api.WayKernel
+	var fast map[firewall.Source]firewall.Exchanged
 	if k.options.FastPath != nil && k.options.FastPath.Status().On {
 		way = api.WayFastPath
+		fast = k.options.FastPath.Exchanged()
 	}
-	var received map[firewall.Source]firewall.Count
-	if way == api.WayKernel {
-		received, _ = firewall.Received(w.State.Firewall.Tunnels) // what cannot be read is not shown
+	counted, err := firewall.Counts(w.State.Firewall)
+	if err != nil {
+		counted = nil // what cannot be read is not shown
 	}
 	var all []api.PeerState
 	for _, to := range w.ways() {
@@ -70,8 +86,18 @@ func (k *Kernel) Peers() ([]api.PeerState, int) {
 			s.Way = api.WayDirect
 		}
 		k.prober.Describe(&s, now)
-		if n, ok := received[to.Source]; ok && !to.direct {
-			s.Received = &api.PeerCount{Packets: n.Packets, Bytes: n.Bytes}
+		if counted != nil {
+			sent, received := counted[firewall.Source{Inner: to.Inner}].Sent, counted[firewall.Source{Inner: to.Inner}].Received
+			if !to.direct {
+				drops := counted[firewall.Source{Outer: to.Outer}].Dropped
+				s.Drops = &drops
+				received = counted[to.Source].Received
+				e := fast[to.Source]
+				sent.Packets, sent.Bytes = sent.Packets+e.Sent.Packets, sent.Bytes+e.Sent.Bytes
+				received.Packets, received.Bytes = received.Packets+e.Received.Packets, received.Bytes+e.Received.Bytes
+			}
+			s.Sent = &api.PeerCount{Packets: sent.Packets, Bytes: sent.Bytes}
+			s.Received = &api.PeerCount{Packets: received.Packets, Bytes: received.Bytes}
 		}
 		all = append(all, s)
 	}

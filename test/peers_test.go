@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"net"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"culvert/internal/api"
 	"culvert/internal/lab"
@@ -86,7 +89,7 @@ func TestPeers(t *testing.T) {
 	})
 	// The administrator of the third node has entered n1 alone.
 	settle(n2, api.WayKernel, subnets(self), func(p api.PeerState) error {
-		if p.Sent != nil || p.Received == nil || p.Received.Packets < 2 || p.Received.Bytes < uint64(self.Datapath.MTU) {
+		if p.Sent == nil || p.Received == nil || p.Drops == nil || p.Sent.Packets < 2 || p.Sent.Bytes < uint64(self.Datapath.MTU) || *p.Drops != 0 || p.Received.Packets < 2 || p.Received.Bytes < uint64(self.Datapath.MTU) {
 			return fmt.Errorf("%s: sent %+v, received %+v", p.Subnet, p.Sent, p.Received)
 		}
 		return nil
@@ -127,4 +130,106 @@ func TestPeers(t *testing.T) {
 		}
 		return fmt.Errorf("%+v", peers(n1, subnets(other)[0]))
 	})
+}
+
+// TestPeersCount has pods exchange a known number of packets, and compares what
+// `culvert peers` shows: with the fast path, the kernel's device alone, a route without a
+// tunnel, and in userspace.
+func TestPeersCount(t *testing.T) {
+	for name, n := range map[string]struct {
+		config string
+		way    string
+		flags  []string
+	}{
+		"fast path": {config, api.WayFastPath, []string{"--datapath", "kernel", "--fast-path", "on"}},
+		"device":    {config, api.WayKernel, []string{"--datapath", "kernel", "--fast-path", "off"}},
+		"direct":    {`{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}`, api.WayDirect, []string{"--datapath", "kernel"}},
+		"userspace": {config, api.WayUserspace, []string{"--datapath", "userspace"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newCluster(t, 2)
+			c.setConfig(n.config)
+			for _, node := range c.Nodes {
+				c.start(node, append([]string{"--probe-peers=false"}, n.flags...)...)
+			}
+			for _, node := range c.Nodes {
+				c.waitReady(node, 1)
+			}
+			if n.way == api.WayFastPath {
+				c.fastPath(c.Nodes[0])
+			}
+			pods := c.pods()
+			peer := func() api.PeerState {
+				t.Helper()
+				all, err := api.GetPeers(t.Context(), c.Nodes[0].RunDir)
+				if err != nil || len(all.Peers) != 1 {
+					t.Fatalf("%+v, %v", all, err)
+				}
+				if p := all.Peers[0]; p.Way != n.way || p.Sent == nil || p.Received == nil {
+					t.Fatalf("%+v", p)
+				}
+				return all.Peers[0]
+			}
+			if _, err := pods[0].Ping(t.Context(), pods[0].Addrs[0], pods[1].Addrs[0]); err != nil {
+				t.Fatal(err)
+			}
+			var before api.PeerState
+			eventually(t, "the ping and its answer are counted", func() error { // the userspace loop counts after it has sent
+				if before = peer(); before.Sent.Packets == 0 || before.Sent.Packets != before.Received.Packets {
+					return fmt.Errorf("sent %+v, received %+v", before.Sent, before.Received)
+				}
+				return nil
+			})
+			const size, count = 500, 20
+			echoDatagrams(t, pods[0], pods[1], size, count)
+			want := api.PeerCount{Packets: count, Bytes: count * (20 + 8 + size)}
+			eventually(t, "the datagrams are counted", func() error {
+				after := peer()
+				sent, received := since(before.Sent, after.Sent), since(before.Received, after.Received)
+				if sent != want || received != want {
+					return fmt.Errorf("sent %+v, received %+v, want %+v", sent, received, want)
+				}
+				return nil
+			})
+		})
+	}
+}
+
+func since(before, after *api.PeerCount) api.PeerCount {
+	return api.PeerCount{Packets: after.Packets - before.Packets, Bytes: after.Bytes - before.Bytes}
+}
+
+// echoDatagrams sends UDP datagrams from one pod to another, one at a time, and waits for
+// each to come back.
+func echoDatagrams(t *testing.T, from, to *lab.Pod, size, count int) {
+	t.Helper()
+	open := func(p *lab.Pod) (c *net.UDPConn) {
+		t.Helper()
+		if err := p.Do(func() (err error) {
+			c, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(p.Addrs[0], 9000)))
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		return c
+	}
+	here, there := open(from), open(to)
+	buffer := make([]byte, size)
+	for range count {
+		for _, hop := range []struct {
+			out, in *net.UDPConn
+			to      netip.Addr
+		}{{here, there, to.Addrs[0]}, {there, here, from.Addrs[0]}} {
+			if _, err := hop.out.WriteToUDPAddrPort(buffer, netip.AddrPortFrom(hop.to, 9000)); err != nil {
+				t.Fatal(err)
+			}
+			if err := hop.in.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := hop.in.Read(buffer); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 }

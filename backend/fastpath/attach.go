@@ -15,13 +15,14 @@ import (
 )
 
 // fill updates the maps to the desired contents, by the difference to the last ones.
-// Only this Path writes them, except for the marks that the programs set (Passed).
+// Only this Path writes them, except for what the programs count.
 func (p *Path) fill(want contents) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	err := errors.Join(
+		fillKeys(p.loaded.Maps["sent"], p.held.counted, want.counted),
 		fillMap(p.loaded.Maps["peers"], p.held.peers, want.peers),
-		fillMap(p.loaded.Maps["sources"], p.held.sources, want.sources),
+		fillKeys(p.loaded.Maps["sources"], p.held.sources, want.sources),
 		fillMap(p.loaded.Maps["tunnels"], p.held.tunnels, want.tunnels),
 	)
 	if err != nil {
@@ -45,6 +46,27 @@ func fillMap[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
 			continue
 		}
 		if err := m.Put(&key, &value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fillKeys is fillMap for a map of counters, which begin at zero.
+func fillKeys[K comparable, V any](m *ebpf.Map, have, want map[K]V) error {
+	for key := range have {
+		if _, stays := want[key]; !stays {
+			if err := m.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return err
+			}
+		}
+	}
+	zero := make([]traffic, ebpf.MustPossibleCPU())
+	for key := range want {
+		if _, there := have[key]; there {
+			continue
+		}
+		if err := m.Update(&key, zero, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return err
 		}
 	}

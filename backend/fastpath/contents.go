@@ -35,11 +35,13 @@ type (
 	peer struct {
 		Outer address
 		MTU   uint32
-		Sent  uint32 // set by the program
 	}
 	sourceKey struct {
 		Bits         uint32
 		Outer, Inner address
+	}
+	traffic struct {
+		Packets, Bytes uint64
 	}
 )
 
@@ -55,9 +57,17 @@ const narrowest = 1280
 type contents struct {
 	tunnels map[uint32]tunnel // by family, 4 or 6
 	peers   map[peerKey]peer
-	sources map[sourceKey]uint32
+	counted map[peerKey]struct{} // peers, and those that are left to the device
+	sources map[sourceKey]struct{}
 	hooks   []hook
-	pairs   []firewall.Source // the keys of sources
+	pairs   []pair // one for each of sources
+}
+
+// pair is a peer's subnet, and its keys in the maps.
+type pair struct {
+	firewall.Source
+	source sourceKey
+	peer   peerKey
 }
 
 // hook is where a program is attached.
@@ -101,7 +111,11 @@ func keyOf(s firewall.Source) sourceKey {
 // contentsOf computes the contents for a state, without I/O. The error says why the
 // fast path cannot be used with it.
 func contentsOf(s host.State, f facts) (contents, error) {
-	c := contents{tunnels: make(map[uint32]tunnel), peers: make(map[peerKey]peer), sources: make(map[sourceKey]uint32)}
+	c := contents{tunnels: make(map[uint32]tunnel), peers: make(map[peerKey]peer), counted: make(map[peerKey]struct{}), sources: make(map[sourceKey]struct{})}
+	macs := make(map[netip.Addr]host.MAC, len(s.Neighbours))
+	for _, n := range s.Neighbours {
+		macs[n.IP] = n.MAC
+	}
 	families := make(map[string]uint32)
 	for _, l := range s.Links {
 		if l.VXLAN == nil {
@@ -150,8 +164,9 @@ func contentsOf(s host.State, f facts) (contents, error) {
 				t.Bits[t.Lengths], t.Masks[t.Lengths] = bits, maskOf(p.Inner.Bits())
 				t.Lengths++
 			}
-			c.sources[keyOf(p)] = 0
-			c.pairs = append(c.pairs, p)
+			key := keyOf(p)
+			c.sources[key] = struct{}{}
+			c.pairs = append(c.pairs, pair{p, key, peerKey{macs[p.Inner.Masked().Addr()], uint16(family)}})
 		}
 		c.tunnels[family] = t
 		c.hooks = append(c.hooks,
@@ -171,6 +186,7 @@ func contentsOf(s host.State, f facts) (contents, error) {
 			continue
 		}
 		uplink := s.Links[device].VXLAN.Device
+		c.counted[peerKey{e.MAC, uint16(family)}] = struct{}{}
 		mtu, ok := f.path(e.To, uplink)
 		if !ok {
 			continue

@@ -30,6 +30,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 )
 
@@ -63,11 +64,13 @@ type Path struct {
 	paths     pathMTUs
 	ids       map[string]ebpf.ProgramID
 
-	mu     sync.Mutex       // held briefly; taken after following if both are
-	loaded *ebpf.Collection // nil if off or not loadable, see why; changed with both held
-	held   contents         // last written to the maps
-	on     bool
-	why    string
+	mu      sync.Mutex                             // held briefly; taken after following if both are
+	loaded  *ebpf.Collection                       // nil if off or not loadable, see why; changed with both held
+	held    contents                               // last written to the maps
+	seen    map[firewall.Source]firewall.Exchanged // by the last call of Passed
+	on      bool
+	refused bool // loaded, but not to be used with the last state
+	why     string
 }
 
 // Open loads and tests the programs. If the kernel rejects them, Open returns an error
@@ -227,7 +230,7 @@ func (p *Path) say(on bool, why string) {
 			p.log.Warn("fast path off", "why", why)
 		}
 	}
-	p.on, p.why = on, why
+	p.on, p.why, p.refused = on, why, !on
 }
 
 // Status reports whether the fast path is on, why not, and what it has carried.
@@ -238,35 +241,6 @@ func (p *Path) Status() api.FastPath {
 	r := p.read()
 	s.Egress, s.Ingress, s.Joined, s.Slow = r.egress(), r.ingress(), r[inJoined], r.slow()
 	return s
-}
-
-// Passed returns for each peer whether packets were sent and received by the fast path
-// since the last call.
-func (p *Path) Passed() []host.Passed {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.loaded == nil || !p.on {
-		return nil
-	}
-	sent := make(map[address]bool)
-	for key := range p.held.peers {
-		var is peer
-		if err := p.loaded.Maps["peers"].Lookup(&key, &is); err == nil && is.Sent != 0 {
-			sent[is.Outer] = true
-			is.Sent = 0
-			_ = p.loaded.Maps["peers"].Update(&key, &is, ebpf.UpdateExist)
-		}
-	}
-	var all []host.Passed
-	for _, s := range p.held.pairs {
-		key, heard := keyOf(s), uint32(0)
-		if err := p.loaded.Maps["sources"].Lookup(&key, &heard); err == nil && heard != 0 {
-			zero := uint32(0)
-			_ = p.loaded.Maps["sources"].Update(&key, &zero, ebpf.UpdateExist)
-		}
-		all = append(all, host.Passed{Source: s, Sent: sent[addressOf(s.Outer)], Received: heard != 0})
-	}
-	return all
 }
 
 func (p *Path) read() (r readings) {

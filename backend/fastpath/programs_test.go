@@ -5,8 +5,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -58,8 +60,12 @@ func state() host.State {
 	}
 	l4, t4 := tunnel("cvt.7", ourNode, cluster4, ourNet, firewall.Source{Outer: peerNode, Inner: peerNet}, firewall.Source{Outer: wideNode, Inner: wideNet})
 	l6, t6 := tunnel("cvt6.7", ourNode6, cluster6, ourNet6, firewall.Source{Outer: peerNode6, Inner: peerNet6})
+	neighbour := func(link string, subnet netip.Prefix) host.Neighbour {
+		return host.Neighbour{Link: link, IP: subnet.Addr(), MAC: peerMAC}
+	}
 	return host.State{
-		FastPath: true, Links: []host.Link{l4, l6}, Firewall: firewall.Policy{Tunnels: []firewall.TunnelRule{t4, t6}},
+		Neighbours: []host.Neighbour{neighbour("cvt.7", peerNet), neighbour("cvt6.7", peerNet6)},
+		FastPath:   true, Links: []host.Link{l4, l6}, Firewall: firewall.Policy{Tunnels: []firewall.TunnelRule{t4, t6}},
 		FDB: []host.FDBEntry{{Link: "cvt.7", MAC: peerMAC, To: peerNode}, {Link: "cvt6.7", MAC: peerMAC, To: peerNode6}},
 	}
 }
@@ -406,6 +412,54 @@ func TestLeavesIn(t *testing.T) {
 		if verdict != actUnspec || reason != test.reason || !bytes.Equal(out, test.frame) {
 			t.Errorf("%s: %#x, %q, want %q; unchanged: %t", test.name, verdict, reason, test.reason, bytes.Equal(out, test.frame))
 		}
+	}
+}
+
+// TestCountsByPeer counts what is exchanged with each peer: what the program sends and
+// takes, and what it leaves to the device on the way out, not what it leaves on the way in.
+func TestCountsByPeer(t *testing.T) {
+	p := filled(t)
+	if got := p.Exchanged(); got != nil {
+		t.Errorf("while the fast path is off: %v", got)
+	}
+	p.say(true, "")
+	out, out6 := datagram(ourPod, peerPod, 100), datagram(ourPod6, peerPod6, 200)
+	p.run(t, programOut, frame(peerMAC, ourMAC, out), 0)
+	p.run(t, programOut, frame(peerMAC, ourMAC, out), 0)
+	p.run(t, programOut, frame(peerMAC, ourMAC, out6), 0)
+	long := datagram(ourPod, peerPod, 1473)
+	if verdict, _, reason := p.run(t, programOut, frame(peerMAC, ourMAC, long), 0); verdict != actUnspec || reason != "egress-too-long" {
+		t.Fatalf("%#x, %q", verdict, reason)
+	}
+	in := datagram(peerPod, ourPod, 300)
+	p.run(t, programIn, wire(peerNode, ourNode, frame(ourMAC, peerMAC, in), nil), 0)
+	p.run(t, programIn, wire(stranger, ourNode, frame(ourMAC, peerMAC, in), nil), 0)
+
+	there, there6 := firewall.Source{Outer: peerNode, Inner: peerNet}, firewall.Source{Outer: peerNode6, Inner: peerNet6}
+	want := map[firewall.Source]firewall.Exchanged{
+		there:                             {Sent: firewall.Count{Packets: 3, Bytes: uint64(2*len(out) + len(long))}, Received: firewall.Count{Packets: 1, Bytes: uint64(len(in))}},
+		there6:                            {Sent: firewall.Count{Packets: 1, Bytes: uint64(len(out6))}},
+		{Outer: wideNode, Inner: wideNet}: {},
+	}
+	if got := p.Exchanged(); !maps.Equal(got, want) {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	passed := func() (sent, received []firewall.Source) {
+		for _, x := range p.Passed() {
+			if x.Sent {
+				sent = append(sent, x.Source)
+			}
+			if x.Received {
+				received = append(received, x.Source)
+			}
+		}
+		return sent, received
+	}
+	if sent, received := passed(); len(sent) != 2 || !slices.Equal(received, []firewall.Source{there}) {
+		t.Errorf("sent to %v, received from %v", sent, received)
+	}
+	if sent, received := passed(); sent != nil || received != nil {
+		t.Errorf("the second time: sent to %v, received from %v", sent, received)
 	}
 }
 

@@ -33,7 +33,7 @@ func try(loaded *ebpf.Collection) error {
 			Bits: [mostLengths]uint32{24}, Masks: [mostLengths]address{maskOf(24)},
 		}},
 		peers:   map[peerKey]peer{{theirs, 4}: {Outer: addressOf(there), MTU: 1500}},
-		sources: map[sourceKey]uint32{{24, addressOf(there), addressOf(netip.MustParseAddr("203.0.113.0"))}: 0},
+		sources: map[sourceKey]struct{}{{24, addressOf(there), addressOf(netip.MustParseAddr("203.0.113.0"))}: {}},
 	}
 	p := Path{loaded: loaded}
 	if err := p.fill(c); err != nil {

@@ -43,8 +43,8 @@ not been asked yet). The daemon asks with ICMP echo requests through the tunnel,
 which flannel's nodes answer too: every 30 s, less often where there is traffic,
 and at most 32 requests to all together in 10 s.
 
-The kernel counts by peer what its tunnel receives, and not what it sends; what
-takes the fast path is not counted by peer. "-" stands for what is not known.
+SENT and RECEIVED are bytes of pods' packets since the datapath was set up; DROPS
+are packets from the peer that this node refused. "-" stands for what is not known.
 
 Filters: text that the node, subnet or address contains, or KEY=VALUE of
   node=worker-*  subnet=10.5.0.0/18  address=192.0.2.7  way=kernel  state=silent,unknown

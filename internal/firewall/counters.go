@@ -49,9 +49,15 @@ func Drops(p Policy) map[string]uint64 {
 	return drops
 }
 
-// Count is the traffic received from a peer: bytes of inner packets, and packets as
-// the input hook sees them, which may have been coalesced (GRO).
+// Count is the traffic with a peer in one direction: bytes of inner packets, and
+// packets as a hook sees them, which may have been coalesced (GRO).
 type Count struct{ Packets, Bytes uint64 }
+
+// Exchanged is the traffic with a peer in both.
+type Exchanged struct {
+	Sent, Received Count
+	Dropped        uint64 // packets with the peer's underlay address as source
+}
 
 // PeerCounters reads what the rules have accepted from each peer, on one socket.
 type PeerCounters struct{ conn *netlink.Conn }
@@ -80,7 +86,7 @@ func (c PeerCounters) Received(tunnels []TunnelRule) (map[Source]Count, error) {
 				return all, fmt.Errorf("reading the counters of the nftables set %s: %w", s.name, err)
 			}
 			for _, e := range elements {
-				if source, ok := sourceOf(e, s.bits); ok && e.Counter != nil {
+				if source, ok := s.sourceOf(e); ok && e.Counter != nil {
 					n := e.Counter
 					all[source] = Count{n.Packets, n.Bytes - min(n.Bytes, n.Packets*t.outerLen())}
 				}
@@ -90,13 +96,45 @@ func (c PeerCounters) Received(tunnels []TunnelRule) (map[Source]Count, error) {
 	return all, nil
 }
 
-// Received is PeerCounters.Received on a socket of its own.
-func Received(tunnels []TunnelRule) (map[Source]Count, error) {
+// Counts returns what the rules of a policy have counted by peer since its sets were
+// created. What was received without a tunnel, and what was sent, has no Outer; what
+// was dropped has no Inner.
+func Counts(p Policy) (map[Source]Exchanged, error) {
 	c, err := OpenPeerCounters()
 	if err != nil {
 		return nil, err
 	}
-	all, err := c.Received(tunnels)
+	all := make(map[Source]Exchanged)
+	received, err := c.Received(p.Tunnels)
+	for s, n := range received {
+		all[s] = Exchanged{Received: n}
+	}
+	sets := p.Count.sets()
+	for _, t := range p.Tunnels {
+		if t.Device != "" && t.Local.IsValid() {
+			sets = append(sets, t.nodes())
+		}
+	}
+	for _, s := range sets {
+		elements, failed := setElements(c.conn, nftables.TableFamilyINet, TableName, s.name)
+		err = errors.Join(err, failed)
+		for _, element := range elements {
+			of, ok := s.sourceOf(element)
+			if !ok || element.Counter == nil {
+				continue
+			}
+			e := all[of]
+			switch n := (Count{element.Counter.Packets, element.Counter.Bytes}); s.kind {
+			case outerAddresses:
+				e.Dropped = n.Packets
+			case destinations:
+				e.Sent = n
+			default:
+				e.Received = n
+			}
+			all[of] = e
+		}
+	}
 	return all, errors.Join(err, c.Close())
 }
 

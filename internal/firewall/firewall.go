@@ -31,6 +31,8 @@ type Policy struct {
 	// Forward are the networks whose packets must pass other programs' FORWARD
 	// chains.
 	Forward []netip.Prefix
+	// Count are the peers' subnets whose packets are counted, one by one.
+	Count Counted
 }
 
 // Device is a link; the name or the index may be unknown.

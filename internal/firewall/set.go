@@ -16,13 +16,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// set is an nftables set of Sources whose inner prefixes have the same length.
+// set is an nftables set of Sources whose inner prefixes have the same length, or
+// of one of their two fields (kind).
 // An element's key is the outer source address and the masked inner source,
 // loaded at an offset from the transport header. So a lookup is an exact match
 // in a hash table (nft_set_hash.c); an interval set would be compared by field,
 // 4 bits at a time (nft_set_pipapo.c).
 type set struct {
 	name     string
+	kind     setKind
 	is4      bool
 	bits     int    // length of the inner prefixes
 	offset   uint32 // of the inner source, in bytes from the transport header
@@ -34,30 +36,38 @@ type set struct {
 	unlike bool
 }
 
-// nodesOnly as bits means that the elements are outer addresses only.
-const nodesOnly = -2
+// setKind says what a set's elements are.
+type setKind int
+
+const (
+	pairs          setKind = iota // outer source and inner source
+	outerAddresses                // nodes4, nodes6: count what was dropped with them as source
+	destinations                  // inner prefixes only, to count what is sent to them: sent4_24
+	origins                       // inner prefixes only, to count what came from them without a tunnel: direct4_24
+)
+
+// setKinds maps the first part of a set's name.
+var setKinds = map[string]setKind{"peers": pairs, "nodes": outerAddresses, "sent": destinations, "direct": origins}
 
 // setOf describes a set that was read, without its elements.
 func setOf(n *nftables.Set) set {
-	if strings.HasPrefix(n.Name, "nodes") {
-		s := set{name: n.Name, is4: n.KeyType.Bytes == 4, bits: nodesOnly}
-		s.unlike = n.KeyType.Bytes != s.width() || n.Interval || n.IsMap || n.Constant || n.Dynamic || n.HasTimeout || n.Size != 0
-		return s
+	first, length, _ := strings.Cut(n.Name, "_")
+	s := set{name: n.Name, kind: setKinds[strings.TrimRight(first, "46")], bits: -1}
+	if bits, err := strconv.Atoi(length); err == nil {
+		s.bits = bits
 	}
-	_, length, _ := strings.Cut(n.Name, "_")
-	bits, err := strconv.Atoi(length)
-	if err != nil {
-		bits = -1
+	s.is4 = n.KeyType.Bytes == 4
+	if s.kind == pairs {
+		s.is4 = n.KeyType.Bytes == 2*4
 	}
-	s := set{name: n.Name, is4: n.KeyType.Bytes == 2*4, bits: bits}
-	s.unlike = n.KeyType.Bytes != 2*s.width() || n.Interval || n.IsMap || n.Constant || n.Dynamic || n.HasTimeout || n.Size != 0
+	s.unlike = n.KeyType.Bytes != s.keyLen() || n.Interval || n.IsMap || n.Constant || n.Dynamic || n.HasTimeout || n.Size != 0
 	return s
 }
 
 // keyText is the key in nft syntax. The second field has no name there.
 func (s set) keyText() string {
-	if s.bits == nodesOnly {
-		return family(s.is4) + " saddr"
+	if s.kind != pairs {
+		return family(s.is4) + " " + s.field()
 	}
 	return fmt.Sprintf("%s saddr . @th,%d,%d", family(s.is4), s.offset*8, s.width()*8)
 }
@@ -97,6 +107,28 @@ func (s set) lookup(field string, invert bool) rule {
 	}, ""}
 }
 
+// field is the address that is looked up in a set of single addresses.
+func (s set) field() string {
+	if s.kind == destinations {
+		return "daddr"
+	}
+	return "saddr"
+}
+
+// counted is a rule that counts the packets to, or from, the prefixes of a set, and
+// lets all pass. network is the one that they are in.
+func (s set) counted(network netip.Prefix) rule {
+	n := s.width()
+	text := family(s.is4) + " " + s.field()
+	exprs := []expr.Any{&expr.Payload{DestRegister: unix.NFT_REG_1, Base: expr.PayloadBaseNetworkHeader, Offset: addressOffset(s.field(), s.is4), Len: n}}
+	if mask := net.CIDRMask(s.bits, int(n)*8); s.bits < int(n)*8 {
+		text += fmt.Sprintf(" & %s", net.IP(mask))
+		exprs = append(exprs, &expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: n, Mask: mask, Xor: make([]byte, n)})
+	}
+	lookup := rule{text + " @" + s.name, append(exprs, &expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: s.name}), ""}
+	return all(familyIs(s.is4, ""), address(s.field(), true, network), lookup)
+}
+
 func (s set) width() uint32 {
 	if s.is4 {
 		return 4
@@ -106,22 +138,18 @@ func (s set) width() uint32 {
 
 // keyLen is the length of a key in bytes.
 func (s set) keyLen() uint32 {
-	if s.bits == nodesOnly {
+	if s.kind != pairs {
 		return s.width()
 	}
 	return 2 * s.width()
 }
-
-// counts reports whether the elements count packets: those of peers do, for
-// PassedWatch.
-func (s set) counts() bool { return s.bits != nodesOnly }
 
 func (s set) nft() *nftables.Set { return &nftables.Set{Table: ourTable(), Name: s.name} }
 
 // addStep returns the step that creates the set.
 func (s set) addStep() Step {
 	return Step{
-		Command: fmt.Sprintf("nft add set inet %s %s { typeof %s;%s }", TableName, s.name, s.keyText(), map[bool]string{true: " counter;"}[s.counts()]),
+		Command: fmt.Sprintf("nft add set inet %s %s { typeof %s; counter; }", TableName, s.name, s.keyText()),
 		do:      s.add,
 	}
 }
@@ -139,14 +167,12 @@ func (s set) add() error {
 	e.Uint32(unix.NFTA_SET_KEY_LEN, s.keyLen())
 	e.Uint32(unix.NFTA_SET_ID, 1)
 	e.Bytes(unix.NFTA_SET_USERDATA, s.typeof())
-	if s.counts() {
-		const setExpr = 17 // NFTA_SET_EXPR (Linux 5.7): one counter per element; older kernels ignore it
-		e.Nested(setExpr, func(e *netlink.AttributeEncoder) error {
-			e.String(unix.NFTA_EXPR_NAME, "counter")
-			e.Nested(unix.NFTA_EXPR_DATA, func(*netlink.AttributeEncoder) error { return nil })
-			return nil
-		})
-	}
+	const setExpr = 17 // NFTA_SET_EXPR (Linux 5.7): one counter per element; older kernels ignore it
+	e.Nested(setExpr, func(e *netlink.AttributeEncoder) error {
+		e.String(unix.NFTA_EXPR_NAME, "counter")
+		e.Nested(unix.NFTA_EXPR_DATA, func(*netlink.AttributeEncoder) error { return nil })
+		return nil
+	})
 	attrs, err := e.Encode()
 	if err != nil {
 		return err
@@ -194,9 +220,9 @@ const (
 
 func (s set) keyType() uint32 {
 	switch {
-	case s.bits == nodesOnly && s.is4:
+	case s.kind != pairs && s.is4:
 		return nftIPv4
-	case s.bits == nodesOnly:
+	case s.kind != pairs:
 		return nftIPv6
 	case s.is4:
 		return nftIPv4<<6 | nftInteger
@@ -211,7 +237,7 @@ func (s set) typeof() []byte {
 	const ( // expression.h, proto.h, payload.c
 		exprPayload, exprConcat = 7, 13
 		descIP, descIP6         = 12, 13
-		fieldSource4            = 11
+		fieldSource4            = 11 // the destination is the next one
 		fieldSource6            = 8
 		baseTransport           = 3
 		keyByteOrder, keyTypeof = 0, 3 // NFTNL_UDATA_SET_...
@@ -221,11 +247,14 @@ func (s set) typeof() []byte {
 	if !s.is4 {
 		desc, field = descIP6, fieldSource6
 	}
+	if s.field() == "daddr" {
+		field++
+	}
 	payload := func(description ...[]byte) []byte {
 		return slices.Concat(udata32(0, exprPayload), udata(1, description...))
 	}
 	named := payload(udata32(0, desc), udata32(1, field))
-	if s.bits == nodesOnly {
+	if s.kind != pairs {
 		return slices.Concat(udata32(keyByteOrder, byteOrderBig), udata(keyTypeof, named))
 	}
 	nameless := payload(udata32(0, 0), udata32(1, 0), udata32(2, baseTransport), udata32(3, s.offset*8), udata32(4, s.width()*8))
@@ -295,6 +324,10 @@ func elementsText(all []Source) string {
 			words[i] = e.Outer.String()
 			continue
 		}
+		if !e.Outer.IsValid() {
+			words[i] = e.Inner.Addr().String()
+			continue
+		}
 		words[i] = fmt.Sprintf("%s . 0x%x", e.Outer, e.Inner.Masked().Addr().AsSlice())
 	}
 	return "{ " + strings.Join(words, ", ") + " }"
@@ -307,21 +340,29 @@ func elements(all []Source) []nftables.SetElement {
 			list[i] = nftables.SetElement{Key: e.Outer.AsSlice()}
 			continue
 		}
+		if !e.Outer.IsValid() {
+			list[i] = nftables.SetElement{Key: e.Inner.Masked().Addr().AsSlice()}
+			continue
+		}
 		list[i] = nftables.SetElement{Key: append(e.Outer.AsSlice(), e.Inner.Masked().Addr().AsSlice()...)}
 	}
 	return list
 }
 
-// sourceOf decodes an element of a set for inner prefixes of a length; false if
-// elements does not produce such a key.
-func sourceOf(e nftables.SetElement, bits int) (Source, bool) {
-	if bits == nodesOnly {
+// sourceOf decodes an element; false if elements does not produce such a key.
+func (s set) sourceOf(e nftables.SetElement) (Source, bool) {
+	switch s.kind {
+	case outerAddresses:
 		outer, ok := netip.AddrFromSlice(e.Key)
 		return Source{Outer: outer}, ok && len(e.KeyEnd) == 0
+	case destinations, origins:
+		inner, ok := netip.AddrFromSlice(e.Key)
+		p := netip.PrefixFrom(inner, s.bits)
+		return Source{Inner: p}, ok && len(e.KeyEnd) == 0 && p.IsValid() && p == p.Masked()
 	}
 	n := len(e.Key) / 2
 	outer, ok1 := netip.AddrFromSlice(e.Key[:n])
 	inner, ok2 := netip.AddrFromSlice(e.Key[n:])
-	s := Source{outer, netip.PrefixFrom(inner, bits)}
-	return s, ok1 && ok2 && len(e.KeyEnd) == 0 && s.Inner.IsValid() && s.Inner == s.Inner.Masked()
+	source := Source{outer, netip.PrefixFrom(inner, s.bits)}
+	return source, ok1 && ok2 && len(e.KeyEnd) == 0 && source.Inner.IsValid() && source.Inner == source.Inner.Masked()
 }

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -58,6 +59,18 @@ func (p Policy) table() *table {
 		if line, ok := tunnel.departed(); ok {
 			departed = append(departed, line)
 			t.sets = append(t.sets, tunnel.nodes())
+		}
+	}
+	for _, s := range p.Count.sets() {
+		i := slices.IndexFunc(p.Forward, func(p netip.Prefix) bool { return p.Addr().Is4() == s.is4 })
+		if i < 0 {
+			continue
+		}
+		t.sets = append(t.sets, s)
+		if s.kind == destinations {
+			departed = append(departed, s.counted(p.Forward[i]))
+		} else {
+			inner = append(inner, all(inputDevice(p.Count.Underlay), s.counted(p.Forward[i])))
 		}
 	}
 	if len(in) > 0 {
@@ -223,7 +236,7 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 		}
 		got := setOf(s)
 		for _, e := range list {
-			source, ok := sourceOf(e, got.bits)
+			source, ok := got.sourceOf(e)
 			got.elements = append(got.elements, source)
 			got.foreign = got.foreign || !ok
 		}

@@ -111,6 +111,7 @@ func (t TunnelRule) received() []rule {
 			ours = all(is, right)
 		}
 		lines = append(lines, all(ours, t.nodes().lacks("saddr"), drop("ingress-stranger")))
+		lines = append(lines, all(is, right, t.nodes().holds("saddr"), drop("ingress-source"))) // counted by peer
 	}
 	lines = append(lines, all(is, right, drop("ingress-source")))
 	if t.Port != 0 {
@@ -185,10 +186,10 @@ func (t TunnelRule) forged() []rule {
 		if t.Underlay != "" {
 			parts = append(parts, notInputDevice(t.Underlay))
 		}
-		parts = append(parts, t.nodes().holds("saddr"))
 		if !t.NoFIB {
 			parts = append(parts, notTheWayBack())
 		}
+		parts = append(parts, t.nodes().holds("saddr")) // last: the set counts what is dropped
 		lines = append(lines, all(append(parts, drop("egress-forged"))...))
 	}
 	return lines
@@ -221,7 +222,7 @@ func (t TunnelRule) isNamed() rule {
 // nodes returns the set of the underlay addresses of all nodes, including this
 // one.
 func (t TunnelRule) nodes() set {
-	s := set{name: "nodes4", is4: t.is4(), bits: nodesOnly}
+	s := set{name: "nodes4", kind: outerAddresses, is4: t.is4(), bits: -1}
 	if !t.is4() {
 		s.name = "nodes6"
 	}

@@ -40,6 +40,7 @@ type Keeper struct {
 	said    Standing
 	planned bool
 	took    time.Duration // duration of the last reconciliation
+	looked  time.Duration // of the last one that changed nothing
 }
 
 // Standing is a Keeper's status.
@@ -89,7 +90,7 @@ func (k *Keeper) publish() {
 // Intervals of reconciliation.
 const (
 	// resync is the interval without notifications, because some settings
-	// change without one. If reconciling is slow, it uses at most 1/resyncShare
+	// change without one. If looking alone is slow, it uses at most 1/resyncShare
 	// of the time.
 	resync      = 4 * time.Second
 	resyncShare = 200
@@ -159,7 +160,7 @@ func (k *Keeper) repair() time.Duration {
 	if k.others.putOff {
 		return min(resync, max(settle, surveyShare*k.others.took-time.Since(k.others.at)))
 	}
-	return max(resync, resyncShare*k.took)
+	return max(resync, resyncShare*k.looked)
 }
 
 // reconcile reads the kernel, plans, and writes the difference. It is the only
@@ -204,6 +205,9 @@ func (k *Keeper) reconcile() (err error) {
 	for _, f := range k.followers {
 		changes, failed := f.Follow(want, have.view)
 		done, err = append(done, changes...), errors.Join(err, failed)
+	}
+	if len(done) == 0 {
+		k.looked = time.Since(began)
 	}
 	k.watched.Store(newWatched(have, k.underlay))
 	k.reorder(done, want)

@@ -1,6 +1,8 @@
 package host_test
 
 import (
+	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -194,6 +196,76 @@ func settled(t *testing.T, n *lab.Node, tunnel firewall.TunnelRule, want string)
 			t.Errorf("the sets are %q, want %q", got, want)
 		}
 		return nil
+	})
+}
+
+// TestCounted sends packets to subnets of several sizes in both address families: each
+// is counted for the subnet that it goes to, by rules that nft can print.
+func TestCounted(t *testing.T) {
+	l := labtest.New(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:1::/64")}})
+	n, other := l.Nodes[0], l.Nodes[1]
+	to := []netip.Prefix{netip.MustParsePrefix("10.5.2.0/24"), netip.MustParsePrefix("10.5.32.0/20"), netip.MustParsePrefix("fd00:5:0:2::/64")}
+	state := host.State{Firewall: firewall.Policy{
+		Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16"), netip.MustParsePrefix("fd00:5::/48")},
+		Count:   firewall.Counted{Sent: to, Direct: to, Underlay: n.Link},
+	}}
+	for _, p := range to {
+		state.Routes = append(state.Routes, host.Route{To: p, Via: other.Addrs[map[bool]int{true: 0, false: 1}[p.Addr().Is4()]], Link: n.Link})
+	}
+	apply(t, n, state)
+	if again := apply(t, n, state); len(again) > 0 {
+		t.Errorf("a second time changed %q", again)
+	}
+	send := func(n *lab.Node, from, to string, count int) {
+		t.Helper()
+		inside(t, n, func() error {
+			c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), 0)))
+			if err != nil {
+				return err
+			}
+			for range count {
+				if _, err := c.WriteToUDPAddrPort(make([]byte, 72), netip.AddrPortFrom(netip.MustParseAddr(to), 9)); err != nil {
+					return err
+				}
+			}
+			return c.Close()
+		})
+	}
+	for _, a := range []string{"10.5.47.9/32", "fd00:5:0:2::9/128"} {
+		if out, err := other.Run(t.Context(), "ip", "address", "add", a, "dev", "lo", "nodad"); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	inside(t, n, func() error { // or this node would send ICMP errors
+		c, err := net.ListenUDP("udp", &net.UDPAddr{Port: 9})
+		if err == nil {
+			t.Cleanup(func() { _ = c.Close() })
+		}
+		return err
+	})
+	send(n, "0.0.0.0", "10.5.2.200", 1)
+	send(n, "0.0.0.0", "10.5.47.200", 2)
+	send(n, "::", "fd00:5:0:2::1", 3)
+	send(other, "10.5.47.9", n.Addrs[0].String(), 4)
+	send(other, "fd00:5:0:2::9", n.Addrs[1].String(), 5)
+	count := func(packets, header uint64) firewall.Count {
+		return firewall.Count{Packets: packets, Bytes: packets * (header + 8 + 72)}
+	}
+	want := map[firewall.Source]firewall.Exchanged{
+		{Inner: to[0]}: {Sent: count(1, 20)},
+		{Inner: to[1]}: {Sent: count(2, 20), Received: count(4, 20)},
+		{Inner: to[2]}: {Sent: count(3, 40), Received: count(5, 40)},
+	}
+	inside(t, n, func() error {
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) { // neighbours are looked for first
+			got, err := firewall.Counts(state.Firewall)
+			if err != nil || maps.Equal(got, want) {
+				return err
+			}
+			if time.Now().After(end) {
+				return fmt.Errorf("%+v, want %+v", got, want)
+			}
+		}
 	})
 }
 

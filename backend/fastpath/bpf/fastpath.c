@@ -96,8 +96,13 @@ struct peer_key {
 
 struct peer {
 	struct address outer;
-	__u32 mtu;  // of the path, outer packets
-	__u32 sent; // 1: something has been since user space set it to 0
+	__u32 mtu; // of the path, outer packets
+};
+
+// What has been exchanged with a peer, in one direction.
+struct traffic {
+	__u64 packets; // segments, as on the wire
+	__u64 bytes;   // of inner packets
 };
 
 struct source_key {
@@ -139,12 +144,22 @@ struct {
 	__type(value, struct peer);
 } peers SEC(".maps");
 
+// What was sent to each peer, by the programs or by the device behind them.
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct peer_key);
+	__type(value, struct traffic);
+} sent SEC(".maps");
+
+// The pairs of outer and inner source, and what the programs have taken from each.
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(max_entries, 131072);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct source_key);
-	__type(value, __u32); // 1: something has come since user space set it to 0
+	__type(value, struct traffic);
 } sources SEC(".maps");
 
 #define FLOWS 8192
@@ -350,6 +365,7 @@ inline_always __u32 segments(struct __sk_buff *skb)
 {
 	__u32 n = skb->gso_segs;
 
+	asm volatile("" : "+r"(n));
 	return n ? n : 1;
 }
 
@@ -363,10 +379,8 @@ inline_always __be16 identification(__u32 n)
 	return bpf_htons(*next - n + bpf_get_smp_processor_id() * 0x3779);
 }
 
-inline_always int sent(struct __sk_buff *skb, const struct tunnel *t, struct peer *p, __u32 packets, __u32 bytes)
+inline_always int leaves(const struct tunnel *t, __u32 packets, __u32 bytes)
 {
-	if (!p->sent)
-		p->sent = 1;
 	count(OUT_PACKETS, packets);
 	count(OUT_BYTES, bytes);
 	count(OUT_FRAMES, 1);
@@ -423,7 +437,7 @@ inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 	}
 	if (bpf_skb_store_bytes(skb, ETH_HLEN, h, COST4, 0))
 		return TC_ACT_SHOT; // cannot be: the room is there
-	return sent(skb, t, p, n, length);
+	return leaves(t, n, length);
 }
 
 inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, struct outer6 *h)
@@ -470,7 +484,7 @@ inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 		h->udp.check = 0xffff;
 	if (bpf_skb_store_bytes(skb, ETH_HLEN, h, COST6, 0))
 		return TC_ACT_SHOT;
-	return sent(skb, t, p, 1, length);
+	return leaves(t, 1, length);
 }
 
 SEC("tc")
@@ -482,6 +496,7 @@ int culvert_out(struct __sk_buff *skb)
 	} h;
 	struct peer_key key = {};
 	struct ethernet ethernet;
+	struct traffic *c;
 	struct tunnel *t;
 	struct peer *p;
 	__u32 family, gso = gso_size(skb);
@@ -499,6 +514,11 @@ int culvert_out(struct __sk_buff *skb)
 		return slow(SLOW_OUT_PROTOCOL);
 	__builtin_memcpy(key.mac, ethernet.destination, ETH_ALEN);
 	key.family = family;
+	c = bpf_map_lookup_elem(&sent, &key);
+	if (c) {
+		c->packets += segments(skb);
+		c->bytes += skb->len - ETH_HLEN;
+	}
 	p = bpf_map_lookup_elem(&peers, &key);
 	if (!p)
 		return slow(SLOW_OUT_PEER);
@@ -510,29 +530,27 @@ int culvert_out(struct __sk_buff *skb)
 	return out6(skb, gso, t, p, &h.six);
 }
 
-// known says whether the outer and the inner source are a pair.
-inline_always int known(const struct tunnel *t, const struct address *outer, const struct address *inner)
+// known says whether the outer and the inner source are a pair: what was taken from it
+// is counted there.
+inline_always struct traffic *known(const struct tunnel *t, const struct address *outer, const struct address *inner)
 {
 	struct source_key key;
-	__u32 *heard;
+	struct traffic *from;
 
 	key.outer = *outer;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < MOST_LENGTHS; i++) {
 		if (i >= t->lengths)
-			return 0;
+			return NULL;
 		key.bits = t->bits[i];
 #pragma unroll
 		for (int w = 0; w < 4; w++)
 			key.inner.word[w] = inner->word[w] & t->masks[i].word[w];
-		heard = bpf_map_lookup_elem(&sources, &key);
-		if (heard) {
-			if (!*heard) // no write for each packet
-				*heard = 1;
-			return 1;
-		}
+		from = bpf_map_lookup_elem(&sources, &key);
+		if (from)
+			return from;
 	}
-	return 0;
+	return NULL;
 }
 
 inline_always int ours(const struct tunnel *t, const struct address *to)
@@ -657,10 +675,11 @@ inline_always int leave(struct flow *f, __u32 reason)
 // was left to the hardware by a sender that there is no wire to, as on veth and between
 // virtual machines.
 inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, int cost, const struct ethernet *e, int check, int sum_known,
-			int unfinished, struct flow *f, __u32 way, __u32 bytes)
+			int unfinished, struct flow *f, __u32 way, struct traffic *from, __u32 bytes)
 {
 	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
 	__s64 level = bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY);
+	__u32 packets;
 
 	// A GSO frame comes from this machine, or was joined here, for which its
 	// checksums have been verified. Only one whose flow is in the pair comes here.
@@ -676,7 +695,10 @@ inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t
 		bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
 	if (bpf_skb_store_bytes(skb, 0, e, sizeof(*e), 0))
 		return TC_ACT_SHOT; // cannot be: the packet is longer
-	count(IN_PACKETS, segments(skb));
+	packets = segments(skb);
+	from->packets += packets;
+	from->bytes += bytes;
+	count(IN_PACKETS, packets);
 	count(IN_BYTES, bytes);
 	count(IN_FRAMES, 1);
 	if (way == JOINED) {
@@ -707,6 +729,7 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	} h;
 	struct address source = {}, outer = {}, destination = {};
 	__u32 family = 4, length;
+	struct traffic *from;
 	struct tunnel *t;
 	int sum_known, unfinished, class, tos;
 	__be32 ports = 0;
@@ -740,7 +763,8 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	f = flow_of(&source, &destination, ports);
 	if (left_at_once(gso, f))
 		return leave(f, SLOW_IN_SEGMENTS);
-	if (!known(t, &outer, &source))
+	from = known(t, &outer, &source);
+	if (!from)
 		return slow(SLOW_IN_SOURCE);
 	if (!ours(t, &destination))
 		return slow(SLOW_IN_DESTINATION);
@@ -762,7 +786,7 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	}
 	if (way == JOINED)
 		joining(skb, f, ETH_HLEN + COST4 + h.ip.ihl * 4, 1);
-	tos = taken(skb, gso, t, COST4, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, f, way, length);
+	tos = taken(skb, gso, t, COST4, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, f, way, from, length);
 	if (tos != TC_ACT_UNSPEC && class != (h.ip.tos & 3)) {
 		__be16 before = bpf_htons(h.ip.tos), after = bpf_htons((h.ip.tos & ~3) | class);
 		__u8 byte = (h.ip.tos & ~3) | class;
@@ -782,6 +806,7 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	} h;
 	struct address source, outer, destination, local;
 	__u32 family = 6, length;
+	struct traffic *from;
 	struct tunnel *t;
 	int sum_known, unfinished, class, verdict;
 	__be32 ports = 0;
@@ -814,7 +839,8 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	f = flow_of(&source, &destination, ports);
 	if (left_at_once(gso, f))
 		return leave(f, SLOW_IN_SEGMENTS);
-	if (!known(t, &outer, &source))
+	from = known(t, &outer, &source);
+	if (!from)
 		return slow(SLOW_IN_SOURCE);
 	if (!ours(t, &destination))
 		return slow(SLOW_IN_DESTINATION);
@@ -837,7 +863,7 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	}
 	if (way == JOINED)
 		joining(skb, f, ETH_HLEN + COST6 + sizeof(h.ip), 1);
-	verdict = taken(skb, gso, t, COST6, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, f, way, length);
+	verdict = taken(skb, gso, t, COST6, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, f, way, from, length);
 	if (verdict != TC_ACT_UNSPEC && class != (inner_class & 3)) {
 		__u8 byte = (h.ip.flow_lbl[0] & 0xcf) | class << 4;
 
