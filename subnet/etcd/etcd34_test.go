@@ -9,6 +9,8 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"culvert/subnet/etcd/etcdtest"
 )
 
 // oldest starts etcd 3.4: the program that CULVERT_OLD_ETCD names, or Debian's
@@ -72,8 +74,8 @@ func oldest(t *testing.T) (url string, restart func()) {
 func TestAuthenticationWithEtcd34(t *testing.T) {
 	t.Parallel()
 	url, restart := oldest(t)
-	secure(t, url)
-	asUser := func(o *Options) { o.User, o.Password = "culvert", password }
+	etcdtest.Secure(t, url)
+	asUser := func(o *Options) { o.User, o.Password = "culvert", etcdtest.Password }
 	began := time.Now()
 	r := open(t, url, asUser)
 	if _, _, err := r.ConfigText(t.Context()); err != nil {

@@ -29,68 +29,6 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// authority is a test CA; its certificates and keys are files.
-type authority struct {
-	dir  string
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newAuthority(t *testing.T) *authority {
-	t.Helper()
-	a := &authority{dir: t.TempDir()}
-	a.cert, a.key = a.issue(t, "ca", nil)
-	return a
-}
-
-func (a *authority) path(name string) string { return filepath.Join(a.dir, name) }
-
-// issue writes name.pem and name-key.pem, a self-signed CA if signer is nil.
-func (a *authority) issue(t *testing.T, name string, signer *authority) (*x509.Certificate, *ecdsa.PrivateKey) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	parent, parentKey := template, key
-	if signer != nil {
-		parent, parentKey = signer.cert, signer.key
-	} else {
-		template.IsCA, template.BasicConstraintsValid = true, true
-		template.KeyUsage |= x509.KeyUsageCertSign
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, parentKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalECPrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for file, block := range map[string]*pem.Block{
-		name + ".pem": {Type: "CERTIFICATE", Bytes: der}, name + "-key.pem": {Type: "EC PRIVATE KEY", Bytes: keyDER},
-	} {
-		if err := os.WriteFile(a.path(file), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return cert, key
-}
-
 // reads returns the error of one read request.
 func reads(t *testing.T, endpoint string, change func(*Options)) error {
 	t.Helper()
@@ -101,33 +39,33 @@ func reads(t *testing.T, endpoint string, change func(*Options)) error {
 
 func TestTLS(t *testing.T) {
 	t.Parallel()
-	a, stranger := newAuthority(t), newAuthority(t)
-	a.issue(t, "server", a)
-	a.issue(t, "client", a)
-	stranger.issue(t, "client", stranger)
-	withCA := func(o *Options) { o.CAFile = a.path("ca.pem") }
+	a, stranger := etcdtest.NewAuthority(t), etcdtest.NewAuthority(t)
+	a.Issue(t, "server", a)
+	a.Issue(t, "client", a)
+	stranger.Issue(t, "client", stranger)
+	withCA := func(o *Options) { o.CAFile = a.Path("ca.pem") }
 	withClient := func(o *Options) {
 		withCA(o)
-		o.CertFile, o.KeyFile = a.path("client.pem"), a.path("client-key.pem")
+		o.CertFile, o.KeyFile = a.Path("client.pem"), a.Path("client-key.pem")
 	}
 
 	t.Run("CA alone", func(t *testing.T) {
 		t.Parallel()
-		url := etcdtest.StartServer(t, member.Options{CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem")}).URL()
+		url := etcdtest.StartServer(t, member.Options{CertFile: a.Path("server.pem"), KeyFile: a.Path("server-key.pem")}).URL()
 		if err := reads(t, url, withCA); err != nil {
 			t.Errorf("with the CA: %v", err)
 		}
 		if err := reads(t, strings.TrimPrefix(url, "https://"), withCA); err != nil {
 			t.Errorf("without a scheme: %v", err)
 		}
-		if err := reads(t, url, func(o *Options) { o.CAFile = stranger.path("ca.pem") }); err == nil {
+		if err := reads(t, url, func(o *Options) { o.CAFile = stranger.Path("ca.pem") }); err == nil {
 			t.Error("accepted a server of another CA")
 		}
 	})
 	t.Run("client certificate", func(t *testing.T) {
 		t.Parallel()
 		url := etcdtest.StartServer(t, member.Options{
-			CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem"),
+			CertFile: a.Path("server.pem"), KeyFile: a.Path("server-key.pem"), CAFile: a.Path("ca.pem"),
 		}).URL()
 		if err := reads(t, url, withClient); err != nil {
 			t.Errorf("with a certificate: %v", err)
@@ -139,25 +77,25 @@ func TestTLS(t *testing.T) {
 	t.Run("renewed on disk", func(t *testing.T) {
 		t.Parallel()
 		server := etcdtest.StartServer(t, member.Options{
-			CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem"),
+			CertFile: a.Path("server.pem"), KeyFile: a.Path("server-key.pem"), CAFile: a.Path("ca.pem"),
 		})
-		before := newAuthority(t) // in another directory, since its files are replaced
-		before.issue(t, "client", before)
+		before := etcdtest.NewAuthority(t) // in another directory, since its files are replaced
+		before.Issue(t, "client", before)
 		// The files on disk are of another CA at first, as if they had expired.
 		r := open(t, server.URL(), func(o *Options) {
-			o.CAFile = before.path("ca.pem")
+			o.CAFile = before.Path("ca.pem")
 			o.RequestTimeout = 700 * time.Millisecond
-			o.CertFile, o.KeyFile = before.path("client.pem"), before.path("client-key.pem")
+			o.CertFile, o.KeyFile = before.Path("client.pem"), before.Path("client-key.pem")
 		})
 		if _, _, err := r.ConfigText(t.Context()); err == nil {
 			t.Fatal("a client of another CA was accepted")
 		}
 		for _, file := range []string{"ca.pem", "client.pem", "client-key.pem"} {
-			content, err := os.ReadFile(a.path(file))
+			content, err := os.ReadFile(a.Path(file))
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(before.path(file), content, 0o600); err != nil {
+			if err := os.WriteFile(before.Path(file), content, 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -165,42 +103,12 @@ func TestTLS(t *testing.T) {
 	})
 }
 
-const password = "correct-horse-battery"
-
-// secure enables authentication with a user whose role covers only one prefix.
-func secure(t *testing.T, endpoint string) {
-	t.Helper()
-	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	ctx := t.Context()
-	const prefix = "/coreos.com/network/"
-	for _, step := range []func() error{
-		func() error { _, err := c.RoleAdd(ctx, "culvert"); return err },
-		func() error {
-			_, err := c.RoleGrantPermission(ctx, "culvert", prefix, clientv3.GetPrefixRangeEnd(prefix), clientv3.PermissionType(clientv3.PermReadWrite))
-			return err
-		},
-		func() error { _, err := c.UserAdd(ctx, "culvert", password); return err },
-		func() error { _, err := c.UserGrantRole(ctx, "culvert", "culvert"); return err },
-		func() error { _, err := c.UserAdd(ctx, "root", "root"); return err },
-		func() error { _, err := c.UserGrantRole(ctx, "root", "root"); return err },
-		func() error { _, err := c.AuthEnable(ctx); return err },
-	} {
-		if err := step(); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 func TestUserAndPassword(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
-	secure(t, server.URL())
+	etcdtest.Secure(t, server.URL())
 	log := &lines{}
-	asUser := func(o *Options) { o.User, o.Password, o.Quarantine = "culvert", password, time.Minute }
+	asUser := func(o *Options) { o.User, o.Password, o.Quarantine = "culvert", etcdtest.Password, time.Minute }
 	// All operations on a lease must work with access to only this prefix.
 	r, l, w := ready(t, server.URL(), log.options, asUser)
 	lost := hold(t, r, l)
@@ -241,7 +149,7 @@ func TestUserAndPassword(t *testing.T) {
 	if _, err := open(t, server.URL(), asUser, at(t, "/elsewhere")).Acquire(t.Context(), claim(t, vxlanConfig, 3)); err == nil {
 		t.Error("wrote outside the role's prefix")
 	}
-	if strings.Contains(log.String(), password) {
+	if strings.Contains(log.String(), etcdtest.Password) {
 		t.Error("the password is in the log")
 	}
 	if log.count("is sent unencrypted") != 1 {
@@ -251,12 +159,12 @@ func TestUserAndPassword(t *testing.T) {
 
 func TestPasswordIsNotShown(t *testing.T) {
 	t.Parallel()
-	o := Options{Endpoints: []string{"a"}, User: "culvert", Password: password}
+	o := Options{Endpoints: []string{"a"}, User: "culvert", Password: etcdtest.Password}
 	var log bytes.Buffer
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "options", o, "pointer", &o)
 	encoded, err := json.Marshal(o)
 	shown := fmt.Sprintf("%v %+v %#v %s %v", o, o, o, o, &o) + log.String() + string(encoded)
-	if err == nil && strings.Contains(shown, password) || !strings.Contains(shown, "(hidden)") {
+	if err == nil && strings.Contains(shown, etcdtest.Password) || !strings.Contains(shown, "(hidden)") {
 		t.Error(shown)
 	}
 }
@@ -273,7 +181,7 @@ func TestOptions(t *testing.T) {
 		"user alone":          {func(o *Options) { o.User = "x" }, "must be set together"},
 		"password alone":      {func(o *Options) { o.Password = "x" }, "must be set together"},
 		"a path":              {func(o *Options) { o.Endpoints = []string{"http://a:2379/x"} }, "not a URL"},
-		"a user in the URL":   {func(o *Options) { o.Endpoints = []string{"http://u:" + password + "@a:2379"} }, "contains a user"},
+		"a user in the URL":   {func(o *Options) { o.Endpoints = []string{"http://u:" + etcdtest.Password + "@a:2379"} }, "contains a user"},
 		"another scheme":      {func(o *Options) { o.Endpoints = []string{"ftp://a"} }, "http or https"},
 		"http with a CA":      {func(o *Options) { o.Endpoints, o.CAFile = []string{"http://a"}, "x" }, "use https"},
 		"both schemes":        {func(o *Options) { o.Endpoints = []string{"http://a", "https://b"} }, "use https for all"},
@@ -285,7 +193,7 @@ func TestOptions(t *testing.T) {
 		o := Options{Endpoints: []string{"a"}, Logger: slog.New(slog.DiscardHandler)}
 		c.change(&o)
 		_, err := New(o)
-		if err == nil || !strings.Contains(err.Error(), c.fault) || strings.Contains(err.Error(), password) {
+		if err == nil || !strings.Contains(err.Error(), c.fault) || strings.Contains(err.Error(), etcdtest.Password) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -305,11 +213,11 @@ func TestEtcdUnreachableAtStart(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
 	setConfig(t, open(t, server.URL()), vxlanConfig)
-	secure(t, server.URL())
+	etcdtest.Secure(t, server.URL())
 	server.Stop()
 	got := make(chan error, 1)
 	go func() {
-		o := Options{Endpoints: []string{server.URL()}, User: "culvert", Password: password, Logger: slog.New(slog.DiscardHandler), DialTimeout: time.Second}
+		o := Options{Endpoints: []string{server.URL()}, User: "culvert", Password: etcdtest.Password, Logger: slog.New(slog.DiscardHandler), DialTimeout: time.Second}
 		r, err := New(o)
 		if err == nil {
 			_, err = r.Config(t.Context())
@@ -336,30 +244,30 @@ func TestEtcdUnreachableAtStart(t *testing.T) {
 // Explain says within 1.5 s and on one line why a server cannot be used.
 func TestTroubleNamesTheCause(t *testing.T) {
 	t.Parallel()
-	a, stranger := newAuthority(t), newAuthority(t)
-	a.issue(t, "server", a)
+	a, stranger := etcdtest.NewAuthority(t), etcdtest.NewAuthority(t)
+	a.Issue(t, "server", a)
 	plain := etcdtest.StartServer(t, member.Options{})
-	secured := etcdtest.StartServer(t, member.Options{CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem")})
-	demanding := etcdtest.StartServer(t, member.Options{CertFile: a.path("server.pem"), KeyFile: a.path("server-key.pem"), CAFile: a.path("ca.pem")})
+	secured := etcdtest.StartServer(t, member.Options{CertFile: a.Path("server.pem"), KeyFile: a.Path("server-key.pem")})
+	demanding := etcdtest.StartServer(t, member.Options{CertFile: a.Path("server.pem"), KeyFile: a.Path("server-key.pem"), CAFile: a.Path("ca.pem")})
 	http := httptest.NewServer(nethttp.NotFoundHandler())
 	defer http.Close()
 	swap := func(url, scheme string) string { _, host, _ := strings.Cut(url, "://"); return scheme + "://" + host }
-	secure(t, plain.URL())
+	etcdtest.Secure(t, plain.URL())
 	for name, c := range map[string]struct {
 		url    string
 		change func(*Options)
 		says   string
 	}{
-		"wrong CA":              {secured.URL(), func(o *Options) { o.CAFile = stranger.path("ca.pem") }, "not signed by the CA in " + stranger.path("ca.pem")},
+		"wrong CA":              {secured.URL(), func(o *Options) { o.CAFile = stranger.Path("ca.pem") }, "not signed by the CA in " + stranger.Path("ca.pem")},
 		"no CA":                 {secured.URL(), func(*Options) {}, "set the CA with --etcd-cafile"},
 		"http to https":         {swap(secured.URL(), "http"), func(*Options) {}, "it requires TLS: write https://"},
-		"https to http":         {swap(plain.URL(), "https"), func(o *Options) { o.CAFile = a.path("ca.pem") }, "it does not use TLS: write http://"},
-		"no client certificate": {demanding.URL(), func(o *Options) { o.CAFile = a.path("ca.pem") }, "that it accepts with --etcd-certfile"},
-		"another name":          {strings.Replace(secured.URL(), "127.0.0.1", "localhost", 1), func(o *Options) { o.CAFile = a.path("ca.pem") }, "use an address that is in the certificate"},
+		"https to http":         {swap(plain.URL(), "https"), func(o *Options) { o.CAFile = a.Path("ca.pem") }, "it does not use TLS: write http://"},
+		"no client certificate": {demanding.URL(), func(o *Options) { o.CAFile = a.Path("ca.pem") }, "that it accepts with --etcd-certfile"},
+		"another name":          {strings.Replace(secured.URL(), "127.0.0.1", "localhost", 1), func(o *Options) { o.CAFile = a.Path("ca.pem") }, "use an address that is in the certificate"},
 		"a web server":          {http.URL, func(*Options) {}, "is this etcd's client port?"},
 		"nobody":                {"http://127.0.0.1:1", func(*Options) {}, "connection refused: is etcd running there"},
 		"wrong password":        {plain.URL(), func(o *Options) { o.User, o.Password = "culvert", "wrong" }, "set the right ones with --etcd-username"},
-		"another prefix":        {plain.URL(), func(o *Options) { o.User, o.Password, o.Prefix = "culvert", password, "/elsewhere" }, "grant its role readwrite on the prefix /elsewhere/"},
+		"another prefix":        {plain.URL(), func(o *Options) { o.User, o.Password, o.Prefix = "culvert", etcdtest.Password, "/elsewhere" }, "grant its role readwrite on the prefix /elsewhere/"},
 		"no user":               {plain.URL(), func(*Options) {}, "requires authentication: set a user"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -375,7 +283,7 @@ func TestTroubleNamesTheCause(t *testing.T) {
 		})
 	}
 	t.Run("an answer", func(t *testing.T) {
-		r := open(t, plain.URL(), func(o *Options) { o.User, o.Password = "culvert", password })
+		r := open(t, plain.URL(), func(o *Options) { o.User, o.Password = "culvert", etcdtest.Password })
 		if _, _, err := r.ConfigText(t.Context()); err != nil || r.Trouble() != nil {
 			t.Error(err, r.Trouble())
 		}
@@ -386,14 +294,14 @@ func TestTroubleNamesTheCause(t *testing.T) {
 func TestPasswordFileChanges(t *testing.T) {
 	t.Parallel()
 	server := etcdtest.StartServer(t, member.Options{})
-	secure(t, server.URL())
+	etcdtest.Secure(t, server.URL())
 	file := filepath.Join(t.TempDir(), "password")
 	set := func(text string) {
 		if err := os.WriteFile(file, []byte(text+"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	set(password)
+	set(etcdtest.Password)
 	r, l, w := ready(t, server.URL(), func(o *Options) { o.User, o.PasswordFile = "culvert", file })
 	lost := hold(t, r, l)
 	root, err := clientv3.New(clientv3.Config{Endpoints: []string{server.URL()}, Username: "root", Password: "root"})
