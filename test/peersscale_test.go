@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,13 +22,15 @@ import (
 
 // TestManyPeers has a node probe many peers, all of which answer:
 //
-//	n1: culvert ── 198.19.0.0/16 ── n2: answers echo requests in VXLAN, for every address
+//	n1: culvert, probes     ─┬─ 198.19.0.0/16 ── n2: answers echo requests in VXLAN, for every address
+//	n3: culvert, probes none ┘
 //
 // A few unless CULVERT_PEERS says how many; then it measures, for docs/scale.md, how
-// long `culvert status` and `culvert peers` take, and, with 1,000 at most, what a
-// daemon uses that probes nobody, and one that does.
+// long `culvert status` and `culvert peers` take, and, with 1,000 at most, what probing
+// costs: the processor time of n1's daemon less that of n3's, in the same three minutes.
+// CULVERT_PEERS_TIME is another time, such as 20s.
 func TestManyPeers(t *testing.T) {
-	count, measure := 16, false
+	count, measure, watch := 16, false, time.Minute
 	if text := os.Getenv("CULVERT_PEERS"); text != "" {
 		var err error
 		if count, err = strconv.Atoi(text); err != nil {
@@ -35,61 +38,68 @@ func TestManyPeers(t *testing.T) {
 		}
 		measure = true
 	}
+	if text := os.Getenv("CULVERT_PEERS_TIME"); text != "" {
+		var err error
+		if watch, err = time.ParseDuration(text); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, datapath := range []string{"kernel", "userspace"} {
-		t.Run(datapath, func(t *testing.T) { manyPeers(t, datapath, count, measure) })
+		t.Run(datapath, func(t *testing.T) {
+			c := newCluster(t, 3)
+			c.datapath = datapath
+			c.setConfig(`{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`)
+			n1, n2, n3 := c.Nodes[0], c.Nodes[1], c.Nodes[2]
+			c.addPeers(count)
+			answered := answerAll(t, n2, n1, n3)
+			probes := c.start(n1)
+			if !measure {
+				c.waitReady(n1, count)
+				awaitIdle(t, n1, count)
+				return
+			}
+			asksNone := c.start(n3, "--probe-peers=false")
+			c.waitReady(n1, count+1)
+			c.waitReady(n3, count+1)
+			if count <= 1000 { // it would take minutes to ask all
+				costOfProbes(t, answered, probes.PID, asksNone.PID, watch)
+			}
+			timeCommands(t, n1, filepath.Join(c.bin, "culvert"), count)
+		})
 	}
 }
 
-func manyPeers(t *testing.T, datapath string, count int, measure bool) {
-	c := newCluster(t, 2)
-	c.datapath = datapath
-	c.setConfig(`{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`)
-	n1, n2 := c.Nodes[0], c.Nodes[1]
-	c.addPeers(count)
-	answerAll(t, n1, n2)
-
-	const watch = time.Minute
-	share := func(flags ...string) float64 {
-		p := c.start(n1, flags...)
-		c.waitReady(n1, count)
-		if !measure {
-			awaitIdle(t, n1, count)
-			return 0
-		}
-		time.Sleep(15 * time.Second)
-		before := runTime(t, p.PID)
+// costOfProbes logs what probing costs: the median of three periods.
+func costOfProbes(t *testing.T, answered *atomic.Uint64, probes, asksNone int, watch time.Duration) {
+	t.Helper()
+	time.Sleep(15 * time.Second) // after the start
+	var costs []float64
+	for range 3 {
+		before := [2]time.Duration{runTime(t, probes), runTime(t, asksNone)}
+		asked := answered.Load()
 		time.Sleep(watch)
-		used := 100 * float64(runTime(t, p.PID)-before) / float64(watch)
-		if slices.Contains(flags, "--probe-peers=false") {
-			if err := p.Stop(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		return used
+		with, without := float64(runTime(t, probes)-before[0])/float64(watch), float64(runTime(t, asksNone)-before[1])/float64(watch)
+		costs = append(costs, 100*(with-without))
+		t.Logf("with probes %.3f %% of a core, without %.3f %%; %d requests", 100*with, 100*without, answered.Load()-asked)
 	}
-	if !measure {
-		share()
-		return
-	}
-	if count <= 1000 {
-		without := share("--probe-peers=false")
-		with := share()
-		t.Logf("%s: a daemon with %d peers uses %.3f %% of a core, without probes %.3f %%: probing costs %.3f %%", datapath, count, with, without, with-without)
-	} else { // it would take minutes to ask all
-		c.start(n1)
-		c.waitReady(n1, count)
-	}
+	slices.Sort(costs)
+	t.Logf("probing costs %.3f %% of a core (%.3f to %.3f)", costs[1], costs[0], costs[2])
+}
+
+// timeCommands logs how long the reading commands take.
+func timeCommands(t *testing.T, n *lab.Node, culvert string, count int) {
+	t.Helper()
 	for _, args := range [][]string{{"status"}, {"status", "-o", "json"}, {"peers"}, {"peers", "-o", "json"}} {
 		var took []time.Duration
 		for range 11 {
 			began := time.Now()
-			if out, err := n1.Run(t.Context(), filepath.Join(c.bin, "culvert"), append(args, "--run-dir", n1.RunDir)...); err != nil {
+			if out, err := n.Run(t.Context(), culvert, append(args, "--run-dir", n.RunDir)...); err != nil {
 				t.Fatalf("%s\n%v", out, err)
 			}
 			took = append(took, time.Since(began))
 		}
 		slices.Sort(took)
-		t.Logf("%s: culvert %s with %d peers: median %v, most %v", datapath, strings.Join(args, " "), count, took[5].Round(time.Millisecond), took[10].Round(time.Millisecond))
+		t.Logf("culvert %s with %d peers: median %v, most %v", strings.Join(args, " "), count, took[5].Round(time.Millisecond), took[10].Round(time.Millisecond))
 	}
 }
 
@@ -140,18 +150,21 @@ func runTime(t *testing.T, pid int) (sum time.Duration) {
 }
 
 // answerAll has n2 be every address of 198.19.0.0/16, and answer each echo request
-// that comes in VXLAN as a peer's tunnel device does.
-func answerAll(t *testing.T, n1, n2 *lab.Node) {
+// that comes in VXLAN as a peer's tunnel device does. It counts them.
+func answerAll(t *testing.T, n2 *lab.Node, askers ...*lab.Node) *atomic.Uint64 {
 	t.Helper()
+	var answered atomic.Uint64
 	const network = "198.19.0.0/16"
 	_, to, err := net.ParseCIDR(network)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := n1.Do(func() error {
-		return netlink.RouteAdd(&netlink.Route{Dst: to, Gw: n2.Addrs[0].AsSlice()})
-	}); err != nil {
-		t.Fatal(err)
+	for _, n := range askers {
+		if err := n.Do(func() error {
+			return netlink.RouteAdd(&netlink.Route{Dst: to, Gw: n2.Addrs[0].AsSlice()})
+		}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	var socket *net.UDPConn
 	if err := n2.Do(func() error {
@@ -187,9 +200,11 @@ func answerAll(t *testing.T, n1, n2 *lab.Node) {
 			if n == 0 {
 				continue
 			}
+			answered.Add(1)
 			_, _ = conn.WriteTo(b[:n], &ipv4.ControlMessage{Src: from4}, &net.UDPAddr{IP: from, Port: 8472})
 		}
 	}()
+	return &answered
 }
 
 // readRequest makes of the next datagram its answer; 0 if it is no echo request.
