@@ -75,7 +75,7 @@ var allowed = map[string][]string{
 
 // outside lists which packages may import certain large external modules.
 var outside = map[string][]string{
-	"go.etcd.io/etcd/client/v3":      {"culvert/subnet/etcd"},
+	"go.etcd.io/etcd/client/v3":      {"culvert/subnet/etcd", "culvert/subnet/etcd/etcdtest"},
 	"go.etcd.io/etcd/server":         {"culvert/subnet/etcd/member"},
 	"github.com/google/nftables":     {"culvert/internal/firewall"},
 	"golang.zx2c4.com/wireguard":     {"culvert/backend/tunnel", "culvert/bench"},
