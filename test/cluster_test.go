@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -143,7 +144,7 @@ func startPair(t *testing.T, datapath string) (c *cluster, daemons []*lab.Proces
 
 // status returns the status of a node's daemon.
 func (c *cluster) status(n *lab.Node) (api.Status, error) {
-	ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(c.t.Context(), 10*time.Second)
 	defer cancel()
 	return api.GetStatus(ctx, n.RunDir)
 }
@@ -192,12 +193,12 @@ func (c *cluster) waitReady(n *lab.Node, peers int) api.Status {
 	return c.wait(n, "is ready", func(s api.Status) bool { return s.Ready && len(s.Peers) == peers })
 }
 
-// eventually repeats try until it succeeds, for up to 30 s: the machine may be slow, and
+// eventually repeats try until it succeeds, for up to 60 s: the machine may be slow, and
 // the test is not about speed.
 func eventually(t testing.TB, what string, try func() error) {
 	t.Helper()
 	var err error
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if err = try(); err == nil {
 			return
 		}
@@ -282,7 +283,8 @@ func transfer(t testing.TB, from, to *lab.Namespace, source, destination netip.A
 }
 
 // datagrams sends UDP datagrams of every size from 1 to 1380 bytes, which are never
-// fragmented, a few at a time, and checks that each is echoed unchanged and in order.
+// fragmented, a few at a time, and checks that each is echoed unchanged and in order. The lab
+// needs lab.Options.InOrder, or else packets may overtake each other outside culvert.
 func datagrams(t testing.TB, from, to *lab.Namespace, source, destination netip.Addr) {
 	t.Helper()
 	server, err := to.ListenPacket(t.Context(), "udp", netip.AddrPortFrom(destination, 0).String())
@@ -290,12 +292,16 @@ func datagrams(t testing.TB, from, to *lab.Namespace, source, destination netip.
 		t.Fatal(err)
 	}
 	defer server.Close()
+	var overtook atomic.Int64 // the first datagram that was out of order at the server
 	go func() {
 		b := make([]byte, 2048)
-		for {
+		for want := 1; ; want++ {
 			n, a, err := server.ReadFrom(b)
 			if err != nil {
 				return
+			}
+			if n != want {
+				overtook.CompareAndSwap(0, int64(n))
 			}
 			if _, err := server.WriteTo(b[:n], a); err != nil && !errors.Is(err, net.ErrClosed) {
 				return
@@ -317,7 +323,7 @@ func datagrams(t testing.TB, from, to *lab.Namespace, source, destination netip.
 			}
 			missing[size] = true
 		}
-		if err := client.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		if err := client.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
 		n, _, err := client.ReadFrom(answer)
@@ -325,7 +331,16 @@ func datagrams(t testing.TB, from, to *lab.Namespace, source, destination netip.
 			t.Fatalf("no answer to %v: %v", missing, err)
 		}
 		if n != next || string(answer[:n]) != string(pattern(n)) {
-			t.Fatalf("a datagram of %d bytes arrived, want %d, or its bytes differ", n, next)
+			var later []int // tells lost from late
+			for range window {
+				k, _, err := client.ReadFrom(answer)
+				if err != nil {
+					break
+				}
+				later = append(later, k)
+			}
+			t.Fatalf("a datagram of %d bytes arrived, want %d, or its bytes differ; then %v arrived; the first that the server received out of order (0: none): %d",
+				n, next, later, overtook.Load())
 		}
 		delete(missing, n)
 		next++

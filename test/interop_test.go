@@ -24,7 +24,7 @@ import (
 // The kernel's node sends with all offloads that the kernel has, so its packets arrive as
 // large frames and with unfinished checksums.
 func TestKernelNode(t *testing.T) {
-	c := newCluster(t, 2)
+	c := newClusterOf(t, lab.Options{Nodes: 2, InOrder: true})
 	c.setConfig(config)
 	c.start(c.Nodes[0])
 	ours := c.waitReady(c.Nodes[0], 0)

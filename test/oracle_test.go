@@ -48,7 +48,7 @@ type oracle struct {
 
 func newOracle(t *testing.T) *oracle {
 	c := newClusterOf(t, lab.Options{
-		Nodes: 2, Underlay: lab.Direct,
+		Nodes: 2, Underlay: lab.Direct, InOrder: true,
 		Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:18::/64")},
 	})
 	c.setConfig(dualConfig)
@@ -179,7 +179,7 @@ func extremes(t *testing.T, from, to *lab.Namespace, source, destination netip.A
 		if _, err := client.WriteTo(want, server.LocalAddr()); err != nil {
 			t.Fatal(err)
 		}
-		if err := client.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		if err := client.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
 		n, _, err := client.ReadFrom(answer)
@@ -221,7 +221,7 @@ func bursts(t *testing.T, from, to *lab.Namespace, source, destination netip.Add
 			t.Fatal(err)
 		}
 		for i := range count {
-			if err := server.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			if err := server.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
 				t.Fatal(err)
 			}
 			n, _, err := server.ReadFrom(got)

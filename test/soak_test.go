@@ -27,7 +27,7 @@ func TestSoak(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newCluster(t, 2)
+	c := newClusterOf(t, lab.Options{Nodes: 2, InOrder: true})
 	c.setConfig(config)
 	var daemons []*lab.Process
 	for i, n := range c.Nodes {

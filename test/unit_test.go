@@ -186,7 +186,7 @@ func TestTheUnitWithoutBPF(t *testing.T) {
 // TestLoopWithoutBPF has two nodes whose loop may load no program: their pods' packets
 // arrive as they were sent, in order, and the status says what is lost.
 func TestLoopWithoutBPF(t *testing.T) {
-	c := newCluster(t, 2)
+	c := newClusterOf(t, lab.Options{Nodes: 2, InOrder: true})
 	c.setConfig(config)
 	for _, n := range c.Nodes {
 		if _, err := n.Start(lab.Command{

@@ -25,7 +25,7 @@ import (
 // TestVMIPIP sends traffic between all pairs of IPIP implementations: the userspace
 // datapath, the kernel datapath, and handmade kernel devices.
 func TestVMIPIP(t *testing.T) {
-	c := newClusterOf(t, lab.Options{Nodes: 3})
+	c := newClusterOf(t, lab.Options{Nodes: 3, InOrder: true})
 	c.setConfig(`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`)
 	c.start(c.Nodes[0], "--datapath", "userspace")
 	c.start(c.Nodes[1], "--datapath", "kernel")

@@ -42,6 +42,11 @@ type Options struct {
 	// Keep lets the processes outlive this one. The lab itself is only kept
 	// after Lab.Keep.
 	Keep bool
+	// InOrder has each packet handled on a CPU that its flow determines, as a network card with
+	// several queues does (RPS, Documentation/networking/scaling.rst; Linux 6.3). Otherwise a link
+	// handles a packet on whichever CPU runs at the moment, so packets of one flow may overtake each
+	// other when a sender or a poll of the link (NAPI) moves to another CPU.
+	InOrder bool
 }
 
 var defaultPrefix = netip.MustParsePrefix("198.18.0.0/24")

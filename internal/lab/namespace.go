@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -83,6 +84,14 @@ func newNamespace(l *Lab, name string) (*Namespace, error) {
 		}
 		if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(s[0], "net/ipv6") {
 			err = nil // a kernel without IPv6
+		}
+	}
+	if err == nil && l.options.InOrder {
+		// Links that are created from now on take it over. Older kernels lack it, and a user
+		// namespace may not set it.
+		mask := strconv.FormatUint(1<<min(runtime.NumCPU(), 32)-1, 16)
+		if err = ns.SetSysctl("net/core/rps_default_mask", mask); errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+			err = nil
 		}
 	}
 	if err != nil {
