@@ -37,7 +37,7 @@ func hasFastPath(ctx context.Context, program string) (bool, error) {
 
 // daemonArgs returns the daemon's arguments that select the datapath.
 func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
-	format, kind, _ := strings.Cut(strings.TrimSuffix(d.base(), fastSuffix), "/")
+	format, kind, _ := strings.Cut(strings.TrimSuffix(strings.TrimSuffix(d.base(), fastSuffix), podSuffix), "/")
 	if d.auto || format == "host-gw" {
 		kind = "auto"
 	}
@@ -47,6 +47,8 @@ func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
 		return nil, unavailable("this version of culvert has no fast path")
 	case d.auto && hasFlag:
 		args = append(args, fastFlag+"=auto")
+	case d.pod:
+		args = append(args, fastFlag+"=pod")
 	case d.fast:
 		args = append(args, fastFlag+"=on")
 	case hasFlag:

@@ -32,12 +32,17 @@ type Datapath struct {
 	culvert bool
 	// fast: the daemon has --fast-path=on; otherwise off.
 	fast bool
+	// pod: the daemon has --fast-path=pod.
+	pod bool
 	// auto: the daemon chooses the datapath and the fast path.
 	auto bool
 }
 
 // fastSuffix ends the name of a datapath with culvert's fast path on.
 const fastSuffix = "+fast"
+
+// podSuffix ends the name of a datapath with the short way from pod to pod.
+const podSuffix = "+pod"
 
 // checkedNative is the datapath native with iperf3's traffic.
 const checkedNative = "native/iperf3"
@@ -51,6 +56,7 @@ func Datapaths() []Datapath {
 		{Name: "vxlan/auto", Title: "VXLAN, culvert's choice", About: "culvert's default: --datapath=auto, --fast-path=auto", culvert: true, auto: true},
 		{Name: "vxlan/kernel", Title: "VXLAN, kernel", About: "the kernel's vxlan device, configured by culvert", kernel: true, culvert: true},
 		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same with culvert's fast path", kernel: true, culvert: true, fast: true},
+		{Name: "vxlan/kernel" + podSuffix, Title: "VXLAN, kernel, pod to pod", About: "the same with --fast-path=pod", kernel: true, culvert: true, fast: true, pod: true},
 		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's userspace datapath", culvert: true},
 		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same with culvert's fast path", culvert: true, fast: true},
 		{Name: "ipip/kernel", Title: "IPIP, kernel", About: "the kernel's ipip device, configured by culvert", kernel: true, culvert: true},

@@ -116,6 +116,7 @@ func TestServices(t *testing.T) {
 	}
 	for name, flags := range map[string][]string{
 		"kernel": {"--datapath", "kernel", "--fast-path", "off"}, "fast path": {"--datapath", "kernel", "--fast-path", "on"}, "userspace": {"--datapath", "userspace"},
+		"pod to pod": {"--datapath", "kernel", "--fast-path", "pod"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCluster(t, 2)

@@ -162,6 +162,12 @@ type flow struct {
 
 func startFlow(t testing.TB, from, to *lab.Pod) *flow {
 	t.Helper()
+	return startFlowTo(t, from, to, to.Addrs[0])
+}
+
+// startFlowTo starts a flow that addresses the other pod as at, which the host translates.
+func startFlowTo(t testing.TB, from, to *lab.Pod, at netip.Addr) *flow {
+	t.Helper()
 	l, err := to.Listen(t.Context(), "tcp", netip.AddrPortFrom(to.Addrs[0], 0).String())
 	if err != nil {
 		t.Fatal(err)
@@ -178,7 +184,8 @@ func startFlow(t testing.TB, from, to *lab.Pod) *flow {
 		_, _ = io.Copy(c, c)
 	})
 	dialing, done := context.WithTimeout(t.Context(), 10*time.Second)
-	c, err := from.DialWith(dialing, net.Dialer{LocalAddr: &net.TCPAddr{IP: from.Addrs[0].AsSlice()}}, "tcp", l.Addr().String())
+	c, err := from.DialWith(dialing, net.Dialer{LocalAddr: &net.TCPAddr{IP: from.Addrs[0].AsSlice()}}, "tcp",
+		netip.AddrPortFrom(at, l.Addr().(*net.TCPAddr).AddrPort().Port()).String())
 	done()
 	if err != nil {
 		t.Fatalf("opening a flow: %v", err)

@@ -23,7 +23,8 @@ type (
 		FirstPort, Ports            uint16
 		Hops, Lengths               uint8
 		MAC                         host.MAC
-		_                           [2]uint8
+		Pods                        uint8
+		_                           uint8
 		Local, Subnet, Mask         address
 		Bits                        [mostLengths]uint32
 		Masks                       [mostLengths]address
@@ -61,6 +62,9 @@ type contents struct {
 	sources map[sourceKey]struct{}
 	hooks   []hook
 	pairs   []pair // one for each of sources
+
+	pods     []podLink
+	podHooks []hook
 }
 
 // pair is a peer's subnet, and its keys in the maps.
@@ -85,6 +89,7 @@ type facts struct {
 	hops             map[uint32]uint8 // TTL or hop limit, by family
 	// path returns the MTU of the path to a peer, and whether the fast path may use it.
 	path func(outer netip.Addr, uplink string) (mtu int, ok bool)
+	pods []podLink // with the short way from pod to pod
 }
 
 type link struct {
@@ -117,6 +122,11 @@ func contentsOf(s host.State, f facts) (contents, error) {
 		macs[n.IP] = n.MAC
 	}
 	families := make(map[string]uint32)
+	c.pods = f.pods
+	for _, l := range f.pods {
+		c.podHooks = append(c.podHooks, hook{l.name, l.index, netlink.HANDLE_MIN_EGRESS, programPodIn},
+			hook{l.name, l.index, netlink.HANDLE_MIN_INGRESS, programPodOut})
+	}
 	for _, l := range s.Links {
 		if l.VXLAN == nil {
 			continue
@@ -149,6 +159,9 @@ func contentsOf(s host.State, f facts) (contents, error) {
 		t := tunnel{
 			Device: uint32(device.index), Uplink: uint32(uplink.index), MTU: uint32(uplink.mtu), FirstPort: f.firstPort, Ports: f.ports,
 			Hops: f.hops[family], MAC: v.MAC, Local: addressOf(v.Local), Subnet: addressOf(guard.Subnet.Masked().Addr()), Mask: maskOf(guard.Subnet.Bits()),
+		}
+		if len(f.pods) > 0 {
+			t.Pods = 1
 		}
 		if near, ok := f.links[host.JoinNear]; ok {
 			t.Joiner = uint32(near.index)

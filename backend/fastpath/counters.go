@@ -18,6 +18,8 @@ const (
 	inBytes
 	inFrames
 	inJoined // of inFrames: through the veth pair, for GRO
+	outShort // of outFrames: the short way from pod to pod
+	inShort  // of inFrames
 
 	slowOutPeer
 	slowOutProtocol

@@ -26,6 +26,7 @@ import (
 	"sync"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
 	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
@@ -42,6 +43,7 @@ const (
 	Auto Mode = "auto" // if the kernel and the host allow it
 	On   Mode = "on"   // opening the datapath fails if the programs do not load
 	Off  Mode = "off"
+	Pods Mode = "pod" // as Auto, with the short way from pod to pod
 )
 
 // The programs' names in the object, which are also their filters' names.
@@ -49,6 +51,9 @@ const (
 	programOut  = host.FilterName + "out"
 	programIn   = host.FilterName + "in"
 	programJoin = host.FilterName + "join"
+
+	programPodOut = host.FilterName + "pod_out"
+	programPodIn  = host.FilterName + "pod_in"
 )
 
 var errNoTunnel = errors.New("there is no vxlan device")
@@ -63,6 +68,11 @@ type Path struct {
 	following sync.Mutex
 	paths     pathMTUs
 	ids       map[string]ebpf.ProgramID
+	admitting *ringbuf.Reader // nil without the short way from pod to pod
+	admitted  sync.WaitGroup
+	podLinks  map[string]bool // pods' links that the programs are attached to; nil if unknown
+	// generation is that of the host's state in the programs' map of this name.
+	generation uint32
 
 	mu      sync.Mutex                             // held briefly; taken after following if both are
 	loaded  *ebpf.Collection                       // nil if off or not loadable, see why; changed with both held
@@ -98,6 +108,10 @@ func (p *Path) load() error {
 		return err
 	}
 	_ = rlimit.RemoveMemlock() // needed before Linux 5.11; if it fails, loading reports it
+	if p.mode != Pods {        // they hold nothing
+		spec.Maps["shortcuts"].MaxEntries = 1
+		spec.Maps["tallies"].MaxEntries = 1
+	}
 	loaded, err := ebpf.NewCollection(spec)
 	if err != nil {
 		return explain(err)
@@ -119,6 +133,24 @@ func (p *Path) load() error {
 	if err := try(loaded); err != nil {
 		loaded.Close()
 		return err
+	}
+	if p.mode == Pods {
+		reader, err := ringbuf.NewReader(loaded.Maps["candidates"])
+		if err != nil {
+			loaded.Close()
+			return fmt.Errorf("reading what the programs propose: %w", err)
+		}
+		shortcuts, err := loaded.Maps["shortcuts"].Clone() // Close may come first
+		if err != nil {
+			_ = reader.Close()
+			loaded.Close()
+			return err
+		}
+		p.admitting = reader
+		p.admitted.Go(func() {
+			defer shortcuts.Close()
+			p.admit(reader, shortcuts)
+		})
 	}
 	p.loaded, p.ids = loaded, ids
 	return nil
@@ -178,7 +210,7 @@ func (p *Path) Want(s *host.State) {
 	if p.loaded == nil || mtu == 0 {
 		return
 	}
-	s.FastPath = true
+	s.FastPath, s.ShortWay = true, p.mode == Pods
 	s.Links = append(s.Links,
 		host.Link{Name: host.JoinNear, MTU: mtu, Veth: host.JoinFar},
 		host.Link{Name: host.JoinFar, MTU: mtu, Veth: host.JoinNear})
@@ -211,6 +243,9 @@ func (p *Path) Follow(s host.State, v host.View) ([]host.Change, error) {
 	if err == nil {
 		changes, err = p.attach(want.hooks)
 	}
+	if err == nil && p.mode == Pods {
+		err = p.followPods(want)
+	}
 	if err != nil { // the kernel datapath works without it
 		more, failed := p.stepBack()
 		p.say(false, err.Error())
@@ -240,6 +275,9 @@ func (p *Path) Status() api.FastPath {
 	s := api.FastPath{Mode: string(p.mode), On: p.on, Why: p.why}
 	r := p.read()
 	s.Egress, s.Ingress, s.Joined, s.Slow = r.egress(), r.ingress(), r[inJoined], r.slow()
+	if p.mode == Pods && p.on {
+		s.Pods = &api.PodPath{Links: len(p.held.pods), Egress: r[outShort], Ingress: r[inShort]}
+	}
 	return s
 }
 
@@ -263,6 +301,10 @@ func (p *Path) read() (r readings) {
 // Close releases this process's references to the programs. Attached ones stay attached;
 // host.Apply with a state without the fast path removes them.
 func (p *Path) Close() {
+	if p.admitting != nil {
+		_ = p.admitting.Close()
+		p.admitted.Wait()
+	}
 	p.following.Lock()
 	defer p.following.Unlock()
 	p.mu.Lock()

@@ -67,6 +67,13 @@ func (p *Path) look(s host.State) (facts, error) {
 			f.hops[family] = uint8(n)
 		}
 	}
+	if p.mode == Pods {
+		pods, err := podLinks(s.Subnets)
+		if err != nil {
+			return f, err
+		}
+		f.pods = pods
+	}
 	p.paths.refresh(s)
 	f.path = p.paths.of
 	return f, nil

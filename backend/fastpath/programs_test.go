@@ -22,7 +22,15 @@ import (
 // integration it fails.
 func open(t *testing.T) *Path {
 	t.Helper()
-	p, err := Open(On, slog.New(slog.DiscardHandler))
+	return openAs(t, On)
+}
+
+func openAs(t *testing.T, mode Mode) *Path {
+	t.Helper()
+	p, err := Open(mode, slog.New(slog.DiscardHandler))
+	if p != nil && p.loaded == nil {
+		err = errors.New(p.why)
+	}
 	if err != nil && (!has(unix.CAP_BPF) || !has(unix.CAP_PERFMON) || errors.Is(err, unix.EPERM)) {
 		if os.Getenv("CI") != "" {
 			t.Fatal(err)
@@ -72,8 +80,13 @@ func state() host.State {
 
 func filled(t *testing.T) *Path {
 	t.Helper()
-	p := open(t)
+	return fill(t, open(t), nil)
+}
+
+func fill(t *testing.T, p *Path, pods []podLink) *Path {
+	t.Helper()
 	c, err := contentsOf(state(), facts{
+		pods:      pods,
 		links:     map[string]link{"cvt.7": loopback, "cvt6.7": loopback, "lo": loopback},
 		firstPort: 32768, ports: 28231, hops: map[uint32]uint8{4: 61, 6: 62},
 		path: func(netip.Addr, string) (int, bool) { return 1500, true },

@@ -147,7 +147,7 @@ type SilentPeer struct {
 
 // FastPath is the state of the eBPF fast path.
 type FastPath struct {
-	Mode    string  `json:"mode"` // as configured: auto, on, off
+	Mode    string  `json:"mode"` // as configured: auto, on, off, pod
 	On      bool    `json:"on"`
 	Why     string  `json:"why,omitempty"` // if off
 	Egress  Traffic `json:"egress"`
@@ -157,6 +157,15 @@ type FastPath struct {
 	Joined uint64 `json:"joined"`
 	// Slow counts packets left to the datapath, by reason.
 	Slow []Drop `json:"slow,omitempty"`
+	// Pods is the short way from pod to pod; nil if it is off.
+	Pods *PodPath `json:"pods,omitempty"`
+}
+
+// PodPath is the short way from pod to pod. Frames are counted in FastPath too.
+type PodPath struct {
+	Links   int    `json:"links"`  // pods' links that have it
+	Egress  uint64 `json:"egress"` // frames
+	Ingress uint64 `json:"ingress"`
 }
 
 // NarrowPath is the learned path MTU to a peer's subnet.

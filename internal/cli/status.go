@@ -128,6 +128,9 @@ func writeFastPath(line func(name, format string, args ...any), f *api.FastPath)
 		line("  sent", "%s", traffic(f.Egress))
 		line("  received", "%s", traffic(f.Ingress))
 		line("  left to the device", "%s", drops(f.Slow))
+		if f.Pods != nil {
+			line("  pod to pod", "%d of %d frames sent, %d of %d received; %s", f.Pods.Egress, f.Egress.Frames, f.Pods.Ingress, f.Ingress.Frames, plural(f.Pods.Links, "pod"))
+		}
 	}
 }
 

@@ -37,16 +37,11 @@ func (f Filter) direction() string {
 // FilterName is the prefix of the names of all culvert's filters.
 const FilterName = "culvert_"
 
-// readFilters reads culvert's filters on the links: ingress, and egress on our
-// devices.
+// readFilters reads culvert's filters on the links.
 func readFilters(links []netlink.Link) []Filter {
 	var all []Filter
 	for _, l := range links {
-		parents := []uint32{netlink.HANDLE_MIN_INGRESS}
-		if Ours(l.Attrs().Name) {
-			parents = append(parents, netlink.HANDLE_MIN_EGRESS)
-		}
-		for _, parent := range parents {
+		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
 			filters, err := Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
 			if err != nil {
 				break // there is no qdisc
@@ -67,9 +62,9 @@ func OurFilter(f netlink.Filter) bool {
 
 // wantsFilter reports whether the state allows the filter.
 func (s State) wantsFilter(f Filter) bool {
-	return s.FastPath && slices.ContainsFunc(s.Links, func(l Link) bool {
+	return s.FastPath && (s.ShortWay || slices.ContainsFunc(s.Links, func(l Link) bool {
 		return l.Name == f.Link || l.VXLAN != nil && l.VXLAN.Device == f.Link
-	})
+	}))
 }
 
 // filterSteps removes leftover fast-path filters, before the devices that their
@@ -117,6 +112,19 @@ func RemoveFilter(f Filter) error {
 		}
 	}
 	return nil
+}
+
+// RemoveFilters removes culvert's filters from a link, if it has any.
+func RemoveFilters(link string) error {
+	l, err := netlink.LinkByName(link)
+	if err != nil {
+		return nil // gone, with its filters
+	}
+	var errs []error
+	for _, f := range readFilters([]netlink.Link{l}) {
+		errs = append(errs, RemoveFilter(f))
+	}
+	return errors.Join(errs...)
 }
 
 // gone reports whether the error means that the object, or its link, does not

@@ -49,6 +49,8 @@ type State struct {
 	// FastPath allows culvert's tc filters on the links and on the vxlan
 	// devices' uplinks. A Follower attaches them.
 	FastPath bool
+	// ShortWay allows culvert's tc filters on pods' links too.
+	ShortWay bool
 }
 
 // Link is the wanted state of a device of culvert's. If VXLAN, IPIP and Veth

@@ -74,6 +74,7 @@ var (
 	metricFast        = define("gauge", "culvert_fast_path", "Whether the fast path stands before the datapath.")
 	metricFastPackets = define("counter", "culvert_fast_path_packets_total", "Of culvert_packets_total, those that took the fast path.", "direction")
 	metricFastBytes   = define("counter", "culvert_fast_path_bytes_total", "Of culvert_bytes_total, those that took the fast path.", "direction")
+	metricPodFrames   = define("counter", "culvert_fast_path_pod_frames_total", "Frames of the fast path that went the short way from pod to pod.", "direction")
 	metricFastLeft    = define("counter", "culvert_fast_path_left_total", "Packets that the fast path left to the datapath, by reason.", "reason")
 
 	metricBuild    = define("gauge", "culvert_build_info", "What was built: 1.", "version", "revision", "goversion")
@@ -170,6 +171,10 @@ func (m collector) Collect(c chan<- prometheus.Metric) {
 		for direction, t := range map[string]api.Traffic{"egress": f.Egress, "ingress": f.Ingress} {
 			counter(metricFastPackets, t.Packets, direction)
 			counter(metricFastBytes, t.Bytes, direction)
+		}
+		if f.Pods != nil {
+			counter(metricPodFrames, f.Pods.Egress, "egress")
+			counter(metricPodFrames, f.Pods.Ingress, "ingress")
 		}
 		for _, d := range f.Slow {
 			counter(metricFastLeft, d.Packets, d.Reason)

@@ -38,6 +38,8 @@ enum counter {
 	IN_BYTES,
 	IN_FRAMES,
 	IN_JOINED, // frames of IN_FRAMES that went through the pair of veth
+	OUT_SHORT, // frames of OUT_FRAMES that went the short way from pod to pod
+	IN_SHORT,  // of IN_FRAMES
 
 	SLOW_OUT_PEER,     // the Ethernet destination is no peer: broadcast, or not in the map yet
 	SLOW_OUT_PROTOCOL, // not the device's IP version, or with a VLAN tag
@@ -81,7 +83,8 @@ struct tunnel {
 	__u8 hops; // TTL of outer packets
 	__u8 lengths;
 	__u8 mac[ETH_ALEN];
-	__u8 pad[2];
+	__u8 pods; // the short way from pod to pod is on
+	__u8 pad;
 	struct address local;                // outer source
 	struct address subnet;               // this node's
 	struct address mask;                 // of it
@@ -244,6 +247,18 @@ struct outer6 {
 #define COST4 50
 #define COST6 70
 _Static_assert(sizeof(struct outer4) == COST4 + 2 && sizeof(struct outer6) == COST6 + 2, "headers have no gaps");
+
+#include "pods.h"
+
+inline_always int same_mac(const __u8 *a, const __u8 *b)
+{
+	__u8 differ = 0;
+
+#pragma unroll
+	for (int i = 0; i < ETH_ALEN; i++)
+		differ |= a[i] ^ b[i];
+	return !differ;
+}
 
 // sum adds the 16-bit words of n bytes, an even number, in the order they have in
 // memory, two at a time (RFC 1071, 2 (B) and (C)). at is aligned to 4 bytes.
@@ -487,6 +502,17 @@ inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 	return leaves(t, 1, length);
 }
 
+// to_peer counts what the device or its programs send to a peer.
+inline_always void to_peer(struct __sk_buff *skb, const struct peer_key *key, __u32 bytes)
+{
+	struct traffic *c = bpf_map_lookup_elem(&sent, key);
+
+	if (c) {
+		c->packets += segments(skb);
+		c->bytes += bytes;
+	}
+}
+
 SEC("tc")
 int culvert_out(struct __sk_buff *skb)
 {
@@ -496,7 +522,6 @@ int culvert_out(struct __sk_buff *skb)
 	} h;
 	struct peer_key key = {};
 	struct ethernet ethernet;
-	struct traffic *c;
 	struct tunnel *t;
 	struct peer *p;
 	__u32 family, gso = gso_size(skb);
@@ -514,10 +539,16 @@ int culvert_out(struct __sk_buff *skb)
 		return slow(SLOW_OUT_PROTOCOL);
 	__builtin_memcpy(key.mac, ethernet.destination, ETH_ALEN);
 	key.family = family;
-	c = bpf_map_lookup_elem(&sent, &key);
-	if (c) {
-		c->packets += segments(skb);
-		c->bytes += skb->len - ETH_HLEN;
+	to_peer(skb, &key, skb->len - ETH_HLEN);
+	if (t->pods) {
+		struct segment s = {};
+		struct shortcut *c;
+
+		if (segment_of(skb, skb->protocol, ETH_HLEN, &s)) {
+			c = bpf_map_lookup_elem(&shortcuts, &s.key);
+			if (c)
+				passed(c, &s);
+		}
 	}
 	p = bpf_map_lookup_elem(&peers, &key);
 	if (!p)
@@ -568,16 +599,6 @@ inline_always int equal(const struct address *a, const struct address *b)
 	return !((a->word[0] ^ b->word[0]) | (a->word[1] ^ b->word[1]) | (a->word[2] ^ b->word[2]) | (a->word[3] ^ b->word[3]));
 }
 
-inline_always int same_mac(const __u8 *a, const __u8 *b)
-{
-	__u8 differ = 0;
-
-#pragma unroll
-	for (int i = 0; i < ETH_ALEN; i++)
-		differ |= a[i] ^ b[i];
-	return !differ;
-}
-
 // wanted looks at what stands between the outer and the inner IP header.
 inline_always int wanted(const struct tunnel *t, const struct vxlan *v, const struct ethernet *e, __be16 type)
 {
@@ -611,7 +632,7 @@ inline_always struct flow *flow_of(const struct address *source, const struct ad
 // Frames that come joined are the device's: no program can take the tunnel's marks off
 // them (SKB_GSO_UDP_TUNNEL, skb->encapsulation), and with those on the next bridge would
 // cut them in software, which costs more than all that is saved.
-inline_always __u32 way_of(__u32 gso, const struct tunnel *t, struct flow *f, int tcp, __u32 bytes)
+inline_always __u32 way_of(__u32 gso, const struct tunnel *t, struct flow *f, int tcp, __u32 bytes, int shortcut_valid)
 {
 	__u64 now;
 
@@ -619,7 +640,8 @@ inline_always __u32 way_of(__u32 gso, const struct tunnel *t, struct flow *f, in
 		return DIRECT;
 	now = bpf_ktime_get_ns();
 	if ((f->way != DIRECT && (__s64)(now - f->last) > PAUSE) || // clocks of processors differ
-	    (f->way == JOINED && gso && !f->joining)) {
+	    (f->way == JOINED && gso && !f->joining) ||
+	    (f->way == SLOW && shortcut_valid)) { // nothing of it is left on the device's way
 		f->way = DIRECT;
 		f->bytes = 0;
 		f->joining = 0;
@@ -659,9 +681,26 @@ inline_always void joining(struct __sk_buff *skb, struct flow *f, int at, int by
 	__sync_fetch_and_add(&f->joining, by > 0 ? payload : -payload);
 }
 
-// leave leaves a packet to the device, and with it what its flow sends after it.
-inline_always int leave(struct flow *f, __u32 reason)
+// The shortcut of an incoming packet.
+struct passage {
+	struct shortcut *c; // NULL: none
+	struct segment s;   // set if c is
+	int valid;          // and may take it now
+};
+
+inline_always void passage_of(struct __sk_buff *skb, const struct tunnel *t, __be16 protocol, int at, struct passage *w)
 {
+	if (!t->pods || !segment_of(skb, protocol, at, &w->s))
+		return;
+	w->c = bpf_map_lookup_elem(&shortcuts, &w->s.key);
+	w->valid = w->c && is_valid(w->c, &w->s);
+}
+
+// leave leaves a packet to the device, and with it what its flow sends after it.
+inline_always int leave(struct passage *w, struct flow *f, __u32 reason)
+{
+	if (w->c)
+		give(w->c, &w->s);
 	if (f) {
 		f->way = SLOW;
 		f->joining = 0;
@@ -670,12 +709,23 @@ inline_always int leave(struct flow *f, __u32 reason)
 	return slow(reason);
 }
 
+// to_pod hands a packet to the pod's veth, past the host.
+inline_always int to_pod(struct __sk_buff *skb, const struct shortcut *c, const struct segment *s)
+{
+	asm volatile("" : "+r"(c)); // the verifier does not follow that it is set
+	if (!c || bpf_skb_store_bytes(skb, 0, &c->ethernet, sizeof(c->ethernet), 0))
+		return TC_ACT_SHOT; // cannot be: the packet is longer
+	set_hops(skb, s->family, s->hops, s->hops - 1);
+	count(IN_SHORT, 1);
+	return bpf_redirect(c->link, 0);
+}
+
 // taken hands a packet on whose outer headers are to go. `sum_known` says that the
 // outer checksum, if right, means that the inner one is; `unfinished` that the outer one
 // was left to the hardware by a sender that there is no wire to, as on veth and between
 // virtual machines.
 inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, int cost, const struct ethernet *e, int check, int sum_known,
-			int unfinished, struct flow *f, __u32 way, struct traffic *from, __u32 bytes)
+			int unfinished, struct passage *w, struct flow *f, __u32 way, struct traffic *from, __u32 bytes)
 {
 	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
 	__s64 level = bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY);
@@ -686,21 +736,23 @@ inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t
 	if (gso)
 		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
 	else if (check && !sum_known && !unfinished && level < 0)
-		return leave(f, SLOW_IN_CHECKSUM);
+		return leave(w, f, SLOW_IN_CHECKSUM);
 	else if (level > 0 || (!level && check && sum_known))
 		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
 	if (bpf_skb_adjust_room(skb, -cost, BPF_ADJ_ROOM_MAC, flags))
-		return leave(f, SLOW_IN_ROOM);
+		return leave(w, f, SLOW_IN_ROOM);
 	if (level > 0 && !gso)
 		bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
-	if (bpf_skb_store_bytes(skb, 0, e, sizeof(*e), 0))
-		return TC_ACT_SHOT; // cannot be: the packet is longer
 	packets = segments(skb);
 	from->packets += packets;
 	from->bytes += bytes;
 	count(IN_PACKETS, packets);
 	count(IN_BYTES, bytes);
 	count(IN_FRAMES, 1);
+	if (w->valid && way == DIRECT)
+		return to_pod(skb, w->c, &w->s);
+	if (bpf_skb_store_bytes(skb, 0, e, sizeof(*e), 0))
+		return TC_ACT_SHOT; // cannot be: the packet is longer
 	if (way == JOINED) {
 		count(IN_JOINED, 1);
 		return bpf_redirect(t->joiner, 0);
@@ -733,6 +785,7 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	struct tunnel *t;
 	int sum_known, unfinished, class, tos;
 	__be32 ports = 0;
+	struct passage passage = {}, *w = &passage;
 	struct flow *f;
 	__u32 way;
 	__u64 s, inner = 0;
@@ -761,23 +814,28 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	if (!(h.ip.frag_off & bpf_htons(0x3fff)) && (h.ip.protocol == IPPROTO_TCP || h.ip.protocol == IPPROTO_UDP))
 		bpf_skb_load_bytes(skb, ETH_HLEN + COST4 + h.ip.ihl * 4, &ports, 4);
 	f = flow_of(&source, &destination, ports);
-	if (left_at_once(gso, f))
-		return leave(f, SLOW_IN_SEGMENTS);
+	passage_of(skb, t, bpf_htons(ETH_P_IP), ETH_HLEN + COST4, w);
+	if (!w->c && left_at_once(gso, f))
+		return leave(w, f, SLOW_IN_SEGMENTS);
 	from = known(t, &outer, &source);
 	if (!from)
 		return slow(SLOW_IN_SOURCE);
 	if (!ours(t, &destination))
 		return slow(SLOW_IN_DESTINATION);
+	if (w->c && !w->valid)
+		give(w->c, &w->s);
+	if (!w->valid && left_at_once(gso, f))
+		return leave(w, f, SLOW_IN_SEGMENTS);
 	class = decapsulated(h.outer.ip.tos, h.ip.tos);
 	if (class < 0)
-		return slow(SLOW_IN_ECN);
+		return leave(w, 0, SLOW_IN_ECN);
 	if (bpf_ntohs(h.ip.tot_len) != length || length < h.ip.ihl * 4)
-		return leave(f, SLOW_IN_LENGTH);
-	way = way_of(gso, t, f, h.ip.protocol == IPPROTO_TCP, length);
+		return leave(w, f, SLOW_IN_LENGTH);
+	way = way_of(gso, t, f, h.ip.protocol == IPPROTO_TCP, length, w->valid);
 	if (way == SLOW)
 		return slow(SLOW_IN_FLOW);
-	if (gso && way == DIRECT)
-		return leave(f, SLOW_IN_SEGMENTS);
+	if (gso && way == DIRECT && !w->valid)
+		return leave(w, f, SLOW_IN_SEGMENTS);
 	s = sum(&h.outer.ip.saddr, 8) + protocol_word(IPPROTO_UDP) + h.outer.udp.length;
 	unfinished = fold(s) == h.outer.udp.check;
 	sum_known = 0;
@@ -786,7 +844,7 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	}
 	if (way == JOINED)
 		joining(skb, f, ETH_HLEN + COST4 + h.ip.ihl * 4, 1);
-	tos = taken(skb, gso, t, COST4, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, f, way, from, length);
+	tos = taken(skb, gso, t, COST4, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, w, f, way, from, length);
 	if (tos != TC_ACT_UNSPEC && class != (h.ip.tos & 3)) {
 		__be16 before = bpf_htons(h.ip.tos), after = bpf_htons((h.ip.tos & ~3) | class);
 		__u8 byte = (h.ip.tos & ~3) | class;
@@ -810,6 +868,7 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	struct tunnel *t;
 	int sum_known, unfinished, class, verdict;
 	__be32 ports = 0;
+	struct passage passage = {}, *w = &passage;
 	struct flow *f;
 	__u32 way;
 	__u8 inner_class;
@@ -837,24 +896,29 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	if (h.ip.nexthdr == IPPROTO_TCP || h.ip.nexthdr == IPPROTO_UDP)
 		bpf_skb_load_bytes(skb, ETH_HLEN + COST6 + sizeof(h.ip), &ports, 4);
 	f = flow_of(&source, &destination, ports);
-	if (left_at_once(gso, f))
-		return leave(f, SLOW_IN_SEGMENTS);
+	passage_of(skb, t, bpf_htons(ETH_P_IPV6), ETH_HLEN + COST6, w);
+	if (!w->c && left_at_once(gso, f))
+		return leave(w, f, SLOW_IN_SEGMENTS);
 	from = known(t, &outer, &source);
 	if (!from)
 		return slow(SLOW_IN_SOURCE);
 	if (!ours(t, &destination))
 		return slow(SLOW_IN_DESTINATION);
+	if (w->c && !w->valid)
+		give(w->c, &w->s);
+	if (!w->valid && left_at_once(gso, f))
+		return leave(w, f, SLOW_IN_SEGMENTS);
 	inner_class = h.ip.flow_lbl[0] >> 4;
 	class = decapsulated(h.outer.ip.flow_lbl[0] >> 4, inner_class);
 	if (class < 0)
-		return slow(SLOW_IN_ECN);
+		return leave(w, 0, SLOW_IN_ECN);
 	if (bpf_ntohs(h.ip.payload_len) + sizeof(h.ip) != length)
-		return leave(f, SLOW_IN_LENGTH);
-	way = way_of(gso, t, f, h.ip.nexthdr == IPPROTO_TCP, length);
+		return leave(w, f, SLOW_IN_LENGTH);
+	way = way_of(gso, t, f, h.ip.nexthdr == IPPROTO_TCP, length, w->valid);
 	if (way == SLOW)
 		return slow(SLOW_IN_FLOW);
-	if (gso && way == DIRECT)
-		return leave(f, SLOW_IN_SEGMENTS);
+	if (gso && way == DIRECT && !w->valid)
+		return leave(w, f, SLOW_IN_SEGMENTS);
 	s = sum(&h.outer.ip.saddr, 32) + protocol_word(IPPROTO_UDP) + h.outer.udp.length;
 	unfinished = fold(s) == h.outer.udp.check;
 	sum_known = 0;
@@ -863,7 +927,7 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	}
 	if (way == JOINED)
 		joining(skb, f, ETH_HLEN + COST6 + sizeof(h.ip), 1);
-	verdict = taken(skb, gso, t, COST6, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, f, way, from, length);
+	verdict = taken(skb, gso, t, COST6, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, w, f, way, from, length);
 	if (verdict != TC_ACT_UNSPEC && class != (inner_class & 3)) {
 		__u8 byte = (h.ip.flow_lbl[0] & 0xcf) | class << 4;
 
@@ -901,6 +965,7 @@ SEC("tc")
 int culvert_join(struct __sk_buff *skb)
 {
 	struct ethernet ethernet;
+	struct passage w = {};
 	struct tunnel *t;
 	__u32 family;
 
@@ -935,7 +1000,89 @@ int culvert_join(struct __sk_buff *skb)
 			joining(skb, flow_of(&source, &destination, ports), ETH_HLEN + sizeof(ip), -1);
 		}
 	}
+	passage_of(skb, t, skb->protocol, ETH_HLEN, &w);
+	if (w.valid)
+		return to_pod(skb, w.c, &w.s);
+	if (w.c)
+		give(w.c, &w.s);
 	return bpf_redirect(t->device, BPF_F_INGRESS);
+}
+
+SEC("tc")
+int culvert_pod_out(struct __sk_buff *skb)
+{
+	union {
+		struct outer4 four;
+		struct outer6 six;
+	} h;
+	struct segment s = {};
+	struct peer_key key = {};
+	struct ethernet ethernet;
+	struct shortcut *c;
+	struct tunnel *t;
+	struct peer *p;
+	__u32 gso = gso_size(skb), bytes = skb->len - ETH_HLEN;
+	int verdict;
+
+	if (skb->vlan_present || !segment_of(skb, skb->protocol, ETH_HLEN, &s))
+		return TC_ACT_UNSPEC;
+	t = bpf_map_lookup_elem(&tunnels, &s.family);
+	if (!t || bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
+		return TC_ACT_UNSPEC;
+	c = bpf_map_lookup_elem(&shortcuts, &s.key);
+	if (s.flags & (TCP_SYN | TCP_FIN | TCP_RST)) {
+		if (c)
+			ended(&s);
+		return TC_ACT_UNSPEC;
+	}
+	if (!c) {
+		propose(skb, &s, &ethernet);
+		return TC_ACT_UNSPEC;
+	}
+	if (c->link != skb->ifindex) // another pod's address
+		return TC_ACT_UNSPEC;
+	if (!is_valid(c, &s) || !same_mac(ethernet.destination, c->bridge))
+		goto host;
+	__builtin_memcpy(key.mac, c->ethernet.destination, ETH_ALEN);
+	key.family = s.family;
+	p = bpf_map_lookup_elem(&peers, &key);
+	if (!p)
+		goto host;
+	set_hops(skb, s.family, s.hops, s.hops - 1);
+	if (s.family == 4) {
+		h.four.ethernet = c->ethernet;
+		verdict = out4(skb, gso, t, p, &h.four);
+	} else {
+		h.six.ethernet = c->ethernet;
+		verdict = out6(skb, gso, t, p, &h.six);
+	}
+	if (verdict != TC_ACT_UNSPEC) {
+		count(OUT_SHORT, 1);
+		to_peer(skb, &key, bytes);
+		return verdict;
+	}
+	set_hops(skb, s.family, s.hops - 1, s.hops);
+host:
+	give(c, &s);
+	return TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int culvert_pod_in(struct __sk_buff *skb)
+{
+	struct segment s = {};
+	struct shortcut *c;
+
+	if (skb->vlan_present || !segment_of(skb, skb->protocol, ETH_HLEN, &s))
+		return TC_ACT_UNSPEC;
+	c = bpf_map_lookup_elem(&shortcuts, &s.key);
+	if (!c || c->link != skb->ifindex)
+		return TC_ACT_UNSPEC;
+	if (s.flags & (TCP_SYN | TCP_FIN | TCP_RST))
+		ended(&s);
+	else
+		passed(c, &s);
+	return TC_ACT_UNSPEC;
 }
 
 char _license[] SEC("license") = "Apache-2.0";

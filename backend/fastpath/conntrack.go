@@ -1,0 +1,220 @@
+package fastpath
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"syscall"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Messages and attributes of linux/netfilter/nfnetlink_conntrack.h, and states and
+// flags of nf_conntrack_common.h and nf_conntrack_tcp.h.
+const (
+	ctNew = unix.NFNL_SUBSYS_CTNETLINK << 8 // IPCTNL_MSG_CT_NEW, which also changes an entry
+	ctGet = ctNew | 1
+
+	ctaTupleOrig, ctaTupleReply, ctaStatus, ctaProtoInfo = 1, 2, 3, 4
+	ctaTupleIP, ctaTupleProto                            = 1, 2
+	ctaIPv4Source, ctaIPv6Source                         = 1, 3 // each followed by the destination
+	ctaProtoNumber, ctaSourcePort, ctaDestinationPort    = 1, 2, 3
+	ctaProtoInfoTCP                                      = 1
+	ctaTCPState, ctaTCPFlagsOriginal, ctaTCPFlagsReply   = 1, 4, 5
+
+	seenReply, assured, confirmed       = 1 << 1, 1 << 2, 1 << 3
+	expected, nat, adjusted, dying      = 1 << 0, 3 << 4, 1 << 6, 1 << 9
+	helper, flowtable                   = 1 << 13, 3 << 14
+	tcpEstablished                      = 3
+	liberal                        byte = 0x08 // IP_CT_TCP_FLAG_BE_LIBERAL
+)
+
+// connection is what conntrack knows of a TCP connection.
+type connection struct {
+	status          uint32
+	state           uint8
+	original, reply tuple
+}
+
+type tuple struct{ source, destination netip.AddrPort }
+
+// establish checks that conntrack has the connection from source to destination
+// established in both directions, without NAT and without a helper, and makes it tolerate that
+// it will not see every packet, as the kernel does for flowtables.
+func establish(source, destination netip.AddrPort) error {
+	asked := tuple{source, destination}
+	is, err := lookUp(asked)
+	if err != nil {
+		return fmt.Errorf("looking it up in conntrack: %w", err)
+	}
+	switch {
+	case is.status&(seenReply|assured|confirmed) != seenReply|assured|confirmed, is.status&dying != 0, is.state != tcpEstablished:
+		return errors.New("it is not established")
+	case is.status&(nat|adjusted|helper|expected|flowtable) != 0 || is.original != (tuple{is.reply.destination, is.reply.source}):
+		return errors.New("its packets are changed or read on their way (NAT, a conntrack helper, a flowtable)")
+	}
+	if err := tolerate(asked); err != nil {
+		return fmt.Errorf("changing its entry in conntrack: %w", err)
+	}
+	return nil
+}
+
+// encode appends the tuple as CTA_TUPLE_ORIG.
+func (t tuple) encode(e *netlink.AttributeEncoder) (family byte) {
+	family, at := byte(unix.AF_INET), uint16(ctaIPv4Source)
+	if t.source.Addr().Is6() {
+		family, at = unix.AF_INET6, ctaIPv6Source
+	}
+	e.Nested(ctaTupleOrig, func(e *netlink.AttributeEncoder) error {
+		e.Nested(ctaTupleIP, func(e *netlink.AttributeEncoder) error {
+			e.Bytes(at, t.source.Addr().AsSlice())
+			e.Bytes(at+1, t.destination.Addr().AsSlice())
+			return nil
+		})
+		e.Nested(ctaTupleProto, func(e *netlink.AttributeEncoder) error {
+			e.ByteOrder = binary.BigEndian
+			e.Uint8(ctaProtoNumber, unix.IPPROTO_TCP)
+			e.Uint16(ctaSourcePort, t.source.Port())
+			e.Uint16(ctaDestinationPort, t.destination.Port())
+			return nil
+		})
+		return nil
+	})
+	return family
+}
+
+func (t *tuple) decode(d *netlink.AttributeDecoder) error {
+	var source, destination netip.Addr
+	var ports [2]uint16
+	for d.Next() {
+		switch d.Type() {
+		case ctaTupleIP:
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				for d.Next() {
+					a, _ := netip.AddrFromSlice(d.Bytes())
+					switch d.Type() {
+					case ctaIPv4Source, ctaIPv6Source:
+						source = a
+					default:
+						destination = a
+					}
+				}
+				return nil
+			})
+		case ctaTupleProto:
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				d.ByteOrder = binary.BigEndian
+				for d.Next() {
+					switch d.Type() {
+					case ctaSourcePort:
+						ports[0] = d.Uint16()
+					case ctaDestinationPort:
+						ports[1] = d.Uint16()
+					}
+				}
+				return nil
+			})
+		}
+	}
+	t.source, t.destination = netip.AddrPortFrom(source, ports[0]), netip.AddrPortFrom(destination, ports[1])
+	return nil
+}
+
+// lookUp reads the entry of a connection, of which the tuple is either direction.
+func lookUp(t tuple) (is connection, err error) {
+	e := netlink.NewAttributeEncoder()
+	family := t.encode(e)
+	answer, err := request(ctGet, unix.NLM_F_REQUEST, family, e)
+	if err != nil {
+		return is, err
+	}
+	d, err := netlink.NewAttributeDecoder(answer)
+	if err != nil {
+		return is, err
+	}
+	d.ByteOrder = binary.BigEndian
+	for d.Next() {
+		switch d.Type() {
+		case ctaTupleOrig:
+			d.Nested(is.original.decode)
+		case ctaTupleReply:
+			d.Nested(is.reply.decode)
+		case ctaStatus:
+			is.status = d.Uint32()
+		case ctaProtoInfo:
+			d.Nested(func(d *netlink.AttributeDecoder) error {
+				for d.Next() {
+					d.Nested(func(d *netlink.AttributeDecoder) error {
+						for d.Next() {
+							if d.Type() == ctaTCPState {
+								is.state = d.Uint8()
+							}
+						}
+						return nil
+					})
+				}
+				return nil
+			})
+		}
+	}
+	return is, d.Err()
+}
+
+// tolerate sets the flag in both directions, and nothing else.
+func tolerate(t tuple) error {
+	e := netlink.NewAttributeEncoder()
+	family := t.encode(e)
+	e.Nested(ctaProtoInfo, func(e *netlink.AttributeEncoder) error {
+		e.Nested(ctaProtoInfoTCP, func(e *netlink.AttributeEncoder) error {
+			e.Bytes(ctaTCPFlagsOriginal, []byte{liberal, liberal}) // flags and their mask
+			e.Bytes(ctaTCPFlagsReply, []byte{liberal, liberal})
+			return nil
+		})
+		return nil
+	})
+	_, err := request(ctNew, unix.NLM_F_REQUEST|unix.NLM_F_ACK, family, e)
+	return err
+}
+
+// request sends one message to conntrack and returns the attributes of the first answer. (Package
+// netlink waits for more, since the kernel marks this single answer as one of many.)
+func request(kind, flags uint16, family byte, e *netlink.AttributeEncoder) ([]byte, error) {
+	attributes, err := e.Encode()
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 1}); err != nil {
+		return nil, err
+	}
+	message := make([]byte, 20, 20+len(attributes)) // struct nlmsghdr and struct nfgenmsg
+	binary.NativeEndian.PutUint32(message, uint32(20+len(attributes)))
+	binary.NativeEndian.PutUint16(message[4:], kind)
+	binary.NativeEndian.PutUint16(message[6:], flags)
+	message[16] = family
+	if err := unix.Sendto(fd, append(message, attributes...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return nil, err
+	}
+	answer := make([]byte, 4096)
+	n, _, err := unix.Recvfrom(fd, answer, 0)
+	if err != nil {
+		return nil, err
+	}
+	all, err := syscall.ParseNetlinkMessage(answer[:n])
+	if err != nil || len(all) == 0 || len(all[0].Data) < 4 {
+		return nil, errors.New("the kernel's answer is damaged")
+	}
+	if all[0].Header.Type == unix.NLMSG_ERROR {
+		if code := int32(binary.NativeEndian.Uint32(all[0].Data)); code != 0 {
+			return nil, unix.Errno(-code)
+		}
+		return nil, nil
+	}
+	return all[0].Data[4:], nil
+}

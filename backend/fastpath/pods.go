@@ -1,0 +1,238 @@
+package fastpath
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+	"github.com/vishvananda/netlink"
+
+	"culvert/internal/host"
+)
+
+// The maps' keys and values of bpf/pods.h.
+type (
+	ethernet struct {
+		Destination, Source host.MAC
+		Type                [2]byte
+	}
+	flowKey struct {
+		Source, Destination address
+		Ports               [4]byte // the source's and the destination's
+	}
+	position struct{ End, Acknowledged uint32 }
+	shortcut struct {
+		Until            uint64
+		Generation, Link uint32
+		Given, Passed    position
+		Ethernet         ethernet
+		Bridge           host.MAC
+		Gave             uint8
+		_                [3]uint8
+	}
+	candidate struct {
+		Key          flowKey
+		Family, Link uint32
+		Pod, Bridge  host.MAC
+	}
+)
+
+func (k flowKey) reversed() flowKey {
+	return flowKey{k.Destination, k.Source, [4]byte{k.Ports[2], k.Ports[3], k.Ports[0], k.Ports[1]}}
+}
+
+// podLink is the host's end of a pod's veth.
+type podLink struct {
+	name   string
+	index  int
+	bridge host.MAC // the Ethernet address of the bridge that it is a port of
+}
+
+// podLinks lists the host's ends of pods' veths: ports of a bridge with an address in
+// one of the subnets. A port whose traffic is shaped or classified is left out, since
+// the short way would bypass that.
+func podLinks(subnets []netip.Prefix) ([]podLink, error) {
+	addrs, err := host.Retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("listing the addresses: %w", err)
+	}
+	links, err := host.Retry(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("listing the network interfaces: %w", err)
+	}
+	bridges := make(map[int]host.MAC)
+	for _, a := range addrs {
+		ip, ok := netip.AddrFromSlice(a.IP)
+		if !ok || !slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return s.Contains(ip.Unmap()) }) {
+			continue
+		}
+		for _, l := range links {
+			if l.Attrs().Index == a.LinkIndex && l.Type() == "bridge" {
+				bridges[a.LinkIndex] = host.MAC(l.Attrs().HardwareAddr)
+			}
+		}
+	}
+	var pods []podLink
+	for _, l := range links {
+		mac, ok := bridges[l.Attrs().MasterIndex]
+		if !ok || l.Type() != "veth" || unshaped(l) != nil || filtered(l) {
+			continue
+		}
+		pods = append(pods, podLink{l.Attrs().Name, l.Attrs().Index, mac})
+	}
+	return pods, nil
+}
+
+// filtered reports whether another program has a tc filter on the link.
+func filtered(l netlink.Link) bool {
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		filters, err := host.Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
+		if err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool { return !host.OurFilter(f) }) {
+			return true
+		}
+	}
+	return false
+}
+
+// nextGeneration makes every connection take the host's way until one of its packets has
+// passed it again.
+func (p *Path) nextGeneration() error {
+	p.generation++
+	return p.loaded.Maps["generations"].Put(uint32(0), p.generation)
+}
+
+// followPods attaches the programs to the pods' links, and removes them from links that
+// are no longer wanted, for instance since another program shapes what they carry. A link
+// to which they cannot be attached is left out: its pod's packets take the host's way.
+func (p *Path) followPods(want contents) error {
+	wanted := make(map[string]bool)
+	for _, h := range want.podHooks {
+		wanted[h.link] = true
+		changes, err := p.attach([]hook{h})
+		if err != nil {
+			p.log.Debug("no short way", "link", h.link, "why", err)
+		}
+		for _, c := range changes { // a new pod's link is no repair
+			p.log.Debug("short way", "command", c.Command)
+		}
+	}
+	if p.podLinks == nil { // what an earlier daemon has left
+		filters, err := host.Filters()
+		if err != nil {
+			return err
+		}
+		p.podLinks = make(map[string]bool)
+		for _, f := range filters {
+			p.podLinks[f.Link] = true
+		}
+		for _, h := range want.hooks {
+			delete(p.podLinks, h.link)
+		}
+	}
+	for name := range p.podLinks {
+		if !wanted[name] {
+			if err := host.RemoveFilters(name); err != nil {
+				return err
+			}
+		}
+	}
+	p.podLinks = wanted
+	return p.nextGeneration()
+}
+
+// admissions is how many connections a second may be admitted at most. Each costs a few
+// system calls; the programs propose the others again.
+const admissions = 500
+
+// admit reads the connections that the programs propose, until the reader is closed, and
+// enters in the map those that may take the short way.
+func (p *Path) admit(reader *ringbuf.Reader, shortcuts *ebpf.Map) {
+	var second time.Time
+	admitted := 0
+	for {
+		record, err := reader.Read()
+		if err != nil {
+			return
+		}
+		if now := time.Now(); now.Sub(second) > time.Second {
+			second, admitted = now, 0
+		}
+		var c candidate
+		if err := binary.Read(bytes.NewReader(record.RawSample), binary.NativeEndian, &c); err != nil || admitted == admissions {
+			continue
+		}
+		out, in, ok := p.shortcutsFor(c)
+		if !ok {
+			continue
+		}
+		admitted++
+		source, destination := c.addresses()
+		err = establish(source, destination)
+		if err == nil {
+			back := c.Key.reversed()
+			err = errors.Join(shortcuts.Put(&back, &in), shortcuts.Put(&c.Key, &out))
+		}
+		if err != nil {
+			p.log.Debug("a connection keeps to the host's way", "source", source, "destination", destination, "why", err)
+		}
+	}
+}
+
+// shortcutsFor returns what is entered for both directions of a connection, if it is one
+// between a pod of this node and one of a peer's.
+func (p *Path) shortcutsFor(c candidate) (out, in shortcut, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := slices.IndexFunc(p.held.pods, func(l podLink) bool { return l.index == int(c.Link) && l.bridge == c.Bridge })
+	t, there := p.held.tunnels[c.Family]
+	if i < 0 || !there || !p.on {
+		return out, in, false
+	}
+	source, destination := c.addresses()
+	var peer peerKey
+	longest := -1
+	for _, s := range p.held.pairs {
+		if s.Inner.Contains(destination.Addr()) && s.Inner.Bits() > longest {
+			longest, peer = s.Inner.Bits(), s.peer
+		}
+	}
+	if _, carried := p.held.peers[peer]; !carried || !t.holds(source.Addr()) {
+		return out, in, false
+	}
+	kind := [2]byte{8, 0}
+	if c.Family == 6 {
+		kind = [2]byte{0x86, 0xdd}
+	}
+	out = shortcut{Link: c.Link, Ethernet: ethernet{peer.MAC, t.MAC, kind}, Bridge: c.Bridge}
+	in = shortcut{Link: c.Link, Ethernet: ethernet{c.Pod, c.Bridge, kind}, Bridge: c.Bridge}
+	return out, in, true
+}
+
+// holds reports whether an address is in this node's subnet.
+func (t tunnel) holds(a netip.Addr) bool {
+	b := addressOf(a)
+	for i := range b {
+		if b[i]&t.Mask[i] != t.Subnet[i] {
+			return false
+		}
+	}
+	return true
+}
+
+func (c candidate) addresses() (source, destination netip.AddrPort) {
+	at := func(a address, port []byte) netip.AddrPort {
+		n := 16
+		if c.Family == 4 {
+			n = 4
+		}
+		ip, _ := netip.AddrFromSlice(a[:n])
+		return netip.AddrPortFrom(ip, binary.BigEndian.Uint16(port))
+	}
+	return at(c.Key.Source, c.Key.Ports[:2]), at(c.Key.Destination, c.Key.Ports[2:])
+}

@@ -1,0 +1,366 @@
+package test
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"culvert/internal/api"
+	"culvert/internal/lab"
+)
+
+// tcpEstablished is TCP_CONNTRACK_ESTABLISHED.
+const tcpEstablished = 3
+
+var podPath = []string{"--datapath", "kernel", "--fast-path", "pod"}
+
+// podFrames returns how many frames a node has sent and received the short way from pod
+// to pod.
+func (c *cluster) podFrames(n *lab.Node) (egress, ingress uint64) {
+	c.t.Helper()
+	if p := c.fastPath(n).Pods; p != nil {
+		return p.Egress, p.Ingress
+	}
+	return 0, 0
+}
+
+// goesShort waits until the flow takes the short way through a node in both directions.
+func (c *cluster) goesShort(n *lab.Node, f *flow) {
+	c.t.Helper()
+	c.goesOn(f)
+	egress, ingress := c.podFrames(n)
+	c.wait(n, "carries the flow from pod to pod", func(s api.Status) bool {
+		p := s.Datapath.FastPath.Pods
+		return p != nil && p.Egress > egress+10 && p.Ingress > ingress+10
+	})
+}
+
+// stands waits until the flow makes no progress.
+func (c *cluster) stands(f *flow) {
+	c.t.Helper()
+	eventually(c.t, "the connection stands", func() error {
+		before, _, _ := f.state()
+		time.Sleep(500 * time.Millisecond)
+		if after, _, _ := f.state(); after != before {
+			return fmt.Errorf("%d round trips", after-before)
+		}
+		return nil
+	})
+}
+
+// TestPodPathOracle compares what one pod sends with what the other receives, with the
+// short way from pod to pod on both nodes, over each underlay profile and in both address
+// families; and counts what arrives out of order.
+func TestPodPathOracle(t *testing.T) {
+	c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: dualUnderlay})
+	c.setConfig(dual)
+	for _, n := range c.Nodes {
+		c.start(n, podPath...)
+	}
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	var pods []place
+	for _, n := range c.Nodes {
+		pod, err := n.AddPod(t.Context(), "p1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, place{pod.Namespace, pod.Addrs})
+	}
+	for _, n := range c.Nodes {
+		c.wait(n, "has found its pod", func(s api.Status) bool {
+			f := s.Datapath.FastPath
+			return f != nil && f.Pods != nil && f.Pods.Links == 1
+		})
+	}
+	profiles := lab.Profiles()
+	if testing.Short() {
+		profiles = profiles[:2]
+	}
+	for _, profile := range profiles {
+		t.Run(string(profile), func(t *testing.T) {
+			if _, err := c.SetProfile(profile); err != nil {
+				t.Fatal(err)
+			}
+			early := outOfOrder(t, pods[0].Namespace) + outOfOrder(t, pods[1].Namespace)
+			egress, ingress := c.podFrames(c.Nodes[0])
+			exchange(t, pods[0], pods[1], 30<<20)
+			moreEgress, moreIngress := c.podFrames(c.Nodes[0])
+			t.Logf("%d frames sent and %d received from pod to pod; %d segments out of order", moreEgress-egress, moreIngress-ingress,
+				outOfOrder(t, pods[0].Namespace)+outOfOrder(t, pods[1].Namespace)-early)
+			if moreEgress == egress || moreIngress == ingress {
+				t.Error("nothing went from pod to pod")
+			}
+		})
+	}
+	for _, n := range c.Nodes {
+		if s, err := c.status(n); err != nil || len(dropped(s)) != 0 {
+			t.Errorf("%s dropped %v (%v)", n.ID, s.Datapath.Drops, err)
+		}
+	}
+}
+
+// outOfOrder returns how many TCP segments a pod has received before those that precede
+// them (TCPOFOQueue in /proc/net/netstat).
+func outOfOrder(t *testing.T, n *lab.Namespace) (segments uint64) {
+	t.Helper()
+	text, err := n.Run(t.Context(), "cat", "/proc/net/netstat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for lines := bufio.NewScanner(strings.NewReader(string(text))); lines.Scan(); {
+		fields := strings.Fields(lines.Text())
+		if len(fields) == 0 || fields[0] != "TcpExt:" {
+			continue
+		}
+		if names == nil {
+			names = fields
+			continue
+		}
+		for i, name := range names {
+			if name == "TCPOFOQueue" {
+				segments, err = strconv.ParseUint(fields[i], 10, 64)
+			}
+		}
+	}
+	if err != nil || names == nil {
+		t.Fatalf("/proc/net/netstat: %v", err)
+	}
+	return segments
+}
+
+// TestPodPathObeysTheHost tests that what the host decides of an established connection
+// holds although its packets pass the host by: rules of each kind, a policy on what
+// conntrack finds invalid, a qdisc, routes; and that translated connections keep
+// to the host's way.
+func TestPodPathObeysTheHost(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		c.start(n, podPath...)
+	}
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	pods := c.pods()
+	n, other := c.Nodes[0], c.Nodes[1]
+	do := func(n *lab.Node, f func() error) {
+		t.Helper()
+		if err := n.Do(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// As kube-proxy and most policies have it.
+	for _, n := range c.Nodes {
+		do(n, iptablesLike(func(x *iptables) {
+			invalid := x.state(expr.CtStateBitINVALID)
+			invalid[len(invalid)-1] = &expr.Verdict{Kind: expr.VerdictDrop}
+			x.base("FORWARD", nftables.ChainHookForward, nftables.ChainPolicyAccept, invalid)
+			x.chain("POLICY", &expr.Counter{})
+		}))
+	}
+	flow := startFlow(t, pods[0], pods[1])
+	c.goesShort(n, flow)
+	c.goesShort(other, flow)
+
+	drop := func(hook *nftables.ChainHook, family nftables.TableFamily) func() error {
+		return func() error {
+			x, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			table := x.AddTable(&nftables.Table{Family: family, Name: "late"})
+			chain := x.AddChain(&nftables.Chain{Name: "c", Table: table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityFilter})
+			x.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}})
+			return x.Flush()
+		}
+	}
+	lift := func(family nftables.TableFamily) func() error {
+		return func() error {
+			x, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			x.DelTable(&nftables.Table{Family: family, Name: "late"})
+			return x.Flush()
+		}
+	}
+	bridge := func(f func(netlink.Link) error) func() error {
+		return func() error {
+			l, err := netlink.LinkByName("cni0")
+			if err != nil {
+				return err
+			}
+			return f(l)
+		}
+	}
+	for what, change := range map[string]struct{ decide, lift func() error }{
+		"a rule in forward":  {drop(nftables.ChainHookForward, nftables.TableFamilyINet), lift(nftables.TableFamilyINet)},
+		"a rule of a bridge": {drop(nftables.ChainHookPrerouting, nftables.TableFamilyBridge), lift(nftables.TableFamilyBridge)},
+		"the bridge is down": {bridge(netlink.LinkSetDown), bridge(netlink.LinkSetUp)},
+		"a route":            {route(unix.RTN_BLACKHOLE, pods[1], netlink.RouteAdd), route(unix.RTN_BLACKHOLE, pods[1], netlink.RouteDel)},
+	} {
+		do(n, change.decide)
+		c.stands(flow)
+		if _, _, err := flow.state(); err != nil {
+			t.Fatalf("%s: the connection broke: %v", what, err)
+		}
+		do(n, change.lift)
+		c.goesShort(n, flow)
+	}
+
+	// A pod whose link is shaped keeps to the host's way.
+	link := podsLink(t, n)
+	shape := func(do func(netlink.Qdisc) error) {
+		t.Helper()
+		if err := n.Do(func() error {
+			return do(&netlink.GenericQdisc{QdiscType: "pfifo", QdiscAttrs: netlink.QdiscAttrs{
+				LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT,
+			}})
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	shape(netlink.QdiscAdd)
+	c.wait(n, "leaves the shaped pod out", func(s api.Status) bool { return s.Datapath.FastPath.Pods.Links == 0 })
+	egress, _ := c.podFrames(n)
+	c.goesOn(flow)
+	if now, _ := c.podFrames(n); now != egress {
+		t.Errorf("%d frames passed a qdisc by", now-egress)
+	}
+	shape(netlink.QdiscDel)
+	c.goesShort(n, flow)
+
+	// What is closed is closed for conntrack too.
+	if turns, longest, err := flow.stop(); err != nil {
+		t.Errorf("the connection broke after %d round trips, the longest of %s: %v", turns, longest, err)
+	}
+	for _, n := range c.Nodes {
+		eventually(t, "conntrack has seen the end", func() error {
+			return n.Do(func() error {
+				all, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+				for _, f := range all {
+					if tcp, ok := f.ProtoInfo.(*netlink.ProtoInfoTCP); ok && tcp.State == tcpEstablished && f.Forward.SrcIP.Equal(pods[0].Addrs[0].AsSlice()) {
+						err = fmt.Errorf("%s is established", f)
+					}
+				}
+				return err
+			})
+		})
+	}
+
+	// A translated connection.
+	do(n, func() error {
+		x, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		table := x.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: "service"})
+		chain := x.AddChain(&nftables.Chain{Name: "c", Table: table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest})
+		x.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: append(
+			addressIs(true, boxAddr(true), false),
+			&expr.Immediate{Register: 1, Data: pods[1].Addrs[0].AsSlice()},
+			&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1},
+		)})
+		return x.Flush()
+	})
+	translated := startFlowTo(t, pods[0], pods[1], boxAddr(true))
+	egress, ingress := c.podFrames(n)
+	for range 20 {
+		c.goesOn(translated)
+	}
+	if now, in := c.podFrames(n); now != egress || in != ingress {
+		t.Errorf("of a translated connection %d and %d frames went from pod to pod", now-egress, in-ingress)
+	}
+}
+
+// route returns a function that adds or deletes a route to a pod.
+func route(kind int, to *lab.Pod, do func(*netlink.Route) error) func() error {
+	return func() error {
+		return do(&netlink.Route{Type: kind, Dst: netlink.NewIPNet(to.Addrs[0].AsSlice())})
+	}
+}
+
+// podsLink returns the host's end of the veth of a node's only pod.
+func podsLink(t *testing.T, n *lab.Node) (found netlink.Link) {
+	t.Helper()
+	if err := n.Do(func() error {
+		links, err := netlink.LinkList()
+		for _, l := range links {
+			if l.Type() == "veth" && l.Attrs().MasterIndex != 0 {
+				found = l
+			}
+		}
+		if err == nil && found == nil {
+			err = errors.New("there is no pod's link")
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+// TestPodPathLife tests that a connection outlives its daemon, and that no filter is left
+// on the pods' links by a daemon with other flags and by cleanup.
+func TestPodPathLife(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	p := c.start(n, podPath...)
+	c.start(c.Nodes[1], podPath...)
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	pods := c.pods()
+	flow := startFlow(t, pods[0], pods[1])
+	c.goesShort(n, flow)
+	if err := p.Signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-p.Exited()
+	c.goesOn(flow)
+	const own = 3 // of the tunnel, the uplink and the pair of veth
+	if left := filters(t, n); len(left) != own+2 {
+		t.Errorf("while the daemon is not running the filters are %v, want %d", left, own+2)
+	}
+	p = c.start(n, podPath...)
+	c.waitReady(n, 1)
+	c.goesShort(n, flow)
+	for flag, want := range map[string]int{"on": own, "off": 0} {
+		stop(t, p)
+		p = c.start(n, "--datapath", "kernel", "--fast-path", flag)
+		c.wait(n, "is ready with the new flag", func(s api.Status) bool { return s.Ready && s.Datapath.FastPath.Mode == flag })
+		c.goesOn(flow)
+		if left := filters(t, n); len(left) != want {
+			t.Errorf("--fast-path=%s: the filters %v are left, want %d", flag, left, want)
+		}
+		stop(t, p)
+		p = c.start(n, podPath...)
+		c.waitReady(n, 1)
+		c.goesShort(n, flow)
+	}
+	if turns, longest, err := flow.stop(); err != nil {
+		t.Errorf("the connection broke after %d round trips, the longest of %s: %v", turns, longest, err)
+	}
+	stop(t, p)
+	if out, err := n.Run(t.Context(), filepath.Join(c.bin, "culvert"), "cleanup", "--run-dir", n.RunDir); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if left := filters(t, n); len(left) != 0 {
+		t.Errorf("after cleanup the filters %v are left", left)
+	}
+}
