@@ -10,7 +10,7 @@ import (
 // segmentation. None may come out with a correct checksum.
 func TestDamagedHeaderIsNotMended(t *testing.T) {
 	outer := netip.MustParseAddr("192.0.2.1")
-	name := []byte{2, 0, 0, 0, 192, 0, 2, 1}
+	name := sockaddr4(192, 0, 2, 1)
 	peer := PeerTo(netip.PrefixFrom(here4, 24).Masked(), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2})
 	table := NewTable([]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()}, []*Peer{peer})
 	h := VXLAN{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}

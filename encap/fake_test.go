@@ -1,6 +1,7 @@
 package encap
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"os"
 	"sync/atomic"
@@ -80,7 +81,16 @@ func allOn() *Offload {
 	for _, b := range []*atomic.Bool{&o.GSO, &o.GRO, &o.USO} {
 		b.Store(true)
 	}
+	// qemu-user passes the value of UDP_SEGMENT on in the emulated processor's byte order.
+	if os.Getenv("CULVERT_QEMU_USER") != "" && binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
+		o.GSO.Store(false)
+	}
 	return o
+}
+
+// sockaddr4 returns a sockaddr as the kernel writes it, in the host's byte order.
+func sockaddr4(a, b, c, d byte) []byte {
+	return append(binary.NativeEndian.AppendUint16(nil, unix.AF_INET), 0, 0, a, b, c, d)
 }
 
 // meet makes two nodes peers of each other.

@@ -83,7 +83,7 @@ func TestSegmentsOfNoBytes(t *testing.T) {
 	for _, mtu := range []int{40, 39, 0} { // the headers alone
 		g := newIngress(&common{offload: allOn()}, ^uintptr(0), Descriptor{}, Underlay{VNI: testVNI, MAC: [6]byte{2}}, mtu, &Counters{})
 		room := append(make([]byte, recvHeadroom, recvHeadroom+4096), head...)
-		g.message(table, datagrams{data: append(room, s.partial()...)[recvHeadroom:], source: []byte{2, 0, 0, 0, 192, 0, 2, 1}})
+		g.message(table, datagrams{data: append(room, s.partial()...)[recvHeadroom:], source: sockaddr4(192, 0, 2, 1)})
 		if g.tally.drops[IngressMalformed] != 1 || g.tally.packets != 0 {
 			t.Errorf("MTU %d: %d carried, malformed %d", mtu, g.tally.packets, g.tally.drops[IngressMalformed])
 		}

@@ -60,7 +60,7 @@ func FuzzDatagram(f *testing.F) {
 		if len(data) > recvBufferLen-recvHeadroom {
 			return
 		}
-		name := []byte{2, 0, 0, 0, 192, 0, 2, 1}
+		name := sockaddr4(192, 0, 2, 1)
 		g.message(table, datagrams{data: data, source: name, segment: int(segment), ecn: ecn & 3})
 		for i := range g.join.count {
 			fr := &g.join.frames[i]
