@@ -134,7 +134,7 @@ func TestFamilies(t *testing.T) {
 	} {
 		for _, d := range datapaths {
 			t.Run(f.name+" "+d, func(t *testing.T) {
-				c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: f.underlay})
+				c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: f.underlay, InOrder: true})
 				c.setConfig("{" + f.network + `,"Backend":{"Type":"vxlan"}}`)
 				for _, n := range c.Nodes {
 					c.start(n, "--datapath="+d)

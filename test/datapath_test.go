@@ -26,7 +26,7 @@ var dualUnderlay = []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.
 //	n2 kernel (cvt.1, cvt6.1) ┼── underlay
 //	n3 made by hand (flannel.1, flannel-v6.1), with its lease written to etcd
 func TestMixedCluster(t *testing.T) {
-	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
+	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay, InOrder: true})
 	c.setConfig(dual)
 	c.start(c.Nodes[0], "--datapath", "userspace")
 	c.start(c.Nodes[1], "--datapath", "auto")

@@ -71,7 +71,7 @@ func TestFastPathOracle(t *testing.T) {
 	if testing.Short() {
 		profiles, ends = profiles[:2], ends[:1]
 	}
-	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
+	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay, InOrder: true})
 	c.setConfig(dual)
 	n := c.Nodes[0]
 	c.start(n, fastEnds[0].flags...)

@@ -50,7 +50,7 @@ func TestIPIP(t *testing.T) {
 
 func ipipPods(t *testing.T) (*cluster, []*lab.Pod) {
 	t.Helper()
-	c := newClusterOf(t, lab.Options{Nodes: 2, Underlay: lab.Direct})
+	c := newClusterOf(t, lab.Options{Nodes: 2, Underlay: lab.Direct, InOrder: true})
 	c.setConfig(`{"Network":"10.5.0.0/16","Backend":{"Type":"ipip"}}`)
 	c.start(c.Nodes[0], "--iface", c.Nodes[0].Link)
 	c.start(c.Nodes[1], "--iface", c.Nodes[1].Link, "--queues", "3")
