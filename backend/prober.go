@@ -3,9 +3,12 @@ package backend
 import (
 	"container/heap"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -119,6 +122,30 @@ func (p *Prober) Set(targets []ProbeTarget) {
 	}
 }
 
+// Retain removes the targets that are not among these. Called before the datapath
+// forgets peers that left, it saves requests that the datapath would have to drop.
+func (p *Prober) Retain(targets []ProbeTarget) {
+	stay := make(map[peerKey]bool, len(targets))
+	for _, t := range targets {
+		stay[peerKey{t.Subnet, t.Public}] = true
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	maps.DeleteFunc(p.peers, func(w peerKey, _ *probed) bool { return !stay[w] })
+	p.queue = slices.DeleteFunc(p.queue, func(x *probed) bool { return !stay[peerKey{x.Subnet, x.Public}] })
+	for i, x := range p.queue {
+		x.index = i
+	}
+	heap.Init(&p.queue)
+}
+
+// has reports whether a target still is one.
+func (p *Prober) has(x *probed) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.peers[peerKey{x.Subnet, x.Public}] == x
+}
+
 // Run probes until ctx ends. It sends the requests in bursts and waits for the
 // answers: most of the cost is waking the datapath, and a burst wakes it once.
 func (p *Prober) Run(ctx context.Context) {
@@ -194,6 +221,9 @@ func (p *Prober) settle(burst []request, errs []error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i, r := range burst {
+		if errors.Is(errs[i], errLeft) {
+			continue
+		}
 		x := r.peer
 		p.count.Sent++
 		if r.size > 0 {

@@ -25,6 +25,9 @@ type request struct {
 	rtt      time.Duration
 }
 
+// errLeft is the result of a request that was not sent, as its target left.
+var errLeft = errors.New("the peer has left")
+
 // probeSocket sends bursts of echo requests and waits for the answers in poll(2).
 // That is cheaper than the runtime's poller with a timer per request.
 type probeSocket struct {
@@ -106,6 +109,10 @@ func (s *probeSocket) measure(ctx context.Context, burst []request) []error {
 	for i := range burst {
 		r := &burst[i]
 		s.seq++
+		if !s.prober.has(r.peer) {
+			errs[i] = errLeft
+			continue
+		}
 		fd, err := s.of(socketKind{r.to.Is4(), r.direct})
 		if err == nil {
 			r.sent = time.Now()

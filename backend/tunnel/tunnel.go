@@ -258,10 +258,12 @@ func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 	if t.uplink != nil {
 		t.uplink.prepare(table)
 	}
+	targets := t.probeTargets(table)
+	t.prober.Retain(targets)
 	t.loop.SetTable(table)
 	t.once.Do(func() { close(t.applied) })
 	err := t.keeper.Apply(func(v host.View) (host.State, error) { return t.state(s, v), nil })
-	t.prober.Set(t.probeTargets(table))
+	t.prober.Set(targets)
 	return err
 }
 
