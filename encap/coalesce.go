@@ -255,10 +255,12 @@ func (f *frame) sameNetworkHeader(first, b []byte, p *packet) bool {
 	return counts
 }
 
-// sameTCPHeader reports whether acknowledgement, window and options are equal.
+// sameTCPHeader reports whether acknowledgement, AE flag (RFC 9768), window, urgent pointer
+// and options are equal.
 func sameTCPHeader(a, b []byte) bool {
-	return binary.NativeEndian.Uint32(a[8:]) == binary.NativeEndian.Uint32(b[8:]) &&
+	return binary.NativeEndian.Uint32(a[8:]) == binary.NativeEndian.Uint32(b[8:]) && a[12] == b[12] &&
 		binary.NativeEndian.Uint16(a[14:]) == binary.NativeEndian.Uint16(b[14:]) &&
+		binary.NativeEndian.Uint16(a[18:]) == binary.NativeEndian.Uint16(b[18:]) &&
 		string(a[20:]) == string(b[20:])
 }
 
