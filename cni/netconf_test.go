@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/rogpeppe/go-internal/txtar"
 
+	"culvert/internal/fuzzloop"
 	"culvert/internal/statefile"
 )
 
@@ -236,7 +237,8 @@ func TestAttachmentNames(t *testing.T) {
 // FuzzNetConf has the plugin read whatever a configuration file may hold: it is
 // refused with an error of the specification's, or makes a delegate's configuration
 // that says what must be said.
-func FuzzNetConf(f *testing.F) {
+func FuzzNetConf(std *testing.F) {
+	f := fuzzloop.Of(std)
 	for _, text := range []string{
 		`{"name":"n","cniVersion":"1.0.0"}`,
 		`{"name":"n","subnetFile":"/a","dataDir":"/b","delegate":{"type":"bridge","mtu":9},"ipam":{"type":"host-local","routes":[{"dst":"10.0.0.0/8"}]}}`,

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"culvert/internal/boottime"
+	"culvert/internal/fuzzloop"
 	"culvert/internal/statefile"
 )
 
@@ -153,7 +154,8 @@ func TestWriteSubnetEnv(t *testing.T) {
 }
 
 // A parsed file survives a round trip and satisfies the rules that ADD relies on.
-func FuzzParseSubnetEnv(f *testing.F) {
+func FuzzParseSubnetEnv(std *testing.F) {
+	f := fuzzloop.Of(std)
 	f.Add([]byte(dualStackText))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		e, err := ParseSubnetEnv(text)

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/binary"
 	"testing"
+
+	"culvert/internal/fuzzloop"
 )
 
 // specOf makes a packet that may be cut from fuzzed values.
@@ -24,7 +26,8 @@ func specOf(kind uint8, id uint16, seq uint32, flags uint8, options, payload []b
 }
 
 // FuzzCut compares the segmenter with the oracle.
-func FuzzCut(f *testing.F) {
+func FuzzCut(std *testing.F) {
+	f := fuzzloop.Of(std)
 	f.Add(uint8(0), uint16(0xfffe), uint32(0xffffff00), uint8(tcpPSH|tcpCWR), []byte{1, 1, 8, 10}, bytes.Repeat([]byte("payload"), 300), uint16(100))
 	f.Add(uint8(3), uint16(1), uint32(1), uint8(0), []byte{}, bytes.Repeat([]byte{0xff}, 1000), uint16(1))
 	cutter := newSegmenter()
@@ -54,7 +57,8 @@ func FuzzCut(f *testing.F) {
 // FuzzJoin joins packets of a flow with changed bytes and cuts the frames again:
 // every packet comes out unchanged and in order, except that a partial checksum may
 // be completed.
-func FuzzJoin(f *testing.F) {
+func FuzzJoin(std *testing.F) {
+	f := fuzzloop.Of(std)
 	f.Add(uint8(0), bytes.Repeat([]byte("payload"), 100), uint8(70), []byte{})
 	f.Add(uint8(0), bytes.Repeat([]byte("payload"), 100), uint8(70), []byte{1, 0, 8, 1, 2, 0, 33, 0x10})
 	f.Add(uint8(3), bytes.Repeat([]byte("payload"), 100), uint8(33), []byte{0, 0, 44, 0xff})

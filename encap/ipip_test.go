@@ -3,6 +3,8 @@ package encap
 import (
 	"net/netip"
 	"testing"
+
+	"culvert/internal/fuzzloop"
 )
 
 // ipipIngress returns the receiving side of a node that leases there4's subnet and
@@ -71,7 +73,8 @@ func TestIPIPAcceptsPeersAlone(t *testing.T) {
 
 // FuzzIPIP gives the receiving side arbitrary bytes: each message is delivered or
 // counted as dropped.
-func FuzzIPIP(f *testing.F) {
+func FuzzIPIP(std *testing.F) {
+	f := fuzzloop.Of(std)
 	f.Add(ipipDatagram("198.18.0.1", tcpSpec(100).bytes()))
 	f.Add(ipipDatagram("198.18.0.9", tcpSpec(0).bytes()))
 	g := ipipIngress()
@@ -93,7 +96,8 @@ func FuzzIPIP(f *testing.F) {
 
 // FuzzQuote gives path MTU discovery arbitrary quotes of ICMP errors: only a quote
 // of a packet of this node changes the path MTU, and never below the minimum.
-func FuzzQuote(f *testing.F) {
+func FuzzQuote(std *testing.F) {
+	f := fuzzloop.Of(std)
 	peer := PeerTo(netip.PrefixFrom(there4, 24).Masked(), netip.MustParseAddrPort("198.18.0.2:8472"), testVNI, [6]byte{2}, [6]byte{2, 1})
 	ours := append(append([]byte{}, peer.header...), tcpSpec(100).bytes()...)
 	f.Add(ours, 1000)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"sync"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -117,6 +118,9 @@ func explode(t rapid.TB, f *frame) [][]byte {
 	return cutAsDevice(t, v, b)
 }
 
+// deviceCutters are reused, since each has a megabyte.
+var deviceCutters = sync.Pool{New: func() any { return newSegmenter() }}
+
 // cutAsDevice completes and segments a frame as the kernel does before a wire.
 func cutAsDevice(t rapid.TB, v vnetHeader, b []byte) [][]byte {
 	if v.gsoType == gsoNone {
@@ -136,7 +140,9 @@ func cutAsDevice(t rapid.TB, v vnetHeader, b []byte) [][]byte {
 		t.Fatal("the checksum is not the pseudo-header's")
 	}
 	var all [][]byte
-	fixed := newSegmenter().cut(nil, b, &p, int(v.gsoSize))
+	cutter := deviceCutters.Get().(*segmenter)
+	defer deviceCutters.Put(cutter)
+	fixed := cutter.cut(nil, b, &p, int(v.gsoSize))
 	for _, s := range fixed {
 		all = append(all, append(append([]byte(nil), s.head...), s.data...))
 	}

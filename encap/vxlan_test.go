@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"net/netip"
 	"testing"
+
+	"culvert/internal/fuzzloop"
 )
 
 func TestVXLANHeader(t *testing.T) {
@@ -35,7 +37,8 @@ func TestVXLANHeader(t *testing.T) {
 
 // FuzzDatagram gives arbitrary bytes to all code that handles a datagram from the
 // network, and checks that an accepted packet lies within the datagram.
-func FuzzDatagram(f *testing.F) {
+func FuzzDatagram(std *testing.F) {
+	f := fuzzloop.Of(std)
 	s := tcpSpec(30)
 	h := VXLAN{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}
 	d := make([]byte, VXLANHeaderLen)
@@ -78,7 +81,8 @@ func FuzzDatagram(f *testing.F) {
 }
 
 // FuzzFrame gives arbitrary frames to the sending side.
-func FuzzFrame(f *testing.F) {
+func FuzzFrame(std *testing.F) {
+	f := fuzzloop.Of(std)
 	frame := make([]byte, vnetHeaderLen)
 	(&vnetHeader{flags: vnetNeedsCsum, csumStart: 20, csumOffset: 16, gsoType: gsoTCP4, gsoSize: 100}).put(frame)
 	f.Add(append(frame, tcpSpec(1000).partial()...))

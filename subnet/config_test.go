@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"culvert/internal/fuzzloop"
 	"culvert/subnet"
 )
 
@@ -199,7 +200,8 @@ func TestAdmits(t *testing.T) {
 	}
 }
 
-func FuzzParseConfig(f *testing.F) {
+func FuzzParseConfig(std *testing.F) {
+	f := fuzzloop.Of(std)
 	f.Add([]byte(`{"Network":"10.5.0.0/16","SubnetLen":25,"SubnetMin":"10.5.9.0","Backend":{"Type":"vxlan","VNI":7}}`))
 	f.Add([]byte(`{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/1","Backend":{"Type":"host-gw"}}`))
 	f.Fuzz(func(t *testing.T, text []byte) {

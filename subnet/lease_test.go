@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"culvert/internal/fuzzloop"
 	"culvert/subnet"
 )
 
@@ -204,7 +205,8 @@ func TestMACText(t *testing.T) {
 	}
 }
 
-func FuzzParseLease(f *testing.F) {
+func FuzzParseLease(std *testing.F) {
+	f := fuzzloop.Of(std)
 	for _, g := range goldenLeases {
 		f.Add(g.key, []byte(g.value))
 	}

@@ -43,6 +43,7 @@ var allowed = map[string][]string{
 	"culvert/internal/host":            {"internal/api", "internal/firewall", "internal/handover"},
 	"culvert/internal/api":             {"internal/api/readiness", "internal/handover"},
 	"culvert/internal/handover":        {},
+	"culvert/internal/fuzzloop":        {},
 	"culvert/internal/api/readiness":   {},
 	"culvert/backend":                  {"subnet", "internal/api", "internal/echo", "internal/firewall", "internal/host"},
 	"culvert/backend/tunnel":           {"backend", "subnet", "encap", "internal/api", "internal/firewall", "internal/host"},

@@ -7,12 +7,14 @@ import (
 	"net/http/httptest"
 	"testing"
 
+	"culvert/internal/fuzzloop"
 	"culvert/internal/httpd"
 )
 
 // FuzzRequest sends arbitrary bytes as a request to the daemon's socket and the metrics'
 // address: there is an answer, and only GET and HEAD succeed.
-func FuzzRequest(f *testing.F) {
+func FuzzRequest(std *testing.F) {
+	f := fuzzloop.Of(std)
 	for _, text := range []string{
 		"GET /status HTTP/1.1\r\nHost: culvert\r\n\r\n",
 		"GET /cni-status HTTP/1.0\r\n\r\n",

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"culvert/internal/boottime"
+	"culvert/internal/fuzzloop"
 	"culvert/subnet"
 )
 
@@ -87,7 +88,8 @@ func TestWhole(t *testing.T) {
 }
 
 // FuzzParse parses arbitrary content; what is accepted must survive a round trip.
-func FuzzParse(f *testing.F) {
+func FuzzParse(std *testing.F) {
+	f := fuzzloop.Of(std)
 	text := example(f)
 	_, body, _ := strings.Cut(string(text), "\n")
 	f.Add([]byte(body))

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"culvert/internal/fuzzloop"
 	"culvert/subnet"
 )
 
@@ -274,7 +275,8 @@ func TestDecodeList(t *testing.T) {
 }
 
 // FuzzEvent decodes arbitrary watch events.
-func FuzzEvent(f *testing.F) {
+func FuzzEvent(std *testing.F) {
+	f := fuzzloop.Of(std)
 	f.Add([]byte(`{"type":"ADDED","object":{"metadata":{"name":"n","uid":"u","resourceVersion":"5","annotations":{"culvert/pod-cidrs":"u 10.244.1.0/24","flannel.alpha.coreos.com/kube-subnet-manager":"true"}},"spec":{"podCIDRs":["10.244.1.0/24"]}}}`))
 	f.Add([]byte(`{"type":"ERROR","object":{"kind":"Status","status":"Failure","message":"too old resource version","code":410}}`))
 	cfg := config(f, vxlan46)

@@ -3,11 +3,14 @@ package readiness
 import (
 	"encoding/json"
 	"testing"
+
+	"culvert/internal/fuzzloop"
 )
 
 // FuzzAnswer has the plugin read whatever answers on the socket: what it takes for
 // ready has said so.
-func FuzzAnswer(f *testing.F) {
+func FuzzAnswer(std *testing.F) {
+	f := fuzzloop.Of(std)
 	f.Add([]byte("HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{\"ready\":true}\n"))
 	f.Add([]byte("HTTP/1.0 404 Not Found\r\n\r\nnothing"))
 	f.Add([]byte("HTTP/1.1 200 OK\r\n\r\n{\"code\":\"fenced\",\"reason\":\"x\"}"))
