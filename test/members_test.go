@@ -15,6 +15,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
@@ -124,7 +125,12 @@ func (m *members) client() *clientv3.Client {
 	m.t.Helper()
 	c, err := clientv3.New(clientv3.Config{
 		Endpoints: m.urls(), Logger: zap.NewNop(),
-		DialOptions: []grpc.DialOption{grpc.WithContextDialer(m.dial)}, DialKeepAliveTime: 5 * time.Second, DialKeepAliveTimeout: 2 * time.Second,
+		DialOptions: []grpc.DialOption{
+			grpc.WithContextDialer(m.dial),
+			// By default it tries to connect every two minutes only, after a long outage.
+			grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second}, MinConnectTimeout: 2 * time.Second}),
+		},
+		DialKeepAliveTime: 5 * time.Second, DialKeepAliveTimeout: 2 * time.Second,
 	})
 	if err != nil {
 		m.t.Fatal(err)

@@ -136,6 +136,13 @@ func (p *pings) sentSoFar() int {
 	return int(p.sent)
 }
 
+// answered counts those that had a reply.
+func (p *pings) answered() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return int(p.sent) - len(p.missing)
+}
+
 // lostSoFar counts the requests without a reply that were sent more than a second ago.
 func (p *pings) lostSoFar() int {
 	p.mu.Lock()
@@ -154,6 +161,10 @@ func (p *pings) lostSoFar() int {
 type flow struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup
+	every   time.Duration // at least, from one round trip to the next
+
+	patience time.Duration // how long it waits for a round trip
+
 	mu      sync.Mutex
 	turns   uint64
 	longest time.Duration // of one round trip
@@ -168,12 +179,22 @@ func startFlow(t testing.TB, from, to *lab.Pod) *flow {
 // startFlowTo starts a flow that addresses the other pod as at, which the host translates.
 func startFlowTo(t testing.TB, from, to *lab.Pod, at netip.Addr) *flow {
 	t.Helper()
+	return startFlowOf(t, from, to, at, pingEvery, 30*time.Second)
+}
+
+func startFlowEvery(t testing.TB, from, to *lab.Pod, every, patience time.Duration) *flow {
+	t.Helper()
+	return startFlowOf(t, from, to, to.Addrs[0], every, patience)
+}
+
+func startFlowOf(t testing.TB, from, to *lab.Pod, at netip.Addr, every, patience time.Duration) *flow {
+	t.Helper()
 	l, err := to.Listen(t.Context(), "tcp", netip.AddrPortFrom(to.Addrs[0], 0).String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	f := &flow{cancel: cancel}
+	f := &flow{cancel: cancel, every: every, patience: patience}
 	f.running.Go(func() { // echoes
 		defer l.Close()
 		c, err := l.Accept()
@@ -206,7 +227,7 @@ func (f *flow) turn(ctx context.Context, c net.Conn) error {
 	for n := uint64(1); ctx.Err() == nil; n++ {
 		began := time.Now()
 		binary.BigEndian.PutUint64(buf, n)
-		if err := c.SetDeadline(began.Add(30 * time.Second)); err != nil {
+		if err := c.SetDeadline(began.Add(f.patience)); err != nil {
 			return err
 		}
 		if _, err := c.Write(buf); err != nil {
@@ -221,7 +242,7 @@ func (f *flow) turn(ctx context.Context, c net.Conn) error {
 		f.mu.Lock()
 		f.turns, f.longest = n, max(f.longest, time.Since(began))
 		f.mu.Unlock()
-		time.Sleep(pingEvery)
+		time.Sleep(f.every)
 	}
 	return nil
 }

@@ -227,7 +227,8 @@ func identify(pid int) (processID, error) {
 // if another process has its PID now.
 func (id processID) open() (int, error) {
 	fd, err := unix.PidfdOpen(id.PID, 0)
-	if errors.Is(err, unix.ESRCH) {
+	// ENOENT, or EINVAL before Linux 6.9: another process's thread has the PID now.
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) {
 		return -1, os.ErrProcessDone
 	}
 	if err != nil {
