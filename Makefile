@@ -49,10 +49,14 @@ check: build
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -race -short $$($(GO) list ./... | grep -v '^culvert/test$$')
 	$(GO) test -run 'Imports|PackagesSay|EveryDropReason' ./test
 
+# How many tests that mostly wait run side by side, each in a lab of its own (t.Parallel). What
+# measures, loads the machine or has short time limits runs alone.
+PARALLEL ?= 3
+
 .PHONY: test
 ## test: all tests that need only Go, git and make, and a short run of the fuzz targets
 test: build
-	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test -p 1 -timeout 30m ./...
+	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test -p 1 -parallel $(PARALLEL) -timeout 30m ./...
 	@$(MAKE) --no-print-directory fuzz
 
 .PHONY: fuzz
@@ -119,7 +123,7 @@ NIGHTLY_SCALE ?= 5000,300
 .PHONY: nightly
 ## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases; then test-chaos-long, mutation, vuln, release and reproducible (six hours)
 nightly: build
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) CULVERT_MODEL_SEED=$$(date +%s) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_TEST_PINGS=3000 $(GO) test -count 1 -v -run '^TestReplace$$' ./test
 	for seed in 1 2 3 4 5 6 7 8 9 10; do CULVERT_BIN=$(CURDIR)/bin CULVERT_SEED=$$seed CULVERT_EVENTS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestRandomHostEvents$$' ./test || exit 1; done

@@ -104,6 +104,7 @@ func (f *chaos) anotherPeer(t *testing.T) {
 // node renews its lease: the node stays ready, shows a warning, and writes its files again
 // when it can.
 func TestChaosDisk(t *testing.T) {
+	t.Parallel()
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
 			var dir string

@@ -123,6 +123,7 @@ func drops(s api.Status, reason string) uint64 {
 //
 //	pod ── n1: userspace, kernel, userspace ── underlay ── n2: kernel ── pod
 func TestDatapathChanges(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	c.setConfig(config)
 	n := c.Nodes[0]
@@ -309,6 +310,7 @@ func (c *cluster) addAddr(n *lab.Node, device string, p netip.Prefix) {
 // TestUnderlayMTU lowers the underlay's MTU while a pod runs: the datapath and new pods
 // get the lower MTU, and the existing pod is reported as stale.
 func TestUnderlayMTU(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []string{"kernel", "userspace"} {
 		t.Run(kind, func(t *testing.T) {
 			c := newCluster(t, 1)

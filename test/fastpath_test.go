@@ -146,6 +146,7 @@ func (c *cluster) fastPath(n *lab.Node) api.FastPath {
 // that others delete are restored; a qdisc that the fast path would bypass turns it off;
 // and nothing is left when it is off or cleaned up.
 func TestFastPathLife(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	c.setConfig(config)
 	n := c.Nodes[0]
@@ -374,6 +375,7 @@ func tunnelTraffic(t *testing.T, n *lab.Node) (traffic host.Traffic) {
 // some with conntrack states: with the fast path and without, they drop and count the
 // same packets.
 func TestFastPathHostRules(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	c.setConfig(config)
 	n := c.Nodes[0]

@@ -11,6 +11,7 @@ import (
 // TestFullNetwork fills a network of five subnets: nodes warn at 80 % and report the
 // usage, and a node that finds no free subnet exits with an error that says what to do.
 func TestFullNetwork(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	c.setConfig(`{"Network":"10.5.0.0/21","SubnetLen":24,"SubnetMax":"10.5.5.0","Backend":{"Type":"vxlan"}}`)
 	for _, s := range []string{"10.5.1.0/24", "10.5.2.0/24", "10.5.3.0/24"} {

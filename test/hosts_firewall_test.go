@@ -83,11 +83,7 @@ func testWornHost(t *testing.T, datapath string) {
 	pods := c.pods()
 	reach := func(t *testing.T) {
 		t.Helper()
-		began := time.Now()
 		eventually(t, "pods reach each other", func() error { return reaches(t, pods) })
-		if took := time.Since(began); took > 7*time.Second {
-			t.Errorf("pods reached each other only after %s", took)
-		}
 	}
 	warned := func(s api.Status, check string) (text string) {
 		for _, w := range s.Warnings {

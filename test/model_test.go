@@ -63,7 +63,7 @@ func TestModel(t *testing.T) {
 	}
 	m := startMembers(t, labtest.New(t, lab.Options{Nodes: 3}))
 	c := m.client()
-	seed := uint64(time.Now().UnixNano())
+	seed := uint64(1) // CULVERT_MODEL_SEED chooses another: make nightly does
 	if text := os.Getenv("CULVERT_MODEL_SEED"); text != "" {
 		var err error
 		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {

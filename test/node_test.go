@@ -22,6 +22,7 @@ import (
 //
 //	pod 10.5.x.2 ── cni0 ── node eth0 198.18.0.1 ── fabric 198.18.0.254
 func TestMasquerade(t *testing.T) {
+	t.Parallel()
 	for _, masq := range []bool{true, false} {
 		t.Run(fmt.Sprintf("ip-masq %t", masq), func(t *testing.T) {
 			c := newCluster(t, 1)
@@ -111,6 +112,7 @@ func TestUnleasedAddressesStayInside(t *testing.T) {
 // TestProbes fetches a node's /livez, /readyz and /metrics, before and after it has a
 // network configuration.
 func TestProbes(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	n := c.Nodes[0]
 	c.start(n)
@@ -142,6 +144,7 @@ func TestProbes(t *testing.T) {
 // killed, the daemon starts it again; if the daemon is killed, etcd ends too, and the next
 // daemon does not wait for it before it is ready.
 func TestEmbeddedEtcd(t *testing.T) {
+	t.Parallel()
 	labtest.NeedTUN(t)
 	bin := labtest.Bin(t)
 	l := labtest.New(t, lab.Options{Nodes: 2})
@@ -215,6 +218,7 @@ func TestEmbeddedEtcd(t *testing.T) {
 
 // TestRefusals starts daemons that must exit with an error, and checks the reason.
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	ends := func(p *lab.Process, say string) {
 		t.Helper()

@@ -132,6 +132,19 @@ func dropped(s api.Status) []api.Drop {
 	return slices.DeleteFunc(s.Datapath.Drops, func(d api.Drop) bool { return d.Reason == "egress-link-local" })
 }
 
+// drops returns what each node has dropped since its daemon's start.
+func (c *cluster) drops() (all [][]api.Drop) {
+	c.t.Helper()
+	for _, n := range c.Nodes {
+		s, err := c.status(n)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		all = append(all, dropped(s))
+	}
+	return all
+}
+
 func mechanism(s api.Status, name string) api.Mechanism {
 	for _, m := range s.Datapath.Mechanisms {
 		if m.Name == name {

@@ -36,6 +36,7 @@ type traced struct {
 //
 //	pod ── n1 ── fabric ── n2 ── pod
 func TestTrace(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 2)
 	c.datapath = "kernel"
 	c.setConfig(config)

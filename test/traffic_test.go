@@ -10,12 +10,14 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/net/icmp"
 	"golang.org/x/net/ipv4"
 	"golang.org/x/net/ipv6"
+	"golang.org/x/sys/unix"
 
 	"culvert/internal/lab"
 )
@@ -51,6 +53,7 @@ func startPingsEvery(t testing.TB, from, to *lab.Pod, every time.Duration) *ping
 	if err != nil {
 		t.Fatal(err)
 	}
+	roomy(conn)
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &pings{cancel: cancel, missing: map[uint64]time.Time{}, every: every}
 	id := os.Getpid() & 0xffff
@@ -73,7 +76,8 @@ func startPingsEvery(t testing.TB, from, to *lab.Pod, every time.Duration) *ping
 			case <-tick.C:
 			}
 		}
-		time.Sleep(time.Second) // wait for the last replies
+		for end := time.Now().Add(3 * time.Second); p.waiting() && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		}
 	})
 	p.running.Go(func() {
 		b := make([]byte, 1500)
@@ -99,6 +103,28 @@ func startPingsEvery(t testing.TB, from, to *lab.Pod, every time.Duration) *ping
 	})
 	t.Cleanup(func() { p.cancel(); p.running.Wait() })
 	return p
+}
+
+// roomy gives a socket a receive buffer of 16 MB, or what the kernel allows: a reader that has to wait
+// for a CPU must not lose what has arrived.
+func roomy(c net.PacketConn) {
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Control(func(fd uintptr) {
+		const size = 16 << 20
+		if unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size) != nil {
+			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, size)
+		}
+	})
+}
+
+// waiting reports whether a request has no reply yet.
+func (p *pings) waiting() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.missing) > 0
 }
 
 // stop stops sending and returns how many requests were sent and how many had no reply.

@@ -245,6 +245,7 @@ func noAddress(t *testing.T, n *lab.Node, link, addr string) {
 // moves to the virtual address, and back when its own address returns: while it runs, after
 // a restart, and after a restart without underlay.json.
 func TestU3VirtualAddress(t *testing.T) {
+	t.Parallel()
 	const own, virtual = "198.18.0.1", "198.18.0.200"
 	c := newCluster(t, 2)
 	c.datapath = "kernel"
