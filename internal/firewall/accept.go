@@ -42,8 +42,10 @@ type passage struct {
 	chain  string // the iptables chain at that hook
 	is4    bool
 	probes []probe
-	// each, if not empty, has probes for every single peer.
-	each    []probe
+	// each, if not nil, returns the probes for a single one of the peers. There may be thousands, so
+	// these are computed only when the probes find something.
+	each    func(peer netip.Prefix) []probe
+	peers   []Source
 	accepts []accept
 	check   string // the warning's check name
 }
@@ -76,9 +78,14 @@ func (p Policy) passages(d Devices) []passage {
 		out := passage{hook: nftables.ChainHookOutput, chain: "OUTPUT", is4: is4, check: "output-drop", accepts: in.accepts}
 		in.probes, out.probes = t.probes(d.Underlay, commonPrefix(t.Peers))
 		if len(t.Peers) > 1 {
-			for _, p := range t.Peers {
-				i, o := t.probes(d.Underlay, netip.PrefixFrom(p.Outer, p.Outer.BitLen()))
-				in.each, out.each = append(in.each, i...), append(out.each, o...)
+			in.peers, out.peers = t.Peers, t.Peers
+			in.each = func(peer netip.Prefix) []probe {
+				i, _ := t.probes(d.Underlay, peer)
+				return i
+			}
+			out.each = func(peer netip.Prefix) []probe {
+				_, o := t.probes(d.Underlay, peer)
+				return o
 			}
 		}
 		all = append(all, out, out.at(nftables.ChainHookPostrouting))
@@ -192,15 +199,17 @@ func (p passage) findings(s ruleset) (found []finding) {
 	for _, probe := range p.probes {
 		found = append(found, s.evaluate(*p.hook, probe)...)
 	}
-	if len(found) == 0 || len(p.each) == 0 {
+	if len(found) == 0 || p.each == nil {
 		return found
 	}
-	for _, probe := range p.each {
-		if found = s.evaluate(*p.hook, probe); len(found) > 0 {
-			break
+	for _, peer := range p.peers {
+		for _, probe := range p.each(netip.PrefixFrom(peer.Outer, peer.Outer.BitLen())) {
+			if found = s.evaluate(*p.hook, probe); len(found) > 0 {
+				return found
+			}
 		}
 	}
-	return found
+	return nil
 }
 
 // ourRule is a rule of ours in another program's chain.
