@@ -183,6 +183,10 @@ func (s *session) run(ctx context.Context) error {
 	parts.Go(func() error { return s.publish(ctx) })
 	parts.Go(func() error { return s.watchUnderlay(ctx) })
 	parts.Go(func() error {
+		s.trim(ctx)
+		return nil
+	})
+	parts.Go(func() error {
 		select {
 		case <-ctx.Done():
 			return nil
