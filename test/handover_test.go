@@ -225,7 +225,7 @@ func TestReplace(t *testing.T) {
 }
 
 // TestReplaceAnother starts successors with another configuration: they report the
-// difference and open a new datapath, and a TCP connection survives.
+// difference and open a new datapath, a TCP connection survives, and few pings are lost.
 func TestReplaceAnother(t *testing.T) {
 	c, daemons, pods := startPair(t, "")
 	n, p := c.Nodes[0], daemons[0]
@@ -241,7 +241,12 @@ func TestReplaceAnother(t *testing.T) {
 			flags = append(flags, step.flag)
 		}
 		var s api.Status
+		there, back := startPings(t, pods[0], pods[1]), startPings(t, pods[1], pods[0])
 		p, s = c.replace(n, p, flags...)
+		for _, pings := range []*pings{there, back} {
+			sent, lost := pings.stop()
+			t.Logf("%v: of %d pings %d lost, %v without an answer at the longest", step, sent, lost, pings.gap())
+		}
 		if s.Handover.Inherited || !strings.Contains(s.Handover.Why, step.why) || s.Datapath.Kind != step.datapath {
 			t.Errorf("%v: the status has the handover %+v and the datapath %s", step, s.Handover, s.Datapath.Kind)
 		}
@@ -265,6 +270,36 @@ func TestReplaceAnother(t *testing.T) {
 	}
 }
 
+// TestReplaceOlder starts a successor beside a daemon of a release without handover, which
+// has the socket: the successor says what to do and exits, and changes nothing.
+func TestReplaceOlder(t *testing.T) {
+	c := newCluster(t, 1)
+	c.setConfig(config)
+	n := c.Nodes[0]
+	if err := os.MkdirAll(n.RunDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", api.SocketPath(n.RunDir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	older := &http.Server{Handler: http.NewServeMux()}
+	go func() { _ = older.Serve(l) }()
+	defer older.Close()
+	p := c.start(n, "--replace")
+	<-p.Exited()
+	if log := p.Tail(5); p.Err() == nil || !strings.Contains(log, "of a release without that. Stop it, then start this one") || !strings.Contains(log, "maxSurge: 0") {
+		t.Errorf("the successor exited with %v: %s", p.Err(), log)
+	}
+	links, err := n.Run(t.Context(), "ip", "-brief", "link")
+	if err != nil || strings.Contains(string(links), "culvert") {
+		t.Errorf("the successor left a device (%v):\n%s", err, links)
+	}
+	if _, err := os.Stat(n.SubnetFile()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the successor wrote subnet.env (%v)", err)
+	}
+}
+
 // TestStandBy has a daemon with --handed-over=wait hand over and wait, as the old pod of an
 // update does until the kubelet stops it. If its successor exits first, it takes over again.
 func TestStandBy(t *testing.T) {
@@ -272,6 +307,11 @@ func TestStandBy(t *testing.T) {
 	c.setConfig(config)
 	n := c.Nodes[0]
 	old := c.startAll("--handed-over=wait")[0]
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the old daemon:\n%s", old.Tail(40))
+		}
+	})
 	pods := c.pods()
 	ping(t, pods[0], pods[1])
 	probe := func(inContainer bool) error {

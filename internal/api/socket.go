@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -105,6 +106,10 @@ func (l *socketListener) Close() error {
 	return errors.Join(l.Listener.Close(), l.socket.Close())
 }
 
+// lockPatience is how long to wait for the lock: a process that was killed frees its
+// descriptors one after the other.
+const lockPatience = time.Second
+
 // lockDir locks the run directory with flock(2), which the kernel releases when
 // the process ends. The lock file contains the process ID.
 func lockDir(runDir string) (*os.File, error) {
@@ -112,7 +117,13 @@ func lockDir(runDir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	for end := time.Now().Add(lockPatience); ; time.Sleep(lockPatience / 50) {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
+			break
+		}
+	}
+	if err != nil {
 		pid, _ := io.ReadAll(io.LimitReader(f, 20))
 		_ = f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {

@@ -225,7 +225,10 @@ func trusted(c *net.UnixConn) error {
 }
 
 // ErrUnknown means that the running daemon does not support handover.
-var ErrUnknown = errors.New("the running daemon cannot hand over: it is of a release without that. Stop it, then start this one")
+var ErrUnknown = errors.New("the running daemon cannot hand over: it is of a release without that. " + stopFirst)
+
+// stopFirst is what to do if the running daemon cannot hand over.
+const stopFirst = "Stop it, then start this one (in Kubernetes: maxSurge: 0 and maxUnavailable: 1 for this update)"
 
 // ErrEnded means that the running daemon ended before its offer.
 var ErrEnded = errors.New("the running daemon ended while it was asked to hand over")
@@ -288,6 +291,8 @@ func (c *Conn) ask(hello Message) (Message, error) {
 		return Message{}, fmt.Errorf("the running daemon does not hand over: %s", offer.Why)
 	case offer.Step != Offer:
 		return Message{}, fmt.Errorf("the running daemon answered %q to the hello", offer.Step)
+	case offer.Protocol != Version:
+		return Message{}, fmt.Errorf("the running daemon offers version %d of the handover, not %d. %s", offer.Protocol, Version, stopFirst)
 	}
 	return offer, nil
 }
@@ -322,7 +327,7 @@ func Handler(accept func(c *Conn, hello Message)) http.Handler {
 		case err != nil || hello.Step != Hello:
 			_ = c.Close()
 		case hello.Protocol != Version:
-			_ = c.Send(Message{Step: Back, Why: fmt.Sprintf("it speaks version %d of the protocol, not %d: stop it, then start this one", Version, hello.Protocol)})
+			_ = c.Send(Message{Step: Back, Why: fmt.Sprintf("it speaks version %d of the handover, not %d. %s", Version, hello.Protocol, stopFirst)})
 			_ = c.Close()
 		default:
 			accept(c, hello)

@@ -6,10 +6,12 @@
 package httpd
 
 import (
+	"errors"
 	"log/slog"
 	"net"
 	"net/http"
 	"sync"
+	"syscall"
 	"time"
 
 	"culvert/internal/handover"
@@ -23,9 +25,16 @@ func New(fd int, h http.Handler, log *slog.Logger) *Service {
 // Descriptor returns the listening socket.
 func (s *Service) Descriptor() int { return s.fd }
 
+// listenTimeout is how long to wait for the address: a daemon that was killed frees its
+// descriptors one after the other.
+const listenTimeout = time.Second
+
 // ListenTCP returns the descriptor of a listening socket.
 func ListenTCP(address string) (fd int, err error) {
 	l, err := net.Listen("tcp", address)
+	for end := time.Now().Add(listenTimeout); errors.Is(err, syscall.EADDRINUSE) && time.Now().Before(end); l, err = net.Listen("tcp", address) {
+		time.Sleep(listenTimeout / 50)
+	}
 	if err == nil {
 		fd, err = handover.Descriptor(l.(*net.TCPListener))
 		_ = l.Close()
