@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -155,6 +157,23 @@ func (k *kubernetes) run(n *lab.Node, more ...string) *lab.Process {
 	return p
 }
 
+// replaced starts a successor of a node's daemon, which inherits the datapath. It expects
+// that no ping is lost meanwhile.
+func (k *kubernetes) replaced(n *lab.Node, old *lab.Process, from, to *lab.Pod, flags ...string) *lab.Process {
+	k.t.Helper()
+	pings := startPings(k.t, from, to)
+	p := k.run(n, append(flags, "--replace")...)
+	s := k.wait(n, "is ready after the handover", func(s api.Status) bool { return s.Ready && s.Handover != nil && s.Handover.PID == old.PID })
+	<-old.Exited()
+	if !s.Handover.Inherited || old.Err() != nil {
+		k.t.Errorf("the handover is %+v, and the old daemon exited with %v", s.Handover, old.Err())
+	}
+	if sent, lost := pings.stop(); lost > 0 {
+		k.t.Errorf("%d of %d pings were lost in the handover", lost, sent)
+	}
+	return p
+}
+
 // confined is a script that sets up the mounts and capabilities of the DaemonSet's
 // container: a read-only image FROM scratch, with a read-only /proc/sys.
 const confined = `set -e
@@ -270,9 +289,32 @@ func TestKubernetes(t *testing.T) {
 		}
 		ping(t, pods[0], p)
 		ping(t, p, pods[1])
-		if mac := k.kubectl("get", "node", "n3", "-o", `jsonpath={.metadata.annotations.flannel\.alpha\.coreos\.com/backend-data}`); !strings.Contains(mac, subnet.DeriveMAC("n3", 1, false).String()) {
+		if mac := k.kubectl("get", "node", "n3", "-o", `jsonpath={.metadata.annotations.flannel\.alpha\.coreos\.com/backend-data}`); !strings.Contains(mac, flannel.Self.VTEP.MAC.String()) {
 			t.Errorf("the annotation backend-data of n3 is %s", mac)
 		}
+	})
+
+	t.Run("replaced", func(t *testing.T) {
+		first = k.replaced(n1, first, pods[1], pods[0], "--datapath=userspace")
+	})
+
+	t.Run("an address from the annotation", func(t *testing.T) {
+		const address = "198.18.0.77"
+		if _, err := n1.Run(t.Context(), "ip", "address", "add", address+"/24", "dev", n1.Link); err != nil {
+			t.Fatal(err)
+		}
+		k.kubectl("annotate", "node", "n1", "flannel.alpha.coreos.com/node-public-ip="+address)
+		if err := first.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		first = k.run(n1, "--datapath=userspace", "--public-ip=192.0.2.9") // which the annotation overrides, as in flannel
+		k.wait(n1, "uses the address", func(s api.Status) bool {
+			return s.Ready && len(s.Peers) == 2 && slices.Contains(s.Underlay.Addrs, netip.MustParseAddr(address)) && slices.Contains(s.Lease.PublicIPs, netip.MustParseAddr(address))
+		})
+		if public := k.kubectl("get", "node", "n1", "-o", `jsonpath={.metadata.annotations.flannel\.alpha\.coreos\.com/public-ip}`); public != address {
+			t.Errorf("the annotation public-ip of n1 is %s", public)
+		}
+		ping(t, pods[0], pods[1])
 	})
 
 	t.Run("restarted while the API server is unreachable", func(t *testing.T) {
@@ -285,7 +327,7 @@ func TestKubernetes(t *testing.T) {
 		if err := first.Stop(); err != nil {
 			t.Fatal(err)
 		}
-		k.run(n1, "--datapath=userspace", "--start-jitter=1h")
+		second := k.run(n1, "--datapath=userspace", "--start-jitter=1h")
 		s := k.wait(n1, "is ready with the leases from disk", func(s api.Status) bool { return s.Ready && !s.Store.Snapshot.IsZero() })
 		if len(s.Peers) != 2 {
 			t.Errorf("peers: %v", s.Peers)
@@ -296,6 +338,10 @@ func TestKubernetes(t *testing.T) {
 		ping(t, pods[0], pods[1])
 		sent, lost := pings.stop()
 		t.Logf("of %d pings %d lost, longest gap %s", sent, lost, pings.gap())
+		first = k.replaced(n1, second, pods[1], pods[0], "--datapath=userspace")
+		if s, err := k.status(n1); err != nil || s.Store.Snapshot.IsZero() {
+			t.Errorf("the successor does not serve from the snapshot on disk: %+v, %v", s.Store, err)
+		}
 		k.startAPI()
 		k.wait(n1, "is connected to the API server again", func(s api.Status) bool { return s.Store.Connected && s.Store.Snapshot.IsZero() })
 	})
@@ -333,4 +379,33 @@ func TestKubernetes(t *testing.T) {
 		}
 		ping(t, pods[0], p)
 	})
+}
+
+// TestKubernetesMemory measures a daemon's resident memory with 100 peers in Kubernetes.
+func TestKubernetesMemory(t *testing.T) {
+	for _, datapath := range datapaths {
+		t.Run(datapath, func(t *testing.T) {
+			k := newKubernetes(t, 1)
+			n := k.Nodes[0]
+			k.addNode(n.ID, "10.244.0.0/24", nil)
+			var nodes []any
+			for i := range memoryPeers {
+				cidr := fmt.Sprintf("10.244.%d.0/24", 1+i)
+				nodes = append(nodes, map[string]any{
+					"apiVersion": "v1", "kind": "Node", "spec": map[string]any{"podCIDR": cidr, "podCIDRs": []string{cidr}},
+					"metadata": map[string]any{"name": fmt.Sprintf("peer-%d", i), "annotations": map[string]string{
+						"flannel.alpha.coreos.com/kube-subnet-manager": "true", "flannel.alpha.coreos.com/backend-type": "vxlan",
+						"flannel.alpha.coreos.com/public-ip":    fmt.Sprintf("192.0.2.%d", 1+i),
+						"flannel.alpha.coreos.com/backend-data": fmt.Sprintf(`{"VNI":1,"VtepMAC":"%s"}`, subnet.DeriveMAC(strconv.Itoa(i), 1, false)),
+					}},
+				})
+			}
+			list, err := json.Marshal(map[string]any{"apiVersion": "v1", "kind": "List", "items": nodes})
+			if err != nil {
+				t.Fatal(err)
+			}
+			k.kubectl("create", "-f", k.write("peers.json", string(list)))
+			k.measureMemory(n, k.run(n, "--datapath="+datapath))
+		})
+	}
 }

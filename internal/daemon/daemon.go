@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"runtime/debug"
@@ -184,15 +185,21 @@ type node struct {
 	embedded *embedded.Process
 	// leasedSubnets are the subnets that this daemon has leased.
 	leasedSubnets []netip.Prefix
-	sockets       sockets
-	requests      chan request   // from successors
-	takeover      *takeover      // with --replace beside a running daemon, else nil
-	successor     *handover.Conn // the daemon that this one has handed over to
+	// storeAddrs are the addresses that the store gives this node, at most one per family.
+	storeAddrs []netip.Addr
+	// flannel are the addresses of flannel's devices that ours replace.
+	flannel   map[string]subnet.MAC
+	sockets   sockets
+	requests  chan request   // from successors
+	takeover  *takeover      // with --replace beside a running daemon, else nil
+	successor *handover.Conn // the daemon that this one has handed over to
 }
 
 // run starts the parts in the order of their dependencies and stops them in the
 // reverse order.
 func (d *node) run(ctx context.Context) error {
+	last := d.lastPlace()
+	d.storeAddrs, d.flannel = last.StoreAddrs, last.Flannel
 	at, err := d.locate(nil, nil)
 	if err != nil {
 		return err
@@ -242,11 +249,20 @@ func (d *node) requestLease(ctx context.Context, r store) (grant, error) {
 	if err != nil {
 		return grant{}, err
 	}
-	claim, err := d.claim(config, at)
+	nets, err := d.checkOverlaps(ctx, config, at)
 	if err != nil {
 		return grant{}, err
 	}
-	nets, err := d.checkOverlaps(ctx, config, at)
+	changed, err := d.askAddrs(ctx, r)
+	if err == nil && changed {
+		if at, err = d.locate(&config, nil); err == nil {
+			nets, err = d.checkOverlaps(ctx, config, at)
+		}
+	}
+	if err != nil {
+		return grant{}, err
+	}
+	claim, err := d.claim(config, at)
 	if err != nil {
 		return grant{}, err
 	}
@@ -309,6 +325,30 @@ func (d *node) reportTrouble(ctx context.Context, r subnet.Registry, otherwise s
 	}
 }
 
+// vtepMAC returns the address of this node's VTEP: that of flannel's device if ours
+// replaces it, or has done so since the machine booted, so that peers have nothing to
+// learn; else the one derived from the node's name.
+func (d *node) vtepMAC(vni uint32, is4 bool) subnet.MAC {
+	device := fmt.Sprintf("flannel.%d", vni)
+	if !is4 {
+		device = fmt.Sprintf("flannel-v6.%d", vni)
+	}
+	if d.options.TakeOverFlannel {
+		if l, err := net.InterfaceByName(device); err == nil && len(l.HardwareAddr) == len(subnet.MAC{}) {
+			if mac := subnet.MAC(l.HardwareAddr); mac.IsUnicast() {
+				if d.flannel == nil {
+					d.flannel = make(map[string]subnet.MAC)
+				}
+				d.flannel[device] = mac
+			}
+		}
+	}
+	if mac, ok := d.flannel[device]; ok {
+		return mac
+	}
+	return subnet.DeriveMAC(d.options.Node, vni, !is4)
+}
+
 // claim builds this node's request for a lease, without its previous subnets.
 func (d *node) claim(config subnet.Config, at place) (subnet.Claim, error) {
 	if err := config.CheckUnderlay(at.underlay.Networks); err != nil {
@@ -327,7 +367,7 @@ func (d *node) claim(config subnet.Config, at place) (subnet.Claim, error) {
 			return subnet.Claim{}, fmt.Errorf("the network %s needs an underlay address of its family, and %s has none", n.Prefix, at.underlay.Name)
 		}
 		if config.Backend.Type == "vxlan" {
-			e.VTEP = subnet.VTEP{VNI: config.Backend.VNI, MAC: subnet.DeriveMAC(d.options.Node, config.Backend.VNI, !is4)}
+			e.VTEP = subnet.VTEP{VNI: config.Backend.VNI, MAC: d.vtepMAC(config.Backend.VNI, is4)}
 		}
 		claim.Ends = append(claim.Ends, e)
 	}

@@ -49,13 +49,15 @@ func Diagnose(ctx context.Context, runDir string) (Diagnosis, error) {
 	}
 	options := saved.options(runDir)
 	d := &node{options: options, log: options.Log, state: newState(options)}
+	last := d.lastPlace()
+	d.storeAddrs, d.flannel = last.StoreAddrs, last.Flannel
 	k, ended, err := kept.Look(options.snapshotFile())
 	if err != nil {
 		o.warn("host-state", "", "what was last read from %s cannot be read: %v", options.storeName(), err)
 	}
 	o.add(d.staleRoutes(ctx)...)
 	if k == nil {
-		return o, nil
+		return o, o.compareConfig(ctx, d)
 	}
 	if _, err := os.Stat(d.fencePath()); !errors.Is(err, fs.ErrNotExist) {
 		o.warn("fenced", "delete the pods of the old subnet (drain the node), or start the daemon with --on-lost=release", "another node has the subnet %v that this node had", k.Lease.Subnets())
@@ -68,9 +70,34 @@ func Diagnose(ctx context.Context, runDir string) (Diagnosis, error) {
 	return o, o.compareHost(ctx, d, snapshot)
 }
 
+// compareConfig looks for the reasons for which a daemon would refuse the network
+// configuration before it leases, if that is in a file.
+func (o *Diagnosis) compareConfig(ctx context.Context, d *node) error {
+	if d.options.Kubernetes == nil || d.options.Kubernetes.NetConf == "" {
+		return nil
+	}
+	text, err := os.ReadFile(d.options.Kubernetes.NetConf)
+	if err != nil {
+		return nil // such as outside of the container
+	}
+	c, _, err := subnet.ParseConfig(text)
+	if err != nil {
+		o.warn("host-state", "correct it", "the network configuration in %s is invalid: %v", d.options.Kubernetes.NetConf, err)
+		return nil
+	}
+	f, err := host.ReadFacts()
+	if err != nil {
+		return err
+	}
+	soft, hard := overlap.Losses(c, f, d.needs(ctx, f, host.Underlay{}))
+	o.add(soft...)
+	o.add(hard...)
+	return nil
+}
+
 // compareHost compares the host with a snapshot's desired state.
 func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot) error {
-	u, err := host.FindUnderlay(d.options.Underlay, d.known(&s.Config, s.Self.Publics()))
+	u, err := host.FindUnderlay(d.selector(), d.known(&s.Config, s.Self.Publics()))
 	if err != nil {
 		o.warn("underlay-gone", "bring it back, or name another with --iface", "no underlay interface is found: %v", err)
 		return nil

@@ -20,15 +20,7 @@ import (
 
 // needs returns the addresses that this node needs.
 func (d *node) needs(ctx context.Context, f host.Facts, u host.Underlay) []overlap.Need {
-	return overlap.Needs(ctx, d.options.etcdServers(), f, u)
-}
-
-// etcdServers returns the etcd endpoints; none if another store is used.
-func (o Options) etcdServers() []string {
-	if o.Kubernetes != nil {
-		return nil
-	}
-	return o.Etcd.Endpoints
+	return overlap.Needs(ctx, d.options.servers(), f, u)
 }
 
 // checkOverlaps checks a configuration against the host before leasing. It returns the
@@ -49,7 +41,7 @@ func (d *node) checkOverlaps(ctx context.Context, config subnet.Config, at place
 
 // staleRoutes is overlap.StaleRoutes for this node's store, with a log line for each.
 func (d *node) staleRoutes(ctx context.Context) []api.Warning {
-	all := overlap.StaleRoutes(ctx, d.options.etcdServers())
+	all := overlap.StaleRoutes(ctx, d.options.servers())
 	for _, w := range all {
 		d.log.Warn(w.Text, "check", w.Check, "fix", w.Fix)
 	}

@@ -30,6 +30,10 @@ type place struct {
 type placeRecord struct {
 	Addrs  []netip.Addr `json:"addrs"`
 	Former []netip.Addr `json:"former,omitempty"`
+	// StoreAddrs are the store's addresses for this node, for a start without the store.
+	StoreAddrs []netip.Addr `json:"store_addrs,omitempty"`
+	// Flannel are the addresses of flannel's devices that ours have replaced.
+	Flannel map[string]subnet.MAC `json:"flannel,omitempty"`
 }
 
 func (d *node) placePath() string { return filepath.Join(d.options.RunDir, "underlay.json") }
@@ -49,7 +53,7 @@ func (d *node) lastPlace() placeRecord {
 }
 
 func (d *node) savePlace(u host.Underlay) {
-	text, err := json.Marshal(placeRecord{Addrs: u.Addrs, Former: u.Former})
+	text, err := json.Marshal(placeRecord{Addrs: u.Addrs, Former: u.Former, StoreAddrs: d.storeAddrs, Flannel: d.flannel})
 	if err == nil {
 		err = statefile.Write(d.placePath(), append(text, '\n'), 0o644)
 	}
@@ -88,7 +92,7 @@ func (d *node) podSubnets() []netip.Prefix {
 
 // locate selects the place for a configuration, which is nil before it is known.
 func (d *node) locate(config *subnet.Config, leased []netip.Addr) (place, error) {
-	u, err := host.FindUnderlay(d.options.Underlay, d.known(config, leased))
+	u, err := host.FindUnderlay(d.selector(), d.known(config, leased))
 	if err != nil {
 		return place{}, fmt.Errorf("finding the underlay interface: %w", err)
 	}
@@ -144,24 +148,55 @@ func (d *node) leased(ctx context.Context, r store) []netip.Addr {
 	return nil
 }
 
-// publics returns the addresses that peers send to: PublicIPs, else the underlay's,
-// per family.
-func (d *node) publics(u host.Underlay) []netip.Addr {
-	publics := slices.Clone(d.options.PublicIPs)
-	for _, a := range u.Addrs {
-		told := slices.ContainsFunc(d.options.PublicIPs, func(p netip.Addr) bool { return p.Is4() == a.Is4() })
-		if !told {
-			publics = append(publics, a)
+// givenAddrs returns the addresses that the operator gives this node, at most one per
+// family: the store's, else PublicIPs.
+func (d *node) givenAddrs() []netip.Addr { return eachFamily(d.storeAddrs, d.options.PublicIPs) }
+
+// selector returns the operator's choice of the underlay.
+func (d *node) selector() host.UnderlaySelector {
+	s := d.options.Underlay
+	s.PublicIPs = d.givenAddrs()
+	return s
+}
+
+// publics returns the addresses that peers send to: the given ones, else the
+// underlay's, per family.
+func (d *node) publics(u host.Underlay) []netip.Addr { return eachFamily(d.givenAddrs(), u.Addrs) }
+
+// eachFamily returns preferred, and of others those of a family that preferred lacks.
+func eachFamily(preferred, others []netip.Addr) []netip.Addr {
+	all := slices.Clone(preferred)
+	for _, a := range others {
+		if !slices.ContainsFunc(preferred, func(p netip.Addr) bool { return p.Is4() == a.Is4() }) {
+			all = append(all, a)
 		}
 	}
-	return publics
+	return all
+}
+
+// askAddrs asks the store which addresses the administrator gives this node, and reports
+// whether they have changed.
+func (d *node) askAddrs(ctx context.Context, r store) (changed bool, err error) {
+	k, ok := r.(interface {
+		NodeAddrs(ctx context.Context) ([]netip.Addr, error)
+	})
+	if !ok {
+		return false, nil
+	}
+	addrs, err := k.NodeAddrs(ctx)
+	if err != nil || slices.Equal(addrs, d.storeAddrs) {
+		return false, err
+	}
+	d.log.Info("the store gives this node's addresses", "addrs", addrs)
+	d.storeAddrs = addrs
+	return true, nil
 }
 
 // watchUnderlay watches the underlay. It returns reopen when the node must use another
 // place, and reports the state of the current one meanwhile.
 func (s *session) watchUnderlay(ctx context.Context) error {
 	to, err := host.AwaitMove(ctx, host.Watch{
-		Selector:  s.options.Underlay,
+		Selector:  s.selector(),
 		At:        s.at.underlay,
 		Known:     s.podLinks,
 		Published: func() []netip.Addr { return *s.published.Load() },

@@ -24,6 +24,7 @@ type SavedOptions struct {
 	Store           string         `json:"store"` // etcd or kubernetes
 	Endpoints       []string       `json:"endpoints,omitempty"`
 	Prefix          string         `json:"prefix"`
+	NetConf         string         `json:"net_conf,omitempty"` // with Kubernetes
 	Interfaces      []string       `json:"interfaces,omitempty"`
 	Regexes         []string       `json:"interface_regexes,omitempty"`
 	CanReach        netip.Addr     `json:"can_reach,omitzero"`
@@ -41,8 +42,12 @@ func savedOptionsPath(runDir string) string { return filepath.Join(runDir, "told
 // save saves this daemon's options.
 func (o Options) save() error {
 	s := o.describeStore()
+	netConf := ""
+	if o.Kubernetes != nil {
+		netConf = o.Kubernetes.NetConf
+	}
 	text, err := json.MarshalIndent(SavedOptions{
-		Version: o.Version, Node: o.Node, SubnetFile: o.SubnetFile, Store: s.Kind, Endpoints: s.Endpoints, Prefix: s.Prefix,
+		Version: o.Version, Node: o.Node, SubnetFile: o.SubnetFile, Store: s.Kind, Endpoints: o.servers().URLs, Prefix: s.Prefix, NetConf: netConf,
 		Interfaces: o.Underlay.Interfaces, Regexes: o.Underlay.Regexes, CanReach: o.Underlay.CanReach, PublicIPs: o.PublicIPs,
 		IPMasq: o.IPMasq, NoMasq: o.NoMasq, Datapath: o.Datapath, FastPath: o.FastPath, TakeOverFlannel: o.TakeOverFlannel, Metrics: o.Metrics,
 	}, "", "  ")
@@ -81,7 +86,10 @@ func (t SavedOptions) options(runDir string) Options {
 		TakeOverFlannel: t.TakeOverFlannel, Metrics: t.Metrics, Log: slog.New(slog.DiscardHandler),
 	}
 	if t.Store == "kubernetes" {
-		o.Kubernetes = &kube.Options{Prefix: t.Prefix, SnapshotFile: snapshotPath(runDir)}
+		o.Kubernetes = &kube.Options{Prefix: t.Prefix, NetConf: t.NetConf, SnapshotFile: snapshotPath(runDir)}
+		if len(t.Endpoints) > 0 {
+			o.Kubernetes.Server = t.Endpoints[0]
+		}
 	}
 	return o
 }

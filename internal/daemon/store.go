@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"culvert/internal/api"
+	"culvert/internal/overlap"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
 	"culvert/subnet/kept"
@@ -75,6 +76,18 @@ func (o Options) describeStore() api.Store {
 		return api.Store{Kind: "kubernetes", Prefix: o.Kubernetes.Prefix}
 	}
 	return api.Store{Kind: "etcd", Endpoints: o.Etcd.Endpoints, Prefix: o.Etcd.Prefix}
+}
+
+// servers returns the store's servers.
+func (o Options) servers() overlap.Servers {
+	if o.Kubernetes == nil {
+		return overlap.Servers{What: overlap.EtcdServer, URLs: o.Etcd.Endpoints}
+	}
+	s := overlap.Servers{What: "the API server"}
+	if at := o.Kubernetes.URL(); at != "" {
+		s.URLs = []string{at}
+	}
+	return s
 }
 
 // storeName is the store's name for messages.

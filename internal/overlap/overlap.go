@@ -37,15 +37,20 @@ type Need struct {
 	Soft bool
 }
 
-// Needs returns the addresses that the node needs: the etcd servers, if they are the
-// store, the gateways of the underlay, and the resolvers. Resolvers are soft unless an etcd server is given
-// by name.
-func Needs(ctx context.Context, etcd []string, f host.Facts, u host.Underlay) []Need {
+// Servers are the servers of the store.
+type Servers struct {
+	What string // one of them: "the etcd server"
+	URLs []string
+}
+
+// Needs returns the addresses that the node needs: the store's servers, the gateways of
+// the underlay, and the resolvers. Resolvers are soft unless a server is given by name.
+func Needs(ctx context.Context, s Servers, f host.Facts, u host.Underlay) []Need {
 	var all []Need
 	named := false
-	for _, e := range etcd {
+	for _, e := range s.URLs {
 		for _, a := range resolve(ctx, hostOf(e)) {
-			all = append(all, Need{What: etcdServer + a.String(), Addr: a})
+			all = append(all, Need{What: s.What + " " + a.String(), Addr: a})
 		}
 		_, err := netip.ParseAddr(hostOf(e))
 		named = named || err != nil
@@ -144,7 +149,7 @@ func Losses(c subnet.Config, f host.Facts, needs []Need) (soft, hard []api.Warni
 			if given != n.Prefix {
 				text = fmt.Sprintf("%s lies in %s of the cluster network %s, which would cut this node off from it", w.What, given, n.Prefix)
 			}
-			const fix = "give the cluster another Network, or one whose SubnetMin and SubnetMax leave it out, or this host a more specific route to it"
+			const fix = "give the cluster another Network (in Kubernetes: and kube-controller-manager the same --cluster-cidr), or one whose SubnetMin and SubnetMax leave it out, or this host a more specific route to it"
 			if w.Soft {
 				soft = append(soft, api.Warning{Check: "resolver-in-network", Text: text, Fix: fix})
 				continue
@@ -210,13 +215,13 @@ func HostNetworks(config subnet.Config, networks []host.LinkNetwork) []subnet.Ho
 
 // StaleRoutes warns of culvert's routes of an earlier run that cover a server of the
 // store. Without the warning the daemon would wait for the store and not say why.
-func StaleRoutes(ctx context.Context, etcd []string) []api.Warning {
+func StaleRoutes(ctx context.Context, s Servers) []api.Warning {
 	f, err := host.ReadFacts()
 	if err != nil {
 		return nil
 	}
 	var all []api.Warning
-	for _, w := range Needs(ctx, etcd, f, host.Underlay{}) {
+	for _, w := range Needs(ctx, s, f, host.Underlay{}) {
 		if r, ok := f.Route(w.Addr); ok && r.Ours && !w.Soft && !f.Bears([]netip.Addr{w.Addr}) {
 			all = append(all, api.Warning{
 				Check: "store-in-network", Fix: "`culvert cleanup` removes the route; then give the cluster a Network without that address",
@@ -231,12 +236,13 @@ func StaleRoutes(ctx context.Context, etcd []string) []api.Warning {
 // the remedy, else "". Commands that cannot reach etcd show it, since the server is not
 // the cause.
 func StaleRoute(ctx context.Context, etcd []string) string {
-	for _, w := range StaleRoutes(ctx, etcd) {
-		if strings.Contains(w.Text, etcdServer) {
+	for _, w := range StaleRoutes(ctx, Servers{EtcdServer, etcd}) {
+		if strings.Contains(w.Text, EtcdServer) {
 			return w.String()
 		}
 	}
 	return ""
 }
 
-const etcdServer = "the etcd server "
+// EtcdServer is Servers.What of etcd.
+const EtcdServer = "the etcd server"

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/netip"
 	"path/filepath"
@@ -249,6 +250,42 @@ func TestNode(t *testing.T) {
 		}
 		c.PutNode("a", nil, map[string]any{prefix + "public-ip-overwrite": nil})
 		eventually(t, "the overwrite is removed", public("192.0.2.1"))
+	})
+
+	t.Run("the node's own address", func(t *testing.T) {
+		c.empty(t).SetConfig(t, contract.Config)
+		waiting := make(chan string, 100)
+		r := c.open(t, "a", func(o *Options) {
+			o.Waiting = func(why string) {
+				select {
+				case waiting <- why:
+				default:
+				}
+			}
+		})
+		got := make(chan string, 1)
+		ask := func() {
+			t.Helper()
+			addrs, err := r.NodeAddrs(t.Context())
+			got <- fmt.Sprint(addrs, err)
+		}
+		await := func(part string) {
+			t.Helper()
+			eventually(t, part, func() bool { return strings.Contains(<-waiting, part) })
+		}
+		go ask()
+		await(`no Node "a"`)
+		c.PutNode("a", []string{"10.5.1.0/24"}, map[string]any{prefix + "node-public-ip": "2001:db8::7"})
+		await(prefix + "node-public-ip")
+		c.PutNode("a", nil, map[string]any{prefix + "node-public-ip": "192.0.2.7", prefix + "node-public-ipv6": "2001:db8::7"})
+		if s := <-got; s != "[192.0.2.7 2001:db8::7] <nil>" {
+			t.Error(s)
+		}
+		c.PutNode("a", nil, map[string]any{prefix + "node-public-ip": nil, prefix + "node-public-ipv6": nil})
+		ask()
+		if s := <-got; s != "[] <nil>" {
+			t.Error(s)
+		}
 	})
 
 	t.Run("a node claims another's podCIDR", func(t *testing.T) {

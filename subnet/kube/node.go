@@ -26,6 +26,7 @@ type names struct {
 	managed, backend             string
 	data, public, overwrite      string // IPv4
 	dataV6, publicV6, overwrite6 string // IPv6
+	node, node6                  string // the node's own address, of IPv4 and IPv6
 }
 
 // newNames completes a prefix as flannel does: it appends a slash if there is none,
@@ -41,6 +42,7 @@ func newNames(prefix string) names {
 		managed: prefix + "kube-subnet-manager", backend: prefix + "backend-type",
 		data: prefix + "backend-data", public: prefix + "public-ip", overwrite: prefix + "public-ip-overwrite",
 		dataV6: prefix + "backend-v6-data", publicV6: prefix + "public-ipv6", overwrite6: prefix + "public-ipv6-overwrite",
+		node: prefix + "node-public-ip", node6: prefix + "node-public-ipv6",
 	}
 }
 
@@ -297,14 +299,41 @@ func (n names) annotations(l subnet.Lease, f facts) (map[string]string, error) {
 		}
 		want[dataKey], want[publicKey] = data, e.Public.String()
 		if overwrite != "" {
-			a, err := netip.ParseAddr(overwrite)
-			if err != nil || a.Is4() != is4 || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
-				return nil, fmt.Errorf("the annotation %s is %.80q, not an address of its family: correct or remove it", overwriteKey, overwrite)
+			a, err := annotatedAddr(overwriteKey, overwrite, is4)
+			if err != nil {
+				return nil, err
 			}
 			want[publicKey] = a.String()
 		}
 	}
 	return want, nil
+}
+
+// annotatedAddr parses an annotation that the administrator writes.
+func annotatedAddr(key, value string, is4 bool) (netip.Addr, error) {
+	a, err := netip.ParseAddr(value)
+	if err != nil || a.Is4() != is4 || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
+		return netip.Addr{}, fmt.Errorf("the annotation %s is %.80q, not an address of its family: correct or remove it", key, value)
+	}
+	return a, nil
+}
+
+// nodeAddrs returns the addresses that the annotations node-public-ip and
+// node-public-ipv6 of a Node give it.
+func (n names) nodeAddrs(o *object) ([]netip.Addr, error) {
+	var all []netip.Addr
+	for _, key := range []string{n.node, n.node6} {
+		value := o.Metadata.Annotations[key]
+		if value == "" {
+			continue
+		}
+		a, err := annotatedAddr(key, value, key == n.node)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, a)
+	}
+	return all, nil
 }
 
 // condition is the Node's NetworkUnavailable. While it is True, or missing if a

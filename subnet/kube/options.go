@@ -99,6 +99,15 @@ func (o Options) complete() (Options, access, error) {
 	return o, a, err
 }
 
+// URL returns the API server's URL, "" if the options do not say where it is.
+func (o Options) URL() string {
+	a, err := o.access()
+	if err != nil {
+		return ""
+	}
+	return a.server.String()
+}
+
 func (o Options) access() (access, error) {
 	var a access
 	server := o.Server

@@ -166,6 +166,44 @@ func (r *Registry) rememberConfig(cfg subnet.Config, text string) {
 	r.config, r.text = cfg, text
 }
 
+// NodeAddrs returns the addresses that the administrator gives this node by flannel's
+// annotations node-public-ip and node-public-ipv6, IPv4 first. Like flannel, a daemon
+// asks once, at its start: they also choose the underlay's interface. NodeAddrs waits
+// until our Node exists and each annotation is an address.
+func (r *Registry) NodeAddrs(ctx context.Context) ([]netip.Addr, error) {
+	var all []netip.Addr
+	err := r.await(ctx, "this node's address", func() error {
+		o, err := r.ownNode(ctx)
+		if err == nil {
+			all, err = r.keys.nodeAddrs(o)
+		}
+		return err
+	})
+	return all, err
+}
+
+// await repeats try until it succeeds, and reports what it waits for.
+func (r *Registry) await(ctx context.Context, what string, try func() error) error {
+	var pause subnet.Backoff
+	var reminded subnet.Reminder
+	for {
+		err := try()
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("wait for %s: %w", what, err)
+		}
+		r.opts.Waiting("waiting for " + what + ": " + err.Error())
+		if reminded.Due() {
+			r.log.Warn("waiting for "+what, "node", r.opts.Node, "error", err)
+		}
+		if pause.Wait(ctx, retryAfter(err)) != nil {
+			return fmt.Errorf("wait for %s: %w", what, err)
+		}
+	}
+}
+
 // Acquire implements subnet.Registry. It waits until our Node has podCIDRs that
 // fit the configuration, and writes its annotations.
 func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
@@ -174,33 +212,29 @@ func (r *Registry) Acquire(ctx context.Context, c subnet.Claim) (subnet.Lease, e
 		return subnet.Lease{}, err
 	}
 	defer done()
-	var pause subnet.Backoff
-	var reminded subnet.Reminder
-	for {
-		l, err := r.claim(ctx, c)
-		if err == nil {
-			r.copy.Allow()
-			r.setHeld(l)
-			return l, nil
-		}
-		if ctx.Err() != nil {
-			return subnet.Lease{}, fmt.Errorf("wait for the Node's podCIDRs: %w", err)
-		}
-		r.opts.Waiting("waiting for this node's subnet: " + err.Error())
-		if reminded.Due() {
-			r.log.Warn("waiting for this node's subnet", "node", r.opts.Node, "error", err)
-		}
-		if pause.Wait(ctx, retryAfter(err)) != nil {
-			return subnet.Lease{}, fmt.Errorf("wait for the Node's podCIDRs: %w", err)
-		}
+	var l subnet.Lease
+	if err := r.await(ctx, "this node's subnet", func() (err error) {
+		l, err = r.claim(ctx, c)
+		return err
+	}); err != nil {
+		return subnet.Lease{}, err
 	}
+	r.copy.Allow()
+	r.setHeld(l)
+	return l, nil
+}
+
+// ownNode reads our Node.
+func (r *Registry) ownNode(ctx context.Context) (*object, error) {
+	o, err := r.c.node(ctx, r.opts.Node, "")
+	if has(err, http.StatusNotFound) {
+		err = fmt.Errorf("there is no Node %q: the kubelet has not registered it, or the name is wrong (NODE_NAME)", r.opts.Node)
+	}
+	return o, err
 }
 
 func (r *Registry) claim(ctx context.Context, c subnet.Claim) (subnet.Lease, error) {
-	o, err := r.c.node(ctx, r.opts.Node, "")
-	if has(err, http.StatusNotFound) {
-		return subnet.Lease{}, fmt.Errorf("there is no Node %q: the kubelet has not registered it, or the name is wrong (NODE_NAME)", r.opts.Node)
-	}
+	o, err := r.ownNode(ctx)
 	if err != nil {
 		return subnet.Lease{}, err
 	}
