@@ -115,6 +115,23 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 	return backend.NewKernel(k), nil
 }
 
+// interrupts reports whether opening this datapath ends another one that carries
+// packets on this host: the running daemon's, or flannel's.
+func (d *node) interrupts(c subnet.Config, l subnet.Lease, n backend.Node) bool {
+	if !d.takeover.pending() && !d.options.TakeOverFlannel {
+		return false
+	}
+	kind, _, err := choose(d.options.Datapath, c.Backend.Type, host.Supports)
+	if err != nil {
+		return false
+	}
+	if t := d.takeover; t != nil && !t.taken && differences(t.offer.Datapath, d.datapathFacts(kind, c, l, n.Underlay)) != "" {
+		return true
+	}
+	replaces, err := d.takeOver(c, n, kind == Userspace)
+	return err == nil && len(replaces) > 0
+}
+
 // takeOver returns flannel's devices to replace with ours, or an error that names a
 // conflicting device.
 func (d *node) takeOver(c subnet.Config, n backend.Node, socket bool) ([]string, error) {

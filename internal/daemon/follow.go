@@ -74,6 +74,24 @@ func (s *session) follow(ctx context.Context) error {
 	}
 }
 
+// lookAhead reads the leases before the datapath is opened, if that ends another one on
+// this host: packets are lost only until these leases are applied, and not while the
+// store is read.
+func (s *session) lookAhead(ctx context.Context) error {
+	s.state.notReady("reading the leases")
+	for snapshot, err := range s.registry.Watch(ctx, s.lease) {
+		if err != nil {
+			s.state.storeLost(err)
+			continue
+		}
+		snapshot = s.withoutConflicts(ctx, snapshot)
+		s.state.setSnapshot(snapshot, s.log)
+		s.last = &snapshot
+		return nil
+	}
+	return context.Cause(ctx)
+}
+
 // applyAgain is the pause before retrying a snapshot that the datapath failed to
 // apply.
 const applyAgain = 2 * time.Second

@@ -39,9 +39,15 @@ func (d *node) serve(ctx context.Context, r store, t grant) error {
 	opened, openError := false, "" // openError: the last error of open, "" after a success
 	for {
 		s.at, s.backend = at, config.Backend
-		path, err := d.open(ctx, config, s.lease, backend.Node{
+		node := backend.Node{
 			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel, NoProbe: d.options.NoProbe,
-		})
+		}
+		if s.last == nil && d.interrupts(config, s.lease, node) {
+			if err := s.lookAhead(ctx); err != nil {
+				return stopped(ctx, err)
+			}
+		}
+		path, err := d.open(ctx, config, s.lease, node)
 		if err != nil && opened && config.Backend != s.worked.Backend {
 			// The datapath cannot use the new options: keep the previous ones rather than
 			// carry nothing.
