@@ -31,7 +31,7 @@ func benchPeers(n int) []*Peer {
 	for k := range n {
 		subnet := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 64 + byte(k>>8), byte(k), 0}), 24)
 		at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 18, byte(k >> 8), byte(k)}), 8472)
-		peers = append(peers, PeerTo(subnet, at, testVNI, [6]byte{2, 0, 0, 0, byte(k >> 8), byte(k)}, [6]byte{2, 1}))
+		peers = append(peers, vxlanPeer(subnet, at, testVNI, [6]byte{2, 0, 0, 0, byte(k >> 8), byte(k)}, [6]byte{2, 1}))
 	}
 	return peers
 }
@@ -135,8 +135,8 @@ func BenchmarkCoalesce(b *testing.B) {
 func BenchmarkEncap(b *testing.B) {
 	for _, payload := range []int{0, segmentPayload, 60000} {
 		b.Run(fmt.Sprintf("payload=%d", payload), func(b *testing.B) {
-			peer := PeerTo(netip.PrefixFrom(there4, 24), netip.MustParseAddrPort("198.18.0.2:8472"), testVNI, [6]byte{2}, [6]byte{2, 1})
-			table := &common{offload: allOn()}
+			peer := vxlanPeer(netip.PrefixFrom(there4, 24), netip.MustParseAddrPort("198.18.0.2:8472"), testVNI, [6]byte{2}, [6]byte{2, 1})
+			table := commonOf(VXLAN)
 			table.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
 			counters := &Counters{}
 			e := newEgress(table, [2][]Source{}, counters)
@@ -163,13 +163,13 @@ func BenchmarkEncap(b *testing.B) {
 func BenchmarkDecap(b *testing.B) {
 	from := netip.MustParseAddrPort("198.18.0.2:8472")
 	self, peerMAC := [6]byte{2, 1}, [6]byte{2}
-	table := &common{offload: allOn()}
+	table := commonOf(VXLAN)
 	// The flow comes from here4's node to there4's, which is us.
 	table.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()},
-		[]*Peer{PeerTo(netip.PrefixFrom(here4, 24), from, testVNI, peerMAC, self)}))
-	header := PeerTo(netip.PrefixFrom(there4, 24), from, testVNI, self, peerMAC).header
+		[]*Peer{vxlanPeer(netip.PrefixFrom(here4, 24), from, testVNI, peerMAC, self)}))
+	header := vxlanPeer(netip.PrefixFrom(there4, 24), from, testVNI, self, peerMAC).header
 	counters := &Counters{}
-	g := newIngress(table, 0, Descriptor{}, Underlay{VNI: testVNI, MAC: self}, 1450, counters)
+	g := newIngress(table, 0, Descriptor{}, Underlay{Self: VTEP{testVNI, self}}, 1450, counters)
 
 	var datagrams [][]byte
 	total := 0

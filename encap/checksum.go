@@ -70,12 +70,3 @@ func add16(acc uint64, v uint16) uint64 {
 func putChecksum(b []byte, v uint16) { binary.NativeEndian.PutUint16(b, v) }
 
 func loadChecksum(b []byte) uint16 { return binary.NativeEndian.Uint16(b) }
-
-// pseudo returns the sum of the TCP or UDP pseudo-header without the length:
-// addresses and protocol.
-func (p *packet) pseudo(ip []byte) uint64 {
-	if p.is4 {
-		return add16(sum(ip[12:20], 0), uint16(p.proto))
-	}
-	return add16(sum(ip[8:40], 0), uint16(p.proto))
-}

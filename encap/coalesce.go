@@ -81,9 +81,9 @@ const (
 
 // joins reports whether packets from the peer may be coalesced, joinsUDP whether
 // UDP packets may.
-func (c *coalescer) joins() bool { return c.offload.GRO.Load() && c.peer.allows(refusesGRO) }
+func (c *coalescer) joins() bool { return c.offload.GRO.Load() && c.peer.allows(mechanismGRO) }
 
-func (c *coalescer) joinsUDP() bool { return c.offload.USO.Load() && c.peer.allows(refusesUSO) }
+func (c *coalescer) joinsUDP() bool { return c.offload.USO.Load() && c.peer.allows(mechanismUSO) }
 
 // add adds a packet: the last p.length bytes of lead, preceded by at least
 // vnetHeaderLen bytes that may be overwritten. p is its parse. The caller checks
@@ -305,18 +305,6 @@ func (f *frame) finish() {
 		v.hdrLen = uint16(f.p.headLen)
 	}
 	v.put(f.head)
-}
-
-// gsoType returns the virtio GSO type of the packet.
-func (p *packet) gsoType() uint8 {
-	switch {
-	case p.proto == protoUDP:
-		return gsoUDP
-	case p.is4:
-		return gsoTCP4
-	default:
-		return gsoTCP6
-	}
 }
 
 // iovec returns the finished frame as the slices of one writev, valid until the

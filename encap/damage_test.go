@@ -11,9 +11,9 @@ import (
 func TestDamagedHeaderIsNotMended(t *testing.T) {
 	outer := netip.MustParseAddr("192.0.2.1")
 	name := sockaddr4(192, 0, 2, 1)
-	peer := PeerTo(netip.PrefixFrom(here4, 24).Masked(), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2})
+	peer := vxlanPeer(netip.PrefixFrom(here4, 24).Masked(), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2})
 	table := NewTable([]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()}, []*Peer{peer})
-	h := VXLAN{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}
+	h := vxlanHeader{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}
 	head := make([]byte, VXLANHeaderLen)
 	h.Put(head)
 	message := func(s spec, damage bool) []byte {
@@ -34,7 +34,7 @@ func TestDamagedHeaderIsNotMended(t *testing.T) {
 		{"marked", 0, 3, 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			g := newIngress(&common{offload: allOn()}, ^uintptr(0), Descriptor{}, Underlay{VNI: testVNI, MAC: [6]byte{2}}, 1450, &Counters{})
+			g := newIngress(commonOf(VXLAN), ^uintptr(0), Descriptor{}, Underlay{Self: VTEP{testVNI, [6]byte{2}}}, 1450, &Counters{})
 			first := tcpSpec(100)
 			first.tos = c.tos
 			second := first
@@ -44,11 +44,11 @@ func TestDamagedHeaderIsNotMended(t *testing.T) {
 			if c.segment > 0 {
 				room := make([]byte, recvHeadroom, recvHeadroom+4096)
 				both := append(append(room, a...), b...)[recvHeadroom:]
-				g.message(table, datagrams{data: both, source: name, segment: len(a), ecn: c.ecn})
+				g.udpMessage(table, datagrams{data: both, source: name, segment: len(a), ecn: c.ecn})
 			} else {
 				for _, d := range [][]byte{a, b} {
 					room := make([]byte, recvHeadroom, recvHeadroom+4096)
-					g.message(table, datagrams{data: append(room, d...)[recvHeadroom:], source: name, ecn: c.ecn})
+					g.udpMessage(table, datagrams{data: append(room, d...)[recvHeadroom:], source: name, ecn: c.ecn})
 				}
 			}
 			if g.tally.drops[IngressMalformed] != 1 || g.tally.packets != 1 {

@@ -1,6 +1,5 @@
-// Package encap is culvert's userspace datapath: the VXLAN and IPIP wire
-// formats, and the batched loop that carries packets between a TUN device and
-// the underlay's sockets. It keeps the peer table, path MTUs and counters in
+// Package encap is culvert's userspace datapath: the wire formats, and the batched
+// loop that carries packets between a TUN device and the underlay's sockets. It keeps the peer table, path MTUs and counters in
 // memory. It opens and configures no device or socket (package backend/tunnel
 // does) and knows nothing of leases (package subnet does).
 //
@@ -8,21 +7,22 @@
 //
 //	pod ── veth ── cni0 ── route ── TUN            egress.go, on the sending node
 //	 1. read one frame: up to 64 KB of one flow, with a virtio header   (vnet.go)
-//	 2. look up the peer that leases the inner destination             (peers.go)
+//	 2. look up the peer that leases the inner destination            (table.go)
 //	 3. cut the frame into segments, each with its own headers       (segment.go)
-//	 4. stamp the peer's VXLAN header on each                          (vxlan.go)
-//	 5. send them all in one call, which the kernel cuts up again      (batch.go)
+//	 4. copy the peer's tunnel header before each               (peers.go, vxlan.go)
+//	 5. send them all in one call, which the kernel cuts up again  (sendbatch.go)
 //	    or, in place of 3 to 5, hand the frame to the uplink whole (superframe.go)
 //
 //	UDP socket ── TUN ── route ── cni0 ── veth ── pod     ingress.go, on the other
-//	 6. receive a batch of datagrams                                   (batch.go)
-//	 7. take each apart into segments and check them: peer, VNI, MAC,
-//	    inner source and destination                                (ingress.go)
+//	 6. receive a batch of datagrams                                (recvbatch.go)
+//	 7. take each apart into segments and check them: tunnel header,
+//	    inner source and destination                       (udp.go, ingress.go)
 //	 8. join the segments of a flow again                           (coalesce.go)
 //	 9. write each run to the TUN in one call, with a virtio header
 //
-// IPIP takes the same path with another header and other sockets (ipip.go).
-// The threads and how they wait are in queue.go, path MTU discovery in
+// A wire format is a header of its own on UDP, as VXLAN (vxlan.go), or an IP protocol of
+// its own, as IPIP (ipip.go), which other sockets carry (rawip.go); the seam is Format
+// (format.go). The threads and how they wait are in queue.go, path MTU discovery in
 // pathmtu.go.
 //
 // Payload is not copied in userspace, except to fragment a packet or to repeat a

@@ -48,7 +48,7 @@ type egress struct {
 const (
 	// frameHeadroom is left in the slab before each frame, so that the tunnel
 	// header can be written in place; the virtio header gives 10 more bytes.
-	frameHeadroom = VXLANHeaderLen - vnetHeaderLen
+	frameHeadroom = maxHeaderLen - vnetHeaderLen
 	// slabStart is where the first frame's headroom begins. It is as long as a
 	// super-frame needs; later super-frames may overwrite what was already sent.
 	slabStart = (superHeadroom + 63) &^ 63
@@ -215,7 +215,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 		e.tally.drop(EgressMalformed)
 		return
 	}
-	if e.offload.SuperFrame.Load() && peer.allows(refusesSuper) {
+	if e.offload.SuperFrame.Load() && peer.allows(mechanismSuper) {
 		// Flush first: it keeps the order, and the headers overwrite the slab.
 		e.flush()
 		if e.superFrame(peer, at, p, kind, size) {
@@ -251,7 +251,7 @@ func (e *egress) addFrame(peer *Peer, at int, p *packet, kind uint8, size int) {
 // (UDP_SEGMENT). Raw sockets do not segment, and packets that need fragmentation
 // are sent one by one.
 func (e *egress) gso(peer *Peer) bool {
-	return e.format == FormatVXLAN && e.offload.GSO.Load() && peer.allows(refusesGSO) && !e.fragments(peer)
+	return e.udp && e.offload.GSO.Load() && peer.allows(mechanismGSO) && !e.fragments(peer)
 }
 
 // socket selects the source port by the packet's flow hash (RFC 7348, section
@@ -293,14 +293,6 @@ func (e *egress) flush() {
 func (e *egress) publish() {
 	e.tally.publish(e.counters)
 	e.share.publish()
-}
-
-// family is the index of the peer's underlay family: 0 for IPv4, 1 for IPv6.
-func (p *Peer) family() int {
-	if p.Underlay.Addr().Is4() {
-		return 0
-	}
-	return 1
 }
 
 // send sends the messages [from, to) through one socket. If the socket buffer is
@@ -363,7 +355,7 @@ func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
 	r := &e.batch.runs[i]
 	if e.batch.mayCut(i, errno) {
 		if errno == unix.EIO {
-			r.peer.refuse(refusesGSO)
+			r.peer.suspend(mechanismGSO)
 		}
 		e.sendSingly(fd, i)
 		return

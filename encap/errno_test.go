@@ -93,7 +93,7 @@ func TestP8UncutFrameIsCountedAsLost(t *testing.T) {
 	in, _ := ingressOf(t, b)
 	s := tcpSpec(MaxFrameSegments*16 + 1)
 	packet := s.partial()
-	h := VXLAN{VNI: testVNI, Destination: b.mac, Source: a.mac, EtherType: etherTypeIPv4}
+	h := vxlanHeader{VNI: testVNI, Destination: b.mac, Source: a.mac, EtherType: etherTypeIPv4}
 	d := make([]byte, VXLANHeaderLen)
 	h.Put(d)
 	in.datagram(b.loop.Table(), append(d, packet...), netip.MustParseAddr("127.0.0.1"), 0, checksumUnknown, 16)
@@ -115,12 +115,12 @@ func ingressOf(t *testing.T, n *testNode) (*ingress, *egress) {
 }
 
 // TestP9RefusalIsThePeersAlone has the kernel reject GSO for one of two peers: the
-// other keeps it, and the first gets it back after refusedFor.
+// other keeps it, and the first gets it back after suspendFor.
 func TestP9RefusalIsThePeersAlone(t *testing.T) {
 	a, b := pairOfNodes(t)
-	other := PeerTo(netip.MustParsePrefix("10.5.9.0/24"), b.at, testVNI, b.mac, a.mac)
+	other := vxlanPeer(netip.MustParsePrefix("10.5.9.0/24"), b.at, testVNI, b.mac, a.mac)
 	_, out := ingressOf(t, a)
-	all := a.loop.Table().All()
+	all := a.loop.Table().Peers()
 	a.loop.SetTable(NewTable([]netip.Prefix{a.subnet}, append(all, other)))
 	refused := all[0]
 	out.batch.newRun(refused, 0, 0, 100)
@@ -134,17 +134,17 @@ func TestP9RefusalIsThePeersAlone(t *testing.T) {
 	if out.gso(refused) || !out.gso(other) || !out.offload.GSO.Load() {
 		t.Error("it is not off with that peer alone")
 	}
-	if gso, super, gro, uso := a.loop.Table().Refused(); gso != 1 || super+gro+uso != 0 {
+	if gso, super, gro, uso := a.loop.Table().Suspended(); gso != 1 || super+gro+uso != 0 {
 		t.Errorf("refused: %d, %d, %d, %d", gso, super, gro, uso)
 	}
-	// A new table inherits the refusal.
-	again := PeerTo(refused.Subnet, refused.Underlay, testVNI, b.mac, a.mac)
+	// A new table inherits the mechanism.
+	again := vxlanPeer(refused.Subnet, refused.Underlay, testVNI, b.mac, a.mac)
 	a.loop.SetTable(NewTable([]netip.Prefix{a.subnet}, []*Peer{again}))
-	if again.allows(refusesGSO) {
+	if again.allows(mechanismGSO) {
 		t.Error("a new table forgets it")
 	}
-	again.refused[refusesGSO].Store(int64(time.Since(start)))
-	if !again.allows(refusesGSO) {
+	again.suspended[mechanismGSO].Store(int64(time.Since(start)))
+	if !again.allows(mechanismGSO) {
 		t.Error("it is not tried again")
 	}
 }
@@ -155,12 +155,12 @@ func TestP5Hints(t *testing.T) {
 	by := netip.MustParseAddr("192.0.2.254")
 	node4, node6 := netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")
 	vxlan4 := func() *Peer {
-		return PeerTo(netip.MustParsePrefix("10.5.2.0/24"), netip.AddrPortFrom(node4, 8472), 1, [6]byte{2, 1}, [6]byte{2, 2})
+		return vxlanPeer(netip.MustParsePrefix("10.5.2.0/24"), netip.AddrPortFrom(node4, 8472), 1, [6]byte{2, 1}, [6]byte{2, 2})
 	}
 	vxlan6 := func() *Peer {
-		return PeerTo(netip.MustParsePrefix("fd00:5:0:2::/64"), netip.AddrPortFrom(node6, 8472), 1, [6]byte{2, 1}, [6]byte{2, 2})
+		return vxlanPeer(netip.MustParsePrefix("fd00:5:0:2::/64"), netip.AddrPortFrom(node6, 8472), 1, [6]byte{2, 1}, [6]byte{2, 2})
 	}
-	ipip := func() *Peer { return IPIPPeer(netip.MustParsePrefix("10.5.2.0/24"), node4) }
+	ipip := func() *Peer { return ipipPeer(netip.MustParsePrefix("10.5.2.0/24"), node4) }
 	inner := func(length int) []byte { return []byte{0x45, 0, byte(length >> 8), byte(length), 1, 2, 0x40, 0} }
 	vni := vxlan4().header[:8]
 	for _, c := range []struct {
@@ -174,24 +174,24 @@ func TestP5Hints(t *testing.T) {
 		told    int // the MTU that pods are told; 0 if the hint is ignored
 		fits    int
 	}{
-		{"a UDP header", FormatVXLAN, vxlan4(), node4, 1450, nil, 1400, 1350, 1350},
-		{"with our VXLAN header", FormatVXLAN, vxlan4(), node4, 1450, vni, 1400, 1350, 1350},
-		{"with another VNI", FormatVXLAN, vxlan4(), node4, 1450, []byte{8, 0, 0, 0, 0, 0, 9, 0}, 1400, 0, 0},
-		{"nothing so long was sent", FormatVXLAN, vxlan4(), node4, 1350, nil, 1400, 0, 0},
-		{"from who is no peer", FormatVXLAN, vxlan4(), netip.MustParseAddr("192.0.2.9"), 1450, nil, 1400, 0, 0},
-		{"absurdly narrow", FormatVXLAN, vxlan4(), node4, 1450, nil, 68, leastMTU4, leastFits},
-		{"narrower than a VXLAN header", FormatVXLAN, vxlan4(), node4, 1450, nil, 40, 0, 0},
-		{"IPv6", FormatVXLAN, vxlan6(), node6, 1430, nil, 1400, 1330, 1330},
-		{"IPv6, less than pods can be told", FormatVXLAN, vxlan6(), node6, 1430, nil, 1300, 1280, 1230},
-		{"IPv6, less than IPv6 has", FormatVXLAN, vxlan6(), node6, 1430, nil, 1279, 0, 0},
-		{"an inner header", FormatIPIP, ipip(), node4, 1480, inner(1480), 1400, 1380, 1380},
-		{"an inner packet that fits", FormatIPIP, ipip(), node4, 1480, inner(1380), 1400, 0, 0},
-		{"an inner packet that was not sent", FormatIPIP, ipip(), node4, 1480, inner(1500), 1400, 0, 0},
-		{"what is no inner header", FormatIPIP, ipip(), node4, 1480, make([]byte, 8), 1400, 0, 0},
-		{"no inner header", FormatIPIP, ipip(), node4, 1480, nil, 1400, 0, 0},
+		{"a UDP header", VXLAN, vxlan4(), node4, 1450, nil, 1400, 1350, 1350},
+		{"with our VXLAN header", VXLAN, vxlan4(), node4, 1450, vni, 1400, 1350, 1350},
+		{"with another VNI", VXLAN, vxlan4(), node4, 1450, []byte{8, 0, 0, 0, 0, 0, 9, 0}, 1400, 0, 0},
+		{"nothing so long was sent", VXLAN, vxlan4(), node4, 1350, nil, 1400, 0, 0},
+		{"from who is no peer", VXLAN, vxlan4(), netip.MustParseAddr("192.0.2.9"), 1450, nil, 1400, 0, 0},
+		{"absurdly narrow", VXLAN, vxlan4(), node4, 1450, nil, 68, leastMTU4, leastFits},
+		{"narrower than a VXLAN header", VXLAN, vxlan4(), node4, 1450, nil, 40, 0, 0},
+		{"IPv6", VXLAN, vxlan6(), node6, 1430, nil, 1400, 1330, 1330},
+		{"IPv6, less than pods can be told", VXLAN, vxlan6(), node6, 1430, nil, 1300, 1280, 1230},
+		{"IPv6, less than IPv6 has", VXLAN, vxlan6(), node6, 1430, nil, 1279, 0, 0},
+		{"an inner header", IPIP, ipip(), node4, 1480, inner(1480), 1400, 1380, 1380},
+		{"an inner packet that fits", IPIP, ipip(), node4, 1480, inner(1380), 1400, 0, 0},
+		{"an inner packet that was not sent", IPIP, ipip(), node4, 1480, inner(1500), 1400, 0, 0},
+		{"what is no inner header", IPIP, ipip(), node4, 1480, make([]byte, 8), 1400, 0, 0},
+		{"no inner header", IPIP, ipip(), node4, 1480, nil, 1400, 0, 0},
 	} {
 		c.peer.longest.Store(uint32(c.longest))
-		q := errorQueue{common: &common{format: c.format}}
+		q := errorQueue{common: commonOf(c.format)}
 		q.table.Store(NewTable(nil, []*Peer{c.peer}))
 		q.narrower(c.to, by, c.quote, c.mtu)
 		k, ok := c.peer.PathMTU()

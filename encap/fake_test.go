@@ -65,10 +65,10 @@ func newTestNode(t testing.TB, addr, subnet string, last byte) *testNode {
 		}
 	}
 	n.options = Options{
-		Devices: []Descriptor{NewDescriptor(pair[0])}, MTU: 1450,
+		Format: VXLAN, Devices: []Descriptor{NewDescriptor(pair[0])}, MTU: 1450,
 		IPv4: Underlay{
 			Receive: []Descriptor{NewDescriptor(socket)}, Send: []Source{{Socket: NewDescriptor(socket), Port: n.at.Port()}},
-			VNI: testVNI, MAC: n.mac,
+			Self: VTEP{testVNI, n.mac},
 		},
 		Offload: allOn(), Egress: &Counters{}, Ingress: &Counters{},
 	}
@@ -96,7 +96,7 @@ func sockaddr4(a, b, c, d byte) []byte {
 // meet makes two nodes peers of each other.
 func meet(a, b *testNode) {
 	for _, n := range []struct{ self, other *testNode }{{a, b}, {b, a}} {
-		peer := PeerTo(n.other.subnet, n.other.at, testVNI, n.other.mac, n.self.mac)
+		peer := vxlanPeer(n.other.subnet, n.other.at, testVNI, n.other.mac, n.self.mac)
 		n.self.loop.SetTable(NewTable([]netip.Prefix{n.self.subnet}, []*Peer{peer}))
 	}
 }
@@ -135,4 +135,31 @@ func dropsOf(c *Counters) map[string]uint64 {
 		}
 	}
 	return m
+}
+
+// commonOf returns the shared state of a loop with all offloads and an empty table.
+func commonOf(f Format) *common {
+	c := &common{}
+	c.init(f, allOn())
+	return c
+}
+
+// vxlanPeer returns a VXLAN peer; packets to it have the given Ethernet addresses.
+func vxlanPeer(subnet netip.Prefix, underlay netip.AddrPort, vni uint32, destination, source [6]byte) *Peer {
+	return NewPeer(PeerOptions{Format: VXLAN, Subnet: subnet, Underlay: underlay, VTEP: VTEP{vni, destination}, Self: VTEP{vni, source}})
+}
+
+func ipipPeer(subnet netip.Prefix, underlay netip.Addr) *Peer {
+	return NewPeer(PeerOptions{Format: IPIP, Subnet: subnet, Underlay: netip.AddrPortFrom(underlay, 0)})
+}
+
+// vxlanHeader is a VXLAN header as a test wants it.
+type vxlanHeader struct {
+	VNI                 uint32
+	Destination, Source [6]byte
+	EtherType           uint16
+}
+
+func (h *vxlanHeader) Put(b []byte) {
+	VXLAN.Put(b, VTEP{h.VNI, h.Source}, VTEP{MAC: h.Destination}, h.EtherType)
 }

@@ -1,7 +1,6 @@
 package encap
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 
@@ -15,11 +14,9 @@ type ingress struct {
 	device   uintptr   // TUN descriptor
 	spread   []uintptr // queues to choose device from; empty if there is only one
 	socket   uintptr   // underlay socket
-	format   Format
-	linkLen  int // bytes of link-layer header before each packet
-	vni      uint32
-	mac      [6]byte // of this node's VTEP
-	mtu      int     // of the device
+	linkLen  int       // bytes of link-layer header before each packet of a packet socket
+	self     VTEP      // what the format's header of packets for this node has
+	mtu      int       // of the device
 	counters *Counters
 
 	batch *recvBatch
@@ -41,10 +38,8 @@ func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu in
 		common:   c,
 		device:   device,
 		socket:   uintptr(socket.FD()),
-		format:   c.format,
 		linkLen:  u.LinkHeader,
-		vni:      u.VNI,
-		mac:      u.MAC,
+		self:     u.Self,
 		mtu:      mtu,
 		counters: counters,
 		share:    share{direction: receiving},
@@ -80,10 +75,10 @@ func (g *ingress) drain() error {
 	table := g.table.Load()
 	before := g.tally.bytes
 	for i := range n {
-		if m := g.batch.message(i); g.format == FormatIPIP {
-			g.ipipMessage(table, m)
+		if m := g.batch.message(i); g.udp {
+			g.udpMessage(table, m)
 		} else {
-			g.message(table, m)
+			g.rawMessage(table, m)
 		}
 	}
 	g.asks = asksFor(n, g.tally.bytes-before)
@@ -100,79 +95,6 @@ func asksFor(messages int, bytes uint64) int {
 		return cached
 	}
 	return ingressMessages
-}
-
-// message splits one received message into datagrams.
-func (g *ingress) message(table *Table, m datagrams) {
-	if m.cut {
-		g.tally.drop(IngressTruncated)
-		return
-	}
-	outer, ok := address(m.source)
-	if !ok {
-		g.tally.drop(IngressStranger)
-		return
-	}
-	// A kernel VXLAN peer's super-frame may arrive as one datagram whose segment
-	// size, if any, is the inner one. Do not split it: its inner length equals the
-	// message's length.
-	segment := m.segment
-	if segment == 0 || segment >= len(m.data) || innerLength(m.data) == len(m.data)-VXLANHeaderLen {
-		g.datagram(table, m.data, outer, m.ecn, checksumUnknown, segment)
-		return
-	}
-	for data := m.data; len(data) > 0; {
-		n := min(segment, len(data))
-		// GRO joins only datagrams whose checksums the kernel has verified.
-		g.datagram(table, data[:n], outer, m.ecn, checksumVerified, 0)
-		data = data[n:]
-	}
-}
-
-// address returns the address of a sockaddr.
-func address(name []byte) (netip.Addr, bool) {
-	if len(name) < 2 {
-		return netip.Addr{}, false
-	}
-	switch binary.NativeEndian.Uint16(name) {
-	case unix.AF_INET:
-		if len(name) >= 8 {
-			return netip.AddrFrom4([4]byte(name[4:8])), true
-		}
-	case unix.AF_INET6:
-		if len(name) >= 24 {
-			return netip.AddrFrom16([16]byte(name[8:24])).Unmap(), true
-		}
-	}
-	return netip.Addr{}, false
-}
-
-// innerLength returns the length that the inner IP header states, or -1.
-func innerLength(datagram []byte) int {
-	if len(datagram) < VXLANHeaderLen+20 {
-		return -1
-	}
-	b := datagram[VXLANHeaderLen:]
-	if b[0]>>4 == 4 {
-		return int(binary.BigEndian.Uint16(b[2:]))
-	}
-	return 40 + int(binary.BigEndian.Uint16(b[4:]))
-}
-
-// datagram checks one VXLAN datagram and delivers its inner packet. gsoSize is
-// the kernel's segment size of a super-frame, or 0.
-func (g *ingress) datagram(table *Table, d []byte, outer netip.Addr, ecn uint8, state checksum, gsoSize int) {
-	var p packet
-	if r := g.check(table, d, &p, outer); r != Accepted {
-		g.dropFrom(table, outer, r)
-		return
-	}
-	lead := d[:VXLANHeaderLen+p.length] // Ethernet padding is trimmed
-	if !decapECN(lead[VXLANHeaderLen:], &p, ecn) {
-		g.tally.drop(IngressECN)
-		return
-	}
-	g.deliver(lead, &p, state, gsoSize)
 }
 
 // dropFrom counts a drop. A packet from an address that is no peer's counts as
@@ -216,33 +138,15 @@ func (g *ingress) deliver(lead []byte, p *packet, state checksum, size int) {
 	}
 }
 
-// check parses the datagram's headers, overwrites p with the inner packet's
-// parse, and verifies that it is for this node and that its inner source
-// belongs to the sender.
+// check checks a packet received from the outer address: the tunnel header at the start
+// of d, then the inner packet, whose parse overwrites p. It must be for this node, and its
+// inner source must belong to the sender.
 func (g *ingress) check(table *Table, d []byte, p *packet, outer netip.Addr) Reason {
-	var h VXLAN
-	if r := h.Parse(d); r != Accepted {
+	etherType, r := g.format.Check(d, &g.self)
+	if r != Accepted {
 		return r
 	}
-	switch {
-	case h.VNI != g.vni:
-		return IngressVNI
-	case h.Destination != g.mac:
-		return IngressMAC
-	case h.EtherType != etherTypeIPv4 && h.EtherType != etherTypeIPv6:
-		return IngressProtocol
-	}
-	if r := g.checkInner(table, d[VXLANHeaderLen:], p, outer); r != Accepted {
-		return r
-	}
-	if p.is4 != (h.EtherType == etherTypeIPv4) {
-		return IngressMalformed
-	}
-	return Accepted
-}
-
-// checkInner is the part of check that concerns the inner packet b.
-func (g *ingress) checkInner(table *Table, b []byte, p *packet, outer netip.Addr) Reason {
+	b := d[g.header:]
 	if !p.parse(b) || !p.headerIsRight(b) {
 		return IngressMalformed
 	}
@@ -251,9 +155,12 @@ func (g *ingress) checkInner(table *Table, b []byte, p *packet, outer netip.Addr
 		return IngressSource
 	}
 	if !table.isLocal(p.destination(b)) {
-		return IngressNotOurs
+		return IngressDestination
 	}
 	note(&peer.heard)
+	if p.is4 != (etherType == etherTypeIPv4) {
+		return IngressMalformed
+	}
 	return Accepted
 }
 
@@ -308,9 +215,9 @@ func (g *ingress) flush() {
 			// Stop coalescing for this peer only. If the device rejects everyone's
 			// large frames, each peer's first one shows it.
 			if f.gso == gsoUDP {
-				f.peer.refuse(refusesUSO)
+				f.peer.suspend(mechanismUSO)
 			} else {
-				f.peer.refuse(refusesGRO)
+				f.peer.suspend(mechanismGRO)
 			}
 			g.replay(f)
 			continue

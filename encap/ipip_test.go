@@ -10,10 +10,10 @@ import (
 // ipipIngress returns the receiving side of a node that leases there4's subnet and
 // has a peer with here4's.
 func ipipIngress() *ingress {
-	c := &common{offload: allOn(), format: FormatIPIP}
+	c := commonOf(IPIP)
 	c.table.Store(NewTable(
 		[]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()},
-		[]*Peer{IPIPPeer(netip.PrefixFrom(here4, 24).Masked(), netip.MustParseAddr("198.18.0.1"))},
+		[]*Peer{ipipPeer(netip.PrefixFrom(here4, 24).Masked(), netip.MustParseAddr("198.18.0.1"))},
 	))
 	return newIngress(c, ^uintptr(0), Descriptor{}, Underlay{LinkHeader: 14}, 1480, &Counters{})
 }
@@ -22,7 +22,10 @@ func ipipIngress() *ingress {
 func ipipDatagram(from string, inner []byte) []byte {
 	b := make([]byte, vnetHeaderLen+14+20, vnetHeaderLen+14+20+len(inner))
 	ip := b[vnetHeaderLen+14:]
-	ipipHeader(ip, netip.MustParseAddr(from), netip.MustParseAddr("198.18.0.2"))
+	ip[0], ip[6], ip[8], ip[9] = 4<<4|5, 0x40, 64, 4
+	source, destination := netip.MustParseAddr(from).As4(), netip.MustParseAddr("198.18.0.2").As4()
+	copy(ip[12:], source[:])
+	copy(ip[16:], destination[:])
 	(&packet{is4: true, ipLen: 20}).setLength(ip, 20+len(inner))
 	return append(b, inner...)
 }
@@ -58,7 +61,7 @@ func TestIPIPAcceptsPeersAlone(t *testing.T) {
 		"nothing in the outer":   {ipipDatagram("198.18.0.1", nil), IngressMalformed},
 	} {
 		g := ipipIngress()
-		g.ipipMessage(g.table.Load(), datagrams{data: c.message})
+		g.rawMessage(g.table.Load(), datagrams{data: c.message})
 		if c.want == Accepted {
 			if g.join.count != 1 || g.tally.packets != 1 {
 				t.Errorf("%s: %d frames, drops %v", name, g.join.count, g.tally.drops)
@@ -80,7 +83,7 @@ func FuzzIPIP(std *testing.F) {
 	g := ipipIngress()
 	f.Fuzz(func(t *testing.T, message []byte) {
 		g.tally, g.join.count, g.route = tally{}, 0, route{}
-		g.ipipMessage(g.table.Load(), datagrams{data: message})
+		g.rawMessage(g.table.Load(), datagrams{data: message})
 		drops := uint64(0)
 		for _, n := range g.tally.drops {
 			drops += n
@@ -98,7 +101,7 @@ func FuzzIPIP(std *testing.F) {
 // of a packet of this node changes the path MTU, and never below the minimum.
 func FuzzQuote(std *testing.F) {
 	f := fuzzloop.Of(std)
-	peer := PeerTo(netip.PrefixFrom(there4, 24).Masked(), netip.MustParseAddrPort("198.18.0.2:8472"), testVNI, [6]byte{2}, [6]byte{2, 1})
+	peer := vxlanPeer(netip.PrefixFrom(there4, 24).Masked(), netip.MustParseAddrPort("198.18.0.2:8472"), testVNI, [6]byte{2}, [6]byte{2, 1})
 	ours := append(append([]byte{}, peer.header...), tcpSpec(100).bytes()...)
 	f.Add(ours, 1000)
 	f.Add(ours[:30], 0)
@@ -107,7 +110,7 @@ func FuzzQuote(std *testing.F) {
 			return
 		}
 		peer.path.Store(nil)
-		c := &common{offload: allOn()}
+		c := commonOf(VXLAN)
 		c.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
 		q := &errorQueue{common: c}
 		q.narrower(peer.Underlay.Addr(), netip.Addr{}, quote, mtu)

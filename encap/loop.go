@@ -3,7 +3,6 @@ package encap
 import (
 	"context"
 	"errors"
-	"net/netip"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -20,35 +19,24 @@ func NewDescriptor(fd int) Descriptor { return Descriptor{fd + 1} }
 // FD returns the number, or -1 if there is none.
 func (d Descriptor) FD() int { return d.above - 1 }
 
-// Format is a wire format.
-type Format uint8
-
-// The wire formats.
-const (
-	FormatVXLAN Format = iota // RFC 7348
-	FormatIPIP                // RFC 2003: IPv4 in IPv4 only
-)
-
-// Underlay is the sockets of one underlay address family, and the VNI and MAC
-// that datagrams for this node carry. The zero Underlay is an unused family.
+// Underlay is the sockets of one underlay address family, and how this node is
+// identified in packets for it. The zero Underlay is an unused family.
 type Underlay struct {
-	// Receive has one socket per thread. For VXLAN they are UDP sockets bound to
-	// this node's address and the VXLAN port; for IPIP, packet sockets with
-	// PACKET_VNET_HDR that receive IPv4 packets of protocol 4, each preceded by
-	// the link-layer header of LinkHeader bytes.
+	// Receive has one socket per thread. If the format's packets are UDP datagrams they
+	// are UDP sockets bound to this node's address and the format's port; otherwise packet
+	// sockets with PACKET_VNET_HDR that receive IPv4 packets of the format's protocol,
+	// each preceded by the link-layer header of LinkHeader bytes.
 	Receive    []Descriptor
 	LinkHeader int
 	// Send are the sockets to send from, at most 16; a flow always uses the same
-	// one. For VXLAN they are UDP sockets with different source ports, for IPIP
-	// one raw socket.
+	// one: UDP sockets with different source ports, or one raw socket.
 	Send []Source
 	// Fragment is a UDP socket whose datagrams may be fragmented, if those of Send
 	// set DF. It serves peers whose path MTU is below the minimum that pods can be
 	// told. May be none.
 	Fragment Source
 
-	VNI uint32 // 24 bits
-	MAC [6]byte
+	Self VTEP
 }
 
 // Source is a socket to send from, and its UDP port, if it has one.
@@ -80,19 +68,19 @@ type Options struct {
 	// queue has its own goroutine.
 	Devices []Descriptor
 	Threads int
-	// Moves counts the flows that the kernel has moved from a thread's first queue
+	// QueueMoves counts the flows that the kernel has moved from a thread's first queue
 	// to its second. The kernel counts before it moves the flow, so the loop can
 	// drain the first queue before it sends from the second, which keeps the
 	// flow's order. Nil if flows do not move.
-	Moves *atomic.Uint64
+	QueueMoves *atomic.Uint64
 	// Spread writes each flow's packets to one of its thread's queues, selected by the
 	// flow hash. Without a steering program, the kernel puts a flow into the queue to
 	// which its other direction's packets were written.
 	Spread bool
 	// Super is a TAP device with IFF_VNET_HDR and a 24-byte header whose frames
-	// are redirected to the uplink: for VXLAN with TUN_F_UDP_TUNNEL_GSO, for IPIP
-	// by a program that tells the kernel about the outer header. It is never read.
-	// May be none.
+	// are redirected to the uplink: for UDP with TUN_F_UDP_TUNNEL_GSO, otherwise by a
+	// program that tells the kernel about the outer header. It is never read. May be
+	// none.
 	Super Descriptor
 	MTU   int // of the device, bytes
 	IPv4  Underlay
@@ -102,7 +90,8 @@ type Options struct {
 	CopyDSCP bool
 	// NoBusyPoll disables adaptive busy polling.
 	NoBusyPoll bool
-	// DontFragment says that the sockets set DF; super-frames then set it too.
+	// DontFragment says that the UDP sockets set DF; super-frames then set it too. Raw
+	// sockets always do.
 	DontFragment bool
 	Offload      *Offload
 	Egress       *Counters
@@ -120,14 +109,21 @@ type common struct {
 	table    atomic.Pointer[Table]
 	offload  *Offload
 	format   Format
+	udp      bool        // the format's packets are UDP datagrams
+	header   int         // the format's HeaderLen
 	stopping atomic.Bool // Run is ending
+}
+
+func (c *common) init(f Format, o *Offload) {
+	c.format, c.offload, c.udp, c.header = f, o, overUDP(f), f.HeaderLen()
+	c.table.Store(NewTable(nil, nil))
 }
 
 // NewLoop returns a loop with an empty table: it drops everything until
 // SetTable.
 func NewLoop(o Options) *Loop {
-	l := &Loop{options: o, common: common{offload: o.Offload, format: o.Format}}
-	l.table.Store(NewTable(nil, nil))
+	l := &Loop{options: o}
+	l.init(o.Format, o.Offload)
 	return l
 }
 
@@ -212,10 +208,10 @@ func (l *Loop) open(i int) (*queue, error) {
 	out.share.thread = i
 	out.super = uintptr(o.Super.FD())
 	out.device = device
-	if o.Moves != nil && o.threads() < len(o.Devices) {
-		out.moves, out.moved = o.Moves, o.Moves.Load()
+	if o.QueueMoves != nil && o.threads() < len(o.Devices) {
+		out.moves, out.moved = o.QueueMoves, o.QueueMoves.Load()
 	}
-	out.dontFragment = o.DontFragment
+	out.dontFragment = o.DontFragment || !l.udp
 	if o.CopyDSCP {
 		out.classes = 0xff
 	}
@@ -247,15 +243,3 @@ func reserveProcessors(n int) (undo func()) {
 
 // processors serializes changes of GOMAXPROCS by several loops.
 var processors sync.Mutex
-
-// PeerTo returns the VXLAN peer that leases subnet: its datagrams go to
-// underlay with the given VNI and Ethernet addresses.
-func PeerTo(subnet netip.Prefix, underlay netip.AddrPort, vni uint32, destination, source [6]byte) *Peer {
-	h := VXLAN{VNI: vni, Destination: destination, Source: source, EtherType: etherTypeIPv4}
-	if !subnet.Addr().Is4() {
-		h.EtherType = etherTypeIPv6
-	}
-	header := make([]byte, VXLANHeaderLen)
-	h.Put(header)
-	return NewPeer(subnet, underlay, header)
-}

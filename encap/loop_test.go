@@ -131,7 +131,7 @@ func TestKernelSuperFrame(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		h := VXLAN{VNI: testVNI, Destination: b.mac, EtherType: etherTypeIPv4}
+		h := vxlanHeader{VNI: testVNI, Destination: b.mac, EtherType: etherTypeIPv4}
 		d := make([]byte, VXLANHeaderLen)
 		h.Put(d)
 		if _, err := c.Write(append(d, s.partial()...)); err != nil {
@@ -174,27 +174,27 @@ func (packet2) check(t *testing.T, b []byte) {
 func TestDropsAreCounted(t *testing.T) {
 	a, b := pairOfNodes(t)
 	good := tcpSpec(100)
-	datagram := func(change func(h *VXLAN, s *spec)) []byte {
+	datagram := func(change func(h *vxlanHeader, s *spec)) []byte {
 		s := good
-		h := VXLAN{VNI: testVNI, Destination: b.mac, Source: a.mac, EtherType: etherTypeIPv4}
+		h := vxlanHeader{VNI: testVNI, Destination: b.mac, Source: a.mac, EtherType: etherTypeIPv4}
 		change(&h, &s)
 		d := make([]byte, VXLANHeaderLen)
 		h.Put(d)
 		return append(d, s.bytes()...)
 	}
 	raw := func(change func(d []byte) []byte) []byte {
-		return change(datagram(func(*VXLAN, *spec) {}))
+		return change(datagram(func(*vxlanHeader, *spec) {}))
 	}
 	in := map[Reason][]byte{
-		IngressShort:     raw(func(d []byte) []byte { return d[:VXLANHeaderLen-1] }),
-		IngressFlags:     raw(func(d []byte) []byte { d[0] = 0; return d }),
-		IngressVNI:       datagram(func(h *VXLAN, _ *spec) { h.VNI = 2 }),
-		IngressMAC:       datagram(func(h *VXLAN, _ *spec) { h.Destination[5] = 99 }),
-		IngressProtocol:  datagram(func(h *VXLAN, _ *spec) { h.EtherType = 0x0806 }),
-		IngressMalformed: raw(func(d []byte) []byte { d[VXLANHeaderLen+2] = 0xff; return d }),
-		IngressSource:    datagram(func(_ *VXLAN, s *spec) { s.source = there4 }),
-		IngressNotOurs:   datagram(func(_ *VXLAN, s *spec) { s.destination = here4 }),
-		IngressECN:       nil, // see TestECN
+		IngressShort:       raw(func(d []byte) []byte { return d[:VXLANHeaderLen-1] }),
+		IngressFlags:       raw(func(d []byte) []byte { d[0] = 0; return d }),
+		IngressVNI:         datagram(func(h *vxlanHeader, _ *spec) { h.VNI = 2 }),
+		IngressMAC:         datagram(func(h *vxlanHeader, _ *spec) { h.Destination[5] = 99 }),
+		IngressProtocol:    datagram(func(h *vxlanHeader, _ *spec) { h.EtherType = 0x0806 }),
+		IngressMalformed:   raw(func(d []byte) []byte { d[VXLANHeaderLen+2] = 0xff; return d }),
+		IngressSource:      datagram(func(_ *vxlanHeader, s *spec) { s.source = there4 }),
+		IngressDestination: datagram(func(_ *vxlanHeader, s *spec) { s.destination = here4 }),
+		IngressECN:         nil, // see TestECN
 	}
 	from := func(addr string) *net.UDPConn {
 		c, err := net.DialUDP("udp4", &net.UDPAddr{IP: net.ParseIP(addr)}, net.UDPAddrFromAddrPort(b.at))
@@ -214,7 +214,7 @@ func TestDropsAreCounted(t *testing.T) {
 		}
 		expectDrop(t, b.options.Ingress, reason)
 	}
-	if _, err := stranger.Write(datagram(func(*VXLAN, *spec) {})); err != nil {
+	if _, err := stranger.Write(datagram(func(*vxlanHeader, *spec) {})); err != nil {
 		t.Fatal(err)
 	}
 	expectDrop(t, b.options.Ingress, IngressStranger)
@@ -230,7 +230,7 @@ func TestDropsAreCounted(t *testing.T) {
 	}
 
 	// A valid packet with Ethernet padding still passes.
-	if _, err := peer.Write(append(datagram(func(*VXLAN, *spec) {}), 0, 0, 0, 0)); err != nil {
+	if _, err := peer.Write(append(datagram(func(*vxlanHeader, *spec) {}), 0, 0, 0, 0)); err != nil {
 		t.Fatal(err)
 	}
 	if _, packet := b.receive(t); !bytes.Equal(packet, good.bytes()) {
@@ -339,7 +339,7 @@ func TestMovedFlowKeepsItsOrder(t *testing.T) {
 		queues[i], kernel[i] = pipe[0], pipe[1]
 		a.options.Devices = append(a.options.Devices, NewDescriptor(pipe[0]))
 	}
-	a.options.Threads, a.options.Moves = 1, &moves
+	a.options.Threads, a.options.QueueMoves = 1, &moves
 	a.loop = NewLoop(a.options)
 	meet(a, b)
 	q, err := a.loop.open(0)
@@ -521,7 +521,7 @@ func openFiles(t *testing.T) int {
 // TestNoChannelOnThePath rejects channels, select and locks in the files of the
 // packet path.
 func TestNoChannelOnThePath(t *testing.T) {
-	for _, name := range []string{"egress.go", "ingress.go", "batch.go", "coalesce.go", "segment.go", "packet.go", "checksum.go", "poller.go", "peers.go", "vnet.go", "vxlan.go", "syscalls.go", "superframe.go", "queue.go"} {
+	for _, name := range []string{"egress.go", "ingress.go", "udp.go", "rawip.go", "sendbatch.go", "recvbatch.go", "coalesce.go", "segment.go", "packet.go", "checksum.go", "poller.go", "peers.go", "table.go", "traffic.go", "toobig.go", "vnet.go", "vxlan.go", "ipip.go", "os.go", "superframe.go", "queue.go"} {
 		f, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
 		if err != nil {
 			t.Fatal(err)

@@ -14,6 +14,16 @@ const (
 	ecnBits = 3 // of the traffic class (RFC 3168)
 )
 
+const (
+	tcpFIN = 1 << 0
+	tcpSYN = 1 << 1
+	tcpRST = 1 << 2
+	tcpPSH = 1 << 3
+	tcpACK = 1 << 4
+	tcpURG = 1 << 5
+	tcpCWR = 1 << 7
+)
+
 // packet is the parse of an IP packet: offsets and lengths, not slices, so that
 // it can be reused without allocation.
 type packet struct {
@@ -151,4 +161,48 @@ func (p *packet) setECN(b []byte, ecn uint8) {
 	b[1] = b[1]&^3 | ecn
 	b[10], b[11] = 0, 0
 	putChecksum(b[10:], ^fold(sum(b[:p.ipLen], 0)))
+}
+
+// parseQuoted is parse for a truncated packet; it sets only is4.
+func (p *packet) parseQuoted(b []byte) bool {
+	*p = packet{}
+	switch {
+	case len(b) >= 20 && b[0]>>4 == 4:
+		p.is4 = true
+		return true
+	case len(b) >= 40 && b[0]>>4 == 6:
+		return true
+	}
+	return false
+}
+
+// pseudo returns the sum of the TCP or UDP pseudo-header without the length:
+// addresses and protocol.
+func (p *packet) pseudo(ip []byte) uint64 {
+	if p.is4 {
+		return add16(sum(ip[12:20], 0), uint16(p.proto))
+	}
+	return add16(sum(ip[8:40], 0), uint16(p.proto))
+}
+
+// complement turns a sum over pseudo-header, transport header and payload into
+// the checksum to store. In UDP, 0 would mean no checksum (RFC 768).
+func (p *packet) complement(acc uint64) uint16 {
+	c := ^fold(acc)
+	if c == 0 && p.proto == protoUDP {
+		return 0xffff
+	}
+	return c
+}
+
+// gsoType returns the virtio GSO type of the packet.
+func (p *packet) gsoType() uint8 {
+	switch {
+	case p.proto == protoUDP:
+		return gsoUDP
+	case p.is4:
+		return gsoTCP4
+	default:
+		return gsoTCP6
+	}
 }

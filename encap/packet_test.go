@@ -75,15 +75,15 @@ func TestUDPLengthThatLiesIsNotJoined(t *testing.T) {
 // A frame with a segment size of 0 is malformed.
 func TestSegmentsOfNoBytes(t *testing.T) {
 	s := tcpSpec(3000)
-	peer := PeerTo(netip.PrefixFrom(here4, 24).Masked(), netip.MustParseAddrPort("192.0.2.1:8472"), testVNI, [6]byte{1}, [6]byte{2})
+	peer := vxlanPeer(netip.PrefixFrom(here4, 24).Masked(), netip.MustParseAddrPort("192.0.2.1:8472"), testVNI, [6]byte{1}, [6]byte{2})
 	table := NewTable([]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()}, []*Peer{peer})
-	h := VXLAN{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}
+	h := vxlanHeader{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}
 	head := make([]byte, VXLANHeaderLen)
 	h.Put(head)
 	for _, mtu := range []int{40, 39, 0} { // the headers alone
-		g := newIngress(&common{offload: allOn()}, ^uintptr(0), Descriptor{}, Underlay{VNI: testVNI, MAC: [6]byte{2}}, mtu, &Counters{})
+		g := newIngress(commonOf(VXLAN), ^uintptr(0), Descriptor{}, Underlay{Self: VTEP{testVNI, [6]byte{2}}}, mtu, &Counters{})
 		room := append(make([]byte, recvHeadroom, recvHeadroom+4096), head...)
-		g.message(table, datagrams{data: append(room, s.partial()...)[recvHeadroom:], source: sockaddr4(192, 0, 2, 1)})
+		g.udpMessage(table, datagrams{data: append(room, s.partial()...)[recvHeadroom:], source: sockaddr4(192, 0, 2, 1)})
 		if g.tally.drops[IngressMalformed] != 1 || g.tally.packets != 0 {
 			t.Errorf("MTU %d: %d carried, malformed %d", mtu, g.tally.packets, g.tally.drops[IngressMalformed])
 		}

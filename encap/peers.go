@@ -15,10 +15,10 @@ type Peer struct {
 	Subnet   netip.Prefix   // inner addresses of the node's pods
 	Underlay netip.AddrPort // destination of its datagrams; they also come from this address
 
-	// header precedes every inner packet sent to the peer: a VXLAN and an Ethernet
-	// header, or nothing for IPIP.
+	format Format
+	// header precedes every inner packet sent to the peer.
 	header []byte
-	// sent and heard record traffic since the last call of Passed. They are written
+	// sent and heard record traffic since the last call of Activity. They are written
 	// only when they change, to keep the cache line shared.
 	sent, heard atomic.Bool
 	// name is Underlay as a sockaddr.
@@ -30,88 +30,84 @@ type Peer struct {
 	path atomic.Pointer[PathMTU]
 	// longest is the length in bytes of the longest inner packet sent to the peer.
 	longest atomic.Uint32
-	// refused is, by mechanism, until when it is suspended for this peer, in
+	// suspended is, by mechanism, until when it is suspended for this peer, in
 	// nanoseconds since start; 0 if it is not.
-	refused [refusals]atomic.Int64
+	suspended [mechanisms]atomic.Int64
 	// lanes are the traffic counters, one per thread.
 	lanes []lane
 }
 
-// refusal is a batching mechanism that the kernel supports but may reject for one
+// mechanism is a batching mechanism that the kernel supports but may reject for one
 // peer's packets: a route with IPsec has no GSO.
-type refusal uint8
+type mechanism uint8
 
 const (
-	refusesGSO refusal = iota
-	refusesSuper
-	refusesGRO
-	refusesUSO
-	refusals
+	mechanismGSO mechanism = iota
+	mechanismSuper
+	mechanismGRO
+	mechanismUSO
+	mechanisms
 )
 
-// refusedFor is how long a rejected mechanism is suspended.
-const refusedFor = time.Minute
+// suspendFor is how long a rejected mechanism is suspended.
+const suspendFor = time.Minute
 
-var start = time.Now() // the origin of Peer.refused, on the monotonic clock
+var start = time.Now() // the origin of Peer.suspended, on the monotonic clock
 
 // allows reports whether a mechanism may be used with the peer.
-func (p *Peer) allows(m refusal) bool {
+func (p *Peer) allows(m mechanism) bool {
 	if p == nil {
 		return true
 	}
-	until := p.refused[m].Load()
+	until := p.suspended[m].Load()
 	if until == 0 {
 		return true
 	}
 	if int64(time.Since(start)) < until {
 		return false
 	}
-	p.refused[m].Store(0)
+	p.suspended[m].Store(0)
 	return true
 }
 
-func (p *Peer) refuse(m refusal) {
+func (p *Peer) suspend(m mechanism) {
 	if p != nil {
-		p.refused[m].Store(int64(time.Since(start) + refusedFor))
+		p.suspended[m].Store(int64(time.Since(start) + suspendFor))
 	}
 }
 
-// Refused returns, by mechanism, for how many peers it is suspended.
-func (t *Table) Refused() (gso, superFrame, gro, uso int) {
-	var n [refusals]int
-	for _, p := range t.peers {
-		for m := range refusals {
-			if !p.allows(m) {
-				n[m]++
-			}
-		}
-	}
-	return n[refusesGSO], n[refusesSuper], n[refusesGRO], n[refusesUSO]
+// PeerOptions are what NewPeer makes a peer of.
+type PeerOptions struct {
+	Format   Format
+	Subnet   netip.Prefix   // that the node leases
+	Underlay netip.AddrPort // its address; port 0 if the format has no ports
+	VTEP     VTEP           // of the node
+	Self     VTEP           // of this node
 }
 
-// NewPeer returns the peer that leases subnet and is reached at underlay. header
-// is copied before every inner packet; the peer retains it.
-func NewPeer(subnet netip.Prefix, underlay netip.AddrPort, header []byte) *Peer {
-	p := &Peer{Subnet: subnet.Masked(), Underlay: underlay, header: header}
+// NewPeer returns a peer, without next hop, and with no traffic counted.
+func NewPeer(o PeerOptions) *Peer {
+	p := &Peer{Subnet: o.Subnet.Masked(), Underlay: o.Underlay, format: o.Format, header: make([]byte, o.Format.HeaderLen())}
+	o.Format.Put(p.header, o.Self, o.VTEP, etherTypeOf(o.Subnet.Addr().Is4()))
 	b := p.name[:]
-	binary.BigEndian.PutUint16(b[2:], underlay.Port())
-	if underlay.Addr().Is4() {
+	binary.BigEndian.PutUint16(b[2:], o.Underlay.Port())
+	if o.Underlay.Addr().Is4() {
 		binary.NativeEndian.PutUint16(b, unix.AF_INET)
-		a := underlay.Addr().As4()
+		a := o.Underlay.Addr().As4()
 		copy(b[4:], a[:])
 		p.nameLen = unix.SizeofSockaddrInet4
 		return p
 	}
 	binary.NativeEndian.PutUint16(b, unix.AF_INET6)
-	a := underlay.Addr().As16()
+	a := o.Underlay.Addr().As16()
 	copy(b[8:], a[:])
 	p.nameLen = unix.SizeofSockaddrInet6
 	return p
 }
 
-// Passed reports whether packets were sent to the peer, and accepted from it,
+// Activity reports whether packets were sent to the peer, and accepted from it,
 // since the last call. It is safe for concurrent use.
-func (p *Peer) Passed() (sent, heard bool) { return p.sent.Swap(false), p.heard.Swap(false) }
+func (p *Peer) Activity() (sent, heard bool) { return p.sent.Swap(false), p.heard.Swap(false) }
 
 // note sets the mark, and writes only if it is not set.
 func note(mark *atomic.Bool) {
@@ -120,107 +116,79 @@ func note(mark *atomic.Bool) {
 	}
 }
 
-// Table holds all peers and this node's own subnets, of both address families.
-// Lookups need no lock: the loop loads it through an atomic pointer, and SetTable
-// replaces it whole.
-type Table struct {
-	local []netip.Prefix
-	peers map[netip.Prefix]*Peer
-	// bits4 and bits6 are the distinct prefix lengths of the peers' subnets,
-	// longest first; nearly every cluster has one.
-	bits4, bits6 []int
-	outer        map[netip.Addr][]*Peer
+// family is the index of the peer's underlay family: 0 for IPv4, 1 for IPv6.
+func (p *Peer) family() int {
+	if p.Underlay.Addr().Is4() {
+		return 0
+	}
+	return 1
 }
 
-// NewTable returns the table of a node that leases the local prefixes. If two
-// peers have the same subnet, the first is used.
-func NewTable(local []netip.Prefix, peers []*Peer) *Table {
-	t := &Table{
-		local: local,
-		peers: make(map[netip.Prefix]*Peer, len(peers)),
-		outer: make(map[netip.Addr][]*Peer, len(peers)),
-	}
-	var seen4, seen6 [129]bool
-	for _, p := range peers {
-		if _, ok := t.peers[p.Subnet]; ok {
-			continue
-		}
-		t.peers[p.Subnet] = p
-		t.outer[p.Underlay.Addr()] = append(t.outer[p.Underlay.Addr()], p)
-		if p.Subnet.Addr().Is4() {
-			seen4[p.Subnet.Bits()] = true
-		} else {
-			seen6[p.Subnet.Bits()] = true
-		}
-	}
-	for bits := 128; bits >= 0; bits-- {
-		if seen4[bits] {
-			t.bits4 = append(t.bits4, bits)
-		}
-		if seen6[bits] {
-			t.bits6 = append(t.bits6, bits)
-		}
+// Traffic returns the traffic with the peer since it was first in a table of the
+// loop with this underlay address. It is safe for concurrent use.
+func (p *Peer) Traffic() PeerTraffic {
+	var t PeerTraffic
+	for i := range p.lanes {
+		l := &p.lanes[i]
+		t.SentPackets += l.packets[sending].Load()
+		t.SentBytes += l.bytes[sending].Load()
+		t.ReceivedPackets += l.packets[receiving].Load()
+		t.ReceivedBytes += l.bytes[receiving].Load()
+		t.Drops += l.drops.Load()
 	}
 	return t
 }
 
-// Peers returns how many peers the table has.
-func (t *Table) Peers() int { return len(t.peers) }
-
-// All returns the table's peers, in no order.
-func (t *Table) All() []*Peer {
-	all := make([]*Peer, 0, len(t.peers))
-	for _, p := range t.peers {
-		all = append(all, p)
+// PathMTU returns what is known of the path to the peer, and false if nothing is.
+func (p *Peer) PathMTU() (PathMTU, bool) {
+	k := p.path.Load()
+	if k == nil {
+		return PathMTU{}, false
 	}
-	return all
-}
-
-// lookup returns the peer whose subnet contains the inner address, or nil.
-func (t *Table) lookup(a netip.Addr) *Peer {
-	bits := t.bits6
-	if a.Is4() {
-		bits = t.bits4
+	if time.Now().After(k.Until) {
+		p.path.CompareAndSwap(k, nil)
+		return PathMTU{}, false
 	}
-	for _, n := range bits {
-		prefix, err := a.Prefix(n)
-		if err != nil {
-			return nil
-		}
-		if p := t.peers[prefix]; p != nil {
-			return p
-		}
+	return *k, true
+}
+
+// limit is the MTU that pods are told for the peer, or 0 if nothing is known.
+func (p *Peer) limit() int {
+	k, _ := p.PathMTU()
+	return k.MTU
+}
+
+// fits is the longest inner packet that reaches the peer unfragmented, or 0 if
+// nothing is known.
+func (p *Peer) fits() int {
+	k, _ := p.PathMTU()
+	return k.Fits
+}
+
+// narrow stores n as the longest inner packet that passes, unless a valid value
+// is as low.
+func (p *Peer) narrow(n int, by netip.Addr, life time.Duration) {
+	least := leastMTU6
+	if p.Subnet.Addr().Is4() {
+		least = leastMTU4
 	}
-	return nil
-}
-
-// isLocal reports whether the inner address is in one of this node's subnets.
-func (t *Table) isLocal(a netip.Addr) bool {
-	for _, p := range t.local {
-		if p.Contains(a) {
-			return true
-		}
+	n = max(n, leastFits)
+	if known := p.fits(); known != 0 && n >= known {
+		return
 	}
-	return false
+	now := time.Now()
+	p.path.Store(&PathMTU{MTU: max(n, least), Fits: n, By: by, Since: now, Until: now.Add(life)})
 }
 
-// isPeer reports whether any peer has the underlay address.
-func (t *Table) isPeer(outer netip.Addr) bool {
-	_, ok := t.outer[outer]
-	return ok
-}
-
-// route caches one direction's last lookup: packets come in runs, so most
-// lookups do not reach the table.
-type route struct {
-	table *Table
-	inner netip.Addr
-	peer  *Peer
-}
-
-func (r *route) lookup(t *Table, inner netip.Addr) *Peer {
-	if r.table != t || r.inner != inner {
-		*r = route{table: t, inner: inner, peer: t.lookup(inner)}
+// SetNextHop sets the next hop of super-frames to the peer. With nil, frames are
+// cut in userspace. It is safe for concurrent use.
+func (p *Peer) SetNextHop(n *NextHop) {
+	if n == nil || n.Source.Is4() != p.Underlay.Addr().Is4() || !p.format.SuperFrames() {
+		p.super.Store(nil)
+		return
 	}
-	return r.peer
+	p.super.Store(newSuperPath(p, n))
 }
+
+// HasNextHop reports whether a next hop for super-frames to the peer is set.
+func (p *Peer) HasNextHop() bool { return p.super.Load() != nil }

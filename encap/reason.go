@@ -23,22 +23,22 @@ const (
 	EgressDenied      // denied by the host's firewall or a prohibit route
 	EgressSend        // any other error of the send call
 
-	IngressTruncated // longer than the receive buffer (IPIP: or shorter than the link header)
-	IngressShort     // shorter than its headers (IPIP: or not an IPIP packet)
-	IngressUncut     // a super-frame that the kernel cannot deliver, or with too many segments
-	IngressFragment  // a fragment of an outer IPIP packet
-	IngressFlags     // VXLAN without the I flag (RFC 7348, section 5)
-	IngressVNI       // another overlay's VNI
-	IngressStranger  // the outer source is no peer's address
-	IngressMAC       // the inner Ethernet destination is not this VTEP
-	IngressProtocol  // the inner frame is neither IPv4 nor IPv6
-	IngressMalformed // a length or checksum in the packet is wrong
-	IngressSource    // the inner source is not in the sender's subnet
-	IngressNotOurs   // the inner destination is not in this node's subnet
-	IngressECN       // the outer ECN is CE, the inner Not-ECT (RFC 6040)
-	IngressDown      // the tunnel device is down
-	IngressNoBuffers // the kernel is short of memory
-	IngressWrite     // the device rejected it
+	IngressTruncated   // longer than the receive buffer (packet socket: or shorter than the link header)
+	IngressShort       // shorter than its headers (packet socket: or not an IPv4 packet of the protocol)
+	IngressUncut       // a super-frame that the kernel cannot deliver, or with too many segments
+	IngressFragment    // a fragment of an outer packet (packet socket)
+	IngressFlags       // VXLAN without the I flag (RFC 7348, section 5)
+	IngressVNI         // another overlay's VNI
+	IngressStranger    // the outer source is no peer's address
+	IngressMAC         // the inner Ethernet destination is not this VTEP
+	IngressProtocol    // the inner frame is neither IPv4 nor IPv6
+	IngressMalformed   // a length or checksum in the packet is wrong
+	IngressSource      // the inner source is not in the sender's subnet
+	IngressDestination // the inner destination is not in this node's subnet
+	IngressECN         // the outer ECN is CE, the inner Not-ECT (RFC 6040)
+	IngressDown        // the tunnel device is down
+	IngressNoBuffers   // the kernel is short of memory
+	IngressWrite       // the device rejected it
 
 	reasons // number of reasons
 )

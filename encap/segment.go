@@ -20,8 +20,8 @@ const (
 	// MaxFrameSegments is the maximum number of segments per frame; a frame with
 	// more is dropped. The device's gso_max_segs should be set to it.
 	MaxFrameSegments = 1024
-	// The longest headers: VXLAN, IPv4 with options, TCP with options.
-	headSpace = (VXLANHeaderLen + 60 + 60 + 15) &^ 15
+	// The longest headers: the tunnel's, IPv4 with options, TCP with options.
+	headSpace = (maxHeaderLen + 60 + 60 + 15) &^ 15
 )
 
 func newSegmenter() *segmenter {
@@ -76,26 +76,6 @@ func (s *segmenter) cut(lead, b []byte, p *packet, size int) []segment {
 	}
 	return s.segments
 }
-
-// complement turns a sum over pseudo-header, transport header and payload into
-// the checksum to store. In UDP, 0 would mean no checksum (RFC 768).
-func (p *packet) complement(acc uint64) uint16 {
-	c := ^fold(acc)
-	if c == 0 && p.proto == protoUDP {
-		return 0xffff
-	}
-	return c
-}
-
-const (
-	tcpFIN = 1 << 0
-	tcpSYN = 1 << 1
-	tcpRST = 1 << 2
-	tcpPSH = 1 << 3
-	tcpACK = 1 << 4
-	tcpURG = 1 << 5
-	tcpCWR = 1 << 7
-)
 
 // completeChecksum completes a partial checksum (VIRTIO_NET_HDR_F_NEEDS_CSUM):
 // the field at start+offset holds the pseudo-header's sum, and the packet's bytes

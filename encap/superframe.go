@@ -15,7 +15,6 @@ import (
 const (
 	// superVnetLen is the length of struct virtio_net_hdr_v1_hash_tunnel.
 	superVnetLen = 24
-	udpLen       = 8
 
 	vnetTunnelCsum  = 8    // VIRTIO_NET_HDR_F_UDP_TUNNEL_CSUM
 	gsoUDPTunnelIP4 = 0x20 // VIRTIO_NET_HDR_GSO_UDP_TUNNEL_IPV4
@@ -31,7 +30,7 @@ const (
 
 // superHeadroom is the maximum bytes of headers before a super-frame's inner
 // packet.
-const superHeadroom = superVnetLen + ethernetHeaderLen + 40 + udpLen + VXLANHeaderLen
+const superHeadroom = superVnetLen + ethernetHeaderLen + ipv6HeaderLen + udpHeaderLen + maxHeaderLen
 
 // NextHop is the neighbour on the uplink by which super-frames reach a peer.
 type NextHop struct {
@@ -42,78 +41,58 @@ type NextHop struct {
 
 // superPath is the precomputed headers for a NextHop.
 type superPath struct {
-	head    []byte // virtio, Ethernet, IP, UDP and VXLAN headers, without lengths and checksums
+	head    []byte // virtio, Ethernet, IP, UDP and tunnel headers, without lengths and checksums
 	ipLen   int
-	ipip    bool
+	udp     bool
 	pseudo  uint64 // of the outer UDP checksum, without the length
 	largest int    // bytes of the longest inner segment
 }
 
-// SetNextHop sets the next hop of super-frames to the peer. With nil, frames are
-// cut in userspace. It is safe for concurrent use.
-func (p *Peer) SetNextHop(n *NextHop) {
-	if n == nil || n.Source.Is4() != p.Underlay.Addr().Is4() {
-		p.super.Store(nil)
-		return
+// newSuperPath returns the superPath to a peer by a next hop of the same family. If the
+// outer header is not UDP, the program that redirects the frames tells the kernel about it.
+func newSuperPath(p *Peer, n *NextHop) *superPath {
+	is4 := n.Source.Is4()
+	s := &superPath{ipLen: ipv6HeaderLen, udp: overUDP(p.format), largest: n.MTU - Overhead(p.format, is4)}
+	if is4 {
+		s.ipLen = ipv4HeaderLen
 	}
-	if len(p.header) == 0 {
-		p.super.Store(ipipPath(p, n))
-		return
-	}
-	s := &superPath{ipLen: 20}
-	tunnel := uint8(gsoUDPTunnelIP4)
-	if !n.Source.Is4() {
-		s.ipLen = 40
-		tunnel = gsoUDPTunnelIP6
-	}
-	s.largest = n.MTU - s.ipLen - udpLen - len(p.header)
-	s.head = make([]byte, superVnetLen+ethernetHeaderLen+s.ipLen+udpLen, superHeadroom)
-	s.head[0] = vnetNeedsCsum | vnetTunnelCsum
-	s.head[1] = tunnel
-	binary.LittleEndian.PutUint16(s.head[20:], uint16(ethernetHeaderLen+s.ipLen))
-	binary.LittleEndian.PutUint16(s.head[22:], uint16(ethernetHeaderLen+s.ipLen+udpLen+len(p.header)))
-
-	eth := s.head[superVnetLen:]
-	copy(eth, n.MAC[:])
-	copy(eth[6:], n.Uplink[:])
-	ip := eth[ethernetHeaderLen:]
-	if n.Source.Is4() {
-		binary.BigEndian.PutUint16(eth[12:], etherTypeIPv4)
-		ip[0], ip[8], ip[9] = 4<<4|5, ttl, protoUDP
-		from, to := n.Source.As4(), p.Underlay.Addr().As4()
-		copy(ip[12:], from[:])
-		copy(ip[16:], to[:])
-		s.pseudo = add16(sum(ip[12:20], 0), protoUDP)
-	} else {
-		binary.BigEndian.PutUint16(eth[12:], etherTypeIPv6)
-		ip[0], ip[6], ip[7] = 6<<4, protoUDP, ttl
-		from, to := n.Source.As16(), p.Underlay.Addr().As16()
-		copy(ip[8:], from[:])
-		copy(ip[24:], to[:])
-		s.pseudo = add16(sum(ip[8:40], 0), protoUDP)
-	}
-	udp := ip[s.ipLen:]
-	binary.BigEndian.PutUint16(udp[2:], p.Underlay.Port())
-	s.head = append(s.head, p.header...)
-	p.super.Store(s)
-}
-
-// ipipPath returns the IPIP superPath. The program that redirects the frames tells
-// the kernel about the outer header.
-func ipipPath(p *Peer, n *NextHop) *superPath {
-	s := &superPath{ipLen: 20, largest: n.MTU - IPIPCost, ipip: true}
-	s.head = make([]byte, superVnetLen+ethernetHeaderLen+s.ipLen)
+	s.head = make([]byte, superVnetLen+ethernetHeaderLen+s.ipLen, superHeadroom)
 	s.head[0] = vnetNeedsCsum
 	eth := s.head[superVnetLen:]
 	copy(eth, n.MAC[:])
 	copy(eth[6:], n.Uplink[:])
-	binary.BigEndian.PutUint16(eth[12:], etherTypeIPv4)
-	ipipHeader(eth[ethernetHeaderLen:], n.Source, p.Underlay.Addr())
+	binary.BigEndian.PutUint16(eth[12:], etherTypeOf(is4))
+	ip, proto := eth[ethernetHeaderLen:], p.format.Protocol()
+	if is4 {
+		ip[0], ip[8], ip[9] = 4<<4|5, ttl, proto
+		from, to := n.Source.As4(), p.Underlay.Addr().As4()
+		copy(ip[12:], from[:])
+		copy(ip[16:], to[:])
+		s.pseudo = add16(sum(ip[12:20], 0), uint16(proto))
+	} else {
+		ip[0], ip[6], ip[7] = 6<<4, proto, ttl
+		from, to := n.Source.As16(), p.Underlay.Addr().As16()
+		copy(ip[8:], from[:])
+		copy(ip[24:], to[:])
+		s.pseudo = add16(sum(ip[8:40], 0), uint16(proto))
+	}
+	if s.udp {
+		s.head[0] |= vnetTunnelCsum
+		s.head[1] = gsoUDPTunnelIP6
+		if is4 {
+			s.head[1] = gsoUDPTunnelIP4
+		}
+		outer := ethernetHeaderLen + s.ipLen
+		inner := outer + udpHeaderLen + len(p.header) // offset of the inner IP header
+		binary.LittleEndian.PutUint16(s.head[20:], uint16(outer))
+		binary.LittleEndian.PutUint16(s.head[22:], uint16(inner))
+		var udp [udpHeaderLen]byte
+		binary.BigEndian.PutUint16(udp[2:], p.Underlay.Port())
+		s.head = append(s.head, udp[:]...)
+	}
+	s.head = append(s.head, p.header...)
 	return s
 }
-
-// HasNextHop reports whether a next hop for super-frames to the peer is set.
-func (p *Peer) HasNextHop() bool { return p.super.Load() != nil }
 
 // outerFields are the outer header fields that differ between super-frames to one
 // peer.
@@ -142,7 +121,7 @@ func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, o outerF
 	binary.LittleEndian.PutUint16(head[8:], uint16(p.checkOffset()-p.ipLen))
 
 	ip := head[superVnetLen+ethernetHeaderLen:]
-	if s.ipLen == 20 {
+	if s.ipLen == ipv4HeaderLen {
 		ip[1] = o.class
 		binary.BigEndian.PutUint16(ip[2:], uint16(outer))
 		binary.BigEndian.PutUint16(ip[4:], o.id)
@@ -153,9 +132,9 @@ func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, o outerF
 	} else {
 		ip[0] = 6<<4 | o.class>>4
 		ip[1] = o.class << 4
-		binary.BigEndian.PutUint16(ip[4:], uint16(outer-40))
+		binary.BigEndian.PutUint16(ip[4:], uint16(outer-ipv6HeaderLen))
 	}
-	if s.ipip {
+	if !s.udp {
 		return true
 	}
 	udp := ip[s.ipLen:]
@@ -206,7 +185,7 @@ func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int)
 			continue
 		case faultPast:
 		case faultRefused:
-			peer.refuse(refusesSuper)
+			peer.suspend(mechanismSuper)
 		default:
 			// The device is down or gone: use the sockets until the uplink's watcher
 			// enables super-frames again.

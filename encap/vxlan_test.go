@@ -9,29 +9,36 @@ import (
 )
 
 func TestVXLANHeader(t *testing.T) {
-	h := VXLAN{
-		VNI: 0x123456, Destination: [6]byte{0x02, 1, 2, 3, 4, 5},
-		Source: [6]byte{0x02, 6, 7, 8, 9, 10}, EtherType: etherTypeIPv6,
-	}
+	from, to := VTEP{0x123456, [6]byte{0x02, 6, 7, 8, 9, 10}}, VTEP{0x123456, [6]byte{0x02, 1, 2, 3, 4, 5}}
 	want := []byte{
 		0x08, 0, 0, 0, 0x12, 0x34, 0x56, 0,
 		0x02, 1, 2, 3, 4, 5, 0x02, 6, 7, 8, 9, 10, 0x86, 0xdd,
 	}
 	got := bytes.Repeat([]byte{0xff}, VXLANHeaderLen)
-	h.Put(got)
+	VXLAN.Put(got, from, to, etherTypeIPv6)
 	if !bytes.Equal(got, want) {
 		t.Fatalf("% x, want % x", got, want)
 	}
-	dirty := VXLAN{VNI: 9, Destination: [6]byte{9}, Source: [6]byte{9}, EtherType: 9}
-	if r := dirty.Parse(got); r != Accepted || dirty != h {
-		t.Fatalf("%s %+v, want %+v", r, dirty, h)
-	}
-	if r := dirty.Parse(got[:21]); r != IngressShort || dirty != (VXLAN{}) {
-		t.Errorf("short: %s %+v", r, dirty)
-	}
-	got[0] = 0xf7
-	if r := dirty.Parse(got); r != IngressFlags || dirty != (VXLAN{}) {
-		t.Errorf("without the I flag: %s %+v", r, dirty)
+	for _, c := range []struct {
+		name   string
+		change func(b []byte) []byte
+		want   Reason
+	}{
+		{"as sent", func(b []byte) []byte { return b }, Accepted},
+		{"reserved bits", func(b []byte) []byte { b[0], b[1], b[7] = 0x88, 0xff, 0xff; return b }, Accepted},
+		{"IPv4", func(b []byte) []byte { b[20], b[21] = 0x08, 0; return b }, Accepted},
+		{"another source MAC", func(b []byte) []byte { b[14]++; return b }, Accepted},
+		{"short", func(b []byte) []byte { return b[:21] }, IngressShort},
+		{"without the I flag", func(b []byte) []byte { b[0] = 0xf7; return b }, IngressFlags},
+		{"another VNI", func(b []byte) []byte { b[6]++; return b }, IngressVNI},
+		{"another MAC", func(b []byte) []byte { b[13]++; return b }, IngressMAC},
+		{"ARP", func(b []byte) []byte { b[20], b[21] = 0x08, 0x06; return b }, IngressProtocol},
+	} {
+		d := c.change(bytes.Clone(want))
+		etherType, r := VXLAN.Check(d, &to)
+		if r != c.want || r == Accepted && etherType != uint16(d[20])<<8|uint16(d[21]) {
+			t.Errorf("%s: %s, EtherType %#x, want %s", c.name, r, etherType, c.want)
+		}
 	}
 }
 
@@ -40,7 +47,7 @@ func TestVXLANHeader(t *testing.T) {
 func FuzzDatagram(std *testing.F) {
 	f := fuzzloop.Of(std)
 	s := tcpSpec(30)
-	h := VXLAN{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}
+	h := vxlanHeader{VNI: testVNI, Destination: [6]byte{2}, EtherType: etherTypeIPv4}
 	d := make([]byte, VXLANHeaderLen)
 	h.Put(d)
 	f.Add(append(bytes.Clone(d), s.bytes()...), uint16(0), uint8(0))
@@ -52,19 +59,19 @@ func FuzzDatagram(std *testing.F) {
 
 	outer := netip.MustParseAddr("192.0.2.1")
 	peers := []*Peer{
-		PeerTo(netip.MustParsePrefix("10.5.1.0/24"), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2}),
-		PeerTo(netip.MustParsePrefix("fd00:5:1::/64"), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2}),
+		vxlanPeer(netip.MustParsePrefix("10.5.1.0/24"), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2}),
+		vxlanPeer(netip.MustParsePrefix("fd00:5:1::/64"), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2}),
 	}
 	table := NewTable([]netip.Prefix{netip.MustParsePrefix("10.5.2.0/24"), netip.MustParsePrefix("fd00:5:2::/64")}, peers)
 	// One for all: it has megabytes of buffers.
-	g := newIngress(&common{offload: allOn()}, ^uintptr(0), Descriptor{}, Underlay{VNI: testVNI, MAC: [6]byte{2}}, 1450, &Counters{})
+	g := newIngress(commonOf(VXLAN), ^uintptr(0), Descriptor{}, Underlay{Self: VTEP{testVNI, [6]byte{2}}}, 1450, &Counters{})
 	f.Fuzz(func(t *testing.T, data []byte, segment uint16, ecn uint8) {
 		g.tally, g.join.count, g.route, g.failed = tally{}, 0, route{}, nil
 		if len(data) > recvBufferLen-recvHeadroom {
 			return
 		}
 		name := sockaddr4(192, 0, 2, 1)
-		g.message(table, datagrams{data: data, source: name, segment: int(segment), ecn: ecn & 3})
+		g.udpMessage(table, datagrams{data: data, source: name, segment: int(segment), ecn: ecn & 3})
 		for i := range g.join.count {
 			fr := &g.join.frames[i]
 			fr.finish()
@@ -88,9 +95,9 @@ func FuzzFrame(std *testing.F) {
 	f.Add(append(frame, tcpSpec(1000).partial()...))
 	f.Add(append(make([]byte, vnetHeaderLen), tcpSpec(10).bytes()...))
 	n := NewTable([]netip.Prefix{netip.MustParsePrefix("10.5.1.0/24")}, []*Peer{
-		PeerTo(netip.MustParsePrefix("10.5.2.0/24"), netip.MustParseAddrPort("192.0.2.1:8472"), testVNI, [6]byte{1}, [6]byte{2}),
+		vxlanPeer(netip.MustParsePrefix("10.5.2.0/24"), netip.MustParseAddrPort("192.0.2.1:8472"), testVNI, [6]byte{1}, [6]byte{2}),
 	})
-	l := NewLoop(Options{Offload: allOn()})
+	l := NewLoop(Options{Format: VXLAN, Offload: allOn()})
 	l.SetTable(n)
 	e := newEgress(&l.common, [2][]Source{}, &Counters{})
 	f.Fuzz(func(t *testing.T, data []byte) {

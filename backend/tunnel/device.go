@@ -186,7 +186,7 @@ func (d *device) steer() (err error) {
 	return nil
 }
 
-// counted returns the counter of moves for encap.Options.Moves, or nil.
+// counted returns the counter of moves for encap.Options.QueueMoves, or nil.
 func (d *device) counted() *atomic.Uint64 {
 	if d.moves == nil {
 		return nil

@@ -11,7 +11,7 @@ import (
 // probeTargets returns the table's peers for the Prober.
 func (t *Tunnel) probeTargets(table *encap.Table) []backend.ProbeTarget {
 	var all []backend.ProbeTarget
-	for _, p := range table.All() {
+	for _, p := range table.Peers() {
 		all = append(all, backend.ProbeTarget{Subnet: p.Subnet, Public: p.Underlay.Addr(), MTU: t.mtu})
 	}
 	return all
@@ -20,8 +20,8 @@ func (t *Tunnel) probeTargets(table *encap.Table) []backend.ProbeTarget {
 // Peers returns the state of each peer, in no order, and the pods' MTU.
 func (t *Tunnel) Peers() ([]api.PeerState, int) {
 	table, now := t.loop.Table(), time.Now()
-	all := make([]api.PeerState, 0, table.Peers())
-	for _, p := range table.All() {
+	all := make([]api.PeerState, 0, table.Len())
+	for _, p := range table.Peers() {
 		s := api.PeerState{Subnet: p.Subnet, PublicIP: p.Underlay.Addr(), Way: api.WayUserspace}
 		t.prober.Describe(&s, now)
 		n := p.Traffic()

@@ -23,7 +23,7 @@ import (
 // a request does not wait behind a bulk stream's queued packets.
 //
 // moves counts the flows that became bulk, each before its first packet goes to the
-// second queue (encap.Options.Moves). The caller unmaps it.
+// second queue (encap.Options.QueueMoves). The caller unmaps it.
 func steer(device, threads int, sparse bool) (moves []byte, err error) {
 	program := hashing()
 	if sparse {

@@ -9,8 +9,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
-	"culvert/encap"
 )
 
 // SuperDeviceName is the name of the TAP device for super-frames.
@@ -21,8 +19,8 @@ const SuperDeviceName = "culvert0s"
 // the hardware segments it. It is never read and has no address.
 type superDevice struct {
 	fd     int
-	format encap.Format
-	marker *ebpf.Program // IPIP: the program that marks and redirects
+	udp    bool          // the frames' outer header is UDP
+	marker *ebpf.Program // otherwise: the program that marks and redirects
 	to     int           // index of the uplink that marker redirects to
 	link   netlink.Link
 }
@@ -39,9 +37,10 @@ const (
 var errNoSuperFrames = errors.New("the kernel does not offer it (Linux 6.17 does)")
 
 // openSuperDevice claims the predecessor's device or creates it, and sets it up. The
-// error wraps errNoSuperFrames if the kernel is too old.
-func (i *inherited) openSuperDevice(format encap.Format) (*superDevice, error) {
-	d := &superDevice{format: format}
+// error wraps errNoSuperFrames if the kernel is too old. udp: the frames' outer header is
+// UDP.
+func (i *inherited) openSuperDevice(udp bool) (*superDevice, error) {
+	d := &superDevice{udp: udp}
 	var left bool
 	var err error
 	if d.fd, left = i.device(SuperDeviceName); !left {
@@ -86,7 +85,7 @@ func (d *superDevice) prepare() (err error) {
 		}
 	}
 	offloads := unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
-	if d.format == encap.FormatVXLAN {
+	if d.udp {
 		offloads |= unix.TUN_F_USO4 | unix.TUN_F_USO6 | tunFUDPTunnelGSO | tunFUDPTunnelGSOCsum
 	}
 	if err := unix.IoctlSetInt(d.fd, unix.TUNSETOFFLOAD, offloads); err != nil {
@@ -136,10 +135,10 @@ func (d *superDevice) redirect(uplink int) error {
 	return nil
 }
 
-// filter returns the redirecting filter. For VXLAN it is u32 with mirred, which needs
+// filter returns the redirecting filter. For UDP it is u32 with mirred, which needs
 // no capability for eBPF.
 func (d *superDevice) filter(uplink int, at netlink.FilterAttrs) (netlink.Filter, error) {
-	if d.format == encap.FormatVXLAN {
+	if d.udp {
 		return &netlink.U32{ // more widely available than matchall
 			FilterAttrs: at,
 			Sel:         &netlink.TcU32Sel{Flags: netlink.TC_U32_TERMINAL, Nkeys: 1, Keys: []netlink.TcU32Key{{}}},

@@ -1,5 +1,5 @@
 // Package tunnel is the userspace datapath: it opens a TUN device on the pods' side,
-// UDP or IPIP sockets on the underlay's side, and runs package encap's loop between
+// UDP or raw sockets on the underlay's side, and runs package encap's loop between
 // them. It owns these descriptors; encap owns the packets and the peer table, and
 // internal/host the device's addresses, routes and firewall rules.
 //
@@ -17,6 +17,7 @@ import (
 	"net/netip"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -116,9 +117,9 @@ type Tunnel struct {
 // Open opens the device and the sockets. An error names the step, and the remedy if it
 // is known; nothing is left open then.
 func Open(o Options) (*Tunnel, error) {
-	format, ok := map[string]encap.Format{"vxlan": encap.FormatVXLAN, "ipip": encap.FormatIPIP}[o.Config.Backend.Type]
+	format, ok := encap.FormatNamed(o.Config.Backend.Type)
 	if !ok {
-		return nil, fmt.Errorf("the userspace datapath carries vxlan and ipip, not %s", o.Config.Backend.Type)
+		return nil, fmt.Errorf("the userspace datapath carries %s, not %s", strings.Join(encap.FormatNames(), " and "), o.Config.Backend.Type)
 	}
 	t := &Tunnel{
 		options: o, format: format, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log),
@@ -138,7 +139,7 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
-		Format: format, MTU: t.mtu, Threads: t.device.threads, Moves: t.device.counted(), Spread: t.device.spread, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment, NoBusyPoll: o.NoBusyPoll,
+		Format: format, MTU: t.mtu, Threads: t.device.threads, QueueMoves: t.device.counted(), Spread: t.device.spread, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment, NoBusyPoll: o.NoBusyPoll,
 		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
 	}
 	for _, fd := range t.device.queues {
@@ -168,13 +169,24 @@ func Open(o Options) (*Tunnel, error) {
 	return t, nil
 }
 
+// overUDP reports whether the wire format's packets are UDP datagrams; otherwise they
+// have an IP protocol of their own, and pass through raw and packet sockets.
+func (t *Tunnel) overUDP() bool { return t.format.Protocol() == unix.IPPROTO_UDP }
+
 // listen opens the sockets of one family.
-func (t *Tunnel) listen(e subnet.Endpoint) (side encap.Underlay, err error) {
+func (t *Tunnel) listen(e subnet.Endpoint) (encap.Underlay, error) {
 	local := t.options.Node.Underlay.Addr(e.Public.Is4())
-	if t.format == encap.FormatIPIP {
-		return t.listenIPIP(local)
+	open := t.listenRaw
+	if t.overUDP() {
+		open = t.listenUDP
 	}
-	side = encap.Underlay{VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
+	side, err := open(local)
+	side.Self = encap.VTEP{VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}
+	return side, err
+}
+
+// listenUDP opens the UDP sockets at an address.
+func (t *Tunnel) listenUDP(local netip.Addr) (side encap.Underlay, err error) {
 	at := netip.AddrPortFrom(local, t.options.Config.Backend.Port)
 	for range t.device.threads {
 		socket, _, err := t.openUDP(udpSocket{at: at, shared: t.device.threads > 1, df: t.options.DontFragment})
@@ -219,8 +231,12 @@ func (t *Tunnel) openSuper() error {
 		t.noSuper = "turned off by flag"
 		return nil
 	}
+	if !t.format.SuperFrames() {
+		t.noSuper = "not with " + t.format.Name()
+		return nil
+	}
 	var err error
-	t.super, err = t.inherited.openSuperDevice(t.format)
+	t.super, err = t.inherited.openSuperDevice(t.overUDP())
 	if errors.Is(err, errNoSuperFrames) {
 		t.noSuper = errNoSuperFrames.Error()
 		return nil
@@ -240,11 +256,8 @@ func (t *Tunnel) openSuper() error {
 func PodMTU(c subnet.BackendConfig, l subnet.Lease, u host.Underlay) (int, error) {
 	cost := 0
 	for _, e := range l.Endpoints {
-		switch c.Type {
-		case "vxlan":
-			cost = max(cost, encap.VXLANCost(e.Public.Is4()))
-		case "ipip":
-			cost = max(cost, encap.IPIPCost)
+		if f, ok := encap.FormatNamed(c.Type); ok {
+			cost = max(cost, encap.Overhead(f, e.Public.Is4()))
 		}
 	}
 	_, ipv6 := l.Endpoint(false)
@@ -280,12 +293,10 @@ func (t *Tunnel) table(s subnet.Snapshot) *encap.Table {
 			if !ok || l.Reserved {
 				continue
 			}
-			if t.format == encap.FormatIPIP {
-				peers = append(peers, encap.IPIPPeer(e.Subnet, e.Public))
-				continue
-			}
-			to := netip.AddrPortFrom(e.Public, t.options.Config.Backend.Port)
-			peers = append(peers, encap.PeerTo(e.Subnet, to, self.VTEP.VNI, e.VTEP.MAC, self.VTEP.MAC))
+			peers = append(peers, encap.NewPeer(encap.PeerOptions{
+				Format: t.format, Subnet: e.Subnet, Underlay: netip.AddrPortFrom(e.Public, t.options.Config.Backend.Port),
+				VTEP: encap.VTEP{VNI: e.VTEP.VNI, MAC: e.VTEP.MAC}, Self: encap.VTEP{VNI: self.VTEP.VNI, MAC: self.VTEP.MAC},
+			}))
 		}
 	}
 	return encap.NewTable(local, peers)
@@ -391,9 +402,9 @@ func (t *Tunnel) listenForPeers(ctx context.Context, asker *backend.Asker) {
 		case <-tick.C:
 		}
 		var all []backend.Exchange
-		for _, p := range t.loop.Table().All() {
+		for _, p := range t.loop.Table().Peers() {
 			e := backend.Exchange{Subnet: p.Subnet, Public: p.Underlay.Addr()}
-			e.Sent, e.Received = p.Passed()
+			e.Sent, e.Received = p.Activity()
 			all = append(all, e)
 		}
 		for _, subnet := range t.silence.Observe(time.Now(), all) {
@@ -404,14 +415,14 @@ func (t *Tunnel) listenForPeers(ctx context.Context, asker *backend.Asker) {
 
 // Status returns the datapath's part of the status.
 func (t *Tunnel) Status() api.Datapath {
-	gso, super, gro, uso := t.loop.Table().Refused()
+	gso, super, gro, uso := t.loop.Table().Suspended()
 	s := api.Datapath{
 		WireFormat: t.options.Config.Backend.Type,
 		Kind:       "userspace",
 		Why:        t.options.Why,
 		Device:     DeviceName,
 		MTU:        t.mtu,
-		Peers:      t.loop.Table().Peers(),
+		Peers:      t.loop.Table().Len(),
 		Egress:     traffic(&t.egress),
 		Ingress:    traffic(&t.ingress),
 		Mechanisms: []api.Mechanism{
@@ -433,7 +444,7 @@ func (t *Tunnel) Status() api.Datapath {
 		drops[r.String()] += t.egress.Drops[r].Load() + t.ingress.Drops[r].Load()
 	}
 	s.SetDrops(drops)
-	for _, p := range t.loop.Table().All() {
+	for _, p := range t.loop.Table().Peers() {
 		if k, ok := p.PathMTU(); ok {
 			s.NarrowPaths = append(s.NarrowPaths, api.NarrowPath{
 				Subnet: p.Subnet, PublicIP: p.Underlay.Addr(), MTU: k.MTU, By: k.By, Since: k.Since, Until: k.Until,
@@ -442,9 +453,9 @@ func (t *Tunnel) Status() api.Datapath {
 	}
 	slices.SortFunc(s.NarrowPaths, func(a, b api.NarrowPath) int { return a.Subnet.Compare(b.Subnet) })
 	backend.Describe(&s, standing)
-	packets := fmt.Sprintf("UDP port %d", t.options.Config.Backend.Port)
-	if t.format == encap.FormatIPIP {
-		packets = "IP protocol 4"
+	packets := fmt.Sprintf("IP protocol %d", t.format.Protocol())
+	if t.overUDP() {
+		packets = fmt.Sprintf("UDP port %d", t.options.Config.Backend.Port)
 	}
 	backend.DescribeSilence(&s, &t.silence, packets)
 	probes := t.prober.Count()

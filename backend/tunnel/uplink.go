@@ -203,7 +203,7 @@ func (u *uplink) check() error {
 		return fmt.Errorf("%s is no Ethernet interface", name)
 	}
 	u.link = link
-	if u.device.format == encap.FormatIPIP {
+	if !u.device.udp {
 		// Software segmentation in the kernel is still faster than one raw socket message
 		// per packet.
 		return u.device.redirect(a.Index)
@@ -230,7 +230,7 @@ func (u *uplink) fill(t *encap.Table) {
 	own := [6]byte(u.link.Attrs().HardwareAddr)
 	used := ways{hops: make(map[netip.Addr]bool)}
 	defer u.used.Store(&used)
-	for _, p := range t.All() {
+	for _, p := range t.Peers() {
 		to := p.Underlay.Addr()
 		source := u.node.Underlay.Addr(to.Is4())
 		via := u.gateway(to, source)
@@ -300,7 +300,7 @@ func (u *uplink) status() (on bool, why string) {
 		return false, "the kernel refused it in use"
 	}
 	known := 0
-	peers := u.table().All()
+	peers := u.table().Peers()
 	for _, p := range peers {
 		if p.HasNextHop() {
 			known++

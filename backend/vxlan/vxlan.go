@@ -38,13 +38,13 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 	outer := n.Outer(v, func(u host.Underlay) error {
 		var errs []error
 		for _, self := range s.Self.Endpoints {
-			_, err := backend.MTU(s.Config.Backend.MTU, u, encap.VXLANCost(self.Subnet.Addr().Is4()), ipv6)
+			_, err := backend.MTU(s.Config.Backend.MTU, u, encap.Overhead(encap.VXLAN, self.Subnet.Addr().Is4()), ipv6)
 			errs = append(errs, err)
 		}
 		return errors.Join(errs...)
 	})
 	mtu := func(is4 bool) (int, error) {
-		return backend.MTU(s.Config.Backend.MTU, outer, encap.VXLANCost(is4), ipv6)
+		return backend.MTU(s.Config.Backend.MTU, outer, encap.Overhead(encap.VXLAN, is4), ipv6)
 	}
 	for _, self := range s.Self.Endpoints {
 		network, ok := backend.NetworkOf(s, self)

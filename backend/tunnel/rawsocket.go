@@ -7,18 +7,17 @@ import (
 	"net"
 	"net/netip"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
 	"culvert/encap"
 )
 
-// listenIPIP opens the sockets of IPIP (RFC 2003): a raw socket to send from this
-// node's underlay address, and per thread a packet socket to receive on the underlay
-// interface.
-func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
+// listenRaw opens the sockets of a format with an IP protocol of its own: a raw socket
+// to send from this node's underlay address, and per thread a packet socket to receive
+// on the underlay interface.
+func (t *Tunnel) listenRaw(local netip.Addr) (side encap.Underlay, err error) {
+	proto := t.format.Protocol()
 	link, err := net.InterfaceByIndex(t.options.Node.Underlay.Index)
 	if err != nil {
 		return side, fmt.Errorf("looking up %s: %w", t.options.Node.Underlay.Name, err)
@@ -28,7 +27,7 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 	}
 	raw, ok := t.inherited.socket(unix.SOCK_RAW, netip.AddrPortFrom(local, 0))
 	if !ok {
-		if raw, err = openRaw(local); err != nil {
+		if raw, err = openRaw(proto, local); err != nil {
 			return side, err
 		}
 	}
@@ -42,12 +41,12 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 			packets, ok = t.inherited.packets(link.Index)
 		}
 		if ok { // our address may have changed
-			if err := onlyIPIP(packets, local); err != nil {
+			if err := onlyTunnel(packets, proto, local); err != nil {
 				return side, errors.Join(err, unix.Close(packets))
 			}
 		}
 		if !ok {
-			if packets, err = openPackets(link.Index, local); err != nil {
+			if packets, err = openPackets(link.Index, proto, local); err != nil {
 				return side, fmt.Errorf("opening a packet socket: %w", err)
 			}
 		}
@@ -66,8 +65,8 @@ func (t *Tunnel) listenIPIP(local netip.Addr) (side encap.Underlay, err error) {
 }
 
 // openRaw opens the send socket.
-func openRaw(local netip.Addr) (int, error) {
-	raw, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_IPIP)
+func openRaw(proto uint8, local netip.Addr) (int, error) {
+	raw, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, int(proto))
 	if errors.Is(err, unix.EPERM) {
 		return -1, fmt.Errorf("opening a raw socket needs root, or CAP_NET_RAW: %w", err)
 	}
@@ -100,16 +99,16 @@ func prepareRaw(fd int, local netip.Addr) error {
 	return unix.Bind(fd, &unix.SockaddrInet4{Addr: local.As4()})
 }
 
-// openPackets opens a packet socket for IPIP packets that arrive on a link for an
+// openPackets opens a packet socket for the tunnel's packets that arrive on a link for an
 // address. The kernel forwards those for other addresses.
-func openPackets(link int, local netip.Addr) (int, error) {
+func openPackets(link int, proto uint8, local netip.Addr) (int, error) {
 	// Protocol 0: receive nothing until the filter is attached and bind sets it.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
 	}
 	prepare := func() error {
-		if err := onlyIPIP(fd, local); err != nil {
+		if err := onlyTunnel(fd, proto, local); err != nil {
 			return err
 		}
 		if err := setBuffers(fd); err != nil {
@@ -127,16 +126,16 @@ func openPackets(link int, local netip.Addr) (int, error) {
 	return fd, nil
 }
 
-// onlyIPIP makes a packet socket accept only IPIP packets that arrive for an address:
-// not those that this host sends, nor those for other hosts or addresses.
-func onlyIPIP(fd int, local netip.Addr) error {
+// onlyTunnel makes a packet socket accept only packets of the protocol that arrive for an
+// address: not those that this host sends, nor those for other hosts or addresses.
+func onlyTunnel(fd int, proto uint8, local netip.Addr) error {
 	const protocol, destination = 0xfff00000 + 9, 0xfff00000 + 16 // SKF_NET_OFF, and where the IPv4 header has them
 	a := local.As4()
 	return attachFilter(fd, []bpf.Instruction{
 		bpf.LoadExtension{Num: bpf.ExtType},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.PACKET_HOST, SkipTrue: 5},
 		bpf.LoadAbsolute{Off: protocol, Size: 1},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.IPPROTO_IPIP, SkipTrue: 3},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(proto), SkipTrue: 3},
 		bpf.LoadAbsolute{Off: destination, Size: 4},
 		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: binary.BigEndian.Uint32(a[:]), SkipTrue: 1},
 		bpf.RetConstant{Val: 1 << 17},
@@ -158,61 +157,4 @@ func attachFilter(fd int, program []bpf.Instruction) error {
 		return fmt.Errorf("SO_ATTACH_FILTER: %w", err)
 	}
 	return nil
-}
-
-// From linux/bpf.h and linux/pkt_cls.h.
-const (
-	adjustRoomMAC       = 1      // BPF_ADJ_ROOM_MAC
-	adjustRoomFixedGSO  = 1      // BPF_F_ADJ_ROOM_FIXED_GSO
-	adjustRoomEncapIPv4 = 1 << 1 // BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
-	actShot             = 2      // TC_ACT_SHOT
-)
-
-// loadMarker loads the program that redirects frames to the uplink and marks their
-// outer header as a tunnel's. The frames contain the outer header, but the skb's
-// segmentation state does not. The program removes the header and adds it again with
-// bpf_skb_adjust_room, which leaves the bytes unchanged and sets that state.
-func loadMarker(uplink int) (*ebpf.Program, error) {
-	const ethernet, outer, at = 14, 20, -24 // at: in the stack frame
-	adjust := func(by int32, flags int32) asm.Instructions {
-		return asm.Instructions{
-			asm.Mov.Reg(asm.R1, asm.R6),
-			asm.Mov.Imm(asm.R2, by),
-			asm.Mov.Imm(asm.R3, adjustRoomMAC),
-			asm.Mov.Imm(asm.R4, flags),
-			asm.FnSkbAdjustRoom.Call(),
-			asm.JNE.Imm(asm.R0, 0, "drop"),
-		}
-	}
-	copyHeader := func(call asm.BuiltinFunc) asm.Instructions {
-		return asm.Instructions{
-			asm.Mov.Reg(asm.R1, asm.R6),
-			asm.Mov.Imm(asm.R2, ethernet),
-			asm.Mov.Reg(asm.R3, asm.RFP),
-			asm.Add.Imm(asm.R3, at),
-			asm.Mov.Imm(asm.R4, outer),
-			asm.Mov.Imm(asm.R5, 0),
-			call.Call(),
-			asm.JNE.Imm(asm.R0, 0, "drop"),
-		}
-	}
-	program := asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}
-	program = append(program, copyHeader(asm.FnSkbLoadBytes)...)
-	program = append(program, adjust(-outer, adjustRoomFixedGSO)...)
-	program = append(program, adjust(outer, adjustRoomFixedGSO|adjustRoomEncapIPv4)...)
-	program = append(program, copyHeader(asm.FnSkbStoreBytes)...)
-	program = append(
-		program,
-		asm.Mov.Imm(asm.R1, int32(uplink)),
-		asm.Mov.Imm(asm.R2, 0),
-		asm.FnRedirect.Call(),
-		asm.Return(),
-		asm.Mov.Imm(asm.R0, actShot).WithSymbol("drop"),
-		asm.Return(),
-	)
-	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "culvert_ipip", Type: ebpf.SchedCLS, Instructions: program, License: "Apache-2.0"})
-	if err != nil {
-		return nil, fmt.Errorf("loading the program that marks IPIP frames (needs CAP_BPF): %w", err)
-	}
-	return p, nil
 }

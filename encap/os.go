@@ -38,3 +38,14 @@ func iovecOf(b []byte) unix.Iovec {
 
 // iovecs returns the slices of a message.
 func iovecs(h *unix.Msghdr) []unix.Iovec { return unsafe.Slice(h.Iov, h.Iovlen) }
+
+// mmsghdr is struct mmsghdr (sendmmsg(2)), which x/sys/unix lacks.
+type mmsghdr struct {
+	hdr unix.Msghdr
+	n   uint32
+}
+
+func sendmmsg(fd uintptr, msgs []mmsghdr) (int, unix.Errno) {
+	n, _, err := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&msgs[0])), uintptr(len(msgs)), unix.MSG_DONTWAIT, 0, 0)
+	return int(n), err
+}

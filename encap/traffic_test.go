@@ -23,13 +23,13 @@ func TestPeerTraffic(t *testing.T) {
 	agree := func(want uint64) {
 		t.Helper()
 		same := func() bool {
-			out, in := a.loop.Table().All()[0].Traffic(), b.loop.Table().All()[0].Traffic()
+			out, in := a.loop.Table().Peers()[0].Traffic(), b.loop.Table().Peers()[0].Traffic()
 			return out.SentPackets == want && in.ReceivedPackets == want && out.SentBytes == in.ReceivedBytes &&
 				out.SentPackets == a.options.Egress.Packets.Load() && out.SentBytes == a.options.Egress.Bytes.Load() && out.ReceivedPackets == 0
 		}
 		for end := time.Now().Add(5 * time.Second); !same(); time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
-				t.Fatalf("sent %+v, received %+v, in all %d; want %d packets", a.loop.Table().All()[0].Traffic(), b.loop.Table().All()[0].Traffic(), a.options.Egress.Packets.Load(), want)
+				t.Fatalf("sent %+v, received %+v, in all %d; want %d packets", a.loop.Table().Peers()[0].Traffic(), b.loop.Table().Peers()[0].Traffic(), a.options.Egress.Packets.Load(), want)
 			}
 		}
 	}
@@ -42,11 +42,11 @@ func TestPeerTraffic(t *testing.T) {
 
 	forged := tcpSpec(10)
 	forged.source = netip.MustParseAddr("10.5.3.1")
-	a.loop.SetTable(NewTable([]netip.Prefix{a.subnet, netip.MustParsePrefix("10.5.3.0/24")}, a.loop.Table().All()))
+	a.loop.SetTable(NewTable([]netip.Prefix{a.subnet, netip.MustParsePrefix("10.5.3.0/24")}, a.loop.Table().Peers()))
 	a.send(t, vnetHeader{}, forged.bytes())
-	for end := time.Now().Add(5 * time.Second); b.loop.Table().All()[0].Traffic().Drops != 1; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(5 * time.Second); b.loop.Table().Peers()[0].Traffic().Drops != 1; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%+v", b.loop.Table().All()[0].Traffic())
+			t.Fatalf("%+v", b.loop.Table().Peers()[0].Traffic())
 		}
 	}
 }

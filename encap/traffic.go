@@ -25,41 +25,6 @@ const (
 	receiving
 )
 
-// Traffic returns the traffic with the peer since it was first in a table of the
-// loop with this underlay address. It is safe for concurrent use.
-func (p *Peer) Traffic() PeerTraffic {
-	var t PeerTraffic
-	for i := range p.lanes {
-		l := &p.lanes[i]
-		t.SentPackets += l.packets[sending].Load()
-		t.SentBytes += l.bytes[sending].Load()
-		t.ReceivedPackets += l.packets[receiving].Load()
-		t.ReceivedBytes += l.bytes[receiving].Load()
-		t.Drops += l.drops.Load()
-	}
-	return t
-}
-
-// count allocates a lane per thread for every peer. A peer of the old table with
-// the same underlay address keeps its lanes.
-func (t *Table) count(threads int, old *Table) {
-	fresh := make([]lane, 0)
-	for prefix, p := range t.peers {
-		before := old.peers[prefix]
-		switch {
-		case before == p: // the same Peer in both tables
-			continue
-		case before != nil && before.Underlay == p.Underlay:
-			p.lanes = before.lanes
-			continue
-		}
-		if len(fresh) < threads { // in small blocks: one remaining peer keeps its whole block alive
-			fresh = make([]lane, max(threads, lanesAtOnce/threads*threads))
-		}
-		p.lanes, fresh = fresh[:threads:threads], fresh[threads:]
-	}
-}
-
 // lanesAtOnce lanes fill a 4 KB page.
 const lanesAtOnce = 64
 
