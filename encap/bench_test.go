@@ -139,7 +139,7 @@ func BenchmarkEncap(b *testing.B) {
 			table := commonOf(VXLAN)
 			table.table.Store(NewTable([]netip.Prefix{netip.PrefixFrom(here4, 24).Masked()}, []*Peer{peer}))
 			counters := &Counters{}
-			e := newEgress(table, [2][]Source{}, counters)
+			e := newEgress(table, [2][]source{}, counters)
 			packet, v := benchFrame(payload)
 			frame := make([]byte, vnetHeaderLen, vnetHeaderLen+len(packet))
 			v.put(frame)
@@ -169,7 +169,7 @@ func BenchmarkDecap(b *testing.B) {
 		[]*Peer{vxlanPeer(netip.PrefixFrom(here4, 24), from, testVNI, peerMAC, self)}))
 	header := vxlanPeer(netip.PrefixFrom(there4, 24), from, testVNI, self, peerMAC).header
 	counters := &Counters{}
-	g := newIngress(table, 0, Descriptor{}, Underlay{Self: VTEP{testVNI, self}}, 1450, counters)
+	g := newIngress(table, tun(0), nil, Underlay{Self: VTEP{testVNI, self}}, 1450, counters)
 
 	var datagrams [][]byte
 	total := 0

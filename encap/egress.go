@@ -14,12 +14,12 @@ import (
 // goroutine uses it.
 type egress struct {
 	*common
-	sources [2][]Source // by underlay family, IPv4 first; empty if unused
+	sources [2][]source // by underlay family, IPv4 first; empty if unused
 	// fragmenter are the sockets without DF (Underlay.Fragment), by family.
-	fragmenter [2]Source
-	classes    uint8   // mask of the traffic class bits copied to the outer header
-	super      uintptr // descriptor of the Super device
-	device     uintptr // descriptor of the first queue
+	fragmenter [2]source
+	classes    uint8  // mask of the traffic class bits copied to the outer header
+	super      device // the Super device, or nil
+	device     device // the first queue
 	counters   *Counters
 
 	moves *atomic.Uint64 // see Options
@@ -43,6 +43,23 @@ type egress struct {
 
 	toldTooBig time.Time // when the last ICMP error was sent
 	scratch    []byte    // for fragments and ICMP errors
+	frame      [1]unix.Iovec
+}
+
+// source is a Source with its socket; the zero source is none.
+type source struct {
+	socket socket
+	port   uint16
+}
+
+func sourceOf(s Source) source { return source{socketOf(s.Socket), s.Port} }
+
+func sourcesOf(all []Source) []source {
+	var sources []source
+	for _, s := range all {
+		sources = append(sources, sourceOf(s))
+	}
+	return sources
 }
 
 const (
@@ -58,7 +75,7 @@ const (
 	egressSlab = slabStart + 4*maxFrame
 )
 
-func newEgress(c *common, sources [2][]Source, counters *Counters) *egress {
+func newEgress(c *common, sources [2][]source, counters *Counters) *egress {
 	return &egress{
 		common:   c,
 		sources:  sources,
@@ -81,18 +98,18 @@ const (
 )
 
 // drain reads and sends at most one turn's frames.
-func (e *egress) drain(device uintptr) error {
-	_, err := e.read(device)
+func (e *egress) drain(from device) error {
+	_, err := e.read(from)
 	e.flush()
 	return errors.Join(err, e.failed)
 }
 
 // read adds at most one turn's frames to the batch, flushing as it fills. dry
 // reports that the device has no more.
-func (e *egress) read(device uintptr) (dry bool, err error) {
+func (e *egress) read(from device) (dry bool, err error) {
 	for frames, bytes := 0, 0; frames < turnFrames && bytes < turnBytes; {
 		at := e.used + frameHeadroom
-		n, errno := read(device, e.slab[at:at+maxFrame])
+		n, errno := from.read(e.slab[at : at+maxFrame])
 		e.tally.syscalls++
 		if errno != 0 {
 			switch deviceRead.of(errno).fault {
@@ -104,7 +121,7 @@ func (e *egress) read(device uintptr) (dry bool, err error) {
 				return false, fmt.Errorf("reading the tunnel device: %w", errno)
 			}
 		}
-		if e.moves != nil && device != e.device {
+		if e.moves != nil && from != e.device {
 			if moves := e.moves.Load(); moves != e.moved {
 				if at, err = e.letOthersFirst(at, n); err != nil {
 					return false, err
@@ -295,21 +312,20 @@ func (e *egress) publish() {
 	e.share.publish()
 }
 
-// send sends the messages [from, to) through one socket. If the socket buffer is
+// send sends the messages [from, end) through one socket. If the socket buffer is
 // full, the rest is dropped, as on a full link.
-func (e *egress) send(socket socketID, from, to int) {
-	source := e.source(socket)
-	if source.Socket.FD() < 0 {
-		for _, r := range e.batch.runs[from:to] {
+func (e *egress) send(id socketID, from, end int) {
+	to := e.source(id).socket
+	if to == nil {
+		for _, r := range e.batch.runs[from:end] {
 			e.tally.dropN(EgressUnreachable, r.segments) // unused family
 			e.share.drop(r.peer, r.segments)
 		}
 		return
 	}
-	fd := uintptr(source.Socket.FD())
 	again := false
-	for from < to {
-		n, errno := sendmmsg(fd, e.batch.msgs[from:to])
+	for from < end {
+		n, errno := to.send(e.batch.msgs[from:end])
 		e.tally.syscalls++
 		if errno != 0 {
 			if errno == unix.EINTR {
@@ -319,7 +335,7 @@ func (e *egress) send(socket socketID, from, to int) {
 				again = true // the error may be from an ICMP message about an earlier packet
 				continue
 			}
-			e.refused(fd, from, errno)
+			e.refused(to, from, errno)
 			again = false
 			from++
 			continue
@@ -334,8 +350,8 @@ func (e *egress) send(socket socketID, from, to int) {
 	}
 }
 
-// source returns the socket with the ID, or the zero Source.
-func (e *egress) source(id socketID) Source {
+// source returns the socket with the ID, or none.
+func (e *egress) source(id socketID) source {
 	family, number := id/socketsPerFamily, int(id%socketsPerFamily)
 	switch {
 	case number == fragmentSocket:
@@ -343,7 +359,7 @@ func (e *egress) source(id socketID) Source {
 	case number < len(e.sources[family]):
 		return e.sources[family][number]
 	}
-	return Source{}
+	return source{}
 }
 
 // refused handles a message that the kernel rejected. A run that could not be
@@ -351,13 +367,13 @@ func (e *egress) source(id socketID) Source {
 // checksum (Linux before 6.11) or that IPsec covers the route: GSO is suspended
 // for this peer. EINVAL or EMSGSIZE mean that the run's datagrams exceed the
 // route's MTU; sent singly and without DF, they are fragmented.
-func (e *egress) refused(fd uintptr, i int, errno unix.Errno) {
+func (e *egress) refused(to socket, i int, errno unix.Errno) {
 	r := &e.batch.runs[i]
 	if e.batch.mayCut(i, errno) {
 		if errno == unix.EIO {
 			r.peer.suspend(mechanismGSO)
 		}
-		e.sendSingly(fd, i)
+		e.sendSingly(to, i)
 		return
 	}
 	e.lost(r.peer, errno, r.segments)
@@ -376,7 +392,7 @@ func (e *egress) lost(p *Peer, errno unix.Errno, n int) {
 }
 
 // sendSingly sends the datagrams of a run one by one.
-func (e *egress) sendSingly(fd uintptr, i int) {
+func (e *egress) sendSingly(to socket, i int) {
 	r := e.batch.runs[i]
 	whole := e.batch.msgs[i].hdr
 	per := r.pieces / r.segments
@@ -384,7 +400,7 @@ func (e *egress) sendSingly(fd uintptr, i int) {
 	for n := range r.segments {
 		iovs := iovecs(&whole)[n*per : (n+1)*per]
 		e.batch.header(&e.batch.msgs[i].hdr, &one, iovs, i)
-		sent, errno := sendmmsg(fd, e.batch.msgs[i:i+1])
+		sent, errno := to.send(e.batch.msgs[i : i+1])
 		e.tally.syscalls++
 		if sent != 1 {
 			e.lost(r.peer, errno, 1)

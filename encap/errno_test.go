@@ -127,7 +127,7 @@ func TestP9RefusalIsThePeersAlone(t *testing.T) {
 	out.batch.addSegment(0, make([]byte, 50), make([]byte, 50))
 	out.batch.addSegment(0, make([]byte, 50), make([]byte, 50))
 	out.batch.layOut()
-	out.refused(uintptr(a.options.IPv4.Send[0].Socket.FD()), 0, unix.EIO)
+	out.refused(inet(a.options.IPv4.Send[0].Socket.FD()), 0, unix.EIO)
 	if out.tally.packets != 2 {
 		t.Errorf("%d packets were sent another way, drops %v", out.tally.packets, out.tally.drops)
 	}

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,28 +12,31 @@ import (
 type errorQueue struct {
 	*common
 	hinted  time.Time // when the last hint was handled
+	message unix.Msghdr
+	iov     unix.Iovec
 	quote   [576]byte
 	control [256]byte
 	name    [unix.SizeofSockaddrInet6]byte
 }
 
 // drain reads all errors of a socket.
-func (q *errorQueue) drain(fd uintptr) {
+func (q *errorQueue) drain(from socket) {
+	h := &q.message
 	for {
-		iov := iovecOf(q.quote[:])
-		h := unix.Msghdr{
-			Name: &q.name[0], Namelen: uint32(len(q.name)), Iov: &iov, Iovlen: 1,
+		q.iov = iovecOf(q.quote[:])
+		*h = unix.Msghdr{
+			Name: &q.name[0], Namelen: uint32(len(q.name)), Iov: &q.iov, Iovlen: 1,
 			Control: &q.control[0],
 		}
 		h.SetControllen(len(q.control))
-		n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&h)), unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		n, errno := from.receiveError(h)
 		if errno == unix.EINTR {
 			continue
 		}
 		if errno != 0 {
 			// If the queue had no room, the error is still pending on the socket, which
 			// would stay ready: clear it.
-			_, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+			from.clearError()
 			return
 		}
 		to, ok := address(q.name[:h.Namelen])

@@ -11,12 +11,12 @@ import (
 // Only one goroutine uses it.
 type ingress struct {
 	*common
-	device   uintptr   // TUN descriptor
-	spread   []uintptr // queues to choose device from; empty if there is only one
-	socket   uintptr   // underlay socket
-	linkLen  int       // bytes of link-layer header before each packet of a packet socket
-	self     VTEP      // what the format's header of packets for this node has
-	mtu      int       // of the device
+	device   device   // queue to write to
+	spread   []device // queues to choose device from; empty if there is only one
+	socket   socket
+	linkLen  int  // bytes of link-layer header before each packet of a packet socket
+	self     VTEP // what the format's header of packets for this node has
+	mtu      int  // of the device
 	counters *Counters
 
 	batch *recvBatch
@@ -33,11 +33,11 @@ type ingress struct {
 	failed error
 }
 
-func newIngress(c *common, device uintptr, socket Descriptor, u Underlay, mtu int, counters *Counters) *ingress {
+func newIngress(c *common, to device, from socket, u Underlay, mtu int, counters *Counters) *ingress {
 	g := &ingress{
 		common:   c,
-		device:   device,
-		socket:   uintptr(socket.FD()),
+		device:   to,
+		socket:   from,
 		linkLen:  u.LinkHeader,
 		self:     u.Self,
 		mtu:      mtu,
@@ -296,7 +296,7 @@ func (g *ingress) choose(b []byte, p *packet) {
 // write writes one frame, a virtio header and a packet, to the device.
 func (g *ingress) write(iovs []unix.Iovec) unix.Errno {
 	for {
-		errno := writev(g.device, iovs)
+		errno := g.device.write(iovs)
 		g.tally.syscalls++
 		if errno == unix.EINTR {
 			continue

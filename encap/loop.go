@@ -187,15 +187,14 @@ func (o *Options) threads() int {
 // open builds the i-th thread's queue.
 func (l *Loop) open(i int) (*queue, error) {
 	o := l.options
-	var devices []uintptr
+	var devices []device
 	for k := i; k < len(o.Devices); k += o.threads() {
-		devices = append(devices, uintptr(o.Devices[k].FD()))
+		devices = append(devices, tun(o.Devices[k].FD()))
 	}
-	device := devices[0]
 	var in []*ingress
 	for _, u := range []Underlay{o.IPv4, o.IPv6} {
 		if len(u.Receive) > 0 {
-			g := newIngress(&l.common, device, u.Receive[i], u, o.MTU, o.Ingress)
+			g := newIngress(&l.common, devices[0], inet(u.Receive[i].FD()), u, o.MTU, o.Ingress)
 			g.share.thread = i
 			if o.Spread {
 				g.spread = devices
@@ -203,11 +202,13 @@ func (l *Loop) open(i int) (*queue, error) {
 			in = append(in, g)
 		}
 	}
-	out := newEgress(&l.common, [2][]Source{o.IPv4.Send, o.IPv6.Send}, o.Egress)
-	out.fragmenter = [2]Source{o.IPv4.Fragment, o.IPv6.Fragment}
+	out := newEgress(&l.common, [2][]source{sourcesOf(o.IPv4.Send), sourcesOf(o.IPv6.Send)}, o.Egress)
+	out.fragmenter = [2]source{sourceOf(o.IPv4.Fragment), sourceOf(o.IPv6.Fragment)}
 	out.share.thread = i
-	out.super = uintptr(o.Super.FD())
-	out.device = device
+	if o.Super.FD() >= 0 {
+		out.super = tun(o.Super.FD())
+	}
+	out.device = devices[0]
 	if o.QueueMoves != nil && o.threads() < len(o.Devices) {
 		out.moves, out.moved = o.QueueMoves, o.QueueMoves.Load()
 	}
@@ -215,15 +216,16 @@ func (l *Loop) open(i int) (*queue, error) {
 	if o.CopyDSCP {
 		out.classes = 0xff
 	}
-	q, err := newQueue(&l.common, devices, out, in)
+	var errors []socket // of all threads, the first watches the send-only sockets
+	if i == 0 {
+		errors = sendOnly(o)
+	}
+	q, err := newQueue(&l.common, devices, out, in, errors)
 	if err != nil {
 		return nil, err
 	}
 	if !o.NoBusyPoll {
 		q.poller.limit = pollTime
-	}
-	if i == 0 {
-		q.watchErrors(o)
 	}
 	return q, nil
 }

@@ -366,7 +366,7 @@ func TestMovedFlowKeepsItsOrder(t *testing.T) {
 			}
 		}
 		for i := range 8 { // the second queue first
-			if err := q.out.drain(uintptr(queues[1-i%2])); err != nil {
+			if err := q.out.drain(tun(queues[1-i%2])); err != nil {
 				t.Fatal(err)
 			}
 			for {
@@ -394,9 +394,9 @@ func TestNothingIsAllocated(t *testing.T) {
 	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
 	meet(a, b)
-	out := newEgress(&a.loop.common, [2][]Source{a.options.IPv4.Send}, a.options.Egress)
-	in := newIngress(&b.loop.common, uintptr(b.options.Devices[0].FD()), b.options.IPv4.Receive[0], b.options.IPv4, 1450, b.options.Ingress)
-	device := uintptr(a.options.Devices[0].FD())
+	out := newEgress(&a.loop.common, [2][]source{sourcesOf(a.options.IPv4.Send)}, a.options.Egress)
+	in := newIngress(&b.loop.common, tun(b.options.Devices[0].FD()), inet(b.options.IPv4.Receive[0].FD()), b.options.IPv4, 1450, b.options.Ingress)
+	device := tun(a.options.Devices[0].FD())
 	raw, err := b.kernel.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
@@ -423,7 +423,7 @@ func TestNothingIsAllocated(t *testing.T) {
 			t.Fatal(err)
 		}
 		for {
-			if _, errno := read(kernel, discard); errno != 0 {
+			if _, errno := tun(kernel).read(discard); errno != 0 {
 				return
 			}
 		}
@@ -444,15 +444,15 @@ func TestSystemCallsPerFrame(t *testing.T) {
 	if err := unix.SetsockoptInt(b.options.IPv4.Receive[0].FD(), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
 		t.Fatal(err)
 	}
-	out := newEgress(&a.loop.common, [2][]Source{a.options.IPv4.Send}, a.options.Egress)
-	in := newIngress(&b.loop.common, uintptr(b.options.Devices[0].FD()), b.options.IPv4.Receive[0], b.options.IPv4, 1450, b.options.Ingress)
+	out := newEgress(&a.loop.common, [2][]source{sourcesOf(a.options.IPv4.Send)}, a.options.Egress)
+	in := newIngress(&b.loop.common, tun(b.options.Devices[0].FD()), inet(b.options.IPv4.Receive[0].FD()), b.options.IPv4, 1450, b.options.Ingress)
 	const frames, payload = 20, 44 * 1398 // the kernel's own frames of 64 KB
 	for range frames {
 		a.send(t, vnetHeader{flags: vnetNeedsCsum, csumStart: 20, csumOffset: 16, gsoType: gsoTCP4, gsoSize: 1398}, tcpSpec(payload).partial())
 	}
 	for out.counters.Packets.Load() < frames*44 {
 		before := out.counters.Packets.Load()
-		if err := out.drain(uintptr(a.options.Devices[0].FD())); err != nil {
+		if err := out.drain(tun(a.options.Devices[0].FD())); err != nil {
 			t.Fatal(err)
 		}
 		if out.counters.Packets.Load() == before {

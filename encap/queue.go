@@ -1,11 +1,8 @@
 package encap
 
 import (
-	"fmt"
-	"runtime"
 	"slices"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,53 +13,59 @@ import (
 // Several queues use several CPUs.
 type queue struct {
 	*common
-	devices []uintptr
+	devices []device
+	sockets []socket // those to receive from, then those only to send from
 	out     *egress
 	in      []*ingress
 
 	stop   eventfd
 	errors errorQueue
-	polls  []unix.PollFd // stop, receive sockets, send-only sockets (errors), devices
+	polls  []unix.PollFd // stop, sockets, devices
+	wait   func(polls []unix.PollFd, atMost time.Duration) (ready bool)
 	poller poller
 }
+
+// forever is no limit for queue.wait.
+const forever = time.Duration(-1)
 
 // rawBlock is how long a thread blocks in a raw system call, hidden from the Go
 // scheduler, before it blocks in one that releases its P. It is less than the
 // 10 ms after which the runtime preempts a goroutine.
 const rawBlock = 5 * time.Millisecond
 
-func newQueue(c *common, devices []uintptr, out *egress, in []*ingress) (*queue, error) {
+// newQueue returns a queue. sendOnly are sockets that it watches for errors only.
+func newQueue(c *common, devices []device, out *egress, in []*ingress, sendOnly []socket) (*queue, error) {
 	stop, err := newEventfd()
 	if err != nil {
 		return nil, err
 	}
-	q := &queue{common: c, devices: devices, out: out, in: in, stop: stop, errors: errorQueue{common: c}}
+	q := &queue{common: c, devices: devices, out: out, in: in, stop: stop, errors: errorQueue{common: c}, wait: wait}
 	q.polls = append(q.polls, unix.PollFd{Fd: int32(q.stop), Events: unix.POLLIN})
 	for _, g := range in {
-		q.polls = append(q.polls, unix.PollFd{Fd: int32(g.socket), Events: unix.POLLIN})
+		q.sockets = append(q.sockets, g.socket)
+		q.polls = append(q.polls, unix.PollFd{Fd: int32(g.socket.fd()), Events: unix.POLLIN})
+	}
+	for _, s := range sendOnly {
+		q.sockets = append(q.sockets, s)
+		q.polls = append(q.polls, unix.PollFd{Fd: int32(s.fd())})
 	}
 	for _, d := range devices {
-		q.polls = append(q.polls, unix.PollFd{Fd: int32(d), Events: unix.POLLIN})
+		q.polls = append(q.polls, unix.PollFd{Fd: int32(d.fd()), Events: unix.POLLIN})
 	}
 	return q, nil
 }
 
-// watchErrors adds the send-only sockets to the poll set, for their error queues.
-func (q *queue) watchErrors(o Options) {
-	last := len(q.polls) - len(q.devices)
-	devices := slices.Clone(q.polls[last:])
-	q.polls = q.polls[:last]
+// sendOnly returns the sockets that are not received from.
+func sendOnly(o Options) []socket {
+	var all []socket
 	for _, u := range []Underlay{o.IPv4, o.IPv6} {
 		for _, s := range append(u.Send[:len(u.Send):len(u.Send)], u.Fragment) {
-			if s.Socket.FD() < 0 {
-				continue
-			}
-			if !slices.Contains(u.Receive, s.Socket) {
-				q.polls = append(q.polls, unix.PollFd{Fd: int32(s.Socket.FD())})
+			if s.Socket.FD() >= 0 && !slices.Contains(u.Receive, s.Socket) {
+				all = append(all, inet(s.Socket.FD()))
 			}
 		}
 	}
-	q.polls = append(q.polls, devices...)
+	return all
 }
 
 // close closes the eventfd.
@@ -82,9 +85,9 @@ func (q *queue) serve() error {
 		if q.stopping.Load() {
 			return nil
 		}
-		for i := range q.polls {
-			if q.polls[i].Revents&unix.POLLERR != 0 {
-				q.errors.drain(uintptr(q.polls[i].Fd))
+		for i, s := range q.sockets {
+			if q.polls[1+i].Revents&unix.POLLERR != 0 {
+				q.errors.drain(s)
 			}
 		}
 		for i, g := range q.in {
@@ -110,7 +113,7 @@ func (q *queue) serve() error {
 // ready.
 func (q *queue) look() (ready bool) {
 	for q.poller.busy {
-		if wait(q.polls, 0) {
+		if q.wait(q.polls, 0) {
 			q.poller.ready()
 			return true
 		}
@@ -122,10 +125,8 @@ func (q *queue) look() (ready bool) {
 // sleep blocks until a descriptor is ready.
 func (q *queue) sleep() {
 	q.poller.block()
-	if !wait(q.polls, rawBlock) {
-		if _, err := unix.Ppoll(q.polls, nil, nil); err != nil {
-			clearEvents(q.polls)
-		}
+	if !q.wait(q.polls, rawBlock) {
+		q.wait(q.polls, forever)
 	}
 	q.poller.wake()
 	for i, g := range q.in {
@@ -140,45 +141,3 @@ func (q *queue) sleep() {
 		}
 	}
 }
-
-// wait blocks until a descriptor is ready, and returns false after atMost, which
-// must not exceed rawBlock. It is a raw system call: after the wake-up the
-// goroutine runs at once on its thread, without the Go scheduler. It keeps its P
-// meanwhile, so Loop.Run reserves one more per queue.
-//
-// The runtime, such as the garbage collector, preempts by a signal, which
-// interrupts the call: wait then yields (Gosched) and returns true with no events
-// set.
-func wait(polls []unix.PollFd, atMost time.Duration) (ready bool) {
-	timeout := unix.NsecToTimespec(int64(atMost))
-	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&polls[0])), uintptr(len(polls)), uintptr(unsafe.Pointer(&timeout)), 0, 0, 0)
-	if errno != 0 {
-		clearEvents(polls)
-		runtime.Gosched()
-		return true
-	}
-	return n > 0
-}
-
-func clearEvents(polls []unix.PollFd) {
-	for i := range polls {
-		polls[i].Revents = 0
-	}
-}
-
-// eventfd is an eventfd(2), used as a wake-up.
-type eventfd int
-
-func newEventfd() (eventfd, error) {
-	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return -1, fmt.Errorf("eventfd: %w", err)
-	}
-	return eventfd(fd), nil
-}
-
-var eventOne = [8]byte{1} // not 0 in either byte order
-
-func (e eventfd) signal() { _, _ = unix.Write(int(e), eventOne[:]) }
-
-func (e eventfd) close() { _ = unix.Close(int(e)) }

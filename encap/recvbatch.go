@@ -59,16 +59,12 @@ func newRecvBatch(messages int) *recvBatch {
 }
 
 // receive fills up to n messages and returns how many.
-func (b *recvBatch) receive(fd uintptr, n int) (int, unix.Errno) {
+func (b *recvBatch) receive(from socket, n int) (int, unix.Errno) {
 	for i := range b.msgs[:n] {
 		b.msgs[i].hdr.Namelen = recvNameLen
 		b.msgs[i].hdr.Controllen = recvControlSpace
 	}
-	got, _, err := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.msgs[0])), uintptr(n), unix.MSG_DONTWAIT, 0, 0)
-	if err != 0 {
-		return 0, err
-	}
-	return int(got), 0
+	return from.receive(b.msgs[:n])
 }
 
 // message returns the i-th message of the last receive.

@@ -149,7 +149,7 @@ func (s *superPath) stamp(room []byte, p *packet, kind uint8, size int, o outerF
 // before it, which the caller has flushed.
 func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int) bool {
 	path := peer.super.Load()
-	if path == nil || !e.offload.SuperFrame.Load() {
+	if path == nil || e.super == nil || !e.offload.SuperFrame.Load() {
 		return false
 	}
 	if e.superSent++; e.superSent%superKeep == 0 {
@@ -161,16 +161,17 @@ func (e *egress) superFrame(peer *Peer, at int, p *packet, kind uint8, size int)
 	payload := p.length - p.headLen
 	segments := (payload + size - 1) / size
 	source := e.source(e.socket(peer, e.slab[at:], p))
-	if segments < 2 || source.Socket.FD() < 0 || e.fragments(peer) {
+	if segments < 2 || source.socket == nil || e.fragments(peer) {
 		return false
 	}
 	room := e.slab[at-len(path.head) : at+p.length] // there is room: slabStart
-	fields := outerFields{class: p.class & e.classes, id: e.superID, port: source.Port, df: e.dontFragment}
+	fields := outerFields{class: p.class & e.classes, id: e.superID, port: source.port, df: e.dontFragment}
 	if !path.stamp(room, p, kind, size, fields) {
 		return false
 	}
+	e.frame[0] = iovecOf(room)
 	for {
-		_, errno := write(e.super, room)
+		errno := e.super.write(e.frame[:])
 		e.tally.syscalls++
 		if errno == 0 {
 			e.superID += uint16(segments)

@@ -10,7 +10,7 @@ import (
 // fragments reports whether packets to the peer leave by the fragmenting socket:
 // its path takes less than pods can be told.
 func (e *egress) fragments(peer *Peer) bool {
-	if peer.path.Load() == nil || e.fragmenter[peer.family()].Socket.FD() < 0 {
+	if peer.path.Load() == nil || e.fragmenter[peer.family()].socket == nil {
 		return false
 	}
 	k, ok := peer.PathMTU()
@@ -102,6 +102,7 @@ func (e *egress) tellTooBig(peer *Peer, b []byte, p *packet, limit int) {
 		pseudo := (&packet{proto: unix.IPPROTO_ICMPV6}).pseudo(ip)
 		putChecksum(icmp[2:], ^fold(sum(icmp, add16(pseudo, uint16(len(icmp))))))
 	}
-	_, _ = write(e.device, f)
+	e.frame[0] = iovecOf(f)
+	_ = e.device.write(e.frame[:])
 	e.tally.syscalls++
 }

@@ -64,7 +64,7 @@ func FuzzDatagram(std *testing.F) {
 	}
 	table := NewTable([]netip.Prefix{netip.MustParsePrefix("10.5.2.0/24"), netip.MustParsePrefix("fd00:5:2::/64")}, peers)
 	// One for all: it has megabytes of buffers.
-	g := newIngress(commonOf(VXLAN), ^uintptr(0), Descriptor{}, Underlay{Self: VTEP{testVNI, [6]byte{2}}}, 1450, &Counters{})
+	g := newIngress(commonOf(VXLAN), tun(-1), nil, Underlay{Self: VTEP{testVNI, [6]byte{2}}}, 1450, &Counters{})
 	f.Fuzz(func(t *testing.T, data []byte, segment uint16, ecn uint8) {
 		g.tally, g.join.count, g.route, g.failed = tally{}, 0, route{}, nil
 		if len(data) > recvBufferLen-recvHeadroom {
@@ -99,7 +99,7 @@ func FuzzFrame(std *testing.F) {
 	})
 	l := NewLoop(Options{Format: VXLAN, Offload: allOn()})
 	l.SetTable(n)
-	e := newEgress(&l.common, [2][]Source{}, &Counters{})
+	e := newEgress(&l.common, [2][]source{}, &Counters{})
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) > maxFrame {
 			return
