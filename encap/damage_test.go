@@ -34,7 +34,7 @@ func TestDamagedHeaderIsNotMended(t *testing.T) {
 		{"marked", 0, 3, 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			g := newIngress(commonOf(VXLAN), tun(-1), nil, Underlay{Self: VTEP{testVNI, [6]byte{2}}}, 1450, &Counters{})
+			g := newIngress(commonOf(VXLAN), tun(-1), nil, testRecvBatch(), Underlay{Self: VTEP{testVNI, [6]byte{2}}}, 1450, &Counters{})
 			first := tcpSpec(100)
 			first.tos = c.tos
 			second := first

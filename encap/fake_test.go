@@ -163,3 +163,5 @@ type vxlanHeader struct {
 func (h *vxlanHeader) Put(b []byte) {
 	VXLAN.Put(b, VTEP{h.VNI, h.Source}, VTEP{MAC: h.Destination}, h.EtherType)
 }
+
+func testRecvBatch() *recvBatch { return newRecvBatch(make([]byte, recvSlabLen)) }

@@ -281,7 +281,7 @@ func newFakeNode(f Format) *fakeNode {
 	n.out = newEgress(n.common, [2][]source{{{socket: n.socket, port: 8472}}}, &n.counters)
 	n.out.device = n.device
 	n.out.dontFragment = !n.udp
-	n.in = newIngress(n.common, n.device, n.socket, Underlay{Self: n.vtep, LinkHeader: 14}, 1450, &n.counters)
+	n.in = newIngress(n.common, n.device, n.socket, testRecvBatch(), Underlay{Self: n.vtep, LinkHeader: 14}, 1450, &n.counters)
 	return n
 }
 

@@ -33,7 +33,7 @@ type ingress struct {
 	failed error
 }
 
-func newIngress(c *common, to device, from socket, u Underlay, mtu int, counters *Counters) *ingress {
+func newIngress(c *common, to device, from socket, batch *recvBatch, u Underlay, mtu int, counters *Counters) *ingress {
 	g := &ingress{
 		common:   c,
 		device:   to,
@@ -43,7 +43,7 @@ func newIngress(c *common, to device, from socket, u Underlay, mtu int, counters
 		mtu:      mtu,
 		counters: counters,
 		share:    share{direction: receiving},
-		batch:    newRecvBatch(ingressMessages),
+		batch:    batch,
 		join:     newCoalescer(c.offload, 2*ingressMessages),
 		cut:      newSegmenter(),
 		asks:     ingressMessages,

@@ -15,7 +15,7 @@ func ipipIngress() *ingress {
 		[]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()},
 		[]*Peer{ipipPeer(netip.PrefixFrom(here4, 24).Masked(), netip.MustParseAddr("198.18.0.1"))},
 	))
-	return newIngress(c, tun(-1), nil, Underlay{LinkHeader: 14}, 1480, &Counters{})
+	return newIngress(c, tun(-1), nil, testRecvBatch(), Underlay{LinkHeader: 14}, 1480, &Counters{})
 }
 
 // ipipDatagram encapsulates a packet, as the packet socket returns it.

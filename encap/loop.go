@@ -3,9 +3,12 @@ package encap
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 // Descriptor is a non-blocking file descriptor that the Go runtime's poller does
@@ -191,10 +194,15 @@ func (l *Loop) open(i int) (*queue, error) {
 	for k := i; k < len(o.Devices); k += o.threads() {
 		devices = append(devices, tun(o.Devices[k].FD()))
 	}
+	slab, err := unix.Mmap(-1, 0, recvSlabLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, fmt.Errorf("allocating receive buffers: %w", err)
+	}
+	batch := newRecvBatch(slab)
 	var in []*ingress
 	for _, u := range []Underlay{o.IPv4, o.IPv6} {
 		if len(u.Receive) > 0 {
-			g := newIngress(&l.common, devices[0], inet(u.Receive[i].FD()), u, o.MTU, o.Ingress)
+			g := newIngress(&l.common, devices[0], inet(u.Receive[i].FD()), batch, u, o.MTU, o.Ingress)
 			g.share.thread = i
 			if o.Spread {
 				g.spread = devices
@@ -216,14 +224,15 @@ func (l *Loop) open(i int) (*queue, error) {
 	if o.CopyDSCP {
 		out.classes = 0xff
 	}
-	var errors []socket // of all threads, the first watches the send-only sockets
+	var quiet []socket // of all threads, the first watches the send-only sockets
 	if i == 0 {
-		errors = sendOnly(o)
+		quiet = sendOnly(o)
 	}
-	q, err := newQueue(&l.common, devices, out, in, errors)
+	q, err := newQueue(&l.common, devices, out, in, quiet)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, unix.Munmap(slab))
 	}
+	q.slab = slab
 	if !o.NoBusyPoll {
 		q.poller.limit = pollTime
 	}

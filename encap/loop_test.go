@@ -395,7 +395,7 @@ func TestNothingIsAllocated(t *testing.T) {
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
 	meet(a, b)
 	out := newEgress(&a.loop.common, [2][]source{sourcesOf(a.options.IPv4.Send)}, a.options.Egress)
-	in := newIngress(&b.loop.common, tun(b.options.Devices[0].FD()), inet(b.options.IPv4.Receive[0].FD()), b.options.IPv4, 1450, b.options.Ingress)
+	in := newIngress(&b.loop.common, tun(b.options.Devices[0].FD()), inet(b.options.IPv4.Receive[0].FD()), testRecvBatch(), b.options.IPv4, 1450, b.options.Ingress)
 	device := tun(a.options.Devices[0].FD())
 	raw, err := b.kernel.SyscallConn()
 	if err != nil {
@@ -445,7 +445,7 @@ func TestSystemCallsPerFrame(t *testing.T) {
 		t.Fatal(err)
 	}
 	out := newEgress(&a.loop.common, [2][]source{sourcesOf(a.options.IPv4.Send)}, a.options.Egress)
-	in := newIngress(&b.loop.common, tun(b.options.Devices[0].FD()), inet(b.options.IPv4.Receive[0].FD()), b.options.IPv4, 1450, b.options.Ingress)
+	in := newIngress(&b.loop.common, tun(b.options.Devices[0].FD()), inet(b.options.IPv4.Receive[0].FD()), testRecvBatch(), b.options.IPv4, 1450, b.options.Ingress)
 	const frames, payload = 20, 44 * 1398 // the kernel's own frames of 64 KB
 	for range frames {
 		a.send(t, vnetHeader{flags: vnetNeedsCsum, csumStart: 20, csumOffset: 16, gsoType: gsoTCP4, gsoSize: 1398}, tcpSpec(payload).partial())

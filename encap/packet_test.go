@@ -81,7 +81,7 @@ func TestSegmentsOfNoBytes(t *testing.T) {
 	head := make([]byte, VXLANHeaderLen)
 	h.Put(head)
 	for _, mtu := range []int{40, 39, 0} { // the headers alone
-		g := newIngress(commonOf(VXLAN), tun(-1), nil, Underlay{Self: VTEP{testVNI, [6]byte{2}}}, mtu, &Counters{})
+		g := newIngress(commonOf(VXLAN), tun(-1), nil, testRecvBatch(), Underlay{Self: VTEP{testVNI, [6]byte{2}}}, mtu, &Counters{})
 		room := append(make([]byte, recvHeadroom, recvHeadroom+4096), head...)
 		g.udpMessage(table, datagrams{data: append(room, s.partial()...)[recvHeadroom:], source: sockaddr4(192, 0, 2, 1)})
 		if g.tally.drops[IngressMalformed] != 1 || g.tally.packets != 0 {

@@ -17,6 +17,9 @@ type queue struct {
 	sockets []socket // those to receive from, then those only to send from
 	out     *egress
 	in      []*ingress
+	// slab is the receive buffers of all of in, which take turns. They are not in Go's
+	// heap, where 4 MB that are rarely used would let as much garbage again stand.
+	slab []byte
 
 	stop   eventfd
 	errors errorQueue
@@ -68,8 +71,14 @@ func sendOnly(o Options) []socket {
 	return all
 }
 
-// close closes the eventfd.
-func (q *queue) close() { q.stop.close() }
+// close frees what is not in Go's heap.
+func (q *queue) close() {
+	q.stop.close()
+	if q.slab != nil {
+		_ = unix.Munmap(q.slab)
+		q.slab, q.in = nil, nil
+	}
+}
 
 // wake wakes the goroutine, so that it sees that the loop is stopping.
 func (q *queue) wake() { q.stop.signal() }

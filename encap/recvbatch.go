@@ -36,7 +36,13 @@ const (
 	recvControlSpace = 64
 )
 
-func newRecvBatch(messages int) *recvBatch {
+// recvSlabLen is the bytes of buffers of a recvBatch.
+const recvSlabLen = ingressMessages * recvBufferLen
+
+// newRecvBatch returns a batch of ingressMessages messages with buffers in slab, of
+// recvSlabLen bytes.
+func newRecvBatch(slab []byte) *recvBatch {
+	const messages = ingressMessages
 	b := &recvBatch{
 		msgs:    make([]mmsghdr, messages),
 		iovs:    make([]unix.Iovec, messages),
@@ -44,7 +50,6 @@ func newRecvBatch(messages int) *recvBatch {
 		control: make([]byte, messages*recvControlSpace),
 		buffers: make([][]byte, messages),
 	}
-	slab := make([]byte, messages*recvBufferLen)
 	for i := range b.msgs {
 		b.buffers[i] = slab[i*recvBufferLen+recvHeadroom : (i+1)*recvBufferLen : (i+1)*recvBufferLen]
 		b.iovs[i].Base = unsafe.SliceData(b.buffers[i])

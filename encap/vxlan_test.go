@@ -64,7 +64,7 @@ func FuzzDatagram(std *testing.F) {
 	}
 	table := NewTable([]netip.Prefix{netip.MustParsePrefix("10.5.2.0/24"), netip.MustParsePrefix("fd00:5:2::/64")}, peers)
 	// One for all: it has megabytes of buffers.
-	g := newIngress(commonOf(VXLAN), tun(-1), nil, Underlay{Self: VTEP{testVNI, [6]byte{2}}}, 1450, &Counters{})
+	g := newIngress(commonOf(VXLAN), tun(-1), nil, testRecvBatch(), Underlay{Self: VTEP{testVNI, [6]byte{2}}}, 1450, &Counters{})
 	f.Fuzz(func(t *testing.T, data []byte, segment uint16, ecn uint8) {
 		g.tally, g.join.count, g.route, g.failed = tally{}, 0, route{}, nil
 		if len(data) > recvBufferLen-recvHeadroom {

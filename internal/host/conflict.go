@@ -96,7 +96,7 @@ func Supports(kind string) error {
 	case "ipip":
 		dev = &netlink.Iptun{LinkAttrs: attrs, Local: netip.MustParseAddr("127.0.0.67").AsSlice()}
 	default:
-		panic("there is no device of type " + kind)
+		return fmt.Errorf("there is no kernel datapath for %s", kind)
 	}
 	err := netlink.LinkAdd(dev)
 	switch {
