@@ -38,7 +38,7 @@ var allowed = map[string][]string{
 	"culvert/internal/echo":            {},
 	"culvert/internal/doctor":          {"internal/api", "internal/echo", "internal/host"},
 	"culvert/internal/trace":           {"internal/echo", "internal/firewall", "internal/host"},
-	"culvert/internal/report":          {"internal/host"},
+	"culvert/internal/report":          {"internal/firewall", "internal/host"},
 	"culvert/internal/firewall":        {"internal/api"},
 	"culvert/internal/host":            {"internal/api", "internal/firewall", "internal/handover"},
 	"culvert/internal/api":             {"internal/api/readiness", "internal/handover"},

@@ -141,6 +141,36 @@ func TestReport(t *testing.T) {
 	}
 }
 
+// TestReportWithoutPrograms makes a report on a host that has no ip, nft or other program:
+// what the kernel says is in it, and what is missing is said.
+func TestReportWithoutPrograms(t *testing.T) {
+	c := newCluster(t, 1)
+	c.datapath = "kernel"
+	c.setConfig(config)
+	n := c.Nodes[0]
+	c.start(n)
+	c.waitReady(n, 0)
+	path := filepath.Join(t.TempDir(), "r.tar.gz")
+	p, err := n.Start(lab.Command{Name: "report", Path: filepath.Join(c.bin, "culvert"), Args: []string{"report", path, "--run-dir", n.RunDir}, Env: []string{"PATH=" + t.TempDir()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-p.Exited()
+	said := p.Tail(5)
+	if err := p.Err(); err != nil || !strings.Contains(said, "not installed here: ip, bridge, nft, ") {
+		t.Errorf("%v: %s", err, said)
+	}
+	files := unpack(t, path)
+	for name, want := range map[string]string{
+		"README.txt": "programs/nft.txt: there is no program nft here", "kernel/nftables.jsonl": `"Table":"culvert","Chain":"input"`,
+		"kernel/links.jsonl": "cvt.1", "kernel/routes.jsonl": "10.5.0.0", "status.txt": "ready", "doctor.txt": "ok",
+	} {
+		if !strings.Contains(files[name], want) {
+			t.Errorf("%s lacks %q:\n%.1000s", name, want, files[name])
+		}
+	}
+}
+
 // unpack reads an archive, less the name of its directory.
 func unpack(t *testing.T, path string) map[string]string {
 	t.Helper()

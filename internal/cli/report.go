@@ -54,6 +54,9 @@ minute, and works while no daemon runs. FILE "-" is the standard output.`,
 			if err != nil {
 				return fmt.Errorf("writing the report: %w", err)
 			}
+			if len(sum.Programs) > 0 {
+				fmt.Fprintf(c.OutOrStdout(), "not installed here: %s. What they show was read from the kernel as far as it can be; README.txt lists what is missing.\n", strings.Join(sum.Programs, ", "))
+			}
 			_, err = fmt.Fprintf(c.OutOrStdout(), "%s: %d files, %s; %d secrets were removed. Look it through before you publish it.\n", file, sum.Files, size(uint64(b.Len())), sum.Removed)
 			return err
 		},

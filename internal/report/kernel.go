@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/firewall"
 	"culvert/internal/host"
 )
 
@@ -28,6 +29,7 @@ func kernel() []Source {
 		listing("rules", func() ([]netlink.Rule, error) { return netlink.RuleList(netlink.FAMILY_ALL) }),
 		listing("neighbours", func() ([]netlink.Neigh, error) { return netlink.NeighList(0, netlink.FAMILY_ALL) }),
 		listing("fdb", func() ([]netlink.Neigh, error) { return netlink.NeighList(0, unix.AF_BRIDGE) }),
+		listing("nftables", firewall.List),
 		{"kernel/sysctl-net.txt", sysctls},
 		file("kernel/version.txt", "/proc/version"),
 		file("kernel/modules.txt", "/proc/modules"),

@@ -55,6 +55,8 @@ type Summary struct {
 	Bytes   int // before compression
 	Removed int // secrets
 	Missing []string
+	// Programs are those that would have shown more and are not installed.
+	Programs []string
 }
 
 // Write writes the archive, a gzipped tar file.
@@ -82,6 +84,10 @@ func Write(ctx context.Context, w io.Writer, o Options) (Summary, error) {
 			continue
 		}
 		text, err := read(ctx, s)
+		var program noProgram
+		if errors.As(err, &program) && !slices.Contains(sum.Programs, string(program)) {
+			sum.Programs = append(sum.Programs, string(program))
+		}
 		if err != nil {
 			sum.Missing = append(sum.Missing, string(redact.Clean([]byte(fmt.Sprintf("%s: %v", s.Name, err)))))
 		}
@@ -238,7 +244,7 @@ func command(name, program string, args ...string) Source {
 	return Source{name, func(ctx context.Context) ([]byte, error) {
 		path, err := exec.LookPath(program)
 		if err != nil {
-			return nil, fmt.Errorf("there is no program %s here", program)
+			return nil, noProgram(program)
 		}
 		cmd := exec.CommandContext(ctx, path, args...)
 		var out, errs bytes.Buffer
@@ -249,6 +255,11 @@ func command(name, program string, args ...string) Source {
 		return out.Bytes(), nil
 	}}
 }
+
+// noProgram is the error of a source that needs a program that is not installed.
+type noProgram string
+
+func (p noProgram) Error() string { return fmt.Sprintf("there is no program %s here", string(p)) }
 
 // bounded discards output beyond the limit for files.
 type bounded struct{ *bytes.Buffer }
