@@ -10,6 +10,7 @@ import (
 	"encoding/pem"
 	"math/big"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
@@ -17,6 +18,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 // Authority is a test CA; its certificates and keys are files.
@@ -37,8 +39,14 @@ func NewAuthority(t testing.TB) *Authority {
 // Path returns the path of a file of Issue.
 func (a *Authority) Path(name string) string { return filepath.Join(a.dir, name) }
 
-// Issue writes name.pem and name-key.pem, a self-signed CA if signer is nil.
+// Issue is IssueFor for a server on 127.0.0.1.
 func (a *Authority) Issue(t testing.TB, name string, signer *Authority) (*x509.Certificate, *ecdsa.PrivateKey) {
+	t.Helper()
+	return a.IssueFor(t, name, signer, netip.MustParseAddr("127.0.0.1"))
+}
+
+// IssueFor writes name.pem and name-key.pem, a self-signed CA if signer is nil.
+func (a *Authority) IssueFor(t testing.TB, name string, signer *Authority, address netip.Addr) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -51,7 +59,7 @@ func (a *Authority) Issue(t testing.TB, name string, signer *Authority) (*x509.C
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: name},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage: x509.KeyUsageDigitalSignature, IPAddresses: []net.IP{address.AsSlice()},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	parent, parentKey := template, key
@@ -87,9 +95,9 @@ func (a *Authority) Issue(t testing.TB, name string, signer *Authority) (*x509.C
 const Password = "correct-horse-battery"
 
 // Secure enables authentication with a user whose role covers only one prefix.
-func Secure(t testing.TB, endpoint string) {
+func Secure(t testing.TB, endpoint string, dial ...grpc.DialOption) {
 	t.Helper()
-	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, Logger: zap.NewNop()})
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, DialOptions: dial, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}
