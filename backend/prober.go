@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"sync"
@@ -65,11 +66,15 @@ type probed struct {
 }
 
 const (
-	// At most probeBurst requests are sent every probeInterval, or every
-	// probeChurn while peers are added.
-	probeBurst    = 32
-	probeInterval = 10 * time.Second
+	// At most probeBurst requests are sent every probeInterval and a random part of
+	// probeJitter; every probeChurn while peers are added; and after probeAgain if a
+	// request was the first that a peer has not answered. Few large bursts cost less
+	// than many small ones, which wake up every thread of the process each time.
+	probeBurst    = 96
+	probeInterval = 30 * time.Second
+	probeJitter   = 3 * time.Second
 	probeChurn    = 5 * time.Second
+	probeAgain    = 10 * time.Second
 	probeSoon     = 200 * time.Millisecond // delay after a change of the peers
 	// probeEach is the minimum interval between requests to a peer, and
 	// probeActive that to a peer with traffic.
@@ -171,11 +176,14 @@ func (p *Prober) Run(ctx context.Context) {
 		}
 		began := time.Now()
 		last = began
+		wait = probeInterval + rand.N(probeJitter)
 		if burst := p.take(began); len(burst) > 0 {
-			p.settle(burst, socket.measure(ctx, burst))
+			if p.settle(burst, socket.measure(ctx, burst)) {
+				wait = probeAgain
+			}
 			p.search(ctx)
 		}
-		wait = max(0, probeInterval-time.Since(began))
+		wait = max(0, wait-time.Since(began))
 	}
 }
 
@@ -216,8 +224,9 @@ func (t ProbeTarget) address() netip.Addr {
 }
 
 // settle records the results of a burst and puts its targets back into the queue.
-// After a first lost request the target is probed again in the next burst.
-func (p *Prober) settle(burst []request, errs []error) {
+// After a first lost request the target is probed again in the next burst, which
+// is to be soon.
+func (p *Prober) settle(burst []request, errs []error) (soon bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i, r := range burst {
@@ -244,7 +253,7 @@ func (p *Prober) settle(burst []request, errs []error) {
 			if x.failed++; x.failed > 1 {
 				x.why = errs[i].Error()
 			} else {
-				x.next = x.asked
+				x.next, soon = x.asked, true
 			}
 		} else {
 			p.count.Seconds.Observe(r.rtt.Seconds())
@@ -254,6 +263,7 @@ func (p *Prober) settle(burst []request, errs []error) {
 			heap.Push(&p.queue, x)
 		}
 	}
+	return soon
 }
 
 // search measures the path MTU of one target that lost two full-size requests in a

@@ -103,7 +103,7 @@ func timeCommands(t *testing.T, n *lab.Node, culvert string, count int) {
 	}
 }
 
-// awaitIdle waits until every peer has answered: 32 requests go every 10 s.
+// awaitIdle waits until every peer has answered: 96 requests go every 30 s.
 func awaitIdle(t *testing.T, n *lab.Node, count int) {
 	t.Helper()
 	idle := 0

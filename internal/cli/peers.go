@@ -41,7 +41,7 @@ States: active (packets have come from it lately: pods', or its own requests), i
 the daemon asks it), silent (it was asked and did not answer), unknown (it has
 not been asked yet). The daemon asks with ICMP echo requests through the tunnel,
 which flannel's nodes answer too: every 30 s, less often where there is traffic,
-and at most 32 requests to all together in 10 s.
+and at most 96 requests to all together in 30 s.
 
 SENT and RECEIVED are bytes of pods' packets since the datapath was set up; DROPS
 are packets from the peer that this node refused. "-" stands for what is not known.
