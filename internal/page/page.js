@@ -4,6 +4,8 @@
 (() => {
   const version = document.body.dataset.version, said = document.getElementById("live");
   let before = null, failures = 0;
+  const drawing = document.querySelector(".drawing")?.parentElement;
+  if (drawing) drawing.scrollLeft = (drawing.scrollWidth - drawing.clientWidth) / 2; // this node, in the middle
 
   const size = (n) => {
     const units = ["B", "kB", "MB", "GB", "TB"];
