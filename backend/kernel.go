@@ -213,24 +213,28 @@ func (k *Kernel) Status() api.Datapath {
 	s.Egress = api.Traffic{Packets: t.SentPackets, Bytes: t.SentBytes}
 	s.Ingress = api.Traffic{Packets: t.ReceivedPackets, Bytes: t.ReceivedBytes}
 	if k.options.FastPath != nil {
-		fast := k.options.FastPath.Status()
-		s.FastPath = &fast
-		// The device's counters do not include the fast path's packets.
-		s.Egress.Packets += fast.Egress.Packets
-		s.Egress.Bytes += fast.Egress.Bytes
-		s.Ingress.Packets += fast.Ingress.Packets
-		s.Ingress.Bytes += fast.Ingress.Bytes
-		if fast.Mode == "on" && !fast.On {
-			w.Warnings = append(slices.Clip(w.Warnings), api.Warning{Check: "fast-path", Text: "--fast-path=on is set, but the fast path is off: " + fast.Why})
-		}
+		DescribeFastPath(&s, k.options.FastPath.Status())
 	}
 	s.SetDrops(firewall.Drops(w.State.Firewall))
-	s.Warnings = slices.Clone(w.Warnings)
+	s.Warnings = append(s.Warnings, w.Warnings...)
 	Describe(&s, k.keeper.Standing())
 	DescribeSilence(&s, &k.silence, "the tunnel's UDP port")
 	probes := k.prober.Count()
 	s.Probes = &probes
 	return s
+}
+
+// DescribeFastPath adds the fast path's state, and its traffic, which the datapath's
+// own counters do not include.
+func DescribeFastPath(s *api.Datapath, fast api.FastPath) {
+	s.FastPath = &fast
+	s.Egress.Packets += fast.Egress.Packets
+	s.Egress.Bytes += fast.Egress.Bytes
+	s.Ingress.Packets += fast.Ingress.Packets
+	s.Ingress.Bytes += fast.Ingress.Bytes
+	if fast.Mode == "on" && !fast.On {
+		s.Warnings = append(s.Warnings, api.Warning{Check: "fast-path", Text: "--fast-path=on is set, but the fast path is off: " + fast.Why})
+	}
 }
 
 // Describe adds the Keeper's repairs, obstacles and error to a datapath's status.

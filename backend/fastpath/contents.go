@@ -2,6 +2,7 @@ package fastpath
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -23,18 +24,19 @@ type (
 		FirstPort, Ports            uint16
 		Hops, Lengths               uint8
 		MAC                         host.MAC
-		Pods                        uint8
-		_                           uint8
+		Pods, Layer3                uint8
 		Local, Subnet, Mask         address
 		Bits                        [mostLengths]uint32
 		Masks                       [mostLengths]address
 	}
 	peerKey struct {
-		MAC    host.MAC
-		Family uint16
+		Family, Bits uint16
+		To           address // an Ethernet address, or with Bits an inner prefix
 	}
 	peer struct {
 		Outer address
+		MAC   host.MAC // for a tunnel with Layer3
+		_     [2]uint8
 		MTU   uint32
 	}
 	sourceKey struct {
@@ -113,78 +115,160 @@ func keyOf(s firewall.Source) sourceKey {
 	return sourceKey{Bits: uint32(s.Inner.Bits()), Outer: addressOf(s.Outer), Inner: addressOf(s.Inner.Masked().Addr())}
 }
 
-// contentsOf computes the contents for a state, without I/O. The error says why the
-// fast path cannot be used with it.
-func contentsOf(s host.State, f facts) (contents, error) {
-	c := contents{tunnels: make(map[uint32]tunnel), peers: make(map[peerKey]peer), counted: make(map[peerKey]struct{}), sources: make(map[sourceKey]struct{})}
+// macKey is a peer's key if the device's packets have Ethernet headers.
+func macKey(family uint32, mac host.MAC) peerKey {
+	key := peerKey{Family: uint16(family)}
+	copy(key.To[:], mac[:])
+	return key
+}
+
+// prefixKey is a peer's key if they have none.
+func prefixKey(inner netip.Prefix) peerKey {
+	key := peerKey{Family: 6, Bits: uint16(inner.Bits()), To: addressOf(inner.Masked().Addr())}
+	if inner.Addr().Is4() {
+		key.Family = 4
+	}
+	return key
+}
+
+// end is this node's end of the tunnel of one address family: a vxlan device, or the
+// userspace datapath's TUN device.
+type end struct {
+	device string
+	layer3 bool
+	host.VXLAN
+	subnet  netip.Prefix
+	sources []pair
+	targets []target
+	unfit   string // why the fast path cannot carry it
+}
+
+// target is a peer of an end.
+type target struct {
+	key   peerKey
+	outer netip.Addr
+	mac   host.MAC // if the end is of layer 3
+}
+
+func (e end) family() uint32 {
+	if e.subnet.Addr().Is4() {
+		return 4
+	}
+	return 6
+}
+
+// endsOf finds the ends in a state.
+func endsOf(s host.State) ([]end, error) {
+	var all []end
 	macs := make(map[netip.Addr]host.MAC, len(s.Neighbours))
 	for _, n := range s.Neighbours {
 		macs[n.IP] = n.MAC
-	}
-	families := make(map[string]uint32)
-	c.pods = f.pods
-	for _, l := range f.pods {
-		c.podHooks = append(c.podHooks, hook{l.name, l.index, netlink.HANDLE_MIN_EGRESS, programPodIn},
-			hook{l.name, l.index, netlink.HANDLE_MIN_INGRESS, programPodOut})
 	}
 	for _, l := range s.Links {
 		if l.VXLAN == nil {
 			continue
 		}
-		v := l.VXLAN
 		i := slices.IndexFunc(s.Firewall.Tunnels, func(t firewall.TunnelRule) bool { return t.Device == l.Name })
-		device, there := f.links[l.Name]
-		uplink, up := f.links[v.Device]
-		switch {
-		case i < 0 || !there:
-			return c, fmt.Errorf("%s is not there", l.Name)
-		case !up:
-			return c, fmt.Errorf("the uplink %s is not there", v.Device)
-		case !uplink.ethernet:
-			return c, fmt.Errorf("the uplink %s is no Ethernet interface", v.Device)
-		case v.Learning:
-			return c, fmt.Errorf("%s learns addresses from what it receives (Learning)", l.Name)
-		case v.GBP:
-			return c, fmt.Errorf("%s sends group policy in its headers (GBP)", l.Name)
+		if i < 0 {
+			return nil, fmt.Errorf("%s is not there", l.Name)
 		}
 		guard := s.Firewall.Tunnels[i]
-		family := uint32(6)
-		if guard.Subnet.Addr().Is4() {
-			family = 4
+		e := end{device: l.Name, VXLAN: *l.VXLAN, subnet: guard.Subnet}
+		for _, p := range guard.Peers {
+			e.sources = append(e.sources, pair{p, keyOf(p), macKey(e.family(), macs[p.Inner.Masked().Addr()])})
 		}
-		if v.Local.Is4() != (family == 4) {
-			return c, fmt.Errorf("%s carries another IP version than it is carried by", l.Name)
+		for _, f := range s.FDB {
+			if f.Link == l.Name {
+				e.targets = append(e.targets, target{key: macKey(e.family(), f.MAC), outer: f.To})
+			}
 		}
-		families[l.Name] = family
+		all = append(all, e)
+	}
+	for _, t := range s.Process {
+		e := end{device: t.Link, layer3: true, VXLAN: t.VXLAN, subnet: t.Subnet, unfit: t.Unfit}
+		for _, p := range t.Peers {
+			source := firewall.Source{Outer: p.Outer, Inner: p.Inner}
+			e.sources = append(e.sources, pair{source, keyOf(source), prefixKey(p.Inner)})
+			e.targets = append(e.targets, target{prefixKey(p.Inner), p.Outer, p.MAC})
+		}
+		all = append(all, e)
+	}
+	return all, nil
+}
+
+// contentsOf computes the contents for a state, without I/O. The error says why the
+// fast path cannot be used with it.
+func contentsOf(s host.State, f facts) (contents, error) {
+	c := contents{tunnels: make(map[uint32]tunnel), peers: make(map[peerKey]peer), counted: make(map[peerKey]struct{}), sources: make(map[sourceKey]struct{})}
+	ends, err := endsOf(s)
+	if err != nil {
+		return c, err
+	}
+	c.pods = f.pods
+	for _, l := range f.pods {
+		c.podHooks = append(c.podHooks, hook{l.name, l.index, netlink.HANDLE_MIN_EGRESS, programPodIn},
+			hook{l.name, l.index, netlink.HANDLE_MIN_INGRESS, programPodOut})
+	}
+	for _, e := range ends {
+		device, there := f.links[e.device]
+		uplink, up := f.links[e.Device]
+		switch {
+		case !there:
+			return c, fmt.Errorf("%s is not there", e.device)
+		case !up:
+			return c, fmt.Errorf("the uplink %s is not there", e.Device)
+		case !uplink.ethernet:
+			return c, fmt.Errorf("the uplink %s is no Ethernet interface", e.Device)
+		case e.unfit != "":
+			return c, errors.New(e.unfit)
+		case e.Learning:
+			return c, fmt.Errorf("%s learns addresses from what it receives (Learning)", e.device)
+		case e.GBP:
+			return c, fmt.Errorf("%s sends group policy in its headers (GBP)", e.device)
+		}
+		family := e.family()
+		if e.Local.Is4() != (family == 4) {
+			return c, fmt.Errorf("%s carries another IP version than it is carried by", e.device)
+		}
 		t := tunnel{
 			Device: uint32(device.index), Uplink: uint32(uplink.index), MTU: uint32(uplink.mtu), FirstPort: f.firstPort, Ports: f.ports,
-			Hops: f.hops[family], MAC: v.MAC, Local: addressOf(v.Local), Subnet: addressOf(guard.Subnet.Masked().Addr()), Mask: maskOf(guard.Subnet.Bits()),
+			Hops: f.hops[family], MAC: e.MAC, Local: addressOf(e.Local), Subnet: addressOf(e.subnet.Masked().Addr()), Mask: maskOf(e.subnet.Bits()),
 		}
-		if len(f.pods) > 0 {
+		if e.layer3 {
+			t.Layer3 = 1
+		}
+		if len(f.pods) > 0 && !e.layer3 {
 			t.Pods = 1
 		}
 		if near, ok := f.links[host.JoinNear]; ok {
 			t.Joiner = uint32(near.index)
 		}
-		binary.BigEndian.PutUint32(t.VNI[:], v.VNI<<8)
-		binary.BigEndian.PutUint16(t.Port[:], v.Port)
-		for _, p := range guard.Peers {
-			bits := uint32(p.Inner.Bits())
-			if !slices.Contains(t.Bits[:t.Lengths], bits) {
-				if t.Lengths == mostLengths {
-					continue
-				}
-				t.Bits[t.Lengths], t.Masks[t.Lengths] = bits, maskOf(p.Inner.Bits())
-				t.Lengths++
+		binary.BigEndian.PutUint32(t.VNI[:], e.VNI<<8)
+		binary.BigEndian.PutUint16(t.Port[:], e.Port)
+		for _, p := range e.sources {
+			c.sources[p.source] = struct{}{}
+		}
+		c.pairs = append(c.pairs, e.sources...)
+		for i, bits := range lengthsOf(e.sources) {
+			t.Bits[i], t.Masks[i] = uint32(bits), maskOf(bits)
+			t.Lengths++
+		}
+		for _, to := range e.targets {
+			c.counted[to.key] = struct{}{}
+			mtu, ok := f.path(to.outer, e.Device)
+			if !ok {
+				continue
 			}
-			key := keyOf(p)
-			c.sources[key] = struct{}{}
-			c.pairs = append(c.pairs, pair{p, key, peerKey{macs[p.Inner.Masked().Addr()], uint16(family)}})
+			mtu = min(mtu, uplink.mtu)
+			if family == 6 {
+				mtu = min(mtu, narrowest)
+			}
+			c.peers[to.key] = peer{Outer: addressOf(to.outer), MAC: to.mac, MTU: uint32(mtu)}
 		}
 		c.tunnels[family] = t
 		c.hooks = append(c.hooks,
-			hook{l.Name, device.index, netlink.HANDLE_MIN_EGRESS, programOut},
-			hook{v.Device, uplink.index, netlink.HANDLE_MIN_INGRESS, programIn})
+			hook{e.device, device.index, netlink.HANDLE_MIN_EGRESS, programOut},
+			hook{e.Device, uplink.index, netlink.HANDLE_MIN_INGRESS, programIn})
 	}
 	if len(c.tunnels) == 0 {
 		return c, errNoTunnel
@@ -192,27 +276,23 @@ func contentsOf(s host.State, f facts) (contents, error) {
 	if far, ok := f.links[host.JoinFar]; ok {
 		c.hooks = append(c.hooks, hook{host.JoinFar, far.index, netlink.HANDLE_MIN_INGRESS, programJoin})
 	}
-	for _, e := range s.FDB {
-		family := families[e.Link]
-		device := slices.IndexFunc(s.Links, func(l host.Link) bool { return l.Name == e.Link })
-		if family == 0 || device < 0 {
-			continue
-		}
-		uplink := s.Links[device].VXLAN.Device
-		c.counted[peerKey{e.MAC, uint16(family)}] = struct{}{}
-		mtu, ok := f.path(e.To, uplink)
-		if !ok {
-			continue
-		}
-		mtu = min(mtu, f.links[uplink].mtu)
-		if family == 6 {
-			mtu = min(mtu, narrowest)
-		}
-		c.peers[peerKey{e.MAC, uint16(family)}] = peer{Outer: addressOf(e.To), MTU: uint32(mtu)}
-	}
 	slices.SortFunc(c.hooks, compareHooks)
-	c.hooks = slices.Compact(c.hooks) // two tunnels may share an uplink
+	c.hooks = slices.Compact(c.hooks) // two tunnels may share a device and an uplink
 	return c, nil
+}
+
+// lengthsOf returns the lengths of the peers' prefixes that the program looks up, the
+// longest first, so that it finds the most specific prefix.
+func lengthsOf(sources []pair) []int {
+	var all []int
+	for _, s := range sources {
+		if !slices.Contains(all, s.Inner.Bits()) {
+			all = append(all, s.Inner.Bits())
+		}
+	}
+	slices.Sort(all)
+	slices.Reverse(all)
+	return all[:min(len(all), mostLengths)]
 }
 
 // compareHooks orders receivers before senders: join, in, out.

@@ -26,8 +26,9 @@ const (
 	slowOutLength
 	slowOutChecksum
 	slowOutSegments
-	slowOutFlow
+	slowOutHash
 	slowOutRoom
+	slowOutFlow
 
 	slowInOptions
 	slowInFragment
@@ -52,8 +53,9 @@ var slowNames = [counters]string{
 	slowOutLength:     "egress-too-long",
 	slowOutChecksum:   "egress-checksum",
 	slowOutSegments:   "egress-segments",
-	slowOutFlow:       "egress-no-flow",
+	slowOutHash:       "egress-no-flow",
 	slowOutRoom:       "egress-no-room",
+	slowOutFlow:       "egress-flow",
 	slowInOptions:     "ingress-options",
 	slowInFragment:    "ingress-fragment",
 	slowInLength:      "ingress-length",

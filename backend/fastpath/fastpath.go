@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -175,7 +176,7 @@ func explain(err error) error {
 	case errors.Is(err, unix.ENOSYS):
 		return errors.New("the kernel has no eBPF")
 	case errors.As(err, &refused):
-		return fmt.Errorf("the kernel refuses the programs (Linux 5.10 takes them): %w", refused)
+		return fmt.Errorf("the kernel refuses the programs (Linux 5.13 takes them): %w", refused)
 	}
 	return fmt.Errorf("loading the programs: %w", err)
 }
@@ -203,7 +204,7 @@ func (p *Path) Want(s *host.State) {
 	defer p.mu.Unlock()
 	mtu := 0
 	for _, l := range s.Links {
-		if l.VXLAN != nil {
+		if l.VXLAN != nil || slices.ContainsFunc(s.Process, func(t host.ProcessTunnel) bool { return t.Link == l.Name }) {
 			mtu = max(mtu, l.MTU)
 		}
 	}

@@ -21,24 +21,26 @@ import (
 // on this host.
 func (p *Path) look(s host.State) (facts, error) {
 	f := facts{links: make(map[string]link), hops: make(map[uint32]uint8)}
+	ends, err := endsOf(s)
+	if err != nil {
+		return f, err
+	}
+	names := []string{host.JoinNear, host.JoinFar}
 	var uplink string
-	for _, l := range s.Links {
-		names := []string{l.Name}
-		if l.VXLAN != nil {
-			uplink = l.VXLAN.Device
-			names = append(names, uplink)
+	for _, e := range ends {
+		uplink = e.Device
+		names = append(names, e.device, uplink)
+	}
+	for _, name := range names {
+		found, err := netlink.LinkByName(name)
+		if err != nil {
+			continue // contentsOf reports a missing link
 		}
-		for _, name := range names {
-			found, err := netlink.LinkByName(name)
-			if err != nil {
-				continue // contentsOf reports a missing link
-			}
-			a := found.Attrs()
-			f.links[name] = link{a.Index, a.MTU, a.EncapType == "ether" && len(a.HardwareAddr) == 6}
-			if l.VXLAN != nil && name == l.Name {
-				if err := unshaped(found); err != nil {
-					return f, err
-				}
+		a := found.Attrs()
+		f.links[name] = link{a.Index, a.MTU, a.EncapType == "ether" && len(a.HardwareAddr) == 6}
+		if slices.ContainsFunc(ends, func(e end) bool { return e.device == name }) {
+			if err := unshaped(found); err != nil {
+				return f, err
 			}
 		}
 	}
@@ -74,7 +76,7 @@ func (p *Path) look(s host.State) (facts, error) {
 		}
 		f.pods = pods
 	}
-	p.paths.refresh(s)
+	p.paths.refresh(ends)
 	f.path = p.paths.of
 	return f, nil
 }
@@ -87,15 +89,15 @@ func setting(key string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// unshaped returns an error if the device has a root qdisc other than noqueue, which the
-// fast path would bypass.
+// unshaped returns an error if the device has a root qdisc that somebody added, which
+// the fast path would bypass. The kernel's default one has no handle.
 func unshaped(l netlink.Link) error {
 	qdiscs, err := host.Retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(l) })
 	if err != nil {
 		return nil
 	}
 	for _, q := range qdiscs {
-		if q.Attrs().LinkIndex == l.Attrs().Index && q.Attrs().Parent == netlink.HANDLE_ROOT && q.Type() != "noqueue" {
+		if q.Attrs().LinkIndex == l.Attrs().Index && q.Attrs().Parent == netlink.HANDLE_ROOT && q.Attrs().Handle != 0 {
 			return fmt.Errorf("the qdisc %s on %s shapes what leaves (`tc qdisc show dev %s`)", q.Type(), l.Attrs().Name, l.Attrs().Name)
 		}
 	}
@@ -135,30 +137,35 @@ const (
 	askAgain    = 3 * time.Second
 )
 
-func (m *pathMTUs) refresh(s host.State) {
-	tunnels := make(map[string]way)
-	for _, l := range s.Links {
-		if l.VXLAN == nil {
-			continue
+func (m *pathMTUs) refresh(ends []end) {
+	type peer struct {
+		outer netip.Addr
+		way
+	}
+	var peers []peer
+	for _, e := range ends {
+		var by way
+		if uplink, err := netlink.LinkByName(e.Device); err == nil {
+			by = way{e.Local, uplink.Attrs().Index}
 		}
-		if uplink, err := netlink.LinkByName(l.VXLAN.Device); err == nil {
-			tunnels[l.Name] = way{l.VXLAN.Local, uplink.Attrs().Index}
+		for _, t := range e.targets {
+			peers = append(peers, peer{t.outer, by})
 		}
 	}
 	old, again := m.known, time.Since(m.asked) > askAgain
 	if again {
 		m.asked = time.Now()
 	}
-	m.known = make(map[netip.Addr]pathMTU, len(s.FDB))
-	for i, e := range s.FDB {
-		known, there := old[e.To]
-		if !there || again && (len(s.FDB) <= askedAtOnce || (i-m.turn+len(s.FDB))%len(s.FDB) < askedAtOnce) {
-			known = ask(e.To, tunnels[e.Link])
+	m.known = make(map[netip.Addr]pathMTU, len(peers))
+	for i, p := range peers {
+		known, there := old[p.outer]
+		if !there || again && (len(peers) <= askedAtOnce || (i-m.turn+len(peers))%len(peers) < askedAtOnce) {
+			known = ask(p.outer, p.way)
 		}
-		m.known[e.To] = known
+		m.known[p.outer] = known
 	}
-	if again && len(s.FDB) > 0 {
-		m.turn = (m.turn + askedAtOnce) % len(s.FDB)
+	if again && len(peers) > 0 {
+		m.turn = (m.turn + askedAtOnce) % len(peers)
 	}
 }
 

@@ -209,7 +209,7 @@ func (p *Path) shortcutsFor(c candidate) (out, in shortcut, ok bool) {
 	if c.Family == 6 {
 		kind = [2]byte{0x86, 0xdd}
 	}
-	out = shortcut{Link: c.Link, Ethernet: ethernet{peer.MAC, t.MAC, kind}, Bridge: c.Bridge}
+	out = shortcut{Link: c.Link, Ethernet: ethernet{host.MAC(peer.To[:6]), t.MAC, kind}, Bridge: c.Bridge}
 	in = shortcut{Link: c.Link, Ethernet: ethernet{c.Pod, c.Bridge, kind}, Bridge: c.Bridge}
 	return out, in, true
 }

@@ -501,7 +501,7 @@ func TestContents(t *testing.T) {
 	if len(c.tunnels) != 2 || len(c.sources) != 3 || len(c.peers) != 1 || len(c.hooks) != 3 {
 		t.Errorf("%+v", c)
 	}
-	if got := c.peers[peerKey{peerMAC, 4}].MTU; got != 1500 {
+	if got := c.peers[macKey(4, peerMAC)].MTU; got != 1500 {
 		t.Errorf("the path's MTU is %d", got)
 	}
 	for name, spoil := range map[string]func(*host.State, map[string]link){

@@ -32,7 +32,7 @@ func try(loaded *ebpf.Collection) error {
 			Hops: 64, Lengths: 1, MAC: mac, Local: addressOf(here), Subnet: addressOf(netip.MustParseAddr("198.51.100.0")), Mask: maskOf(24),
 			Bits: [mostLengths]uint32{24}, Masks: [mostLengths]address{maskOf(24)},
 		}},
-		peers:   map[peerKey]peer{{theirs, 4}: {Outer: addressOf(there), MTU: 1500}},
+		peers:   map[peerKey]peer{macKey(4, theirs): {Outer: addressOf(there), MTU: 1500}},
 		sources: map[sourceKey]struct{}{{24, addressOf(there), addressOf(netip.MustParseAddr("203.0.113.0"))}: {}},
 	}
 	p := Path{loaded: loaded}

@@ -44,6 +44,7 @@ type Options struct {
 	// Replaces names other programs' devices to remove, which conflict with ours.
 	Replaces []string
 	Tuning
+	FastPath backend.FastPath // nil if there is none for this format; the Tunnel closes it
 	// Inherited are a predecessor's open descriptors (Descriptors). Open takes
 	// ownership: it uses or closes them.
 	Inherited []int
@@ -98,6 +99,8 @@ type Tunnel struct {
 	mtu     int
 	device  *device
 	sockets []int        // descriptors
+	// receivers are those of sockets that receive the tunnel's packets.
+	receivers []int
 	super   *superDevice // nil if super-frames are off; noSuper says why
 	noSuper string
 	uplink  *uplink // nil if super is nil
@@ -122,9 +125,14 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, fmt.Errorf("the userspace datapath carries %s, not %s", strings.Join(encap.FormatNames(), " and "), o.Config.Backend.Type)
 	}
 	t := &Tunnel{
-		options: o, format: format, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log),
+		options: o, format: format,
 		inherited: inherited{o.Inherited}, applied: make(chan struct{}),
 	}
+	var followers []host.Follower
+	if o.FastPath != nil {
+		followers = append(followers, fastPath{o.FastPath, t})
+	}
+	t.keeper = host.NewKeeper(o.Node.Underlay.Index, o.Log, followers...)
 	t.prober = backend.NewProber(backend.ProberOptions{Sources: o.Lease.Subnets(), Silence: &t.silence, Log: o.Log})
 	defer func() { _ = t.inherited.close() }()
 	var err error
@@ -194,6 +202,7 @@ func (t *Tunnel) listenUDP(local netip.Addr) (side encap.Underlay, err error) {
 			return side, err
 		}
 		side.Receive = append(side.Receive, socket)
+		t.receivers = append(t.receivers, t.sockets[len(t.sockets)-1])
 	}
 	side.Send = []encap.Source{{Socket: side.Receive[0], Port: at.Port()}}
 	for len(side.Send) < t.options.sourcePorts() {
@@ -275,7 +284,14 @@ func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 	t.prober.Retain(targets)
 	t.loop.SetTable(table)
 	t.once.Do(func() { close(t.applied) })
-	err := t.keeper.Apply(func(v host.View) (host.State, error) { return t.state(s, v), nil })
+	err := t.keeper.Apply(func(v host.View) (host.State, error) {
+		state := t.state(s, v)
+		if t.options.FastPath != nil {
+			state.Process = t.processTunnels(s, v)
+			t.options.FastPath.Want(&state)
+		}
+		return state, nil
+	})
 	t.prober.Set(targets)
 	return err
 }
@@ -401,10 +417,13 @@ func (t *Tunnel) listenForPeers(ctx context.Context, asker *backend.Asker) {
 			return
 		case <-tick.C:
 		}
+		fast := t.fastPassed()
 		var all []backend.Exchange
 		for _, p := range t.loop.Table().Peers() {
 			e := backend.Exchange{Subnet: p.Subnet, Public: p.Underlay.Addr()}
 			e.Sent, e.Received = p.Activity()
+			f := fast[p.Subnet]
+			e.Sent, e.Received = e.Sent || f.Sent, e.Received || f.Received
 			all = append(all, e)
 		}
 		for _, subnet := range t.silence.Observe(time.Now(), all) {
@@ -435,6 +454,7 @@ func (t *Tunnel) Status() api.Datapath {
 			mechanism("busy-poll", !t.options.NoBusyPoll, t.options.NoBusyPoll, 0),
 		},
 	}
+	t.describeFastPath(&s)
 	standing := t.keeper.Standing()
 	// The loop's drops and those of our nftables rules, which drop pods' forged packets
 	// before the loop sees them.
@@ -532,6 +552,9 @@ func traffic(c *encap.Counters) api.Traffic {
 // unreachable route and the firewall rules stay; with Remove they are removed.
 func (t *Tunnel) Close(how backend.How) error {
 	var errs []error
+	if t.options.FastPath != nil {
+		t.options.FastPath.Close()
+	}
 	for _, s := range t.sockets {
 		errs = append(errs, unix.Close(s))
 	}

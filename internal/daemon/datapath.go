@@ -79,11 +79,19 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 	}
 	d.log.Info("datapath chosen", "wire_format", format, "datapath", kind, "why", why)
 	if kind == Userspace {
-		t, err := tunnel.Open(tunnel.Options{
+		o := tunnel.Options{
 			Node: n, Config: c, Lease: l, Why: why, Replaces: replaces,
-			Tuning: d.options.Tunnel, Inherited: d.store.take(),
-			Log: d.log,
-		})
+			Tuning: d.options.Tunnel, Log: d.log,
+		}
+		if format == "vxlan" {
+			fast, err := fastpath.Open(d.options.FastPath, d.log)
+			if err != nil {
+				return nil, err
+			}
+			o.FastPath = fast
+		}
+		o.Inherited = d.store.take()
+		t, err := tunnel.Open(o)
 		if err != nil {
 			return nil, err
 		}

@@ -64,7 +64,7 @@ func OurFilter(f netlink.Filter) bool {
 func (s State) wantsFilter(f Filter) bool {
 	return s.FastPath && (s.ShortWay || slices.ContainsFunc(s.Links, func(l Link) bool {
 		return l.Name == f.Link || l.VXLAN != nil && l.VXLAN.Device == f.Link
-	}))
+	}) || slices.ContainsFunc(s.Process, func(t ProcessTunnel) bool { return t.VXLAN.Device == f.Link }))
 }
 
 // filterSteps removes leftover fast-path filters, before the devices that their

@@ -46,11 +46,31 @@ type State struct {
 	Neighbours []Neighbour
 	FDB        []FDBEntry
 	Firewall   firewall.Policy
-	// FastPath allows culvert's tc filters on the links and on the vxlan
-	// devices' uplinks. A Follower attaches them.
+	// FastPath allows culvert's tc filters on the links and on the tunnels'
+	// uplinks. A Follower attaches them.
 	FastPath bool
 	// ShortWay allows culvert's tc filters on pods' links too.
 	ShortWay bool
+	// Process are the VXLAN tunnels that a process carries, for the fast path.
+	Process []ProcessTunnel
+}
+
+// ProcessTunnel describes the tunnel of one address family that a process
+// carries, as Link and FDBEntry describe a vxlan device.
+type ProcessTunnel struct {
+	Link   string // a TUN device
+	VXLAN  VXLAN
+	Subnet netip.Prefix // this node's
+	Peers  []ProcessPeer
+	// Unfit says why the fast path cannot carry it; "" if it can.
+	Unfit string
+}
+
+// ProcessPeer is a peer of a ProcessTunnel.
+type ProcessPeer struct {
+	Inner netip.Prefix
+	Outer netip.Addr
+	MAC   MAC // of its VTEP
 }
 
 // Link is the wanted state of a device of culvert's. If VXLAN, IPIP and Veth

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The fast path of a vxlan device, as tc programs (tc-bpf(8)):
+// The fast path of VXLAN, as tc programs (tc-bpf(8)). The tunnel device is the kernel's
+// vxlan device, or the TUN device of the userspace datapath ("the device" below, too).
 //
 //	culvert_out   egress of the tunnel device: encapsulates, and sends to the uplink
 //	culvert_in    ingress of the uplink: checks, decapsulates, and hands the packet to
@@ -46,8 +47,9 @@ enum counter {
 	SLOW_OUT_LENGTH,   // too long for the path, or the lengths contradict each other
 	SLOW_OUT_CHECKSUM, // the outer checksum cannot be told from the headers
 	SLOW_OUT_SEGMENTS, // a GSO frame that cannot bear a right outer checksum
-	SLOW_OUT_FLOW,     // the kernel finds no flow hash
+	SLOW_OUT_HASH,     // the kernel finds no flow hash
 	SLOW_OUT_ROOM,     // the kernel refuses to make room: encapsulated already, or an old kernel
+	SLOW_OUT_FLOW,     // the flow has had packets that were left to the userspace datapath
 
 	SLOW_IN_OPTIONS,     // outer IP options, extension headers, or a bad outer header checksum
 	SLOW_IN_FRAGMENT,    // of the outer packet
@@ -83,8 +85,8 @@ struct tunnel {
 	__u8 hops; // TTL of outer packets
 	__u8 lengths;
 	__u8 mac[ETH_ALEN];
-	__u8 pods; // the short way from pod to pod is on
-	__u8 pad;
+	__u8 pods;   // the short way from pod to pod is on
+	__u8 layer3; // a TUN device, without link headers, before the userspace datapath
 	struct address local;                // outer source
 	struct address subnet;               // this node's
 	struct address mask;                 // of it
@@ -92,13 +94,18 @@ struct tunnel {
 	struct address masks[MOST_LENGTHS];
 };
 
+// A peer is found by what the device's packets name: the Ethernet destination, or, on
+// a device of layer 3, the inner destination's prefix.
 struct peer_key {
-	__u8 mac[ETH_ALEN];
 	__u16 family; // 4 or 6
+	__u16 bits;   // of the prefix; 0 with an Ethernet address
+	struct address to;
 };
 
 struct peer {
 	struct address outer;
+	__u8 mac[ETH_ALEN]; // inner Ethernet destination, for a device of layer 3
+	__u8 pad[2];
 	__u32 mtu; // of the path, outer packets
 };
 
@@ -147,7 +154,7 @@ struct {
 	__type(value, struct peer);
 } peers SEC(".maps");
 
-// What was sent to each peer, by the programs or by the device behind them.
+// What was sent to each peer, by the programs or by the vxlan device behind them.
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(max_entries, 131072);
@@ -394,45 +401,113 @@ inline_always __be16 identification(__u32 n)
 	return bpf_htons(*next - n + bpf_get_smp_processor_id() * 0x3779);
 }
 
-inline_always int leaves(const struct tunnel *t, __u32 packets, __u32 bytes)
+inline_always int leaves(struct __sk_buff *skb, const struct tunnel *t, int at, __u32 packets, __u32 bytes)
 {
+	// bpf_redirect_neigh replaces a link header, so there has to be one.
+	if (!at && bpf_skb_change_head(skb, ETH_HLEN, 0))
+		return TC_ACT_SHOT; // out of memory
 	count(OUT_PACKETS, packets);
 	count(OUT_BYTES, bytes);
 	count(OUT_FRAMES, 1);
 	return bpf_redirect_neigh(t->uplink, 0, 0, 0);
 }
 
-inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, struct outer4 *h)
-{
-	struct iphdr ip;
-	__u32 length = skb->len - ETH_HLEN, hash, n = 1;
-	__u64 s;
+#define WINDOW 10000000ull   // ns
+#define PAUSE 100000000ll    // ns
+#define BULK (64 << 10)      // bytes
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+// flow_of finds what is known of an inner flow. Fragments are a flow of their own.
+inline_always struct flow *flow_of(const struct address *source, const struct address *destination, __u32 ports)
+{
+	__u32 h = ports;
+
+#pragma unroll
+	for (int w = 0; w < 4; w++)
+		h = (h ^ source->word[w]) * 0x9e3779b1u + destination->word[w];
+	h ^= h >> 15;
+	h = h * 0x85ebca6bu >> 19; // 13 bits: FLOWS
+	return bpf_map_lookup_elem(&flows, &h);
+}
+
+// left leaves a packet to the device, and with it what its flow sends after it.
+inline_always int left(struct flow *f, __u32 reason)
+{
+	if (f) {
+		f->way = SLOW;
+		f->joining = 0;
+		f->last = bpf_ktime_get_ns();
+	}
+	return slow(reason);
+}
+
+// kept says that a packet on its way out is the userspace datapath's because its flow
+// is: the loop sends later than a program, so nothing may overtake what it has. A vxlan
+// device sends at once, like a program, so for it there is no such state (f is 0).
+inline_always int kept(struct flow *f)
+{
+	__u64 now;
+
+	if (!f || f->way != SLOW)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if ((__s64)(now - f->last) > PAUSE) {
+		f->way = DIRECT;
+		return 0;
+	}
+	f->last = now;
+	return 1;
+}
+
+// ports_of reads both ports of a TCP or UDP packet: 0 if it is of another protocol.
+inline_always __be32 ports_of(struct __sk_buff *skb, int at, __u8 protocol)
+{
+	__be32 ports = 0;
+
+	if (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP)
+		bpf_skb_load_bytes(skb, at, &ports, 4);
+	return ports;
+}
+
+inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, int at, struct outer4 *h)
+{
+	struct flow *f = 0;
+	struct iphdr ip;
+	__u32 length = skb->len - at, hash, n = 1;
+	__u64 s = 0; // the verifier forgets that it is set where it is used
+
+	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
 		return slow(SLOW_OUT_PROTOCOL);
+	if (!at) {
+		struct address source = { .word = { ip.saddr } }, destination = { .word = { ip.daddr } };
+
+		f = flow_of(&source, &destination,
+			    ports_of(skb, at + ip.ihl * 4, ip.frag_off & bpf_htons(0x3fff) ? 0 : ip.protocol));
+		if (kept(f))
+			return slow(SLOW_OUT_FLOW);
+	}
 	h->udp.check = 0;
 	if (gso) {
 		__u32 each = 0;
 
 		if (!(ip.frag_off & bpf_htons(0x3fff)))
-			each = segment_length(skb, gso, ip.protocol, ETH_HLEN + ip.ihl * 4, ip.ihl * 4);
+			each = segment_length(skb, gso, ip.protocol, at + ip.ihl * 4, ip.ihl * 4);
 		if (!each || length + COST4 > 0xffff)
-			return slow(SLOW_OUT_SEGMENTS);
+			return left(f, SLOW_OUT_SEGMENTS);
 		if (each + COST4 > p->mtu)
-			return slow(SLOW_OUT_LENGTH);
+			return left(f, SLOW_OUT_LENGTH);
 		n = segments(skb);
 	} else if (length + COST4 > p->mtu || bpf_ntohs(ip.tot_len) != length) {
-		return slow(SLOW_OUT_LENGTH);
-	} else if (!payload4(skb, &ip, ETH_HLEN, &s)) {
-		return slow(SLOW_OUT_CHECKSUM);
+		return left(f, SLOW_OUT_LENGTH);
+	} else if (!payload4(skb, &ip, at, &s)) {
+		return left(f, SLOW_OUT_CHECKSUM);
 	}
 	hash = bpf_get_hash_recalc(skb);
 	if (!hash)
-		return slow(SLOW_OUT_FLOW);
+		return left(f, SLOW_OUT_HASH);
 	if (bpf_skb_adjust_room(skb, COST4, BPF_ADJ_ROOM_MAC,
 				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
 				BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH))
-		return slow(SLOW_OUT_ROOM);
+		return left(f, SLOW_OUT_ROOM);
 
 	h->ip = (struct iphdr){
 		.version = 4, .ihl = 5, .tos = ecn(ip.tos), .tot_len = bpf_htons(length + COST4), .id = identification(n),
@@ -450,33 +525,43 @@ inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 		if (!h->udp.check)
 			h->udp.check = 0xffff;
 	}
-	if (bpf_skb_store_bytes(skb, ETH_HLEN, h, COST4, 0))
+	if (bpf_skb_store_bytes(skb, at, h, COST4, 0))
 		return TC_ACT_SHOT; // cannot be: the room is there
-	return leaves(t, n, length);
+	return leaves(skb, t, at, n, length);
 }
 
-inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, struct outer6 *h)
+inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, int at, struct outer6 *h)
 {
+	struct flow *f = 0;
 	struct ipv6hdr ip;
-	__u32 length = skb->len - ETH_HLEN, hash;
+	__u32 length = skb->len - at, hash;
 	__u8 class;
 	__u64 s;
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.version != 6)
+	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 6)
 		return slow(SLOW_OUT_PROTOCOL);
+	if (!at) {
+		struct address source, destination;
+
+		__builtin_memcpy(&source, &ip.saddr, 16);
+		__builtin_memcpy(&destination, &ip.daddr, 16);
+		f = flow_of(&source, &destination, ports_of(skb, at + sizeof(ip), ip.nexthdr));
+		if (kept(f))
+			return slow(SLOW_OUT_FLOW);
+	}
 	if (gso) // over IPv6 there has to be a checksum
-		return slow(SLOW_OUT_SEGMENTS);
+		return left(f, SLOW_OUT_SEGMENTS);
 	if (length + COST6 > p->mtu || bpf_ntohs(ip.payload_len) + sizeof(ip) != length)
-		return slow(SLOW_OUT_LENGTH);
-	if (!payload6(skb, &ip, ETH_HLEN, &s))
-		return slow(SLOW_OUT_CHECKSUM);
+		return left(f, SLOW_OUT_LENGTH);
+	if (!payload6(skb, &ip, at, &s))
+		return left(f, SLOW_OUT_CHECKSUM);
 	hash = bpf_get_hash_recalc(skb);
 	if (!hash)
-		return slow(SLOW_OUT_FLOW);
+		return left(f, SLOW_OUT_HASH);
 	if (bpf_skb_adjust_room(skb, COST6, BPF_ADJ_ROOM_MAC,
 				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
 				BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH))
-		return slow(SLOW_OUT_ROOM);
+		return left(f, SLOW_OUT_ROOM);
 
 	class = ecn(ip.priority << 4 | ip.flow_lbl[0] >> 4);
 	__builtin_memset(&h->ip, 0, sizeof(h->ip));
@@ -497,9 +582,68 @@ inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 	h->udp.check = minus(s);
 	if (!h->udp.check)
 		h->udp.check = 0xffff;
-	if (bpf_skb_store_bytes(skb, ETH_HLEN, h, COST6, 0))
+	if (bpf_skb_store_bytes(skb, at, h, COST6, 0))
 		return TC_ACT_SHOT;
-	return leaves(t, 1, length);
+	return leaves(skb, t, at, 1, length);
+}
+
+// routed finds the peer that leases the inner destination, and its key.
+inline_always struct peer *routed(const struct tunnel *t, const struct address *to, struct peer_key *key)
+{
+	struct peer *p;
+
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < MOST_LENGTHS; i++) {
+		if (i >= t->lengths)
+			return 0;
+		key->bits = t->bits[i];
+#pragma unroll
+		for (int w = 0; w < 4; w++)
+			key->to.word[w] = to->word[w] & t->masks[i].word[w];
+		p = bpf_map_lookup_elem(&peers, key);
+		if (p)
+			return p;
+	}
+	return 0;
+}
+
+// out3 is culvert_out for a TUN device. What it leaves, the userspace datapath counts.
+inline_always int out3(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, __u32 family)
+{
+	union {
+		struct outer4 four;
+		struct outer6 six;
+	} h;
+	struct peer_key key = { .family = family };
+	struct ethernet ethernet;
+	struct address to = {};
+	struct traffic *c;
+	struct peer *p;
+	__u32 packets = segments(skb), bytes = skb->len;
+	int verdict;
+
+	if (family == 4 ? bpf_skb_load_bytes(skb, __builtin_offsetof(struct iphdr, daddr), &to, 4) :
+			  bpf_skb_load_bytes(skb, __builtin_offsetof(struct ipv6hdr, daddr), &to, 16))
+		return slow(SLOW_OUT_PROTOCOL);
+	p = routed(t, &to, &key);
+	if (!p)
+		return slow(SLOW_OUT_PEER);
+	__builtin_memcpy(ethernet.destination, p->mac, ETH_ALEN);
+	__builtin_memcpy(ethernet.source, t->mac, ETH_ALEN);
+	ethernet.type = skb->protocol;
+	if (family == 4) {
+		h.four.ethernet = ethernet;
+		verdict = out4(skb, gso, t, p, 0, &h.four);
+	} else {
+		h.six.ethernet = ethernet;
+		verdict = out6(skb, gso, t, p, 0, &h.six);
+	}
+	c = verdict == TC_ACT_REDIRECT ? bpf_map_lookup_elem(&sent, &key) : 0;
+	if (c) {
+		c->packets += packets;
+		c->bytes += bytes;
+	}
+	return verdict;
 }
 
 // to_peer counts what the device or its programs send to a peer.
@@ -535,9 +679,11 @@ int culvert_out(struct __sk_buff *skb)
 	t = bpf_map_lookup_elem(&tunnels, &family);
 	if (!t || t->device != skb->ifindex || skb->vlan_present)
 		return slow(SLOW_OUT_PROTOCOL);
+	if (t->layer3)
+		return out3(skb, gso, t, family);
 	if (bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
 		return slow(SLOW_OUT_PROTOCOL);
-	__builtin_memcpy(key.mac, ethernet.destination, ETH_ALEN);
+	__builtin_memcpy(&key.to, ethernet.destination, ETH_ALEN);
 	key.family = family;
 	to_peer(skb, &key, skb->len - ETH_HLEN);
 	if (t->pods) {
@@ -555,10 +701,10 @@ int culvert_out(struct __sk_buff *skb)
 		return slow(SLOW_OUT_PEER);
 	if (family == 4) {
 		h.four.ethernet = ethernet;
-		return out4(skb, gso, t, p, &h.four);
+		return out4(skb, gso, t, p, ETH_HLEN, &h.four);
 	}
 	h.six.ethernet = ethernet;
-	return out6(skb, gso, t, p, &h.six);
+	return out6(skb, gso, t, p, ETH_HLEN, &h.six);
 }
 
 // known says whether the outer and the inner source are a pair: what was taken from it
@@ -604,23 +750,6 @@ inline_always int wanted(const struct tunnel *t, const struct vxlan *v, const st
 {
 	return v->flags == VXLAN_I && v->vni == t->vni && e->type == type && same_mac(e->destination, t->mac) &&
 	       !same_mac(e->source, t->mac);
-}
-
-#define WINDOW 10000000ull   // ns
-#define PAUSE 100000000ll    // ns
-#define BULK (64 << 10)      // bytes
-
-// flow_of finds what is known of an inner flow. Fragments are a flow of their own.
-inline_always struct flow *flow_of(const struct address *source, const struct address *destination, __u32 ports)
-{
-	__u32 h = ports;
-
-#pragma unroll
-	for (int w = 0; w < 4; w++)
-		h = (h ^ source->word[w]) * 0x9e3779b1u + destination->word[w];
-	h ^= h >> 15;
-	h = h * 0x85ebca6bu >> 19; // 13 bits: FLOWS
-	return bpf_map_lookup_elem(&flows, &h);
 }
 
 // way_of chooses the way of a packet. TCP that arrives in bulk and in single segments
@@ -696,17 +825,12 @@ inline_always void passage_of(struct __sk_buff *skb, const struct tunnel *t, __b
 	w->valid = w->c && is_valid(w->c, &w->s);
 }
 
-// leave leaves a packet to the device, and with it what its flow sends after it.
+// leave leaves an incoming packet to the device.
 inline_always int leave(struct passage *w, struct flow *f, __u32 reason)
 {
 	if (w->c)
 		give(w->c, &w->s);
-	if (f) {
-		f->way = SLOW;
-		f->joining = 0;
-		f->last = bpf_ktime_get_ns();
-	}
-	return slow(reason);
+	return left(f, reason);
 }
 
 // to_pod hands a packet to the pod's veth, past the host.
@@ -1043,7 +1167,7 @@ int culvert_pod_out(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (!is_valid(c, &s) || !same_mac(ethernet.destination, c->bridge))
 		goto host;
-	__builtin_memcpy(key.mac, c->ethernet.destination, ETH_ALEN);
+	__builtin_memcpy(&key.to, c->ethernet.destination, ETH_ALEN);
 	key.family = s.family;
 	p = bpf_map_lookup_elem(&peers, &key);
 	if (!p)
@@ -1051,10 +1175,10 @@ int culvert_pod_out(struct __sk_buff *skb)
 	set_hops(skb, s.family, s.hops, s.hops - 1);
 	if (s.family == 4) {
 		h.four.ethernet = c->ethernet;
-		verdict = out4(skb, gso, t, p, &h.four);
+		verdict = out4(skb, gso, t, p, ETH_HLEN, &h.four);
 	} else {
 		h.six.ethernet = c->ethernet;
-		verdict = out6(skb, gso, t, p, &h.six);
+		verdict = out6(skb, gso, t, p, ETH_HLEN, &h.six);
 	}
 	if (verdict != TC_ACT_UNSPEC) {
 		count(OUT_SHORT, 1);

@@ -1,0 +1,88 @@
+package tunnel
+
+import (
+	"cmp"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"culvert/backend"
+	"culvert/internal/api"
+	"culvert/internal/host"
+	"culvert/subnet"
+)
+
+// The eBPF fast path (package fastpath) carries packets between the TUN device and the
+// uplink without this process; what it leaves, the loop carries.
+//
+//	pods ── culvert0 ──┬── culvert_out ────────── uplink
+//	                   └── loop ── UDP socket ──┘
+
+// fastPath is the fast path as a part of the host's state.
+type fastPath struct {
+	backend.FastPath
+	tunnel *Tunnel
+}
+
+// Follow attaches the fast path, or detaches it, and has the kernel coalesce datagrams
+// (UDP_GRO) for the loop only without it: eBPF programs could not take them apart.
+func (f fastPath) Follow(s host.State, v host.View) ([]host.Change, error) {
+	changes, err := f.FastPath.Follow(s, v)
+	gro := 1
+	if f.Status().On {
+		gro = 0
+	}
+	for _, fd := range f.tunnel.receivers {
+		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, gro)
+	}
+	return changes, err
+}
+
+// processTunnels describes the tunnel to the fast path, one per address family.
+func (t *Tunnel) processTunnels(s subnet.Snapshot, v host.View) []host.ProcessTunnel {
+	o := t.options
+	var all []host.ProcessTunnel
+	for _, e := range o.Lease.Endpoints {
+		is4 := e.Public.Is4()
+		p := host.ProcessTunnel{
+			Link: DeviceName, Subnet: e.Subnet,
+			VXLAN: host.VXLAN{
+				MAC: host.MAC(e.VTEP.MAC), VNI: e.VTEP.VNI, Local: o.Node.Underlay.Addr(is4),
+				Device: cmp.Or(v.Underlay.Name, o.Node.Underlay.Name), Port: o.Config.Backend.Port,
+			},
+		}
+		switch {
+		case o.DontFragment:
+			p.Unfit = "it does not set DF in outer packets (--df)"
+		case o.CopyDSCP:
+			p.Unfit = "it does not copy the inner DSCP (--copy-dscp)"
+		}
+		for _, peer := range backend.Peers(s, is4) {
+			p.Peers = append(p.Peers, host.ProcessPeer{Inner: peer.Subnet, Outer: peer.Public, MAC: host.MAC(peer.VTEP.MAC)})
+		}
+		all = append(all, p)
+	}
+	return all
+}
+
+// fastPassed returns with which peers the fast path has exchanged packets since the last
+// call, by their subnets.
+func (t *Tunnel) fastPassed() map[netip.Prefix]host.Passed {
+	if t.options.FastPath == nil {
+		return nil
+	}
+	all := make(map[netip.Prefix]host.Passed)
+	for _, p := range t.options.FastPath.Passed() {
+		all[p.Inner] = p
+	}
+	return all
+}
+
+// describeFastPath adds the fast path's state and traffic to the status.
+func (t *Tunnel) describeFastPath(s *api.Datapath) {
+	if t.options.FastPath == nil {
+		return
+	}
+	fast := t.options.FastPath.Status()
+	backend.DescribeFastPath(s, fast)
+}
