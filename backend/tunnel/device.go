@@ -15,6 +15,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"culvert/encap"
+	"culvert/internal/host"
 )
 
 // device is a TUN device with a virtio header before every frame.
@@ -100,7 +101,12 @@ func makeRoom(name string, many bool) error {
 	if left, ok := link.(*netlink.Tuntap); err != nil || !ok || left.Flags&netlink.TUNTAP_MULTI_QUEUE != 0 == many {
 		return nil
 	}
-	if err := netlink.LinkDel(link); err != nil {
+	// First the fast path's filters, which redirect to the device.
+	filters, err := host.Filters()
+	for _, f := range filters {
+		err = errors.Join(err, host.RemoveFilter(f))
+	}
+	if err = errors.Join(err, netlink.LinkDel(link)); err != nil {
 		return fmt.Errorf("removing the TUN device %s that an earlier run left: %w", name, err)
 	}
 	return nil

@@ -80,9 +80,11 @@ func (t *Tunnel) fastPassed() map[netip.Prefix]host.Passed {
 
 // describeFastPath adds the fast path's state and traffic to the status.
 func (t *Tunnel) describeFastPath(s *api.Datapath) {
-	if t.options.FastPath == nil {
-		return
+	if t.options.FastPath != nil {
+		backend.DescribeFastPath(s, t.options.FastPath.Status())
 	}
-	fast := t.options.FastPath.Status()
-	backend.DescribeFastPath(s, fast)
+}
+
+func (t *Tunnel) fastPathOn() bool {
+	return t.options.FastPath != nil && t.options.FastPath.Status().On
 }

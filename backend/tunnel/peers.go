@@ -6,6 +6,7 @@ import (
 	"culvert/backend"
 	"culvert/encap"
 	"culvert/internal/api"
+	"culvert/internal/firewall"
 )
 
 // probeTargets returns the table's peers for the Prober.
@@ -20,13 +21,19 @@ func (t *Tunnel) probeTargets(table *encap.Table) []backend.ProbeTarget {
 // Peers returns the state of each peer, in no order, and the pods' MTU.
 func (t *Tunnel) Peers() ([]api.PeerState, int) {
 	table, now := t.loop.Table(), time.Now()
+	way := api.WayUserspace
+	var fast map[firewall.Source]firewall.Exchanged
+	if t.options.FastPath != nil && t.options.FastPath.Status().On {
+		way = api.WayFastPath
+		fast = t.options.FastPath.Exchanged()
+	}
 	all := make([]api.PeerState, 0, table.Len())
 	for _, p := range table.Peers() {
-		s := api.PeerState{Subnet: p.Subnet, PublicIP: p.Underlay.Addr(), Way: api.WayUserspace}
+		s := api.PeerState{Subnet: p.Subnet, PublicIP: p.Underlay.Addr(), Way: way}
 		t.prober.Describe(&s, now)
-		n := p.Traffic()
-		s.Sent = &api.PeerCount{Packets: n.SentPackets, Bytes: n.SentBytes}
-		s.Received = &api.PeerCount{Packets: n.ReceivedPackets, Bytes: n.ReceivedBytes}
+		n, f := p.Traffic(), fast[firewall.Source{Outer: s.PublicIP, Inner: s.Subnet}]
+		s.Sent = &api.PeerCount{Packets: n.SentPackets + f.Sent.Packets, Bytes: n.SentBytes + f.Sent.Bytes}
+		s.Received = &api.PeerCount{Packets: n.ReceivedPackets + f.Received.Packets, Bytes: n.ReceivedBytes + f.Received.Bytes}
 		s.Drops = &n.Drops
 		if k, ok := p.PathMTU(); ok && (s.PathMTU == 0 || k.MTU < s.PathMTU) {
 			s.PathMTU = k.MTU

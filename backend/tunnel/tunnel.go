@@ -98,16 +98,16 @@ type Tunnel struct {
 	format  encap.Format
 	mtu     int
 	device  *device
-	sockets []int        // descriptors
+	sockets []int // descriptors
 	// receivers are those of sockets that receive the tunnel's packets.
 	receivers []int
-	super   *superDevice // nil if super-frames are off; noSuper says why
-	noSuper string
-	uplink  *uplink // nil if super is nil
-	loop    *encap.Loop
-	offload encap.Offload
-	egress  encap.Counters
-	ingress encap.Counters
+	super     *superDevice // nil if super-frames are off; noSuper says why
+	noSuper   string
+	uplink    *uplink // nil if super is nil
+	loop      *encap.Loop
+	offload   encap.Offload
+	egress    encap.Counters
+	ingress   encap.Counters
 
 	keeper    *host.Keeper
 	silence   backend.Silence

@@ -150,7 +150,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.release, "release-on-exit", false, "give the lease back when told to stop: for a node that will not be back")
 	flags.DurationVar(&f.jitter, "start-jitter", 0, "wait a random part of this before asking etcd, where thousands of nodes are booted at one moment")
 	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "who carries the packets: auto, userspace or kernel")
-	flags.StringVar(&f.fastPath, "fast-path", "auto", "carry what can be by eBPF programs before the kernel's vxlan device: auto (where kernel and host allow it), on, off, or pod (as auto, and established TCP connections between pods pass the host by)")
+	flags.StringVar(&f.fastPath, "fast-path", "auto", "carry what can be by eBPF programs: auto (before the kernel's vxlan device, where kernel and host allow it), on (before the userspace datapath, too), off, or pod (as auto, and established TCP connections between pods pass the host by)")
 	flags.BoolVar(&f.takeOver, "take-over-flannel", false, "remove flannel's device once the lease is held, and carry on in its place (stop flanneld first)")
 	flags.BoolVar(&f.replace, "replace", false, "take over from the daemon that runs with this --run-dir, without an interruption; without one, start as ever")
 	flags.StringVar(&f.handedOver, "handed-over", string(daemon.Exit), "when another daemon has taken over from this one: exit, or wait to be told to stop (where a supervisor would start it again, as the kubelet)")

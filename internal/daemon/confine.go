@@ -23,7 +23,7 @@ func (o Options) confine() {
 	if o.Confine == ConfineOff {
 		return
 	}
-	if err := confine.Process(confine.Options{FastPath: o.FastPath != fastpath.Off, Kill: o.Confine == ConfineKill}); err != nil {
+	if err := confine.Process(confine.Options{FastPath: o.FastPath == fastpath.On || o.FastPath != fastpath.Off && o.Datapath != Userspace, Kill: o.Confine == ConfineKill}); err != nil {
 		o.Log.Warn("not all rights that are not needed could be given up", "error", err)
 	}
 }

@@ -65,8 +65,13 @@ func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) 
 		return nil, err
 	}
 	want := State{Replaces: foreign, Routes: slices.Clone(catchAll)}
+	// The fast path of a device that stays carries packets meanwhile, with the veth pair.
+	want.FastPath = slices.ContainsFunc(have.filters, func(f Filter) bool { return Ours(f.Link) && f.Link != JoinFar && !ours(f.Link) })
+	for _, f := range have.filters {
+		want.Process = append(want.Process, ProcessTunnel{VXLAN: VXLAN{Device: f.Link}})
+	}
 	for _, l := range have.Links {
-		if !ours(l.Name) {
+		if !ours(l.Name) || want.FastPath && l.Veth != "" {
 			want.Links = append(want.Links, l)
 		}
 	}
