@@ -527,3 +527,32 @@ func TestContents(t *testing.T) {
 		t.Errorf("%d lengths (%v)", c.tunnels[4].Lengths, err)
 	}
 }
+
+// TestContentsOfAProcess checks what the maps hold for the userspace datapath's tunnel:
+// peers by their prefixes, of which the program tries the longest first.
+func TestContentsOfAProcess(t *testing.T) {
+	process := host.ProcessTunnel{
+		Link: "culvert0", Subnet: ourNet, VXLAN: host.VXLAN{MAC: ourMAC, VNI: vni, Local: ourNode, Device: "lo", Port: 8472},
+		Peers: []host.ProcessPeer{{Inner: wideNet, Outer: wideNode, MAC: peerMAC}, {Inner: peerNet, Outer: peerNode, MAC: peerMAC}},
+	}
+	s := host.State{FastPath: true, Links: []host.Link{{Name: "culvert0"}}, Process: []host.ProcessTunnel{process}}
+	f := facts{links: map[string]link{"culvert0": {index: 7, mtu: 1450}, "lo": loopback}, ports: 1, path: func(netip.Addr, string) (int, bool) { return 1400, true }}
+	c, err := contentsOf(s, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := c.tunnels[4]
+	if got.Layer3 != 1 || got.Device != 7 || got.Lengths != 2 || got.Bits[0] != 24 || got.Bits[1] != 20 {
+		t.Errorf("%+v", got)
+	}
+	// Two peers with one Ethernet address are two peers.
+	for _, p := range process.Peers {
+		if got := c.peers[prefixKey(p.Inner)]; got.Outer != addressOf(p.Outer) || got.MAC != peerMAC || got.MTU != 1400 {
+			t.Errorf("%s: %+v", p.Inner, got)
+		}
+	}
+	s.Process[0].Unfit = "no"
+	if _, err := contentsOf(s, f); err == nil || err.Error() != "no" {
+		t.Errorf("of a tunnel that is unfit: %v", err)
+	}
+}

@@ -24,18 +24,26 @@ type fastPath struct {
 	tunnel *Tunnel
 }
 
-// Follow attaches the fast path, or detaches it, and has the kernel coalesce datagrams
-// (UDP_GRO) for the loop only without it: eBPF programs could not take them apart.
+// Follow attaches the fast path, or detaches it.
 func (f fastPath) Follow(s host.State, v host.View) ([]host.Change, error) {
+	if s.FastPath {
+		f.tunnel.coalesce(false) // before the programs see a packet
+	}
 	changes, err := f.FastPath.Follow(s, v)
-	gro := 1
-	if f.Status().On {
-		gro = 0
-	}
-	for _, fd := range f.tunnel.receivers {
-		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, gro)
-	}
+	f.tunnel.coalesce(!f.Status().On)
 	return changes, err
+}
+
+// coalesce has the kernel coalesce datagrams for the loop (UDP_GRO), or not: the programs
+// could not take them apart, and would leave their flows to the loop.
+func (t *Tunnel) coalesce(on bool) {
+	value := 0
+	if on {
+		value = 1
+	}
+	for _, fd := range t.receivers {
+		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, value)
+	}
 }
 
 // processTunnels describes the tunnel to the fast path, one per address family.

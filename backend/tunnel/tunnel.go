@@ -164,6 +164,7 @@ func Open(o Options) (*Tunnel, error) {
 			loop.IPv6 = side
 		}
 	}
+	t.coalesce(o.FastPath == nil) // what an earlier daemon attached may carry packets already
 	t.offload.GSO.Store(!o.NoGSO)
 	t.offload.GRO.Store(!o.NoGRO)
 	t.offload.USO.Store(!o.NoGRO && !o.NoUSO && t.device.uso)

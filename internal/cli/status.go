@@ -127,7 +127,7 @@ func writeFastPath(line func(name, format string, args ...any), f *api.FastPath)
 	if f.Egress.Packets+f.Ingress.Packets+uint64(len(f.Slow)) > 0 {
 		line("  sent", "%s", traffic(f.Egress))
 		line("  received", "%s", traffic(f.Ingress))
-		line("  left to the device", "%s", drops(f.Slow))
+		line("  left to the datapath", "%s", drops(f.Slow))
 		if f.Pods != nil {
 			line("  pod to pod", "%d of %d frames sent, %d of %d received; %s", f.Pods.Egress, f.Egress.Frames, f.Pods.Ingress, f.Ingress.Frames, plural(f.Pods.Links, "pod"))
 		}
