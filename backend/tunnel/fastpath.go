@@ -92,7 +92,3 @@ func (t *Tunnel) describeFastPath(s *api.Datapath) {
 		backend.DescribeFastPath(s, t.options.FastPath.Status())
 	}
 }
-
-func (t *Tunnel) fastPathOn() bool {
-	return t.options.FastPath != nil && t.options.FastPath.Status().On
-}
