@@ -363,6 +363,9 @@ func TestReleasePackages(t *testing.T) {
 				t.Errorf("%s: the packages lack %s", arch, want)
 			}
 		}
+		if got := strings.TrimSpace(output(t, "rpm", "-qp", "--nosignature", "--qf", "%{BUILDHOST}", rpm)); got != "localhost" {
+			t.Errorf("the .rpm says that it was built on %s", got)
+		}
 		if got := strings.TrimSpace(output(t, "rpm", "-qp", "--nosignature", "--configfiles", rpm)); got != "/etc/culvert/culvert.env" {
 			t.Errorf("configuration in the .rpm: %s", got)
 		}
