@@ -121,7 +121,7 @@ NIGHTLY_ROUNDS ?= 200
 NIGHTLY_SCALE ?= 5000,300
 
 .PHONY: nightly
-## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases; then test-chaos-long, mutation, vuln, release and reproducible (six hours)
+## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases; then test-chaos-long, mutation, vuln, test-release and reproducible (six hours)
 nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) CULVERT_MODEL_SEED=$$(date +%s) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
@@ -130,7 +130,7 @@ nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_PEERS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestManyPeers$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
 	CULVERT_PODS=100 $(MAKE) --no-print-directory test-kubernetes
-	$(MAKE) --no-print-directory test-chaos-long mutation vuln release reproducible
+	$(MAKE) --no-print-directory test-chaos-long mutation vuln test-release reproducible
 
 .PHONY: test-system
 ## test-system: the tests that need Debian packages: install them (as root), then test with -tags system
