@@ -118,6 +118,7 @@ func ingressOf(t *testing.T, n *testNode) (*ingress, *egress) {
 // other keeps it, and the first gets it back after suspendFor.
 func TestP9RefusalIsThePeersAlone(t *testing.T) {
 	a, b := pairOfNodes(t)
+	a.options.Offload.GSO.Store(true)
 	other := vxlanPeer(netip.MustParsePrefix("10.5.9.0/24"), b.at, testVNI, b.mac, a.mac)
 	_, out := ingressOf(t, a)
 	all := a.loop.Table().Peers()

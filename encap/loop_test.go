@@ -110,7 +110,7 @@ func TestFrameCrosses(t *testing.T) {
 				if err := samePackets(got, want); err != nil {
 					t.Fatal(err)
 				}
-				if off == "" && c.size > 500 && frames > 4 {
+				if off == "" && a.options.Offload.GSO.Load() && c.size > 500 && frames > 4 {
 					t.Errorf("%d packets came in %d writes: they were not joined", len(want), frames)
 				}
 			})
@@ -441,9 +441,6 @@ func TestSystemCallsPerFrame(t *testing.T) {
 	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
 	meet(a, b)
-	if err := unix.SetsockoptInt(b.options.IPv4.Receive[0].FD(), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
-		t.Fatal(err)
-	}
 	out := newEgress(&a.loop.common, [2][]source{sourcesOf(a.options.IPv4.Send)}, a.options.Egress)
 	in := newIngress(&b.loop.common, tun(b.options.Devices[0].FD()), inet(b.options.IPv4.Receive[0].FD()), testRecvBatch(), b.options.IPv4, 1450, b.options.Ingress)
 	const frames, payload = 20, 44 * 1398 // the kernel's own frames of 64 KB
@@ -468,8 +465,12 @@ func TestSystemCallsPerFrame(t *testing.T) {
 			t.Fatalf("only %d packets came: %v", before, dropsOf(in.counters))
 		}
 	}
+	most := 2.2
+	if !a.options.Offload.GSO.Load() { // each datagram comes in a message of its own
+		most = 3
+	}
 	for name, c := range map[string]*Counters{"sending": out.counters, "receiving": in.counters} {
-		if per := float64(c.Syscalls.Load()) / frames; per > 2.2 {
+		if per := float64(c.Syscalls.Load()) / frames; per > most {
 			t.Errorf("%s took %.2f system calls per frame of 64 KB", name, per)
 		} else {
 			t.Logf("%s took %.2f system calls per frame of 64 KB", name, per)
