@@ -3,7 +3,6 @@ package backend
 import (
 	"cmp"
 	"context"
-	"errors"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -26,19 +25,19 @@ type Kernel struct {
 	silence Silence
 	prober  *Prober
 
-	mu     sync.Mutex
-	wanted Wanted // result of the last successful plan
+	mu      sync.Mutex
+	planned Planned // result of the last successful plan
 }
 
 // FastPath forwards packets in eBPF programs before they reach the datapath's
 // devices. Packets that it does not handle take the devices, which work without it.
 type FastPath interface {
 	host.Follower
-	// Want adds the host state that the fast path needs to a plan's state.
-	Want(*host.State)
-	// Passed returns, for each peer, whether packets were sent or received
+	// Extend adds the host state that the fast path needs to a plan's state.
+	Extend(*host.State)
+	// Activity returns, for each peer, whether packets were sent or received
 	// since the last call.
-	Passed() []host.Passed
+	Activity() []host.PeerActivity
 	// Counts reports whether the programs count what is sent, so that nftables need
 	// not.
 	Counts() bool
@@ -57,7 +56,7 @@ type FastPath interface {
 type KernelOptions struct {
 	Node   Node
 	Format string // wire format
-	Plan   Plan
+	Plan   Planner
 	Why    string // why this datapath was chosen, for the status
 	// Replaces names devices of other programs to delete just before ours are
 	// created.
@@ -89,16 +88,16 @@ func (k *Kernel) Apply(_ context.Context, s subnet.Snapshot) error {
 		w.State.Replaces = k.options.Replaces
 		w.count(k.options.FastPath != nil && k.options.FastPath.Counts())
 		if k.options.FastPath != nil {
-			k.options.FastPath.Want(&w.State)
+			k.options.FastPath.Extend(&w.State)
 		}
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		for _, warning := range w.Warnings {
-			if !slices.Contains(k.wanted.Warnings, warning) {
+			if !slices.Contains(k.planned.Warnings, warning) {
 				k.options.Log.Warn(warning.Text, "check", warning.Check, "fix", warning.Fix)
 			}
 		}
-		k.wanted = w
+		k.planned = w
 		return w.State, nil
 	})
 	k.prober.Set(k.probeTargets())
@@ -127,11 +126,11 @@ func (k *Kernel) Run(ctx context.Context) error {
 // listen looks for silent peers every SilenceInterval until stop is called. It
 // opens its sockets in the network namespace of the calling thread.
 func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
-	watch, err := host.WatchPassed()
+	watch, err := host.WatchPeers()
 	if err != nil {
 		return nil, err
 	}
-	asker := OpenAsker(k.options.Log)
+	sender := OpenEchoSender(k.options.Log)
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	running.Go(func() {
@@ -145,32 +144,32 @@ func (k *Kernel) listen(ctx context.Context) (stop func(), err error) {
 			case <-tick.C:
 			}
 			k.mu.Lock()
-			tunnels := k.wanted.State.Firewall.Tunnels
+			tunnels := k.planned.State.Firewall.Tunnels
 			k.mu.Unlock()
-			var fast []host.Passed
+			var fast []host.PeerActivity
 			if k.options.FastPath != nil {
-				fast = k.options.FastPath.Passed()
+				fast = k.options.FastPath.Activity()
 			}
-			passed, err := watch.Look(tunnels, k.silence.asking(time.Now()), waiting || slices.ContainsFunc(fast, func(p host.Passed) bool { return p.Sent }))
-			passed = mergePassed(passed, fast)
+			activity, err := watch.Read(tunnels, k.silence.asking(time.Now()), waiting || slices.ContainsFunc(fast, func(p host.PeerActivity) bool { return p.Sent }))
+			activity = mergeActivity(activity, fast)
 			if err != nil && err.Error() != last { // for example while a device is recreated
 				last = err.Error()
 				k.options.Log.Debug("cannot read the peers' traffic counters", "error", err)
 			}
-			waiting = k.silence.observe(passed, asker)
+			waiting = k.silence.observe(activity, sender)
 		}
 	})
 	return func() {
 		cancel()
 		running.Wait()
 		_ = watch.Close()
-		asker.Close()
+		sender.Close()
 	}, nil
 }
 
-// mergePassed merges two lists: a peer in both was sent to, or received from, if it
+// mergeActivity merges two lists: a peer in both was sent to, or received from, if it
 // was in either. It appends to a and overwrites its entries.
-func mergePassed(a, b []host.Passed) []host.Passed {
+func mergeActivity(a, b []host.PeerActivity) []host.PeerActivity {
 	at := make(map[firewall.Source]int, len(a))
 	for i, p := range a {
 		at[p.Source] = i
@@ -190,7 +189,7 @@ func mergePassed(a, b []host.Passed) []host.Passed {
 // Status returns the datapath's devices, peers, counters and warnings.
 func (k *Kernel) Status() api.Datapath {
 	k.mu.Lock()
-	w := k.wanted
+	w := k.planned
 	k.mu.Unlock()
 	var devices []string
 	for _, l := range w.State.Links {
@@ -217,7 +216,7 @@ func (k *Kernel) Status() api.Datapath {
 	}
 	s.SetDrops(firewall.Drops(w.State.Firewall))
 	s.Warnings = append(s.Warnings, w.Warnings...)
-	Describe(&s, k.keeper.Standing())
+	Describe(&s, k.keeper.Status())
 	DescribeSilence(&s, &k.silence, "the tunnel's UDP port")
 	probes := k.prober.Count()
 	s.Probes = &probes
@@ -238,7 +237,7 @@ func DescribeFastPath(s *api.Datapath, fast api.FastPath) {
 }
 
 // Describe adds the Keeper's repairs, obstacles and error to a datapath's status.
-func Describe(s *api.Datapath, standing host.Standing) {
+func Describe(s *api.Datapath, standing host.Status) {
 	s.Repairs, s.RepairTimes = make(map[string]uint64), standing.Took
 	for kind, n := range standing.Repairs {
 		s.Repairs[string(kind)] = n
@@ -259,5 +258,5 @@ func (k *Kernel) Close(how How) error {
 		return nil
 	}
 	_, err := host.Apply(host.State{})
-	return errors.Join(err)
+	return err
 }

@@ -17,7 +17,7 @@ type kernelWay struct {
 
 // ways are those of the last plan: a route to a gateway that is the peer's own
 // underlay address is no tunnel.
-func (w Wanted) ways() []kernelWay {
+func (w Planned) ways() []kernelWay {
 	outer := make(map[netip.Prefix]netip.Addr)
 	for _, t := range w.State.Firewall.Tunnels {
 		for _, s := range t.Peers {
@@ -42,8 +42,8 @@ func (k *Kernel) probeTargets() []ProbeTarget {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	var all []ProbeTarget
-	for _, w := range k.wanted.ways() {
-		all = append(all, ProbeTarget{Subnet: w.Inner, Public: w.Outer, Direct: w.direct, MTU: k.wanted.MTU})
+	for _, w := range k.planned.ways() {
+		all = append(all, ProbeTarget{Subnet: w.Inner, Public: w.Outer, Direct: w.direct, MTU: k.planned.MTU})
 	}
 	return all
 }
@@ -51,7 +51,7 @@ func (k *Kernel) probeTargets() []ProbeTarget {
 // count has the firewall count what is exchanged with each peer, as far as nothing
 // else does: a tunnel's received packets are counted where they are checked, and
 // the fast path counts what it sees.
-func (w *Wanted) count(fastPath bool) {
+func (w *Planned) count(fastPath bool) {
 	c := &w.State.Firewall.Count
 	for _, to := range w.ways() {
 		if to.direct {
@@ -66,7 +66,7 @@ func (w *Wanted) count(fastPath bool) {
 // Peers says what is known of the way to each peer, and what pods may send.
 func (k *Kernel) Peers() ([]api.PeerState, int) {
 	k.mu.Lock()
-	w := k.wanted
+	w := k.planned
 	k.mu.Unlock()
 	now := time.Now()
 	way := api.WayKernel

@@ -10,12 +10,12 @@ import (
 	"culvert/subnet"
 )
 
-// Plan computes the host state that a wire format needs to carry a snapshot. It
+// Planner computes the host state that a wire format needs to carry a snapshot. It
 // is pure: it depends on the host only through View.
-type Plan func(n Node, s subnet.Snapshot, v host.View) (Wanted, error)
+type Planner func(n Node, s subnet.Snapshot, v host.View) (Planned, error)
 
-// Wanted is the result of a Plan.
-type Wanted struct {
+// Planned is the result of a Planner.
+type Planned struct {
 	State host.State
 	MTU   int // of pods, in bytes
 	// Warnings name the peers that cannot be reached, and why.

@@ -19,7 +19,7 @@ import (
 //
 // A peer without traffic is not silent. Since traffic may be one-way, a peer that
 // was sent to and has not answered within askAfter is sent echo requests
-// (Asker.Ask). After silentAfter without a packet from it, it is silent until one
+// (EchoSender.Send). After silentAfter without a packet from it, it is silent until one
 // arrives.
 type Silence struct {
 	mu    sync.Mutex
@@ -51,22 +51,14 @@ const (
 	forgetAfter = 2 * time.Minute
 )
 
-// Exchange tells whether packets were sent to and received from a peer since the
-// last observation.
-type Exchange struct {
-	Subnet         netip.Prefix
-	Public         netip.Addr
-	Sent, Received bool
-}
-
 // Observe records the traffic with all peers; a peer that is missing is
 // forgotten. It returns the subnets of the peers to send an echo request.
-func (s *Silence) Observe(now time.Time, all []Exchange) (ask []netip.Prefix) {
+func (s *Silence) Observe(now time.Time, all []host.PeerActivity) (ask []netip.Prefix) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	peers := make(map[peerKey]*unanswered)
 	for _, e := range all {
-		w := peerKey{e.Subnet, e.Public}
+		w := peerKey{e.Inner, e.Outer}
 		h := s.peers[w]
 		switch {
 		case e.Received:
@@ -88,7 +80,7 @@ func (s *Silence) Observe(now time.Time, all []Exchange) (ask []netip.Prefix) {
 		}
 		peers[w] = h
 		if now.Sub(h.since) >= askAfter {
-			ask = append(ask, e.Subnet)
+			ask = append(ask, e.Inner)
 		}
 	}
 	s.peers = peers
@@ -138,13 +130,9 @@ func (s *Silence) Heard(subnet netip.Prefix, public netip.Addr) time.Time {
 
 // observe records the traffic that the kernel reports, sends the echo requests,
 // and reports whether any peer has yet to answer.
-func (s *Silence) observe(passed []host.Passed, asker *Asker) (waiting bool) {
-	all := make([]Exchange, len(passed))
-	for i, p := range passed {
-		all[i] = Exchange{Subnet: p.Inner, Public: p.Outer, Sent: p.Sent, Received: p.Received}
-	}
+func (s *Silence) observe(all []host.PeerActivity, sender *EchoSender) (waiting bool) {
 	for _, subnet := range s.Observe(time.Now(), all) {
-		asker.Ask(subnet)
+		sender.Send(subnet)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

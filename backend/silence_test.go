@@ -8,6 +8,8 @@ import (
 
 	"culvert/backend"
 	"culvert/internal/api"
+	"culvert/internal/firewall"
+	"culvert/internal/host"
 )
 
 // TestSilence plays the traffic with one peer, one character per observation, 5 s
@@ -33,9 +35,9 @@ func TestSilence(t *testing.T) {
 		var s backend.Silence
 		now, asked := time.Unix(1000, 0), 0
 		for _, look := range c.looks {
-			asked += len(s.Observe(now, []backend.Exchange{{
-				Subnet: netip.MustParsePrefix("10.5.2.0/24"), Public: netip.MustParseAddr("192.168.50.12"),
-				Sent: look == 's' || look == 'b', Received: look == 'r' || look == 'b',
+			asked += len(s.Observe(now, []host.PeerActivity{{
+				Source: firewall.Source{Inner: netip.MustParsePrefix("10.5.2.0/24"), Outer: netip.MustParseAddr("192.168.50.12")},
+				Sent:   look == 's' || look == 'b', Received: look == 'r' || look == 'b',
 			}}))
 			now = now.Add(backend.SilenceInterval)
 		}
@@ -49,10 +51,10 @@ func TestSilence(t *testing.T) {
 	}
 	var s backend.Silence
 	for i := range 8 {
-		var all []backend.Exchange
+		var all []host.PeerActivity
 		for k := range 30 {
-			all = append(all, backend.Exchange{
-				Subnet: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(k), 0}), 24), Public: netip.AddrFrom4([4]byte{192, 168, 50, byte(k)}), Sent: true,
+			all = append(all, host.PeerActivity{
+				Source: firewall.Source{Inner: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 5, byte(k), 0}), 24), Outer: netip.AddrFrom4([4]byte{192, 168, 50, byte(k)})}, Sent: true,
 			})
 		}
 		s.Observe(time.Unix(int64(5*i), 0), all)

@@ -46,7 +46,7 @@ func openOwnKernel(p Part, log *slog.Logger) (carrier, error) {
 	if err != nil {
 		return nil, err
 	}
-	plan := map[string]backend.Plan{"vxlan": vxlan.Plan, "ipip": ipip.Plan, "host-gw": hostgw.Plan}[format]
+	plan := map[string]backend.Planner{"vxlan": vxlan.Plan, "ipip": ipip.Plan, "host-gw": hostgw.Plan}[format]
 	k := &ownKernel{Kernel: backend.NewKernel(backend.KernelOptions{
 		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}},
 		Format: format, Plan: plan, Why: "culvert bench", Log: log,

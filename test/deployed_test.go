@@ -24,6 +24,7 @@ import (
 
 	"culvert/internal/host"
 	"culvert/internal/lab"
+	"culvert/internal/names"
 	"culvert/subnet/etcd/etcdtest"
 )
 
@@ -220,7 +221,7 @@ func TestFirstContact(t *testing.T) {
 	}
 	// A route of culvert's own, as a network over etcd's address leaves it.
 	if err := n.Do(func() error {
-		return netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(netip.MustParsePrefix("10.5.0.0/16")), Type: unix.RTN_UNREACHABLE, Protocol: host.RouteProtocol})
+		return netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(netip.MustParsePrefix("10.5.0.0/16")), Type: unix.RTN_UNREACHABLE, Protocol: names.RouteProtocol})
 	}); err != nil {
 		t.Fatal(err)
 	}

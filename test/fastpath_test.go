@@ -21,6 +21,7 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/internal/lab"
+	"culvert/internal/names"
 	"culvert/subnet"
 )
 
@@ -237,7 +238,7 @@ func fastPathLife(t *testing.T, on []string, device, another string) {
 		},
 		"the veth pair is deleted": func() error {
 			return n.Do(func() error {
-				l, err := netlink.LinkByName(host.JoinNear)
+				l, err := netlink.LinkByName(names.JoinNear)
 				if err != nil {
 					return err
 				}
@@ -323,7 +324,7 @@ func fastPathLife(t *testing.T, on []string, device, another string) {
 	if err := n.Do(func() error {
 		links, err := netlink.LinkList()
 		for _, l := range links {
-			if host.Ours(l.Attrs().Name) {
+			if names.Managed(l.Attrs().Name) {
 				err = fmt.Errorf("after cleanup the device %s is left", l.Attrs().Name)
 			}
 		}

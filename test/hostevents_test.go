@@ -26,9 +26,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
-	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/lab"
+	"culvert/internal/names"
 	"culvert/subnet"
 )
 
@@ -251,7 +251,7 @@ func (v *victim) event(r *rand.Rand) {
 			if err != nil {
 				return err
 			}
-			n.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: firewall.TableName})
+			n.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: names.Table})
 			return n.Flush()
 		})
 	}
@@ -266,13 +266,13 @@ func (v *victim) devices() []string {
 
 // removeOurs removes culvert's routes, permanent neighbours and FDB entries.
 func removeOurs() error {
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: names.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
 	for _, r := range routes {
 		err = errors.Join(err, netlink.RouteDel(&r))
 	}
 	links, _ := netlink.LinkList()
 	for _, l := range links {
-		if !host.Ours(l.Attrs().Name) {
+		if !names.Managed(l.Attrs().Name) {
 			continue
 		}
 		for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6, unix.AF_BRIDGE} {

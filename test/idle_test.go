@@ -19,6 +19,7 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/internal/lab"
+	"culvert/internal/names"
 )
 
 // TestD5IdleDaemon runs a node of a large cluster on a host with a large routing table:
@@ -152,7 +153,7 @@ func alter(t *testing.T, n *lab.Node, do func(*netlink.Route) error, from, count
 func flush(t *testing.T, n *lab.Node) {
 	t.Helper()
 	if err := n.Do(func() error {
-		all, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		all, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: names.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
 		for _, r := range all {
 			err = errors.Join(err, netlink.RouteDel(&r))
 		}

@@ -5,13 +5,13 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"culvert/internal/host"
+	"culvert/internal/names"
 )
 
 // kernelState lists culvert's routes and devices in the current network namespace.
 func kernelState() ([]string, error) {
 	var lines []string
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: names.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
 	if err != nil {
 		return nil, err
 	}

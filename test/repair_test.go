@@ -12,6 +12,7 @@ import (
 
 	"culvert/internal/api"
 	"culvert/internal/host"
+	"culvert/internal/names"
 )
 
 // TestRepairs damages a kernel node's network state as other programs do, under traffic.
@@ -40,7 +41,7 @@ func TestRepairs(t *testing.T) {
 		return l
 	}
 	ours := func(harm func(netlink.Route) error) error {
-		routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: host.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: names.RouteProtocol}, netlink.RT_FILTER_PROTOCOL)
 		for _, r := range routes {
 			if err == nil {
 				err = harm(r)

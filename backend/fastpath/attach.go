@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/host"
+	"culvert/internal/names"
 )
 
 // fill updates the maps to the desired contents, by the difference to the last ones.
@@ -77,7 +78,7 @@ func fillKeys[K comparable, V any](m *ebpf.Map, have, want map[K]V) error {
 type occupied struct{ link, by string }
 
 func (o *occupied) Error() string {
-	return fmt.Sprintf("the tc filter %q of another program has priority %d on %s", o.by, host.FilterPriority, o.link)
+	return fmt.Sprintf("the tc filter %q of another program has priority %d on %s", o.by, names.FilterPriority, o.link)
 }
 
 // attach attaches each program that is not in place. A filter of an earlier daemon is
@@ -91,7 +92,7 @@ func (p *Path) attach(hooks []hook) ([]host.Change, error) {
 			}
 		}
 		at := netlink.FilterAttrs{
-			LinkIndex: h.index, Parent: h.parent, Handle: 1, Priority: host.FilterPriority, Protocol: unix.ETH_P_ALL,
+			LinkIndex: h.index, Parent: h.parent, Handle: 1, Priority: names.FilterPriority, Protocol: unix.ETH_P_ALL,
 		}
 		link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: h.link, Index: h.index}}
 		there, err := p.stands(link, h)
@@ -114,7 +115,7 @@ func (p *Path) attach(hooks []hook) ([]host.Change, error) {
 			direction = "egress"
 		}
 		changes = append(changes, host.Change{Kind: host.KindFastPath, Command: fmt.Sprintf(
-			"tc filter replace dev %s %s pref %d handle 1 bpf direct-action # %s", h.link, direction, host.FilterPriority, h.program)})
+			"tc filter replace dev %s %s pref %d handle 1 bpf direct-action # %s", h.link, direction, names.FilterPriority, h.program)})
 	}
 	return changes, nil
 }
@@ -127,7 +128,7 @@ func (p *Path) stands(l netlink.Link, h hook) (bool, error) {
 		return false, nil // no qdisc yet
 	}
 	for _, f := range filters {
-		if f.Attrs().Priority != host.FilterPriority {
+		if f.Attrs().Priority != names.FilterPriority {
 			continue
 		}
 		b, ok := f.(*netlink.BpfFilter)
@@ -179,7 +180,7 @@ func (p *Path) stepBack() ([]host.Change, error) {
 func prepareJoin() error {
 	tool, err := ethtool.NewEthtool()
 	if err != nil {
-		return fmt.Errorf("asking for the features of %s: %w", host.JoinNear, err)
+		return fmt.Errorf("asking for the features of %s: %w", names.JoinNear, err)
 	}
 	defer tool.Close()
 	far := map[string]bool{"rx-gro": true}
@@ -187,7 +188,7 @@ func prepareJoin() error {
 		"tx-tcp-segmentation": false, "tx-tcp6-segmentation": false, "tx-tcp-ecn-segmentation": false, "tx-tcp-mangleid-segmentation": false,
 		"tx-tcp-accecn-segmentation": false,
 	}
-	for name, want := range map[string]map[string]bool{host.JoinFar: far, host.JoinNear: near} {
+	for name, want := range map[string]map[string]bool{names.JoinFar: far, names.JoinNear: near} {
 		have, err := tool.Features(name)
 		if err != nil {
 			return fmt.Errorf("asking for the features of %s: %w", name, err)

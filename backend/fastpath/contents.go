@@ -11,6 +11,7 @@ import (
 
 	"culvert/internal/firewall"
 	"culvert/internal/host"
+	"culvert/internal/names"
 )
 
 // The maps' keys and values, laid out as in bpf/fastpath.c.
@@ -240,7 +241,7 @@ func contentsOf(s host.State, f facts) (contents, error) {
 		if len(f.pods) > 0 && !e.layer3 {
 			t.Pods = 1
 		}
-		if near, ok := f.links[host.JoinNear]; ok {
+		if near, ok := f.links[names.JoinNear]; ok {
 			t.Joiner = uint32(near.index)
 		}
 		binary.BigEndian.PutUint32(t.VNI[:], e.VNI<<8)
@@ -273,8 +274,8 @@ func contentsOf(s host.State, f facts) (contents, error) {
 	if len(c.tunnels) == 0 {
 		return c, errNoTunnel
 	}
-	if far, ok := f.links[host.JoinFar]; ok {
-		c.hooks = append(c.hooks, hook{host.JoinFar, far.index, netlink.HANDLE_MIN_INGRESS, programJoin})
+	if far, ok := f.links[names.JoinFar]; ok {
+		c.hooks = append(c.hooks, hook{names.JoinFar, far.index, netlink.HANDLE_MIN_INGRESS, programJoin})
 	}
 	slices.SortFunc(c.hooks, compareHooks)
 	c.hooks = slices.Compact(c.hooks) // two tunnels may share a device and an uplink

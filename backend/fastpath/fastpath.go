@@ -34,6 +34,7 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/firewall"
 	"culvert/internal/host"
+	"culvert/internal/names"
 )
 
 // Mode is the value of --fast-path.
@@ -49,12 +50,12 @@ const (
 
 // The programs' names in the object, which are also their filters' names.
 const (
-	programOut  = host.FilterName + "out"
-	programIn   = host.FilterName + "in"
-	programJoin = host.FilterName + "join"
+	programOut  = names.FilterPrefix + "out"
+	programIn   = names.FilterPrefix + "in"
+	programJoin = names.FilterPrefix + "join"
 
-	programPodOut = host.FilterName + "pod_out"
-	programPodIn  = host.FilterName + "pod_in"
+	programPodOut = names.FilterPrefix + "pod_out"
+	programPodIn  = names.FilterPrefix + "pod_in"
 )
 
 var errNoTunnel = errors.New("there is no vxlan device")
@@ -197,9 +198,9 @@ func has(capability int) bool {
 	return true
 }
 
-// Want adds to a state what the fast path needs: permission for its filters, and the
+// Extend adds to a state what the fast path needs: permission for its filters, and the
 // veth pair that runs GRO.
-func (p *Path) Want(s *host.State) {
+func (p *Path) Extend(s *host.State) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	mtu := 0
@@ -213,8 +214,8 @@ func (p *Path) Want(s *host.State) {
 	}
 	s.FastPath, s.ShortWay = true, p.mode == Pods
 	s.Links = append(s.Links,
-		host.Link{Name: host.JoinNear, MTU: mtu, Veth: host.JoinFar},
-		host.Link{Name: host.JoinFar, MTU: mtu, Veth: host.JoinNear})
+		host.Link{Name: names.JoinNear, MTU: mtu, Veth: names.JoinFar},
+		host.Link{Name: names.JoinFar, MTU: mtu, Veth: names.JoinNear})
 }
 
 // Follow updates the maps to the state, then attaches the programs. If that fails, or if

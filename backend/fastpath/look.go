@@ -15,6 +15,7 @@ import (
 
 	"culvert/internal/firewall"
 	"culvert/internal/host"
+	"culvert/internal/names"
 )
 
 // look reads the facts from the host. The error says why the fast path must not be used
@@ -25,7 +26,7 @@ func (p *Path) look(s host.State) (facts, error) {
 	if err != nil {
 		return f, err
 	}
-	names := []string{host.JoinNear, host.JoinFar}
+	names := []string{names.JoinNear, names.JoinFar}
 	var uplink string
 	for _, e := range ends {
 		uplink = e.Device

@@ -458,7 +458,7 @@ func TestCountsByPeer(t *testing.T) {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 	passed := func() (sent, received []firewall.Source) {
-		for _, x := range p.Passed() {
+		for _, x := range p.Activity() {
 			if x.Sent {
 				sent = append(sent, x.Source)
 			}

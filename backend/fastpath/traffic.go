@@ -26,16 +26,16 @@ func (p *Path) Counts() bool {
 	return p.loaded != nil && !p.refused
 }
 
-// Passed returns for each peer whether packets were sent and received by the fast path
+// Activity returns for each peer whether packets were sent and received by the fast path
 // since the last call.
-func (p *Path) Passed() []host.Passed {
+func (p *Path) Activity() []host.PeerActivity {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := p.exchanged()
-	all := make([]host.Passed, 0, len(now))
+	all := make([]host.PeerActivity, 0, len(now))
 	for s, e := range now {
 		before := p.seen[s]
-		all = append(all, host.Passed{Source: s, Sent: e.Sent.Packets > before.Sent.Packets, Received: e.Received.Packets > before.Received.Packets})
+		all = append(all, host.PeerActivity{Source: s, Sent: e.Sent.Packets > before.Sent.Packets, Received: e.Received.Packets > before.Received.Packets})
 	}
 	p.seen = now
 	return all

@@ -19,8 +19,8 @@ import (
 //
 // A peer behind a gateway cannot be reached this way: it gets a warning and no
 // route, since the gateway does not know the subnet.
-func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
-	w := backend.Wanted{State: backend.Base(n, s)}
+func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Planned, error) {
+	w := backend.Planned{State: backend.Base(n, s)}
 	if v.Underlay.Name == "" {
 		return w, fmt.Errorf("%w: %s", host.ErrNoUnderlay, n.Underlay.Name)
 	}

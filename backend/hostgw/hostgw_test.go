@@ -38,7 +38,7 @@ func TestOnLink(t *testing.T) {
 	const here, there = "10.5.2.0/24 via 192.0.2.2 dev eth0 proto 67", "10.5.3.0/24 via 203.0.113.3 dev eth0 proto 67"
 	for _, c := range []struct {
 		name, backend string
-		plan          backend.Plan
+		plan          backend.Planner
 		before, after []string
 		warnings      int
 	}{
@@ -67,7 +67,7 @@ func TestOnLink(t *testing.T) {
 				t.Fatal(err)
 			}
 			k := host.NewKeeper(u.Index, slog.New(slog.DiscardHandler))
-			var wanted backend.Wanted
+			var wanted backend.Planned
 			routes := func() []string {
 				t.Helper()
 				if err := n.Do(func() error {

@@ -8,11 +8,9 @@ import (
 	"culvert/backend"
 	"culvert/internal/firewall"
 	"culvert/internal/host"
+	"culvert/internal/names"
 	"culvert/subnet"
 )
-
-// DeviceName is the device's name.
-const DeviceName = "cvt.ipip"
 
 // Cost is the bytes that IPIP adds to each packet: one IPv4 header.
 const Cost = 20
@@ -24,8 +22,8 @@ const Cost = 20
 // or, with DirectRouting and the peer on the underlay's link, a route via the
 // underlay device. An ipip device accepts packets from anyone who can reach it, so
 // the firewall admits only pairs of a peer's underlay address and its subnet.
-func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
-	w := backend.Wanted{State: backend.Base(n, s)}
+func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Planned, error) {
+	w := backend.Planned{State: backend.Base(n, s)}
 	self, ok := s.Self.Endpoint(true)
 	network, found := backend.NetworkOf(s, self)
 	if !ok || !found {
@@ -40,17 +38,17 @@ func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error
 		return w, err
 	}
 	state := &w.State
-	state.Links = []host.Link{{Name: DeviceName, MTU: w.MTU, Addrs: backend.HostAddrs(self), IPIP: &host.IPIP{Local: local}}}
+	state.Links = []host.Link{{Name: names.IPIP, MTU: w.MTU, Addrs: backend.HostAddrs(self), IPIP: &host.IPIP{Local: local}}}
 	peers := backend.Peers(s, true)
 	for _, p := range peers {
-		r := host.Route{To: p.Subnet, Via: p.Public, Link: DeviceName, OnLink: true}
+		r := host.Route{To: p.Subnet, Via: p.Public, Link: names.IPIP, OnLink: true}
 		if s.Config.Backend.DirectRouting && v.OnLink(p.Public) {
 			r.Link, r.OnLink = v.Underlay.Name, false
 		}
 		state.Routes = append(state.Routes, r)
 	}
 	state.Firewall.Tunnels = []firewall.TunnelRule{{
-		Network: network, Device: DeviceName, Subnet: self.Subnet, Peers: backend.Sources(peers),
+		Network: network, Device: names.IPIP, Subnet: self.Subnet, Peers: backend.Sources(peers),
 		Underlay: v.Underlay.Name, Local: local, NoFIB: v.NoFIB,
 	}}
 	return w, nil

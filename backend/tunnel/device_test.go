@@ -14,6 +14,7 @@ import (
 	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
+	"culvert/internal/names"
 )
 
 func TestMain(m *testing.M) { labtest.Main(m) }
@@ -24,7 +25,7 @@ func TestSparseQueue(t *testing.T) {
 	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
 	if err := n.Do(func() error {
 		for _, threads := range []int{1, 3} {
-			d, err := openDevice(DeviceName, 1450, deviceSize{threads: threads, sparse: true}, slog.New(slog.DiscardHandler))
+			d, err := openDevice(names.TUN, 1450, deviceSize{threads: threads, sparse: true}, slog.New(slog.DiscardHandler))
 			if err != nil {
 				return err
 			}
@@ -47,7 +48,7 @@ func TestSparseQueue(t *testing.T) {
 // movesAreCounted sends many datagrams of one flow through the device, and checks that
 // they move to the thread's second queue and that the move is counted.
 func movesAreCounted(d *device, threads int) error {
-	link, err := netlink.LinkByName(DeviceName)
+	link, err := netlink.LinkByName(names.TUN)
 	if err != nil {
 		return err
 	}
@@ -107,7 +108,7 @@ func TestQueuesWithoutBPF(t *testing.T) {
 		if err := unix.Capset(&header, &has[0]); err != nil {
 			return err
 		}
-		d, err := openDevice(DeviceName, 1450, deviceSize{threads: 2, sparse: true}, slog.New(slog.DiscardHandler))
+		d, err := openDevice(names.TUN, 1450, deviceSize{threads: 2, sparse: true}, slog.New(slog.DiscardHandler))
 		if err := errors.Join(err, unix.Capset(&header, &had[0])); err != nil {
 			return err
 		}

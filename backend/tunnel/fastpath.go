@@ -9,6 +9,7 @@ import (
 	"culvert/backend"
 	"culvert/internal/api"
 	"culvert/internal/host"
+	"culvert/internal/names"
 	"culvert/subnet"
 )
 
@@ -53,7 +54,7 @@ func (t *Tunnel) processTunnels(s subnet.Snapshot, v host.View) []host.ProcessTu
 	for _, e := range o.Lease.Endpoints {
 		is4 := e.Public.Is4()
 		p := host.ProcessTunnel{
-			Link: DeviceName, Subnet: e.Subnet,
+			Link: names.TUN, Subnet: e.Subnet,
 			VXLAN: host.VXLAN{
 				MAC: host.MAC(e.VTEP.MAC), VNI: e.VTEP.VNI, Local: o.Node.Underlay.Addr(is4),
 				Device: cmp.Or(v.Underlay.Name, o.Node.Underlay.Name), Port: o.Config.Backend.Port,
@@ -75,12 +76,12 @@ func (t *Tunnel) processTunnels(s subnet.Snapshot, v host.View) []host.ProcessTu
 
 // fastPassed returns with which peers the fast path has exchanged packets since the last
 // call, by their subnets.
-func (t *Tunnel) fastPassed() map[netip.Prefix]host.Passed {
+func (t *Tunnel) fastPassed() map[netip.Prefix]host.PeerActivity {
 	if t.options.FastPath == nil {
 		return nil
 	}
-	all := make(map[netip.Prefix]host.Passed)
-	for _, p := range t.options.FastPath.Passed() {
+	all := make(map[netip.Prefix]host.PeerActivity)
+	for _, p := range t.options.FastPath.Activity() {
 		all[p.Inner] = p
 	}
 	return all

@@ -9,10 +9,9 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-)
 
-// SuperDeviceName is the name of the TAP device for super-frames.
-const SuperDeviceName = "culvert0s"
+	"culvert/internal/names"
+)
 
 // superDevice is a TAP device to which the loop writes tunnel frames of up to 64 KB. A
 // tc filter redirects every frame from its ingress to the uplink, where the kernel or
@@ -43,7 +42,7 @@ func (i *inherited) openSuperDevice(udp bool) (*superDevice, error) {
 	d := &superDevice{udp: udp}
 	var left bool
 	var err error
-	if d.fd, left = i.device(SuperDeviceName); !left {
+	if d.fd, left = i.device(names.SuperFrame); !left {
 		d.fd, err = makeSuperDevice()
 	}
 	if err == nil {
@@ -52,7 +51,7 @@ func (i *inherited) openSuperDevice(udp bool) (*superDevice, error) {
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("making the TAP device %s: %w", SuperDeviceName, err)
+		return nil, fmt.Errorf("making the TAP device %s: %w", names.SuperFrame, err)
 	}
 	return d, nil
 }
@@ -62,7 +61,7 @@ func makeSuperDevice() (fd int, err error) {
 	if err != nil {
 		return -1, fmt.Errorf("opening /dev/net/tun: %w", err)
 	}
-	request, err := unix.NewIfreq(SuperDeviceName)
+	request, err := unix.NewIfreq(names.SuperFrame)
 	if err == nil {
 		request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
@@ -91,7 +90,7 @@ func (d *superDevice) prepare() (err error) {
 	if err := unix.IoctlSetInt(d.fd, unix.TUNSETOFFLOAD, offloads); err != nil {
 		return errors.Join(errNoSuperFrames, err)
 	}
-	if d.link, err = netlink.LinkByName(SuperDeviceName); err != nil {
+	if d.link, err = netlink.LinkByName(names.SuperFrame); err != nil {
 		return err
 	}
 	// Disable IPv6 addresses and ARP: the kernel's own frames would go to the uplink.
@@ -115,7 +114,7 @@ func (d *superDevice) redirect(uplink int) error {
 	}
 	for _, f := range filters {
 		if err := netlink.FilterDel(f); err != nil {
-			return fmt.Errorf("removing a filter of %s: %w", SuperDeviceName, err)
+			return fmt.Errorf("removing a filter of %s: %w", names.SuperFrame, err)
 		}
 	}
 	index := d.link.Attrs().Index
@@ -123,14 +122,14 @@ func (d *superDevice) redirect(uplink int) error {
 		LinkIndex: index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
 	}}
 	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("adding the clsact qdisc to %s: %w", SuperDeviceName, err)
+		return fmt.Errorf("adding the clsact qdisc to %s: %w", names.SuperFrame, err)
 	}
 	filter, err := d.filter(uplink, netlink.FilterAttrs{LinkIndex: index, Parent: parent, Priority: 1, Protocol: unix.ETH_P_ALL})
 	if err != nil {
 		return err
 	}
 	if err := netlink.FilterAdd(filter); err != nil {
-		return fmt.Errorf("redirecting %s to the uplink: %w", SuperDeviceName, err)
+		return fmt.Errorf("redirecting %s to the uplink: %w", names.SuperFrame, err)
 	}
 	return nil
 }

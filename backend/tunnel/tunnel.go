@@ -29,11 +29,9 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/firewall"
 	"culvert/internal/host"
+	"culvert/internal/names"
 	"culvert/subnet"
 )
-
-// DeviceName is the TUN device's name.
-const DeviceName = "culvert0"
 
 // Options configures a Tunnel.
 type Options struct {
@@ -139,7 +137,7 @@ func Open(o Options) (*Tunnel, error) {
 	if t.mtu, err = PodMTU(o.Config.Backend, o.Lease, o.Node.Underlay); err != nil {
 		return nil, err
 	}
-	t.device, err = t.inherited.openDevice(DeviceName, t.mtu, deviceSize{threads: o.queues(), sparse: !o.NoMultiQueue}, o.Log)
+	t.device, err = t.inherited.openDevice(names.TUN, t.mtu, deviceSize{threads: o.queues(), sparse: !o.NoMultiQueue}, o.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -289,7 +287,7 @@ func (t *Tunnel) Apply(_ context.Context, s subnet.Snapshot) error {
 		state := t.state(s, v)
 		if t.options.FastPath != nil {
 			state.Process = t.processTunnels(s, v)
-			t.options.FastPath.Want(&state)
+			t.options.FastPath.Extend(&state)
 		}
 		return state, nil
 	})
@@ -325,19 +323,19 @@ func (t *Tunnel) state(s subnet.Snapshot, v host.View) host.State {
 }
 
 // Plan returns the desired host state for a tunnel that is not open.
-func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
+func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Planned, error) {
 	mtu, err := PodMTU(s.Config.Backend, s.Self, n.Underlay)
 	if err != nil {
-		return backend.Wanted{}, err
+		return backend.Planned{}, err
 	}
-	return backend.Wanted{State: state(n, s.Config.Backend, s.Self, mtu, s, v), MTU: mtu}, nil
+	return backend.Planned{State: state(n, s.Config.Backend, s.Self, mtu, s, v), MTU: mtu}, nil
 }
 
 // state routes the cluster network through the device; an unreachable route remains if
 // the device is gone.
 func state(n backend.Node, c subnet.BackendConfig, self subnet.Lease, mtu int, s subnet.Snapshot, v host.View) host.State {
 	state := backend.Base(n, s)
-	link := host.Link{Name: DeviceName, MTU: mtu, GSOMaxSegs: gsoMaxSegments}
+	link := host.Link{Name: names.TUN, MTU: mtu, GSOMaxSegs: gsoMaxSegments}
 	for _, e := range self.Endpoints {
 		network, ok := backend.NetworkOf(s, e)
 		if !ok {
@@ -348,7 +346,7 @@ func state(n backend.Node, c subnet.BackendConfig, self subnet.Lease, mtu int, s
 			if p == e.Subnet {
 				continue // this node's pods; their bridge has the route
 			}
-			state.Routes = append(state.Routes, host.Route{To: p, Link: DeviceName, Source: e.Subnet.Addr()})
+			state.Routes = append(state.Routes, host.Route{To: p, Link: names.TUN, Source: e.Subnet.Addr()})
 		}
 		is4 := network.Addr().Is4()
 		guard := firewall.TunnelRule{ // without a port: IPIP
@@ -373,8 +371,8 @@ func (t *Tunnel) Run(ctx context.Context) error {
 		return nil
 	case <-t.applied:
 	}
-	asker := backend.OpenAsker(t.options.Log)
-	defer asker.Close()
+	sender := backend.OpenEchoSender(t.options.Log)
+	defer sender.Close()
 	// The loop stops last: it carries packets while the other parts end.
 	carrying, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
@@ -386,7 +384,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 		}
 	})
 	parts, ctx := errgroup.WithContext(ctx)
-	parts.Go(func() error { t.listenForPeers(ctx, asker); return nil })
+	parts.Go(func() error { t.listenForPeers(ctx, sender); return nil })
 	if !t.options.Node.NoProbe {
 		parts.Go(func() error { t.prober.Run(ctx); return nil })
 	}
@@ -409,7 +407,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 }
 
 // listenForPeers detects silent peers until ctx ends.
-func (t *Tunnel) listenForPeers(ctx context.Context, asker *backend.Asker) {
+func (t *Tunnel) listenForPeers(ctx context.Context, sender *backend.EchoSender) {
 	tick := time.NewTicker(backend.SilenceInterval)
 	defer tick.Stop()
 	for {
@@ -419,16 +417,16 @@ func (t *Tunnel) listenForPeers(ctx context.Context, asker *backend.Asker) {
 		case <-tick.C:
 		}
 		fast := t.fastPassed()
-		var all []backend.Exchange
+		var all []host.PeerActivity
 		for _, p := range t.loop.Table().Peers() {
-			e := backend.Exchange{Subnet: p.Subnet, Public: p.Underlay.Addr()}
+			e := host.PeerActivity{Source: firewall.Source{Outer: p.Underlay.Addr(), Inner: p.Subnet}}
 			e.Sent, e.Received = p.Activity()
 			f := fast[p.Subnet]
 			e.Sent, e.Received = e.Sent || f.Sent, e.Received || f.Received
 			all = append(all, e)
 		}
 		for _, subnet := range t.silence.Observe(time.Now(), all) {
-			asker.Ask(subnet)
+			sender.Send(subnet)
 		}
 	}
 }
@@ -440,7 +438,7 @@ func (t *Tunnel) Status() api.Datapath {
 		WireFormat: t.options.Config.Backend.Type,
 		Kind:       "userspace",
 		Why:        t.options.Why,
-		Device:     DeviceName,
+		Device:     names.TUN,
 		MTU:        t.mtu,
 		Peers:      t.loop.Table().Len(),
 		Egress:     traffic(&t.egress),
@@ -456,7 +454,7 @@ func (t *Tunnel) Status() api.Datapath {
 		},
 	}
 	t.describeFastPath(&s)
-	standing := t.keeper.Standing()
+	standing := t.keeper.Status()
 	// The loop's drops and those of our nftables rules, which drop pods' forged packets
 	// before the loop sees them.
 	drops := make(map[string]uint64)
@@ -579,8 +577,8 @@ func (t *Tunnel) makeWay() error {
 			catchAll = append(catchAll, host.Route{To: p, Metric: host.UnreachableMetric})
 		}
 	}
-	ours := func(device string) bool { return device != DeviceName }
-	changes, err := host.MakeWay(t.options.Replaces, ours, catchAll)
+	ours := func(device string) bool { return device != names.TUN }
+	changes, err := host.RemoveConflicting(t.options.Replaces, ours, catchAll)
 	for _, c := range changes {
 		t.options.Log.Info("host changed", "command", c.Command)
 	}

@@ -20,6 +20,7 @@ import (
 	"culvert/backend"
 	"culvert/encap"
 	"culvert/internal/host"
+	"culvert/internal/names"
 )
 
 // uplink watches what super-frames depend on: that the underlay interface segments
@@ -173,7 +174,7 @@ func (u *uplink) refresh() {
 	on := why == nil
 	switch {
 	case on && u.why != "":
-		u.log.Info("large frames leave whole", "device", SuperDeviceName, "uplink", u.node.Underlay.Name)
+		u.log.Info("large frames leave whole", "device", names.SuperFrame, "uplink", u.node.Underlay.Name)
 	case !on && u.why != why.Error():
 		u.log.Info("large frames are cut in userspace", "reason", why)
 	}

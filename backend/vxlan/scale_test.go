@@ -79,9 +79,9 @@ func TestThousandPeers(t *testing.T) {
 	apply, k := applier(t, n)
 	apply(many(t, 1, "198.19.0.0")) // the first peer creates the sets and their rules
 	written := func(s subnet.Snapshot) uint64 {
-		before := k.Standing().Writes
+		before := k.Status().Writes
 		apply(s)
-		return k.Standing().Writes - before
+		return k.Status().Writes - before
 	}
 	// A route, a neighbour and an FDB entry per peer, and two sets filled 200 elements
 	// per message.

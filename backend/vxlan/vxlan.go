@@ -6,22 +6,14 @@ package vxlan
 
 import (
 	"errors"
-	"fmt"
 
 	"culvert/backend"
 	"culvert/encap"
 	"culvert/internal/firewall"
 	"culvert/internal/host"
+	"culvert/internal/names"
 	"culvert/subnet"
 )
-
-// DeviceName returns the name of the device for one family of pod addresses.
-func DeviceName(vni uint32, is4 bool) string {
-	if is4 {
-		return fmt.Sprintf("cvt.%d", vni)
-	}
-	return fmt.Sprintf("cvt6.%d", vni)
-}
 
 // Plan computes the wanted kernel state. For each peer:
 //
@@ -32,8 +24,8 @@ func DeviceName(vni uint32, is4 bool) string {
 // or, with DirectRouting and the peer on the underlay's link, only
 //
 //	ip route add <subnet> via <public address> dev eth0
-func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Wanted, error) {
-	w := backend.Wanted{State: backend.Base(n, s)}
+func Plan(n backend.Node, s subnet.Snapshot, v host.View) (backend.Planned, error) {
+	w := backend.Planned{State: backend.Base(n, s)}
 	_, ipv6 := s.Self.Endpoint(false)
 	outer := n.Outer(v, func(u host.Underlay) error {
 		var errs []error
@@ -92,7 +84,7 @@ func device(n backend.Node, c subnet.BackendConfig, self subnet.Endpoint, v host
 		return host.Link{}, err
 	}
 	return host.Link{
-		Name: DeviceName(self.VTEP.VNI, is4), MTU: mtu, Addrs: backend.HostAddrs(self),
+		Name: names.VXLAN(self.VTEP.VNI, is4), MTU: mtu, Addrs: backend.HostAddrs(self),
 		VXLAN: &host.VXLAN{
 			MAC: host.MAC(self.VTEP.MAC), VNI: self.VTEP.VNI, Local: local, Device: v.Underlay.Name, Port: c.Port,
 			Learning: c.Learning, GBP: c.GBP,

@@ -19,6 +19,7 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/daemon"
 	"culvert/internal/host"
+	"culvert/internal/names"
 	"culvert/internal/trace"
 	"culvert/subnet"
 )
@@ -319,7 +320,7 @@ func tracePath(o daemon.Diagnosis, local, remote netip.Addr, toward bool) (trace
 	}
 	if p.Peer != nil {
 		p.WantLink, p.WantVia = best.Link, best.Via
-		if host.OwnDevice(best.Link) {
+		if names.Ours(best.Link) {
 			p.Tunnel = best.Link
 		}
 	}

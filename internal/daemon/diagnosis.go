@@ -33,7 +33,7 @@ type Diagnosis struct {
 	Flaws    []host.Flaw
 
 	underlay int
-	plan     host.Plan // nil if the desired state is unknown
+	plan     host.Planner // nil if the desired state is unknown
 }
 
 // Diagnose inspects the host as a daemon with this run directory would.
@@ -134,7 +134,7 @@ func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot)
 		o.warn("port-taken", "", "%v", err)
 	}
 	o.Datapath = kind
-	plan := map[string]backend.Plan{"vxlan": vxlan.Plan, "ipip": ipip.Plan, "host-gw": hostgw.Plan}[s.Config.Backend.Type]
+	plan := map[string]backend.Planner{"vxlan": vxlan.Plan, "ipip": ipip.Plan, "host-gw": hostgw.Plan}[s.Config.Backend.Type]
 	if kind == Userspace {
 		plan = tunnel.Plan
 	}
@@ -168,7 +168,7 @@ func (o Diagnosis) Repair() ([]host.Change, error) {
 		return nil, err
 	}
 	defer own.Release()
-	return host.Mend(o.underlay, o.plan)
+	return host.Repair(o.underlay, o.plan)
 }
 
 func (o *Diagnosis) warn(check, fix, format string, args ...any) {

@@ -208,7 +208,7 @@ func (s *session) publish(ctx context.Context) error {
 // update writes our lease with the current addresses, unless the host no longer has
 // them.
 func (s *session) update(ctx context.Context) error {
-	if f, err := host.ReadFacts(); err == nil && !f.Bears(s.at.underlay.Addrs) {
+	if f, err := host.ReadFacts(); err == nil && !f.HasAddrs(s.at.underlay.Addrs) {
 		return fmt.Errorf("%s does not bear %v now", s.at.underlay.Name, s.at.underlay.Addrs)
 	}
 	ctx, cancel := context.WithTimeout(ctx, updateTimeout)

@@ -14,6 +14,7 @@ import (
 	"culvert/backend/tunnel"
 	"culvert/internal/api"
 	"culvert/internal/host"
+	"culvert/internal/names"
 	"culvert/internal/overlap"
 	"culvert/internal/statefile"
 	"culvert/subnet"
@@ -224,10 +225,10 @@ func (s *session) fits(mtu int) error {
 }
 
 // recordUnderlay returns the callback that records the underlay's state after each check.
-func (s *session) recordUnderlay() func(host.Facts, host.Holding) {
+func (s *session) recordUnderlay() func(host.Facts, host.UnderlayState) {
 	name := s.at.underlay.Name
 	said := make(map[api.Warning]bool)
-	return func(f host.Facts, h host.Holding) {
+	return func(f host.Facts, h host.UnderlayState) {
 		if h.Now.Name != name {
 			s.log.Warn("the underlay interface has another name", "interface", h.Now.Name, "before", name)
 			name = h.Now.Name
@@ -253,7 +254,7 @@ func foreignAddresses(f host.Facts) []api.Warning {
 	var all []api.Warning
 	for _, a := range f.Addrs {
 		name, ok := f.LinkName(a.Link)
-		if ok && a.Global && host.OwnDevice(name) && !host.Ours(name) {
+		if ok && a.Global && names.Ours(name) && !names.Managed(name) {
 			all = append(all, api.Warning{
 				Check: "foreign-address", Fix: fmt.Sprintf("ip address del %s dev %s, and have the program that added it leave culvert's devices alone", a.Prefix, name),
 				Text: fmt.Sprintf("%s bears %s, which is not culvert's: what is sent from or by it is lost", name, a.Prefix),
@@ -264,7 +265,7 @@ func foreignAddresses(f host.Facts) []api.Warning {
 }
 
 // underlayWarnings warns of how the underlay differs from when it was selected.
-func (s *session) underlayWarnings(h host.Holding) []api.Warning {
+func (s *session) underlayWarnings(h host.UnderlayState) []api.Warning {
 	var all []api.Warning
 	was := s.at.underlay
 	if h.Gone {

@@ -32,7 +32,7 @@ func duplicate(ctx context.Context, h Host) (string, []Finding) {
 	var seen []string
 	const fix = "give one of the two machines another address"
 	for _, a := range h.Addrs {
-		if !facts.Bears([]netip.Addr{a}) {
+		if !facts.HasAddrs([]netip.Addr{a}) {
 			continue // behind NAT; or missing, which other checks report
 		}
 		if a.Is6() {

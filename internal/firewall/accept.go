@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
+	"culvert/internal/names"
 )
 
 // An accept in our table cannot override a drop in another: every table must
@@ -32,9 +33,6 @@ import (
 // Drops in other places, rules that cannot be evaluated, and drops that
 // explicitly match the cluster network or the tunnel, and so are intended, are
 // left and reported.
-
-// forwardComment marks our rules in other programs' chains.
-const forwardComment = "culvert"
 
 // passage is a kind of packet that must pass a hook.
 type passage struct {
@@ -128,9 +126,9 @@ func (t TunnelRule) probes(underlay Device, peers netip.Prefix) (in, out []probe
 	if !t.Network.Addr().Is4() {
 		n = 16
 	}
-	proto, ports, names := byte(unix.IPPROTO_IPIP), [2]field{free(2), free(2)}, 8
+	proto, ports, bits := byte(unix.IPPROTO_IPIP), [2]field{free(2), free(2)}, 8
 	if t.Port != 0 {
-		proto, names = unix.IPPROTO_UDP, 16
+		proto, bits = unix.IPPROTO_UDP, 16
 		ports[1] = known(binaryutil.BigEndian.PutUint16(t.Port)...)
 	}
 	peer := dark(n)
@@ -138,9 +136,9 @@ func (t TunnelRule) probes(underlay Device, peers netip.Prefix) (in, out []probe
 		peer = prefixField(peers, n*8)
 	}
 	i := newProbe("the tunnel's packets ("+t.packets()+") from peers", proto, peer, dark(n), ports)
-	i.in, i.local, i.names = underlay, true, names
+	i.in, i.local, i.names = underlay, true, bits
 	o := newProbe("the tunnel's packets ("+t.packets()+") to peers", proto, dark(n), peer, ports)
-	o.out, o.names = underlay, names
+	o.out, o.names = underlay, bits
 	return []probe{i}, []probe{o}
 }
 
@@ -230,7 +228,7 @@ func isOurs(r *nftables.Rule) bool {
 			return false
 		}
 		text, ok := m.Info.(*xt.Comment)
-		return ok && *text == forwardComment
+		return ok && *text == names.RuleComment
 	})
 }
 
@@ -352,7 +350,7 @@ func jumpsTo(rules []*nftables.Rule, to string) int {
 }
 
 func (s spot) addStep(a accept) Step {
-	comment := xt.Comment(forwardComment)
+	comment := xt.Comment(names.RuleComment)
 	table := &nftables.Table{Family: s.family, Name: "filter"}
 	rule := &nftables.Rule{
 		Table: table, Chain: &nftables.Chain{Table: table, Name: s.chain}, Position: s.before,
@@ -385,7 +383,7 @@ func (r ourRule) deleteStep() Step {
 }
 
 func forwardCommand(f nftables.TableFamily, flag, chain, match string) string {
-	return fmt.Sprintf("%s %s %s %s -m comment --comment %s -j ACCEPT", iptablesProgram(f, "filter"), flag, chain, match, forwardComment)
+	return fmt.Sprintf("%s %s %s %s -m comment --comment %s -j ACCEPT", iptablesProgram(f, "filter"), flag, chain, match, names.RuleComment)
 }
 
 // warning describes a finding and the commands that fix it.

@@ -8,6 +8,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // Drops returns the number of packets dropped by culvert's rules, by reason, 0
@@ -81,7 +83,7 @@ func (c PeerCounters) Received(tunnels []TunnelRule) (map[Source]Count, error) {
 			continue
 		}
 		for _, s := range t.sets() {
-			elements, err := setElements(c.conn, nftables.TableFamilyINet, TableName, s.name)
+			elements, err := setElements(c.conn, nftables.TableFamilyINet, names.Table, s.name)
 			if err != nil {
 				return all, fmt.Errorf("reading the counters of the nftables set %s: %w", s.name, err)
 			}
@@ -116,7 +118,7 @@ func Counts(p Policy) (map[Source]Exchanged, error) {
 		}
 	}
 	for _, s := range sets {
-		elements, failed := setElements(c.conn, nftables.TableFamilyINet, TableName, s.name)
+		elements, failed := setElements(c.conn, nftables.TableFamilyINet, names.Table, s.name)
 		err = errors.Join(err, failed)
 		for _, element := range elements {
 			of, ok := s.sourceOf(element)

@@ -6,6 +6,8 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // HasFIB reports whether the kernel has nftables' fib expression
@@ -16,7 +18,7 @@ var HasFIB = sync.OnceValue(func() bool {
 	if err != nil {
 		return true // writing the table will return the error
 	}
-	t := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: TableName + "-probe"})
+	t := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: names.TableProbe})
 	ch := c.AddChain(&nftables.Chain{
 		Name: "forward", Table: t, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter,

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
+	"culvert/internal/names"
 )
 
 // Policy is what the packet filter must do for culvert. The zero value removes
@@ -71,7 +72,7 @@ func Read() (Reading, error) {
 		return r, fmt.Errorf("listing the nftables chains: %w", err)
 	}
 	if r.table, err = readTable(c, chains); err != nil {
-		return r, fmt.Errorf("reading the nftables table %s: %w", TableName, err)
+		return r, fmt.Errorf("reading the nftables table %s: %w", names.Table, err)
 	}
 	r.others, err = readOthers(c, chains, false)
 	return r, err

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
+	"culvert/internal/names"
 )
 
 // otherRules are the rules of other programs, and our rules in their chains.
@@ -54,7 +55,7 @@ func readOthers(c *nftables.Conn, chains []*nftables.Chain, all bool) (otherRule
 	byName := make(map[name]*nftables.Chain, len(chains))
 	var next []*nftables.Chain
 	for _, ch := range chains {
-		if ch.Table.Name == TableName && ch.Table.Family == nftables.TableFamilyINet {
+		if ch.Table.Name == names.Table && ch.Table.Family == nftables.TableFamilyINet {
 			continue
 		}
 		byName[name{ch.Table.Family, ch.Table.Name, ch.Name}] = ch

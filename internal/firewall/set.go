@@ -14,6 +14,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // set is an nftables set of Sources whose inner prefixes have the same length, or
@@ -149,7 +151,7 @@ func (s set) nft() *nftables.Set { return &nftables.Set{Table: ourTable(), Name:
 // addStep returns the step that creates the set.
 func (s set) addStep() Step {
 	return Step{
-		Command: fmt.Sprintf("nft add set inet %s %s { typeof %s; counter; }", TableName, s.name, s.keyText()),
+		Command: fmt.Sprintf("nft add set inet %s %s { typeof %s; counter; }", names.Table, s.name, s.keyText()),
 		do:      s.add,
 	}
 }
@@ -160,7 +162,7 @@ func (s set) addStep() Step {
 func (s set) add() error {
 	e := netlink.NewAttributeEncoder()
 	e.ByteOrder = binary.BigEndian
-	e.String(unix.NFTA_SET_TABLE, TableName)
+	e.String(unix.NFTA_SET_TABLE, names.Table)
 	e.String(unix.NFTA_SET_NAME, s.name)
 	e.Uint32(unix.NFTA_SET_FLAGS, 0)
 	e.Uint32(unix.NFTA_SET_KEY_TYPE, s.keyType())
@@ -178,7 +180,7 @@ func (s set) add() error {
 		return err
 	}
 	t := netlink.NewAttributeEncoder()
-	t.String(unix.NFTA_TABLE_NAME, TableName)
+	t.String(unix.NFTA_TABLE_NAME, names.Table)
 	tableAttrs, err := t.Encode()
 	if err != nil {
 		return err
@@ -280,7 +282,7 @@ func diffElements(s set, have set) []Step {
 	old := have.elements
 	if have.foreign {
 		steps = append(steps, Step{
-			Command: "nft flush set inet " + TableName + " " + s.name,
+			Command: "nft flush set inet " + names.Table + " " + s.name,
 			nft:     func(c *nftables.Conn) error { c.FlushSet(n); return nil },
 		})
 		old = nil
@@ -304,13 +306,13 @@ func diffElements(s set, have set) []Step {
 	// A message has room for 64 KB of elements.
 	for part := range slices.Chunk(surplus, 200) {
 		steps = append(steps, Step{
-			Command: "nft delete element inet " + TableName + " " + s.name + " " + elementsText(part),
+			Command: "nft delete element inet " + names.Table + " " + s.name + " " + elementsText(part),
 			nft:     func(c *nftables.Conn) error { return c.SetDeleteElements(n, elements(part)) },
 		})
 	}
 	for part := range slices.Chunk(missing, 200) {
 		steps = append(steps, Step{
-			Command: "nft add element inet " + TableName + " " + s.name + " " + elementsText(part),
+			Command: "nft add element inet " + names.Table + " " + s.name + " " + elementsText(part),
 			nft:     func(c *nftables.Conn) error { return c.SetAddElements(n, elements(part)) },
 		})
 	}

@@ -10,10 +10,9 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
-)
 
-// TableName is the name of culvert's nftables table.
-const TableName = "culvert"
+	"culvert/internal/names"
+)
 
 // table is culvert's nftables table, wanted or read. The text of a rule that
 // was read is its comment, so that rules are compared without decoding
@@ -128,15 +127,15 @@ func diffTable(have, want *table) []Step {
 	case want == nil && have == nil:
 		return nil
 	case want == nil:
-		add(func(c *nftables.Conn) error { c.DelTable(ourTable()); return nil }, "delete table inet %s", TableName)
+		add(func(c *nftables.Conn) error { c.DelTable(ourTable()); return nil }, "delete table inet %s", names.Table)
 		return steps
 	case have != nil && slices.ContainsFunc(want.sets, have.mistakable):
 		// A set's type cannot be changed, and rules refer to the set.
-		steps = append(steps, Step{Command: "nft delete table inet " + TableName, do: deleteTable})
+		steps = append(steps, Step{Command: "nft delete table inet " + names.Table, do: deleteTable})
 		have = nil
 	}
 	if have == nil {
-		add(func(c *nftables.Conn) error { c.AddTable(ourTable()); return nil }, "add table inet %s", TableName)
+		add(func(c *nftables.Conn) error { c.AddTable(ourTable()); return nil }, "add table inet %s", names.Table)
 		have = &table{}
 	}
 	replace := !slices.Equal(have.texts(), want.texts())
@@ -148,12 +147,12 @@ func diffTable(have, want *table) []Step {
 	if replace {
 		for _, ch := range have.chains {
 			n, _ := ch.nft()
-			add(func(c *nftables.Conn) error { c.FlushChain(n); c.DelChain(n); return nil }, "delete chain inet %s %s", TableName, ch.name)
+			add(func(c *nftables.Conn) error { c.FlushChain(n); c.DelChain(n); return nil }, "delete chain inet %s %s", names.Table, ch.name)
 		}
 	}
 	for _, h := range have.sets {
 		if _, wanted := want.set(h.name); !wanted {
-			add(func(c *nftables.Conn) error { c.DelSet(h.nft()); return nil }, "delete set inet %s %s", TableName, h.name)
+			add(func(c *nftables.Conn) error { c.DelSet(h.nft()); return nil }, "delete set inet %s %s", names.Table, h.name)
 		}
 	}
 	for _, s := range want.sets {
@@ -165,10 +164,10 @@ func diffTable(have, want *table) []Step {
 	}
 	for _, ch := range want.chains {
 		n, text := ch.nft()
-		add(func(c *nftables.Conn) error { c.AddChain(n); return nil }, "add chain inet %s %s { %s }", TableName, ch.name, text)
+		add(func(c *nftables.Conn) error { c.AddChain(n); return nil }, "add chain inet %s %s { %s }", names.Table, ch.name, text)
 		for _, r := range ch.rules {
 			line := &nftables.Rule{Table: n.Table, Chain: n, Exprs: r.exprs, UserData: comment(label(r.text))}
-			add(func(c *nftables.Conn) error { c.AddRule(line); return nil }, "add rule inet %s %s %s", TableName, ch.name, r.text)
+			add(func(c *nftables.Conn) error { c.AddRule(line); return nil }, "add rule inet %s %s %s", names.Table, ch.name, r.text)
 		}
 	}
 	return steps
@@ -192,7 +191,7 @@ func deleteTable() error {
 }
 
 func ourTable() *nftables.Table {
-	return &nftables.Table{Family: nftables.TableFamilyINet, Name: TableName}
+	return &nftables.Table{Family: nftables.TableFamilyINet, Name: names.Table}
 }
 
 func (c chain) nft() (*nftables.Chain, string) {
@@ -220,7 +219,7 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 	if err != nil {
 		return nil, err
 	}
-	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName })
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == names.Table })
 	if i < 0 {
 		return nil, nil
 	}
@@ -243,7 +242,7 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 		t.sets = append(t.sets, got)
 	}
 	for _, ch := range chains {
-		if ch.Table.Name != TableName || ch.Table.Family != nftables.TableFamilyINet {
+		if ch.Table.Name != names.Table || ch.Table.Family != nftables.TableFamilyINet {
 			continue
 		}
 		rules, err := c.GetRules(ourTable(), ch)

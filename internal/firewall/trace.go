@@ -13,6 +13,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // TracedDrop is a rule, or a chain's policy, that dropped a traced packet.
@@ -52,10 +54,6 @@ func tableFamily(text string) nftables.TableFamily {
 	return nftables.TableFamilyUnspecified
 }
 
-// traceTable is the name of the table that marks packets for tracing, followed
-// by the PID.
-const traceTable = "culvert_trace_"
-
 // Attributes of nftables' trace messages (linux/netfilter/nf_tables.h,
 // NFTA_TRACE_...).
 const (
@@ -84,7 +82,7 @@ func TracePackets(a, b netip.Addr, proto byte) (stop func() []TracedDrop, err er
 		_ = events.Close()
 		return nil, fmt.Errorf("opening nftables: %w", err)
 	}
-	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: fmt.Sprintf("%s%d", traceTable, os.Getpid())})
+	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: fmt.Sprintf("%s%d", names.TableTrace, os.Getpid())})
 	for name, hook := range map[string]*nftables.ChainHook{"prerouting": nftables.ChainHookPrerouting, "output": nftables.ChainHookOutput} {
 		ch := c.AddChain(&nftables.Chain{Name: name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRef(-500)})
 		for _, way := range [][2]netip.Addr{{a, b}, {b, a}} {

@@ -8,6 +8,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // batchSize is the number of messages sent to the kernel in one call. Their
@@ -93,7 +95,7 @@ func (w *writer) routeMessage(r Route, add bool) (netlink.Message, error) {
 	}
 	head := make([]byte, unix.SizeofRtMsg)
 	head[0], head[1] = familyOf(r.To.Addr()), byte(r.To.Bits())
-	head[4], head[5], head[6], head[7] = unix.RT_TABLE_MAIN, RouteProtocol, byte(scope), byte(kind)
+	head[4], head[5], head[6], head[7] = unix.RT_TABLE_MAIN, names.RouteProtocol, byte(scope), byte(kind)
 	binary.NativeEndian.PutUint32(head[8:], uint32(flags))
 	e := netlink.NewAttributeEncoder()
 	e.Bytes(unix.RTA_DST, r.To.Addr().AsSlice())

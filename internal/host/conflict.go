@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // Conflict is a device of another program that prevents a datapath of ours.
@@ -48,25 +50,25 @@ func conflicts(why func(netlink.Link) string) ([]Conflict, error) {
 	}
 	var all []Conflict
 	for _, l := range links {
-		if w := why(l); w != "" && !Ours(l.Attrs().Name) {
+		if w := why(l); w != "" && !names.Managed(l.Attrs().Name) {
 			all = append(all, Conflict{l.Attrs().Name, w})
 		}
 	}
 	return all, nil
 }
 
-// MakeWay removes our devices of another datapath and the foreign devices that
+// RemoveConflicting removes our devices of another datapath and the foreign devices that
 // conflict. It installs the catch-all routes first, so that packets for the
 // removed devices become unreachable instead of taking another route. A
 // datapath uses it if it must open something before its state can be applied.
-func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) ([]Change, error) {
+func RemoveConflicting(foreign []string, ours func(device string) bool, catchAll []Route) ([]Change, error) {
 	have, err := read(0, &survey{})
 	if err != nil {
 		return nil, err
 	}
 	want := State{Replaces: foreign, Routes: slices.Clone(catchAll)}
 	// The fast path of a device that stays carries packets meanwhile, with the veth pair.
-	want.FastPath = slices.ContainsFunc(have.filters, func(f Filter) bool { return Ours(f.Link) && f.Link != JoinFar && !ours(f.Link) })
+	want.FastPath = slices.ContainsFunc(have.filters, func(f Filter) bool { return names.Managed(f.Link) && f.Link != names.JoinFar && !ours(f.Link) })
 	for _, f := range have.filters {
 		want.Process = append(want.Process, ProcessTunnel{VXLAN: VXLAN{Device: f.Link}})
 	}
@@ -86,14 +88,11 @@ func MakeWay(foreign []string, ours func(device string) bool, catchAll []Route) 
 	return write(have, steps)
 }
 
-// probeDevice is the name of the temporary device that Supports creates.
-const probeDevice = "cvt.probe"
-
 // Supports reports whether the kernel can create devices of a type, vxlan or
 // ipip, by creating one and deleting it. The error says why not.
 func Supports(kind string) error {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = probeDevice // without a VNI: cvt.0 is the device of a network with VNI 0
+	attrs.Name = names.Probe // without a VNI: cvt.0 is the device of a network with VNI 0
 	var dev netlink.Link
 	switch kind {
 	case "vxlan":

@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // Facts is a snapshot of the host's links, addresses and main routing table:
@@ -123,7 +125,7 @@ func routeFacts(r netlink.Route) []RouteFact {
 			to = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 		}
 	}
-	f := RouteFact{To: to.Masked(), Metric: r.Priority, Ours: r.Protocol == RouteProtocol}
+	f := RouteFact{To: to.Masked(), Metric: r.Priority, Ours: r.Protocol == names.RouteProtocol}
 	if a, ok := netip.AddrFromSlice(r.Src); ok {
 		f.Source = a.Unmap()
 	}
@@ -170,8 +172,8 @@ func (f Facts) bearers(a netip.Addr) []int {
 	return all
 }
 
-// Bears reports whether the host has all of the addresses.
-func (f Facts) Bears(addrs []netip.Addr) bool {
+// HasAddrs reports whether the host has all of the addresses.
+func (f Facts) HasAddrs(addrs []netip.Addr) bool {
 	return !slices.ContainsFunc(addrs, func(a netip.Addr) bool { return len(f.bearers(a)) == 0 })
 }
 
@@ -217,7 +219,7 @@ func (f Facts) Networks(k Known) []LinkNetwork {
 	add := func(index int, p netip.Prefix) {
 		l, ok := f.link(index)
 		a := p.Addr()
-		if !ok || OwnDevice(l.Name) || pods[index] || p.Bits() == 0 || a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsMulticast() {
+		if !ok || names.Ours(l.Name) || pods[index] || p.Bits() == 0 || a.IsLoopback() || a.IsLinkLocalUnicast() || a.IsMulticast() {
 			return
 		}
 		n := LinkNetwork{l.Name, p}
@@ -243,7 +245,7 @@ func (f Facts) Networks(k Known) []LinkNetwork {
 func (f Facts) RouteOfOthers(to netip.Addr) (RouteFact, bool) {
 	return f.route(to, func(r RouteFact) bool {
 		l, ok := f.link(r.Link)
-		return !r.Ours && ok && !OwnDevice(l.Name)
+		return !r.Ours && ok && !names.Ours(l.Name)
 	})
 }
 

@@ -7,6 +7,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // Follower keeps further kernel state equal to the State. The Keeper calls it
@@ -14,11 +16,6 @@ import (
 type Follower interface {
 	Follow(State, View) ([]Change, error)
 }
-
-// FilterPriority is the priority of culvert's tc filters (`tc filter ...
-// pref`). It is after those that the kernel assigns automatically, which count
-// down from 49152, so that other programs' filters run first.
-const FilterPriority = 53248
 
 // Filter is one of culvert's tc filters.
 type Filter struct {
@@ -33,9 +30,6 @@ func (f Filter) direction() string {
 	}
 	return "ingress"
 }
-
-// FilterName is the prefix of the names of all culvert's filters.
-const FilterName = "culvert_"
 
 // readFilters reads culvert's filters on the links.
 func readFilters(links []netlink.Link) []Filter {
@@ -57,7 +51,7 @@ func readFilters(links []netlink.Link) []Filter {
 // OurFilter reports whether a filter is culvert's.
 func OurFilter(f netlink.Filter) bool {
 	b, ok := f.(*netlink.BpfFilter)
-	return ok && b.Priority == FilterPriority && len(b.Name) > len(FilterName) && b.Name[:len(FilterName)] == FilterName
+	return ok && b.Priority == names.FilterPriority && len(b.Name) > len(names.FilterPrefix) && b.Name[:len(names.FilterPrefix)] == names.FilterPrefix
 }
 
 // wantsFilter reports whether the state allows the filter.
@@ -87,7 +81,7 @@ func filterSteps(have reading, want State) []step {
 func RemoveFilter(f Filter) error {
 	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: f.Link, Index: f.index}}
 	err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{
-		LinkIndex: f.index, Parent: f.Parent, Priority: FilterPriority, Protocol: unix.ETH_P_ALL, Handle: 1,
+		LinkIndex: f.index, Parent: f.Parent, Priority: names.FilterPriority, Protocol: unix.ETH_P_ALL, Handle: 1,
 	}})
 	if gone(err) {
 		return nil
@@ -144,5 +138,5 @@ func Filters() ([]Filter, error) {
 
 // DeleteCommand returns the shell command that removes the filter.
 func (f Filter) DeleteCommand() string {
-	return fmt.Sprintf("tc filter del dev %s %s pref %d", f.Link, f.direction(), FilterPriority)
+	return fmt.Sprintf("tc filter del dev %s %s pref %d", f.Link, f.direction(), names.FilterPriority)
 }

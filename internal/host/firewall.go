@@ -4,6 +4,7 @@ import (
 	"net/netip"
 
 	"culvert/internal/firewall"
+	"culvert/internal/names"
 )
 
 // firewallSteps returns the steps of package firewall.
@@ -35,7 +36,7 @@ func (r reading) podDevices(want State) firewall.Devices {
 			}
 		}
 		for _, route := range want.Routes {
-			if route.Link != "" && n.Contains(route.To.Addr()) && (d.Tunnels[n].Name == "" || Ours(route.Link)) {
+			if route.Link != "" && n.Contains(route.To.Addr()) && (d.Tunnels[n].Name == "" || names.Managed(route.Link)) {
 				d.Tunnels[n] = firewall.Device{Name: route.Link, Index: r.indexes[route.Link]}
 			}
 		}

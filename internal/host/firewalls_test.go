@@ -271,9 +271,9 @@ func TestRealFirewalls(t *testing.T) {
 				run(t, n, words...)
 			}
 			k := host.NewKeeper(linkIndex(t, n, "eth0"), slog.New(slog.DiscardHandler))
-			apply := func() host.Standing {
+			apply := func() host.Status {
 				inside(t, n, func() error { return k.Apply(func(host.View) (host.State, error) { return want, nil }) })
-				return k.Standing()
+				return k.Status()
 			}
 			said := apply()
 			saved := run(t, n, "iptables-nft-save")
@@ -324,8 +324,8 @@ func TestRealFirewalls(t *testing.T) {
 			if left := apply().Obstacles; len(c.said) > 0 && !strings.Contains(fmt.Sprint(said.Obstacles), "may drop") && len(left) > 0 {
 				t.Errorf("the remedies do not help: %v", left)
 			}
-			before := k.Standing().Writes
-			if apply(); k.Standing().Writes != before {
+			before := k.Status().Writes
+			if apply(); k.Status().Writes != before {
 				t.Error("a second time, there was to change")
 			}
 		})

@@ -11,6 +11,7 @@ import (
 
 	"culvert/internal/api"
 	"culvert/internal/firewall"
+	"culvert/internal/names"
 )
 
 // foreignRoute is another program's route in the main table.
@@ -32,12 +33,12 @@ type StaleRoute struct {
 
 // foreignOf describes another program's route; false for default routes and
 // those of the kernel or of router advertisements.
-func foreignOf(r rawRoute, names map[int]string, ours map[netip.Prefix]bool) (foreignRoute, bool) {
+func foreignOf(r rawRoute, linkNames map[int]string, ours map[netip.Prefix]bool) (foreignRoute, bool) {
 	if r.to.Bits() == 0 || r.proto == unix.RTPROT_KERNEL || r.proto == unix.RTPROT_RA {
 		return foreignRoute{}, false
 	}
 	return foreignRoute{
-		Route: Route{To: r.to.Masked(), Metric: r.metric, Link: names[r.index], Via: r.via.Unmap()},
+		Route: Route{To: r.to.Masked(), Metric: r.metric, Link: linkNames[r.index], Via: r.via.Unmap()},
 		kind:  int(r.kind), hops: r.hops, proto: int(r.proto), first: !ours[r.to.Masked()], index: r.index,
 	}, true
 }
@@ -107,7 +108,7 @@ func (s State) shadowed(f foreignRoute, underlay string) string {
 		if own.Bits() > f.To.Bits() || !own.Contains(f.To.Addr()) {
 			continue
 		}
-		local := f.kind == unix.RTN_UNICAST && !f.Via.IsValid() && !f.hops && f.Link != underlay && !Ours(f.Link)
+		local := f.kind == unix.RTN_UNICAST && !f.Via.IsValid() && !f.hops && f.Link != underlay && !names.Managed(f.Link)
 		const connected6 = 256 // metric of routes the kernel adds for an address (IP6_RT_PRIO_ADDRCONF)
 		if local || f.To == own && f.Metric > 0 && (own.Addr().Is4() || f.Metric > connected6) {
 			return ""

@@ -198,7 +198,7 @@ func TestObstaclesAreNamed(t *testing.T) {
 			return host.State{Firewall: firewall.Policy{Forward: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}}}, nil
 		})
 	})
-	got := fmt.Sprint(k.Standing().Obstacles)
+	got := fmt.Sprint(k.Status().Obstacles)
 	for _, w := range want {
 		if !strings.Contains(got, w) {
 			t.Errorf("%q is not named in %q", w, got)

@@ -16,9 +16,9 @@ import (
 	"culvert/internal/firewall"
 )
 
-// Plan computes the wanted state from facts about the host. It does no I/O. An
+// Planner computes the wanted state from facts about the host. It does no I/O. An
 // error leaves the host unchanged.
-type Plan func(View) (State, error)
+type Planner func(View) (State, error)
 
 // Keeper keeps the kernel equal to what a plan wants. It reconciles when the
 // plan changes, when the kernel reports a change, and periodically; all three
@@ -31,20 +31,20 @@ type Keeper struct {
 	others    survey // cached knowledge of other programs' routes
 	hears     atomic.Bool
 
-	// standing is the result of the last reconciliation. Readers do not wait for a running
+	// status is the result of the last reconciliation. Readers do not wait for a running
 	// one, since other programs may hold the kernel's locks for long.
-	standing atomic.Pointer[Standing]
+	status atomic.Pointer[Status]
 
 	mu      sync.Mutex // serializes reconciliation
-	plan    Plan
-	said    Standing
+	plan    Planner
+	next    Status
 	planned bool
 	took    time.Duration // duration of the last reconciliation
 	looked  time.Duration // of the last one that changed nothing
 }
 
-// Standing is a Keeper's status.
-type Standing struct {
+// Status is a Keeper's status.
+type Status struct {
 	State   State           // last planned
 	View    View            // last seen
 	Repairs map[Kind]uint64 // changes that undid someone else's
@@ -61,7 +61,7 @@ type Standing struct {
 // NewKeeper returns an idle Keeper. The underlay is the index of the interface
 // that the plan is told about, even if it is renamed.
 func NewKeeper(underlay int, log *slog.Logger, followers ...Follower) *Keeper {
-	k := &Keeper{underlay: underlay, log: log, followers: followers, said: Standing{
+	k := &Keeper{underlay: underlay, log: log, followers: followers, next: Status{
 		Repairs: make(map[Kind]uint64), Took: api.NewHistogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
 	}}
 	k.publish()
@@ -69,22 +69,22 @@ func NewKeeper(underlay int, log *slog.Logger, followers ...Follower) *Keeper {
 }
 
 // Apply makes the kernel equal to what the plan wants; Run then keeps it so.
-func (k *Keeper) Apply(p Plan) error {
+func (k *Keeper) Apply(p Planner) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.plan = p
 	return k.reconcile()
 }
 
-// Standing returns the result of the last reconciliation. It is safe for concurrent use
+// Status returns the result of the last reconciliation. It is safe for concurrent use
 // and does not wait. The caller must not change it.
-func (k *Keeper) Standing() Standing { return *k.standing.Load() }
+func (k *Keeper) Status() Status { return *k.status.Load() }
 
-// publish makes the current state the Standing.
+// publish makes the current state the Status.
 func (k *Keeper) publish() {
-	s := k.said
+	s := k.next
 	s.Repairs, s.Took = maps.Clone(s.Repairs), s.Took.Clone()
-	k.standing.Store(&s)
+	k.status.Store(&s)
 }
 
 // Intervals of reconciliation.
@@ -152,7 +152,7 @@ func (k *Keeper) repair() time.Duration {
 	if k.plan == nil {
 		return resync
 	}
-	before := k.said.Err
+	before := k.next.Err
 	err := k.reconcile()
 	if err != nil && (before == nil || before.Error() != err.Error()) {
 		k.log.Error("the host cannot be made as it should be", "error", err)
@@ -167,7 +167,7 @@ func (k *Keeper) repair() time.Duration {
 // path from the plan to the kernel.
 func (k *Keeper) reconcile() (err error) {
 	defer func() {
-		k.said.Err = err
+		k.next.Err = err
 		k.publish()
 	}()
 	began := time.Now()
@@ -179,7 +179,7 @@ func (k *Keeper) reconcile() (err error) {
 	if err != nil {
 		return err
 	}
-	k.said.View = have.view
+	k.next.View = have.view
 	want, err := k.plan(have.view)
 	if err != nil {
 		return err
@@ -190,8 +190,8 @@ func (k *Keeper) reconcile() (err error) {
 	}
 	have.foreign = k.others.foreign
 	// If the plan is unchanged, any difference is someone else's doing.
-	repair := k.planned && reflect.DeepEqual(want, k.said.State)
-	k.said.State, k.planned = want, true
+	repair := k.planned && reflect.DeepEqual(want, k.next.State)
+	k.next.State, k.planned = want, true
 	if len(want.Firewall.Forward) > 0 {
 		warnings := firewall.Obstacles(have.firewall, want.Firewall, have.podDevices(want))
 		_, routes := foreignRoutes(have, want)
@@ -211,7 +211,7 @@ func (k *Keeper) reconcile() (err error) {
 	}
 	k.watched.Store(newWatched(have, k.underlay))
 	k.reorder(done, want)
-	k.said.Writes += uint64(len(done))
+	k.next.Writes += uint64(len(done))
 	message := "host changed"
 	if repair {
 		message = "host repaired"
@@ -223,11 +223,11 @@ func (k *Keeper) reconcile() (err error) {
 			k.log.Info(message, "command", fmt.Sprintf("and %d more", len(done)-i))
 		}
 		if repair {
-			k.said.Repairs[c.Kind]++
+			k.next.Repairs[c.Kind]++
 		}
 	}
 	if repair && len(done) > 0 {
-		k.said.Took.Observe(time.Since(began).Seconds())
+		k.next.Took.Observe(time.Since(began).Seconds())
 	}
 	return err
 }
@@ -248,9 +248,9 @@ func (k *Keeper) reorder(done []Change, want State) {
 
 func (k *Keeper) obstacles(now []api.Warning) {
 	for _, o := range now {
-		if !slices.Contains(k.said.Obstacles, o) {
+		if !slices.Contains(k.next.Obstacles, o) {
 			k.log.Warn(o.Text, "check", o.Check, "fix", o.Fix)
 		}
 	}
-	k.said.Obstacles = now
+	k.next.Obstacles = now
 }

@@ -25,7 +25,7 @@ func TestStandingDoesNotWait(t *testing.T) {
 		})
 	}()
 	<-looking
-	if s := k.Standing(); s.Err != nil || s.Writes != 0 { // the test's time limit is what fails
+	if s := k.Status(); s.Err != nil || s.Writes != 0 { // the test's time limit is what fails
 		t.Errorf("before the first look has ended there is %+v", s)
 	}
 	close(goOn)

@@ -27,8 +27,8 @@ const (
 	MoveAfter = 5 * time.Second
 )
 
-// Holding compares the underlay in use with the host's present state.
-type Holding struct {
+// UnderlayState compares the underlay in use with the host's present state.
+type UnderlayState struct {
 	// Now is the underlay in use, with its current name and MTU.
 	Now Underlay
 	// Gone is set if the link no longer exists.
@@ -41,16 +41,16 @@ type Holding struct {
 	Returned bool
 }
 
-// Holds reports whether the node can keep its underlay.
-func (h Holding) Holds() bool {
+// Unchanged reports whether the node can keep its underlay.
+func (h UnderlayState) Unchanged() bool {
 	return !h.Gone && len(h.Missing) == 0 && len(h.Elsewhere) == 0 && !h.Returned
 }
 
-// Hold compares an underlay in use with the facts. It does no I/O. The link is
+// CheckUnderlay compares an underlay in use with the facts. It does no I/O. The link is
 // identified by its index, not its name. An address is in place on that link or
 // on a loopback or dummy interface.
-func Hold(f Facts, u Underlay) Holding {
-	h := Holding{Now: u}
+func CheckUnderlay(f Facts, u Underlay) UnderlayState {
+	h := UnderlayState{Now: u}
 	l, ok := f.link(u.Index)
 	h.Gone = !ok
 	if ok {
@@ -91,7 +91,7 @@ type Watch struct {
 	// AwaitMove does not move and waits for another MTU.
 	Fits func(mtu int) bool
 	// Seen is called after each check.
-	Seen func(Facts, Holding)
+	Seen func(Facts, UnderlayState)
 }
 
 // AwaitMove checks the underlay after each change of a link, an address or a
@@ -120,7 +120,11 @@ func AwaitMove(ctx context.Context, w Watch) (Underlay, error) {
 			return Underlay{}, ctx.Err()
 		case <-changed:
 			timer.Stop()
-			time.Sleep(moveSettle)
+			select {
+			case <-ctx.Done():
+				return Underlay{}, ctx.Err()
+			case <-time.After(moveSettle):
+			}
 		case <-timer.C:
 		}
 		wait = moveAnyway
@@ -136,9 +140,9 @@ func AwaitMove(ctx context.Context, w Watch) (Underlay, error) {
 				w.At.Former = append(w.At.Former, a)
 			}
 		}
-		h := Hold(f, w.At)
+		h := CheckUnderlay(f, w.At)
 		w.Seen(f, h)
-		if h.Holds() {
+		if h.Unchanged() {
 			missing = time.Time{}
 			if h.Now.MTU != w.At.MTU && w.Fits(h.Now.MTU) {
 				return h.Now, nil
@@ -159,7 +163,7 @@ func AwaitMove(ctx context.Context, w Watch) (Underlay, error) {
 
 // choose returns another underlay, if the node may move to it. expired is set
 // if something has been missing for MoveAfter.
-func (w Watch) choose(h Holding, expired bool) (Underlay, bool) {
+func (w Watch) choose(h UnderlayState, expired bool) (Underlay, bool) {
 	f, err := ReadFacts()
 	if err != nil {
 		return Underlay{}, false

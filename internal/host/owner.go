@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/handover"
+	"culvert/internal/names"
 )
 
 // Owner is the only process that may change culvert's objects in a network
@@ -33,11 +34,9 @@ func (o Owner) Same(other Owner) bool {
 	return o.What == other.What && o.Node == other.Node && o.RunDir == other.RunDir && o.Store == other.Store
 }
 
-// ownerSocket is the lock: an abstract unix socket (unix(7)). Its name is
-// unique within a network namespace, independent of the mount namespace, and
-// the kernel frees it when the process ends. A client that connects receives
-// the Owner as JSON.
-const ownerSocket = "@culvert-owner"
+// The lock is an abstract unix socket (unix(7), names.OwnerSocket). Its name is unique
+// within a network namespace, independent of the mount namespace, and the kernel frees
+// it when the process ends. A client that connects receives the Owner as JSON.
 
 // OwnedError means that another process owns the network namespace.
 type OwnedError struct {
@@ -50,7 +49,7 @@ type OwnedError struct {
 // Error implements error.
 func (e *OwnedError) Error() string {
 	if e.By.What == "" {
-		return fmt.Sprintf("the process %d of user %d holds culvert's lock of this network namespace (unix socket %s): end it first", e.By.PID, e.UID, ownerSocket)
+		return fmt.Sprintf("the process %d of user %d holds culvert's lock of this network namespace (unix socket %s): end it first", e.By.PID, e.UID, names.OwnerSocket)
 	}
 	who := fmt.Sprintf("pid %d", e.By.PID)
 	if e.By.Node != "" {
@@ -73,7 +72,7 @@ type Ownership struct {
 // the end of the process. It returns *OwnedError if another process is the
 // owner.
 func Own(o Owner) (*Ownership, error) {
-	l, err := net.Listen("unix", ownerSocket)
+	l, err := net.Listen("unix", names.OwnerSocket)
 	if errors.Is(err, unix.EADDRINUSE) {
 		by, err := askOwner()
 		if err != nil {
@@ -119,7 +118,7 @@ func (o *Ownership) Answer() error {
 	// SO_PEERCRED of a client reports the process that called listen last
 	// (unix_listen).
 	if err := unix.Listen(o.fd, unix.SOMAXCONN); err != nil {
-		return fmt.Errorf("listening on %s: %w", ownerSocket, err)
+		return fmt.Errorf("listening on %s: %w", names.OwnerSocket, err)
 	}
 	l, err := handover.Listener(o.fd)
 	if err != nil {
@@ -183,7 +182,7 @@ func AwaitOwn(ctx context.Context, o Owner, most time.Duration) (*Ownership, err
 // askOwner asks for the owner of the lock. The kernel provides the PID and
 // user, the owner itself the rest.
 func askOwner() (*OwnedError, error) {
-	conn, err := net.DialTimeout("unix", ownerSocket, time.Second)
+	conn, err := net.DialTimeout("unix", names.OwnerSocket, time.Second)
 	if err != nil {
 		return nil, err
 	}

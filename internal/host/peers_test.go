@@ -17,6 +17,7 @@ import (
 	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
+	"culvert/internal/names"
 )
 
 func source(outer, inner string) firewall.Source {
@@ -180,19 +181,19 @@ func settled(t *testing.T, n *lab.Node, tunnel firewall.TunnelRule, want string)
 		if err != nil {
 			return err
 		}
-		sets, err := c.GetSets(&nftables.Table{Family: nftables.TableFamilyINet, Name: firewall.TableName})
+		sets, err := c.GetSets(&nftables.Table{Family: nftables.TableFamilyINet, Name: names.Table})
 		if err != nil {
 			return err
 		}
-		var names []string
+		var got []string
 		for _, s := range sets {
-			names = append(names, s.Name)
+			got = append(got, s.Name)
 			if s.Interval {
 				t.Errorf("%s is a set of ranges", s.Name)
 			}
 		}
-		slices.Sort(names)
-		if got := strings.Join(names, " "); got != want {
+		slices.Sort(got)
+		if got := strings.Join(got, " "); got != want {
 			t.Errorf("the sets are %q, want %q", got, want)
 		}
 		return nil
@@ -274,7 +275,7 @@ func TestCounted(t *testing.T) {
 func TestOtherSets(t *testing.T) {
 	tunnel := tunnels()["vxlan4"]
 	tunnel.Peers = tunnel.Peers[:1]
-	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: firewall.TableName}
+	table := &nftables.Table{Family: nftables.TableFamilyINet, Name: names.Table}
 	for _, c := range []struct{ name, set, first string }{
 		{"older version", "peers4", "nft add set "},
 		{"same name", "peers4_24", "nft delete table "},

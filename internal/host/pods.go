@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+
+	"culvert/internal/names"
 )
 
 // PodsIn counts this host's pods in the subnets, as far as the kernel shows
@@ -42,7 +44,7 @@ func PodsIn(subnets []netip.Prefix) (int, error) {
 		}
 	}
 	for _, r := range routes {
-		if p, ok := prefixOf(r.Dst); ok && p.IsSingleIP() && inside(p.Addr()) && r.Protocol != RouteProtocol && r.LinkIndex != 0 && r.Gw == nil {
+		if p, ok := prefixOf(r.Dst); ok && p.IsSingleIP() && inside(p.Addr()) && r.Protocol != names.RouteProtocol && r.LinkIndex != 0 && r.Gw == nil {
 			pods++
 		}
 	}

@@ -7,6 +7,7 @@ import (
 
 	"culvert/internal/api"
 	"culvert/internal/firewall"
+	"culvert/internal/names"
 )
 
 // Flaw is a difference between the host and a plan, or an obstacle.
@@ -24,7 +25,7 @@ type Flaw struct {
 // it wants, without changing anything:
 //
 //	kernel ── read ── View ── Plan ── State ── diff ── steps ── Flaws
-func Preview(underlay int, p Plan) ([]Flaw, State, error) {
+func Preview(underlay int, p Planner) ([]Flaw, State, error) {
 	have, want, err := look(underlay, p)
 	if err != nil {
 		return nil, want, err
@@ -45,10 +46,10 @@ func Preview(underlay int, p Plan) ([]Flaw, State, error) {
 	return flaws, want, nil
 }
 
-// Mend makes the kernel equal to what the plan wants, once, as a Keeper does,
+// Repair makes the kernel equal to what the plan wants, once, as a Keeper does,
 // and returns what it changed. It leaves the fast path alone and calls no
 // Followers.
-func Mend(underlay int, p Plan) ([]Change, error) {
+func Repair(underlay int, p Planner) ([]Change, error) {
 	have, want, err := look(underlay, p)
 	if err != nil {
 		return nil, err
@@ -57,7 +58,7 @@ func Mend(underlay int, p Plan) ([]Change, error) {
 }
 
 // look reads the kernel and runs the plan.
-func look(underlay int, p Plan) (have reading, want State, err error) {
+func look(underlay int, p Planner) (have reading, want State, err error) {
 	others := &survey{}
 	if have, err = read(underlay, others); err != nil {
 		return have, want, err
@@ -75,7 +76,7 @@ func look(underlay int, p Plan) (have reading, want State, err error) {
 // knows whether it is wanted.
 func withoutFastPath(steps []step) []step {
 	return slices.DeleteFunc(steps, func(s step) bool {
-		return s.Kind == KindFastPath || strings.HasPrefix(s.Command, "ip link del "+JoinNear) || strings.HasPrefix(s.Command, "ip link del "+JoinFar)
+		return s.Kind == KindFastPath || strings.HasPrefix(s.Command, "ip link del "+names.JoinNear) || strings.HasPrefix(s.Command, "ip link del "+names.JoinFar)
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/firewall"
+	"culvert/internal/names"
 )
 
 // reading is the result of one read of the kernel: culvert's objects as a
@@ -17,7 +18,7 @@ type reading struct {
 	State
 	devices map[string]device // culvert's
 	indexes map[string]int    // of all devices
-	others  map[string]bool   // names of devices that are not culvert's
+	others  map[string]bool   // linkNames of devices that are not culvert's
 	view    View
 	// settings are the relevant kernel settings by key, without those that the
 	// kernel lacks.
@@ -81,9 +82,9 @@ func read(underlay int, others *survey) (reading, error) {
 	if err != nil {
 		return r, fmt.Errorf("listing the network interfaces: %w", err)
 	}
-	names := make(map[int]string, len(links))
+	linkNames := make(map[int]string, len(links))
 	for _, l := range links {
-		names[l.Attrs().Index] = l.Attrs().Name
+		linkNames[l.Attrs().Index] = l.Attrs().Name
 		r.indexes[l.Attrs().Name] = l.Attrs().Index
 	}
 	addrs, err := Retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
@@ -95,7 +96,7 @@ func read(underlay int, others *survey) (reading, error) {
 		if l.Attrs().Index == underlay {
 			r.view.Underlay = Underlay{Name: name, Index: underlay, MTU: l.Attrs().MTU}
 		}
-		if !Ours(name) {
+		if !names.Managed(name) {
 			r.others[name] = true
 			for _, a := range addrs {
 				if p, ok := prefixOf(a.IPNet); ok && a.LinkIndex == l.Attrs().Index {
@@ -104,7 +105,7 @@ func read(underlay int, others *survey) (reading, error) {
 			}
 			continue
 		}
-		link, dev := linkOf(l, names)
+		link, dev := linkOf(l, linkNames)
 		for _, a := range addrs {
 			// The kernel adds IPv6 link-local addresses itself; IPv4 ones (RFC
 			// 3927) come from a program, such as a DHCP client that found no
@@ -122,13 +123,13 @@ func read(underlay int, others *survey) (reading, error) {
 		}
 	}
 	r.view.NoFIB = !firewall.HasFIB()
-	if err := r.readRoutes(names); err != nil {
+	if err := r.readRoutes(linkNames); err != nil {
 		return r, err
 	}
-	others.begin(names, underlay)
+	others.begin(linkNames, underlay)
 	r.view.survey = others
-	r.advertisers = r.advertised(names)
-	if err := r.readSettings(names); err != nil {
+	r.advertisers = r.advertised(linkNames)
+	if err := r.readSettings(linkNames); err != nil {
 		return r, err
 	}
 	// On all links the first time: an earlier daemon may have had another
@@ -137,7 +138,7 @@ func read(underlay int, others *survey) (reading, error) {
 	others.filters = true
 	var bearing []netlink.Link
 	for _, l := range links {
-		if everywhere || Ours(l.Attrs().Name) || l.Attrs().Index == underlay {
+		if everywhere || names.Managed(l.Attrs().Name) || l.Attrs().Index == underlay {
 			bearing = append(bearing, l)
 		}
 	}
@@ -153,17 +154,17 @@ func (r *reading) note(key string) {
 }
 
 // linkOf describes a device of ours.
-func linkOf(l netlink.Link, names map[int]string) (Link, device) {
+func linkOf(l netlink.Link, linkNames map[int]string) (Link, device) {
 	a := l.Attrs()
 	link := Link{Name: a.Name, MTU: a.MTU, GSOMaxSegs: int(a.GSOMaxSegs)}
 	dev := device{index: a.Index, up: a.RawFlags&unix.IFF_UP != 0, owner: l.Type(), plain: true}
 	switch l := l.(type) {
 	case *netlink.Veth:
-		link.Veth = names[a.ParentIndex]
+		link.Veth = linkNames[a.ParentIndex]
 	case *netlink.Vxlan:
 		local, _ := netip.AddrFromSlice(l.SrcAddr)
 		v := &VXLAN{
-			VNI: uint32(l.VxlanId), Local: local.Unmap(), Device: names[l.VtepDevIndex], Port: uint16(l.Port),
+			VNI: uint32(l.VxlanId), Local: local.Unmap(), Device: linkNames[l.VtepDevIndex], Port: uint16(l.Port),
 			Learning: l.Learning, GBP: l.GBP, NoChecksum: !l.UDPCSum,
 		}
 		if local.Is6() {
@@ -217,13 +218,13 @@ func (r *reading) readPeers(name string, index int) error {
 }
 
 // readRoutes reads our routes and those from router advertisements.
-func (r *reading) readRoutes(names map[int]string) error {
-	ours, err := listRoutes(RouteProtocol, unix.AF_INET, unix.AF_INET6)
+func (r *reading) readRoutes(linkNames map[int]string) error {
+	ours, err := listRoutes(names.RouteProtocol, unix.AF_INET, unix.AF_INET6)
 	if err != nil {
 		return err
 	}
 	for _, o := range ours {
-		r.Routes = append(r.Routes, routeOf(o, names))
+		r.Routes = append(r.Routes, routeOf(o, linkNames))
 	}
 	advertised, err := listRoutes(unix.RTPROT_RA, unix.AF_INET6)
 	if err != nil {
@@ -235,10 +236,10 @@ func (r *reading) readRoutes(names map[int]string) error {
 	return nil
 }
 
-func routeOf(r rawRoute, names map[int]string) Route {
+func routeOf(r rawRoute, linkNames map[int]string) Route {
 	got := Route{To: r.to, Metric: r.metric, Via: r.via.Unmap(), Source: r.source.Unmap()}
 	if r.kind != unix.RTN_UNREACHABLE {
-		got.Link = names[r.index]
+		got.Link = linkNames[r.index]
 		got.OnLink = r.flags&unix.RTNH_F_ONLINK != 0
 	}
 	return got

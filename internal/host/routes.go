@@ -12,6 +12,8 @@ import (
 	"github.com/mdlayher/netlink"
 	vnetlink "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // rawRoute is a decoded route of the main table.
@@ -145,9 +147,9 @@ type survey struct {
 }
 
 // begin is called before a plan runs, end after it.
-func (s *survey) begin(names map[int]string, underlay int) {
+func (s *survey) begin(linkNames map[int]string, underlay int) {
 	s.read = s.read && s.underlay == underlay
-	s.names, s.underlay, s.asking = names, underlay, make(map[netip.Addr]bool)
+	s.names, s.underlay, s.asking = linkNames, underlay, make(map[netip.Addr]bool)
 	if s.asked == nil {
 		s.asked = make(map[netip.Addr]bool)
 	}
@@ -179,7 +181,7 @@ func (s *survey) refresh(now bool) error {
 		s.foreign, s.direct, s.lengths, s.links = nil, make(map[netip.Prefix]onLink), make(map[int]bool), make(map[int]bool)
 		ours := make(map[netip.Prefix]bool)
 		return struct{}{}, dumpRoutes(0, func(r rawRoute) {
-			if r.proto == RouteProtocol {
+			if r.proto == names.RouteProtocol {
 				ours[r.to] = true
 				return
 			}

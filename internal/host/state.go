@@ -26,10 +26,8 @@ import (
 	"strings"
 
 	"culvert/internal/firewall"
+	"culvert/internal/names"
 )
-
-// RouteProtocol marks culvert's routes (rtm_protocol in rtnetlink(7)).
-const RouteProtocol = 67
 
 // State is what culvert wants in the kernel. Applying the zero value removes
 // everything that is culvert's, except sysctls.
@@ -144,13 +142,13 @@ func (r Route) normal() Route {
 // String returns the route as the arguments of `ip route add`.
 func (r Route) String() string {
 	if r.Link == "" {
-		return fmt.Sprintf("unreachable %s proto %d metric %d", r.To, RouteProtocol, r.Metric)
+		return fmt.Sprintf("unreachable %s proto %d metric %d", r.To, names.RouteProtocol, r.Metric)
 	}
 	s := r.To.String()
 	if r.Via.IsValid() {
 		s += " via " + r.Via.String()
 	}
-	s += fmt.Sprintf(" dev %s proto %d", r.Link, RouteProtocol)
+	s += fmt.Sprintf(" dev %s proto %d", r.Link, names.RouteProtocol)
 	if r.Source.IsValid() {
 		s += " src " + r.Source.String()
 	}
@@ -218,23 +216,4 @@ func flag(on bool, name string) string {
 		return " " + name
 	}
 	return " no" + name
-}
-
-// The veth pair whose far end coalesces the segments of bulk flows (GRO).
-const (
-	JoinNear = "cvt.join0"
-	JoinFar  = "cvt.join1"
-)
-
-// Ours reports whether a device has one of culvert's names: culvert0,
-// cvt.<VNI>, cvt6.<VNI>, cvt.ipip, cvt.join0, cvt.join1, cvt.probe.
-func Ours(device string) bool {
-	if device == "culvert0" || device == "cvt.ipip" || device == probeDevice || device == JoinNear || device == JoinFar {
-		return true
-	}
-	vni, ok := strings.CutPrefix(device, "cvt.")
-	if !ok {
-		vni, ok = strings.CutPrefix(device, "cvt6.")
-	}
-	return ok && vni != "" && strings.Trim(vni, "0123456789") == ""
 }

@@ -14,6 +14,7 @@ import (
 	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/internal/lab/labtest"
+	"culvert/internal/names"
 )
 
 func TestMain(m *testing.M) { labtest.Main(m) }
@@ -131,7 +132,7 @@ func TestApplyRepairs(t *testing.T) {
 		{
 			"route of ours that is not wanted",
 			func() error {
-				return netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(netip.MustParsePrefix("10.9.0.0/16")), LinkIndex: link().Attrs().Index, Scope: netlink.SCOPE_LINK, Protocol: host.RouteProtocol})
+				return netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(netip.MustParsePrefix("10.9.0.0/16")), LinkIndex: link().Attrs().Index, Scope: netlink.SCOPE_LINK, Protocol: names.RouteProtocol})
 			},
 			[]string{"ip route del 10.9.0.0/16 dev culvert0 proto 67"},
 		},
@@ -185,7 +186,7 @@ func TestCleanupTakesOnlyWhatIsOurs(t *testing.T) {
 		}
 		found := false
 		for _, r := range routes {
-			if r.Protocol == host.RouteProtocol {
+			if r.Protocol == names.RouteProtocol {
 				t.Errorf("left over: %s", r)
 			}
 			found = found || r.Dst != nil && r.Dst.String() == other.String()
@@ -210,7 +211,7 @@ func TestNftShowsTheTable(t *testing.T) {
 	addDevice(t, n)
 	apply(t, n, wanted())
 	inside(t, n, func() error {
-		out, err := exec.Command(nft, "list", "table", "inet", firewall.TableName).CombinedOutput()
+		out, err := exec.Command(nft, "list", "table", "inet", names.Table).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}

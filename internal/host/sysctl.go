@@ -12,6 +12,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // sysctl returns a kernel setting, or "" if the kernel lacks it; key is a path
@@ -141,7 +143,7 @@ const (
 
 // readSettings reads the relevant settings of our links and others; IPv4's with
 // a single netconf dump.
-func (r *reading) readSettings(names map[int]string) error {
+func (r *reading) readSettings(linkNames map[int]string) error {
 	r.note(forwardingKey(true))
 	r.note(forwardingKey(false))
 	for _, key := range deviceKeys("default") {
@@ -157,7 +159,7 @@ func (r *reading) readSettings(names map[int]string) error {
 	for _, b := range r.bearers {
 		wanted[b.Name] = true
 	}
-	for _, name := range r.advertised(names) {
+	for _, name := range r.advertised(linkNames) {
 		r.note(acceptKey(name))
 	}
 	c, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
@@ -165,8 +167,8 @@ func (r *reading) readSettings(names map[int]string) error {
 		return err
 	}
 	defer func() { _ = c.Close() }()
-	messages, err := c.Execute(netlink.Message{
-		Header: netlink.Header{Type: unix.RTM_GETNETCONF, Flags: netlink.Request | netlink.Dump},
+	messages, err := dump(c, netlink.Message{
+		Header: netlink.Header{Type: unix.RTM_GETNETCONF},
 		Data:   []byte{unix.AF_INET, 0, 0, 0}, // struct netconfmsg
 	})
 	if err != nil {
@@ -193,7 +195,7 @@ func (r *reading) readSettings(names map[int]string) error {
 				case netconfDefault:
 					name = "default"
 				default:
-					name = names[v]
+					name = linkNames[v]
 				}
 			case netconfForwarding:
 				values["forwarding"] = strconv.Itoa(v)
@@ -217,13 +219,13 @@ func acceptKey(link string) string { return "net/ipv6/conf/" + link + "/accept_r
 
 // advertised returns the links that may use router advertisements: the
 // underlay, and those with routes from them.
-func (r reading) advertised(names map[int]string) []string {
+func (r reading) advertised(linkNames map[int]string) []string {
 	all := make([]string, 0, 1+len(r.advertisedBy))
 	if r.view.Underlay.Name != "" {
 		all = append(all, r.view.Underlay.Name)
 	}
 	for i := range r.advertisedBy {
-		if name := names[i]; name != "" && !Ours(name) && name != r.view.Underlay.Name {
+		if name := linkNames[i]; name != "" && !names.Managed(name) && name != r.view.Underlay.Name {
 			all = append(all, name)
 		}
 	}

@@ -95,14 +95,14 @@ func TestF3F7SettingsOfOurDevices(t *testing.T) {
 		w.apply(t)
 		w.expect(t, right)
 	}
-	if got := w.k.Standing().Repairs[host.KindSysctl]; got != uint64(len(harm)) {
+	if got := w.k.Status().Repairs[host.KindSysctl]; got != uint64(len(harm)) {
 		t.Errorf("%d settings counted as repaired, want %d", got, len(harm))
 	}
 	w.set(t, "net/ipv4/ip_forward", "0")
 	w.apply(t)
 	right["net/ipv4/conf/default/forwarding"] = "1" // set by the kernel
 	w.expect(t, right)
-	if got := w.k.Standing().Repairs[host.KindSysctl]; got != uint64(len(harm)+1) {
+	if got := w.k.Status().Repairs[host.KindSysctl]; got != uint64(len(harm)+1) {
 		t.Errorf("one switch, and %d repairs", got-uint64(len(harm)))
 	}
 	inside(t, w.Node, func() error {
@@ -201,7 +201,7 @@ func TestF6ForeignRoutes(t *testing.T) {
 	})
 	w.apply(t)
 	named := func() (all []string) {
-		for _, o := range w.k.Standing().Obstacles {
+		for _, o := range w.k.Status().Obstacles {
 			if o.Check == "foreign-route" {
 				all = append(all, strings.Fields(strings.TrimPrefix(strings.TrimPrefix(o.Text, "the route "), "blackhole "))[0])
 			}
@@ -213,7 +213,7 @@ func TestF6ForeignRoutes(t *testing.T) {
 	if got := named(); !slices.Equal(got, want) {
 		t.Errorf("named %q, want %q", got, want)
 	}
-	if text := w.k.Standing().Obstacles[0]; !strings.Contains(text.Fix, "ip route del 10.5.1.0/24"+gateway) || !strings.Contains(text.Text, "this node's own pods") {
+	if text := w.k.Status().Obstacles[0]; !strings.Contains(text.Fix, "ip route del 10.5.1.0/24"+gateway) || !strings.Contains(text.Text, "this node's own pods") {
 		t.Errorf("said %q, %q", text.Text, text.Fix)
 	}
 	w.want.Stale = []host.StaleRoute{{To: netip.MustParsePrefix("10.5.1.0/24"), Via: peer}, {To: netip.MustParsePrefix("10.5.3.0/24"), Via: w.Addrs[0]}}
@@ -221,8 +221,8 @@ func TestF6ForeignRoutes(t *testing.T) {
 	if got := named(); !slices.Equal(got, want[1:]) {
 		t.Errorf("with one of them stale, named %q", got)
 	}
-	writes := w.k.Standing().Writes
-	if w.apply(t); w.k.Standing().Writes != writes {
+	writes := w.k.Status().Writes
+	if w.apply(t); w.k.Status().Writes != writes {
 		t.Error("a second time, there was to change")
 	}
 }

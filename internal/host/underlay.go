@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"culvert/internal/names"
 )
 
 // Underlay is the interface that sends and receives tunnel packets.
@@ -196,7 +198,7 @@ func (c *chooser) choose(s UnderlaySelector) (Underlay, error) {
 // and it is neither culvert's nor the pods'.
 func (c *chooser) candidate(index int) bool {
 	l, ok := c.facts.link(index)
-	return ok && !l.Local && !OwnDevice(l.Name) && !c.pods[index]
+	return ok && !l.Local && !names.Ours(l.Name) && !c.pods[index]
 }
 
 // named returns the candidate with a name or an address; that address is then
@@ -400,10 +402,6 @@ func (c *chooser) virtual(a netip.Addr) bool {
 	})
 }
 
-// OwnDevice reports whether a link is culvert's, including the helper device of
-// the userspace datapath.
-func OwnDevice(name string) bool { return Ours(name) || name == "culvert0s" }
-
 // podLinks returns the links of this node's pods: bridges with the gateway
 // address of a pod subnet or named in the CNI records, their ports, and links
 // that routes to single pods lead to.
@@ -439,7 +437,7 @@ func (f Facts) podLinks(k Known) map[int]bool {
 func (c *chooser) describe() string {
 	var words []string
 	for _, l := range c.facts.Links {
-		if OwnDevice(l.Name) || c.pods[l.Index] {
+		if names.Ours(l.Name) || c.pods[l.Index] {
 			continue
 		}
 		w := l.Name

@@ -347,12 +347,12 @@ func TestHold(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			u := at
 			u.Former = addrs(t, c.former)
-			h := host.Hold(facts(t, c.host), u)
+			h := host.CheckUnderlay(facts(t, c.host), u)
 			got := fmt.Sprintf("%s %d", h.Now.Name, h.Now.MTU)
 			if h.Gone {
 				got = "gone"
 			}
-			if h.Holds() {
+			if h.Unchanged() {
 				got += " holds"
 			} else {
 				got += fmt.Sprintf(" missing %v elsewhere %v", h.Missing, h.Elsewhere)

@@ -11,6 +11,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // watched is what notifications are compared with.
@@ -31,10 +33,10 @@ func newWatched(r reading, underlay int) *watched {
 		asked: slices.Collect(maps.Keys(others.asked)),
 	}
 	for name, i := range r.indexes {
-		if Ours(name) || i == underlay {
+		if names.Managed(name) || i == underlay {
 			w.indexes[uint32(i)] = true
 		}
-		if Ours(name) {
+		if names.Managed(name) {
 			w.ours[uint32(i)] = true
 		}
 	}
@@ -109,7 +111,7 @@ func concernsRoute(w *watched, m netlink.Message) bool {
 	switch m.Header.Type {
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		r, ok := parseRoute(d)
-		if !ok || r.proto == RouteProtocol {
+		if !ok || r.proto == names.RouteProtocol {
 			return ok
 		}
 		w.others.changed.Store(true)
@@ -159,7 +161,7 @@ func (w *watched) named(attrs []byte) bool {
 	}
 	for d.Next() {
 		if d.Type() == unix.IFLA_IFNAME {
-			return Ours(strings.TrimRight(d.String(), "\x00"))
+			return names.Managed(strings.TrimRight(d.String(), "\x00"))
 		}
 	}
 	return false

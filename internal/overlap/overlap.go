@@ -134,7 +134,7 @@ func CutOff(c subnet.Config, f host.Facts, needs []Need) (warned []api.Warning, 
 // Losses is CutOff with both kinds as warnings.
 func Losses(c subnet.Config, f host.Facts, needs []Need) (soft, hard []api.Warning) {
 	for _, w := range needs {
-		if w.Addr.IsLoopback() || f.Bears([]netip.Addr{w.Addr}) {
+		if w.Addr.IsLoopback() || f.HasAddrs([]netip.Addr{w.Addr}) {
 			continue
 		}
 		for _, n := range c.Networks {
@@ -222,7 +222,7 @@ func StaleRoutes(ctx context.Context, s Servers) []api.Warning {
 	}
 	var all []api.Warning
 	for _, w := range Needs(ctx, s, f, host.Underlay{}) {
-		if r, ok := f.Route(w.Addr); ok && r.Ours && !w.Soft && !f.Bears([]netip.Addr{w.Addr}) {
+		if r, ok := f.Route(w.Addr); ok && r.Ours && !w.Soft && !f.HasAddrs([]netip.Addr{w.Addr}) {
 			all = append(all, api.Warning{
 				Check: "store-in-network", Fix: "`culvert cleanup` removes the route; then give the cluster a Network without that address",
 				Text: fmt.Sprintf("culvert's own route to %s, of an earlier run, cuts this node off from %s", r.To, w.What),

@@ -33,7 +33,7 @@ func Read(p Path) (Path, error) {
 	if err != nil {
 		return p, err
 	}
-	p.Self = facts.Bears([]netip.Addr{p.Local})
+	p.Self = facts.HasAddrs([]netip.Addr{p.Local})
 	if !p.Self {
 		if p.Pod, err = findPod(p, byIndex, facts); err != nil {
 			return p, err
@@ -271,7 +271,7 @@ func podAt(path string, p Path, byIndex map[int]netlink.Link, facts host.Facts) 
 	pod.Out = lookUp(h, p.Remote, &netlink.RouteGetOptions{SrcAddr: p.Local.AsSlice()}, within)
 	pod.Gateway = pod.Out.Via
 	if pod.Gateway.IsValid() {
-		pod.HasGW = facts.Bears([]netip.Addr{pod.Gateway})
+		pod.HasGW = facts.HasAddrs([]netip.Addr{pod.Gateway})
 	}
 	return pod
 }

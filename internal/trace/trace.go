@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/firewall"
-	"culvert/internal/host"
+	"culvert/internal/names"
 )
 
 // State is the effect of a step on packets.
@@ -394,7 +394,7 @@ func (e *explainer) underlay() {
 	switch r := e.Underlay; {
 	case r.Err != nil:
 		e.add(LayerUnderlay, Bad, fmt.Sprintf("`ip route get %s`: take away what is in the way", e.Peer.Public), "this host has no route from %s to the peer's address %s: %v", e.Public, e.Peer.Public, r.Err)
-	case host.OwnDevice(r.Link):
+	case names.Ours(r.Link):
 		e.add(LayerUnderlay, Bad, "take away the route that takes it", "packets to the peer's address %s would go into the tunnel itself (%s)", e.Peer.Public, r)
 	case r.NextState == "failed":
 		e.add(LayerUnderlay, Bad, "see the cable, the switch, and whether the machine is up", "the next hop on the way to %s (%s) does not answer on its link: no Ethernet address", e.Peer.Public, r)

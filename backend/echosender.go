@@ -9,28 +9,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Asker sends ICMP echo requests through the tunnel to the first address of a
+// EchoSender sends ICMP echo requests through the tunnel to the first address of a
 // peer's subnet, which is on the peer's tunnel device. The reply is seen in the
 // datapath's receive counters; the sockets filter out everything.
-type Asker struct {
+type EchoSender struct {
 	v4, v6 int // file descriptors; -1 if not open
 	sent   uint16
 }
 
-// OpenAsker opens the raw sockets in the network namespace of the calling thread.
-// If that fails, it logs a warning and Ask sends nothing: a peer that receives
+// OpenEchoSender opens the raw sockets in the network namespace of the calling thread.
+// If that fails, it logs a warning and Send sends nothing: a peer that receives
 // one-way traffic and sends none is then reported as silent.
-func OpenAsker(log *slog.Logger) *Asker {
-	a, err := newAsker()
+func OpenEchoSender(log *slog.Logger) *EchoSender {
+	a, err := newEchoSender()
 	if err != nil {
 		log.Warn("cannot probe peers: a peer with one-way traffic may be reported as silent", "error", err)
-		return &Asker{v4: -1, v6: -1}
+		return &EchoSender{v4: -1, v6: -1}
 	}
 	return a
 }
 
-func newAsker() (*Asker, error) {
-	a := &Asker{v4: -1, v6: -1}
+func newEchoSender() (*EchoSender, error) {
+	a := &EchoSender{v4: -1, v6: -1}
 	const flags = unix.SOCK_RAW | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK
 	fd, err := unix.Socket(unix.AF_INET, flags, unix.IPPROTO_ICMP)
 	if err != nil {
@@ -56,8 +56,8 @@ func newAsker() (*Asker, error) {
 	return a, nil
 }
 
-// Ask sends one echo request. Errors are ignored: the caller asks again.
-func (a *Asker) Ask(subnet netip.Prefix) {
+// Send sends one echo request. Errors are ignored: the caller asks again.
+func (a *EchoSender) Send(subnet netip.Prefix) {
 	a.sent++
 	to := subnet.Masked().Addr()
 	b := make([]byte, 8) // RFC 792, RFC 4443
@@ -80,7 +80,7 @@ func (a *Asker) Ask(subnet netip.Prefix) {
 }
 
 // Close closes the sockets.
-func (a *Asker) Close() {
+func (a *EchoSender) Close() {
 	for _, fd := range []int{a.v4, a.v6} {
 		if fd >= 0 {
 			_ = unix.Close(fd)

@@ -13,28 +13,28 @@ import (
 	"culvert/internal/firewall"
 )
 
-// Passed reports whether packets have passed between this node and a peer since
+// PeerActivity reports whether packets have passed between this node and a peer since
 // the last look.
-type Passed struct {
+type PeerActivity struct {
 	firewall.Source
 	Sent, Received bool
 }
 
-// PassedWatch observes the traffic of the kernel's vxlan devices per peer: sent
+// PeerWatch observes the traffic of the kernel's vxlan devices per peer: sent
 // packets by the last use of FDB entries, accepted ones by the counters of the
-// peers' set elements. It reads the counters only if needed (see Look): with
+// peers' set elements. It reads the counters only if needed (see Read): with
 // 5,000 peers that takes some milliseconds.
 //
 // The kernel does not report the destinations of its ipip device.
-type PassedWatch struct {
+type PeerWatch struct {
 	route    *netlink.Conn
 	counters firewall.PeerCounters
 	used     map[netip.Addr]time.Time           // last use of an underlay address's FDB entry
 	counted  map[firewall.Source]firewall.Count // received from a peer, at the last look
 }
 
-// WatchPassed opens its sockets in the network namespace of the calling thread.
-func WatchPassed() (*PassedWatch, error) {
+// WatchPeers opens its sockets in the network namespace of the calling thread.
+func WatchPeers() (*PeerWatch, error) {
 	route, err := netlink.Dial(unix.NETLINK_ROUTE, nil)
 	if err != nil {
 		return nil, fmt.Errorf("looking at what has passed: %w", err)
@@ -43,16 +43,16 @@ func WatchPassed() (*PassedWatch, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("looking at what has passed: %w", err), route.Close())
 	}
-	return &PassedWatch{route: route, counters: counters}, nil
+	return &PeerWatch{route: route, counters: counters}, nil
 }
 
-func (w *PassedWatch) Close() error { return errors.Join(w.route.Close(), w.counters.Close()) }
+func (w *PeerWatch) Close() error { return errors.Join(w.route.Close(), w.counters.Close()) }
 
-// Look returns what has passed with each peer of the vxlan tunnels. own are the
+// Read returns what has passed with each peer of the vxlan tunnels. own are the
 // underlay addresses to which only this process's own requests were sent. If
-// nothing was sent to others and the caller is not waiting for a reply, Look
+// nothing was sent to others and the caller is not waiting for a reply, Read
 // skips the counters and returns nil.
-func (w *PassedWatch) Look(tunnels []firewall.TunnelRule, own map[netip.Addr]bool, waiting bool) ([]Passed, error) {
+func (w *PeerWatch) Read(tunnels []firewall.TunnelRule, own map[netip.Addr]bool, waiting bool) ([]PeerActivity, error) {
 	used, err := w.lastUsed(tunnels)
 	if err != nil {
 		return nil, err
@@ -79,7 +79,7 @@ func (w *PassedWatch) Look(tunnels []firewall.TunnelRule, own map[netip.Addr]boo
 	if err != nil {
 		return nil, err
 	}
-	var all []Passed
+	var all []PeerActivity
 	for _, t := range tunnels {
 		for _, s := range t.Peers {
 			n, counts := counts[s]
@@ -91,7 +91,7 @@ func (w *PassedWatch) Look(tunnels []firewall.TunnelRule, own map[netip.Addr]boo
 				continue
 			}
 			before := w.counted[s].Packets
-			all = append(all, Passed{Source: s, Sent: sent[s.Outer], Received: n.Packets > before || n.Packets < before && n.Packets > 0})
+			all = append(all, PeerActivity{Source: s, Sent: sent[s.Outer], Received: n.Packets > before || n.Packets < before && n.Packets > 0})
 		}
 	}
 	w.counted = counts
@@ -100,7 +100,7 @@ func (w *PassedWatch) Look(tunnels []firewall.TunnelRule, own map[netip.Addr]boo
 
 // lastUsed reads from the FDBs when a packet was last sent to each underlay
 // address.
-func (w *PassedWatch) lastUsed(tunnels []firewall.TunnelRule) (map[netip.Addr]time.Time, error) {
+func (w *PeerWatch) lastUsed(tunnels []firewall.TunnelRule) (map[netip.Addr]time.Time, error) {
 	all := make(map[netip.Addr]time.Time)
 	for _, t := range tunnels {
 		if t.Device == "" || t.Port == 0 {
@@ -113,9 +113,7 @@ func (w *PassedWatch) lastUsed(tunnels []firewall.TunnelRule) (map[netip.Addr]ti
 		head := make([]byte, unix.SizeofNdMsg)
 		head[0] = unix.AF_BRIDGE
 		binary.NativeEndian.PutUint32(head[4:], index)
-		messages, err := w.route.Execute(netlink.Message{
-			Header: netlink.Header{Type: unix.RTM_GETNEIGH, Flags: netlink.Request | netlink.Dump}, Data: head,
-		})
+		messages, err := dump(w.route, netlink.Message{Header: netlink.Header{Type: unix.RTM_GETNEIGH}, Data: head})
 		if err != nil {
 			return nil, fmt.Errorf("listing the FDB of %s: %w", t.Device, err)
 		}
@@ -149,7 +147,7 @@ func (w *PassedWatch) lastUsed(tunnels []firewall.TunnelRule) (map[netip.Addr]ti
 }
 
 // linkIndex looks up a link by name.
-func linkIndex(c *netlink.Conn, name string) (uint32, error) {
+func linkIndex(c executor, name string) (uint32, error) {
 	e := netlink.NewAttributeEncoder()
 	e.String(unix.IFLA_IFNAME, name)
 	attrs, err := e.Encode()
@@ -159,7 +157,10 @@ func linkIndex(c *netlink.Conn, name string) (uint32, error) {
 	messages, err := c.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.RTM_GETLINK, Flags: netlink.Request}, Data: append(make([]byte, unix.SizeofIfInfomsg), attrs...),
 	})
-	if err != nil || len(messages) == 0 || len(messages[0].Data) < unix.SizeofIfInfomsg {
+	if err == nil && (len(messages) == 0 || len(messages[0].Data) < unix.SizeofIfInfomsg) {
+		err = errors.New("the kernel's answer is empty")
+	}
+	if err != nil {
 		return 0, fmt.Errorf("looking for the device %s: %w", name, err)
 	}
 	return binary.NativeEndian.Uint32(messages[0].Data[4:]), nil
