@@ -103,18 +103,25 @@ func (p Plugin) GC(args *skel.CmdArgs) error {
 	var failed []error
 	released, kept := map[string]bool{}, map[Attachment]bool{}
 	boot := bootID()
-	for _, r := range records {
+	gone := func(r record) bool {
 		outlived := r.Boot != "" && boot != "" && r.Boot != boot
-		if valid.has(r.Attachment) && (valid.certain || !outlived) {
+		return !valid.has(r.Attachment) || !valid.certain && outlived
+	}
+	for _, r := range records {
+		if !gone(r) {
 			continue
 		}
-		err := delegate(ctx, "DEL", r.Attachment, r.Delegate, r.netns())
-		if err == nil {
-			err = s.forget(r.Attachment)
-		}
+		// An ADD may have begun since the list was made: of a container that is not in
+		// it, or, after a reboot, of one whose old record is.
+		isNew := func(now record) bool { return now.Boot != r.Boot || now.Netns != r.Netns }
+		ok, err := s.releaseIf(ctx, r.Attachment, func(now record) bool { return gone(now) && !isNew(now) })
 		if err != nil {
 			kept[r.Attachment] = true
 			failed = append(failed, fmt.Errorf("container %s, interface %s: %w", r.ContainerID, r.IfName, err))
+			continue
+		}
+		if !ok {
+			kept[r.Attachment] = true
 			continue
 		}
 		released[r.ContainerID] = true

@@ -199,9 +199,80 @@ func TestUnfinishedRecords(t *testing.T) {
 	if _, err := os.Stat(file); err != nil {
 		t.Errorf("after another ADD's reclaim: %v", err)
 	}
+	l, err := s.takeAttachment(Attachment{"c1", "eth0"}, 0) // the stopped ADD has it
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.removeOldUnfinished()
+	if _, err := os.Stat(file); err != nil {
+		t.Errorf("after another ADD: %v", err)
+	}
 	s.removeUnfinished()
 	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("after GC: %v", err)
+	}
+	l.release()
+
+	// With a runtime that never calls GC, the next ADD removes what a killed one left.
+	recent := statefile.Temporary(s.path(Attachment{"c2", "eth0"}))
+	for _, path := range []string{file, recent} {
+		if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chtimes(file, before, before); err != nil {
+		t.Fatal(err)
+	}
+	s.removeOldUnfinished()
+	if got := s.unfinished(); len(got) != 1 || got[0] != filepath.Base(recent) {
+		t.Errorf("the next ADD leaves %v, not only the recent %s", got, filepath.Base(recent))
+	}
+}
+
+// After a reboot a container has an old record until its ADD replaces it. A release of
+// unused addresses that has read the old record must neither interfere with that ADD
+// nor undo it.
+func TestReleaseDuringADD(t *testing.T) {
+	s := state{t.TempDir()}
+	a := Attachment{"c1", "eth0"}
+	old := record{Attachment: a, Boot: "an earlier one", Delegate: json.RawMessage(`{"type":"never-called"}`)}
+	leftover := func(r record) bool { return r.leftover("this one", nil) }
+	if err := s.save(old); err != nil {
+		t.Fatal(err)
+	}
+	adding, err := s.takeAttachment(a, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.takeAttachment(a, 0); !errors.Is(err, errLocked) {
+		t.Errorf("two have the lock: %v", err)
+	}
+	if other, err := s.takeAttachment(Attachment{"c1", "eth1"}, 0); err != nil {
+		t.Errorf("another attachment is locked too: %v", err)
+	} else {
+		other.release()
+	}
+	if released, err := s.releaseIf(t.Context(), a, leftover); released || err != nil {
+		t.Errorf("while the ADD is in progress: %t, %v", released, err)
+	}
+	now := old
+	now.Boot = "this one"
+	if err := s.save(now); err != nil {
+		t.Fatal(err)
+	}
+	adding.release()
+	if released, err := s.releaseIf(t.Context(), a, leftover); released || err != nil {
+		t.Errorf("after the ADD: %t, %v", released, err)
+	}
+	if r, err := s.load(a); err != nil || r.Boot != now.Boot {
+		t.Errorf("the ADD's record is %+v, %v", r, err)
+	}
+	// Without an ADD, the old one goes: here it fails at the delegate that is missing.
+	if err := s.save(old); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.releaseIf(t.Context(), a, leftover); err == nil || !strings.Contains(err.Error(), "never-called") {
+		t.Errorf("an old record: %v", err)
 	}
 }
 

@@ -74,6 +74,13 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 		}
 		return err
 	}
+	s.removeOldUnfinished()
+	if _, err := s.takeAttachment(a, lockTimeout); err != nil {
+		if errors.Is(err, errLocked) {
+			return types.NewError(types.ErrTryAgainLater, "another ADD of this container, or its removal, is in progress: "+err.Error(), "")
+		}
+		return err
+	}
 	if b, err := n.findUnusableBridge(env); err != nil {
 		return err
 	} else if b != nil {

@@ -122,7 +122,9 @@ func (h host) must(t *testing.T, c call) answer {
 
 // records and addresses return the records of the plugin and the reservations of
 // host-local.
-func (h host) records() []string { return names(h.dataDir()) }
+func (h host) records() []string {
+	return slices.DeleteFunc(names(h.dataDir()), func(n string) bool { return n == ".lock" })
+}
 
 func (h host) addresses() []string {
 	return slices.DeleteFunc(names(filepath.Join(h.StateDir, "networks", "net")), func(n string) bool {

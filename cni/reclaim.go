@@ -66,13 +66,13 @@ func (n NetConf) reclaim(ctx context.Context, s state) (reclaimed, error) {
 		if !r.leftover(boot, live) {
 			continue
 		}
-		err := delegate(ctx, "DEL", r.Attachment, r.Delegate, "")
-		if err == nil {
-			err = s.forget(r.Attachment)
-		}
+		released, err := s.releaseIf(ctx, r.Attachment, func(r record) bool { return r.leftover(boot, live) })
 		if err != nil {
 			fmt.Fprintf(os.Stderr, "culvert-cni: releasing container %s, which no longer exists: %v\n", r.ContainerID, err)
 			continue
+		}
+		if !released {
+			continue // an ADD of it is in progress, or has replaced it
 		}
 		sum.released++
 		fmt.Fprintf(os.Stderr, "culvert-cni: released container %s, interface %s: it is of an earlier boot or its network namespace is gone\n", r.ContainerID, r.IfName)

@@ -180,12 +180,44 @@ func (s state) records(network string, since time.Time) ([]record, error) {
 // The caller holds the exclusive lock: under a shared one, an ADD may be about to
 // rename its file, however old that is.
 func (s state) removeUnfinished() {
+	for _, name := range s.unfinished() {
+		_ = os.Remove(filepath.Join(s.dir, name))
+	}
+}
+
+// removeOldUnfinished is removeUnfinished for an ADD, which holds the shared lock: with
+// a runtime that never calls GC, nobody else removes the files. It leaves files of the
+// last minute, and those whose attachment is locked: their ADD may go on.
+func (s state) removeOldUnfinished() {
+	for _, name := range s.unfinished() {
+		path := filepath.Join(s.dir, name)
+		if info, err := os.Lstat(path); err != nil || time.Since(info.ModTime()) < time.Minute {
+			continue
+		}
+		id, ifname, ok := strings.Cut(strings.TrimSuffix(strings.TrimPrefix(name, "."), ".tmp"), ":")
+		a := Attachment{ContainerID: id, IfName: ifname}
+		if !ok || a.validate() != nil {
+			continue
+		}
+		l, err := s.takeAttachment(a, 0)
+		if err != nil {
+			continue
+		}
+		_ = os.Remove(path)
+		l.release()
+	}
+}
+
+// unfinished returns the names of the temporary files.
+func (s state) unfinished() []string {
 	entries, _ := os.ReadDir(s.dir)
+	var all []string
 	for _, e := range entries {
 		if e.Type().IsRegular() && strings.HasPrefix(e.Name(), ".") && strings.HasSuffix(e.Name(), ".tmp") {
-			_ = os.Remove(filepath.Join(s.dir, e.Name()))
+			all = append(all, e.Name())
 		}
 	}
+	return all
 }
 
 func isObject(text []byte) bool {
