@@ -159,6 +159,30 @@ func TestPackagesSayWhatTheyAre(t *testing.T) {
 	}
 }
 
+// TestEveryPackageIsInTheMap checks that docs/architecture.md names every package in
+// its map, by the last element of its path.
+func TestEveryPackageIsInTheMap(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "docs", "architecture.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(text), "\n## Packages\n")
+	section, _, ok2 := strings.Cut(rest, "\n## ")
+	if !ok || !ok2 {
+		t.Fatal("docs/architecture.md has no section Packages")
+	}
+	for _, p := range packages(t) {
+		name := strings.TrimPrefix(p.ImportPath, "culvert/")
+		if !strings.HasPrefix(name, "internal/") || strings.Count(name, "/") > 1 {
+			name = filepath.Base(name) // below its parent there
+		}
+		named := regexp.MustCompile(`(^|[^a-z/-])` + regexp.QuoteMeta(name) + `/`)
+		if name != "culvert" && !named.MatchString(section) {
+			t.Errorf("the map of packages in docs/architecture.md lacks %s", p.ImportPath)
+		}
+	}
+}
+
 func contains(all []string, s string) bool {
 	for _, a := range all {
 		if a == s {

@@ -51,7 +51,7 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 		state = "NOT READY: " + s.NotReady
 	}
 	if !s.Store.Snapshot.IsZero() {
-		state += ", serving from the snapshot of " + s.Store.Snapshot.Format(time.RFC3339) + ": " + s.Store.Name() + " is away"
+		state += ", serving from the snapshot of " + s.Store.Snapshot.Format(time.RFC3339) + ": " + s.Store.Name() + " is unreachable"
 	}
 	line("node", "%s, culvert %s, up %s", s.Node, s.Version, age(now.Sub(s.Started)))
 	line("state", "%s", state)
@@ -145,7 +145,7 @@ func writeStore(line func(name, format string, args ...any), s api.Store, now ti
 	case s.Since.IsZero():
 		line(name, "%s, not reached yet", where)
 	default:
-		line(name, "%s, OUT OF REACH for %s: %s", where, age(now.Sub(s.Since)), s.Error)
+		line(name, "%s, UNREACHABLE for %s: %s", where, age(now.Sub(s.Since)), s.Error)
 	}
 	if s.ConfigRefused != "" {
 		line("configuration", "%s is REFUSED, the last one stands: %s", config, s.ConfigRefused)

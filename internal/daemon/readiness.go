@@ -16,7 +16,7 @@ func ranOut(s api.Status, now time.Time) string {
 	}
 	why := "it was not renewed"
 	if s.Store.Error != "" {
-		why = s.Store.Name() + " is out of reach: " + s.Store.Error
+		why = s.Store.Name() + " is unreachable: " + s.Store.Error
 	} else if s.Store.Kind == "kubernetes" {
 		why = "there is no Node " + s.Node + " with these podCIDRs"
 	}

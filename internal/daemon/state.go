@@ -184,7 +184,7 @@ func (st *state) setSnapshot(snapshot subnet.Snapshot, log *slog.Logger) {
 	st.change(func(s *api.Status) {
 		s.Store.Snapshot, s.Store.Error = snapshot.Kept, ""
 		if !snapshot.Kept.IsZero() {
-			s.Store.Error = "it was away when this daemon started"
+			s.Store.Error = "it was unreachable when this daemon started"
 		}
 		if connected := snapshot.Kept.IsZero(); s.Store.Connected != connected || s.Store.Since.IsZero() {
 			s.Store.Connected, s.Store.Since = connected, time.Now()

@@ -77,7 +77,7 @@ func TestReadiness(t *testing.T) {
 		{api.Status{NotReady: "opening the datapath", Lease: lease(now.Add(time.Hour))}, readiness.DatapathDown, "opening the datapath"},
 		{api.Status{Ready: true, Lease: lease(now.Add(time.Hour))}, "", ""},
 		{api.Status{Ready: true, Lease: lease(time.Time{})}, "", ""},
-		{api.Status{Ready: true, Lease: lease(now.Add(-time.Hour)), Store: api.Store{Error: "no leader"}}, readiness.Fenced, "the lease of [10.5.72.0/24] ran out at 2026-03-01T11:00:00Z (etcd is out of reach: no leader)"},
+		{api.Status{Ready: true, Lease: lease(now.Add(-time.Hour)), Store: api.Store{Error: "no leader"}}, readiness.Fenced, "the lease of [10.5.72.0/24] ran out at 2026-03-01T11:00:00Z (etcd is unreachable: no leader)"},
 		{api.Status{NotReady: "x", Lease: lease(now.Add(-time.Hour))}, readiness.Fenced, "it was not renewed"},
 	} {
 		h := &state{current: c.is}
