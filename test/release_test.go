@@ -375,9 +375,9 @@ func TestReleasePackages(t *testing.T) {
 	}
 }
 
-// machine is this machine's root directory and a node's network, with a systemd of its own.
+// systemdHost is this machine's root directory and a node's network, with a systemd of its own.
 // What is written there is lost when it stops.
-type machine struct {
+type systemdHost struct {
 	t    *testing.T
 	pid  string // of systemd
 	node *lab.Node
@@ -402,7 +402,7 @@ exec env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/system
 
 // bootMachine starts systemd in a node. /run is a directory that the test sees, so that it
 // can ask the daemon.
-func (c *cluster) bootMachine(n *lab.Node) *machine {
+func (c *cluster) bootMachine(n *lab.Node) *systemdHost {
 	c.t.Helper()
 	t := c.t.(*testing.T)
 	if os.Getuid() != 0 {
@@ -419,7 +419,7 @@ func (c *cluster) bootMachine(n *lab.Node) *machine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &machine{t: t, node: n}
+	m := &systemdHost{t: t, node: n}
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := m.try("journalctl", "--no-pager", "-n", "60")
@@ -446,7 +446,7 @@ func (c *cluster) bootMachine(n *lab.Node) *machine {
 	return m
 }
 
-func (m *machine) try(args ...string) (string, error) {
+func (m *systemdHost) try(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", m.pid, "--all", "--wd=/"}, args...)...)
@@ -455,7 +455,7 @@ func (m *machine) try(args ...string) (string, error) {
 	return string(out), err
 }
 
-func (m *machine) run(args ...string) string {
+func (m *systemdHost) run(args ...string) string {
 	m.t.Helper()
 	out, err := m.try(args...)
 	if err != nil {
@@ -465,7 +465,7 @@ func (m *machine) run(args ...string) string {
 }
 
 // copyIn puts a file into the machine's /tmp, where it stays as long as the machine runs.
-func (m *machine) copyIn(file string) string {
+func (m *systemdHost) copyIn(file string) string {
 	m.t.Helper()
 	content, err := os.ReadFile(file)
 	if err != nil {
@@ -478,7 +478,7 @@ func (m *machine) copyIn(file string) string {
 	return to
 }
 
-func (m *machine) exists(name string) bool {
+func (m *systemdHost) exists(name string) bool {
 	_, err := os.Lstat("/proc/" + m.pid + "/root" + name)
 	return err == nil
 }
