@@ -35,12 +35,8 @@ func (p *Path) fill(want contents) error {
 }
 
 func fillMap[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
-	for key := range have {
-		if _, stays := want[key]; !stays {
-			if err := m.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return err
-			}
-		}
+	if err := deleteUnwanted(m, have, want); err != nil {
+		return err
 	}
 	for key, value := range want {
 		if old, there := have[key]; there && old == value {
@@ -53,14 +49,21 @@ func fillMap[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
 	return nil
 }
 
-// fillKeys is fillMap for a map of counters, which begin at zero.
-func fillKeys[K comparable, V any](m *ebpf.Map, have, want map[K]V) error {
+func deleteUnwanted[K comparable, V any](m *ebpf.Map, have, want map[K]V) error {
 	for key := range have {
 		if _, stays := want[key]; !stays {
 			if err := m.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 				return err
 			}
 		}
+	}
+	return nil
+}
+
+// fillKeys is fillMap for a map of counters, which begin at zero.
+func fillKeys[K comparable, V any](m *ebpf.Map, have, want map[K]V) error {
+	if err := deleteUnwanted(m, have, want); err != nil {
+		return err
 	}
 	zero := make([]traffic, ebpf.MustPossibleCPU())
 	for key := range want {

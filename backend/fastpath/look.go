@@ -27,6 +27,7 @@ func (p *Path) look(s host.State) (facts, error) {
 		return f, err
 	}
 	names := []string{names.JoinNear, names.JoinFar}
+	shaped := shapers()
 	var uplink string
 	for _, e := range ends {
 		uplink = e.Device
@@ -40,8 +41,8 @@ func (p *Path) look(s host.State) (facts, error) {
 		a := found.Attrs()
 		f.links[name] = link{a.Index, a.MTU, a.EncapType == "ether" && len(a.HardwareAddr) == 6}
 		if slices.ContainsFunc(ends, func(e end) bool { return e.device == name }) {
-			if err := unshaped(found); err != nil {
-				return f, err
+			if kind := shaped[a.Index]; kind != "" {
+				return f, fmt.Errorf("the qdisc %s on %s shapes what leaves (`tc qdisc show dev %s`)", kind, name, name)
 			}
 		}
 	}
@@ -71,7 +72,7 @@ func (p *Path) look(s host.State) (facts, error) {
 		}
 	}
 	if p.mode == Pods {
-		pods, err := podLinks(s.Subnets)
+		pods, err := podLinks(s.Subnets, shaped)
 		if err != nil {
 			return f, err
 		}
@@ -90,19 +91,20 @@ func setting(key string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// unshaped returns an error if the device has a root qdisc that somebody added, which
-// the fast path would bypass. The kernel's default one has no handle.
-func unshaped(l netlink.Link) error {
-	qdiscs, err := host.Retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(l) })
+// shapers returns the links, by index, with a root qdisc that somebody added, which the
+// fast path would bypass, and its type. The kernel's default one has no handle.
+func shapers() map[int]string {
+	qdiscs, err := host.Retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
 	if err != nil {
 		return nil
 	}
+	all := make(map[int]string)
 	for _, q := range qdiscs {
-		if q.Attrs().LinkIndex == l.Attrs().Index && q.Attrs().Parent == netlink.HANDLE_ROOT && q.Attrs().Handle != 0 {
-			return fmt.Errorf("the qdisc %s on %s shapes what leaves (`tc qdisc show dev %s`)", q.Type(), l.Attrs().Name, l.Attrs().Name)
+		if a := q.Attrs(); a.Parent == netlink.HANDLE_ROOT && a.Handle != 0 {
+			all[a.LinkIndex] = q.Type()
 		}
 	}
-	return nil
+	return all
 }
 
 // noIPsec returns an error if there is an outgoing IPsec policy, which might apply to

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -30,7 +29,7 @@ type (
 	shortcut struct {
 		Until            uint64
 		Generation, Link uint32
-		Given, Passed    position
+		Given            position
 		Ethernet         ethernet
 		Bridge           host.MAC
 		Gave             uint8
@@ -55,36 +54,22 @@ type podLink struct {
 }
 
 // podLinks lists the host's ends of pods' veths: ports of a bridge with an address in
-// one of the subnets. A port whose traffic is shaped or classified is left out, since
-// the short way would bypass that.
-func podLinks(subnets []netip.Prefix) ([]podLink, error) {
-	addrs, err := host.Retry(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+// one of the subnets. A port whose traffic is shaped (shapers) or classified is left out,
+// since the short way would bypass that.
+func podLinks(subnets []netip.Prefix, shaped map[int]string) ([]podLink, error) {
+	ports, err := host.PortsOf(func(a netip.Prefix) bool {
+		return slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return s.Contains(a.Addr()) })
+	})
 	if err != nil {
-		return nil, fmt.Errorf("listing the addresses: %w", err)
-	}
-	links, err := host.Retry(netlink.LinkList)
-	if err != nil {
-		return nil, fmt.Errorf("listing the network interfaces: %w", err)
-	}
-	bridges := make(map[int]host.MAC)
-	for _, a := range addrs {
-		ip, ok := netip.AddrFromSlice(a.IP)
-		if !ok || !slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return s.Contains(ip.Unmap()) }) {
-			continue
-		}
-		for _, l := range links {
-			if l.Attrs().Index == a.LinkIndex && l.Type() == "bridge" {
-				bridges[a.LinkIndex] = host.MAC(l.Attrs().HardwareAddr)
-			}
-		}
+		return nil, err
 	}
 	var pods []podLink
-	for _, l := range links {
-		mac, ok := bridges[l.Attrs().MasterIndex]
-		if !ok || l.Type() != "veth" || unshaped(l) != nil || filtered(l) {
+	for _, l := range ports {
+		a := l.Attrs()
+		if l.Type() != "veth" || l.Bridge.Type() != "bridge" || shaped[a.Index] != "" || filtered(l) {
 			continue
 		}
-		pods = append(pods, podLink{l.Attrs().Name, l.Attrs().Index, mac})
+		pods = append(pods, podLink{a.Name, a.Index, host.MAC(l.Bridge.Attrs().HardwareAddr)})
 	}
 	return pods, nil
 }
@@ -205,13 +190,18 @@ func (p *Path) shortcutsFor(c candidate) (out, in shortcut, ok bool) {
 	if _, carried := p.held.peers[peer]; !carried || !t.holds(source.Addr()) {
 		return out, in, false
 	}
-	kind := [2]byte{8, 0}
-	if c.Family == 6 {
-		kind = [2]byte{0x86, 0xdd}
-	}
+	kind := etherType(c.Family)
 	out = shortcut{Link: c.Link, Ethernet: ethernet{host.MAC(peer.To[:6]), t.MAC, kind}, Bridge: c.Bridge}
-	in = shortcut{Link: c.Link, Ethernet: ethernet{c.Pod, c.Bridge, kind}, Bridge: c.Bridge}
+	in = shortcut{Link: c.Link, Ethernet: ethernet{c.Pod, c.Bridge, kind}}
 	return out, in, true
+}
+
+// etherType returns the EtherType of a family's packets.
+func etherType(family uint32) [2]byte {
+	if family == 6 {
+		return [2]byte{0x86, 0xdd}
+	}
+	return [2]byte{8, 0}
 }
 
 // holds reports whether an address is in this node's subnet.

@@ -84,8 +84,11 @@ func (p *Path) shortcut(t *testing.T, k flowKey) (s shortcut, there bool) {
 	return s, p.loaded.Maps["shortcuts"].Lookup(&k, &s) == nil
 }
 
-var bothFamilies = []struct{ pod, peer, node, other netip.Addr }{
-	{ourPod, peerPod, ourNode, peerNode}, {ourPod6, peerPod6, ourNode6, peerNode6},
+var bothFamilies = []struct {
+	family                 uint32
+	pod, peer, node, other netip.Addr
+}{
+	{4, ourPod, peerPod, ourNode, peerNode}, {6, ourPod6, peerPod6, ourNode6, peerNode6},
 }
 
 // TestShortWayOut encapsulates at the pod's link, and checks what keeps a packet on the
@@ -93,10 +96,7 @@ var bothFamilies = []struct{ pod, peer, node, other netip.Addr }{
 func TestShortWayOut(t *testing.T) {
 	p := withPods(t)
 	for _, f := range bothFamilies {
-		kind := [2]byte{8, 0}
-		if f.pod.Is6() {
-			kind = [2]byte{0x86, 0xdd}
-		}
+		kind := etherType(f.family)
 		k := key(f.pod, f.peer, ourPort, peerPort)
 		good := shortcut{
 			Until: monotonic(t) + uint64(time.Hour), Generation: p.generation, Link: uint32(loopback.index),
@@ -203,10 +203,7 @@ func TestShortWayIsRenewed(t *testing.T) {
 func TestShortWayIn(t *testing.T) {
 	p := withPods(t)
 	for _, f := range bothFamilies {
-		kind := [2]byte{8, 0}
-		if f.pod.Is6() {
-			kind = [2]byte{0x86, 0xdd}
-		}
+		kind := etherType(f.family)
 		k := key(f.peer, f.pod, peerPort, ourPort)
 		good := shortcut{
 			Until: monotonic(t) + uint64(time.Hour), Generation: p.generation, Link: uint32(loopback.index), Ethernet: ethernet{podMAC, bridgeMAC, kind},

@@ -255,6 +255,23 @@ struct outer6 {
 #define COST6 70
 _Static_assert(sizeof(struct outer4) == COST4 + 2 && sizeof(struct outer6) == COST6 + 2, "headers have no gaps");
 
+inline_always __u32 flow_hash(const struct address *source, const struct address *destination, __u32 ports)
+{
+	__u32 h = ports;
+
+#pragma unroll
+	for (int w = 0; w < 4; w++)
+		h = (h ^ source->word[w]) * 0x9e3779b1u + destination->word[w];
+	h ^= h >> 15;
+	return h * 0x85ebca6bu;
+}
+
+// flow_index is where the flow with the hash is in a map of FLOWS entries.
+inline_always __u32 flow_index(__u32 hash)
+{
+	return hash >> 19; // 13 bits
+}
+
 #include "pods.h"
 
 inline_always int same_mac(const __u8 *a, const __u8 *b)
@@ -419,14 +436,9 @@ inline_always int leaves(struct __sk_buff *skb, const struct tunnel *t, int at, 
 // flow_of finds what is known of an inner flow. Fragments are a flow of their own.
 inline_always struct flow *flow_of(const struct address *source, const struct address *destination, __u32 ports)
 {
-	__u32 h = ports;
+	__u32 at = flow_index(flow_hash(source, destination, ports));
 
-#pragma unroll
-	for (int w = 0; w < 4; w++)
-		h = (h ^ source->word[w]) * 0x9e3779b1u + destination->word[w];
-	h ^= h >> 15;
-	h = h * 0x85ebca6bu >> 19; // 13 bits: FLOWS
-	return bpf_map_lookup_elem(&flows, &h);
+	return bpf_map_lookup_elem(&flows, &at);
 }
 
 // left leaves a packet to the device, and with it what its flow sends after it.
@@ -908,7 +920,6 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	struct traffic *from;
 	struct tunnel *t;
 	int sum_known, unfinished, class, tos;
-	__be32 ports = 0;
 	struct passage passage = {}, *w = &passage;
 	struct flow *f;
 	__u32 way;
@@ -935,9 +946,8 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	outer.word[0] = h.outer.ip.saddr;
 	source.word[0] = h.ip.saddr;
 	destination.word[0] = h.ip.daddr;
-	if (!(h.ip.frag_off & bpf_htons(0x3fff)) && (h.ip.protocol == IPPROTO_TCP || h.ip.protocol == IPPROTO_UDP))
-		bpf_skb_load_bytes(skb, ETH_HLEN + COST4 + h.ip.ihl * 4, &ports, 4);
-	f = flow_of(&source, &destination, ports);
+	f = flow_of(&source, &destination,
+		    ports_of(skb, ETH_HLEN + COST4 + h.ip.ihl * 4, h.ip.frag_off & bpf_htons(0x3fff) ? 0 : h.ip.protocol));
 	passage_of(skb, t, bpf_htons(ETH_P_IP), ETH_HLEN + COST4, w);
 	if (!w->c && left_at_once(gso, f))
 		return leave(w, f, SLOW_IN_SEGMENTS);
@@ -991,7 +1001,6 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	struct traffic *from;
 	struct tunnel *t;
 	int sum_known, unfinished, class, verdict;
-	__be32 ports = 0;
 	struct passage passage = {}, *w = &passage;
 	struct flow *f;
 	__u32 way;
@@ -1017,9 +1026,7 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	__builtin_memcpy(&outer, &h.outer.ip.saddr, 16);
 	__builtin_memcpy(&source, &h.ip.saddr, 16);
 	__builtin_memcpy(&destination, &h.ip.daddr, 16);
-	if (h.ip.nexthdr == IPPROTO_TCP || h.ip.nexthdr == IPPROTO_UDP)
-		bpf_skb_load_bytes(skb, ETH_HLEN + COST6 + sizeof(h.ip), &ports, 4);
-	f = flow_of(&source, &destination, ports);
+	f = flow_of(&source, &destination, ports_of(skb, ETH_HLEN + COST6 + sizeof(h.ip), h.ip.nexthdr));
 	passage_of(skb, t, bpf_htons(ETH_P_IPV6), ETH_HLEN + COST6, w);
 	if (!w->c && left_at_once(gso, f))
 		return leave(w, f, SLOW_IN_SEGMENTS);

@@ -49,7 +49,6 @@ struct shortcut {
 	__u32 generation;   // of the host's state, when it was made or renewed
 	__u32 link;         // the host's end of the pod's veth
 	struct position given; // the farthest packet given to the host's way
-	struct position passed; // the last one that came out of it
 	struct ethernet ethernet; // out: of the inner packet to the peer; in: of the packet to the pod
 	__u8 bridge[ETH_ALEN];    // out: where the pod sends its packets
 	__u8 gave;                // given is set
@@ -185,8 +184,7 @@ inline_always void give(struct shortcut *c, const struct segment *s)
 // short if nothing else is on that way.
 inline_always void passed(struct shortcut *c, const struct segment *s)
 {
-	c->passed = s->position;
-	if (c->until || !c->gave || !same_position(&c->given, &c->passed))
+	if (c->until || !c->gave || !same_position(&c->given, &s->position))
 		return;
 	c->generation = generation();
 	c->until = bpf_ktime_get_ns() + LIFE;
@@ -207,16 +205,11 @@ inline_always void ended(const struct segment *s)
 // propose tells user space of a connection at its 32nd packet, its 64th and so on.
 inline_always void propose(struct __sk_buff *skb, const struct segment *s, const struct ethernet *e)
 {
-	__u32 h = s->key.source_port | (__u32)s->key.destination_port << 16, at;
+	__u32 h = flow_hash(&s->key.source, &s->key.destination, s->key.source_port | (__u32)s->key.destination_port << 16);
+	__u32 at = flow_index(h);
 	struct candidate *c;
 	struct tally *t;
 
-#pragma unroll
-	for (int w = 0; w < 4; w++)
-		h = (h ^ s->key.source.word[w]) * 0x9e3779b1u + s->key.destination.word[w];
-	h ^= h >> 15;
-	h *= 0x85ebca6bu;
-	at = h >> 19; // 13 bits: FLOWS
 	t = bpf_map_lookup_elem(&tallies, &at);
 	if (!t)
 		return;
