@@ -37,7 +37,8 @@ func hasFastPath(ctx context.Context, program string) (bool, error) {
 
 // daemonArgs returns the daemon's arguments that select the datapath.
 func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
-	format, kind, _ := strings.Cut(strings.TrimSuffix(strings.TrimSuffix(d.base(), fastSuffix), podSuffix), "/")
+	name, _, _ := strings.Cut(d.base(), "+") // without fastSuffix or podSuffix
+	format, kind, _ := strings.Cut(name, "/")
 	if d.auto || format == "host-gw" {
 		kind = "auto"
 	}
