@@ -117,6 +117,14 @@ func (c *cluster) start(n *lab.Node, flags ...string) *lab.Process {
 	return p
 }
 
+// cleanup runs culvert cleanup on a node.
+func (c *cluster) cleanup(n *lab.Node) {
+	c.t.Helper()
+	if out, err := n.Run(c.t.Context(), filepath.Join(c.bin, "culvert"), "cleanup", "--run-dir", n.RunDir); err != nil {
+		c.t.Fatalf("%v: %s", err, out)
+	}
+}
+
 // startAll starts every node's daemon and waits until each is ready and has all others
 // as peers.
 func (c *cluster) startAll(flags ...string) (daemons []*lab.Process) {

@@ -150,9 +150,7 @@ func TestDatapathChanges(t *testing.T) {
 	}
 	asFlannel := func() {
 		t.Helper()
-		if _, err := n.Run(t.Context(), c.bin+"/culvert", "cleanup", "--run-dir", n.RunDir); err != nil {
-			t.Fatal(err)
-		}
+		c.cleanup(n)
 		flannel, err := n.AddHandmadeVXLAN(lab.VXLANOptions{Subnet: s.Lease.Subnets[0], MAC: subnet.DeriveMAC(n.ID, 1, false)})
 		if err != nil {
 			t.Fatal(err)

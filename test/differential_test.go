@@ -288,37 +288,22 @@ func newCapture(t *testing.T, where *lab.Namespace, link string, key func([]byte
 	}); err != nil {
 		t.Fatal(err)
 	}
-	stop, done := make(chan struct{}), make(chan struct{})
-	t.Cleanup(func() { close(stop); <-done; unix.Close(fd) })
-	go func() {
-		defer close(done)
-		b := make([]byte, 1<<17)
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			n, from, err := unix.Recvfrom(fd, b, 0)
-			if err != nil {
-				continue
-			}
-			if p := from.(*unix.SockaddrLinklayer).Protocol; p != unix.ETH_P_IP>>8|unix.ETH_P_IP&0xff<<8 && p != unix.ETH_P_IPV6>>8|unix.ETH_P_IPV6&0xff<<8 {
-				continue // ARP
-			}
-			k, ok := key(b[:n])
-			if !ok {
-				continue
-			}
-			c.mu.Lock()
-			if m := markIn(b[:n]); m != "" {
-				c.ended[m] = true
-			} else {
-				c.seen[k]++
-			}
-			c.mu.Unlock()
+	receive(t, fd, 1<<17, func(b []byte, from unix.Sockaddr) {
+		if p := from.(*unix.SockaddrLinklayer).Protocol; p != unix.ETH_P_IP>>8|unix.ETH_P_IP&0xff<<8 && p != unix.ETH_P_IPV6>>8|unix.ETH_P_IPV6&0xff<<8 {
+			return // ARP
 		}
-	}()
+		k, ok := key(b)
+		if !ok {
+			return
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if m := markIn(b); m != "" {
+			c.ended[m] = true
+		} else {
+			c.seen[k]++
+		}
+	})
 	return c
 }
 

@@ -50,9 +50,7 @@ func TestDoctorOfRealConditions(t *testing.T) {
 	finds("store-in-network")
 	ipDo(t, n.Namespace, "route del "+server+"/32")
 	finds("store-in-network", "the etcd server "+server, "Network")
-	if out, err := n.Run(t.Context(), culvert, "cleanup", "--run-dir", n.RunDir); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	c.cleanup(n)
 	c.endpoint = usual
 	c.setConfig(config)
 

@@ -3,6 +3,7 @@ package test
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -108,11 +109,7 @@ func startStream(ctx context.Context, t *testing.T, running *sync.WaitGroup, fro
 	if err != nil {
 		t.Fatal(err)
 	}
-	running.Go(func() {
-		<-ctx.Done()
-		client.Close()
-		server.Close()
-	})
+	closeAfter(ctx, running, client, server)
 	running.Go(func() {
 		b := make([]byte, 128<<10)
 		for {
@@ -133,6 +130,16 @@ func startStream(ctx context.Context, t *testing.T, running *sync.WaitGroup, fro
 	})
 }
 
+// closeAfter closes both ends of a flow when ctx ends.
+func closeAfter(ctx context.Context, running *sync.WaitGroup, ends ...io.Closer) {
+	running.Go(func() {
+		<-ctx.Done()
+		for _, e := range ends {
+			e.Close()
+		}
+	})
+}
+
 // startTorrent sends datagrams as fast as it can, and counts the bytes that arrive.
 func startTorrent(ctx context.Context, t *testing.T, running *sync.WaitGroup, from, to *lab.Pod, arrived *atomic.Int64) {
 	t.Helper()
@@ -144,11 +151,7 @@ func startTorrent(ctx context.Context, t *testing.T, running *sync.WaitGroup, fr
 	if err != nil {
 		t.Fatal(err)
 	}
-	running.Go(func() {
-		<-ctx.Done()
-		client.Close()
-		server.Close()
-	})
+	closeAfter(ctx, running, client, server)
 	running.Go(func() {
 		b := make([]byte, 1400)
 		for ctx.Err() == nil {

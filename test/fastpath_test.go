@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -315,9 +314,7 @@ func fastPathLife(t *testing.T, on []string, device, another string) {
 		t.Errorf("the connection broke after %d round trips, the longest of %s: %v", turns, longest, err)
 	}
 	stop(t, p)
-	if out, err := n.Run(t.Context(), filepath.Join(c.bin, "culvert"), "cleanup", "--run-dir", n.RunDir); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	c.cleanup(n)
 	if left := filters(t, n); len(left) != 0 {
 		t.Errorf("after cleanup the filters %v are left", left)
 	}

@@ -877,31 +877,37 @@ func onlyOutgoing(fd int) error {
 	return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
 }
 
-// watch reads a socket until the test ends.
+// watch notes the marks that arrive at a socket, until the test ends.
 func (w *witness) watch(t *testing.T, fd int, place func([]byte, unix.Sockaddr) string) {
+	receive(t, fd, 1<<16, func(b []byte, from unix.Sockaddr) {
+		// A super-frame may contain many packets.
+		for rest := b; ; {
+			i := bytes.Index(rest, []byte(markSign))
+			if i < 0 || len(rest) < i+len(markSign)+6 {
+				break
+			}
+			w.note(string(rest[i:i+len(markSign)+6]), place(b, from))
+			rest = rest[i+len(markSign):]
+		}
+	})
+}
+
+// receive passes on what arrives at a socket with a receive timeout, at most size bytes of
+// each packet, until the test ends, and closes the socket then.
+func receive(t *testing.T, fd, size int, each func(b []byte, from unix.Sockaddr)) {
 	stop, done := make(chan struct{}), make(chan struct{})
 	t.Cleanup(func() { close(stop); <-done; unix.Close(fd) })
 	go func() {
 		defer close(done)
-		b := make([]byte, 1<<16)
+		b := make([]byte, size)
 		for {
 			select {
 			case <-stop:
 				return
 			default:
 			}
-			n, from, err := unix.Recvfrom(fd, b, 0)
-			if err != nil {
-				continue
-			}
-			// A super-frame may contain many packets.
-			for rest := b[:n]; ; {
-				i := bytes.Index(rest, []byte(markSign))
-				if i < 0 || len(rest) < i+len(markSign)+6 {
-					break
-				}
-				w.note(string(rest[i:i+len(markSign)+6]), place(b[:n], from))
-				rest = rest[i+len(markSign):]
+			if n, from, err := unix.Recvfrom(fd, b, 0); err == nil {
+				each(b[:n], from)
 			}
 		}
 	}()

@@ -126,9 +126,7 @@ func TestPing(t *testing.T) {
 	if err := n2Daemon.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n2.Run(t.Context(), filepath.Join(c.bin, "culvert"), "cleanup", "--run-dir", n2.RunDir); err != nil {
-		t.Fatal(err)
-	}
+	c.cleanup(n2)
 	got, err = ping(n1, n2Address.String())
 	if err == nil || len(got) != 1 || got[0].Answered != 0 || !strings.Contains(got[0].Problem, "answers on the underlay") {
 		t.Errorf("ping to a node without its tunnel: %+v, %v", got, err)

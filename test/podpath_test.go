@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -357,9 +356,7 @@ func TestPodPathLife(t *testing.T) {
 		t.Errorf("the connection broke after %d round trips, the longest of %s: %v", turns, longest, err)
 	}
 	stop(t, p)
-	if out, err := n.Run(t.Context(), filepath.Join(c.bin, "culvert"), "cleanup", "--run-dir", n.RunDir); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	c.cleanup(n)
 	if left := filters(t, n); len(left) != 0 {
 		t.Errorf("after cleanup the filters %v are left", left)
 	}

@@ -274,9 +274,7 @@ func TestOthersAreLeftAlone(t *testing.T) {
 	if got := fmt.Sprint(state()); got != "[unreachable 10.5.0.0/16 index 0 link cvt.x1 link cvt.1]" {
 		t.Errorf("after SIGTERM the kernel has %s: what forwards must stay", got)
 	}
-	if _, err := n.Run(t.Context(), c.bin+"/culvert", "cleanup", "--run-dir", n.RunDir); err != nil {
-		t.Fatal(err)
-	}
+	c.cleanup(n)
 	if got := fmt.Sprint(state()); got != "[link cvt.x1]" {
 		t.Errorf("after culvert cleanup the kernel has %s", got)
 	}
