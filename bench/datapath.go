@@ -97,6 +97,9 @@ func FindDatapath(name string) (Datapath, bool) {
 	for _, d := range Datapaths() {
 		if d.Name == base {
 			d.Name = name
+			if numbered && d.Title != "" {
+				d.Title += ", once more (" + number + ")"
+			}
 			return d, true
 		}
 	}
@@ -117,8 +120,8 @@ func datapathNames() []string {
 	return names
 }
 
-// compareDatapaths orders names as Datapaths does, and instances by number.
-func compareDatapaths(a, b string) int {
+// CompareDatapaths orders names as Datapaths does, and instances by number.
+func CompareDatapaths(a, b string) int {
 	aBase, aNumber, _ := strings.Cut(a, instanceSep)
 	bBase, bNumber, _ := strings.Cut(b, instanceSep)
 	names := datapathNames()

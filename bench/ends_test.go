@@ -45,14 +45,14 @@ func TestPodsAsEnds(t *testing.T) {
 		for _, n := range s.labs.Nodes {
 			before = append(before, podCounters(t, n))
 		}
-		for _, w := range []workload{{streams: 1}, {payload: 64}, {rr: true}, {crr: true}} {
+		for _, w := range []Workload{{Streams: 1}, {Payload: 64}, {Requests: true}, {Connections: true}} {
 			f, err := (builtin{}).measure(t.Context(), s, w, method{duration: o.Duration})
 			if err != nil {
 				t.Errorf("%s %+v: %v", name, w, err)
 			}
 			// The fast path's share is between 0 and 1, and is missing if the fast path
 			// is off.
-			if share, ok := f[FastShare]; w.plain() && (ok != d.fast && !d.auto || ok && (share <= 0 || share > 1)) {
+			if share, ok := f[FastShare]; w.Plain() && (ok != d.fast && !d.auto || ok && (share <= 0 || share > 1)) {
 				t.Errorf("%s %+v: %v of the bytes took the fast path (%t)", name, w, share, ok)
 			}
 		}
@@ -225,7 +225,7 @@ func TestFindDatapath(t *testing.T) {
 		}
 	}
 	for _, c := range [][2]string{{"native", "host-gw"}, {"vxlan/kernel", "vxlan/kernel#2"}, {"vxlan/kernel#9", "vxlan/kernel#10"}, {"vxlan/kernel#2", "vxlan/kernel+fast"}} {
-		if compareDatapaths(c[0], c[1]) >= 0 || compareDatapaths(c[1], c[0]) <= 0 || compareDatapaths(c[0], c[0]) != 0 {
+		if CompareDatapaths(c[0], c[1]) >= 0 || CompareDatapaths(c[1], c[0]) <= 0 || CompareDatapaths(c[0], c[0]) != 0 {
 			t.Errorf("%s is not sorted before %s", c[0], c[1])
 		}
 	}
@@ -292,35 +292,6 @@ func TestFairness(t *testing.T) {
 	}
 	if f := fairness(load.Reading{}, load.Reading{Streams: []uint64{0, 0}}, 2); len(f) != 0 {
 		t.Errorf("fairness of streams without bytes: %v", f)
-	}
-}
-
-func TestRatio(t *testing.T) {
-	of := func(rounds ...float64) Result {
-		x := Result{Rounds: rounds}
-		x.summarize()
-		return x
-	}
-	for _, c := range []struct {
-		name    string
-		x, ref  Result
-		ratio   Ratio
-		higher  string // the verdict if more is better
-		lower   string
-		nothing bool
-	}{
-		{"twice", of(2, 4, 6, 8, 10), of(1, 2, 3, 4, 5), Ratio{2, 2, 2, 5}, "+", "-", false},
-		{"half", of(1, 1, 1, 1, 1), of(2, 2, 2, 2, 2), Ratio{0.5, 0.5, 0.5, 5}, "-", "+", false},
-		{"both drift", of(11, 22, 33, 44, 55), of(10, 20, 30, 40, 50), Ratio{1.1, 1.1, 1.1, 5}, "+", "-", false},
-		{"rounds disagree", of(1, 3, 1, 3, 2), of(2, 2, 2, 2, 2), Ratio{1, 0.5, 1.5, 5}, ".", ".", false},
-		{"too few rounds", of(4, 4), of(2, 2), Ratio{2, 2, 2, 2}, ".", ".", false},
-		{"one has more rounds", of(2, 2, 2), of(1, 1, 1, 1), Ratio{2, 2, 2, 3}, ".", ".", false},
-		{"the reference is 0", of(1, 1), of(0, 0), Ratio{}, "", "", true},
-	} {
-		got, ok := ratioOf(c.x, c.ref)
-		if ok == c.nothing || !c.nothing && (fmt.Sprintf("%.4v", got) != fmt.Sprintf("%.4v", c.ratio) || got.verdict(true) != c.higher || got.verdict(false) != c.lower) {
-			t.Errorf("%s: %+v %t, verdicts %s and %s", c.name, got, ok, got.verdict(true), got.verdict(false))
-		}
 	}
 }
 

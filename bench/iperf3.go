@@ -36,8 +36,8 @@ func (iperf3) available() (ok bool, why string) {
 	return true, ""
 }
 
-func (iperf3) takes(w workload, m method) time.Duration {
-	if !w.plain() {
+func (iperf3) takes(w Workload, m method) time.Duration {
+	if !w.Plain() {
 		return 0
 	}
 	const start = 500 * time.Millisecond
@@ -61,8 +61,8 @@ type iperf3Report struct {
 	} `json:"end"`
 }
 
-func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
-	if !w.plain() {
+func (iperf3) measure(ctx context.Context, s *site, w Workload, m method) (figures, error) {
+	if !w.Plain() {
 		return nil, unavailable("iperf3 has no such workload: use --generator builtin")
 	}
 	if s.labs == nil {
@@ -85,14 +85,14 @@ func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figur
 
 	whole := func(d time.Duration) string { return strconv.Itoa(int(wholeSeconds(d).Seconds())) }
 	args := []string{"-c", s.to.String(), "--json", "-t", whole(m.duration), "-O", whole(m.warmup)}
-	if w.payload > 0 {
-		args = append(args, "-u", "-b", "0", "-l", strconv.Itoa(w.payload), "-w", strconv.Itoa(socketBuffer(load.UDPBuffer)))
+	if w.Payload > 0 {
+		args = append(args, "-u", "-b", "0", "-l", strconv.Itoa(w.Payload), "-w", strconv.Itoa(socketBuffer(load.UDPBuffer)))
 	} else {
 		// -N is TCP_NODELAY, which the built-in streams set too. Without it the last
 		// segments of writes are held back and sent in bursts, and the receiver's link
 		// drops some.
-		args = append(args, "-C", load.Congestion, "-N", "-P", strconv.Itoa(w.streams))
-		if w.reverse {
+		args = append(args, "-C", load.Congestion, "-N", "-P", strconv.Itoa(w.Streams))
+		if w.Reverse {
 			args = append(args, "-R")
 		}
 	}
@@ -106,9 +106,9 @@ func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figur
 				return
 			}
 			values[i] = r.End.Received.Bits / 1e9
-			if w.payload > 0 {
+			if w.Payload > 0 {
 				// From the bytes, since its count of lost packets includes the warm-up's.
-				values[i] = r.End.Received.Bytes / float64(w.payload) / r.End.Received.Seconds / 1e3
+				values[i] = r.End.Received.Bytes / float64(w.Payload) / r.End.Received.Seconds / 1e3
 			}
 		})
 	}
@@ -120,7 +120,7 @@ func (iperf3) measure(ctx context.Context, s *site, w workload, m method) (figur
 	for _, v := range values {
 		sum += v
 	}
-	if w.payload > 0 {
+	if w.Payload > 0 {
 		return figures{Rate: sum}, nil
 	}
 	return figures{Throughput: sum}, nil
@@ -138,7 +138,7 @@ func socketBuffer(want int) int {
 	return want
 }
 
-func parseIPerf3(text []byte, w workload) (iperf3Report, error) {
+func parseIPerf3(text []byte, w Workload) (iperf3Report, error) {
 	var r iperf3Report
 	if err := json.Unmarshal(text, &r); err != nil {
 		return r, fmt.Errorf("iperf3 --json printed no JSON: %w", err)
@@ -148,7 +148,7 @@ func parseIPerf3(text []byte, w workload) (iperf3Report, error) {
 		return r, fmt.Errorf("iperf3: %s", r.Error)
 	case r.End.Received.Seconds == 0:
 		return r, errors.New("iperf3 --json has no end.sum_received")
-	case w.payload == 0 && r.End.Congestion != "" && r.End.Congestion != load.Congestion:
+	case w.Payload == 0 && r.End.Congestion != "" && r.End.Congestion != load.Congestion:
 		return r, fmt.Errorf("iperf3 used the congestion control %s", r.End.Congestion)
 	}
 	return r, nil

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"culvert/internal/lab"
 	"culvert/internal/statefile"
 )
 
@@ -94,6 +95,15 @@ var metrics = []struct {
 	{FastShare, "1", true},
 }
 
+// Metrics returns all metrics in display order.
+func Metrics() []Metric {
+	var all []Metric
+	for _, d := range metrics {
+		all = append(all, d.name)
+	}
+	return all
+}
+
 // Unit is the metric's unit.
 func (m Metric) Unit() string { return metrics[max(m.order(), 0)].unit }
 
@@ -109,12 +119,14 @@ func (m Metric) order() int {
 	return -1
 }
 
-type key struct {
+// Key says which figure a result is; two results with one Key can be compared.
+type Key struct {
 	underlay, datapath, workload string
 	metric                       Metric
 }
 
-func (x Result) key() key { return key{x.Underlay, x.Datapath, x.Workload, x.Metric} }
+// Key returns which figure the result is.
+func (x Result) Key() Key { return Key{x.Underlay, x.Datapath, x.Workload, x.Metric} }
 
 // Find returns a figure, if the report has it.
 func (r *Report) Find(underlay, datapath, workload string, m Metric) (Result, bool) {
@@ -126,10 +138,10 @@ func (r *Report) Find(underlay, datapath, workload string, m Metric) (Result, bo
 	return Result{}, false
 }
 
-// add appends one round's value.
-func (r *Report) add(underlay, datapath, workload string, m Metric, value float64) {
+// Add appends one round's value.
+func (r *Report) Add(underlay, datapath, workload string, m Metric, value float64) {
 	for i := range r.Results {
-		if x := &r.Results[i]; x.key() == (key{underlay, datapath, workload, m}) {
+		if x := &r.Results[i]; x.Key() == (Key{underlay, datapath, workload, m}) {
 			x.Rounds = append(x.Rounds, value)
 			x.summarize()
 			return
@@ -151,8 +163,8 @@ func (r *Report) rounds(underlay, datapath, workload string) int {
 	return n
 }
 
-// fail records a failure and replaces an earlier one of the same datapath and workload.
-func (r *Report) fail(f Failure) {
+// Fail records a failure and replaces an earlier one of the same datapath and workload.
+func (r *Report) Fail(f Failure) {
 	r.clearFailure(f.Underlay, f.Datapath, f.Workload)
 	r.Failed = append(r.Failed, f)
 }
@@ -164,8 +176,8 @@ func (r *Report) clearFailure(underlay, datapath, workload string) {
 	})
 }
 
-// failed returns the failure of the workload or of the whole datapath, if any.
-func (r *Report) failed(underlay, datapath, workload string) (Failure, bool) {
+// Failure returns the failure of the workload or of the whole datapath, if any.
+func (r *Report) Failure(underlay, datapath, workload string) (Failure, bool) {
 	for _, f := range r.Failed {
 		if f.Underlay == underlay && f.Datapath == datapath && (f.Workload == workload || f.Workload == "") {
 			return f, true
@@ -199,13 +211,13 @@ func median(values []float64) float64 {
 	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 }
 
-// sort sorts the results into display order.
-func (r *Report) sort() {
+// Sort sorts the results into display order.
+func (r *Report) Sort() {
 	slices.SortStableFunc(r.Results, func(a, b Result) int {
 		return cmp.Or(
 			cmp.Compare(slices.Index(Underlays(), a.Underlay), slices.Index(Underlays(), b.Underlay)),
-			compareDatapaths(a.Datapath, b.Datapath),
-			cmp.Compare(slices.Index(Workloads(), a.Workload), slices.Index(Workloads(), b.Workload)),
+			CompareDatapaths(a.Datapath, b.Datapath),
+			cmp.Compare(slices.Index(WorkloadNames(), a.Workload), slices.Index(WorkloadNames(), b.Workload)),
 			cmp.Compare(a.Metric.order(), b.Metric.order()))
 	})
 }
@@ -273,8 +285,8 @@ type Machine struct {
 	Generator  string  `json:"generator"`
 	Nodes      int     `json:"nodes"`            // all but the first sent to the first at the same time
 	Ends       string  `json:"ends"`             // Nodes or Pods
-	Duration   float64 `json:"duration_seconds"` // of one measurement
-	Warmup     float64 `json:"warmup_seconds"`   // before each
+	Duration   Seconds `json:"duration_seconds"` // of one measurement
+	Warmup     Seconds `json:"warmup_seconds"`   // before each
 	// Offloads are the features of the underlay's links, by profile, as read back from
 	// the kernel.
 	Offloads map[string]map[string]bool `json:"offloads,omitempty"`
@@ -282,4 +294,15 @@ type Machine struct {
 	Bridge map[string]map[string]bool `json:"bridge_offloads,omitempty"`
 	// Programs are the versions of the third-party programs used.
 	Programs map[string]string `json:"programs,omitempty"`
+}
+
+// Bridged reports whether the nodes are joined by a bridge: the figures cannot be
+// compared with those of two nodes.
+func (m Machine) Bridged() bool { return underlayOf(m.Nodes) == lab.Bridged }
+
+// Seconds is a duration, in seconds.
+type Seconds float64
+
+func (s Seconds) String() string {
+	return time.Duration(float64(s) * float64(time.Second)).Round(time.Millisecond).String()
 }

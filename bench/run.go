@@ -50,8 +50,8 @@ func (o *Options) Resume(prior *Report) error {
 		{"nodes", strconv.Itoa(was.Nodes), strconv.Itoa(o.Nodes)},
 		{"ends", was.Ends, cmp.Or(o.Ends, Nodes)},
 		{"generator", was.Generator, o.Generator},
-		{"duration", seconds(was.Duration), o.Duration.String()},
-		{"warm-up", seconds(was.Warmup), o.Warmup.String()},
+		{"duration", was.Duration.String(), o.Duration.String()},
+		{"warm-up", was.Warmup.String(), o.Warmup.String()},
 	} {
 		if f.was != f.now {
 			return fmt.Errorf("the existing report has %s %s, and this run %s: use another file or remove it", f.what, f.was, f.now)
@@ -79,7 +79,7 @@ func (o Options) Check() error {
 	}{
 		{"underlay", o.Underlays, Underlays()},
 		{"datapath", o.Datapaths, datapathNames()},
-		{"workload", o.Workloads, Workloads()},
+		{"workload", o.Workloads, WorkloadNames()},
 	} {
 		if len(c.given) == 0 {
 			return fmt.Errorf("no %s is chosen: %s", c.what, strings.Join(c.choices, ", "))
@@ -140,7 +140,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 		return nil, err
 	}
 	o.Ends = cmp.Or(o.Ends, Nodes)
-	slices.SortFunc(o.Datapaths, compareDatapaths)
+	slices.SortFunc(o.Datapaths, CompareDatapaths)
 	o.Datapaths = slices.Compact(o.Datapaths)
 	r := &runner{Options: o, method: method{warmup: o.Warmup, duration: o.Duration, lossfree: o.Lossfree}, generators: map[string]generator{}}
 	if ok, why := (iperf3{}).available(); o.Generator == iperf3Name && !ok {
@@ -154,9 +154,9 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	m := &r.report.Machine
 	m.Culvert, m.Congestion = o.Version, load.Congestion
 	m.Generator = o.Generator
-	m.Duration, m.Warmup = o.Duration.Seconds(), o.Warmup.Seconds()
+	m.Duration, m.Warmup = Seconds(o.Duration.Seconds()), Seconds(o.Warmup.Seconds())
 	m.Nodes, m.Ends = o.Nodes, o.Ends
-	if underlayOf(o.Nodes) == lab.Bridged {
+	if m.Bridged() {
 		m.Bridge = map[string]map[string]bool{}
 	}
 	m.Programs = versions(o.Datapaths)
@@ -181,7 +181,7 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	}
 	defer load.Quiet(mostStreams * (o.Nodes - 1))()
 	err := r.run(ctx)
-	r.report.sort()
+	r.report.Sort()
 	return r.report, err
 }
 
@@ -192,7 +192,7 @@ func (r *runner) run(ctx context.Context) error {
 				r.starts[1]++
 			}
 			for _, w := range r.chosen() {
-				n := max(r.Rounds-r.report.rounds(u, d, w.name), 0)
+				n := max(r.Rounds-r.report.rounds(u, d, w.Name), 0)
 				r.plan[1] += time.Duration(n) * r.takes(d, w)
 				r.cells[1] += n
 			}
@@ -206,10 +206,10 @@ func (r *runner) run(ctx context.Context) error {
 	return nil
 }
 
-func (r *runner) chosen() []workload {
-	var chosen []workload
-	for _, w := range workloads() {
-		if slices.Contains(r.Workloads, w.name) {
+func (r *runner) chosen() []Workload {
+	var chosen []Workload
+	for _, w := range Workloads() {
+		if slices.Contains(r.Workloads, w.Name) {
 			chosen = append(chosen, w)
 		}
 	}
@@ -238,7 +238,7 @@ func (r *runner) underlay(ctx context.Context, underlay string) (err error) {
 			for _, i := range balanced(len(r.Datapaths), round) {
 				name := r.Datapaths[i]
 				s := r.sites[name]
-				if s == nil || r.report.rounds(underlay, name, w.name) > round {
+				if s == nil || r.report.rounds(underlay, name, w.Name) > round {
 					continue
 				}
 				if err := r.measure(ctx, s, w, round); err != nil {
@@ -270,8 +270,8 @@ func balanced(n, round int) []int {
 }
 
 func (r *runner) complete(underlay, datapath string) bool {
-	return !slices.ContainsFunc(r.chosen(), func(w workload) bool {
-		return r.report.rounds(underlay, datapath, w.name) < r.Rounds
+	return !slices.ContainsFunc(r.chosen(), func(w Workload) bool {
+		return r.report.rounds(underlay, datapath, w.Name) < r.Rounds
 	})
 }
 
@@ -292,7 +292,7 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 		ok, why = r.roomFor(d)
 	}
 	if !ok {
-		r.report.fail(Failure{Underlay: underlay, Datapath: d.Name, Reason: why, Unavailable: true})
+		r.report.Fail(Failure{Underlay: underlay, Datapath: d.Name, Reason: why, Unavailable: true})
 		r.skip(underlay, d.Name)
 		return nil
 	}
@@ -310,7 +310,7 @@ func (r *runner) start(ctx context.Context, underlay string, d Datapath) error {
 		return errors.Join(ctx.Err(), err)
 	}
 	if err != nil {
-		r.report.fail(Failure{Underlay: underlay, Datapath: d.Name, Reason: oneLine(err), Unavailable: errors.Is(err, ErrUnavailable)})
+		r.report.Fail(Failure{Underlay: underlay, Datapath: d.Name, Reason: oneLine(err), Unavailable: errors.Is(err, ErrUnavailable)})
 		r.skip(underlay, d.Name)
 		return nil
 	}
@@ -341,21 +341,21 @@ func (r *runner) skip(underlay, datapath string) {
 }
 
 // takes estimates how long a measurement takes.
-func (r *runner) takes(datapath string, w workload) time.Duration {
+func (r *runner) takes(datapath string, w Workload) time.Duration {
 	return r.generators[datapath].takes(w, r.method)
 }
 
-func (r *runner) skipWorkload(underlay, datapath string, w workload) {
-	n := max(r.Rounds-r.report.rounds(underlay, datapath, w.name), 0)
+func (r *runner) skipWorkload(underlay, datapath string, w Workload) {
+	n := max(r.Rounds-r.report.rounds(underlay, datapath, w.Name), 0)
 	r.plan[1] -= time.Duration(n) * r.takes(datapath, w)
 	r.cells[1] -= n
 }
 
-func (r *runner) measure(ctx context.Context, s *site, w workload, round int) error {
-	if _, failed := r.report.failed(s.underlay, s.datapath.Name, w.name); failed {
+func (r *runner) measure(ctx context.Context, s *site, w Workload, round int) error {
+	if _, failed := r.report.Failure(s.underlay, s.datapath.Name, w.Name); failed {
 		return nil
 	}
-	r.tell(fmt.Sprintf("%s: round %d of %d, %s on %s", s.underlay, round+1, r.Rounds, w.name, s.datapath.Name))
+	r.tell(fmt.Sprintf("%s: round %d of %d, %s on %s", s.underlay, round+1, r.Rounds, w.Name, s.datapath.Name))
 	// A measurement that hangs must not hang the run.
 	began := time.Now()
 	limited, cancel := context.WithTimeout(ctx, 2*r.takes(s.datapath.Name, w)+10*time.Second)
@@ -367,15 +367,15 @@ func (r *runner) measure(ctx context.Context, s *site, w workload, round int) er
 	dead := alive(s.daemons)
 	switch {
 	case dead != nil:
-		r.report.fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Reason: fmt.Sprintf("during %s: %s", w.name, oneLine(dead))})
+		r.report.Fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Reason: fmt.Sprintf("during %s: %s", w.Name, oneLine(dead))})
 		r.skip(s.underlay, s.datapath.Name)
 	case err != nil:
-		r.report.fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Workload: w.name, Reason: oneLine(err), Unavailable: errors.Is(err, ErrUnavailable)})
+		r.report.Fail(Failure{Underlay: s.underlay, Datapath: s.datapath.Name, Workload: w.Name, Reason: oneLine(err), Unavailable: errors.Is(err, ErrUnavailable)})
 		r.skipWorkload(s.underlay, s.datapath.Name, w)
 	default:
 		for _, m := range metrics {
 			if v, ok := f[m.name]; ok {
-				r.report.add(s.underlay, s.datapath.Name, w.name, m.name, v)
+				r.report.Add(s.underlay, s.datapath.Name, w.Name, m.name, v)
 			}
 		}
 		r.report.Machine.Steal = max(r.report.Machine.Steal, s.steal)

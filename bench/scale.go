@@ -5,13 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
-	"text/tabwriter"
 	"time"
 
 	"culvert/bench/load"
@@ -95,7 +91,7 @@ func Scale(ctx context.Context, o ScaleOptions) (*ScaleReport, error) {
 	r := &ScaleReport{Schema: Schema, Machine: thisMachine()}
 	m := &r.Machine
 	m.Culvert, m.Congestion, m.Generator = o.Version, load.Congestion, "builtin"
-	m.Duration, m.Warmup = o.Duration.Seconds(), o.Warmup.Seconds()
+	m.Duration, m.Warmup = Seconds(o.Duration.Seconds()), Seconds(o.Warmup.Seconds())
 	for _, n := range o.Peers {
 		r.Scale = append(r.Scale, Scaled{Peers: n})
 	}
@@ -136,12 +132,12 @@ func (r *ScaleReport) datapath(ctx context.Context, o ScaleOptions) (err error) 
 	for round := range o.Rounds {
 		for i, s := range sites {
 			o.tell(round*len(sites)+i, o.Rounds*len(sites), fmt.Sprintf("%d peers in the table", o.Peers[i]))
-			f, err := builtin{}.measure(ctx, s, workload{streams: 1}, method)
+			f, err := builtin{}.measure(ctx, s, Workload{Streams: 1}, method)
 			if err != nil {
 				return err
 			}
 			r.Scale[i].Throughput.add(f[Throughput])
-			f, err = builtin{}.measure(ctx, s, workload{payload: smallPacket}, method)
+			f, err = builtin{}.measure(ctx, s, Workload{Payload: smallPacket}, method)
 			if err != nil {
 				return err
 			}
@@ -345,45 +341,4 @@ func (s *Scaled) events(ctx context.Context, n *lab.Node, store gateway, daemon 
 func (r *ScaleReport) JSON() ([]byte, error) {
 	text, err := json.MarshalIndent(r, "", "  ")
 	return append(text, '\n'), err
-}
-
-// Table writes the report as a table for a terminal.
-func (r *ScaleReport) Table(w io.Writer) error {
-	var b strings.Builder
-	fmt.Fprintf(&b, "culvert %s, Linux %s, %d x %s, load %.2f\n\n", r.Machine.Culvert, r.Machine.Kernel, r.Machine.CPUs, r.Machine.CPU, r.Machine.Load)
-	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(t, strings.Join(scaleTitles, "\t")+"\t")
-	for _, s := range r.Scale {
-		fmt.Fprintln(t, strings.Join(s.cells(), "\t")+"\t")
-	}
-	_ = t.Flush()
-	_, err := io.WriteString(w, b.String())
-	return err
-}
-
-var scaleTitles = []string{
-	"peers", "tcp1 Gbit/s", "udp64 kpps", "daemons us/packet", "ready ms", "start CPU ms", "daemon MB", "etcd MB", "CPU ms/event", "lease to packet ms",
-}
-
-// cells returns the row of the table, with a dash for what was not measured.
-func (s Scaled) cells() []string {
-	cells := []string{strconv.Itoa(s.Peers)}
-	for _, f := range []Figures{s.Throughput, s.Rate, s.PerPacket} {
-		cells = append(cells, f.cell())
-	}
-	for _, v := range []float64{s.ReadyMS, s.StartCPU, s.DaemonRSS, s.EtcdRSS, s.EventCPU} {
-		if v == 0 {
-			cells = append(cells, "-")
-		} else {
-			cells = append(cells, figure(v))
-		}
-	}
-	return append(cells, s.FirstPacket.cell())
-}
-
-func (f Figures) cell() string {
-	if len(f.Rounds) == 0 {
-		return "-"
-	}
-	return figure(f.Median)
 }

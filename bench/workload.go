@@ -11,49 +11,51 @@ import (
 	"culvert/bench/load"
 )
 
-// workload is one kind of traffic.
-type workload struct {
-	name    string
-	title   string // shown on pages
-	about   string // shown in help
-	streams int    // number of TCP streams
-	reverse bool   // the TCP stream goes from the far end to the near one
-	payload int    // bytes per UDP datagram
-	rr, crr bool   // requests on one connection; a connection per request
-	loaded  bool   // requests while one TCP stream runs, which may be reverse
-	fair    bool   // measure the streams' shares
-	flood   int    // bytes per UDP datagram of a flood while the streams run
+// Workload is one kind of traffic.
+type Workload struct {
+	Name        string
+	Title       string // shown on pages
+	About       string // shown in help
+	Streams     int    // number of TCP streams
+	Reverse     bool   // the TCP stream goes from the far end to the near one
+	Payload     int    // bytes per UDP datagram
+	Requests    bool   // requests on one connection
+	Connections bool   // a connection per request
+	Loaded      bool   // requests while one TCP stream runs, which may be reverse
+	Fair        bool   // measure the streams' shares
+	Flood       int    // bytes per UDP datagram of a flood while the streams run
 }
 
-// plain reports whether the workload is only streams or only datagrams.
-func (w workload) plain() bool { return !w.rr && !w.crr && !w.fair && w.flood == 0 }
+// Plain reports whether the workload is only streams or only datagrams.
+func (w Workload) Plain() bool { return !w.Requests && !w.Connections && !w.Fair && w.Flood == 0 }
 
 // mostStreams is the maximum number of streams per sender.
 const mostStreams = 16
 
-func workloads() []workload {
-	return []workload{
-		{name: "tcp1", title: "TCP, 1 stream", about: "one TCP stream", streams: 1},
-		{name: "tcp4", title: "TCP, 4 streams", about: "four TCP streams", streams: 4},
-		{name: "tcp16", title: "TCP, 16 streams", about: "16 TCP streams", streams: mostStreams},
-		{name: "tcp1-reverse", title: "TCP, 1 stream, reverse", about: "one TCP stream from the end that listens", streams: 1, reverse: true},
-		{name: "udp64", title: "UDP, 64 bytes", about: "UDP datagrams of 64 bytes", payload: 64},
-		{name: "udp512", title: "UDP, 512 bytes", about: "UDP datagrams of 512 bytes", payload: 512},
-		{name: "udp1400", title: "UDP, 1400 bytes", about: "UDP datagrams of 1400 bytes", payload: 1400},
-		{name: "rr", title: "request and answer", about: "one byte there and back over TCP, one at a time", rr: true},
-		{name: "rr-loaded", title: "request and answer beside a bulk stream", about: "the same beside one TCP stream", rr: true, loaded: true},
-		{name: "rr-loaded-reverse", title: "request and answer against a bulk stream", about: "the same beside one TCP stream from the end that listens", rr: true, loaded: true, reverse: true},
-		{name: "fair8", title: "8 TCP streams", about: "eight TCP streams, and how even their shares are", streams: 8, fair: true},
-		{name: "tcp1-flooded", title: "TCP beside a UDP flood", about: "one TCP stream beside UDP datagrams of 1400 bytes at full speed", streams: 1, flood: 1400},
-		{name: "crr", title: "TCP connections", about: "TCP connections, one at a time", crr: true},
+// Workloads returns the workloads in display order.
+func Workloads() []Workload {
+	return []Workload{
+		{Name: "tcp1", Title: "TCP, 1 stream", About: "one TCP stream", Streams: 1},
+		{Name: "tcp4", Title: "TCP, 4 streams", About: "four TCP streams", Streams: 4},
+		{Name: "tcp16", Title: "TCP, 16 streams", About: "16 TCP streams", Streams: mostStreams},
+		{Name: "tcp1-reverse", Title: "TCP, 1 stream, reverse", About: "one TCP stream from the end that listens", Streams: 1, Reverse: true},
+		{Name: "udp64", Title: "UDP, 64 bytes", About: "UDP datagrams of 64 bytes", Payload: 64},
+		{Name: "udp512", Title: "UDP, 512 bytes", About: "UDP datagrams of 512 bytes", Payload: 512},
+		{Name: "udp1400", Title: "UDP, 1400 bytes", About: "UDP datagrams of 1400 bytes", Payload: 1400},
+		{Name: "rr", Title: "request and answer", About: "one byte there and back over TCP, one at a time", Requests: true},
+		{Name: "rr-loaded", Title: "request and answer beside a bulk stream", About: "the same beside one TCP stream", Requests: true, Loaded: true},
+		{Name: "rr-loaded-reverse", Title: "request and answer against a bulk stream", About: "the same beside one TCP stream from the end that listens", Requests: true, Loaded: true, Reverse: true},
+		{Name: "fair8", Title: "8 TCP streams", About: "eight TCP streams, and how even their shares are", Streams: 8, Fair: true},
+		{Name: "tcp1-flooded", Title: "TCP beside a UDP flood", About: "one TCP stream beside UDP datagrams of 1400 bytes at full speed", Streams: 1, Flood: 1400},
+		{Name: "crr", Title: "TCP connections", About: "TCP connections, one at a time", Connections: true},
 	}
 }
 
-// Workloads returns the names of the workloads in display order.
-func Workloads() []string {
+// WorkloadNames returns the names of the workloads in display order.
+func WorkloadNames() []string {
 	var names []string
-	for _, w := range workloads() {
-		names = append(names, w.name)
+	for _, w := range Workloads() {
+		names = append(names, w.Name)
 	}
 	return names
 }
@@ -66,9 +68,9 @@ type method struct {
 
 // generator generates the traffic of a workload and measures it.
 type generator interface {
-	measure(ctx context.Context, s *site, w workload, m method) (figures, error)
+	measure(ctx context.Context, s *site, w Workload, m method) (figures, error)
 	// takes estimates how long measure takes.
-	takes(w workload, m method) time.Duration
+	takes(w Workload, m method) time.Duration
 }
 
 // Generators returns the names of the generators.
@@ -151,31 +153,31 @@ func sleep(ctx context.Context, d time.Duration) error {
 // builtin is the generator that uses package load.
 type builtin struct{}
 
-func (builtin) takes(w workload, m method) time.Duration {
+func (builtin) takes(w Workload, m method) time.Duration {
 	t := m.warmup + m.duration
-	if w.payload > 0 && m.lossfree {
+	if w.Payload > 0 && m.lossfree {
 		t += lossfreeSteps * (m.probe() + m.probe()/4)
 	}
 	return t + 20*time.Millisecond
 }
 
-func (b builtin) measure(ctx context.Context, s *site, w workload, m method) (figures, error) {
+func (b builtin) measure(ctx context.Context, s *site, w Workload, m method) (figures, error) {
 	switch {
-	case w.rr:
+	case w.Requests:
 		return b.requests(ctx, s, w, m)
-	case w.crr:
+	case w.Connections:
 		return b.connections(ctx, s, m)
-	case w.payload > 0:
+	case w.Payload > 0:
 		return b.datagrams(ctx, s, w, m)
-	case w.flood > 0:
+	case w.Flood > 0:
 		return b.flooded(ctx, s, w, m)
 	}
 	return b.streams(ctx, s, w, m)
 }
 
-func (builtin) streams(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+func (builtin) streams(ctx context.Context, s *site, w Workload, m method) (_ figures, err error) {
 	kind := load.Sink
-	if w.reverse {
+	if w.Reverse {
 		kind = load.Source
 	}
 	far, err := s.far.Open(ctx, load.Spec{Kind: kind, At: s.to})
@@ -183,13 +185,13 @@ func (builtin) streams(ctx context.Context, s *site, w workload, m method) (_ fi
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, far.Close()) }()
-	near, err := load.StartStreams(s.near, far.Addr(), w.streams, w.reverse)
+	near, err := load.StartStreams(s.near, far.Addr(), w.Streams, w.Reverse)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, near.Close()) }()
 	read := far.Reading
-	if w.reverse {
+	if w.Reverse {
 		read = near.Reading
 	}
 	var readings []load.Reading
@@ -202,8 +204,8 @@ func (builtin) streams(ctx context.Context, s *site, w workload, m method) (_ fi
 		return nil, err
 	}
 	f[Throughput] = bytes * 8 / 1e9
-	if w.fair {
-		maps.Copy(f, fairness(readings[0], readings[1], w.streams*len(s.near)))
+	if w.Fair {
+		maps.Copy(f, fairness(readings[0], readings[1], w.Streams*len(s.near)))
 	}
 	return f, nil
 }
@@ -235,7 +237,7 @@ func fairness(before, after load.Reading, n int) figures {
 
 // flooded measures a TCP stream's throughput during a flood of datagrams, which may
 // be 0, and the rate of datagrams received.
-func (builtin) flooded(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+func (builtin) flooded(ctx context.Context, s *site, w Workload, m method) (_ figures, err error) {
 	sink, err := s.far.Open(ctx, load.Spec{Kind: load.Sink, At: s.to})
 	if err != nil {
 		return nil, err
@@ -246,12 +248,12 @@ func (builtin) flooded(ctx context.Context, s *site, w workload, m method) (_ fi
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, drain.Close()) }()
-	streams, err := load.StartStreams(s.near, sink.Addr(), w.streams, false)
+	streams, err := load.StartStreams(s.near, sink.Addr(), w.Streams, false)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, streams.Close()) }()
-	flood, err := load.StartDatagrams(s.near, drain.Addr(), w.flood, 0)
+	flood, err := load.StartDatagrams(s.near, drain.Addr(), w.Flood, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -278,14 +280,14 @@ func (builtin) flooded(ctx context.Context, s *site, w workload, m method) (_ fi
 	return figures{Throughput: bytes * 8 / 1e9, Rate: packets / 1e3}, nil
 }
 
-func (b builtin) datagrams(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+func (b builtin) datagrams(ctx context.Context, s *site, w Workload, m method) (_ figures, err error) {
 	far, err := s.far.Open(ctx, load.Spec{Kind: load.Drain, At: s.to})
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, far.Close()) }()
 	f, err := func() (_ figures, err error) {
-		near, err := load.StartDatagrams(s.near, far.Addr(), w.payload, 0)
+		near, err := load.StartDatagrams(s.near, far.Addr(), w.Payload, 0)
 		if err != nil {
 			return nil, err
 		}
@@ -321,7 +323,7 @@ func (m method) probe() time.Duration { return m.duration / 3 }
 // lossfree finds by bisection the highest rate, in datagrams per second, at which
 // less than mostLoss of the datagrams are lost. It searches up to 1.1 times full, the
 // rate received at full speed.
-func (builtin) lossfree(ctx context.Context, s *site, w workload, m method, far load.Session, full float64) (float64, error) {
+func (builtin) lossfree(ctx context.Context, s *site, w Workload, m method, far load.Session, full float64) (float64, error) {
 	try := func(rate float64) (received float64, lost float64, err error) {
 		if err := settle(ctx, far); err != nil {
 			return 0, 0, err
@@ -331,7 +333,7 @@ func (builtin) lossfree(ctx context.Context, s *site, w workload, m method, far 
 			return 0, 0, err
 		}
 		start := time.Now()
-		near, err := load.StartDatagrams(s.near, far.Addr(), w.payload, rate)
+		near, err := load.StartDatagrams(s.near, far.Addr(), w.Payload, rate)
 		if err != nil {
 			return 0, 0, err
 		}
@@ -384,11 +386,11 @@ func settle(ctx context.Context, far load.Session) error {
 	}
 }
 
-func (builtin) requests(ctx context.Context, s *site, w workload, m method) (_ figures, err error) {
+func (builtin) requests(ctx context.Context, s *site, w Workload, m method) (_ figures, err error) {
 	f := figures{}
-	if w.loaded {
+	if w.Loaded {
 		kind := load.Sink
-		if w.reverse {
+		if w.Reverse {
 			kind = load.Source
 		}
 		bulk, err := s.far.Open(ctx, load.Spec{Kind: kind, At: s.to})
@@ -396,13 +398,13 @@ func (builtin) requests(ctx context.Context, s *site, w workload, m method) (_ f
 			return nil, err
 		}
 		defer func() { err = errors.Join(err, bulk.Close()) }()
-		stream, err := load.StartStreams(s.near, bulk.Addr(), 1, w.reverse)
+		stream, err := load.StartStreams(s.near, bulk.Addr(), 1, w.Reverse)
 		if err != nil {
 			return nil, err
 		}
 		defer func() { err = errors.Join(err, stream.Close()) }()
 		read := bulk.Reading
-		if w.reverse {
+		if w.Reverse {
 			read = stream.Reading
 		}
 		before, err := read()

@@ -25,7 +25,7 @@ import (
 // here; imports run downward only.
 var allowed = map[string][]string{
 	"culvert":                          {"internal/cli"},
-	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/httpd", "internal/lab", "internal/overlap", "internal/page", "internal/report", "internal/trace", "bench", "cni", "subnet", "subnet/etcd", "subnet/etcd/embedded", "subnet/kube", "internal/names"},
+	"culvert/internal/cli":             {"internal/daemon", "internal/api", "internal/doctor", "internal/echo", "internal/host", "internal/httpd", "internal/lab", "internal/overlap", "internal/page", "internal/report", "internal/trace", "bench", "bench/report", "cni", "subnet", "subnet/etcd", "subnet/etcd/embedded", "subnet/kube", "internal/names"},
 	"culvert/internal/daemon":          {"internal/boottime", "subnet", "subnet/etcd", "subnet/etcd/embedded", "subnet/kept", "subnet/kube", "backend", "backend/fastpath", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "cni", "internal/api", "internal/api/readiness", "internal/confine", "internal/handover", "internal/host", "internal/httpd", "internal/metrics", "internal/overlap", "internal/page", "internal/statefile", "internal/names"},
 	"culvert/internal/names":           {},
 	"culvert/internal/httpd":           {"internal/handover"},
@@ -55,6 +55,7 @@ var allowed = map[string][]string{
 	"culvert/encap":                    {},
 	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "encap", "subnet", "subnet/etcd", "internal/statefile"},
 	"culvert/bench/load":               {},
+	"culvert/bench/report":             {"bench", "internal/lab"},
 	"culvert/subnet":                   {},
 	"culvert/subnet/etcd":              {"subnet", "subnet/kept", "internal/boottime", "internal/statefile"},
 	"culvert/subnet/kept":              {"subnet", "internal/boottime", "internal/statefile"},

@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"culvert/bench"
+	"culvert/bench/report"
 	"culvert/internal/lab"
 )
 
@@ -79,7 +80,7 @@ func (o *benchOutput) check() error {
 		}
 	}
 	if o.docs != "" {
-		if _, err := os.Stat(filepath.Join(o.docs, bench.DocsFile)); err != nil {
+		if _, err := os.Stat(filepath.Join(o.docs, report.DocsFile)); err != nil {
 			return usagef("bench: --docs %s: %w", o.docs, err)
 		}
 	}
@@ -109,9 +110,9 @@ func (o *benchOutput) write(out io.Writer, r *bench.Report) error {
 			}
 			return err
 		}},
-		{o.csv, r.CSV},
-		{o.gobench, r.GoBench},
-		{o.html, func(w io.Writer) error { return r.HTML(w, o.reference) }},
+		{o.csv, func(w io.Writer) error { return report.CSV(w, r) }},
+		{o.gobench, func(w io.Writer) error { return report.GoBench(w, r) }},
+		{o.html, func(w io.Writer) error { return report.HTML(w, r, o.reference) }},
 	} {
 		switch f.path {
 		case "":
@@ -123,14 +124,14 @@ func (o *benchOutput) write(out io.Writer, r *bench.Report) error {
 		}
 	}
 	if o.docs != "" {
-		errs = append(errs, r.Docs(o.docs, o.reference))
+		errs = append(errs, report.Docs(o.docs, r, o.reference))
 	}
 	switch {
 	case shown:
 	case o.ratios:
-		errs = append(errs, r.Ratios(out, o.reference))
+		errs = append(errs, report.Ratios(out, r, o.reference))
 	default:
-		errs = append(errs, r.Table(out, o.reference))
+		errs = append(errs, report.Table(out, r, o.reference))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("bench: writing the report: %w", err)
@@ -224,7 +225,7 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags.StringVar(&f.preset, "preset", "", "a choice of all below: "+presetUsage())
 	flags.StringSliceVar(&f.underlays, "underlay", bench.Underlays()[:4], "kinds of network")
 	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (all); NAME#2 is one once more, which shows what noise is")
-	flags.StringSliceVar(&f.workloads, "workload", bench.Workloads(), "kinds of traffic")
+	flags.StringSliceVar(&f.workloads, "workload", bench.WorkloadNames(), "kinds of traffic")
 	flags.IntVar(&f.nodes, "nodes", 2, fmt.Sprintf("how many, at most %d; all but the first send to that one at once", bench.MostNodes))
 	flags.StringVar(&f.ends, "ends", bench.Nodes, "what sends and receives: "+strings.Join(bench.Ends(), " or "))
 	flags.IntVar(&f.rounds, "rounds", 3, "how often each is measured")
@@ -237,7 +238,7 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags.StringVar(&f.listen, "listen", fmt.Sprintf(":%d", bench.DefaultPort), "where the server listens: an address and a port, or :port for all addresses")
 	flags.StringVar(&f.token, "token", "", "what the client must know: the server makes one and prints it, if none is given")
 	flags.StringVar(&f.client, "client", "", "with --underlay existing: measure between this host and the server at this address")
-	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.Workloads(), "generator": bench.Generators(), "nodes": {"2", "3", "5", "10"}, "ends": bench.Ends(), "preset": presetNames()} {
+	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.WorkloadNames(), "generator": bench.Generators(), "nodes": {"2", "3", "5", "10"}, "ends": bench.Ends(), "preset": presetNames()} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))
 	}
 	c.AddCommand(newBenchCompareCommand(), newBenchReportCommand(), newBenchScaleCommand(), newBenchNodeCommand())
@@ -392,9 +393,9 @@ func (f *benchFlags) measure(c *cobra.Command, o bench.Options) error {
 	defer end()
 	bar := newProgressBar(c.ErrOrStderr())
 	o.Progress = bar.show
-	report, err := bench.Run(ctx, o)
+	measured, err := bench.Run(ctx, o)
 	bar.clear()
-	if report == nil {
+	if measured == nil {
 		return fmt.Errorf("bench: %w", err)
 	}
 	if ctx.Err() != nil {
@@ -403,10 +404,10 @@ func (f *benchFlags) measure(c *cobra.Command, o bench.Options) error {
 	} else if err != nil {
 		err = fmt.Errorf("bench: %w", err)
 	}
-	if err := errors.Join(f.out.write(c.OutOrStdout(), report), err); err != nil {
+	if err := errors.Join(f.out.write(c.OutOrStdout(), measured), err); err != nil {
 		return err
 	}
-	if report.Broken() {
+	if measured.Broken() {
 		return errReported // the report names the failures
 	}
 	return nil
@@ -498,7 +499,7 @@ Exit code 1 if a figure got worse by more than --floor.`,
 			if err != nil {
 				return fmt.Errorf("bench compare: %w", err)
 			}
-			changes, err := bench.Compare(before, after)
+			changes, err := report.Compare(before, after)
 			if err != nil {
 				return fmt.Errorf("bench compare: %w", err)
 			}

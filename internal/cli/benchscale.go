@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"culvert/bench"
+	"culvert/bench/report"
 	"culvert/internal/lab"
 )
 
@@ -58,9 +59,9 @@ func scale(c *cobra.Command, o bench.ScaleOptions, json, docs string) error {
 	defer end()
 	bar := newProgressBar(c.ErrOrStderr())
 	o.Progress = bar.show
-	report, err := bench.Scale(ctx, o)
+	measured, err := bench.Scale(ctx, o)
 	bar.clear()
-	if report == nil {
+	if measured == nil {
 		return fmt.Errorf("bench scale: %w", err)
 	}
 	if ctx.Err() != nil {
@@ -70,12 +71,12 @@ func scale(c *cobra.Command, o bench.ScaleOptions, json, docs string) error {
 		err = fmt.Errorf("bench scale: %w", err)
 	}
 	if docs != "" {
-		err = errors.Join(report.Docs(docs), err)
+		err = errors.Join(report.ScaleDocs(docs, measured), err)
 	}
 	if json == "" {
-		return errors.Join(report.Table(c.OutOrStdout()), err)
+		return errors.Join(report.ScaleTable(c.OutOrStdout(), measured), err)
 	}
-	text, jerr := report.JSON()
+	text, jerr := measured.JSON()
 	switch {
 	case jerr != nil:
 	case json == "-":

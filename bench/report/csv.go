@@ -1,4 +1,4 @@
-package bench
+package report
 
 import (
 	"encoding/csv"
@@ -6,10 +6,13 @@ import (
 	"io"
 	"strconv"
 	"strings"
+
+	"culvert/bench"
 )
 
 // CSV writes the report as CSV with a header, one line per figure.
-func (r *Report) CSV(w io.Writer) error {
+func CSV(w io.Writer, of *bench.Report) error {
+	r := view{of}
 	c := csv.NewWriter(w)
 	_ = c.Write([]string{"underlay", "datapath", "workload", "metric", "unit", "median", "min", "max", "rounds"})
 	number := func(v float64) string { return strconv.FormatFloat(v, 'g', -1, 64) }
@@ -31,16 +34,17 @@ func (r *Report) CSV(w io.Writer) error {
 // benchstat:
 //
 //	BenchmarkTcp1/underlay=offload/datapath=vxlan-kernel 1 22.1 throughput-Gbit/s
-func (r *Report) GoBench(w io.Writer) error {
+func GoBench(w io.Writer, of *bench.Report) error {
+	r := view{of}
 	var b strings.Builder
 	m := r.Machine
 	fmt.Fprintf(&b, "goos: linux\ngoarch: %s\ncpu: %s\nkernel: %s\nculvert: %s\nnodes: %d\nends: %s\n", m.Arch, m.CPU, m.Kernel, m.Culvert, m.Nodes, m.Ends)
-	for _, d := range metrics {
+	for _, m := range bench.Metrics() {
 		better := "lower"
-		if d.higher {
+		if m.Higher() {
 			better = "higher"
 		}
-		fmt.Fprintf(&b, "Unit %s better=%s\n", benchUnit(d.name), better)
+		fmt.Fprintf(&b, "Unit %s better=%s\n", benchUnit(m), better)
 	}
 	type group struct{ underlay, datapath, workload string }
 	var order []group
@@ -69,7 +73,7 @@ func (r *Report) GoBench(w io.Writer) error {
 
 // benchUnit returns the metric's unit for benchstat. It includes the metric's name,
 // since the format distinguishes values only by their unit.
-func benchUnit(m Metric) string {
+func benchUnit(m bench.Metric) string {
 	if m.Unit() == "1" {
 		return string(m)
 	}

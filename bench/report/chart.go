@@ -1,10 +1,12 @@
-package bench
+package report
 
 import (
 	"fmt"
 	"html"
 	"math"
 	"strings"
+
+	"culvert/bench"
 )
 
 // chart shows one figure: a panel per underlay, with a bar per datapath from 1 to its
@@ -37,7 +39,7 @@ func mainColumns() []column {
 	for _, s := range sections() {
 		for _, c := range s.columns {
 			switch c.metric {
-			case P90, P999, RSS, DaemonCPUPerGB, FastShare:
+			case bench.P90, bench.P999, bench.RSS, bench.DaemonCPUPerGB, bench.FastShare:
 				continue
 			}
 			all = append(all, c)
@@ -53,7 +55,7 @@ const palette = `--ink:#1f2328;--quiet:#59636e;--grid:#d1d9e0;--paper:#fff;--sof
 const paletteDark = `--ink:#e6edf3;--quiet:#9198a1;--grid:#3d444d;--paper:#0d1117;--soft:#151b23;--better:#4493f8;--worse:#f0883e;--level:#6e7681;--link:#79c0ff`
 
 // charts draws all main figures that the report has.
-func (r *Report) charts(reference string) []chart {
+func (r view) charts(reference string) []chart {
 	var all []chart
 	for _, c := range mainColumns() {
 		if one := r.chart(c, reference); len(one.Panels) > 0 {
@@ -63,7 +65,7 @@ func (r *Report) charts(reference string) []chart {
 	return all
 }
 
-func (r *Report) chart(c column, reference string) chart {
+func (r view) chart(c column, reference string) chart {
 	one := chart{
 		Name: fmt.Sprintf("%s-%s", c.workload, c.metric), Title: c.readable(), Better: "less is better: bars to the left",
 	}
@@ -89,7 +91,7 @@ func (r *Report) chart(c column, reference string) chart {
 	return one
 }
 
-func (r *Report) has(underlay string, c column) bool {
+func (r view) has(underlay string, c column) bool {
 	for _, x := range r.Results {
 		if x.Underlay == underlay && x.Workload == c.workload && x.Metric == c.metric {
 			return true
@@ -215,7 +217,7 @@ func mark(judge int) string { return [...]string{"▼", "≈", "▲"}[judge+1] }
 
 func judgeClass(judge int) string { return [...]string{"worse", "level", "better"}[judge+1] }
 
-func withUnit(x Result) string {
+func withUnit(x bench.Result) string {
 	if x.Metric.Unit() == "1" {
 		return figure(x.Median)
 	}

@@ -1,49 +1,47 @@
-package bench
+package report
 
 import (
 	"fmt"
 	"math"
 	"strings"
+
+	"culvert/bench"
 )
 
 // Descriptive names for pages, in place of the flags' names.
 var (
 	underlayTitles = map[string]string{
-		"offload": "all offloads: GSO frames of 64 KB cross the link unsegmented",
-		"cloud":   "a cloud VM's NIC: segmentation offload, except for tunnelled packets",
-		"plain":   "a simple NIC: no segmentation offload; the receiver has GRO",
-		"bare":    "the worst case: no segmentation offload and no GRO",
-		Existing:  "between two hosts",
+		"offload":      "all offloads: GSO frames of 64 KB cross the link unsegmented",
+		"cloud":        "a cloud VM's NIC: segmentation offload, except for tunnelled packets",
+		"plain":        "a simple NIC: no segmentation offload; the receiver has GRO",
+		"bare":         "the worst case: no segmentation offload and no GRO",
+		bench.Existing: "between two hosts",
 	}
-	metricTitles = map[Metric]string{
-		Throughput: "throughput", Rate: "packets received", RateLossfree: "packets without loss",
-		P50: "median latency", P90: "latency, 90 %", P99: "latency, 99 %", P999: "latency, 99.9 %",
-		Connections: "connections per second", Jain: "Jain's index of fairness",
-		LeastShare: "least share of a stream", MostShare: "greatest share of a stream",
-		CPUPerGB: "CPU time per gigabyte", DaemonCPUPerGB: "daemons' CPU time per gigabyte",
-		RSS: "largest daemon's memory", SyscallsPerPacket: "daemons' system calls per packet",
-		FastShare: "share of the bytes that took the fast path",
+	metricTitles = map[bench.Metric]string{
+		bench.Throughput: "throughput", bench.Rate: "packets received", bench.RateLossfree: "packets without loss",
+		bench.P50: "median latency", bench.P90: "latency, 90 %", bench.P99: "latency, 99 %", bench.P999: "latency, 99.9 %",
+		bench.Connections: "connections per second", bench.Jain: "Jain's index of fairness",
+		bench.LeastShare: "least share of a stream", bench.MostShare: "greatest share of a stream",
+		bench.CPUPerGB: "CPU time per gigabyte", bench.DaemonCPUPerGB: "daemons' CPU time per gigabyte",
+		bench.RSS: "largest daemon's memory", bench.SyscallsPerPacket: "daemons' system calls per packet",
+		bench.FastShare: "share of the bytes that took the fast path",
 	}
 )
 
 // readable returns the datapath's title for pages.
 func readable(name string) string {
-	d, ok := FindDatapath(name)
-	title := d.Title
-	if !ok || title == "" {
+	d, ok := bench.FindDatapath(name)
+	if !ok || d.Title == "" {
 		return name
 	}
-	if _, number, numbered := strings.Cut(name, instanceSep); numbered {
-		title += ", once more (" + number + ")"
-	}
-	return title
+	return d.Title
 }
 
 // readable returns the column's title for pages.
 func (c column) readable() string {
-	for _, w := range workloads() {
-		if w.name == c.workload {
-			return w.title + ": " + metricTitles[c.metric]
+	for _, w := range bench.Workloads() {
+		if w.Name == c.workload {
+			return w.Title + ": " + metricTitles[c.metric]
 		}
 	}
 	return c.title
@@ -78,7 +76,7 @@ type answer struct {
 }
 
 // answers returns the answers for which the report has figures.
-func (r *Report) answers() []answer {
+func (r view) answers() []answer {
 	var all []answer
 	for _, q := range questions() {
 		for _, pair := range q.pairs {
@@ -100,7 +98,7 @@ const difference = EffectFloor
 
 // against compares the key figures of two datapaths in words: a summary, and a line
 // per figure with the underlays.
-func (r *Report) against(datapath, other string) (says []fact, lines []string) {
+func (r view) against(datapath, other string) (says []fact, lines []string) {
 	verdicts := map[string][]string{}
 	for _, f := range keyFigures {
 		groups := map[int][]string{}
@@ -175,7 +173,7 @@ func span(least, most float64) string {
 
 // judge returns 1 if the datapath is better than the reference, -1 if it is worse, and
 // 0 if they differ by less than difference or the rounds disagree.
-func (q Ratio) judge(m Metric) int {
+func (q Ratio) judge(m bench.Metric) int {
 	switch {
 	case math.Abs(q.Median-1) < difference || q.Min <= 1 && 1 <= q.Max:
 		return 0
@@ -188,7 +186,7 @@ func (q Ratio) judge(m Metric) int {
 // judged is a datapath's figure and its ratio to the reference, for a chart.
 type judged struct {
 	name   string
-	x      Result
+	x      bench.Result
 	q      Ratio
 	ratio  bool // q is valid
 	judge  int
@@ -197,7 +195,7 @@ type judged struct {
 }
 
 // judgedOn returns the underlay's datapaths that have the figure or failed.
-func (r *Report) judgedOn(underlay string, c column, reference string) []judged {
+func (r view) judgedOn(underlay string, c column, reference string) []judged {
 	var all []judged
 	ref, _ := r.Find(underlay, reference, c.workload, c.metric)
 	for _, d := range r.datapaths(underlay) {

@@ -1,4 +1,4 @@
-package bench
+package report
 
 import (
 	"cmp"
@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+
+	"culvert/bench"
 )
 
 // EffectFloor is the smallest relative change that a comparison reports: two runs of
@@ -16,7 +18,7 @@ const EffectFloor = 0.05
 
 // Change is a figure that is in both reports and differs.
 type Change struct {
-	Old, New Result
+	Old, New bench.Result
 	// Delta is the change of the median, relative to the old one.
 	Delta float64
 	// Better reports whether the change is an improvement.
@@ -36,7 +38,7 @@ type Comparison struct {
 // Compare returns the changes beyond noise: medians that differ by EffectFloor or more
 // while the ranges of the rounds do not overlap. Reports with different numbers of
 // nodes or different ends cannot be compared, which is an error.
-func Compare(before, after *Report) (Comparison, error) {
+func Compare(before, after *bench.Report) (Comparison, error) {
 	var c Comparison
 	if a, b := before.Machine.Nodes, after.Machine.Nodes; a != b {
 		return c, fmt.Errorf("the old report is of %d nodes and the new one of %d: these cannot be compared (measure again with --nodes %d)", a, b, a)
@@ -44,18 +46,18 @@ func Compare(before, after *Report) (Comparison, error) {
 	if a, b := before.Machine.Ends, after.Machine.Ends; a != b {
 		return c, fmt.Errorf("the ends in the old report are %s and in the new one %s: these cannot be compared (measure again with --ends %s)", a, b, a)
 	}
-	old := map[key]Result{}
+	old := map[bench.Key]bench.Result{}
 	for _, x := range before.Results {
-		old[x.key()] = x
+		old[x.Key()] = x
 	}
 	single := false
 	for _, now := range after.Results {
-		was, ok := old[now.key()]
+		was, ok := old[now.Key()]
 		if !ok {
 			c.OnlyNew++
 			continue
 		}
-		delete(old, now.key())
+		delete(old, now.Key())
 		single = single || len(now.Rounds) < 2 || len(was.Rounds) < 2
 		ch := Change{Old: was, New: now}
 		if was.Median != 0 {
@@ -89,14 +91,14 @@ func (c Change) gain() float64 {
 }
 
 // doubts lists the differences between the machines and methods of two reports.
-func doubts(a, b Machine) []string {
+func doubts(a, b bench.Machine) []string {
 	var found []string
 	for _, f := range []struct{ what, a, b string }{
 		{"kernel", a.Kernel, b.Kernel},
 		{"CPU", fmt.Sprintf("%d x %s", a.CPUs, a.CPU), fmt.Sprintf("%d x %s", b.CPUs, b.CPU)},
 		{"governor", a.Governor, b.Governor},
 		{"generator", a.Generator, b.Generator},
-		{"duration", seconds(a.Duration), seconds(b.Duration)},
+		{"duration", a.Duration.String(), b.Duration.String()},
 		{"congestion control", a.Congestion, b.Congestion},
 	} {
 		if f.a != f.b {

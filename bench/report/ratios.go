@@ -1,4 +1,4 @@
-package bench
+package report
 
 import (
 	"fmt"
@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+
+	"culvert/bench"
 )
 
 // keyFigures are the figures that users notice most.
@@ -13,19 +15,19 @@ var keyFigures = []struct {
 	title    string // in a table of ratios
 	short    string // in the summary; empty if it is not part of it
 	workload string
-	metric   Metric
+	metric   bench.Metric
 }{
-	{"TCP, 1 stream", "TCP with one stream", "tcp1", Throughput},
-	{"TCP, 4 streams", "TCP with four streams", "tcp4", Throughput},
-	{"request and answer, p50", "the time of a request", "rr", P50},
-	{"the same beside a bulk stream", "the time of a request beside a bulk stream", "rr-loaded", P50},
-	{"the same against a bulk stream", "", "rr-loaded-reverse", P50},
-	{"UDP of 64 bytes, received", "small packets per second", "udp64", Rate},
-	{"connections", "connections per second", "crr", Connections},
-	{"CPU time per gigabyte", "CPU time per gigabyte", "tcp1", CPUPerGB},
-	{"8 TCP streams, Jain's index", "", "fair8", Jain},
-	{"8 TCP streams, least share", "", "fair8", LeastShare},
-	{"TCP beside a UDP flood", "", "tcp1-flooded", Throughput},
+	{"TCP, 1 stream", "TCP with one stream", "tcp1", bench.Throughput},
+	{"TCP, 4 streams", "TCP with four streams", "tcp4", bench.Throughput},
+	{"request and answer, p50", "the time of a request", "rr", bench.P50},
+	{"the same beside a bulk stream", "the time of a request beside a bulk stream", "rr-loaded", bench.P50},
+	{"the same against a bulk stream", "", "rr-loaded-reverse", bench.P50},
+	{"UDP of 64 bytes, received", "small packets per second", "udp64", bench.Rate},
+	{"connections", "connections per second", "crr", bench.Connections},
+	{"CPU time per gigabyte", "CPU time per gigabyte", "tcp1", bench.CPUPerGB},
+	{"8 TCP streams, Jain's index", "", "fair8", bench.Jain},
+	{"8 TCP streams, least share", "", "fair8", bench.LeastShare},
+	{"TCP beside a UDP flood", "", "tcp1-flooded", bench.Throughput},
 }
 
 // Ratio is the ratio of a figure to the same figure of another datapath: of the
@@ -37,7 +39,7 @@ type Ratio struct {
 	Rounds           int
 }
 
-func ratioOf(x, ref Result) (Ratio, bool) {
+func ratioOf(x, ref bench.Result) (Ratio, bool) {
 	if ref.Median == 0 {
 		return Ratio{}, false
 	}
@@ -83,7 +85,7 @@ type ratioRow struct {
 
 // ratioRows returns the table of ratios: the reference's own figures, then every other
 // datapath's ratios to them.
-func (r *Report) ratioRows(reference string) []ratioRow {
+func (r view) ratioRows(reference string) []ratioRow {
 	var rows []ratioRow
 	for _, d := range r.ratioOrder(reference) {
 		for _, f := range keyFigures {
@@ -102,14 +104,15 @@ func (r *Report) ratioRows(reference string) []ratioRow {
 }
 
 // howRatios explains the cells of ratioRows.
-func (r *Report) howRatios(reference string) string {
+func (r view) howRatios(reference string) string {
 	return fmt.Sprintf("Ratios to %s, and the least and the greatest of the %d rounds' own ratios; + each round was better, - each was worse, . they disagree or are fewer than %d.",
 		reference, r.mostRounds(), enoughRounds)
 }
 
 // Ratios writes the table of ratios for a terminal: the figures that users notice most,
 // as ratios to the reference's, by underlay. The reference's own figures come first.
-func (r *Report) Ratios(w io.Writer, reference string) error {
+func Ratios(w io.Writer, of *bench.Report, reference string) error {
+	r := view{of}
 	var b strings.Builder
 	r.head(&b)
 	fmt.Fprintf(&b, "%s\n\n", r.howRatios(reference))
@@ -132,18 +135,18 @@ func (r *Report) Ratios(w io.Writer, reference string) error {
 }
 
 // ratioOrder returns the datapaths of the report, the reference first.
-func (r *Report) ratioOrder(reference string) []string {
-	names := r.datapathsOf(func(Result) bool { return true })
+func (r view) ratioOrder(reference string) []string {
+	names := r.datapathsOf(func(bench.Result) bool { return true })
 	if i := slices.Index(names, reference); i > 0 {
 		names = slices.Insert(slices.Delete(names, i, i+1), 0, reference)
 	}
 	return names
 }
 
-func (r *Report) ratioCell(underlay, datapath, workload string, m Metric, reference string) string {
+func (r view) ratioCell(underlay, datapath, workload string, m bench.Metric, reference string) string {
 	x, ok := r.Find(underlay, datapath, workload, m)
 	if !ok {
-		if f, failed := r.failed(underlay, datapath, workload); failed && !f.Unavailable {
+		if f, failed := r.Failure(underlay, datapath, workload); failed && !f.Unavailable {
 			return "FAILED"
 		}
 		return ""
@@ -159,7 +162,7 @@ func (r *Report) ratioCell(underlay, datapath, workload string, m Metric, refere
 	return fmt.Sprintf("%.2f %s (%.2f-%.2f)", q.Median, q.verdict(m.Higher()), q.Min, q.Max)
 }
 
-func (r *Report) mostRounds() int {
+func (r view) mostRounds() int {
 	most := 0
 	for _, x := range r.Results {
 		most = max(most, len(x.Rounds))

@@ -1,4 +1,4 @@
-package bench
+package report
 
 import (
 	"cmp"
@@ -8,13 +8,14 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
-	"time"
+
+	"culvert/bench"
 )
 
 // column is one figure of a table.
 type column struct {
 	workload string
-	metric   Metric
+	metric   bench.Metric
 	title    string
 }
 
@@ -27,47 +28,47 @@ type section struct {
 func sections() []section {
 	costs := func(w string) []column {
 		return []column{
-			{w, CPUPerGB, w + " CPU s/GB"},
-			{w, DaemonCPUPerGB, w + " daemon s/GB"},
-			{w, RSS, w + " RSS MB"},
-			{w, SyscallsPerPacket, w + " syscalls/packet"},
-			{w, FastShare, w + " fast path share"},
+			{w, bench.CPUPerGB, w + " CPU s/GB"},
+			{w, bench.DaemonCPUPerGB, w + " daemon s/GB"},
+			{w, bench.RSS, w + " RSS MB"},
+			{w, bench.SyscallsPerPacket, w + " syscalls/packet"},
+			{w, bench.FastShare, w + " fast path share"},
 		}
 	}
 	var tcp, udp, latency, loaded []column
-	for _, w := range workloads() {
+	for _, w := range bench.Workloads() {
 		switch {
-		case !w.plain():
-		case w.streams > 0:
-			tcp = append(tcp, column{w.name, Throughput, w.name + " Gbit/s"})
-		case w.payload > 0:
-			udp = append(udp, column{w.name, Rate, w.name + " kpps"}, column{w.name, RateLossfree, w.name + " loss-free kpps"})
+		case !w.Plain():
+		case w.Streams > 0:
+			tcp = append(tcp, column{w.Name, bench.Throughput, w.Name + " Gbit/s"})
+		case w.Payload > 0:
+			udp = append(udp, column{w.Name, bench.Rate, w.Name + " kpps"}, column{w.Name, bench.RateLossfree, w.Name + " loss-free kpps"})
 		}
 	}
-	for _, m := range []Metric{P50, P90, P99, P999} {
+	for _, m := range []bench.Metric{bench.P50, bench.P90, bench.P99, bench.P999} {
 		latency = append(latency, column{"rr", m, fmt.Sprintf("rr %s us", m)})
 	}
-	for _, w := range workloads() {
-		if w.loaded {
-			for _, m := range []Metric{P50, P90, P99, P999} {
-				loaded = append(loaded, column{w.name, m, fmt.Sprintf("%s %s us", w.name, m)})
+	for _, w := range bench.Workloads() {
+		if w.Loaded {
+			for _, m := range []bench.Metric{bench.P50, bench.P90, bench.P99, bench.P999} {
+				loaded = append(loaded, column{w.Name, m, fmt.Sprintf("%s %s us", w.Name, m)})
 			}
-			loaded = append(loaded, column{w.name, Throughput, w.name + " Gbit/s"})
+			loaded = append(loaded, column{w.Name, bench.Throughput, w.Name + " Gbit/s"})
 		}
 	}
-	latency = append(latency, column{"crr", Connections, "crr 1/s"})
+	latency = append(latency, column{"crr", bench.Connections, "crr 1/s"})
 	return []section{
 		{"Throughput", tcp},
 		{"Packets received", udp},
 		{"Latency", latency},
 		{"Latency under load", loaded},
 		{"Fairness", []column{
-			{"fair8", Throughput, "fair8 Gbit/s"},
-			{"fair8", Jain, "fair8 Jain's index"},
-			{"fair8", LeastShare, "fair8 least share"},
-			{"fair8", MostShare, "fair8 greatest share"},
-			{"tcp1-flooded", Throughput, "tcp1-flooded Gbit/s"},
-			{"tcp1-flooded", Rate, "tcp1-flooded kpps"},
+			{"fair8", bench.Throughput, "fair8 Gbit/s"},
+			{"fair8", bench.Jain, "fair8 Jain's index"},
+			{"fair8", bench.LeastShare, "fair8 least share"},
+			{"fair8", bench.MostShare, "fair8 greatest share"},
+			{"tcp1-flooded", bench.Throughput, "tcp1-flooded Gbit/s"},
+			{"tcp1-flooded", bench.Rate, "tcp1-flooded kpps"},
 		}},
 		{"Cost of throughput", costs("tcp1")},
 		{"Cost of small packets", costs("udp64")},
@@ -79,7 +80,8 @@ const maxSpread = 0.25
 
 // Table writes the report as tables for a terminal: each figure with its spread and its
 // ratio to the reference datapath's.
-func (r *Report) Table(w io.Writer, reference string) error {
+func Table(w io.Writer, of *bench.Report, reference string) error {
+	r := view{of}
 	var b strings.Builder
 	r.head(&b)
 	fmt.Fprintf(&b, "medians, ± half of max - min, x ratio to %s\n", reference)
@@ -94,15 +96,15 @@ func (r *Report) Table(w io.Writer, reference string) error {
 }
 
 // head writes a description of the machine and the method.
-func (r *Report) head(b *strings.Builder) {
+func (r view) head(b *strings.Builder) {
 	m := r.Machine
 	fmt.Fprintf(b, "culvert %s, %s, Linux %s, %d x %s, governor %s, load %.2f\n",
 		m.Culvert, m.Go, m.Kernel, m.CPUs, cmp.Or(m.CPU, m.Arch), m.Governor, m.Load)
-	fmt.Fprintf(b, "generator %s, TCP %s, %s each after %s\n", m.Generator, m.Congestion, seconds(m.Duration), seconds(m.Warmup))
-	fmt.Fprintf(b, "%s; the ends are %s\n", m.joined(), m.between())
+	fmt.Fprintf(b, "generator %s, TCP %s, %s each after %s\n", m.Generator, m.Congestion, m.Duration, m.Warmup)
+	fmt.Fprintf(b, "%s; the ends are %s\n", joined(m), between(m))
 }
 
-func (r *Report) section(b *strings.Builder, underlay string, s section, reference string) {
+func (r view) section(b *strings.Builder, underlay string, s section, reference string) {
 	columns := r.columns(underlay, s)
 	if len(columns) == 0 {
 		return
@@ -135,24 +137,24 @@ func (r *Report) section(b *strings.Builder, underlay string, s section, referen
 }
 
 // columns returns the section's columns for which the underlay has any figure.
-func (r *Report) columns(underlay string, s section) []column {
+func (r view) columns(underlay string, s section) []column {
 	return slices.DeleteFunc(slices.Clone(s.columns), func(c column) bool {
-		return !slices.ContainsFunc(r.Results, func(x Result) bool {
+		return !slices.ContainsFunc(r.Results, func(x bench.Result) bool {
 			return x.Underlay == underlay && x.Workload == c.workload && x.Metric == c.metric
 		})
 	})
 }
 
 // absent returns the text to show in place of a missing figure.
-func (r *Report) absent(underlay, datapath string, c column) string {
-	if f, failed := r.failed(underlay, datapath, c.workload); failed && !f.Unavailable {
+func (r view) absent(underlay, datapath string, c column) string {
+	if f, failed := r.Failure(underlay, datapath, c.workload); failed && !f.Unavailable {
 		return "FAILED"
 	}
 	return "-"
 }
 
 // ratio returns the figure's ratio to the reference's, as the table shows it.
-func (r *Report) ratio(x Result, reference string) string {
+func (r view) ratio(x bench.Result, reference string) string {
 	ref, ok := r.Find(x.Underlay, reference, x.Workload, x.Metric)
 	if !ok || ref.Median == 0 {
 		return ""
@@ -168,7 +170,7 @@ func (r *Report) ratio(x Result, reference string) string {
 	return fmt.Sprintf("x%.2f%s", ratio, mark)
 }
 
-func spread(x Result) string {
+func spread(x bench.Result) string {
 	if len(x.Rounds) < 2 {
 		return ""
 	}
@@ -177,21 +179,21 @@ func spread(x Result) string {
 
 // doubtful reports whether the spread of the two figures is large and their rounds
 // overlap, so that their order may be chance.
-func (r *Report) doubtful(x, ref Result) bool {
-	if x.key() == ref.key() {
+func (r view) doubtful(x, ref bench.Result) bool {
+	if x.Key() == ref.Key() {
 		return false
 	}
 	return max(x.Spread(), ref.Spread()) > maxSpread && x.Min <= ref.Max && ref.Min <= x.Max
 }
 
-func (r *Report) notes(b *strings.Builder, reference string) {
+func (r view) notes(b *strings.Builder, reference string) {
 	r.missing(b)
 	r.doubts(b, reference)
 	r.disturbed(b)
 }
 
 // missing lists what has no result.
-func (r *Report) missing(b *strings.Builder) {
+func (r view) missing(b *strings.Builder) {
 	if len(r.Failed) > 0 {
 		fmt.Fprintf(b, "\nWithout a result:\n")
 		t := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
@@ -203,7 +205,7 @@ func (r *Report) missing(b *strings.Builder) {
 }
 
 // doubts lists the ratios that are doubtful.
-func (r *Report) doubts(b *strings.Builder, reference string) {
+func (r view) doubts(b *strings.Builder, reference string) {
 	var doubts []string
 	for _, x := range r.Results {
 		if ref, ok := r.Find(x.Underlay, reference, x.Workload, x.Metric); ok && r.doubtful(x, ref) {
@@ -225,7 +227,7 @@ func (r *Report) doubts(b *strings.Builder, reference string) {
 }
 
 // disturbed warns about CPU steal and a high load.
-func (r *Report) disturbed(b *strings.Builder) {
+func (r view) disturbed(b *strings.Builder) {
 	const muchSteal = 0.05
 	if r.Machine.Steal > muchSteal {
 		fmt.Fprintf(b, "\nWarning: the hypervisor took up to %.0f %% of the CPU time during a measurement.\n", r.Machine.Steal*100)
@@ -236,10 +238,10 @@ func (r *Report) disturbed(b *strings.Builder) {
 }
 
 // grouped merges failures that differ only in their underlay.
-func grouped(all []Failure) []Failure {
-	var out []Failure
+func grouped(all []bench.Failure) []bench.Failure {
+	var out []bench.Failure
 	for _, f := range all {
-		i := slices.IndexFunc(out, func(g Failure) bool {
+		i := slices.IndexFunc(out, func(g bench.Failure) bool {
 			return g.Datapath == f.Datapath && g.Workload == f.Workload && g.Reason == f.Reason
 		})
 		if i < 0 {
@@ -251,24 +253,24 @@ func grouped(all []Failure) []Failure {
 	return out
 }
 
-func (r *Report) underlays() []string {
-	return slices.DeleteFunc(Underlays(), func(u string) bool { return len(r.datapaths(u)) == 0 })
+func (r view) underlays() []string {
+	return slices.DeleteFunc(bench.Underlays(), func(u string) bool { return len(r.datapaths(u)) == 0 })
 }
 
 // datapaths returns the datapaths with a result on the underlay, in display order.
-func (r *Report) datapaths(underlay string) []string {
-	return r.datapathsOf(func(x Result) bool { return x.Underlay == underlay })
+func (r view) datapaths(underlay string) []string {
+	return r.datapathsOf(func(x bench.Result) bool { return x.Underlay == underlay })
 }
 
 // datapathsOf returns the datapaths with a result that is wanted, in display order.
-func (r *Report) datapathsOf(wanted func(Result) bool) []string {
+func (r view) datapathsOf(wanted func(bench.Result) bool) []string {
 	var names []string
 	for _, x := range r.Results {
 		if wanted(x) && !slices.Contains(names, x.Datapath) {
 			names = append(names, x.Datapath)
 		}
 	}
-	slices.SortFunc(names, compareDatapaths)
+	slices.SortFunc(names, bench.CompareDatapaths)
 	return names
 }
 
@@ -279,8 +281,4 @@ func figure(v float64) string {
 		digits = min(max(2-int(math.Floor(math.Log10(math.Abs(v)))), 0), 3)
 	}
 	return fmt.Sprintf("%.*f", digits, v)
-}
-
-func seconds(s float64) string {
-	return time.Duration(s * float64(time.Second)).Round(time.Millisecond).String()
 }

@@ -1,4 +1,4 @@
-package bench
+package report
 
 import (
 	_ "embed"
@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"culvert/internal/lab"
+
+	"culvert/bench"
 )
 
 //go:embed page.html
@@ -25,7 +27,7 @@ type pageData struct {
 	Underlays, Datapaths, Facts      []fact
 	Sections                         []pageSection
 	Tables                           []pageUnderlay
-	Failed                           []Failure
+	Failed                           []bench.Failure
 }
 
 type pageSection struct {
@@ -66,7 +68,8 @@ type pageCell struct{ Figure, Ratio, Range string }
 type fact struct{ Name, Value string }
 
 // HTML writes the report as one self-contained page.
-func (r *Report) HTML(w io.Writer, reference string) error {
+func HTML(w io.Writer, of *bench.Report, reference string) error {
+	r := view{of}
 	t, err := template.New("page").Parse(pageText)
 	if err != nil {
 		return err
@@ -74,8 +77,8 @@ func (r *Report) HTML(w io.Writer, reference string) error {
 	m := r.Machine
 	data := pageData{
 		Palette: palette, PaletteDark: paletteDark, ChartStyle: chartStyle,
-		Heading: "Container networks, datapath by datapath", Version: m.Culvert, Date: m.Time.Format("2 January 2006"), Ends: m.between(),
-		Rounds: r.mostRounds(), Reference: readable(reference), Answers: r.answers(), Facts: m.facts(), Failed: grouped(r.Failed),
+		Heading: "Container networks, datapath by datapath", Version: m.Culvert, Date: m.Time.Format("2 January 2006"), Ends: between(m),
+		Rounds: r.mostRounds(), Reference: readable(reference), Answers: r.answers(), Facts: facts(m), Failed: grouped(r.Failed),
 	}
 	for _, u := range r.underlays() {
 		data.Underlays = append(data.Underlays, fact{u, underlayTitles[u]})
@@ -87,15 +90,15 @@ func (r *Report) HTML(w io.Writer, reference string) error {
 		}
 		data.Tables = append(data.Tables, under)
 	}
-	for _, name := range r.datapathsOf(func(Result) bool { return true }) {
-		d, _ := FindDatapath(name)
+	for _, name := range r.datapathsOf(func(bench.Result) bool { return true }) {
+		d, _ := bench.FindDatapath(name)
 		data.Datapaths = append(data.Datapaths, fact{readable(name), name + ": " + d.About})
 	}
 	data.Sections = r.pageSections(reference)
 	return t.Execute(w, data)
 }
 
-func (r *Report) pageSections(reference string) []pageSection {
+func (r view) pageSections(reference string) []pageSection {
 	var all []pageSection
 	for _, s := range sections() {
 		section := pageSection{ID: strings.ReplaceAll(strings.ToLower(s.title), " ", "-"), Title: s.title}
@@ -121,7 +124,7 @@ func (r *Report) pageSections(reference string) []pageSection {
 	return all
 }
 
-func (r *Report) pageTable(underlay string, s section, reference string) (pageTable, bool) {
+func (r view) pageTable(underlay string, s section, reference string) (pageTable, bool) {
 	columns := r.columns(underlay, s)
 	table := pageTable{Title: fmt.Sprintf("%s on underlay %s", s.title, underlay)}
 	for _, c := range columns {
@@ -147,7 +150,7 @@ func (r *Report) pageTable(underlay string, s section, reference string) (pageTa
 }
 
 // facts describes the machine and the method, for a page.
-func (m Machine) facts() []fact {
+func facts(m bench.Machine) []fact {
 	all := []fact{
 		{"time", m.Time.Format("2006-01-02 15:04 MST")},
 		{"culvert", m.Culvert + ", " + m.Go},
@@ -157,14 +160,14 @@ func (m Machine) facts() []fact {
 		{"load before", fmt.Sprintf("%.2f", m.Load)},
 		{"stolen by the hypervisor", fmt.Sprintf("at most %.1f %%", m.Steal*100)},
 		{"generator", fmt.Sprintf("%s, TCP %s", m.Generator, m.Congestion)},
-		{"nodes", m.joined()},
-		{"ends", m.between()},
-		{"each measurement", fmt.Sprintf("%s after %s of warm-up", seconds(m.Duration), seconds(m.Warmup))},
+		{"nodes", joined(m)},
+		{"ends", between(m)},
+		{"each measurement", fmt.Sprintf("%s after %s of warm-up", m.Duration, m.Warmup)},
 	}
 	for _, p := range slices.Sorted(maps.Keys(m.Programs)) {
 		all = append(all, fact{p, m.Programs[p]})
 	}
-	for _, u := range Underlays() {
+	for _, u := range bench.Underlays() {
 		if features, ok := m.Offloads[u]; ok {
 			all = append(all, fact{"off on underlay " + u, off(features)})
 		}
@@ -176,16 +179,16 @@ func (m Machine) facts() []fact {
 }
 
 // joined describes how the nodes are connected and which of them send.
-func (m Machine) joined() string {
-	if underlayOf(m.Nodes) == lab.Bridged {
+func joined(m bench.Machine) string {
+	if m.Bridged() {
 		return fmt.Sprintf("%d nodes on a bridge, %d of which send to the first at once: not comparable with two", m.Nodes, m.Nodes-1)
 	}
 	return fmt.Sprintf("%d nodes", m.Nodes)
 }
 
 // between describes the ends.
-func (m Machine) between() string {
-	if m.Ends == Pods {
+func between(m bench.Machine) string {
+	if m.Ends == bench.Pods {
 		return "pods, each behind a veth on the bridge of its node, which forwards"
 	}
 	return "nodes: sockets on the nodes themselves"
@@ -193,9 +196,9 @@ func (m Machine) between() string {
 
 // off lists the offloads that are off, of those that profiles set.
 func off(features map[string]bool) string {
-	set, err := offloadProfile.Features()
+	set, err := lab.Offload.Features()
 	if err != nil {
-		panic(fmt.Sprintf("the profile %s is missing: %v", offloadProfile, err))
+		panic(fmt.Sprintf("the profile %s is missing: %v", lab.Offload, err))
 	}
 	var names []string
 	for _, name := range slices.Sorted(maps.Keys(set)) {

@@ -1,10 +1,12 @@
-package bench
+package report
 
 import (
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"culvert/bench"
 )
 
 // DocsFile is the page of the documentation that has the results.
@@ -20,8 +22,8 @@ const (
 	docsScaleEnd   = "<!-- end of scale -->"
 )
 
-// between replaces the text between two lines of the page.
-func between(dir, begin, end, text string) error {
+// replaceBetween replaces the text between two lines of the page.
+func replaceBetween(dir, begin, end, text string) error {
 	path := filepath.Join(dir, DocsFile)
 	page, err := os.ReadFile(path)
 	if err != nil {
@@ -38,13 +40,14 @@ func between(dir, begin, end, text string) error {
 // Docs writes the results to DocsFile in dir, between two marker lines, and the charts
 // to the directory charts, or charts/pods, in dir. It replaces earlier results.
 // Results with pods as ends have separate marker lines.
-func (r *Report) Docs(dir, reference string) error {
+func Docs(dir string, of *bench.Report, reference string) error {
+	r := view{of}
 	charts := r.charts(reference)
 	begin, end, charted := docsBegin, docsEnd, "charts"
-	if r.Machine.Ends == Pods {
+	if r.Machine.Ends == bench.Pods {
 		begin, end, charted = docsPodsBegin, docsPodsEnd, "charts/pods"
 	}
-	if err := between(dir, begin, end, r.markdown(charts, charted, reference)); err != nil {
+	if err := replaceBetween(dir, begin, end, r.markdown(charts, charted, reference)); err != nil {
 		return err
 	}
 	pictures := filepath.Join(dir, charted)
@@ -68,20 +71,8 @@ func (r *Report) Docs(dir, reference string) error {
 	return nil
 }
 
-// Docs writes the result to DocsFile in dir, between its marker lines.
-func (r *ScaleReport) Docs(dir string) error {
-	var b strings.Builder
-	m := r.Machine
-	fmt.Fprintf(&b, "%s, culvert %s, Linux %s, %d x %s, load %.2f.\n\n", m.Time.Format("2006-01-02"), m.Culvert, m.Kernel, m.CPUs, m.CPU, m.Load)
-	fmt.Fprintf(&b, "| %s |\n|%s\n", strings.Join(scaleTitles, " | "), strings.Repeat(" ---: |", len(scaleTitles)))
-	for _, s := range r.Scale {
-		fmt.Fprintf(&b, "| %s |\n", strings.Join(s.cells(), " | "))
-	}
-	return between(dir, docsScaleBegin, docsScaleEnd, b.String())
-}
-
 // markdownRatios writes the figures that users notice most, as ratios.
-func (r *Report) markdownRatios(b *strings.Builder, reference string) {
+func (r view) markdownRatios(b *strings.Builder, reference string) {
 	rows := r.ratioRows(reference)
 	if len(rows) == 0 {
 		return
@@ -98,9 +89,9 @@ func (r *Report) markdownRatios(b *strings.Builder, reference string) {
 	}
 }
 
-func (r *Report) markdown(charts []chart, charted, reference string) string {
+func (r view) markdown(charts []chart, charted, reference string) string {
 	var b strings.Builder
-	for _, f := range r.Machine.facts() {
+	for _, f := range facts(r.Machine) {
 		fmt.Fprintf(&b, "- %s: %s\n", f.Name, f.Value)
 	}
 	if answers := r.answers(); len(answers) > 0 {
