@@ -94,6 +94,9 @@ func TestTakesNothingThatTheDatapathBelowWouldNot(t *testing.T) {
 		}
 		want, accepted := accepts(b)
 		verdict, got, reason := p.run(t, programIn, b, 0)
+		if reason == "ingress-fragment" { // or what follows it is left, too
+			p.forgetUnread(t)
+		}
 		switch {
 		case verdict == actRedirect && !accepted:
 			// The program derives one of the inner and outer checksums from the other. If

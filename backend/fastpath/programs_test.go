@@ -394,7 +394,8 @@ func TestLeavesIn(t *testing.T) {
 		{"another address", wire(peerNode, stranger, good, nil), 0, ""},
 		{"TCP", with(good, func(b []byte) { b[9] = 6 }), 0, ""},
 		{"another's frame", other, 0, ""},
-		{"outer fragment", with(good, func(b []byte) { b[6] = 0x20 }), 0, "ingress-fragment"},
+		{"outer fragment of another port", with(good, func(b []byte) { b[6], b[22] = 0x20, 0 }), 0, "ingress-fragment"},
+		{"later outer fragment", with(good, func(b []byte) { b[7] = 1 }), 0, "ingress-fragment"},
 		{"outer header checksum", badHeader, 0, "ingress-options"},
 		{"UDP length", with(good, func(b []byte) { b[25]-- }), 0, "ingress-length"},
 		{"no I flag", with(good, func(b []byte) { b[28] = 0 }), 0, "ingress-header"},
@@ -424,6 +425,77 @@ func TestLeavesIn(t *testing.T) {
 		verdict, out, reason := p.run(t, programIn, test.frame, test.gso)
 		if verdict != actUnspec || reason != test.reason || !bytes.Equal(out, test.frame) {
 			t.Errorf("%s: %#x, %q, want %q; unchanged: %t", test.name, verdict, reason, test.reason, bytes.Equal(out, test.frame))
+		}
+	}
+}
+
+// TestOvertakesNothingUnread leaves a frame of several datagrams, and fragments, without a
+// look at the flows in them. So all that the same peer sends soon after takes the device,
+// too, whatever its flow, or it could overtake a packet of its own flow in there.
+func TestOvertakesNothingUnread(t *testing.T) {
+	p := filled(t)
+	third := netip.MustParseAddr("10.5.31.200") // at wideNode
+	fragment6 := wire(peerNode6, ourNode6, frame(ourMAC, peerMAC, datagram(peerPod6, ourPod6, 100)), nil)
+	fragment6 = slices.Insert(fragment6, 14+40, 17, 0, 0, 1, 1, 2, 3, 4) // the first
+	fragment6[14+6] = 44
+	binary.BigEndian.PutUint16(fragment6[14+4:], uint16(len(fragment6)-14-40))
+	later6 := bytes.Clone(fragment6)
+	later6[14+40+2] = 1
+	two := wire(peerNode, ourNode, append(frame(ourMAC, peerMAC, datagram(peerPod, netip.MustParseAddr("10.5.1.77"), 100)), make([]byte, 100)...), nil)
+	two6 := wire(peerNode6, ourNode6, append(frame(ourMAC, peerMAC, datagram(peerPod6, netip.MustParseAddr("fd00:5:0:1::77"), 100)), make([]byte, 100)...), nil)
+	first := wire(peerNode, ourNode, frame(ourMAC, peerMAC, datagram(peerPod, ourPod, 100)), func(b []byte) { b[6] = 0x20 })
+	for _, test := range []struct {
+		name           string
+		frame          []byte
+		gso            int
+		reason         string
+		after4, after6 string
+	}{
+		{"nothing", nil, 0, "", "", ""},
+		{"two datagrams", two, 200, "ingress-segments", "ingress-flow", ""},
+		{"two datagrams over IPv6", two6, 200, "ingress-segments", "", "ingress-flow"},
+		{"the first fragment", first, 0, "ingress-fragment", "ingress-flow", ""},
+		{"the first fragment over IPv6", fragment6, 0, "ingress-fragment", "", "ingress-flow"},
+		{"a later fragment over IPv6", later6, 0, "ingress-fragment", "", ""},
+	} {
+		if test.frame != nil {
+			if verdict, _, reason := p.run(t, programIn, test.frame, test.gso); verdict != actUnspec || reason != test.reason {
+				t.Errorf("%s: %#x, %q, want %q", test.name, verdict, reason, test.reason)
+			}
+		}
+		for _, after := range []struct {
+			node, peer, from, to netip.Addr
+			reason               string
+		}{{ourNode, peerNode, peerPod, ourPod, test.after4}, {ourNode6, peerNode6, peerPod6, ourPod6, test.after6}, {ourNode, wideNode, third, ourPod, ""}} {
+			sent := wire(after.peer, after.node, frame(ourMAC, peerMAC, datagram(after.from, after.to, 50)), nil)
+			verdict, _, reason := p.run(t, programIn, sent, 0)
+			if reason != after.reason || (verdict == actRedirect) != (after.reason == "") {
+				t.Errorf("a packet of %s after %s: %#x, %q, want %q", after.from, test.name, verdict, reason, after.reason)
+			}
+		}
+		p.forgetUnread(t)
+		p.forgetFlows(t)
+	}
+}
+
+// forgetUnread does what a pause of 100 ms does for outer sources.
+func (p *Path) forgetUnread(t *testing.T) {
+	t.Helper()
+	clearArray(t, p.loaded.Maps["unread"])
+}
+
+// forgetFlows does what a pause of 100 ms does for inner flows.
+func (p *Path) forgetFlows(t *testing.T) {
+	t.Helper()
+	clearArray(t, p.loaded.Maps["flows"])
+}
+
+func clearArray(t *testing.T, m *ebpf.Map) {
+	t.Helper()
+	zero := make([]byte, m.ValueSize())
+	for k := range m.MaxEntries() {
+		if err := m.Put(k, zero); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

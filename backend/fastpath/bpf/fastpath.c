@@ -181,6 +181,17 @@ struct {
 	__type(value, struct flow);
 } flows SEC(".maps");
 
+// When something of an outer source was last left to the device without a look at its
+// flows, ns: datagrams that travel as one frame (UDP_SEGMENT) may be of many, and a
+// fragment of any. Sources may share an entry.
+#define UNREAD_BITS 10
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1 << UNREAD_BITS);
+	__type(key, __u32);
+	__type(value, __u64);
+} unread SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, COUNTERS);
@@ -450,6 +461,36 @@ inline_always int left(struct flow *f, __u32 reason)
 		f->last = bpf_ktime_get_ns();
 	}
 	return slow(reason);
+}
+
+inline_always __u64 *unread_of(const struct address *outer)
+{
+	__u32 at = ((outer->word[0] ^ outer->word[1] ^ outer->word[2] ^ outer->word[3]) * 0x9e3779b1u) >> (32 - UNREAD_BITS);
+
+	return bpf_map_lookup_elem(&unread, &at);
+}
+
+// not_read notes that something of an outer source is left without a look at its flows.
+inline_always void not_read(const struct address *outer)
+{
+	__u64 *last = unread_of(outer);
+
+	if (last)
+		*last = bpf_ktime_get_ns();
+}
+
+// follows_unread says whether a packet could overtake one of its flow in what its
+// outer source sent just before.
+inline_always int follows_unread(const struct address *outer)
+{
+	__u64 *last = unread_of(outer);
+
+	if (!last || !*last)
+		return 0;
+	if ((__s64)(bpf_ktime_get_ns() - *last) <= PAUSE)
+		return 1;
+	*last = 0;
+	return 0;
 }
 
 // kept says that a packet on its way out is the userspace datapath's because its flow
@@ -931,8 +972,12 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 		return TC_ACT_UNSPEC;
 	if (h.outer.ip.daddr != t->local.word[0] || skb->vlan_present)
 		return TC_ACT_UNSPEC;
-	if (h.outer.ip.frag_off & bpf_htons(0x3fff)) // it may be anybody's
+	outer.word[0] = h.outer.ip.saddr;
+	if (h.outer.ip.frag_off & bpf_htons(0x3fff)) { // it may be anybody's
+		if (!(h.outer.ip.frag_off & bpf_htons(0x1fff)) && h.outer.udp.destination == t->port)
+			not_read(&outer);
 		return slow(SLOW_IN_FRAGMENT);
+	}
 	if (h.outer.udp.destination != t->port)
 		return TC_ACT_UNSPEC;
 	if (h.outer.ip.version != 4 || fold(sum(&h.outer.ip, sizeof(h.outer.ip))) != 0xffff)
@@ -943,7 +988,8 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	if (!wanted(t, &h.outer.vxlan, &h.outer.ethernet, bpf_htons(ETH_P_IP)) || h.ip.version != 4 || h.ip.ihl < 5)
 		return slow(SLOW_IN_HEADER);
 	length -= COST4;
-	outer.word[0] = h.outer.ip.saddr;
+	if (gso && bpf_ntohs(h.ip.tot_len) != length)
+		not_read(&outer);
 	source.word[0] = h.ip.saddr;
 	destination.word[0] = h.ip.daddr;
 	f = flow_of(&source, &destination,
@@ -965,6 +1011,8 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 		return leave(w, 0, SLOW_IN_ECN);
 	if (bpf_ntohs(h.ip.tot_len) != length || length < h.ip.ihl * 4)
 		return leave(w, f, SLOW_IN_LENGTH);
+	if (follows_unread(&outer))
+		return leave(w, f, SLOW_IN_FLOW);
 	way = way_of(gso, t, f, h.ip.protocol == IPPROTO_TCP, length, w->valid);
 	if (way == SLOW)
 		return slow(SLOW_IN_FLOW);
@@ -1024,6 +1072,8 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 		return slow(SLOW_IN_HEADER);
 	length -= COST6;
 	__builtin_memcpy(&outer, &h.outer.ip.saddr, 16);
+	if (gso && bpf_ntohs(h.ip.payload_len) + sizeof(h.ip) != length)
+		not_read(&outer);
 	__builtin_memcpy(&source, &h.ip.saddr, 16);
 	__builtin_memcpy(&destination, &h.ip.daddr, 16);
 	f = flow_of(&source, &destination, ports_of(skb, ETH_HLEN + COST6 + sizeof(h.ip), h.ip.nexthdr));
@@ -1045,6 +1095,8 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 		return leave(w, 0, SLOW_IN_ECN);
 	if (bpf_ntohs(h.ip.payload_len) + sizeof(h.ip) != length)
 		return leave(w, f, SLOW_IN_LENGTH);
+	if (follows_unread(&outer))
+		return leave(w, f, SLOW_IN_FLOW);
 	way = way_of(gso, t, f, h.ip.nexthdr == IPPROTO_TCP, length, w->valid);
 	if (way == SLOW)
 		return slow(SLOW_IN_FLOW);
@@ -1067,6 +1119,34 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	return verdict;
 }
 
+// fragment6 leaves an outer fragment, which may be anybody's.
+inline_always int fragment6(struct __sk_buff *skb)
+{
+	struct {
+		struct ipv6hdr ip;
+		__u8 next, reserved;
+		__be16 offset;
+		__be32 identification;
+		__be16 source, destination;
+	} h;
+	struct address outer, destination, local;
+	__u32 family = 6;
+	struct tunnel *t;
+
+	t = bpf_map_lookup_elem(&tunnels, &family);
+	if (!t || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h, sizeof(h)))
+		return TC_ACT_UNSPEC;
+	__builtin_memcpy(&destination, &h.ip.daddr, 16);
+	local = t->local;
+	if (!equal(&destination, &local))
+		return TC_ACT_UNSPEC;
+	if (!(h.offset & bpf_htons(0xfff8)) && h.next == IPPROTO_UDP && h.destination == t->port) {
+		__builtin_memcpy(&outer, &h.ip.saddr, 16);
+		not_read(&outer);
+	}
+	return slow(SLOW_IN_FRAGMENT);
+}
+
 SEC("tc")
 int culvert_in(struct __sk_buff *skb)
 {
@@ -1085,7 +1165,11 @@ int culvert_in(struct __sk_buff *skb)
 	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6hdr *ip = data + ETH_HLEN;
 
-		if ((void *)(ip + 1) > end || ip->nexthdr != IPPROTO_UDP)
+		if ((void *)(ip + 1) > end)
+			return TC_ACT_UNSPEC;
+		if (ip->nexthdr == IPPROTO_FRAGMENT)
+			return fragment6(skb);
+		if (ip->nexthdr != IPPROTO_UDP)
 			return TC_ACT_UNSPEC;
 		return in6(skb, gso);
 	}
