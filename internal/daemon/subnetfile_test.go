@@ -4,13 +4,10 @@ import (
 	"errors"
 	"net/netip"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
 	"culvert/cni"
-	"culvert/internal/api"
-	"culvert/internal/api/readiness"
 	"culvert/internal/boottime"
 )
 
@@ -59,31 +56,6 @@ func TestSubnetFileFollowsTheLease(t *testing.T) {
 	for _, until := range []time.Time{now.Add(48 * time.Hour), now, {}, now.Add(time.Hour)} {
 		if err := f.extend(until); err != nil || !ends().Equal(until) {
 			t.Errorf("the file ends at %s, not %s (%v)", ends(), until, err)
-		}
-	}
-}
-
-func TestReadiness(t *testing.T) {
-	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-	lease := func(expires time.Time) *api.Lease {
-		return &api.Lease{Subnets: []netip.Prefix{netip.MustParsePrefix("10.5.72.0/24")}, Expires: expires}
-	}
-	for _, c := range []struct {
-		is   api.Status
-		code readiness.Code
-		says string
-	}{
-		{api.Status{NotReady: "leasing a subnet"}, readiness.NoLease, "no lease yet: leasing a subnet"},
-		{api.Status{NotReady: "opening the datapath", Lease: lease(now.Add(time.Hour))}, readiness.DatapathDown, "opening the datapath"},
-		{api.Status{Ready: true, Lease: lease(now.Add(time.Hour))}, "", ""},
-		{api.Status{Ready: true, Lease: lease(time.Time{})}, "", ""},
-		{api.Status{Ready: true, Lease: lease(now.Add(-time.Hour)), Store: api.Store{Error: "no leader"}}, readiness.Fenced, "the lease of [10.5.72.0/24] ran out at 2026-03-01T11:00:00Z (etcd is unreachable: no leader)"},
-		{api.Status{NotReady: "x", Lease: lease(now.Add(-time.Hour))}, readiness.Fenced, "it was not renewed"},
-	} {
-		h := &state{current: c.is}
-		got := h.readiness(now)
-		if got.Code != c.code || got.Ready != (c.code == "") || !strings.Contains(got.Reason, c.says) {
-			t.Errorf("%+v is %+v, not %s saying %q", c.is, got, c.code, c.says)
 		}
 	}
 }
