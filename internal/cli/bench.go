@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -389,20 +390,12 @@ func inLab(command string, fn func() error) error {
 }
 
 func (f *benchFlags) measure(c *cobra.Command, o bench.Options) error {
-	ctx, end := benchContext(c)
-	defer end()
-	bar := newProgressBar(c.ErrOrStderr())
-	o.Progress = bar.show
-	measured, err := bench.Run(ctx, o)
-	bar.clear()
+	measured, err := runBench(c, "bench", func(ctx context.Context, progress func(bench.Progress)) (*bench.Report, error) {
+		o.Progress = progress
+		return bench.Run(ctx, o)
+	})
 	if measured == nil {
-		return fmt.Errorf("bench: %w", err)
-	}
-	if ctx.Err() != nil {
-		fmt.Fprintln(c.ErrOrStderr(), "culvert: interrupted; this is what was finished")
-		err = errReported
-	} else if err != nil {
-		err = fmt.Errorf("bench: %w", err)
+		return err
 	}
 	if err := errors.Join(f.out.write(c.OutOrStdout(), measured), err); err != nil {
 		return err
@@ -411,6 +404,24 @@ func (f *benchFlags) measure(c *cobra.Command, o bench.Options) error {
 		return errReported // the report names the failures
 	}
 	return nil
+}
+
+// runBench measures, and shows the progress. After an interruption it returns what was
+// finished, and errReported.
+func runBench[R any](c *cobra.Command, name string, measure func(context.Context, func(bench.Progress)) (*R, error)) (*R, error) {
+	ctx, end := benchContext(c)
+	defer end()
+	bar := newProgressBar(c.ErrOrStderr())
+	measured, err := measure(ctx, bar.show)
+	bar.clear()
+	switch {
+	case measured != nil && ctx.Err() != nil:
+		fmt.Fprintln(c.ErrOrStderr(), "culvert: interrupted; this is what was finished")
+		err = errReported
+	case err != nil:
+		err = fmt.Errorf("%s: %w", name, err)
+	}
+	return measured, err
 }
 
 // progressBar shows a run's progress: as a bar on a terminal, else as an occasional

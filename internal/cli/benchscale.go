@@ -55,20 +55,12 @@ first packet through.`,
 }
 
 func scale(c *cobra.Command, o bench.ScaleOptions, json, docs string) error {
-	ctx, end := benchContext(c)
-	defer end()
-	bar := newProgressBar(c.ErrOrStderr())
-	o.Progress = bar.show
-	measured, err := bench.Scale(ctx, o)
-	bar.clear()
+	measured, err := runBench(c, "bench scale", func(ctx context.Context, progress func(bench.Progress)) (*bench.ScaleReport, error) {
+		o.Progress = progress
+		return bench.Scale(ctx, o)
+	})
 	if measured == nil {
-		return fmt.Errorf("bench scale: %w", err)
-	}
-	if ctx.Err() != nil {
-		fmt.Fprintln(c.ErrOrStderr(), "culvert: interrupted; this is what was finished")
-		err = errReported
-	} else if err != nil {
-		err = fmt.Errorf("bench scale: %w", err)
+		return err
 	}
 	if docs != "" {
 		err = errors.Join(report.ScaleDocs(docs, measured), err)
