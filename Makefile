@@ -16,6 +16,10 @@ DELEGATES := $(addprefix $(PLUGINS)/main/,bridge loopback) \
              $(addprefix $(PLUGINS)/meta/,portmap bandwidth tuning)
 FUZZTIME ?= 3s
 
+# Tests are compiled as the programs are, without C and without paths: what both contain is
+# then compiled once. Only the race detector needs C.
+TEST := CGO_ENABLED=0 $(GO) test -trimpath
+
 # Packages that test-system needs: a container engine, and other network tools to check
 # culvert against.
 AXE := 4.11.1
@@ -43,20 +47,20 @@ demo: build
 ## check: the quick gate: format, vet, staticcheck, go mod tidy, short tests with the race detector (needs a C compiler)
 check: build
 	@test -z "$$($(TOOL) gofumpt -l . | tee /dev/stderr)" || { echo 'run: make format' >&2; exit 1; }
-	$(GO) vet -tags "system kubernetes release" ./...
-	$(TOOL) staticcheck -tags "system kubernetes release" ./...
+	CGO_ENABLED=0 $(GO) vet -trimpath -tags "system kubernetes release" ./...
+	CGO_ENABLED=0 GOFLAGS="$$($(GO) env GOFLAGS) -trimpath" $(TOOL) staticcheck -tags "system kubernetes release" ./...
 	$(GO) mod tidy -diff
 	CULVERT_BIN=$(CURDIR)/bin $(GO) test -race -short $$($(GO) list ./... | grep -v '^culvert/test$$')
-	$(GO) test -run 'Imports|PackagesSay|EveryDropReason' ./test
+	$(TEST) -run 'Imports|PackagesSay|EveryDropReason' ./test
 
 # How many tests that mostly wait run side by side, each in a lab of its own (t.Parallel). What
 # measures, loads the machine or has short time limits runs alone.
-PARALLEL ?= 3
+PARALLEL ?= 4
 
 .PHONY: test
 ## test: all tests that need only Go, git and make, and a short run of the fuzz targets
 test: build
-	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test -p 1 -parallel $(PARALLEL) -timeout 30m ./...
+	CULVERT_BIN=$(CURDIR)/bin $(TEST) -p 1 -parallel $(PARALLEL) -timeout 30m ./...
 	@$(MAKE) --no-print-directory fuzz
 
 .PHONY: fuzz
@@ -65,7 +69,7 @@ fuzz:
 	@set -e; for p in $$(git grep -l '^func Fuzz' -- '*_test.go' | xargs -n1 dirname | sort -u); do \
 		for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$p/*_test.go | cut -d' ' -f2); do \
 			echo "fuzzing $$p $$f"; \
-			CGO_ENABLED=0 $(GO) test ./$$p -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x >fuzz.log 2>&1 || { cat fuzz.log; rm -f fuzz.log; exit 1; }; \
+			$(TEST) ./$$p -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x >fuzz.log 2>&1 || { cat fuzz.log; rm -f fuzz.log; exit 1; }; \
 			tail -n 1 fuzz.log; rm -f fuzz.log; \
 		done; \
 	done
@@ -75,17 +79,17 @@ CHAOS := ^TestChaos|^TestP1NobodyForges|^TestStrangers|^TestDifferential
 .PHONY: test-chaos
 ## test-chaos: attacks and faults under traffic, their short forms (part of make test; three minutes)
 test-chaos: build
-	CULVERT_BIN=$(CURDIR)/bin CGO_ENABLED=0 $(GO) test -count 1 -timeout 20m -v -run '$(CHAOS)' ./test
+	CULVERT_BIN=$(CURDIR)/bin $(TEST) -count 1 -timeout 20m -v -run '$(CHAOS)' ./test
 
 .PHONY: test-chaos-long
 ## test-chaos-long: the same in their long forms: 10,000 packets a case, 200 kills, 10,000 nodes that join and leave, 1,000,000 packets by both datapaths (90 minutes)
 test-chaos-long: build
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_PACKETS=10000 CULVERT_KILLS=200 CULVERT_CHURN=5000 CULVERT_FLOOD=60 CULVERT_DAY=1440 CULVERT_FAIRNESS=5000 CULVERT_DIFFERENTIAL=1000000 CGO_ENABLED=0 $(GO) test -count 1 -timeout 2h -v -run '$(CHAOS)' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_PACKETS=10000 CULVERT_KILLS=200 CULVERT_CHURN=5000 CULVERT_FLOOD=60 CULVERT_DAY=1440 CULVERT_FAIRNESS=5000 CULVERT_DIFFERENTIAL=1000000 $(TEST) -count 1 -timeout 2h -v -run '$(CHAOS)' ./test
 
 .PHONY: soak
 ## soak: two hours (CULVERT_SOAK) of mixed traffic with leases that come and go: memory, threads, descriptors and the kernel's objects must not grow
 soak: build
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_SOAK=$(or $(CULVERT_SOAK),2h) CGO_ENABLED=0 $(GO) test -count 1 -timeout 5h -v -run '^TestSoak$$' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_SOAK=$(or $(CULVERT_SOAK),2h) $(TEST) -count 1 -timeout 5h -v -run '^TestSoak$$' ./test
 
 .PHONY: mutation
 ## mutation: takes checks away one at a time, and expects tests to fail (half an hour)
@@ -123,12 +127,12 @@ NIGHTLY_SCALE ?= 5000,300
 .PHONY: nightly
 ## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases; then test-chaos-long, mutation, vuln, test-release and reproducible (six hours)
 nightly: build
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) CULVERT_MODEL_SEED=$$(date +%s) $(GO) test -count 1 -timeout 2h -v -run '^TestModel$$' ./test
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(GO) test -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_TEST_PINGS=3000 $(GO) test -count 1 -v -run '^TestReplace$$' ./test
-	for seed in 1 2 3 4 5 6 7 8 9 10; do CULVERT_BIN=$(CURDIR)/bin CULVERT_SEED=$$seed CULVERT_EVENTS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestRandomHostEvents$$' ./test || exit 1; done
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_PEERS=1000 $(GO) test -count 1 -timeout 1h -v -run '^TestManyPeers$$' ./test
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(GO) test -count 1 -timeout 1h -v -run '^TestScale$$' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) CULVERT_MODEL_SEED=$$(date +%s) $(TEST) -count 1 -timeout 2h -v -run '^TestModel$$' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(TEST) -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_TEST_PINGS=3000 $(TEST) -count 1 -v -run '^TestReplace$$' ./test
+	for seed in 1 2 3 4 5 6 7 8 9 10; do CULVERT_BIN=$(CURDIR)/bin CULVERT_SEED=$$seed CULVERT_EVENTS=1000 $(TEST) -count 1 -timeout 1h -v -run '^TestRandomHostEvents$$' ./test || exit 1; done
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_PEERS=1000 $(TEST) -count 1 -timeout 1h -v -run '^TestManyPeers$$' ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(TEST) -count 1 -timeout 1h -v -run '^TestScale$$' ./test
 	CULVERT_PODS=100 $(MAKE) --no-print-directory test-kubernetes
 	$(MAKE) --no-print-directory test-chaos-long mutation vuln test-release reproducible
 
@@ -137,11 +141,11 @@ nightly: build
 test-system: build
 	@echo 'needs: $(SYSTEM_PACKAGES)'
 	internal/tools/install-packages $(SYSTEM_PACKAGES)
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./cni ./internal/host ./backend/... ./subnet/etcd
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(GO) test -p 1 -count 1 ./test -run Services
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(TEST) -p 1 -count 1 ./cni ./internal/host ./backend/... ./subnet/etcd
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_FULL=1 $(TEST) -p 1 -count 1 ./test -run Services
 	command -v npm >/dev/null || internal/tools/install-packages npm
 	npm install --silent --no-audit --no-fund --no-save --prefix bin/npm axe-core@$(AXE)
-	CULVERT_BIN=$(CURDIR)/bin $(GO) test -tags system -count 1 ./test/system/...
+	CULVERT_BIN=$(CURDIR)/bin $(TEST) -tags system -count 1 ./test/system/...
 
 # Packages that test-vm needs.
 VM_PACKAGES := qemu-system-x86 busybox-static cpio kmod
@@ -152,8 +156,8 @@ test-vm: build
 	@echo 'needs: $(VM_PACKAGES)'
 	internal/tools/install-packages $(VM_PACKAGES)
 	@mkdir -p bin/vm
-	CGO_ENABLED=0 $(GO) test -c -tags vm -o bin/vm/test.test ./test
-	CGO_ENABLED=0 $(GO) test -c -o bin/vm/ipip.test ./backend/ipip
+	$(TEST) -c -tags vm -o bin/vm/test.test ./test
+	$(TEST) -c -o bin/vm/ipip.test ./backend/ipip
 	cd test && ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin sh -c \
 		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestIPIP|TestChaosInjection/ipip"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
 
@@ -180,8 +184,8 @@ manifests: kubernetes
 test-kubernetes: build kubernetes
 	@echo 'needs: $(KUBERNETES_PACKAGES)'
 	internal/tools/install-packages $(KUBERNETES_PACKAGES)
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -p 1 -count 1 -timeout 15m ./subnet/kube ./deploy
-	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(GO) test -tags kubernetes -count 1 -timeout 15m -v -run Kubernetes ./test
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(TEST) -tags kubernetes -p 1 -count 1 -timeout 15m ./subnet/kube ./deploy
+	CULVERT_BIN=$(CURDIR)/bin CULVERT_KUBERNETES=$(CURDIR)/$(KUBERNETES) $(TEST) -tags kubernetes -count 1 -timeout 15m -v -run Kubernetes ./test
 
 .PHONY: bench
 ## bench: measure all datapaths, workloads and underlays (45 minutes; resumable) and write docs/benchmarks.md
@@ -258,7 +262,7 @@ reproducible:
 .PHONY: test-rules
 ## test-rules: the alert rules and the dashboard, by Prometheus' engine, over real daemons (two minutes)
 test-rules: build
-	cd deploy/prometheus/rulestest && CULVERT_BIN=$(CURDIR)/bin $(GO) test -count 1 ./...
+	cd deploy/prometheus/rulestest && CULVERT_BIN=$(CURDIR)/bin $(TEST) -count 1 ./...
 
 # The packages whose tests need no more of a kernel than qemu-user passes on. Left out are
 # those that open other netlink families than rtnetlink (internal/host, backend/...: nftables,

@@ -212,8 +212,10 @@ func coverReadOnly(stage, dir string) error {
 // TestChaosDescriptors lowers a running daemon's limit of file descriptors so that it cannot
 // open any: it keeps forwarding, and follows the leases again once the limit is restored.
 func TestChaosDescriptors(t *testing.T) {
+	t.Parallel()
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
+			t.Parallel()
 			f := startChaos(t, func(*cluster) {}, "--datapath", d, "--lease-ttl", "6s")
 			var before unix.Rlimit
 			if err := unix.Prlimit(f.daemon.PID, unix.RLIMIT_NOFILE, nil, &before); err != nil {
@@ -256,8 +258,10 @@ func TestChaosDescriptors(t *testing.T) {
 // TestChaosStopped suspends the daemon for two seconds (SIGSTOP): the kernel queues the
 // packets meanwhile, and none is lost.
 func TestChaosStopped(t *testing.T) {
+	t.Parallel()
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
+			t.Parallel()
 			f := startChaos(t, func(*cluster) {}, "--datapath", d)
 			for range 2 {
 				if err := f.daemon.Signal(syscall.SIGSTOP); err != nil {

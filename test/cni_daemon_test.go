@@ -39,6 +39,7 @@ func cniStatus(t *testing.T, n *lab.Node) error {
 //	no configuration → ready → daemon suspended (SIGSTOP) → etcd unreachable and lease
 //	expired → etcd back → daemon killed
 func TestCNIFollowsTheDaemon(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	n := c.Nodes[0]
 	refused := func(when, says string) {

@@ -17,6 +17,7 @@ import (
 // into files: etcd that a route of ours has cut off (U8), a lease that has ended, and one
 // that stands while the clock was set (F5), a directory that cannot be written to (D4).
 func TestDoctorOfRealConditions(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 1)
 	c.datapath = "kernel"
 	n := c.Nodes[0]

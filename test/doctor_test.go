@@ -90,6 +90,7 @@ func (c *cluster) installCNI(n *lab.Node) (flags []string) {
 // left, with the fix; `culvert doctor --fix` mends what a daemon would, names
 // what is another program's, and then there is silence again.
 func TestDoctorUnderAStoppedDaemon(t *testing.T) {
+	t.Parallel()
 	for _, datapath := range []string{"kernel", "userspace"} {
 		t.Run(datapath, func(t *testing.T) {
 			t.Parallel()

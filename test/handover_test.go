@@ -227,6 +227,7 @@ func TestReplace(t *testing.T) {
 // TestReplaceAnother starts successors with another configuration: they report the
 // difference and open a new datapath, a TCP connection survives, and few pings are lost.
 func TestReplaceAnother(t *testing.T) {
+	t.Parallel()
 	c, daemons, pods := startPair(t, "")
 	n, p := c.Nodes[0], daemons[0]
 	flow := startFlow(t, pods[0], pods[1])

@@ -29,6 +29,7 @@ import (
 //	pod ── n1 ── underlay ── n2 ── pod
 //	       ▲ firewall, settings, routes
 func TestFirewallsAndSettings(t *testing.T) {
+	t.Parallel()
 	for _, datapath := range []string{"kernel", "userspace"} {
 		t.Run(datapath, func(t *testing.T) {
 			t.Parallel() // it mostly waits

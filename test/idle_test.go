@@ -31,7 +31,10 @@ import (
 // repair.
 func TestD5IdleDaemon(t *testing.T) {
 	for _, datapath := range []string{"kernel", "userspace"} {
-		t.Run(datapath, func(t *testing.T) { idle(t, datapath) })
+		t.Run(datapath, func(t *testing.T) {
+			t.Parallel() // each has a processor to itself
+			idle(t, datapath)
+		})
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 // other, a node that is made by hand as flannel makes it, and one that is down, in
 // IPv4 and IPv6.
 func TestPeers(t *testing.T) {
+	t.Parallel()
 	c := newClusterOf(t, lab.Options{Nodes: 3, Prefixes: dualUnderlay})
 	c.setConfig(dual)
 	n1, n2 := c.Nodes[0], c.Nodes[1]

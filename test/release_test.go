@@ -3,7 +3,6 @@
 package test
 
 import (
-	"archive/tar"
 	"bufio"
 	"bytes"
 	"compress/gzip"
@@ -14,7 +13,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
 	"os/exec"
@@ -87,30 +85,6 @@ func archives(t *testing.T) map[string]map[string]tarred {
 		}
 	}
 	return all
-}
-
-type tarred struct {
-	content []byte
-	link    string // target, of a symbolic link
-}
-
-func untar(t *testing.T, r io.Reader) map[string]tarred {
-	t.Helper()
-	files := make(map[string]tarred)
-	for r := tar.NewReader(r); ; {
-		h, err := r.Next()
-		if errors.Is(err, io.EOF) {
-			return files
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		content, err := io.ReadAll(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files[h.Name] = tarred{content, h.Linkname}
-	}
 }
 
 // TestReleasePrograms checks that the programs of every architecture are static, for that

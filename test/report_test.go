@@ -1,13 +1,10 @@
 package test
 
 import (
-	"archive/tar"
 	"bytes"
 	"compress/gzip"
 	"encoding/base64"
-	"errors"
 	"fmt"
-	"io"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -183,22 +180,12 @@ func unpack(t *testing.T, path string) map[string]string {
 		t.Fatal(err)
 	}
 	files := map[string]string{}
-	for r := tar.NewReader(z); ; {
-		h, err := r.Next()
-		if errors.Is(err, io.EOF) {
-			return files
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		text, err := io.ReadAll(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, name, _ := strings.Cut(h.Name, "/")
-		files[name] = string(text)
-		if len(text) > 3<<20 {
-			t.Errorf("%s has %d bytes", name, len(text))
+	for path, f := range untar(t, z) {
+		_, name, _ := strings.Cut(path, "/")
+		files[name] = string(f.content)
+		if len(f.content) > 3<<20 {
+			t.Errorf("%s has %d bytes", name, len(f.content))
 		}
 	}
+	return files
 }

@@ -22,6 +22,7 @@ import (
 // the way to the peer's address blocked here (a tunnel's), and with packets dropped on
 // the far node, in each of the network's address families.
 func TestTraceFormats(t *testing.T) {
+	t.Parallel()
 	for _, f := range []struct {
 		name, config, datapath string
 		tunnel                 bool

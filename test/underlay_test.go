@@ -52,6 +52,7 @@ func device(datapath string) string {
 // TestUnderlayScenarios changes the underlay as real hosts do. The names begin with the case
 // that each reproduces.
 func TestUnderlayScenarios(t *testing.T) {
+	t.Parallel()
 	const four, six = "198.18.0.1", "fd00:198:18::1"
 	for _, s := range []scenario{
 		{
@@ -303,6 +304,7 @@ func TestU3VirtualAddress(t *testing.T) {
 //
 //	n1, n2 ── 198.18.0.254 fabric, which has 10.99.0.5: etcd
 func TestU8Overlaps(t *testing.T) {
+	t.Parallel()
 	for _, d := range datapaths {
 		t.Run(d, func(t *testing.T) {
 			t.Parallel()
