@@ -193,7 +193,8 @@ func contains(all []string, s string) bool {
 	return false
 }
 
-// TestEveryDropReasonHasATest checks that each drop reason of encap occurs in a test.
+// TestEveryDropReasonHasATest checks that each drop reason occurs in a test: those of encap,
+// and those that our nftables rules count under.
 func TestEveryDropReasonHasATest(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), filepath.Join("..", "encap", "reason.go"), nil, 0)
 	if err != nil {
@@ -226,6 +227,19 @@ func TestEveryDropReasonHasATest(t *testing.T) {
 		named := regexp.MustCompile(`\b` + idents[i+1] + `\b|[^a-z-]` + r.String() + `[^a-z-]`)
 		if !named.Match(tests) {
 			t.Errorf("no test mentions %s (%s)", idents[i+1], r)
+		}
+	}
+	rules, err := os.ReadFile(filepath.Join("..", "internal", "firewall", "tunnelrule.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`drop\("([a-z-]+)"\)`).FindAllStringSubmatch(string(rules), -1)
+	if len(found) < 8 {
+		t.Errorf("only %d rules with a drop reason were found", len(found))
+	}
+	for _, m := range found {
+		if !regexp.MustCompile(`[^a-z-]` + m[1] + `[^a-z-]`).Match(tests) {
+			t.Errorf("no test mentions %s, a reason of the nftables rules", m[1])
 		}
 	}
 }

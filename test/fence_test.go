@@ -99,7 +99,7 @@ func fence(t *testing.T, datapath string) {
 	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater {
 		t.Errorf("ADD on a fenced node: %v", err)
 	}
-	if log := d.Tail(50); !strings.Contains(log, "FENCED") || !strings.Contains(log, "thief") {
+	if log := d.Tail(50); !strings.Contains(log, "fenced: another node holds") || !strings.Contains(log, "thief") {
 		t.Errorf("the log lacks the fence or the thief:\n%s", log)
 	}
 

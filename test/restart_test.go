@@ -201,7 +201,7 @@ func TestRestartWithoutTrust(t *testing.T) {
 		}
 		d := c.start(n, change.flags...)
 		c.wait(n, reason, func(s api.Status) bool { return !s.Ready && strings.Contains(s.NotReady, "etcd") && s.Lease == nil })
-		if log := d.Tail(50); strings.Count(log, "what is kept for a start without etcd is not used") != 1 || !strings.Contains(log, reason) {
+		if log := d.Tail(50); strings.Count(log, "the snapshot for a start without etcd cannot be used") != 1 || !strings.Contains(log, reason) {
 			t.Errorf("the log lacks %q:\n%s", reason, log)
 		}
 		stop(t, d)

@@ -228,7 +228,7 @@ func TestTrace(t *testing.T) {
 		},
 		{
 			name: "bridge", on: n1.Namespace, do: port(pods[0], netlink.LinkSetNoMaster), undo: port(pods[0], bridged),
-			node: "n1", layer: trace.LayerBridge, says: []string{"is on no bridge"},
+			node: "n1", layer: trace.LayerBridge, says: []string{"is not on a bridge"},
 		},
 		{
 			name: "iptables", on: n1.Namespace, do: forwardChain(append(destination(to)[2:], &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})...), undo: forwardChain(),
@@ -240,7 +240,7 @@ func TestTrace(t *testing.T) {
 		},
 		{
 			name: "lease", on: n1.Namespace, do: ipCommands(), undo: ipCommands(), to: netip.MustParseAddr("10.5.250.7"),
-			node: "n1", layer: trace.LayerLease, says: []string{"no node has a lease that serves with 10.5.250.7"},
+			node: "n1", layer: trace.LayerLease, says: []string{"no lease covers 10.5.250.7"},
 		},
 		{
 			name: "underlay route", on: n1.Namespace, do: blackhole(netlink.RouteAdd), undo: blackhole(netlink.RouteDel),
@@ -253,17 +253,17 @@ func TestTrace(t *testing.T) {
 		{
 			name: "far: rules for the tunnel's port", on: n2.Namespace, do: moat(nftables.ChainHookInput, tunnelPort...), undo: moat(nil), far: true,
 			node: "n2", layer: trace.LayerTunnelRules, says: []string{"nftables, table inet castle, chain moat, rule 2 (drop, handle"},
-			deduced: []string{"answers to UDP on another port and to nothing on the tunnel's port 8472"}, bypassed: true,
+			deduced: []string{"answers on another UDP port but not on the tunnel's port 8472"}, bypassed: true,
 		},
 		{
 			name: "far: bridge", on: n2.Namespace, do: port(pods[1], netlink.LinkSetNoMaster), undo: port(pods[1], bridged), far: true,
-			node: "n2", layer: trace.LayerBridge, says: []string{"is on no bridge"},
-			deduced: []string{"answers through the tunnel, and the pod " + to.String() + " does not"},
+			node: "n2", layer: trace.LayerBridge, says: []string{"is not on a bridge"},
+			deduced: []string{"answers through the tunnel, but the pod " + to.String() + " does not"},
 		},
 		{
 			name: "far: pod route", on: pods[1].Namespace, do: take2, undo: give2, far: true,
 			node: "n2", layer: trace.LayerPodRoute, says: []string{"the pod " + to.String() + " has no route to " + from.String()},
-			deduced: []string{"answers through the tunnel, and the pod " + to.String() + " does not"},
+			deduced: []string{"answers through the tunnel, but the pod " + to.String() + " does not"},
 		},
 	}
 	play := func(b breach) {
@@ -357,7 +357,7 @@ func TestTrace(t *testing.T) {
 		},
 		{
 			name: "far: tunnel port", on: n2.Namespace, do: ipCommands("link del cvt.1"), undo: mend(n2), far: true,
-			node: "n2", layer: trace.LayerTunnel, says: []string{"there is no device cvt.1"}, deduced: []string{"nobody has UDP port 8472"},
+			node: "n2", layer: trace.LayerTunnel, says: []string{"there is no device cvt.1"}, deduced: []string{"UDP port 8472 is not open"},
 		},
 	} {
 		play(b)

@@ -49,7 +49,7 @@ func openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*devic
 		}
 		err = d.openMany(name, 2*d.threads)
 		if errors.Is(err, errNotSteered) {
-			log.Info("sparse flows have no queue of their own", "reason", err)
+			log.Info("no separate queue for sparse flows", "reason", err)
 			d.unsteered(err)
 			err = d.attach(name, max(0, unsteeredQueues-len(d.queues)))
 		}

@@ -119,7 +119,7 @@ func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.
 	if len(d.queues) > 1 && !d.spread {
 		// The attached program may be another version's: replace it.
 		if err := d.steer(); err != nil {
-			log.Warn("flows are steered as before", "reason", err)
+			log.Warn("cannot change how flows are steered", "reason", err)
 		}
 	}
 	log.Info("device taken over", "device", name, "queues", len(d.queues), "uso", d.uso)

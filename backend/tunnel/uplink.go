@@ -75,7 +75,7 @@ const (
 func (u *uplink) run(ctx context.Context) error {
 	changed, stop, err := host.Listen(uplinkGroups, u.matters)
 	if err != nil {
-		u.log.Warn("what the kernel does is seen late", "error", err)
+		u.log.Warn("cannot subscribe to kernel notifications; changes are noticed late, by the periodic check", "error", err)
 		changed, stop = nil, func() {}
 	}
 	defer stop()
@@ -174,9 +174,9 @@ func (u *uplink) refresh() {
 	on := why == nil
 	switch {
 	case on && u.why != "":
-		u.log.Info("large frames leave whole", "device", names.SuperFrame, "uplink", u.node.Underlay.Name)
+		u.log.Info("super-frames on", "device", names.SuperFrame, "uplink", u.node.Underlay.Name)
 	case !on && u.why != why.Error():
-		u.log.Info("large frames are cut in userspace", "reason", why)
+		u.log.Info("super-frames off: large frames are cut in userspace", "reason", why)
 	}
 	u.why = ""
 	if !on {

@@ -81,7 +81,7 @@ func (f *kubeFlags) options(ctx context.Context, o *daemon.Options, log *slog.Lo
 			if o.Node, err = kube.NodeName(ctx, k, namespace, pod); err == nil {
 				break
 			}
-			log.Warn("the name of this Node is not known yet", "error", err)
+			log.Warn("cannot find the name of this Node yet", "error", err)
 			select {
 			case <-ctx.Done():
 				return nil, err

@@ -149,7 +149,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.onLost, "on-lost", string(daemon.Fence), "when another node has taken our subnet: fence (wait until its pods are gone) or release (lease another at once)")
 	flags.BoolVar(&f.release, "release-on-exit", false, "release the lease on exit, for a node that does not return")
 	flags.DurationVar(&f.jitter, "start-jitter", 0, "maximum random delay before the first request to the store, when thousands of nodes boot at once")
-	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "datapath: auto, userspace or kernel")
+	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "datapath: "+strings.Join(daemon.Datapaths(), ", "))
 	flags.StringVar(&f.fastPath, "fast-path", "auto", "eBPF fast path: auto (with the kernel's vxlan device, if kernel and host allow it), on (with the userspace datapath too), off, or pod (auto, and established TCP connections between pods bypass the host)")
 	flags.BoolVar(&f.takeOver, "take-over-flannel", false, "replace flannel's device once the lease is acquired (stop flanneld first)")
 	flags.BoolVar(&f.replace, "replace", false, "take over without packet loss from the daemon that runs with this --run-dir, if there is one")
@@ -180,7 +180,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.StringVar(&f.etcdServer.key, "etcd-server-keyfile", "", "key of --etcd-server-certfile (PEM)")
 	flags.StringVar(&f.etcdServer.clientCA, "etcd-server-client-cafile", "", "CA of client certificates that the embedded etcd requires (PEM)")
 	for name, values := range map[string][]string{
-		"store": {"auto", "etcd", "kubernetes"}, "datapath": {"auto", "userspace", "kernel"}, "fast-path": {"auto", "on", "off", "pod"}, "on-lost": {"fence", "release"}, "handed-over": {"exit", "wait"}, "confine": {"on", "off", "kill"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
+		"store": {"auto", "etcd", "kubernetes"}, "datapath": daemon.Datapaths(), "fast-path": {"auto", "on", "off", "pod"}, "on-lost": {"fence", "release"}, "handed-over": {"exit", "wait"}, "confine": {"on", "off", "kill"}, "log-level": {"debug", "info", "warn", "error"}, "log-format": {"text", "json"},
 	} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 	}
@@ -224,10 +224,8 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	if n := f.tunnel.SourcePorts; n < 0 || n > 16 {
 		return o, usagef("--source-ports %d: 1 to 16, or 0 for the default", n)
 	}
-	switch o.Datapath {
-	case daemon.Auto, daemon.Userspace, daemon.Kernel:
-	default:
-		return o, usagef("--datapath %s: auto, userspace or kernel", f.datapath)
+	if !slices.Contains(daemon.Datapaths(), f.datapath) {
+		return o, usagef("--datapath %s: one of %s", f.datapath, strings.Join(daemon.Datapaths(), ", "))
 	}
 	switch f.fastPath {
 	case "auto", "on", "off", "pod":
@@ -298,7 +296,7 @@ func (f *runFlags) embed(o *daemon.Options, endpointsGiven bool) error {
 			args = append(args, "--client-ca-file", f.etcdServer.clientCA)
 		}
 	} else if !listen.Addr().IsLoopback() {
-		o.Log.Warn("the embedded etcd serves whoever reaches it, in clear text: use it on a trusted network, or with --etcd-server-certfile", "listen", listen)
+		o.Log.Warn("the embedded etcd serves anyone who can reach it, unencrypted: use it on a trusted network, or with --etcd-server-certfile", "listen", listen)
 	}
 	if !endpointsGiven {
 		at := listen

@@ -103,7 +103,7 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 			line("repaired", "%s", r)
 		}
 		if len(d.StalePods) > 0 {
-			line("stale pods", "%d were made for another MTU (make them anew): %s", len(d.StalePods), strings.Join(d.StalePods, ", "))
+			line("stale pods", "%d were created with another MTU (recreate them): %s", len(d.StalePods), strings.Join(d.StalePods, ", "))
 		}
 	}
 	for _, w := range s.Warnings {

@@ -202,7 +202,7 @@ func (o traceOptions) live(ctx context.Context, p trace.Path, r *traceResult) er
 			r.judge(trace.Step{
 				Node: p.Node, Layer: trace.LayerMTU, State: trace.Bad,
 				Detail: fmt.Sprintf("packets of up to %d bytes pass on the way to %s, and the pod sends up to %d: what is larger is lost without a word", probe.Largest, p.Remote, probe.Want),
-				Fix:    "mend the link on the way; or give the network a smaller Backend.MTU (`culvert config set`) and make the pods anew",
+				Fix:    "repair the link on the path; or give the network a smaller Backend.MTU (`culvert config set`) and recreate the pods",
 			}, true)
 			return nil
 		case len(probe.Dropped) > 0 && !(found && culprit.Layer == trace.LayerRules):

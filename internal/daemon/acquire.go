@@ -51,7 +51,7 @@ type grant struct {
 func (d *node) acquire(ctx context.Context, r store, at place) (grant, error) {
 	if k, _, err := d.savedLease(r); k == nil {
 		if err != nil {
-			d.log.Warn("what is kept for a start without "+d.options.storeName()+" is not used", "file", d.options.snapshotFile(), "reason", err)
+			d.log.Warn("the snapshot for a start without "+d.options.storeName()+" cannot be used", "file", d.options.snapshotFile(), "reason", err)
 		}
 		return d.acquireFromStore(ctx, r, at)
 	}
@@ -59,7 +59,7 @@ func (d *node) acquire(ctx context.Context, r store, at place) (grant, error) {
 	defer cancel()
 	answering, cancelAnswer := context.WithTimeoutCause(asking, answerTimeout, fmt.Errorf("%w: no answer within %s", errStoreUnreachable, answerTimeout))
 	defer cancelAnswer()
-	d.state.notReady("asking whether " + d.options.storeName() + " is there")
+	d.state.notReady("checking whether " + d.options.storeName() + " is reachable")
 	why := r.Answers(answering)
 	if why == nil {
 		t, err := d.acquireFromStore(asking, r, at)
@@ -74,7 +74,7 @@ func (d *node) acquire(ctx context.Context, r store, at place) (grant, error) {
 	// Check again: the snapshot may have become unusable meanwhile.
 	k, there, err := d.savedLease(r)
 	if k == nil {
-		d.log.Warn(d.options.storeName()+" is unreachable, and what was kept does not serve any more", "reason", err)
+		d.log.Warn(d.options.storeName()+" is unreachable, and the snapshot on disk is no longer valid", "reason", err)
 		return d.acquireFromStore(ctx, r, at)
 	}
 	d.log.Warn(d.options.storeName()+" is unreachable: serving from the snapshot on disk", "saved", k.Saved, "subnet", k.Lease.Subnets(),

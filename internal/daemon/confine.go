@@ -24,6 +24,6 @@ func (o Options) confine() {
 		return
 	}
 	if err := confine.Process(confine.Options{FastPath: o.FastPath == fastpath.On || o.FastPath != fastpath.Off && o.Datapath != Userspace, Kill: o.Confine == ConfineKill}); err != nil {
-		o.Log.Warn("not all rights that are not needed could be given up", "error", err)
+		o.Log.Warn("cannot drop all rights that are not needed", "error", err)
 	}
 }

@@ -111,13 +111,13 @@ func Run(ctx context.Context, o Options) error {
 		if err := standBy(ctx, o); err != nil {
 			return stopped(ctx, err)
 		}
-		o.Log.Warn("the successor has ended; taking its place")
+		o.Log.Warn("the successor exited; taking its place")
 	}
 }
 
 // standBy waits until the successor has ended.
 func standBy(ctx context.Context, o Options) error {
-	o.Log.Info("waiting to be told to stop")
+	o.Log.Info("a successor runs; waiting in case it exits")
 	own, err := host.AwaitOwn(ctx, o.owner(), 1<<62)
 	if err != nil {
 		return cmp.Or(ctx.Err(), err)
@@ -141,7 +141,7 @@ func runOnce(ctx context.Context, o Options) error {
 	err := d.start(ctx, abort)
 	if err == nil {
 		if err := o.save(); err != nil {
-			d.log.Warn("what this daemon was told is not recorded: `culvert doctor` knows less while no daemon runs", "error", err)
+			d.log.Warn("cannot save this daemon's options: `culvert doctor` knows less while no daemon runs", "error", err)
 		}
 		o.confine() // after the socket's group is set
 		err = d.run(ctx)

@@ -32,6 +32,9 @@ const (
 	Kernel    Datapath = "kernel"
 )
 
+// Datapaths are the values of --datapath.
+func Datapaths() []string { return []string{string(Auto), string(Userspace), string(Kernel)} }
+
 // choose selects the datapath and says why. Auto prefers the kernel, which keeps
 // carrying packets while no daemon runs. supports returns an error if the kernel lacks
 // a device type.
@@ -44,7 +47,7 @@ func choose(asked Datapath, format string, supports func(kind string) error) (ki
 		return Userspace, "--datapath=userspace", nil
 	case Auto, Kernel:
 	default:
-		return "", "", fmt.Errorf("--datapath=%s: auto, userspace or kernel", asked)
+		return "", "", fmt.Errorf("--datapath=%s: one of %s", asked, strings.Join(Datapaths(), ", "))
 	}
 	if format == "host-gw" {
 		return Kernel, string(asked) + ": host-gw has no tunnel, only the kernel's routes", nil
@@ -54,7 +57,7 @@ func choose(asked Datapath, format string, supports func(kind string) error) (ki
 	case err == nil && asked == Kernel:
 		return Kernel, "--datapath=kernel", nil
 	case err == nil:
-		return Kernel, "auto: the kernel has " + format + " devices, and goes on without a daemon", nil
+		return Kernel, "auto: the kernel has " + format + " devices, and forwards without a daemon", nil
 	case asked == Kernel:
 		return "", "", fmt.Errorf("--datapath=kernel: %w (`--datapath=userspace` needs no such device)", err)
 	}
@@ -104,7 +107,7 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 	}
 	// Close stored sockets: they occupy the port that the kernel's device needs.
 	if err := d.store.keep(nil); err != nil {
-		d.log.Warn("what an earlier datapath stored is still there", "error", err)
+		d.log.Warn("cannot remove what an earlier datapath stored with systemd", "error", err)
 	}
 	k := backend.KernelOptions{Node: n, Format: format, Why: why, Replaces: replaces, Sources: l.Subnets(), Log: d.log}
 	switch format {

@@ -22,7 +22,7 @@ func TestChoose(t *testing.T) {
 		{Kernel, "ipip", none, "", "the kernel has no ipip devices (`--datapath=userspace` needs no such device)"},
 		{Userspace, "vxlan", nil, Userspace, "--datapath=userspace"},
 		{Userspace, "host-gw", nil, "", "host-gw has no tunnel"},
-		{"sideways", "vxlan", nil, "", "auto, userspace or kernel"},
+		{"sideways", "vxlan", nil, "", "one of auto, userspace, kernel"},
 	} {
 		kind, why, err := choose(c.asked, c.format, func(string) error { return c.supports })
 		if err != nil {

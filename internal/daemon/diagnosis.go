@@ -53,7 +53,7 @@ func Diagnose(ctx context.Context, runDir string) (Diagnosis, error) {
 	d.storeAddrs, d.flannel = last.StoreAddrs, last.Flannel
 	k, ended, err := kept.Look(options.snapshotFile())
 	if err != nil {
-		o.warn("host-state", "", "what was last read from %s cannot be read: %v", options.storeName(), err)
+		o.warn("host-state", "", "the snapshot of %s cannot be read: %v", options.storeName(), err)
 	}
 	o.add(d.staleRoutes(ctx)...)
 	if k == nil {

@@ -57,7 +57,7 @@ func (d *node) saveFence(mark api.Fenced) error {
 	if err != nil {
 		return fmt.Errorf("keeping the mark of the fence: %w", err)
 	}
-	d.log.Error("FENCED: another has this node's subnet; its pods are cut off, and no other is taken", "subnet", mark.Subnets, "reason", mark.Reason)
+	d.log.Error("fenced: another node holds this node's subnet; its pods are cut off, and no other subnet is leased", "subnet", mark.Subnets, "reason", mark.Reason)
 	return nil
 }
 
@@ -90,10 +90,10 @@ func (d *node) waitFenced(ctx context.Context, r store, at place) error {
 	}
 	d.state.setFenced(mark)
 	if err := d.leaveUnreachable(); err != nil {
-		d.log.Error("what the lost subnet left in the kernel cannot be removed", "error", err)
+		d.log.Error("cannot remove the lost subnet's objects from the kernel", "error", err)
 	}
 	if d.options.OnLost == Release {
-		d.log.Warn("leaving the fence", "subnet", mark.Subnets, "why", "--on-lost=release")
+		d.log.Warn("no longer fenced", "subnet", mark.Subnets, "why", "--on-lost=release")
 		return d.unfence()
 	}
 	tick := time.NewTicker(fenceInterval)
@@ -102,9 +102,9 @@ func (d *node) waitFenced(ctx context.Context, r store, at place) error {
 		pods, err := host.PodsIn(mark.Subnets)
 		switch {
 		case err != nil:
-			d.log.Warn("whether pods of the lost subnet are left is not known", "error", err)
+			d.log.Warn("cannot count the pods of the lost subnet", "error", err)
 		case pods == 0:
-			d.log.Info("leaving the fence", "subnet", mark.Subnets, "why", "no pod of it is left")
+			d.log.Info("no longer fenced", "subnet", mark.Subnets, "why", "no pod of it is left")
 			return d.unfence()
 		case pods != said:
 			said = pods

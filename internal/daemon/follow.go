@@ -101,7 +101,7 @@ const applyAgain = 2 * time.Second
 // with what it has and follow retries.
 func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	if b := snapshot.Config.Backend; b != s.backend && b != s.refused {
-		s.log.Warn("the options of the wire format have changed; opening the datapath anew", "before", s.backend, "now", b)
+		s.log.Warn("the options of the wire format have changed; reopening the datapath", "before", s.backend, "now", b)
 		s.last = &snapshot
 		return reopen{s.at}
 	} else if b != s.backend {
@@ -116,11 +116,11 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	s.unapplied = nil
 	if err := s.datapath.Apply(ctx, snapshot); err != nil {
 		if s.takeover.pending() {
-			return fmt.Errorf("the datapath does not follow the leases, and the running daemon's does: %w", err)
+			return fmt.Errorf("cannot apply the leases to the datapath, and the running daemon can: %w", err)
 		}
 		s.unapplied = &snapshot
-		s.log.Error("the datapath does not follow the leases", "revision", snapshot.Revision, "error", err)
-		s.state.notReady("the datapath does not follow the leases: " + err.Error())
+		s.log.Error("cannot apply the leases to the datapath", "revision", snapshot.Revision, "error", err)
+		s.state.notReady("cannot apply the leases to the datapath: " + err.Error())
 		return nil
 	}
 	lease := s.lease
@@ -131,7 +131,7 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 		return err
 	} else if err != nil {
 		s.last = &snapshot // the datapath has applied it
-		s.log.Error("the CNI plugin goes on with the last subnet.env", "error", err)
+		s.log.Error("cannot write subnet.env; the CNI plugin keeps using the previous one", "error", err)
 		s.state.setWarnings("subnet-file", subnetFileWarning(err))
 		s.state.ready()
 		return nil
@@ -141,7 +141,7 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	if !s.reportedReady {
 		s.reportedReady = true
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-			s.log.Debug("systemd was not told", "error", err)
+			s.log.Debug("cannot notify systemd", "error", err)
 		}
 		s.log.Info("node ready", "subnet", lease.Subnets(), "peers", len(snapshot.Peers))
 	}
@@ -158,7 +158,7 @@ func (s *session) publishConf() {
 	}
 	done, err := cni.Publish(s.options.CNIConfDir)
 	if err != nil {
-		s.log.Error("the runtime does not learn that pods can be added", "error", err)
+		s.log.Error("cannot install the CNI configuration; the container runtime cannot add pods", "error", err)
 		s.state.setWarnings("cni-conf", api.Warning{Check: "cni-conf", Text: err.Error(), Fix: "make --cni-conf-dir writable, or run culvert cni install on the node"})
 		return
 	}
@@ -195,7 +195,7 @@ func (s *session) publish(ctx context.Context) error {
 			s.published.Store(&s.at.underlay.Addrs)
 			return nil
 		}
-		s.log.Error("our new address cannot be published", "public", s.lease.Publics(), "error", err, "again", again)
+		s.log.Error("cannot publish the new underlay address", "public", s.lease.Publics(), "error", err, "again", again)
 		select {
 		case <-ctx.Done():
 			return nil

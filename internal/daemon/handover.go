@@ -59,7 +59,7 @@ var (
 // handoverRequested stops the parts of a session because a successor asks for the node.
 type handoverRequested struct{ request }
 
-func (handoverRequested) Error() string { return "a successor asks for this node" }
+func (handoverRequested) Error() string { return "a successor requests a handover" }
 
 // request is a successor's request for the node.
 type request struct {
@@ -101,13 +101,13 @@ type runningDatapath struct {
 func (d *node) handOver(ctx context.Context, r request, c *runningDatapath) error {
 	log := d.log.With("successor", r.hello.PID, "version", r.hello.Program)
 	kept := func(why string) error {
-		log.Error("the successor did not take over; going on", "reason", why)
+		log.Error("the successor did not take over; continuing", "reason", why)
 		_ = r.conn.Send(handover.Message{Step: handover.Back, Why: why})
 		_ = r.conn.Close()
 		return errHandoverFailed
 	}
 	messages := r.conn.Messages()
-	log.Info("a successor asks for this node", "carrying", c != nil)
+	log.Info("a successor requests a handover", "carrying", c != nil)
 	offer, fds := d.offer(c)
 	if err := r.conn.Send(offer, fds...); err != nil {
 		return kept(err.Error())
@@ -149,7 +149,7 @@ func (d *node) handOver(ctx context.Context, r request, c *runningDatapath) erro
 
 func (d *node) resumeServing(log *slog.Logger) {
 	if err := errors.Join(d.sockets.owner.Answer(), d.sockets.serve()); err != nil {
-		log.Error("status and metrics are not served any more", "error", err)
+		log.Error("the server of status and metrics failed", "error", err)
 	}
 }
 

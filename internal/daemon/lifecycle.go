@@ -59,7 +59,7 @@ func (d *node) waitJitter(ctx context.Context) error {
 	}
 	wait := rand.N(d.options.StartJitter)
 	d.state.notReady("waiting for this node's turn to start (--start-jitter)")
-	d.log.Info("waiting before the store is asked", "wait", wait.Round(time.Millisecond), "jitter", d.options.StartJitter)
+	d.log.Info("delaying the first request to the store", "wait", wait.Round(time.Millisecond), "jitter", d.options.StartJitter)
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
@@ -78,6 +78,6 @@ func (d *node) release(ctx context.Context, r store, l subnet.Lease) error {
 		}
 		return fmt.Errorf("--release-on-exit: %w (it runs out by itself, or `culvert lease release %s` ends it)", err, l.Subnets()[0])
 	}
-	d.log.Info("lease given back", "subnet", l.Subnets())
+	d.log.Info("lease released", "subnet", l.Subnets())
 	return nil
 }

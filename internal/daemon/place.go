@@ -48,7 +48,7 @@ func (d *node) lastPlace() placeRecord {
 		err = json.Unmarshal(text, &r)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		d.log.Warn("the record of the underlay in use cannot be read", "file", d.placePath(), "error", err)
+		d.log.Warn("cannot read the saved underlay", "file", d.placePath(), "error", err)
 	}
 	return r
 }
@@ -59,7 +59,7 @@ func (d *node) savePlace(u host.Underlay) {
 		err = statefile.Write(d.placePath(), append(text, '\n'), 0o644)
 	}
 	if err != nil {
-		d.log.Warn("the underlay in use is not recorded: a restart may choose another", "file", d.placePath(), "error", err)
+		d.log.Warn("cannot save the underlay in use: a restart may choose another", "file", d.placePath(), "error", err)
 	}
 }
 
@@ -188,7 +188,7 @@ func (d *node) askAddrs(ctx context.Context, r store) (changed bool, err error) 
 	if err != nil || slices.Equal(addrs, d.storeAddrs) {
 		return false, err
 	}
-	d.log.Info("the store gives this node's addresses", "addrs", addrs)
+	d.log.Info("this node's addresses come from the store", "addrs", addrs)
 	d.storeAddrs = addrs
 	return true, nil
 }
@@ -230,7 +230,7 @@ func (s *session) recordUnderlay() func(host.Facts, host.UnderlayState) {
 	said := make(map[api.Warning]bool)
 	return func(f host.Facts, h host.UnderlayState) {
 		if h.Now.Name != name {
-			s.log.Warn("the underlay interface has another name", "interface", h.Now.Name, "before", name)
+			s.log.Warn("the underlay interface was renamed", "interface", h.Now.Name, "before", name)
 			name = h.Now.Name
 		}
 		s.state.setUnderlay(h.Now)

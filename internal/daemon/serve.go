@@ -51,7 +51,7 @@ func (d *node) serve(ctx context.Context, r store, t grant) error {
 		if err != nil && opened && config.Backend != s.worked.Backend {
 			// The datapath cannot use the new options: keep the previous ones rather than
 			// carry nothing.
-			d.log.Error("the datapath cannot be made as the network configuration now says; the last one stands", "error", err)
+			d.log.Error("cannot apply the changed network configuration; keeping the current datapath", "error", err)
 			d.state.refuseConfig(err)
 			s.refused, config = config.Backend, s.worked
 			continue
@@ -63,7 +63,7 @@ func (d *node) serve(ctx context.Context, r store, t grant) error {
 			// The cause may be transient, such as a missing address: hold the lease and
 			// retry.
 			if err.Error() != openError {
-				d.log.Error("the datapath cannot be opened; trying again", "error", err)
+				d.log.Error("cannot open the datapath; retrying", "error", err)
 			}
 			openError = err.Error()
 			path = backend.Down{Format: config.Backend.Type, Err: err, Retry: reopenAfter}
@@ -95,7 +95,7 @@ func (d *node) serve(ctx context.Context, r store, t grant) error {
 		}
 		if errors.Is(err, backend.ErrBroken) && ctx.Err() == nil && !errors.Is(err, subnet.ErrLost) {
 			if openError == "" {
-				d.log.Error("the datapath is broken and is opened anew", "error", err)
+				d.log.Error("the datapath failed; reopening it", "error", err)
 				d.state.repaired(string(host.KindLink), 1)
 			}
 			if err := s.datapath.Close(backend.Keep); err != nil {
@@ -107,7 +107,7 @@ func (d *node) serve(ctx context.Context, r store, t grant) error {
 			continue
 		}
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyStopping); err != nil && ctx.Err() != nil {
-			d.log.Debug("systemd was not told", "error", err)
+			d.log.Debug("cannot notify systemd", "error", err)
 		}
 		switch {
 		case errors.Is(err, errHandedOver), d.takeover.pending():

@@ -104,7 +104,7 @@ func (st *state) setFenced(f *api.Fenced) {
 	st.change(func(s *api.Status) {
 		s.Fenced = f
 		if f == nil {
-			s.NotReady = "leaving the fence"
+			s.NotReady = "no longer fenced; a subnet is being leased"
 			return
 		}
 		s.Ready, s.Lease, s.Peers, st.path = false, nil, []api.Peer{}, nil

@@ -170,7 +170,7 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 			// If this fails, the existing file is valid until its expiry.
 			err := f.extend(l.Expires)
 			if err != nil && !failing {
-				d.log.Error("the CNI plugin will refuse pods when the old end of the lease is reached", "error", err)
+				d.log.Error("cannot write the lease's new expiry to subnet.env; the CNI plugin will refuse pods after the old one", "error", err)
 			}
 			if failing = err != nil; failing {
 				d.state.setWarnings("subnet-file", subnetFileWarning(err))

@@ -212,7 +212,7 @@ func (d *node) inherit(ctx context.Context, facts map[string]string) ([]int, err
 		return fds, nil
 	}
 	t.status.Why = why
-	d.log.Warn("the datapath is opened anew rather than inherited: packets are lost for a moment", "because", why)
+	d.log.Warn("reopening the datapath instead of inheriting it: packets are lost for a moment", "because", why)
 	closeAll(fds)
 	return nil, t.take(ctx, false)
 }

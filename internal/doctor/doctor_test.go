@@ -109,7 +109,7 @@ func TestChecks(t *testing.T) {
 			h.Status.Rejected = []api.Rejection{{Key: "10.5.1.0-24", Reason: "outside"}}
 			h.Status.Datapath.StalePods = []string{"veth1"}
 			return nothing
-		}, []string{"risk daemon: the lease 10.5.1.0-24|lease check", "risk daemon: pods have another MTU|veth1|anew"}},
+		}, []string{"risk daemon: the lease 10.5.1.0-24|lease check", "risk daemon: pods have another MTU|veth1|recreate"}},
 		{"the store does not listen", func(h *doctor.Host) func() {
 			h.Endpoints = []string{"http://127.0.0.1:1"}
 			return nothing

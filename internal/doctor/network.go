@@ -36,7 +36,7 @@ func daemon(_ context.Context, h Host) (string, []Finding) {
 		all = append(all, risk("see `culvert lease check`", "the lease %s was set aside: %s", r.Key, r.Reason))
 	}
 	if len(h.Status.Datapath.StalePods) > 0 {
-		all = append(all, risk("make them anew", "pods have another MTU than %d: %s", h.Status.Datapath.MTU, strings.Join(h.Status.Datapath.StalePods, ", ")))
+		all = append(all, risk("recreate them", "pods have another MTU than %d: %s", h.Status.Datapath.MTU, strings.Join(h.Status.Datapath.StalePods, ", ")))
 	}
 	if len(all) > 0 {
 		return "", all

@@ -155,7 +155,7 @@ func (k *Keeper) repair() time.Duration {
 	before := k.next.Err
 	err := k.reconcile()
 	if err != nil && (before == nil || before.Error() != err.Error()) {
-		k.log.Error("the host cannot be made as it should be", "error", err)
+		k.log.Error("cannot apply the wanted state to the host", "error", err)
 	}
 	if k.others.putOff {
 		return min(resync, max(settle, surveyShare*k.others.took-time.Since(k.others.at)))

@@ -54,7 +54,7 @@ func (a Access) Service(fd int, h http.Handler, log *slog.Logger) (*Service, err
 	}
 	if a.CertFile == "" {
 		if at, loopback := listensAt(fd); !loopback {
-			log.Warn("whoever reaches the metrics' address reads them, in clear text: --metrics-certfile, --metrics-keyfile and --metrics-token-file guard them", "listen", at)
+			log.Warn("metrics are served unencrypted to anyone who can reach the address: --metrics-certfile, --metrics-keyfile and --metrics-token-file protect them", "listen", at)
 		}
 		return s, nil
 	}

@@ -118,7 +118,7 @@ func send(ctx context.Context, ns string, p Path) (what string, took time.Durati
 				case err == nil:
 					return c.Close()
 				case errors.Is(err, unix.ECONNREFUSED): // it arrived
-					what += ", refused by the far end (nobody listens, or a rule rejects it)"
+					what += ", refused by the far end (nothing listens, or a rule rejects it)"
 					return nil
 				case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 					return echo.ErrTimeout
@@ -213,10 +213,10 @@ func Deduce(ctx context.Context, p Path) Step {
 	case err == nil:
 		gateway := tunnel.Next()
 		if p.Format != "host-gw" && answers(own, gateway) != nil {
-			s.Detail = fmt.Sprintf("its tunnel device answers, and the pods' gateway %s does not: it has no bridge with that address, or no pod was ever added there", gateway)
+			s.Detail = fmt.Sprintf("its tunnel device answers, but the pods' gateway %s does not: the node has no bridge with that address, or no pod was ever added there", gateway)
 			return s
 		}
-		s.Detail = fmt.Sprintf("the node answers through the tunnel, and the pod %s does not: it is not there, or that node's forwarding, a rule, its bridge, or the pod's own route keeps packets from it", p.Remote)
+		s.Detail = fmt.Sprintf("the node answers through the tunnel, but the pod %s does not: it does not exist, or that node's forwarding, a rule, its bridge or the pod's own route stops the packets", p.Remote)
 		return s
 	case errors.As(err, &refused) && refused.By != p.Local:
 		s.Detail = fmt.Sprintf("%s answers with an error: %v", refused.By, refused)
@@ -226,16 +226,16 @@ func Deduce(ctx context.Context, p Path) Step {
 	case reached != nil:
 		s.Layer = LayerUnderlay
 		s.Detail = fmt.Sprintf("%s does not answer on the underlay either (%v): the node is down, or the underlay does not carry packets between %s and it", p.Peer.Public, reached, p.Public)
-		s.Fix = "see that the node runs, and the network between"
+		s.Fix = "check that the node runs, and the network between the nodes"
 	case p.Format == "vxlan" && knock(p.TunnelPort) == nil:
 		s.Layer = LayerTunnel
-		s.Detail = fmt.Sprintf("it answers that nobody has UDP port %d: there is no tunnel device, and no daemon carries packets", p.TunnelPort)
+		s.Detail = fmt.Sprintf("it answers that UDP port %d is not open: there is no tunnel device, and no daemon forwards packets", p.TunnelPort)
 		s.Fix = "start culvert on " + far
 	case p.Format == "vxlan" && knock(33499) == nil:
 		s.Layer = LayerTunnelRules
-		s.Detail = fmt.Sprintf("it answers to UDP on another port and to nothing on the tunnel's port %d: a rule there, or somebody between, drops the tunnel's packets; or that node does not take this one for a peer", p.TunnelPort)
+		s.Detail = fmt.Sprintf("it answers on another UDP port but not on the tunnel's port %d: a rule there or a firewall on the path drops the tunnel's packets, or that node does not have this one as a peer", p.TunnelPort)
 	default:
-		s.Detail = "it answers on the underlay, and not through the tunnel: a rule there, or somebody between, drops the tunnel's packets, or no daemon serves there"
+		s.Detail = "it answers on the underlay but not through the tunnel: a rule there or a firewall on the path drops the tunnel's packets, or no daemon runs there"
 	}
 	return s
 }

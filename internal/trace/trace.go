@@ -212,7 +212,7 @@ func (e *explainer) lease() {
 	case e.Peer == nil && e.NoPeer == "": // Remote is a pod of this node too
 		return
 	case e.Peer == nil:
-		e.add(LayerLease, Bad, "see `culvert lease list`, and `culvert lease check`", "no node has a lease that serves with %s: %s", e.Remote, e.NoPeer)
+		e.add(LayerLease, Bad, "see `culvert lease list`, and `culvert lease check`", "no lease covers %s: %s", e.Remote, e.NoPeer)
 	default:
 		e.add(LayerLease, OK, "", "%s is in %s of %s at %s", e.Remote, e.Peer.Subnet, e.Peer.Node, e.Peer.Public)
 	}
@@ -221,7 +221,7 @@ func (e *explainer) lease() {
 func (e *explainer) pod() {
 	p := e.Pod
 	if p == nil {
-		e.add(LayerPod, Bad, "see whether the pod runs, and on this node", "no network namespace of this host has the address %s, although it is in this node's subnet %s", e.Local, e.Subnet)
+		e.add(LayerPod, Bad, "check that the pod runs, and on this node", "no network namespace on this host has the address %s, which is in this node's subnet %s", e.Local, e.Subnet)
 		return
 	}
 	if !p.Up {
@@ -230,29 +230,29 @@ func (e *explainer) pod() {
 	}
 	e.add(LayerPod, OK, "", "%s in %s, %s, MTU %d", e.Local, p.Netns, p.Link, p.MTU)
 	if p.Out.Err != nil {
-		e.add(LayerPodRoute, Bad, fmt.Sprintf("ip route add default via %s, in the pod; or make the pod anew", e.gatewayWanted()), "the pod %s has no route to %s: %v", e.Local, e.Remote, p.Out.Err)
+		e.add(LayerPodRoute, Bad, fmt.Sprintf("ip route add default via %s, in the pod; or recreate the pod", e.gatewayWanted()), "the pod %s has no route to %s: %v", e.Local, e.Remote, p.Out.Err)
 	} else {
 		e.add(LayerPodRoute, OK, "", "%s %s", e.Remote, p.Out)
 	}
 	switch {
 	case p.Veth == "":
-		e.add(LayerBridge, Unsure, "", "the host's end of %s was not found: it is no pair of veth", p.Link)
+		e.add(LayerBridge, Unsure, "", "the host's end of %s was not found: it is not a veth pair", p.Link)
 	case !p.VethUp:
 		e.add(LayerBridge, Bad, "ip link set "+p.Veth+" up", "%s, the host's end of the pod's link, is down", p.Veth)
 	case p.Bridge == "" && p.Gateway.IsValid() && !p.HasGW:
-		e.add(LayerBridge, Bad, "ip link set "+p.Veth+" master cni0; or make the pod anew", "%s, the host's end of the pod's link, is on no bridge, and nothing on this host bears the pod's gateway %s", p.Veth, p.Gateway)
+		e.add(LayerBridge, Bad, "ip link set "+p.Veth+" master cni0; or recreate the pod", "%s, the host's end of the pod's link, is not on a bridge, and nothing on this host has the address of the pod's gateway %s", p.Veth, p.Gateway)
 	case p.Bridge == "":
-		e.add(LayerBridge, Bad, "ip link set "+p.Veth+" master cni0; or make the pod anew", "%s, the host's end of the pod's link, is on no bridge: its packets reach nobody", p.Veth)
+		e.add(LayerBridge, Bad, "ip link set "+p.Veth+" master cni0; or recreate the pod", "%s, the host's end of the pod's link, is not on a bridge: its packets go nowhere", p.Veth)
 	case !p.BridgeUp:
 		e.add(LayerBridge, Bad, "ip link set "+p.Bridge+" up", "the bridge %s is down", p.Bridge)
 	case p.Blocked:
-		e.add(LayerBridge, Bad, fmt.Sprintf("bridge link set dev %s state 3", p.Veth), "the bridge %s does not forward by %s (its port is disabled or blocked)", p.Bridge, p.Veth)
+		e.add(LayerBridge, Bad, fmt.Sprintf("bridge link set dev %s state 3", p.Veth), "the bridge %s does not forward through %s (the port is disabled or blocked)", p.Bridge, p.Veth)
 	case p.Gateway.IsValid() && !p.HasGW:
-		e.add(LayerBridge, Bad, fmt.Sprintf("ip address add %s/%d dev %s", p.Gateway, e.Subnet.Bits(), p.Bridge), "nothing on this host bears the pod's gateway %s; %s should", p.Gateway, p.Bridge)
+		e.add(LayerBridge, Bad, fmt.Sprintf("ip address add %s/%d dev %s", p.Gateway, e.Subnet.Bits(), p.Bridge), "nothing on this host has the address of the pod's gateway %s; %s should", p.Gateway, p.Bridge)
 	case !p.Gateway.IsValid():
 		e.add(LayerBridge, OK, "", "%s on %s", p.Veth, p.Bridge)
 	default:
-		e.add(LayerBridge, OK, "", "%s on %s, which bears the gateway %s", p.Veth, p.Bridge, p.Gateway)
+		e.add(LayerBridge, OK, "", "%s on %s, which has the gateway's address %s", p.Veth, p.Bridge, p.Gateway)
 	}
 }
 
@@ -289,11 +289,11 @@ func (e *explainer) route() {
 	if e.Peer != nil || e.NoPeer != "" {
 		switch {
 		case e.Out.Err != nil && e.Peer != nil:
-			e.add(LayerRoute, Bad, "start the daemon, which makes it; `ip route show table all` has what is in the way", "this host has no route from %s to %s: %v", e.Local, e.Remote, e.Out.Err)
+			e.add(LayerRoute, Bad, "start the daemon, which adds it; `ip route show table all` shows conflicting routes", "this host has no route from %s to %s: %v", e.Local, e.Remote, e.Out.Err)
 		case e.Out.Err != nil:
-			e.add(LayerRoute, OK, "", "%s: %v, as it should be of what nobody leases", e.Remote, e.Out.Err)
+			e.add(LayerRoute, OK, "", "%s: %v, as it should be for a subnet that is not leased", e.Remote, e.Out.Err)
 		case e.WantLink != "" && e.Out.Link != e.WantLink:
-			e.add(LayerRoute, Bad, fmt.Sprintf("`ip route get %s from %s iif %s` shows it; take away the route that is not culvert's", e.Remote, e.Local, bridgeOf(e.Pod)),
+			e.add(LayerRoute, Bad, fmt.Sprintf("`ip route get %s from %s iif %s` shows it; remove the route that is not culvert's", e.Remote, e.Local, bridgeOf(e.Pod)),
 				"packets to %s leave %s, and not by %s", e.Remote, e.Out, e.WantLink)
 		default:
 			e.add(LayerRoute, OK, "", "%s %s", e.Remote, e.Out)
@@ -304,9 +304,9 @@ func (e *explainer) route() {
 	}
 	switch {
 	case e.In.Err != nil:
-		e.add(LayerRoute, Bad, "see the addresses of the pods' bridge", "this host has no route to its own pod %s: %v", e.Local, e.In.Err)
+		e.add(LayerRoute, Bad, "check the addresses of the pods' bridge", "this host has no route to its own pod %s: %v", e.Local, e.In.Err)
 	case e.Pod != nil && e.Pod.Bridge != "" && e.In.Link != e.Pod.Bridge:
-		e.add(LayerRoute, Bad, fmt.Sprintf("take away the route that takes it (`ip route get %s`)", e.Local), "packets to the pod %s go %s, and not to its bridge %s", e.Local, e.In, e.Pod.Bridge)
+		e.add(LayerRoute, Bad, fmt.Sprintf("remove the route that matches it (`ip route get %s`)", e.Local), "packets to the pod %s go %s instead of to its bridge %s", e.Local, e.In, e.Pod.Bridge)
 	}
 }
 
@@ -343,7 +343,7 @@ func (e *explainer) rules(r RuleStep) {
 // with it.
 func (e *explainer) device() {
 	if e.Peer != nil && e.Tunnel != "" && !e.TunnelThere {
-		e.add(LayerTunnel, Bad, "start the daemon, which makes it", "there is no device %s", e.Tunnel)
+		e.add(LayerTunnel, Bad, "start the daemon, which creates it", "there is no device %s", e.Tunnel)
 	}
 }
 
@@ -355,7 +355,7 @@ func (e *explainer) tunnel() {
 	case !e.TunnelThere:
 		return // already reported
 	case !e.TunnelUp && e.Kind == "userspace":
-		e.add(LayerTunnel, Bad, "start the daemon, which carries the packets", "nobody carries what %s is given: no daemon has it open", e.Tunnel)
+		e.add(LayerTunnel, Bad, "start the daemon, which forwards the packets", "packets sent to %s are not forwarded: no daemon has it open", e.Tunnel)
 		return
 	case !e.TunnelUp:
 		e.add(LayerTunnel, Bad, "ip link set "+e.Tunnel+" up", "the device %s is down", e.Tunnel)
@@ -393,11 +393,11 @@ func (e *explainer) underlay() {
 	}
 	switch r := e.Underlay; {
 	case r.Err != nil:
-		e.add(LayerUnderlay, Bad, fmt.Sprintf("`ip route get %s`: take away what is in the way", e.Peer.Public), "this host has no route from %s to the peer's address %s: %v", e.Public, e.Peer.Public, r.Err)
+		e.add(LayerUnderlay, Bad, fmt.Sprintf("`ip route get %s` shows it: remove the conflicting route or rule", e.Peer.Public), "this host has no route from %s to the peer's address %s: %v", e.Public, e.Peer.Public, r.Err)
 	case names.Ours(r.Link):
-		e.add(LayerUnderlay, Bad, "take away the route that takes it", "packets to the peer's address %s would go into the tunnel itself (%s)", e.Peer.Public, r)
+		e.add(LayerUnderlay, Bad, "remove the route that matches it", "packets to the peer's address %s would go into the tunnel itself (%s)", e.Peer.Public, r)
 	case r.NextState == "failed":
-		e.add(LayerUnderlay, Bad, "see the cable, the switch, and whether the machine is up", "the next hop on the way to %s (%s) does not answer on its link: no Ethernet address", e.Peer.Public, r)
+		e.add(LayerUnderlay, Bad, "check the cable, the switch, and that the machine is up", "the next hop on the way to %s (%s) does not answer on its link: no Ethernet address", e.Peer.Public, r)
 	default:
 		e.add(LayerUnderlay, OK, "", "%s %s", e.Peer.Public, r)
 	}
@@ -427,9 +427,9 @@ func (e *explainer) mtu() {
 	room := narrow - overhead(e.Format, e.Peer.Public.Is4())
 	switch {
 	case e.Pod.MTU > room:
-		e.add(LayerMTU, Bad, "make the pod anew once the MTU of the underlay is right; or give the network a smaller Backend.MTU", "the pod sends packets of up to %d bytes, and the way to %s takes %d (%d less what the tunnel adds)", e.Pod.MTU, e.Peer.Public, room, narrow)
+		e.add(LayerMTU, Bad, "recreate the pod once the MTU of the underlay is right; or give the network a smaller Backend.MTU", "the pod sends packets of up to %d bytes, and the path to %s takes %d (%d less the tunnel's overhead)", e.Pod.MTU, e.Peer.Public, room, narrow)
 	default:
-		e.add(LayerMTU, OK, "", "the pod sends up to %d bytes, and the way takes %d as far as this node knows", e.Pod.MTU, room)
+		e.add(LayerMTU, OK, "", "the pod sends up to %d bytes, and the path takes %d as far as this node knows", e.Pod.MTU, room)
 	}
 }
 

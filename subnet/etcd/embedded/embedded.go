@@ -120,7 +120,7 @@ func (p *Process) supervise(ctx context.Context, e Server, log *slog.Logger) {
 		if time.Since(began) > time.Minute {
 			pause = time.Second
 		}
-		log.Error("the embedded etcd ended; starting it again", "error", err, "pause", pause)
+		log.Error("the embedded etcd exited; restarting it", "error", err, "pause", pause)
 		select {
 		case <-ctx.Done():
 			return
