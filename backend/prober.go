@@ -81,8 +81,8 @@ const (
 	probeEach   = 30 * time.Second
 	probeActive = 5 * time.Minute
 	probeSize   = 10 * time.Minute // interval between measurements of the path MTU
-	// probePatience is the timeout of a request.
-	probePatience = time.Second
+	// probeTimeout is the timeout of a request.
+	probeTimeout = time.Second
 )
 
 // NewProber returns a Prober without targets.
@@ -293,7 +293,7 @@ func (p *Prober) search(ctx context.Context) {
 	if !to.Is4() {
 		low = 1280
 	}
-	mtu, err := pinger.PathMTU(ctx, to, min(low, want), want, min(probePatience, max(200*time.Millisecond, 20*rtt)))
+	mtu, err := pinger.PathMTU(ctx, to, min(low, want), want, min(probeTimeout, max(200*time.Millisecond, 20*rtt)))
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err == nil {

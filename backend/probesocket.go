@@ -127,7 +127,7 @@ func (s *probeSocket) measure(ctx context.Context, burst []request) []error {
 			missing -= s.read(burst, errs, first)
 		}
 	}
-	for end := time.Now().Add(probePatience); missing > 0 && ctx.Err() == nil; {
+	for end := time.Now().Add(probeTimeout); missing > 0 && ctx.Err() == nil; {
 		left := time.Until(end)
 		if left <= 0 {
 			break

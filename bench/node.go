@@ -204,7 +204,7 @@ func snapshot(p Part, format string) (subnet.Snapshot, host.Underlay, error) {
 		}
 		return subnet.Lease{Node: name, Backend: format, Endpoints: []subnet.Endpoint{e}}
 	}
-	under, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{p.self().underlay.String()}}, host.Known{})
+	under, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{p.self().underlay.String()}}, host.UnderlayContext{})
 	if err == nil {
 		err = cfg.CheckUnderlay(under.Networks)
 	}

@@ -213,7 +213,7 @@ func (s *served) answer(ctx context.Context, c net.Conn, q request) (response, e
 	case "ping":
 		return response{}, nil
 	case "hello":
-		u, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{addrOf(c.LocalAddr()).String()}}, host.Known{})
+		u, err := host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{addrOf(c.LocalAddr()).String()}}, host.UnderlayContext{})
 		if err != nil {
 			return response{}, err
 		}
@@ -295,7 +295,7 @@ func Connect(ctx context.Context, to, token string) (*Remote, error) {
 	}
 	var u host.Underlay
 	if err == nil {
-		u, err = host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{r.here.String()}}, host.Known{})
+		u, err = host.FindUnderlay(host.UnderlaySelector{Interfaces: []string{r.here.String()}}, host.UnderlayContext{})
 	}
 	if err != nil {
 		return nil, errors.Join(err, r.Close())

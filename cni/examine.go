@@ -15,8 +15,8 @@ import (
 	"culvert/internal/boottime"
 )
 
-// Flaw is something on this host that keeps pods from being added, or would.
-type Flaw struct {
+// Problem is something on this host that keeps pods from being added, or would.
+type Problem struct {
 	Check string `json:"check"` // its id in culvert's list of checks
 	Text  string `json:"text"`
 	Fix   string `json:"fix,omitempty"`
@@ -26,18 +26,18 @@ type Flaw struct {
 }
 
 // examine looks at what an ADD would meet, whether a daemon runs or not.
-func (n NetConf) examine() []Flaw {
-	var flaws []Flaw
+func (n NetConf) examine() []Problem {
+	var problems []Problem
 	add := func(check string, mends bool, fix, format string, args ...any) {
-		flaws = append(flaws, Flaw{Check: check, Text: fmt.Sprintf(format, args...), Fix: fix, Mends: mends})
+		problems = append(problems, Problem{Check: check, Text: fmt.Sprintf(format, args...), Fix: fix, Mends: mends})
 	}
 	env, err := ReadSubnetEnv(n.SubnetFile)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return flaws // the daemon's business, and said there
+		return problems // the daemon's business, and said there
 	case err != nil:
 		add("subnet-file", false, "start the daemon, which writes it anew", "%v", err)
-		return flaws
+		return problems
 	}
 	if now, err := boottime.Now(); err == nil {
 		switch expired, disputed := env.Expired(now); {
@@ -61,7 +61,7 @@ func (n NetConf) examine() []Flaw {
 			add("cni-addresses", false, "delete pods, or have the runtime call GC", "%s, which are all that the subnet has", sum)
 		}
 	}
-	return flaws
+	return problems
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }

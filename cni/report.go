@@ -32,8 +32,8 @@ type Report struct {
 	Ready    bool   `json:"ready"`
 	NotReady string `json:"not_ready,omitempty"`
 
-	// Flaws are what an ADD would meet on the host, daemon or not.
-	Flaws []Flaw `json:"flaws,omitempty"`
+	// Problems are what an ADD would meet on the host, daemon or not.
+	Problems []Problem `json:"flaws,omitempty"`
 
 	Attachments int `json:"attachments"` // recorded by the plugin
 	Addresses   int `json:"addresses"`   // reserved by host-local
@@ -64,7 +64,7 @@ func (i Install) Status(ctx context.Context) Report {
 	if env, err := ReadSubnetEnv(n.SubnetFile); err == nil {
 		r.Subnets, r.Expires = env.Subnets(), env.Expires
 	}
-	r.Flaws = n.examine()
+	r.Problems = n.examine()
 	r.Attachments = count(n.DataDir, func(name string) bool { return !strings.HasPrefix(name, ".") })
 	if store, ok, err := n.addressStore(); err == nil && ok {
 		r.Addresses = count(store.dir, func(name string) bool { _, err := netip.ParseAddr(name); return err == nil })

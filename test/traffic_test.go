@@ -189,7 +189,7 @@ type flow struct {
 	running sync.WaitGroup
 	every   time.Duration // at least, from one round trip to the next
 
-	patience time.Duration // how long it waits for a round trip
+	timeout time.Duration // how long it waits for a round trip
 
 	mu      sync.Mutex
 	turns   uint64
@@ -208,19 +208,19 @@ func startFlowTo(t testing.TB, from, to *lab.Pod, at netip.Addr) *flow {
 	return startFlowOf(t, from, to, at, pingEvery, 30*time.Second)
 }
 
-func startFlowEvery(t testing.TB, from, to *lab.Pod, every, patience time.Duration) *flow {
+func startFlowEvery(t testing.TB, from, to *lab.Pod, every, timeout time.Duration) *flow {
 	t.Helper()
-	return startFlowOf(t, from, to, to.Addrs[0], every, patience)
+	return startFlowOf(t, from, to, to.Addrs[0], every, timeout)
 }
 
-func startFlowOf(t testing.TB, from, to *lab.Pod, at netip.Addr, every, patience time.Duration) *flow {
+func startFlowOf(t testing.TB, from, to *lab.Pod, at netip.Addr, every, timeout time.Duration) *flow {
 	t.Helper()
 	l, err := to.Listen(t.Context(), "tcp", netip.AddrPortFrom(to.Addrs[0], 0).String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	f := &flow{cancel: cancel, every: every, patience: patience}
+	f := &flow{cancel: cancel, every: every, timeout: timeout}
 	f.running.Go(func() { // echoes
 		defer l.Close()
 		c, err := l.Accept()
@@ -253,7 +253,7 @@ func (f *flow) turn(ctx context.Context, c net.Conn) error {
 	for n := uint64(1); ctx.Err() == nil; n++ {
 		began := time.Now()
 		binary.BigEndian.PutUint64(buf, n)
-		if err := c.SetDeadline(began.Add(f.patience)); err != nil {
+		if err := c.SetDeadline(began.Add(f.timeout)); err != nil {
 			return err
 		}
 		if _, err := c.Write(buf); err != nil {

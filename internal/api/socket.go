@@ -106,9 +106,9 @@ func (l *socketListener) Close() error {
 	return errors.Join(l.Listener.Close(), l.socket.Close())
 }
 
-// lockPatience is how long to wait for the lock: a process that was killed frees its
+// lockTimeout is how long to wait for the lock: a process that was killed frees its
 // descriptors one after the other.
-const lockPatience = time.Second
+const lockTimeout = time.Second
 
 // lockDir locks the run directory with flock(2), which the kernel releases when
 // the process ends. The lock file contains the process ID.
@@ -117,7 +117,7 @@ func lockDir(runDir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	for end := time.Now().Add(lockPatience); ; time.Sleep(lockPatience / 50) {
+	for end := time.Now().Add(lockTimeout); ; time.Sleep(lockTimeout / 50) {
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
 			break

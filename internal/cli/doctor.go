@@ -120,9 +120,9 @@ func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Dia
 		h.NoDaemon = err
 		diagnosis, err = daemon.Diagnose(ctx, o.runDir)
 		if err != nil {
-			h.Flaws = append(h.Flaws, host.Flaw{Warning: api.Warning{Check: "host-state", Text: err.Error()}})
+			h.Problems = append(h.Problems, host.Problem{Warning: api.Warning{Check: "host-state", Text: err.Error()}})
 		}
-		h.Flaws = append(h.Flaws, diagnosis.Flaws...)
+		h.Problems = append(h.Problems, diagnosis.Problems...)
 		h.Foreseen = diagnosis.Snapshot != nil
 		h.Underlay, h.Addrs = diagnosis.Underlay.Name, diagnosis.Underlay.Addrs
 		if told := diagnosis.Saved; told != nil {
@@ -135,14 +135,14 @@ func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Dia
 	if !o.noCNI {
 		r := o.install().Status(asking)
 		h.CNI = r.NotReady
-		for _, flaw := range r.Flaws {
-			w := api.Warning{Check: flaw.Check, Text: flaw.Text, Fix: flaw.Fix}
+		for _, problem := range r.Problems {
+			w := api.Warning{Check: problem.Check, Text: problem.Text, Fix: problem.Fix}
 			f := doctor.Finding{Severity: doctor.Bad, Warning: w}
-			if flaw.Mends {
+			if problem.Mends {
 				f.Severity = doctor.Risk
-				f.Repairs = []string{flaw.Fix}
+				f.Repairs = []string{problem.Fix}
 			}
-			h.CNIFlaws = append(h.CNIFlaws, f)
+			h.CNIProblems = append(h.CNIProblems, f)
 		}
 	}
 	results := doctor.Examine(ctx, h)
@@ -216,7 +216,7 @@ func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.R
 // answer and the ones that do not.
 func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result {
 	r := doctor.Result{Check: "peer-unreachable", Title: "other nodes"}
-	o := pingOptions{count: 2, interval: 50 * time.Millisecond, patience: time.Second}
+	o := pingOptions{count: 2, interval: 50 * time.Millisecond, timeout: time.Second}
 	targets, _ := pingTargets(s, nil) // never fails without arguments
 	pings, err := o.pingAll(ctx, s, targets)
 	if err != nil {
@@ -224,9 +224,9 @@ func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result 
 		return []doctor.Result{r}
 	}
 	well := 0
-	var answering []doctor.Far
+	var answering []doctor.RemoteNode
 	for _, p := range pings {
-		far := doctor.Far{Node: p.Node, Addr: p.Addr, Public: p.Public}
+		far := doctor.RemoteNode{Node: p.Node, Addr: p.Addr, Public: p.Public}
 		if p.Answered > 0 {
 			answering = append(answering, far)
 		}
@@ -243,10 +243,10 @@ func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result 
 		case p.Answered > 0 && p.MTU < p.WantMTU:
 			f.Check, f.Fix = "path-mtu", "give the network a smaller Backend.MTU (`culvert config set`), or mend the link on the way"
 		case p.Answered > 0 || s.Datapath.WireFormat != "vxlan" || !far.Public.IsValid():
-		case doctor.NobodyListens(ctx, public, far, port):
+		case doctor.PortClosed(ctx, public, far, port):
 			f.Text += fmt.Sprintf(" (it answers that nobody has UDP port %d there)", port)
 			f.Fix = "start culvert on that node, and see `culvert doctor` there"
-		case doctor.PortEaten(ctx, public, far, port):
+		case doctor.PortBlocked(ctx, public, far, port):
 			f.Check = "port-eaten"
 			f.Text += fmt.Sprintf("; UDP to another port there is answered, and to %d it is not", port)
 			f.Fix = fmt.Sprintf("see the firewall of that node (`culvert doctor` there) and those between; where the virtual switch takes the port for itself, as VMware NSX does with 8472, give the network another one: Backend.Port (`culvert config set`), now %d", port)

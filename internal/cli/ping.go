@@ -25,7 +25,7 @@ type pingOptions struct {
 	all      bool
 	count    int
 	interval time.Duration
-	patience time.Duration
+	timeout  time.Duration
 	noMTU    bool
 	out      output
 }
@@ -53,7 +53,7 @@ pods may send.`,
 			if o.all == (len(args) > 0) {
 				return usagef("ping what? Name nodes or addresses, or use --all")
 			}
-			if o.count < 1 || o.interval < 0 || o.patience <= 0 {
+			if o.count < 1 || o.interval < 0 || o.timeout <= 0 {
 				return usagef("--count needs 1 or more, and --timeout a positive time")
 			}
 			asking, cancel := context.WithTimeout(c.Context(), 5*time.Second)
@@ -84,7 +84,7 @@ pods may send.`,
 	f.BoolVar(&o.all, "all", false, "ping every node")
 	f.IntVarP(&o.count, "count", "c", 3, "requests to each")
 	f.DurationVarP(&o.interval, "interval", "i", 200*time.Millisecond, "time from one request to the next")
-	f.DurationVar(&o.patience, "timeout", time.Second, "how long an answer may take")
+	f.DurationVar(&o.timeout, "timeout", time.Second, "how long an answer may take")
 	f.BoolVar(&o.noMTU, "no-mtu", false, "do not measure the largest packet that passes")
 	o.out.addTo(f)
 	return c
@@ -262,7 +262,7 @@ func unspecified(is4 bool) netip.Addr {
 func (o pingOptions) ping(ctx context.Context, s api.Status, t pingTarget, pingers map[from]*echo.Pinger) pingResult {
 	r := pingResult{pingTarget: t}
 	tunnel := pingers[from{t.Addr.Is4(), true}]
-	r.Summary, _ = tunnel.Series(ctx, t.Addr, o.count, 0, o.interval, o.patience)
+	r.Summary, _ = tunnel.Series(ctx, t.Addr, o.count, 0, o.interval, o.timeout)
 	if r.Answered == 0 {
 		r.Problem = o.silence(ctx, t, r.Err, pingers[from{t.Addr.Is4(), false}])
 		return r
@@ -274,12 +274,12 @@ func (o pingOptions) ping(ctx context.Context, s api.Status, t pingTarget, pinge
 		r.WantMTU = want
 		// On a lossy or slow path one round trip is too short a timeout; the small
 		// packets' timeout is the maximum.
-		patience := min(o.patience, max(100*time.Millisecond, 20*r.Times[len(r.Times)-1]))
+		timeout := min(o.timeout, max(100*time.Millisecond, 20*r.Times[len(r.Times)-1]))
 		low := 576
 		if !t.Addr.Is4() {
 			low = 1280
 		}
-		r.MTU, _ = tunnel.PathMTU(ctx, t.Addr, min(low, want), want, patience)
+		r.MTU, _ = tunnel.PathMTU(ctx, t.Addr, min(low, want), want, timeout)
 		if r.MTU < want {
 			lost := fmt.Sprintf("packets of more than %d bytes do not pass, and pods send up to %d: lower the MTU (Backend.MTU), or mend the path", r.MTU, want)
 			if r.MTU == 0 {
@@ -302,7 +302,7 @@ func (o pingOptions) silence(ctx context.Context, t pingTarget, why error, under
 	if errors.As(why, &refused) || !t.Public.IsValid() || t.Public.Is4() != t.Addr.Is4() {
 		return words
 	}
-	if s, _ := underlay.Series(ctx, t.Public, 2, 0, 0, o.patience); s.Answered > 0 {
+	if s, _ := underlay.Series(ctx, t.Public, 2, 0, 0, o.timeout); s.Answered > 0 {
 		return fmt.Sprintf("%s through the tunnel, while %s answers on the underlay in %s: a firewall drops the tunnel's packets on the way or there, or no daemon serves there",
 			words, t.Public, milliseconds(s.Median()))
 	}

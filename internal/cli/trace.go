@@ -126,7 +126,7 @@ func (o traceOptions) trace(ctx context.Context, fromText, toText string) (trace
 	}
 	if diagnosis.Snapshot == nil {
 		why := "no daemon has left the leases in " + o.runDir
-		for _, f := range diagnosis.Flaws {
+		for _, f := range diagnosis.Problems {
 			why = f.Warning.String()
 		}
 		return r, fmt.Errorf("it is not known what should be on this host: %s", why)
@@ -228,13 +228,13 @@ func (o traceOptions) live(ctx context.Context, p trace.Path, r *traceResult) er
 
 func (traceOptions) isElsewhere(p trace.Path) bool { return p.Peer != nil }
 
-// farPatience bounds askFar.
-const farPatience = 30 * time.Second
+// farTimeout bounds askFar.
+const farTimeout = 30 * time.Second
 
 // askFar runs the trace on the far node, with the command of --far, and returns its
 // steps.
 func (o traceOptions) askFar(ctx context.Context, r *traceResult) ([]trace.Step, error) {
-	ctx, cancel := context.WithTimeout(ctx, farPatience)
+	ctx, cancel := context.WithTimeout(ctx, farTimeout)
 	defer cancel()
 	words := append(strings.Fields(o.far), "trace", r.From.String(), r.To.String(), "--half", "--protocol", o.protocol, "-o", "json")
 	if o.port != 0 {

@@ -112,7 +112,7 @@ func (d *node) savedLease(r store) (*kept.State, place, error) {
 	if err != nil || k == nil {
 		return nil, place{}, err
 	}
-	u, err := host.FindUnderlay(d.selector(), d.known(&k.Config, k.Lease.Publics()))
+	u, err := host.FindUnderlay(d.selector(), d.underlayContext(&k.Config, k.Lease.Publics()))
 	if err != nil {
 		return nil, place{}, err
 	}

@@ -30,7 +30,7 @@ type Diagnosis struct {
 	Underlay host.Underlay    // that the daemon would use; the zero Underlay if none
 	Datapath Datapath         // that the daemon would choose: userspace or kernel
 	State    host.State       // the desired kernel state
-	Flaws    []host.Flaw
+	Problems []host.Problem
 
 	underlay int
 	plan     host.Planner // nil if the desired state is unknown
@@ -97,7 +97,7 @@ func (o *Diagnosis) compareConfig(ctx context.Context, d *node) error {
 
 // compareHost compares the host with a snapshot's desired state.
 func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot) error {
-	u, err := host.FindUnderlay(d.selector(), d.known(&s.Config, s.Self.Publics()))
+	u, err := host.FindUnderlay(d.selector(), d.underlayContext(&s.Config, s.Self.Publics()))
 	if err != nil {
 		o.warn("underlay-gone", "bring it back, or name another with --iface", "no underlay interface is found: %v", err)
 		return nil
@@ -148,16 +148,16 @@ func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot)
 		w.State.FastPath = d.options.FastPath != "off"
 		return w.State, err
 	}
-	flaws, want, err := host.Preview(o.underlay, o.plan)
+	problems, want, err := host.Preview(o.underlay, o.plan)
 	if err != nil {
 		o.warn("host-state", "", "the host cannot be made as it should be: %v", err)
 		return nil
 	}
-	o.Flaws, o.State = append(o.Flaws, flaws...), want
+	o.Problems, o.State = append(o.Problems, problems...), want
 	return nil
 }
 
-// Repair repairs the flaws that a daemon would repair, and returns the changes. It fails
+// Repair repairs the problems that a daemon would repair, and returns the changes. It fails
 // if a daemon runs in the network namespace.
 func (o Diagnosis) Repair() ([]host.Change, error) {
 	if o.plan == nil {
@@ -177,6 +177,6 @@ func (o *Diagnosis) warn(check, fix, format string, args ...any) {
 
 func (o *Diagnosis) add(all ...api.Warning) {
 	for _, w := range all {
-		o.Flaws = append(o.Flaws, host.Flaw{Warning: w})
+		o.Problems = append(o.Problems, host.Problem{Warning: w})
 	}
 }

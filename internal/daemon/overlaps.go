@@ -49,8 +49,8 @@ func (d *node) staleRoutes(ctx context.Context) []api.Warning {
 }
 
 // podLinks is what distinguishes the pods' links from the host's.
-func (d *node) podLinks() host.Known {
-	return host.Known{Pods: d.podSubnets(), Bridges: cni.RecordedBridges(cniDataDirs...)}
+func (d *node) podLinks() host.UnderlayContext {
+	return host.UnderlayContext{Pods: d.podSubnets(), Bridges: cni.RecordedBridges(cniDataDirs...)}
 }
 
 // withoutConflicts removes from a snapshot what this host cannot apply: peers' leases that overlap

@@ -65,7 +65,7 @@ func (d *node) savePlace(u host.Underlay) {
 
 // known returns what the selection of the underlay considers at a start. config may
 // be nil; the address families are then unknown.
-func (d *node) known(config *subnet.Config, leased []netip.Addr) host.Known {
+func (d *node) underlayContext(config *subnet.Config, leased []netip.Addr) host.UnderlayContext {
 	last := d.lastPlace()
 	k := d.podLinks()
 	k.Held, k.Former, k.Leased = last.Addrs, last.Former, leased
@@ -93,7 +93,7 @@ func (d *node) podSubnets() []netip.Prefix {
 
 // locate selects the place for a configuration, which is nil before it is known.
 func (d *node) locate(config *subnet.Config, leased []netip.Addr) (place, error) {
-	u, err := host.FindUnderlay(d.selector(), d.known(config, leased))
+	u, err := host.FindUnderlay(d.selector(), d.underlayContext(config, leased))
 	if err != nil {
 		return place{}, fmt.Errorf("finding the underlay interface: %w", err)
 	}
@@ -199,7 +199,7 @@ func (s *session) watchUnderlay(ctx context.Context) error {
 	to, err := host.AwaitMove(ctx, host.Watch{
 		Selector:  s.selector(),
 		At:        s.at.underlay,
-		Known:     s.podLinks,
+		Context:   s.podLinks,
 		Published: func() []netip.Addr { return *s.published.Load() },
 		Fits:      func(mtu int) bool { return s.fits(mtu) == nil },
 		Seen:      s.recordUnderlay(),

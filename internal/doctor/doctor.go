@@ -66,15 +66,15 @@ type Host struct {
 	// the reason.
 	Status   *api.Status
 	NoDaemon error
-	// Flaws are what a daemon would find if it were started now, if none runs.
+	// Problems are what a daemon would find if it were started now, if none runs.
 	// Foreseen is set if enough is known to tell.
-	Flaws    []host.Flaw
+	Problems []host.Problem
 	Foreseen bool
 	// CNI is why no pod can be added, from `culvert cni status`; empty if pods
 	// can.
 	CNI string
-	// CNIFlaws are problems that a CNI ADD would run into.
-	CNIFlaws []Finding
+	// CNIProblems are problems that a CNI ADD would run into.
+	CNIProblems []Finding
 	// SubnetFile is the path of subnet.env; empty if unknown.
 	SubnetFile string
 	// Underlay is the underlay's interface and Addrs the addresses that peers

@@ -43,7 +43,7 @@ func duplicate(ctx context.Context, h Host) (string, []Finding) {
 			}
 			continue
 		}
-		mac, err := arpProbe(ctx, h.Underlay, a, probePatience)
+		mac, err := arpProbe(ctx, h.Underlay, a, probeTimeout)
 		switch {
 		case err != nil:
 			all = append(all, risk("", "asking %s who has %s: %v", h.Underlay, a, err))
@@ -64,8 +64,8 @@ func duplicate(ctx context.Context, h Host) (string, []Finding) {
 	return strings.Join(seen, ", "), nil
 }
 
-// probePatience is how long to wait for a reply to each of two probes.
-const probePatience = 100 * time.Millisecond
+// probeTimeout is how long to wait for a reply to each of two probes.
+const probeTimeout = 100 * time.Millisecond
 
 // isGateway reports whether a MAC is that of a default route's gateway.
 func isGateway(mac net.HardwareAddr) bool {
@@ -92,7 +92,7 @@ func isGateway(mac net.HardwareAddr) bool {
 
 // arpProbe sends ARP probes (RFC 5227, 2.1.1), whose sender address is zero. It
 // returns the Ethernet address of a host that claims a; nil if none does.
-func arpProbe(ctx context.Context, link string, a netip.Addr, patience time.Duration) (net.HardwareAddr, error) {
+func arpProbe(ctx context.Context, link string, a netip.Addr, timeout time.Duration) (net.HardwareAddr, error) {
 	dev, err := net.InterfaceByName(link)
 	if err != nil {
 		return nil, err
@@ -120,7 +120,7 @@ func arpProbe(ctx context.Context, link string, a netip.Addr, patience time.Dura
 		if err := unix.Sendto(fd, request, 0, to); err != nil {
 			return nil, err
 		}
-		for end := time.Now().Add(patience); time.Now().Before(end) && ctx.Err() == nil; {
+		for end := time.Now().Add(timeout); time.Now().Before(end) && ctx.Err() == nil; {
 			fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 			if _, err := unix.Poll(fds, int(max(time.Until(end).Milliseconds(), 1))); err != nil && !errors.Is(err, unix.EINTR) {
 				return nil, err

@@ -12,14 +12,14 @@ import (
 	"culvert/internal/echo"
 )
 
-// Far is another node, to be probed through the tunnel and on the underlay.
-type Far struct {
+// RemoteNode is another node, to be probed through the tunnel and on the underlay.
+type RemoteNode struct {
 	Node   string
 	Addr   netip.Addr // its tunnel device's address, in its subnet
 	Public netip.Addr // its underlay address
 }
 
-func (f Far) String() string {
+func (f RemoteNode) String() string {
 	if f.Node == "" {
 		return f.Addr.String()
 	}
@@ -28,17 +28,17 @@ func (f Far) String() string {
 
 // Limits of probing.
 const (
-	closedPort    = 33499 // in the range of traceroute: assumed closed
-	knockPatience = 500 * time.Millisecond
-	farMost       = 64 // maximum number of probed nodes
-	farWorkers    = 16
+	closedPort   = 33499 // in the range of traceroute: assumed closed
+	knockTimeout = 500 * time.Millisecond
+	farMost      = 64 // maximum number of probed nodes
+	farWorkers   = 16
 )
 
 // knock sends a datagram and reports whether it arrived, by the reply.
 func knock(ctx context.Context, from, to netip.Addr, port uint16, size int, sum echo.Sum) bool {
-	ctx, cancel := context.WithTimeout(ctx, knockPatience)
+	ctx, cancel := context.WithTimeout(ctx, knockTimeout)
 	defer cancel()
-	_, err := echo.Knock(ctx, netip.AddrPortFrom(from, 0), netip.AddrPortFrom(to, port), size, sum)
+	_, err := echo.ProbeUDP(ctx, netip.AddrPortFrom(from, 0), netip.AddrPortFrom(to, port), size, sum)
 	return err == nil
 }
 
@@ -50,11 +50,11 @@ func knock(ctx context.Context, from, to netip.Addr, port uint16, size int, sum 
 //
 // from is this node's address in its own subnet, and mtu the pods' MTU in
 // bytes.
-func Offload(ctx context.Context, from netip.Addr, nodes []Far, mtu int) Result {
+func Offload(ctx context.Context, from netip.Addr, nodes []RemoteNode, mtu int) Result {
 	r := Result{Check: "checksum-offload", Title: "checksums by hardware"}
 	var mu sync.Mutex
 	well := 0
-	each(nodes, func(n Far) {
+	each(nodes, func(n RemoteNode) {
 		if !n.Addr.Is4() || !from.Is4() { // IPv6 requires a UDP checksum
 			return
 		}
@@ -99,25 +99,25 @@ func damages(ctx context.Context, from, to netip.Addr, size int) (damaged, sure 
 	return true, ctx.Err() == nil
 }
 
-// PortEaten reports whether the underlay carries UDP to a node but not to its
+// PortBlocked reports whether the underlay carries UDP to a node but not to its
 // tunnel port: a closed port is answered, the tunnel port is not. A healthy
 // tunnel port does not answer either, so the caller must know that the tunnel
 // fails.
-func PortEaten(ctx context.Context, from netip.Addr, n Far, port uint16) bool {
+func PortBlocked(ctx context.Context, from netip.Addr, n RemoteNode, port uint16) bool {
 	// The tunnel port answers only if nothing listens on it.
 	return knock(ctx, from, n.Public, closedPort, 64, echo.Offloaded) && !knock(ctx, from, n.Public, port, 64, echo.Offloaded)
 }
 
-// NobodyListens reports whether a node answers that its tunnel port is closed.
-func NobodyListens(ctx context.Context, from netip.Addr, n Far, port uint16) bool {
-	ctx, cancel := context.WithTimeout(ctx, knockPatience)
+// PortClosed reports whether a node answers that its tunnel port is closed.
+func PortClosed(ctx context.Context, from netip.Addr, n RemoteNode, port uint16) bool {
+	ctx, cancel := context.WithTimeout(ctx, knockTimeout)
 	defer cancel()
-	_, err := echo.Knock(ctx, netip.AddrPortFrom(from, 0), netip.AddrPortFrom(n.Public, port), 64, echo.Offloaded)
+	_, err := echo.ProbeUDP(ctx, netip.AddrPortFrom(from, 0), netip.AddrPortFrom(n.Public, port), 64, echo.Offloaded)
 	return err == nil && !errors.Is(ctx.Err(), context.DeadlineExceeded)
 }
 
 // each calls fn for up to farMost nodes, farWorkers at a time.
-func each(nodes []Far, fn func(Far)) {
+func each(nodes []RemoteNode, fn func(RemoteNode)) {
 	var group sync.WaitGroup
 	tokens := make(chan struct{}, farWorkers)
 	for _, n := range nodes[:min(len(nodes), farMost)] {

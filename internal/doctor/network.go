@@ -45,8 +45,8 @@ func daemon(_ context.Context, h Host) (string, []Finding) {
 }
 
 const (
-	// dialPatience is the timeout of connecting to one endpoint of the store.
-	dialPatience = 2 * time.Second
+	// dialTimeout is the timeout of connecting to one endpoint of the store.
+	dialTimeout = 2 * time.Second
 	// slow is a connect time to the store that renewals tolerate but that
 	// indicates a problem.
 	slow = 200 * time.Millisecond
@@ -64,7 +64,7 @@ func store(ctx context.Context, h Host) (string, []Finding) {
 		if u, err := url.Parse(endpoint); err == nil && u.Host != "" {
 			at = u.Host
 		}
-		dialer := net.Dialer{Timeout: dialPatience}
+		dialer := net.Dialer{Timeout: dialTimeout}
 		began := time.Now()
 		c, err := dialer.DialContext(ctx, "tcp", at)
 		took := time.Since(began)
@@ -323,7 +323,7 @@ func (h Host) configuration(patterns ...string) string {
 }
 
 func containers(_ context.Context, h Host) (string, []Finding) {
-	all := slices.Clone(h.CNIFlaws)
+	all := slices.Clone(h.CNIProblems)
 	if h.CNI != "" {
 		all = append(all, bad("see `culvert cni status`", "no pod can be added: %s", h.CNI))
 	}
@@ -339,13 +339,13 @@ func state(_ context.Context, h Host) (string, []Finding) {
 		return "kept so by the daemon", nil
 	}
 	var all []Finding
-	for _, flaw := range h.Flaws {
-		f := found(flaw.Warning)
-		for _, c := range flaw.Repairs {
+	for _, problem := range h.Problems {
+		f := found(problem.Warning)
+		for _, c := range problem.Repairs {
 			f.Repairs = append(f.Repairs, c.Command)
 		}
-		if flaw.Do != nil {
-			f = f.doing(Action{Command: flaw.Fix, Others: true, Do: flaw.Do})
+		if problem.Do != nil {
+			f = f.doing(Action{Command: problem.Fix, Others: true, Do: problem.Do})
 		}
 		all = append(all, f)
 	}

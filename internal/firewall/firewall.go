@@ -9,7 +9,7 @@
 //	                 │
 //	kernel ── Read ──┴── Diff ── steps ── Apply ── nftables transactions
 //
-// Diff, Obstacles and Flaws do no I/O. The kernel holds the state.
+// Diff, Obstacles and Problems do no I/O. The kernel holds the state.
 package firewall
 
 import (

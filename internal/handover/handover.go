@@ -86,9 +86,9 @@ type Conn struct {
 // descriptorsPerMessage is below the kernel's limit (SCM_MAX_FD, 253).
 const descriptorsPerMessage = 200
 
-// sendPatience limits a write. The socket's buffer takes it unless the other
+// sendTimeout limits a write. The socket's buffer takes it unless the other
 // side is stopped.
-const sendPatience = 2 * time.Second
+const sendTimeout = 2 * time.Second
 
 // Send sends a message, preceded by descriptors, which remain the caller's.
 func (c *Conn) Send(m Message, fds ...int) error {
@@ -96,7 +96,7 @@ func (c *Conn) Send(m Message, fds ...int) error {
 	if err != nil {
 		return err
 	}
-	if err := c.unix.SetWriteDeadline(time.Now().Add(sendPatience)); err != nil {
+	if err := c.unix.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
 		return err
 	}
 	for len(fds) > 0 { // an empty line carries each batch
@@ -316,7 +316,7 @@ func Handler(accept func(c *Conn, hello Message)) http.Handler {
 			_ = c.Close()
 			return
 		}
-		_ = c.unix.SetReadDeadline(time.Now().Add(sendPatience))
+		_ = c.unix.SetReadDeadline(time.Now().Add(sendTimeout))
 		_, err = io.WriteString(c.unix, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: culvert-handover\r\n\r\n")
 		var hello Message
 		if err == nil {

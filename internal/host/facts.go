@@ -213,7 +213,7 @@ type LinkNetwork struct {
 
 // Networks returns the directly connected networks of all links except ours and
 // the pods': their global addresses, and routes without a gateway.
-func (f Facts) Networks(k Known) []LinkNetwork {
+func (f Facts) Networks(k UnderlayContext) []LinkNetwork {
 	pods := f.podLinks(k)
 	var all []LinkNetwork
 	add := func(index int, p netip.Prefix) {

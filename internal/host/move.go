@@ -80,9 +80,9 @@ type Watch struct {
 	Selector UnderlaySelector
 	// At is the underlay in use, with one address of each required family.
 	At Underlay
-	// Known returns the input of the choice; AwaitMove sets its Held and Former
+	// Context returns the input of the choice; AwaitMove sets its Held and Former
 	// from At.
-	Known func() Known
+	Context func() UnderlayContext
 	// Published returns the addresses that peers know. If they differ from
 	// At's, because the store could not be updated yet, they count as former
 	// addresses, which the node returns to.
@@ -168,7 +168,7 @@ func (w Watch) choose(h UnderlayState, expired bool) (Underlay, bool) {
 	if err != nil {
 		return Underlay{}, false
 	}
-	k := w.Known()
+	k := w.Context()
 	k.Held, k.Former = w.At.Addrs, w.At.Former
 	for _, a := range w.At.Addrs {
 		k.IPv4, k.IPv6 = k.IPv4 || a.Is4(), k.IPv6 || a.Is6()

@@ -10,8 +10,8 @@ import (
 	"culvert/internal/names"
 )
 
-// Flaw is a difference between the host and a plan, or an obstacle.
-type Flaw struct {
+// Problem is a difference between the host and a plan, or an obstacle.
+type Problem struct {
 	api.Warning
 	// Repairs are the changes a Keeper would make; none if culvert cannot fix
 	// it.
@@ -24,26 +24,26 @@ type Flaw struct {
 // Preview returns what a Keeper with this plan would find, and the state that
 // it wants, without changing anything:
 //
-//	kernel ── read ── View ── Plan ── State ── diff ── steps ── Flaws
-func Preview(underlay int, p Planner) ([]Flaw, State, error) {
+//	kernel ── read ── View ── Plan ── State ── diff ── steps ── Problems
+func Preview(underlay int, p Planner) ([]Problem, State, error) {
 	have, want, err := look(underlay, p)
 	if err != nil {
 		return nil, want, err
 	}
-	flaws := settingFlaws(diff(have, want))
-	flaws = append(flaws, deviceFlaws(have, want)...)
-	flaws = append(flaws, firewallFlaws(have, want)...)
+	problems := settingProblems(diff(have, want))
+	problems = append(problems, deviceProblems(have, want)...)
+	problems = append(problems, firewallProblems(have, want)...)
 	_, routes := foreignRoutes(have, want)
 	for _, w := range routes {
-		f := Flaw{Warning: w}
+		f := Problem{Warning: w}
 		for _, r := range have.foreign {
 			if w.Fix == "ip route del "+r.String() {
 				f.Do = r.delete
 			}
 		}
-		flaws = append(flaws, f)
+		problems = append(problems, f)
 	}
-	return flaws, want, nil
+	return problems, want, nil
 }
 
 // Repair makes the kernel equal to what the plan wants, once, as a Keeper does,
@@ -80,10 +80,10 @@ func withoutFastPath(steps []step) []step {
 	})
 }
 
-// settingFlaws turns steps into flaws: one per kernel setting, because each has
+// settingProblems turns steps into problems: one per kernel setting, because each has
 // its own effect, and one per kind for the rest.
-func settingFlaws(steps []step) []Flaw {
-	var flaws []Flaw
+func settingProblems(steps []step) []Problem {
+	var problems []Problem
 	byKind := make(map[Kind][]Change)
 	remade := make(map[string]bool) // devices to be created: their settings are not reported
 	for _, s := range withoutFastPath(steps) {
@@ -91,7 +91,7 @@ func settingFlaws(steps []step) []Flaw {
 		case s.caution || s.Kind == KindForward:
 		case s.Kind == KindSysctl && remade[s.link]:
 		case s.Kind == KindSysctl:
-			flaws = append(flaws, settingFlaw(s.Change))
+			problems = append(problems, settingProblem(s.Change))
 		default:
 			if strings.HasPrefix(s.Command, "ip link add ") {
 				remade[s.link] = true
@@ -108,12 +108,12 @@ func settingFlaws(steps []step) []Flaw {
 			KindLink: "culvert's devices are", KindAddress: "the addresses of culvert's devices are", KindRoute: "culvert's routes are",
 			KindNeighbour: "the neighbours of culvert's device are", KindFDB: "the FDB of culvert's device is", KindNFTables: "culvert's nftables table is",
 		}[kind]
-		flaws = append(flaws, Flaw{
+		problems = append(problems, Problem{
 			Warning: api.Warning{Check: "host-" + string(kind), Text: fmt.Sprintf("%s not as the leases want it", text), Fix: someCommands(changes)},
 			Repairs: changes,
 		})
 	}
-	return flaws
+	return problems
 }
 
 // someCommands returns the first commands of changes.
@@ -126,9 +126,9 @@ func someCommands(changes []Change) string {
 	return fmt.Sprintf("%s; and %d more", strings.Join(commands[:most], "; "), len(commands)-most)
 }
 
-// settingFlaw describes the effect of a kernel setting on packets. The setting
+// settingProblem describes the effect of a kernel setting on packets. The setting
 // is that of the step's command, in sysctl(8) syntax.
-func settingFlaw(c Change) Flaw {
+func settingProblem(c Change) Problem {
 	setting := strings.TrimPrefix(c.Command, "sysctl -w ")
 	key, want, _ := strings.Cut(setting, "=")
 	w := api.Warning{Check: "sysctl", Text: fmt.Sprintf("%s is not %s", key, want), Fix: c.Command}
@@ -146,42 +146,42 @@ func settingFlaw(c Change) Flaw {
 		w.Check = "ipv6-off"
 		w.Text += ": culvert's device takes no IPv6 address"
 	}
-	return Flaw{Warning: w, Repairs: []Change{c}}
+	return Problem{Warning: w, Repairs: []Change{c}}
 }
 
-// deviceFlaws reports vxlan devices whose outer source is not the published
+// deviceProblems reports vxlan devices whose outer source is not the published
 // address, which peers do not accept.
-func deviceFlaws(have reading, want State) []Flaw {
-	var flaws []Flaw
+func deviceProblems(have reading, want State) []Problem {
+	var problems []Problem
 	for _, w := range want.Links {
 		i := slices.IndexFunc(have.Links, func(h Link) bool { return h.Name == w.Name })
 		if i < 0 || w.VXLAN == nil || have.Links[i].VXLAN == nil {
 			continue
 		}
 		if h := have.Links[i].VXLAN; h.Local != w.VXLAN.Local {
-			flaws = append(flaws, Flaw{Warning: api.Warning{
+			problems = append(problems, Problem{Warning: api.Warning{
 				Check: "outer-source",
 				Text:  fmt.Sprintf("%s sends from %s, and this node's lease says %s: peers drop what comes from any other address", w.Name, h.Local, w.VXLAN.Local),
 				Fix:   "ip link del " + w.Name + "; " + w.addCommand(),
 			}})
 		}
 	}
-	return flaws
+	return problems
 }
 
-// firewallFlaws returns other programs' drops: those that an accept of
+// firewallProblems returns other programs' drops: those that an accept of
 // culvert's would prevent, and those that it would not.
-func firewallFlaws(have reading, want State) []Flaw {
-	var flaws []Flaw
-	for _, f := range firewall.Flaws(have.firewall, want.Firewall, have.podDevices(want)) {
-		flaw := Flaw{Warning: f.Warning}
+func firewallProblems(have reading, want State) []Problem {
+	var problems []Problem
+	for _, f := range firewall.Problems(have.firewall, want.Firewall, have.podDevices(want)) {
+		problem := Problem{Warning: f.Warning}
 		for _, s := range f.Repairs {
-			flaw.Repairs = append(flaw.Repairs, firewallChange(s))
+			problem.Repairs = append(problem.Repairs, firewallChange(s))
 		}
-		if flaw.Fix == "" {
-			flaw.Fix = someCommands(flaw.Repairs)
+		if problem.Fix == "" {
+			problem.Fix = someCommands(problem.Repairs)
 		}
-		flaws = append(flaws, flaw)
+		problems = append(problems, problem)
 	}
-	return flaws
+	return problems
 }

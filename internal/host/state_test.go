@@ -249,7 +249,7 @@ func TestFindUnderlay(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			var got string
 			inside(t, n, func() error {
-				u, err := host.FindUnderlay(c.selector, host.Known{})
+				u, err := host.FindUnderlay(c.selector, host.UnderlayContext{})
 				if err != nil {
 					got = err.Error()
 					return nil

@@ -53,8 +53,8 @@ type UnderlaySelector struct {
 	PublicIPs  []netip.Addr // an interface with one is preferred to the default route's
 }
 
-// Known is further input to the choice of the underlay.
-type Known struct {
+// UnderlayContext is further input to the choice of the underlay.
+type UnderlayContext struct {
 	// IPv4 and IPv6 are the required families. If neither is set, an address of
 	// any family suffices.
 	IPv4, IPv6 bool
@@ -71,7 +71,7 @@ type Known struct {
 	Bridges []string
 }
 
-func (k Known) families() []bool {
+func (k UnderlayContext) families() []bool {
 	switch {
 	case k.IPv4 && k.IPv6:
 		return []bool{true, false}
@@ -83,7 +83,7 @@ func (k Known) families() []bool {
 
 // FindUnderlay reads the facts and chooses. If that fails while duplicate
 // address detection is running, it retries for up to tentativeWait.
-func FindUnderlay(s UnderlaySelector, k Known) (Underlay, error) {
+func FindUnderlay(s UnderlaySelector, k UnderlayContext) (Underlay, error) {
 	for end := time.Now().Add(tentativeWait); ; time.Sleep(tentativeWait / 20) {
 		f, err := ReadFacts()
 		if err != nil {
@@ -106,7 +106,7 @@ const tentativeWait = 4 * time.Second
 // address, the address in use, the leased one; then the default route with the
 // lowest metric. The error says what was tried, why it was refused, and which
 // interfaces there are.
-func Choose(f Facts, s UnderlaySelector, k Known) (Underlay, error) {
+func Choose(f Facts, s UnderlaySelector, k UnderlayContext) (Underlay, error) {
 	c := chooser{facts: f, known: k, pods: f.podLinks(k)}
 	u, err := c.choose(s)
 	if err != nil {
@@ -121,7 +121,7 @@ func Choose(f Facts, s UnderlaySelector, k Known) (Underlay, error) {
 // chooser is the state of one choice.
 type chooser struct {
 	facts   Facts
-	known   Known
+	known   UnderlayContext
 	pods    map[int]bool
 	refused []string // refused candidates and reasons
 }
@@ -405,7 +405,7 @@ func (c *chooser) virtual(a netip.Addr) bool {
 // podLinks returns the links of this node's pods: bridges with the gateway
 // address of a pod subnet or named in the CNI records, their ports, and links
 // that routes to single pods lead to.
-func (f Facts) podLinks(k Known) map[int]bool {
+func (f Facts) podLinks(k UnderlayContext) map[int]bool {
 	pods := make(map[int]bool)
 	for _, a := range f.Addrs {
 		for _, p := range k.Pods {

@@ -97,29 +97,29 @@ func addrs(t *testing.T, text string) (all []netip.Addr) {
 
 // TestChoose chooses the underlay on typical hosts.
 func TestChoose(t *testing.T) {
-	dual := host.Known{IPv4: true, IPv6: true}
-	pods := host.Known{Pods: []netip.Prefix{netip.MustParsePrefix("10.5.72.0/24")}}
+	dual := host.UnderlayContext{IPv4: true, IPv6: true}
+	pods := host.UnderlayContext{Pods: []netip.Prefix{netip.MustParsePrefix("10.5.72.0/24")}}
 	for _, c := range []struct {
 		name     string
 		host     string
 		selector host.UnderlaySelector
-		known    host.Known
+		known    host.UnderlayContext
 		want     string // interface, addresses and former ones; or part of the error
 	}{
-		{"a plain host", plainHost, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.50.11] []"},
+		{"a plain host", plainHost, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [192.168.50.11] []"},
 
 		// culvert's devices and the pods' are not candidates.
 		{"a default route on our own device", plainHost + `
 			link 7 cvt.1
 			addr cvt.1 169.254.77.7/16
-			route default dev cvt.1 metric 206 src 169.254.77.7`, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.50.11] []"},
+			route default dev cvt.1 metric 206 src 169.254.77.7`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [192.168.50.11] []"},
 		{"the same on the TUN device and its helper", plainHost + `
 			link 7 culvert0
 			link 8 culvert0s
 			addr culvert0 169.254.77.7/16
 			addr culvert0s 169.254.77.8/16
 			route default dev culvert0 metric 6
-			route default dev culvert0s metric 7`, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.50.11] []"},
+			route default dev culvert0s metric 7`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [192.168.50.11] []"},
 		{"the same on the pods' bridge, known by the gateway's address", plainHost + `
 			link 7 cni0
 			addr cni0 10.5.72.1/24
@@ -139,7 +139,7 @@ func TestChoose(t *testing.T) {
 		{"a bridge known by the CNI records", plainHost + `
 			link 7 pods0
 			addr pods0 172.20.1.1/16
-			route default dev pods0 metric 6`, host.UnderlaySelector{}, host.Known{Bridges: []string{"pods0"}}, "eth0 [192.168.50.11] []"},
+			route default dev pods0 metric 6`, host.UnderlaySelector{}, host.UnderlayContext{Bridges: []string{"pods0"}}, "eth0 [192.168.50.11] []"},
 		{"a host's bridge is a right underlay", `
 			link 2 eth0 master 3
 			link 3 br0
@@ -147,24 +147,24 @@ func TestChoose(t *testing.T) {
 			route default via 192.168.50.1 dev br0`, host.UnderlaySelector{}, pods, "br0 [192.168.50.11] []"},
 		{"our own device by name", plainHost + `
 			link 7 cvt.1
-			addr cvt.1 10.5.72.0/32`, host.UnderlaySelector{Interfaces: []string{"cvt.1"}}, host.Known{}, "is the pods' or culvert's own"},
+			addr cvt.1 10.5.72.0/32`, host.UnderlaySelector{Interfaces: []string{"cvt.1"}}, host.UnderlayContext{}, "is the pods' or culvert's own"},
 		{"a link-local address is no default", `
 			link 2 eth1
 			addr eth1 169.254.3.4/16
-			route default dev eth1`, host.UnderlaySelector{}, host.Known{}, "eth1 has a link-local address only"},
+			route default dev eth1`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth1 has a link-local address only"},
 		{"but can be named", `
 			link 2 eth1
-			addr eth1 169.254.3.4/16`, host.UnderlaySelector{Interfaces: []string{"eth1"}}, host.Known{}, "eth1 [169.254.3.4] []"},
+			addr eth1 169.254.3.4/16`, host.UnderlaySelector{Interfaces: []string{"eth1"}}, host.UnderlayContext{}, "eth1 [169.254.3.4] []"},
 
 		// Lists and patterns.
 		{"the first has no address", plainHost + `
 			link 4 bond0
 			link 5 eth1
-			addr bond0 10.0.0.5/24`, host.UnderlaySelector{Interfaces: []string{"eth9", "eth1", "bond0"}}, host.Known{}, "bond0 [10.0.0.5] []"},
+			addr bond0 10.0.0.5/24`, host.UnderlaySelector{Interfaces: []string{"eth9", "eth1", "bond0"}}, host.UnderlayContext{}, "bond0 [10.0.0.5] []"},
 		{"the pattern's first match has none", `
 			link 2 eth0
 			link 4 eth1
-			addr eth1 10.0.0.5/24`, host.UnderlaySelector{Regexes: []string{"^eth"}}, host.Known{}, "eth1 [10.0.0.5] []"},
+			addr eth1 10.0.0.5/24`, host.UnderlaySelector{Regexes: []string{"^eth"}}, host.UnderlayContext{}, "eth1 [10.0.0.5] []"},
 		{"the first lacks a family", plainHost + `
 			link 4 bond0
 			addr bond0 10.0.0.5/24
@@ -174,34 +174,34 @@ func TestChoose(t *testing.T) {
 		{"IPv6 alone is needed", plainHost + `
 			link 4 eth1
 			addr eth1 fd00::5/64
-			route default6 via fe80::1 dev eth1`, host.UnderlaySelector{}, host.Known{IPv6: true}, "eth1 [fd00::5] []"},
+			route default6 via fe80::1 dev eth1`, host.UnderlaySelector{}, host.UnderlayContext{IPv6: true}, "eth1 [fd00::5] []"},
 
 		// The default route.
 		{"the lowest metric", plainHost + `
 			link 4 eth1
 			addr eth1 10.0.0.5/24
-			route default via 10.0.0.1 dev eth1 metric 100`, host.UnderlaySelector{}, host.Known{}, "eth1 [10.0.0.5] []"},
+			route default via 10.0.0.1 dev eth1 metric 100`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth1 [10.0.0.5] []"},
 		{"its source", `
 			link 2 eth0
 			addr eth0 192.168.50.11/24
 			addr eth0 192.168.50.12/24
-			route default via 192.168.50.1 dev eth0 src 192.168.50.12`, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.50.12] []"},
+			route default via 192.168.50.1 dev eth0 src 192.168.50.12`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [192.168.50.12] []"},
 		{"the gateway's network", `
 			link 2 eth0
 			addr eth0 10.99.0.5/24
 			addr eth0 192.168.50.11/24
-			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.50.11] []"},
+			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [192.168.50.11] []"},
 		{"a host with one address alone in its prefix", `
 			link 2 eth0
 			addr eth0 10.128.0.2/32
-			route default via 10.128.0.1 dev eth0`, host.UnderlaySelector{}, host.Known{}, "eth0 [10.128.0.2] []"},
+			route default via 10.128.0.1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [10.128.0.2] []"},
 		{"no default route", `
 			link 2 eth0
-			addr eth0 192.168.50.11/24`, host.UnderlaySelector{}, host.Known{}, "there is no default route"},
+			addr eth0 192.168.50.11/24`, host.UnderlaySelector{}, host.UnderlayContext{}, "there is no default route"},
 		{"can reach", plainHost + `
 			link 4 eth1
 			addr eth1 10.0.0.5/24
-			route 10.0.0.0/24 dev eth1`, host.UnderlaySelector{CanReach: netip.MustParseAddr("10.0.0.77")}, host.Known{}, "eth1 [10.0.0.5] []"},
+			route 10.0.0.0/24 dev eth1`, host.UnderlaySelector{CanReach: netip.MustParseAddr("10.0.0.77")}, host.UnderlayContext{}, "eth1 [10.0.0.5] []"},
 
 		// Addresses on loopback interfaces.
 		{"the route's source is on lo", `
@@ -209,27 +209,27 @@ func TestChoose(t *testing.T) {
 			link 2 eth0
 			addr lo 192.168.99.11/32
 			addr eth0 192.168.50.11/24
-			route default via 192.168.50.1 dev eth0 src 192.168.99.11`, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.99.11] []"},
+			route default via 192.168.50.1 dev eth0 src 192.168.99.11`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [192.168.99.11] []"},
 		{"an unnumbered uplink", `
 			link 1 lo local
 			link 2 eth0
 			addr lo 192.168.99.11/32
-			route default via fe80::1 dev eth0`, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.99.11] []"},
+			route default via fe80::1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [192.168.99.11] []"},
 		{"named by address", `
 			link 1 lo local
 			link 2 eth0
 			addr lo 192.168.99.11/32
 			addr eth0 192.168.50.11/24
-			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{Interfaces: []string{"192.168.99.11"}}, host.Known{}, "eth0 [192.168.99.11] []"},
+			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{Interfaces: []string{"192.168.99.11"}}, host.UnderlayContext{}, "eth0 [192.168.99.11] []"},
 		{"named by interface", `
 			link 1 lo local
 			link 2 eth0
 			addr lo 192.168.99.11/32
 			addr eth0 192.168.50.11/24
-			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{Interfaces: []string{"lo"}}, host.Known{}, "eth0 [192.168.99.11] []"},
+			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{Interfaces: []string{"lo"}}, host.UnderlayContext{}, "eth0 [192.168.99.11] []"},
 		{"where no packet leaves", `
 			link 1 lo local
-			addr lo 192.168.99.11/32`, host.UnderlaySelector{Interfaces: []string{"lo"}}, host.Known{}, "192.168.99.11 is on lo, by which no packet leaves"},
+			addr lo 192.168.99.11/32`, host.UnderlaySelector{Interfaces: []string{"lo"}}, host.UnderlayContext{}, "192.168.99.11 is on lo, by which no packet leaves"},
 
 		// IPv6.
 		{"temporary, deprecated and tentative ones are not chosen", `
@@ -238,79 +238,79 @@ func TestChoose(t *testing.T) {
 			addr eth0 fd00:50::2/64 deprecated dynamic
 			addr eth0 fd00:50::3/64 tentative
 			addr eth0 fd00:50::4/64 dynamic
-			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.Known{IPv6: true}, "eth0 [fd00:50::4] []"},
+			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{IPv6: true}, "eth0 [fd00:50::4] []"},
 		{"a static one before a dynamic one", `
 			link 2 eth0
 			addr eth0 fd00:50::4/64 dynamic
 			addr eth0 fd00:50::11/64
 			addr eth0 fd00:50::5/64 dynamic
-			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.Known{IPv6: true}, "eth0 [fd00:50::11] []"},
+			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{IPv6: true}, "eth0 [fd00:50::11] []"},
 		{"the oldest of two", `
 			link 2 eth0
 			addr eth0 fd00:50::100/64
 			addr eth0 fd00:50::11/64
-			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.Known{IPv6: true}, "eth0 [fd00:50::11] []"},
+			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{IPv6: true}, "eth0 [fd00:50::11] []"},
 		{"a /128 beside a /64", `
 			link 2 eth0
 			addr eth0 fd00:50::4/64 dynamic
 			addr eth0 fd00:50::200/128
-			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.Known{IPv6: true}, "eth0 [fd00:50::4] []"},
+			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{IPv6: true}, "eth0 [fd00:50::4] []"},
 
 		// Addresses in use are kept.
 		{"the address in use, whatever the default route", plainHost + `
 			link 4 wg0
 			addr wg0 10.99.0.2/24
-			route default dev wg0 metric 1`, host.UnderlaySelector{}, host.Known{Held: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.11] []"},
+			route default dev wg0 metric 1`, host.UnderlaySelector{}, host.UnderlayContext{Held: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.11] []"},
 		{"the leased address", plainHost + `
 			link 4 wg0
 			addr wg0 10.99.0.2/24
-			route default dev wg0 metric 1`, host.UnderlaySelector{}, host.Known{Leased: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.11] []"},
+			route default dev wg0 metric 1`, host.UnderlaySelector{}, host.UnderlayContext{Leased: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.11] []"},
 		{"of several on the named interface", `
 			link 2 eth0
 			addr eth0 192.168.50.11/24
-			addr eth0 192.168.50.12/24`, host.UnderlaySelector{Interfaces: []string{"eth0"}}, host.Known{Held: addrs(t, "192.168.50.12")}, "eth0 [192.168.50.12] []"},
+			addr eth0 192.168.50.12/24`, host.UnderlaySelector{Interfaces: []string{"eth0"}}, host.UnderlayContext{Held: addrs(t, "192.168.50.12")}, "eth0 [192.168.50.12] []"},
 		{"an IPv6 one that is deprecated by now", `
 			link 2 eth0
 			addr eth0 fd00:50::2/64 deprecated dynamic
 			addr eth0 fd00:50::4/64 dynamic
-			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.Known{IPv6: true, Held: addrs(t, "fd00:50::2")}, "eth0 [fd00:50::2] []"},
+			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{IPv6: true, Held: addrs(t, "fd00:50::2")}, "eth0 [fd00:50::2] []"},
 		{"the flag comes first", plainHost + `
 			link 4 eth1
-			addr eth1 10.0.0.5/24`, host.UnderlaySelector{Interfaces: []string{"eth1"}}, host.Known{Held: addrs(t, "192.168.50.11")}, "eth1 [10.0.0.5] []"},
+			addr eth1 10.0.0.5/24`, host.UnderlaySelector{Interfaces: []string{"eth1"}}, host.UnderlayContext{Held: addrs(t, "192.168.50.11")}, "eth1 [10.0.0.5] []"},
 		{"so does --public-ip", plainHost + `
 			link 4 eth1
-			addr eth1 10.0.0.5/24`, host.UnderlaySelector{PublicIPs: addrs(t, "10.0.0.5")}, host.Known{Held: addrs(t, "192.168.50.11")}, "eth1 [10.0.0.5] []"},
+			addr eth1 10.0.0.5/24`, host.UnderlaySelector{PublicIPs: addrs(t, "10.0.0.5")}, host.UnderlayContext{Held: addrs(t, "192.168.50.11")}, "eth1 [10.0.0.5] []"},
 
 		// Virtual addresses.
 		{"not beside another", `
 			link 2 eth0
 			addr eth0 192.168.50.200/32
 			addr eth0 192.168.50.11/24
-			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{}, host.Known{}, "eth0 [192.168.50.11] []"},
+			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{}, "eth0 [192.168.50.11] []"},
 		{"not because the store says so", `
 			link 2 eth0
 			addr eth0 192.168.50.200/32
 			addr eth0 192.168.50.11/24
-			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{}, host.Known{Leased: addrs(t, "192.168.50.200")}, "eth0 [192.168.50.11] []"},
+			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{Leased: addrs(t, "192.168.50.200")}, "eth0 [192.168.50.11] []"},
 		{"for want of another, which is remembered", `
 			link 2 eth0
-			addr eth0 192.168.50.200/32`, host.UnderlaySelector{Interfaces: []string{"eth0"}}, host.Known{Held: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.200] [192.168.50.11]"},
+			addr eth0 192.168.50.200/32`, host.UnderlaySelector{Interfaces: []string{"eth0"}}, host.UnderlayContext{Held: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.200] [192.168.50.11]"},
 		{"and still is", `
 			link 2 eth0
-			addr eth0 192.168.50.200/32`, host.UnderlaySelector{Interfaces: []string{"eth0"}}, host.Known{Held: addrs(t, "192.168.50.200"), Former: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.200] [192.168.50.11]"},
+			addr eth0 192.168.50.200/32`, host.UnderlaySelector{Interfaces: []string{"eth0"}}, host.UnderlayContext{Held: addrs(t, "192.168.50.200"), Former: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.200] [192.168.50.11]"},
 		{"and preferred when it is back", `
 			link 2 eth0
 			addr eth0 192.168.50.200/32
-			addr eth0 192.168.50.11/24`, host.UnderlaySelector{Interfaces: []string{"eth0"}}, host.Known{Held: addrs(t, "192.168.50.200"), Former: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.11] []"},
+			addr eth0 192.168.50.11/24`, host.UnderlaySelector{Interfaces: []string{"eth0"}}, host.UnderlayContext{Held: addrs(t, "192.168.50.200"), Former: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.11] []"},
 		{"the same without a flag", plainHost + `
-			addr eth0 192.168.50.200/32`, host.UnderlaySelector{}, host.Known{Held: addrs(t, "192.168.50.200"), Former: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.11] []"},
+			addr eth0 192.168.50.200/32`, host.UnderlaySelector{}, host.UnderlayContext{Held: addrs(t, "192.168.50.200"), Former: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.11] []"},
 		{"by its flag", plainHost + `
-			addr eth0 192.168.50.200/32`, host.UnderlaySelector{Interfaces: []string{"192.168.50.200"}}, host.Known{Held: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.200] []"},
+			addr eth0 192.168.50.200/32`, host.UnderlaySelector{Interfaces: []string{"192.168.50.200"}}, host.UnderlayContext{Held: addrs(t, "192.168.50.11")}, "eth0 [192.168.50.200] []"},
 		{"one that was chosen when it was alone stays", `
 			link 2 eth0
 			addr eth0 10.128.0.2/32
 			addr eth0 10.99.0.1/24
-			route default via 10.128.0.1 dev eth0`, host.UnderlaySelector{}, host.Known{Held: addrs(t, "10.128.0.2")}, "eth0 [10.128.0.2] []"},
+			route default via 10.128.0.1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{Held: addrs(t, "10.128.0.2")}, "eth0 [10.128.0.2] []"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			u, err := host.Choose(facts(t, c.host), c.selector, c.known)

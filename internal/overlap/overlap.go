@@ -87,7 +87,7 @@ func resolve(ctx context.Context, name string) []netip.Addr {
 	if name == "" {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, resolvePatience)
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
 	defer cancel()
 	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)
 	if err != nil {
@@ -99,7 +99,7 @@ func resolve(ctx context.Context, name string) []netip.Addr {
 	return addrs
 }
 
-const resolvePatience = 2 * time.Second
+const resolveTimeout = 2 * time.Second
 
 // resolvers returns the name servers in a resolv.conf(5).
 func resolvers(path string) []netip.Addr {

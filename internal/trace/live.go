@@ -126,7 +126,7 @@ func send(ctx context.Context, ns string, p Path) (what string, took time.Durati
 				return err
 			case unix.IPPROTO_UDP:
 				what = fmt.Sprintf("UDP datagram to %s", netip.AddrPortFrom(p.Remote, p.Port))
-				_, err := echo.Knock(ctx, netip.AddrPortFrom(p.Local, 0), netip.AddrPortFrom(p.Remote, p.Port), 64, echo.Offloaded)
+				_, err := echo.ProbeUDP(ctx, netip.AddrPortFrom(p.Local, 0), netip.AddrPortFrom(p.Remote, p.Port), 64, echo.Offloaded)
 				return err
 			}
 			what = fmt.Sprintf("echo request to %s", p.Remote)
@@ -196,7 +196,7 @@ func Deduce(ctx context.Context, p Path) Step {
 	knock := func(port uint16) error {
 		ctx, cancel := context.WithTimeout(ctx, replyTimeout)
 		defer cancel()
-		_, err := echo.Knock(ctx, netip.AddrPortFrom(p.Public, 0), netip.AddrPortFrom(p.Peer.Public, port), 64, echo.Offloaded)
+		_, err := echo.ProbeUDP(ctx, netip.AddrPortFrom(p.Public, 0), netip.AddrPortFrom(p.Peer.Public, port), 64, echo.Offloaded)
 		return err
 	}
 	own := p.Public

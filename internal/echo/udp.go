@@ -24,12 +24,12 @@ const (
 	None
 )
 
-// Knock sends a UDP datagram in an IP packet of size bytes to a port where
+// ProbeUDP sends a UDP datagram in an IP packet of size bytes to a port where
 // nobody should listen, and waits for the ICMP error that a host answers with
 // (port unreachable): nil says that the datagram arrived whole, since a host
 // drops one whose checksum is wrong. ErrTimeout says that nothing came back, and
 // Refused that something else did.
-func Knock(ctx context.Context, from, to netip.AddrPort, size int, sum Sum) (time.Duration, error) {
+func ProbeUDP(ctx context.Context, from, to netip.AddrPort, size int, sum Sum) (time.Duration, error) {
 	header := 28
 	if !to.Addr().Is4() {
 		header = 48

@@ -10,25 +10,25 @@ import (
 // packets.
 const CheckInput = "input-drop"
 
-// Flaw is a rule of another program that drops packets, or one of ours that is not
+// Problem is a rule of another program that drops packets, or one of ours that is not
 // where it is needed.
-type Flaw struct {
+type Problem struct {
 	api.Warning
 	// Repairs are the steps of Diff that mend it, if it has no Fix of its own; none
 	// if culvert cannot.
 	Repairs []Step
 }
 
-// Flaws returns other programs' drops: those that an accept of culvert's would
+// Problems returns other programs' drops: those that an accept of culvert's would
 // prevent, and those that it would not.
-func Flaws(have Reading, want Policy, d Devices) []Flaw {
-	var flaws []Flaw
+func Problems(have Reading, want Policy, d Devices) []Problem {
+	var problems []Problem
 	repairs, warnings := diffOthers(have.others, want, d)
 	for _, w := range warnings {
-		flaws = append(flaws, Flaw{Warning: w})
+		problems = append(problems, Problem{Warning: w})
 	}
 	if len(repairs) == 0 {
-		return flaws
+		return problems
 	}
 	named := false
 	for _, p := range want.passages(d) {
@@ -41,18 +41,18 @@ func Flaws(have Reading, want Policy, d Devices) []Flaw {
 			if !f.certain || !at.covers(f) {
 				continue
 			}
-			flaws = append(flaws, Flaw{Warning: p.warning(f), Repairs: repairs})
+			problems = append(problems, Problem{Warning: p.warning(f), Repairs: repairs})
 			named = true
 			break // the same rule drops the passage's other packets
 		}
 	}
 	if !named { // superfluous, or needed only if another rule is added
-		flaws = append(flaws, Flaw{
+		problems = append(problems, Problem{
 			Warning: api.Warning{Check: "host-forward", Text: "culvert's rules in other programs' chains are not where they are needed"},
 			Repairs: repairs,
 		})
 	}
-	return flaws
+	return problems
 }
 
 // missing reports whether one of the passage's accepts is not at the spot.
