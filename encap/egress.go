@@ -19,12 +19,13 @@ type egress struct {
 	fragmenter [2]source
 	classes    uint8  // mask of the traffic class bits copied to the outer header
 	super      device // the Super device, or nil
-	device     device // the first queue
+	device     device // the first queue, if flows move from it
 	counters   *Counters
 
-	moves *atomic.Uint64 // see Options
-	moved uint64         // value of moves at the last drain of the first queue
-	held  []byte         // a frame of the second queue that waits for that drain
+	moves   *atomic.Uint64 // see Options
+	moved   uint64         // value of moves at the last drain of the first queue
+	sharing bool           // several queues have packets
+	held    []byte         // a frame of another queue that waits for that drain
 
 	dontFragment bool // set DF on super-frames
 
@@ -91,10 +92,14 @@ func newEgress(c *common, sources [2][]source, counters *Counters) *egress {
 	}
 }
 
-// A turn: how much drain reads before the other direction runs.
+// A turn: how much drain reads before the other direction and the other queues of the
+// device run. It is one large frame: a request waits for no more than one. Queues that wait
+// for each other share the thread's time about equally, so a frame then counts as
+// frameCost bytes more: what its system calls take.
 const (
 	turnFrames = 64
-	turnBytes  = 64 << 10
+	turnBytes  = 48 << 10
+	frameCost  = 2 << 10
 )
 
 // drain reads and sends at most one turn's frames.
@@ -107,6 +112,7 @@ func (e *egress) drain(from device) error {
 // read adds at most one turn's frames to the batch, flushing as it fills. dry
 // reports that the device has no more.
 func (e *egress) read(from device) (dry bool, err error) {
+	others := e.moves != nil && from != e.device // flows move here from e.device
 	for frames, bytes := 0, 0; frames < turnFrames && bytes < turnBytes; {
 		at := e.used + frameHeadroom
 		n, errno := from.read(e.slab[at : at+maxFrame])
@@ -121,7 +127,7 @@ func (e *egress) read(from device) (dry bool, err error) {
 				return false, fmt.Errorf("reading the tunnel device: %w", errno)
 			}
 		}
-		if e.moves != nil && from != e.device {
+		if others {
 			if moves := e.moves.Load(); moves != e.moved {
 				if at, err = e.letOthersFirst(at, n); err != nil {
 					return false, err
@@ -134,12 +140,15 @@ func (e *egress) read(from device) (dry bool, err error) {
 		}
 		frames++
 		bytes += n
+		if e.sharing {
+			bytes += frameCost
+		}
 	}
 	return false, nil
 }
 
-// mostTurns bounds how long the first queue is drained before a frame of the
-// second one is sent. The queue's length (500 packets by default) bounds what it
+// mostTurns bounds how long the first queue is drained before a frame of
+// another one is sent. The queue's length (500 packets by default) bounds what it
 // held when the flow moved.
 const mostTurns = 512
 

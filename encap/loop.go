@@ -72,9 +72,10 @@ type Options struct {
 	Devices []Descriptor
 	Threads int
 	// QueueMoves counts the flows that the kernel has moved from a thread's first queue
-	// to its second. The kernel counts before it moves the flow, so the loop can
-	// drain the first queue before it sends from the second, which keeps the
-	// flow's order. Nil if flows do not move.
+	// to another. The kernel counts before it moves the flow, so the loop can
+	// drain the first queue before it sends from another, which keeps the
+	// flow's order. The first queue is served before each turn of another. Nil if flows
+	// do not move: all queues are equal then.
 	QueueMoves *atomic.Uint64
 	// Spread writes each flow's packets to one of its thread's queues, selected by the
 	// flow hash. Without a steering program, the kernel puts a flow into the queue to

@@ -14,6 +14,7 @@ import (
 type queue struct {
 	*common
 	devices []device
+	last    int      // the device that had the last turn
 	sockets []socket // those to receive from, then those only to send from
 	out     *egress
 	in      []*ingress
@@ -42,7 +43,7 @@ func newQueue(c *common, devices []device, out *egress, in []*ingress, sendOnly 
 	if err != nil {
 		return nil, err
 	}
-	q := &queue{common: c, devices: devices, out: out, in: in, stop: stop, errors: errorQueue{common: c}, wait: wait}
+	q := &queue{common: c, devices: devices, last: len(devices) - 1, out: out, in: in, stop: stop, errors: errorQueue{common: c}, wait: wait}
 	q.polls = append(q.polls, unix.PollFd{Fd: int32(q.stop), Events: unix.POLLIN})
 	for _, g := range in {
 		q.sockets = append(q.sockets, g.socket)
@@ -107,15 +108,39 @@ func (q *queue) serve() error {
 				return err
 			}
 		}
-		for i, d := range q.devices {
-			if devices[i].Revents == 0 {
-				continue
-			}
-			if err := q.out.drain(d); err != nil {
+		if err := q.drain(devices); err != nil {
+			return err
+		}
+	}
+}
+
+// drain gives a turn to the first queue, if flows move from it, and then to one of the
+// others, which take turns. polls are those of the devices.
+func (q *queue) drain(polls []unix.PollFd) error {
+	first := 0
+	if q.out.moves != nil {
+		first = 1
+		if polls[0].Revents != 0 {
+			q.out.sharing = false
+			if err := q.out.drain(q.devices[0]); err != nil {
 				return err
 			}
 		}
 	}
+	next, ready := 0, 0
+	for i := range q.devices[first:] {
+		// The last is the one that had the last turn.
+		if k := first + (q.last-first+1+i)%(len(q.devices)-first); polls[k].Revents != 0 {
+			if ready++; ready == 1 {
+				next = k
+			}
+		}
+	}
+	if ready == 0 {
+		return nil
+	}
+	q.last, q.out.sharing = next, ready > 1
+	return q.out.drain(q.devices[next])
 }
 
 // look busy-polls while the poller allows it, and reports whether a descriptor is

@@ -3,6 +3,7 @@ package encap
 import (
 	"errors"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -87,6 +88,63 @@ func TestQueueServes(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestQueueTakesTurns has a flood of datagrams and a stream of large frames in two queues of
+// the device, and single packets in the first one: each turn of another queue comes after
+// the first queue is empty, the two take turns, and the flood's are short as long as the
+// stream waits.
+func TestQueueTakesTurns(t *testing.T) {
+	const datagrams, frames = 500, 10
+	for _, c := range []struct {
+		name  string
+		first bool // the first queue is for sparse flows
+		turns int
+		flood int // how many datagrams of the flood were read
+	}{
+		{"first queue for sparse flows", true, 2 * frames, 15 * frames},
+		{"equal queues", false, 3 * frames, 15 * frames},
+	} {
+		n := newFakeNode(VXLAN)
+		if c.first {
+			n.out.moves = new(atomic.Uint64)
+		}
+		flood, stream := &fakeDevice{}, &fakeDevice{}
+		devices := []*fakeDevice{n.device, flood, stream}
+		q, err := newQueue(n.common, []device{n.device, flood, stream}, n.out, []*ingress{n.in}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(q.close)
+		datagram, frame, lone := udpSpec(1400), tcpSpec(60000), udpSpec(10)
+		for range datagrams {
+			flood.queue(datagram.vnet(0), datagram.partial())
+		}
+		for range frames {
+			stream.queue(frame.vnet(1400), frame.partial())
+		}
+		for range c.turns {
+			n.device.queue(lone.vnet(0), lone.partial())
+			polls := make([]unix.PollFd, len(devices))
+			for i, d := range devices {
+				if len(d.in) > 0 {
+					polls[i].Revents = unix.POLLIN
+				}
+			}
+			if err := q.drain(polls); err != nil {
+				t.Fatal(err)
+			}
+			if c.first && len(n.device.in) > 0 {
+				t.Errorf("%s: a sparse flow's packet waits for a bulk flow's", c.name)
+			}
+		}
+		if len(stream.in) != 0 {
+			t.Errorf("%s: %d of the stream's frames wait", c.name, len(stream.in))
+		}
+		if got := datagrams - len(flood.in); got != c.flood {
+			t.Errorf("%s: %d datagrams of the flood were read, want %d", c.name, got, c.flood)
+		}
 	}
 }
 

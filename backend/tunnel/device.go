@@ -23,7 +23,7 @@ type device struct {
 	queues  []int  // descriptors
 	threads int    // that serve the queues
 	noMore  string // why there is one thread although more were requested
-	sparse  bool   // each thread has two queues, one of them for sparse flows
+	sparse  bool   // each thread has several queues, the first for sparse flows: see lanes
 	// noSparse is why sparse is false.
 	noSparse string
 	spread   bool   // the kernel's hash places flows, not our program: see unsteeredQueues
@@ -31,11 +31,18 @@ type device struct {
 	uso      bool   // the device supports UDP GSO frames (Linux 6.2)
 }
 
-// deviceSize is the desired size of a TUN device: one queue per thread, or a pair with
-// sparse, the first for sparse flows.
+// deviceSize is the desired size of a TUN device: one queue per thread, or with sparse
+// several, the first for sparse flows.
 type deviceSize struct {
 	threads int
 	sparse  bool
+}
+
+func (s deviceSize) queues() int {
+	if s.sparse {
+		return s.threads * lanesFor(s.threads).queues()
+	}
+	return s.threads
 }
 
 // openDevice opens a TUN device of a size, creating it if needed. If flows cannot be
@@ -47,11 +54,10 @@ func openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*devic
 		if err := makeRoom(name, true); err != nil {
 			return nil, err
 		}
-		err = d.openMany(name, 2*d.threads)
+		err = d.openMany(name, size.queues())
 		if errors.Is(err, errNotSteered) {
 			log.Info("no separate queue for sparse flows", "reason", err)
-			d.unsteered(err)
-			err = d.attach(name, max(0, unsteeredQueues-len(d.queues)))
+			err = errors.Join(d.unsteered(err), d.attach(name, unsteeredQueues-len(d.queues)))
 		}
 	}
 	if len(d.queues) == 0 && err == nil {
@@ -155,13 +161,22 @@ func (d *device) openMany(name string, queues int) error {
 // (encap.Options.Spread), and a flow changes its queue once, with the first reply.
 const unsteeredQueues = 8
 
-// unsteered makes one thread serve all queues.
-func (d *device) unsteered(why error) {
-	d.noSparse = fmt.Sprintf("%v; flows share %d queues by their hash", why, max(unsteeredQueues, len(d.queues)))
+// unsteered makes one thread serve all queues, of which it closes those beyond
+// unsteeredQueues.
+func (d *device) unsteered(why error) error {
+	d.noSparse = fmt.Sprintf("%v; flows share %d queues by their hash", why, unsteeredQueues)
 	if d.threads > 1 {
 		d.noMore = why.Error()
 	}
 	d.threads, d.sparse, d.spread = 1, false, true
+	// A persistent device keeps the program that an earlier daemon attached.
+	errs := []error{unix.IoctlSetPointerInt(d.queues[0], unix.TUNSETSTEERINGEBPF, -1)}
+	for len(d.queues) > unsteeredQueues {
+		last := len(d.queues) - 1
+		errs = append(errs, unix.Close(d.queues[last]))
+		d.queues = d.queues[:last]
+	}
+	return errors.Join(errs...)
 }
 
 // attach opens more queues.

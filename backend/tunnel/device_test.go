@@ -4,8 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -19,35 +19,104 @@ import (
 
 func TestMain(m *testing.M) { labtest.Main(m) }
 
-// TestSparseQueue opens devices with separate queues for sparse flows.
+// TestSparseQueue opens devices with separate queues for sparse flows and for kinds of
+// bulk flows.
 func TestSparseQueue(t *testing.T) {
 	labtest.NeedTUN(t)
 	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
-	if err := n.Do(func() error {
-		for _, threads := range []int{1, 3} {
-			d, err := openDevice(names.TUN, 1450, deviceSize{threads: threads, sparse: true}, slog.New(slog.DiscardHandler))
-			if err != nil {
-				return err
+	for _, c := range []struct{ threads, queues int }{{1, 8}, {3, 24}, {9, 27}, {33, 66}} {
+		t.Run(fmt.Sprint(c.threads), func(t *testing.T) {
+			if err := n.Do(func() error {
+				d, err := openDevice(names.TUN, 1450, deviceSize{threads: c.threads, sparse: true}, slog.New(slog.DiscardHandler))
+				if err != nil {
+					return err
+				}
+				if !d.sparse || len(d.queues) != c.queues {
+					return errors.Join(fmt.Errorf("%d queues, and %q", len(d.queues), d.noSparse), d.close())
+				}
+				return errors.Join(flowsAreSteered(t, d), floodLeavesRoom(t, d), d.close())
+			}); err != nil {
+				t.Fatal(err)
 			}
-			if !d.sparse || len(d.queues) != 2*threads {
-				t.Errorf("%d threads: %d queues, and %q", threads, len(d.queues), d.noSparse)
-			}
-			if err := movesAreCounted(d, threads); err != nil {
-				t.Errorf("%d threads: %v", threads, err)
-			}
-			if err := d.close(); err != nil {
-				return err
-			}
-		}
-		return nil
-	}); err != nil {
-		t.Fatal(err)
+		})
 	}
 }
 
-// movesAreCounted sends many datagrams of one flow through the device, and checks that
-// they move to the thread's second queue and that the move is counted.
-func movesAreCounted(d *device, threads int) error {
+// flowsAreSteered sends bulk flows through the device. Each must move once, from a
+// thread's first queue to that of its lane, which is another for each of the first pods
+// and for TCP and UDP, if there are so many; and the move is counted.
+func flowsAreSteered(t *testing.T, d *device) error {
+	const packets = 2 * bulkBytes / packetSize
+	l := lanesFor(d.threads)
+	users := make(map[int][]flow) // of each lane
+	for _, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+		for pod := byte(2); pod < 5; pod++ {
+			f := flow{proto, pod}
+			before := d.counted().Load()
+			if err := f.send(packets); err != nil {
+				return err
+			}
+			if n := d.counted().Load() - before; n != 1 {
+				t.Errorf("%v: %d moves were counted, and there was one", f, n)
+			}
+			held := make([]int, l.queues())
+			for i, n := range readAll(d)[f] {
+				held[i/d.threads] += n
+			}
+			lane := slices.IndexFunc(held[1:], func(n int) bool { return n > 0 })
+			if lane < 0 || held[0] == 0 || held[0]+held[1+lane] != packets {
+				t.Errorf("%v: of %d packets the queues had %d", f, packets, held)
+			}
+			users[lane] = append(users[lane], f)
+		}
+	}
+	if want := min(6, l.tcp+l.other); len(users) < want {
+		t.Errorf("the lanes' users are %v: want %d lanes", users, want)
+	}
+	return nil
+}
+
+// floodLeavesRoom floods the device with datagrams, which nobody reads, until it drops
+// them. It holds every packet of TCP connections that are sent then.
+func floodLeavesRoom(t *testing.T, d *device) error {
+	if lanesFor(d.threads).other == 0 {
+		return nil // no queue of their own
+	}
+	flood, connections := flow{unix.IPPROTO_UDP, 2}, []flow{{unix.IPPROTO_TCP, 2}, {unix.IPPROTO_TCP, 3}}
+	const datagrams, packets = 1000, 200
+	if err := flood.send(datagrams); err != nil {
+		return err
+	}
+	for _, f := range connections {
+		if err := f.send(packets); err != nil {
+			return err
+		}
+	}
+	held := readAll(d)
+	sum := func(f flow) (n int) {
+		for _, k := range held[f] {
+			n += k
+		}
+		return n
+	}
+	if n := sum(flood); n == datagrams {
+		t.Errorf("the device held all of %d datagrams: there was no flood", n)
+	}
+	for _, f := range connections {
+		if n := sum(f); n != packets {
+			t.Errorf("%v: of %d packets beside a flood the device held %d", f, packets, n)
+		}
+	}
+	return nil
+}
+
+// flow is a flow of 10.5.1.pod, by its IP protocol.
+type flow struct{ proto, pod byte }
+
+const packetSize = 1000 // bytes
+
+// send sends packets of the flow through the TUN device of this namespace.
+func (f flow) send(packets int) error {
 	link, err := netlink.LinkByName(names.TUN)
 	if err != nil {
 		return err
@@ -58,37 +127,42 @@ func movesAreCounted(d *device, threads int) error {
 	); err != nil {
 		return err
 	}
-	c, err := net.Dial("udp", "10.5.1.2:9")
+	raw, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW) // with IP_HDRINCL
 	if err != nil {
 		return err
 	}
-	defer c.Close()
-	before := d.counted().Load()
-	const size, packets = 1000, 2 * bulkBytes / 1000
+	defer unix.Close(raw)
+	packet := make([]byte, packetSize)
+	copy(packet, []byte{0x45, 8: 64, 9: f.proto, 12: 10, 5, 1, f.pod, 10, 5, 1, 200, 1, 2, 3, 4})
 	for range packets {
-		if _, err := c.Write(make([]byte, size)); err != nil {
+		err := unix.Sendto(raw, packet, 0, &unix.SockaddrInet4{Addr: [4]byte{10, 5, 1, 200}})
+		if err != nil && !errors.Is(err, unix.ENOBUFS) { // the device dropped it
 			return err
 		}
 	}
-	if n := d.counted().Load() - before; n != 1 {
-		return fmt.Errorf("%d moves were counted, and there was one", n)
-	}
-	held := make([]int, 2)
+	return nil
+}
+
+// readAll empties the device, and returns how many packets of each flow each queue held.
+func readAll(d *device) map[flow][]int {
+	held := make(map[flow][]int)
 	for i, fd := range d.queues {
-		for b := make([]byte, 2*size); ; {
+		for b := make([]byte, 10+2*packetSize); ; {
 			n, err := unix.Read(fd, b)
 			if err != nil {
 				break
 			}
-			if n > size {
-				held[i/threads]++
+			if n != 10+packetSize || b[10] != 0x45 {
+				continue // the kernel's own, such as router solicitations
 			}
+			f := flow{b[10+9], b[10+15]}
+			if held[f] == nil {
+				held[f] = make([]int, len(d.queues))
+			}
+			held[f][i]++
 		}
 	}
-	if held[0] == 0 || held[1] == 0 || held[0]+held[1] != packets {
-		return fmt.Errorf("of %d datagrams the first queue had %d, and the second %d", packets, held[0], held[1])
-	}
-	return nil
+	return held
 }
 
 // TestQueuesWithoutBPF opens a device without the capability to load eBPF programs.

@@ -92,35 +92,43 @@ func (i *inherited) device(name string) (fd int, ok bool) {
 }
 
 // openDevice claims the predecessor's device if its number of queues fits, or opens it
-// anew.
+// anew. An earlier version's has two queues for each thread: it gets more.
 func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*device, error) {
-	d := &device{threads: size.threads}
+	d := &device{threads: size.threads, sparse: size.sparse}
 	for fd, ok := i.device(name); ok; fd, ok = i.device(name) {
 		d.queues = append(d.queues, fd)
 	}
-	d.sparse = size.sparse && len(d.queues) == 2*size.threads
-	if size.sparse && len(d.queues) == unsteeredQueues && !d.sparse {
-		// The predecessor had no steering program. (Four threads with sparse queues also
-		// have eight queues, which the condition above excludes.)
-		d.unsteered(errNotSteered)
-	}
-	if !d.sparse && !d.spread && len(d.queues) != size.threads {
+	n := len(d.queues)
+	hasLanes := size.sparse && (n == size.queues() || n == 2*size.threads)
+	isUnsteered := size.sparse && n == unsteeredQueues // the predecessor had no steering program
+	if !hasLanes && !isUnsteered && n != size.threads {
 		if err := d.close(); err != nil {
 			return nil, err
 		}
 		return openDevice(name, mtu, size, log)
 	}
-	if err := d.offloads(name); err != nil {
-		return nil, errors.Join(err, d.close())
+	err := d.offloads(name)
+	if hasLanes {
+		err = errors.Join(err, d.attach(name, size.queues()-n))
+	} else if size.sparse {
+		d.sparse, d.noSparse = false, "the device is an earlier version's"
 	}
-	if size.sparse && !d.sparse && !d.spread {
-		d.noSparse = "the device is an earlier version's"
-	}
-	if len(d.queues) > 1 && !d.spread {
-		// The attached program may be another version's: replace it.
-		if err := d.steer(); err != nil {
-			log.Warn("cannot change how flows are steered", "reason", err)
+	// The attached program may be another version's: replace it.
+	switch {
+	case err != nil:
+	case isUnsteered && !hasLanes:
+		err = d.unsteered(errNotSteered)
+	case len(d.queues) > 1:
+		why := d.steer()
+		if why != nil && hasLanes {
+			log.Info("no separate queue for sparse flows", "reason", why)
+			err = d.unsteered(why)
+		} else if why != nil {
+			log.Warn("cannot change how flows are steered", "reason", why)
 		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.close())
 	}
 	log.Info("device taken over", "device", name, "queues", len(d.queues), "uso", d.uso)
 	return d, nil

@@ -19,13 +19,16 @@ import (
 // fragments do not have them and must stay in order; network cards do the same by
 // default.
 //
-// With sparse, each thread has two queues, and the first is for flows that send little:
-// a request does not wait behind a bulk stream's queued packets.
+// With sparse, each thread has lanesFor(threads) queues. The first is for flows that send
+// little: a request does not wait behind a bulk stream's queued packets. The others are
+// for bulk flows, by protocol and source address: what a pod's flood does not leave room
+// for are the flood's own packets.
 //
-// moves counts the flows that became bulk, each before its first packet goes to the
-// second queue (encap.Options.QueueMoves). The caller unmaps it.
+// moves counts the flows that became bulk, each before its first packet goes to another
+// queue (encap.Options.QueueMoves). The caller unmaps it.
 func steer(device, threads int, sparse bool) (moves []byte, err error) {
-	program := hashing()
+	lanes := lanesFor(threads)
+	program := hashing(lanes)
 	if sparse {
 		flows, err := ebpf.NewMap(&ebpf.MapSpec{
 			Name: "culvert_flows", Type: ebpf.Array, KeySize: 4, ValueSize: 24, MaxEntries: flowBuckets,
@@ -76,9 +79,30 @@ const (
 	bulkPause  = 100 * time.Millisecond
 )
 
-// sparseFirst selects the queue by the hash in R7 and by how much the flow has sent:
-// hash % threads if it is sparse, plus threads if it is bulk. A flow's map entry is the
-// start of its window, the bytes sent in it, and, if it is bulk, when it sent last (ns).
+// lanes is how a thread's queues are shared: the first is for sparse flows, tcp are for
+// bulk TCP flows and other for other bulk flows, which may not slow down if packets are
+// dropped. If other is 0, those share the queues of TCP.
+type lanes struct{ tcp, other int }
+
+func (l lanes) queues() int { return 1 + l.tcp + l.other }
+
+// lanesFor returns the lanes of each of so many threads. With many threads there are
+// fewer: flows are spread over threads, too, and the number of queues of a device (256)
+// and of descriptors in a handover (253) is limited.
+func lanesFor(threads int) lanes {
+	switch {
+	case threads <= 8:
+		return lanes{4, 3}
+	case threads <= 32:
+		return lanes{1, 1}
+	default:
+		return lanes{1, 0}
+	}
+}
+
+// sparseFirst selects the queue by the hash in R7, the lane in the stack frame and how
+// much the flow has sent: hash % threads if it is sparse, else that plus
+// threads * (1 + lane). A flow's map entry is the start of its window, the bytes sent in it, and, if it is bulk, when it sent last (ns).
 // CPUs may race on an entry; that costs only precision, since a move is counted before
 // it is stored.
 func sparseFirst(flows, moves, threads int) asm.Instructions {
@@ -126,7 +150,10 @@ func sparseFirst(flows, moves, threads int) asm.Instructions {
 		asm.StoreMem(asm.R9, 16, asm.R8, asm.DWord).WithSymbol("bulk"),
 		asm.Mov.Reg(asm.R0, asm.R7),
 		asm.Mod.Imm32(asm.R0, int32(threads)),
-		asm.Add.Imm(asm.R0, int32(threads)),
+		asm.LoadMem(asm.R1, asm.RFP, laneSlot, asm.DWord),
+		asm.Add.Imm(asm.R1, 1),
+		asm.Mul.Imm(asm.R1, int32(threads)),
+		asm.Add.Reg(asm.R0, asm.R1),
 		asm.Return(),
 
 		asm.Mov.Reg(asm.R0, asm.R7).WithSymbol("sparse"),
@@ -135,8 +162,13 @@ func sparseFirst(flows, moves, threads int) asm.Instructions {
 	}
 }
 
-// hashing computes the packet's flow hash in R7 and leaves its context in R6.
-func hashing() asm.Instructions {
+// laneSlot is where in the stack frame hashing leaves the lane.
+const laneSlot = -56
+
+// hashing computes the packet's flow hash in R7 and its lane in laneSlot, and leaves its
+// context in R6. The lane is selected by the low bits of the source address: pods' addresses
+// are handed out in order, so a node's first pods have different lanes.
+func hashing(l lanes) asm.Instructions {
 	const buffer = -40 // in the stack frame: room for an IPv6 header
 	load := func(offset, length int32) asm.Instructions {
 		return asm.Instructions{
@@ -156,9 +188,21 @@ func hashing() asm.Instructions {
 			asm.Add.Reg(asm.R7, asm.R1),
 		}
 	}
+	lane := func(lowest int16, from, of int) asm.Instructions {
+		if of == 0 {
+			from, of = 0, l.tcp
+		}
+		return asm.Instructions{
+			asm.LoadMem(asm.R1, asm.RFP, buffer+lowest, asm.Byte),
+			asm.Mod.Imm(asm.R1, int32(of)),
+			asm.Add.Imm(asm.R1, int32(from)),
+			asm.StoreMem(asm.RFP, laneSlot, asm.R1, asm.DWord),
+		}
+	}
+	const lowest4, lowest6 = 15, 23 // offsets of the source address's lowest byte
 	var p asm.Instructions
 	add := func(more ...asm.Instruction) { p = append(p, more...) }
-	add(asm.Mov.Reg(asm.R6, asm.R1), asm.Mov.Imm(asm.R7, 0))
+	add(asm.Mov.Reg(asm.R6, asm.R1), asm.Mov.Imm(asm.R7, 0), asm.StoreMem(asm.RFP, laneSlot, asm.R7, asm.DWord))
 	add(load(0, 20)...)
 	add(
 		asm.LoadMem(asm.R8, asm.RFP, buffer, asm.Byte), // version and header length
@@ -174,15 +218,17 @@ func hashing() asm.Instructions {
 		asm.LoadMem(asm.R1, asm.RFP, buffer+7, asm.Byte),
 		asm.JNE.Imm(asm.R1, 0, "addresses4"),
 	)
+	add(lane(lowest4, 0, l.tcp)...)
 	add(mix(12)...)
 	add(mix(16)...)
 	add(load(20, 4)...)
 	add(mix(0)...)
 	add(asm.Ja.Label("done"))
 
-	four := mix(12)
+	four := lane(lowest4, l.tcp, l.other)
 	four[0] = four[0].WithSymbol("addresses4")
 	add(four...)
+	add(mix(12)...)
 	add(mix(16)...)
 	add(asm.Ja.Label("done"))
 
@@ -192,10 +238,12 @@ func hashing() asm.Instructions {
 	for offset := int16(8); offset < 40; offset += 4 {
 		add(mix(offset)...)
 	}
+	add(lane(lowest6, l.tcp, l.other)...)
 	add(
 		asm.LoadMem(asm.R1, asm.RFP, buffer+6, asm.Byte),
 		asm.JNE.Imm(asm.R1, unix.IPPROTO_TCP, "done"),
 	)
+	add(lane(lowest6, 0, l.tcp)...)
 	add(load(40, 4)...)
 	add(mix(0)...)
 
