@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/remedy"
 )
 
 // socketBuffer is the requested buffer size in bytes per direction, 6.7 ms of a
@@ -45,7 +47,7 @@ func (s udpSocket) open() (fd int, port uint16, err error) {
 	}}
 	c, err := lc.ListenPacket(context.Background(), network, at.String())
 	if errors.Is(err, unix.EADDRINUSE) {
-		return -1, 0, fmt.Errorf("UDP port %d is taken: `ss -lunp` names the program; is a kernel vxlan device up (`ip -d link show type vxlan`), or flanneld running?: %w", at.Port(), err)
+		return -1, 0, remedy.Errorf("stop the program that `ss -lunp` names, or a kernel vxlan device (`ip -d link show type vxlan`), as flanneld leaves", "UDP port %d is taken: %w", at.Port(), err)
 	}
 	if err != nil {
 		return -1, 0, fmt.Errorf("opening the tunnel's socket: %w", err)

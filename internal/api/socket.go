@@ -21,6 +21,7 @@ import (
 
 	"culvert/internal/api/readiness"
 	"culvert/internal/handover"
+	"culvert/internal/remedy"
 )
 
 // DefaultRunDir is the default directory of the daemon's socket, subnet.env and
@@ -42,7 +43,7 @@ type Socket struct {
 // socket besides root; "" for none.
 func Open(runDir, group string) (*Socket, error) {
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
-		return nil, err
+		return nil, remedy.Errorf("choose a directory that can be written, with --run-dir", "making the run directory: %w", err)
 	}
 	lock, err := lockDir(runDir)
 	if err != nil {
@@ -268,9 +269,9 @@ func get(ctx context.Context, runDir, what string) (io.ReadCloser, error) {
 	if err != nil {
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-			return nil, fmt.Errorf("no daemon answers on %s: is `culvert run` running, with this --run-dir?", path)
+			return nil, remedy.Errorf("is `culvert run` running, with this --run-dir?", "no daemon answers on %s", path)
 		case errors.Is(err, fs.ErrPermission):
-			return nil, fmt.Errorf("%s: permission denied: run this as root", path)
+			return nil, remedy.Errorf("run this as root, or as a member of the daemon's --socket-group", "%s: permission denied", path)
 		}
 		return nil, fmt.Errorf("requesting %s on %s: %w", what, path, err)
 	}

@@ -227,6 +227,7 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags.StringSliceVar(&f.underlays, "underlay", bench.Underlays()[:4], "kinds of network")
 	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (all); NAME#2 is one once more, which shows what noise is")
 	flags.StringSliceVar(&f.workloads, "workload", bench.WorkloadNames(), "kinds of traffic")
+	flags.Lookup("workload").DefValue = "all" // they are many
 	flags.IntVar(&f.nodes, "nodes", 2, fmt.Sprintf("how many, at most %d; all but the first send to that one at once", bench.MostNodes))
 	flags.StringVar(&f.ends, "ends", bench.Nodes, "what sends and receives: "+strings.Join(bench.Ends(), " or "))
 	flags.IntVar(&f.rounds, "rounds", 3, "how often each is measured")
@@ -471,7 +472,7 @@ func newBenchReportCommand() *cobra.Command {
 	var o benchOutput
 	c := &cobra.Command{
 		Use:   "report FILE",
-		Short: "Show a report that was written as JSON, or write it in another form",
+		Short: "Show a report written as JSON, or write it in another form",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := o.check(); err != nil {

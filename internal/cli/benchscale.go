@@ -84,7 +84,7 @@ func scale(c *cobra.Command, o bench.ScaleOptions, json, docs string) error {
 // run cleans up.
 func benchContext(c *cobra.Command) (context.Context, func()) {
 	if _, err := lab.Sweep(); err != nil {
-		fmt.Fprintf(c.ErrOrStderr(), "culvert: %s\n", oneLine(err))
+		writeError(c.ErrOrStderr(), err)
 	}
 	ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGHUP, syscall.SIGPIPE)
 	undo := context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt, syscall.SIGTERM) })

@@ -14,7 +14,7 @@ func newCleanupCommand() *cobra.Command {
 	var force bool
 	c := &cobra.Command{
 		Use:   "cleanup",
-		Short: "Remove everything of culvert's from this host's kernel, and nothing else",
+		Short: "Remove what is culvert's from this host's kernel, nothing else",
 		Long: `Remove culvert's devices, routes, its nftables table, and the accept that it put
 into other programs' FORWARD chains. A daemon that stops leaves them, so that an
 upgrade interrupts nothing.

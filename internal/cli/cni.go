@@ -5,7 +5,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -30,7 +29,7 @@ func newCNICommand() *cobra.Command {
 
 	install := &cobra.Command{
 		Use:   "install",
-		Short: "Install the plugin, the missing ones that it delegates to, and the configuration",
+		Short: "Install the plugin, those it delegates to, and the configuration",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if i.From == "" {
@@ -60,7 +59,7 @@ func newCNICommand() *cobra.Command {
 	var out output
 	status := &cobra.Command{
 		Use:   "status",
-		Short: "Show how the plugin stands: programs, configuration, subnet, and whether a pod can be added",
+		Short: "Show how the plugin stands, and whether a pod can be added",
 		Long: `Show how the plugin stands on this host: its programs and configuration, the
 subnet, what is in use, and whether a pod can be added now. If not, the exit
 code is 1.`,
@@ -76,11 +75,11 @@ code is 1.`,
 			return nil
 		},
 	}
-	out.addTo(status.Flags())
+	out.addTo(status)
 
 	uninstall := &cobra.Command{
 		Use:   "uninstall",
-		Short: "Remove the configuration and the plugin; the plugins that it delegates to stay",
+		Short: "Remove the configuration and the plugin, not its delegates",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			done, err := i.Remove()
@@ -96,7 +95,7 @@ code is 1.`,
 
 // writeCNIStatus shows the report as a table.
 func writeCNIStatus(w io.Writer, r cni.Report) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...))
 	}

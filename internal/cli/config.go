@@ -2,22 +2,31 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"culvert/internal/overlap"
+	"culvert/internal/remedy"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
 )
 
-// storeTimeout bounds an administrator's command.
-const storeTimeout = 15 * time.Second
+const (
+	// storeTimeout bounds an administrator's command.
+	storeTimeout = 15 * time.Second
+	// dialTimeout bounds one connection to etcd, and askTimeout one request: somebody
+	// waits for the answer.
+	dialTimeout = 2 * time.Second
+	askTimeout  = 5 * time.Second
+	// progressAfter is when a command that waits for etcd says so.
+	progressAfter = time.Second
+)
 
 // quarantined enables the quarantine in the registry, for the flag's duration. Commands
 // that only read it pass nil.
@@ -40,7 +49,14 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 	for _, ch := range change {
 		ch(&o)
 	}
-	o.FailFast = true
+	o.FailFast, o.DialTimeout, o.RequestTimeout = true, dialTimeout, askTimeout
+	waiting := time.AfterFunc(progressAfter, func() {
+		if c.CalledAs() == "" {
+			return // completion
+		}
+		fmt.Fprintf(c.ErrOrStderr(), "waiting for etcd at %s, for at most %s\n", strings.Join(o.Endpoints, ", "), o.RequestTimeout)
+	})
+	defer waiting.Stop()
 	ctx, cancel := context.WithTimeout(c.Context(), storeTimeout)
 	defer cancel()
 	r, err := etcd.New(o)
@@ -49,16 +65,12 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 	}
 	defer func() { _ = r.Close() }()
 	err = do(ctx, r)
-	explained := r.Explain(c.Context(), err)
 	if err != nil && r.Trouble() != nil {
-		if why := overlap.StaleRoute(c.Context(), o.Endpoints); why != "" {
-			return fmt.Errorf("%w; %s", explained, why)
+		if w, stale := overlap.StaleRoute(c.Context(), o.Endpoints); stale {
+			return remedy.Errorf(w.Fix, "etcd is unreachable at %s: %s", strings.Join(o.Endpoints, ", "), w.Text)
 		}
 	}
-	if errors.Is(err, context.DeadlineExceeded) && r.Trouble() == nil {
-		return fmt.Errorf("etcd does not answer (%s): is it running there, and is the address right?: %w", o, err)
-	}
-	return explained
+	return r.Explain(c.Context(), err)
 }
 
 func newConfigCommand() *cobra.Command {
@@ -85,7 +97,7 @@ func newConfigShowCommand() *cobra.Command {
 					return err
 				}
 				if text == nil {
-					return errors.New("there is no network configuration yet: set one with `culvert config init`")
+					return remedy.Errorf("set one with `culvert config init`", "there is no network configuration yet at %s in etcd", f.prefix)
 				}
 				fmt.Fprintf(c.OutOrStdout(), "%s\n", text)
 				return warn(c, text)
@@ -153,7 +165,11 @@ func readConfig(c *cobra.Command, arg string) ([]byte, error) {
 	case len(arg) > 0 && arg[0] == '{':
 		return []byte(arg), nil
 	}
-	return os.ReadFile(arg)
+	text, err := os.ReadFile(arg)
+	if err != nil {
+		return nil, remedy.Errorf("give JSON, the name of a file that holds it, or - for standard input", "%w", err)
+	}
+	return text, nil
 }
 
 // warn prints a configuration's warnings, or returns why it is invalid.
@@ -162,5 +178,8 @@ func warn(c *cobra.Command, text []byte) error {
 	for _, w := range warnings {
 		fmt.Fprintf(c.ErrOrStderr(), "warning: %s\n", w)
 	}
-	return err
+	if err != nil {
+		return remedy.Errorf("correct it; `culvert config init --print` shows one that is valid", "%w", err)
+	}
+	return nil
 }

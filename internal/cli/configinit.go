@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"culvert/internal/remedy"
 	"culvert/subnet"
 )
 
@@ -51,7 +52,7 @@ yet: nothing that is there is overwritten ('culvert config set' does that).`,
 			return withStore(c, &f, func(ctx context.Context, admin subnet.Admin) error {
 				_, err := admin.SetConfig(ctx, text, 0)
 				if errors.Is(err, subnet.ErrChanged) {
-					return errors.New("there is a network configuration already: see `culvert config show`, change it with `culvert config set`")
+					return remedy.Errorf("see it with `culvert config show`, change it with `culvert config set`", "there is a network configuration already")
 				}
 				if err == nil {
 					fmt.Fprintf(c.OutOrStdout(), "%s\n", text)

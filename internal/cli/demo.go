@@ -206,7 +206,7 @@ type demoEnd struct {
 func (d *demo) run(ctx context.Context) (err error) {
 	swept, err := lab.Sweep()
 	if err != nil {
-		fmt.Fprintf(d.progress.w, "culvert: %s\n", oneLine(err))
+		writeError(d.progress.w, err)
 	}
 	for _, id := range swept {
 		d.progress.say("removed what the demo %s left when it was killed", id)

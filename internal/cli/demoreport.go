@@ -79,7 +79,7 @@ func (r demoResult) table(w io.Writer) {
 	if len(r.Pods) == 0 {
 		return
 	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
 	fmt.Fprintf(t, "\nNODE\tUNDERLAY\tSUBNET\tDATAPATH\tMTU\tPODS\n")
 	for _, n := range r.Nodes {
 		var pods []string

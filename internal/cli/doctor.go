@@ -7,7 +7,6 @@ import (
 	"io"
 	"path/filepath"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -37,7 +36,7 @@ func newDoctorCommand() *cobra.Command {
 	var o doctorOptions
 	c := &cobra.Command{
 		Use:   "doctor",
-		Short: "Examine this host for what keeps packets from passing, and say what mends it",
+		Short: "Find what keeps packets from passing on this host, and its fix",
 		Long: `Examine this host: privileges, kernel, daemon, store, the tunnel's port, leftovers
 of other overlays, network managers, connection tracking, clock, the container
 runtime's configuration. If a daemon runs, its warnings are part of it, and every
@@ -99,7 +98,7 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 	f.BoolVar(&o.list, "list", false, "list the checks, and examine nothing")
 	f.BoolVar(&o.fix, "fix", false, "do what can be done about what is found")
 	f.BoolVar(&o.yes, "yes", false, "with --fix: what is another program's, too")
-	o.out.addTo(f)
+	o.out.addTo(c)
 	return c
 }
 
@@ -267,7 +266,7 @@ func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result 
 }
 
 func writeChecks(w io.Writer) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
 	for _, c := range api.Checks() {
 		severity := "bad"
 		if c.Risk {
@@ -279,7 +278,7 @@ func writeChecks(w io.Writer) error {
 }
 
 func writeDoctor(w io.Writer, results []doctor.Result) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
 	bad, risks := 0, 0
 	for _, r := range results {
 		if len(r.Findings) == 0 {

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net/netip"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -94,12 +93,13 @@ func newLeaseListCommand() *cobra.Command {
 	}
 	f.addTo(c.Flags())
 	c.Flags().BoolVar(&expiry, "expiry", false, "ask etcd when each lease ends: one request per lease")
-	out.addTo(c.Flags())
+	out.addTo(c)
 	return c
 }
 
 func writeLeases(w io.Writer, views []leaseView, now time.Time) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
+	t.dispensable, t.short = []string{"FORMAT"}, "NODE"
 	fmt.Fprintln(t, "SUBNET\tSTATE\tADDRESS\tFORMAT\tENDS IN\tNODE")
 	for _, v := range views {
 		name, ends := v.Key, "-"
@@ -118,7 +118,7 @@ func writeLeases(w io.Writer, views []leaseView, now time.Time) error {
 	}
 	for _, v := range views {
 		if v.Problem != "" {
-			fmt.Fprintf(w, "%s: %s\n", v.Key, v.Problem)
+			_ = sentence(w, "%s: %s", v.Key, v.Problem)
 		}
 	}
 	return nil
@@ -136,7 +136,7 @@ func newLeaseShowCommand() *cobra.Command {
 	var out output
 	c := &cobra.Command{
 		Use:               "show SUBNET|ADDRESS|NODE",
-		Short:             "Show one lease whole: by its subnet, an address in it or of its node, or its node's identity",
+		Short:             "Show one lease whole, found by subnet, address or node",
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeLeases(&f),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -151,12 +151,12 @@ func newLeaseShowCommand() *cobra.Command {
 		},
 	}
 	f.addTo(c.Flags())
-	out.addTo(c.Flags())
+	out.addTo(c)
 	return c
 }
 
 func writeLease(w io.Writer, v leaseView, now time.Time) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
 	ends := "never, of itself"
 	if !v.Expires.IsZero() {
 		ends = fmt.Sprintf("%s, in %s, unless it is renewed", v.Expires.Format(time.RFC3339), age(v.Expires.Sub(now)))

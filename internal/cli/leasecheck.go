@@ -53,7 +53,7 @@ func newLeaseCheckCommand() *cobra.Command {
 	var nodes []string
 	c := &cobra.Command{
 		Use:   "check",
-		Short: "Find duplicate, orphaned and malformed leases, missing nodes, and a network that is nearly full",
+		Short: "Find bad leases, missing nodes, and a network nearly full",
 		Long: `Look at everything under the prefix as a node would, and say what is wrong with it:
 values that cannot be read, leases that nodes set aside (a subnet, an address or
 a MAC that two have, another backend, outside the network), leases that never
@@ -95,7 +95,7 @@ or if etcd cannot be asked, and with 2 if the command line is not understood.`,
 	}
 	f.addTo(c.Flags())
 	c.Flags().StringSliceVar(&nodes, "nodes", nil, "identities of the nodes that there should be, separated by commas")
-	out.addTo(c.Flags())
+	out.addTo(c)
 	return c
 }
 

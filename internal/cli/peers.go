@@ -10,7 +10,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -32,22 +31,26 @@ func newPeersCommand() *cobra.Command {
 	var o peersOptions
 	c := &cobra.Command{
 		Use:   "peers",
-		Short: "Show the way to each other node: state, latency, path MTU, traffic",
-		Long: `Show, for each subnet of each other node, how packets go there (userspace, kernel,
-fast path, or a direct route without a tunnel), whether it is heard, the
+		Short: "Show the other nodes: state, latency, path MTU, traffic",
+		Long: `Show, for each subnet of each other node, how packets go there (userspace,
+kernel, fast path, or a direct route without a tunnel), whether it is heard, the
 round-trip time, the largest packet that passes, and what was carried.
 
-States: active (packets have come from it lately: pods', or its own requests), idle (it answers when
-the daemon asks it), silent (it was asked and did not answer), unknown (it has
-not been asked yet). The daemon asks with ICMP echo requests through the tunnel,
-which flannel's nodes answer too: every 30 s, less often where there is traffic,
-and at most 96 requests to all together in 30 s.
+States: active (packets have come from it lately: pods', or its own requests),
+idle (it answers when the daemon asks it), silent (it was asked and did not
+answer), unknown (it has not been asked yet). The daemon asks with ICMP echo
+requests through the tunnel, which flannel's nodes answer too: every 30 s, less
+often where there is traffic, and at most 96 requests to all together in 30 s.
 
-SENT and RECEIVED are bytes of pods' packets since the datapath was set up; DROPS
-are packets from the peer that this node refused. "-" stands for what is not known.
+HEARD is how long ago a packet came from it. SENT and RECEIVED are bytes of
+pods' packets since the datapath was set up; DROPS are packets from the peer
+that this node refused. "-" stands for what is not known. Where the terminal is
+too narrow (80 columns if there is none), ADDRESS, MTU, HEARD, DROPS and WAY are
+left out, in this order; -o wide shows all.
 
 Filters: text that the node, subnet or address contains, or KEY=VALUE of
-  node=worker-*  subnet=10.5.0.0/18  address=192.0.2.7  way=kernel  state=silent,unknown
+  node=worker-*  subnet=10.5.0.0/18  address=192.0.2.7
+  way=kernel     state=silent,unknown
 Several filters must all match; several values of one key are alternatives.`,
 		Example: `  culvert peers --sort rtt
   culvert peers --filter state=silent
@@ -64,10 +67,8 @@ Several filters must all match; several values of one key are alternatives.`,
 	f.StringArrayVar(&o.filter, "filter", nil, "show only these (may be given several times)")
 	f.DurationVar(&o.watch, "watch", 0, "show it again and again, at this interval (2s if none is given), with rates instead of sums")
 	f.Lookup("watch").NoOptDefVal = "2s"
-	o.out.addTo(f)
-	f.Lookup("output").Usage = "how to show it: table, wide, json or yaml"
+	o.out.addTo(c, "wide")
 	_ = c.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(peerOrders(), cobra.ShellCompDirectiveNoFileComp))
-	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "wide", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 	return c
 }
 
@@ -213,7 +214,10 @@ func peerCondition(key, value string) (func(api.PeerState) bool, error) {
 // writePeerStates prints the peers as a table, with traffic as rates since before, or as
 // totals if before is nil.
 func writePeerStates(w io.Writer, all api.Peers, before *api.Peers, wide bool) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
+	if !wide {
+		t.dispensable, t.short = []string{"ADDRESS", "MTU", "HEARD", "DROPS", "WAY"}, "NODE"
+	}
 	columns := []string{"NODE", "SUBNET", "ADDRESS", "STATE", "WAY", "RTT", "MTU", "HEARD", "SENT", "RECEIVED", "DROPS"}
 	if wide {
 		columns = append(columns, "FORMAT", "ASKED")
@@ -254,7 +258,7 @@ func writePeerStates(w io.Writer, all api.Peers, before *api.Peers, wide bool) e
 	}
 	for _, p := range all.Peers {
 		if p.Problem != "" {
-			fmt.Fprintf(w, "BAD %s: %s: `culvert ping %s` says more\n", strings.TrimSpace(p.Node+" "+p.Subnet.String()), p.Problem, p.Subnet)
+			_ = sentence(w, "BAD %s: %s: `culvert ping %s` says more", strings.TrimSpace(p.Node+" "+p.Subnet.String()), p.Problem, p.Subnet)
 		}
 	}
 	var words []string
@@ -276,7 +280,7 @@ func ago(now, then time.Time) string {
 	if then.IsZero() {
 		return "-"
 	}
-	return age(now.Sub(then)) + " ago"
+	return age(now.Sub(then))
 }
 
 // counted formats one direction's traffic: the total, or the rate over some seconds.

@@ -43,15 +43,15 @@ func TestWritePeerStates(t *testing.T) {
 		wide   bool
 		want   string
 	}{
-		{nil, false, `NODE  SUBNET         ADDRESS      STATE   WAY        RTT       MTU   HEARD    SENT    RECEIVED  DROPS
-n2    10.5.19.0/24   192.0.2.2    active  userspace  0.14 ms   1450  3s ago   1.4 MB  700 B     2
-n3    10.5.140.0/24  192.0.2.3    idle    fast path  12.00 ms  1350  12s ago  -       -         -
--     fd00:5::/64    2001:db8::4  silent  kernel     -         -     -        -       0 B       -
+		{nil, false, `NODE  SUBNET         STATE   WAY        RTT       HEARD  SENT    RECEIVED  DROPS
+n2    10.5.19.0/24   active  userspace  0.14 ms   3s     1.4 MB  700 B     2
+n3    10.5.140.0/24  idle    fast path  12.00 ms  12s    -       -         -
+-     fd00:5::/64    silent  kernel     -         -      -       0 B       -
 `},
-		{&before, true, `NODE  SUBNET         ADDRESS      STATE   WAY        RTT       MTU   HEARD    SENT                       RECEIVED            DROPS  FORMAT  ASKED
-n2    10.5.19.0/24   192.0.2.2    active  userspace  0.14 ms   1450  3s ago   350 packets/s, 500.0 kB/s  0 packets/s, 0 B/s  2      vxlan   20s ago
-n3    10.5.140.0/24  192.0.2.3    idle    fast path  12.00 ms  1350  12s ago  -                          -                   -      vxlan   12s ago
--     fd00:5::/64    2001:db8::4  silent  kernel     -         -     -        -                          0 packets/s, 0 B/s  -      vxlan   1s ago
+		{&before, true, `NODE  SUBNET         ADDRESS      STATE   WAY        RTT       MTU   HEARD  SENT                       RECEIVED            DROPS  FORMAT  ASKED
+n2    10.5.19.0/24   192.0.2.2    active  userspace  0.14 ms   1450  3s     350 packets/s, 500.0 kB/s  0 packets/s, 0 B/s  2      vxlan   20s
+n3    10.5.140.0/24  192.0.2.3    idle    fast path  12.00 ms  1350  12s    -                          -                   -      vxlan   12s
+-     fd00:5::/64    2001:db8::4  silent  kernel     -         -     -      -                          0 packets/s, 0 B/s  -      vxlan   1s
 `},
 	} {
 		var b strings.Builder

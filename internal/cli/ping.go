@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -86,7 +85,7 @@ pods may send.`,
 	f.DurationVarP(&o.interval, "interval", "i", 200*time.Millisecond, "time from one request to the next")
 	f.DurationVar(&o.timeout, "timeout", time.Second, "how long an answer may take")
 	f.BoolVar(&o.noMTU, "no-mtu", false, "do not measure the largest packet that passes")
-	o.out.addTo(f)
+	o.out.addTo(c)
 	return c
 }
 
@@ -315,7 +314,8 @@ func milliseconds(d time.Duration) string {
 }
 
 func writePings(w io.Writer, results []pingResult) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
+	t.dispensable, t.short = []string{"MAX", "MIN"}, "NODE"
 	fmt.Fprintln(t, "NODE\tADDRESS\tANSWERED\tMIN\tMEDIAN\tMAX\tLARGEST")
 	bad := 0
 	for _, r := range results {
@@ -336,7 +336,7 @@ func writePings(w io.Writer, results []pingResult) error {
 	}
 	for _, r := range results {
 		if r.Problem != "" {
-			fmt.Fprintf(w, "BAD %s: %s\n", strings.TrimSpace(r.Node+" "+r.Addr.String()), r.Problem)
+			_ = sentence(w, "BAD %s: %s", strings.TrimSpace(r.Node+" "+r.Addr.String()), r.Problem)
 		}
 	}
 	if bad > 0 || len(results) > 1 {

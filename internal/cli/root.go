@@ -4,7 +4,6 @@
 package cli
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"errors"
@@ -13,11 +12,14 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"culvert/internal/remedy"
 )
 
 // Exit codes.
@@ -54,12 +56,22 @@ func Main(args []string) int {
 	if errors.Is(err, errReported) {
 		return exitError
 	}
-	fmt.Fprintf(os.Stderr, "culvert: %s\n", oneLine(err))
+	writeError(os.Stderr, err)
 	if isUsage(err) {
 		fmt.Fprintf(os.Stderr, "See `%s --help`.\n", cmd.CommandPath())
 		return exitUsage
 	}
 	return exitError
+}
+
+// writeError prints a line that says what went wrong and, if that is known, one that says
+// what to do.
+func writeError(w io.Writer, err error) {
+	what, do := remedy.Split(err)
+	fmt.Fprintf(w, "culvert: %s\n", oneLine(what))
+	if do != "" {
+		fmt.Fprintf(w, "     fix: %s\n", oneLine(do))
+	}
 }
 
 // withValues rewrites `--json FILE` to `--json=FILE` for flags with an optional value.
@@ -103,11 +115,11 @@ func usagef(format string, args ...any) error {
 
 func isUsage(err error) bool {
 	var u usageError
-	return errors.As(err, &u) || strings.HasPrefix(err.Error(), "unknown command")
+	return errors.As(err, &u)
 }
 
-// oneLine formats joined errors on one line.
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+// oneLine joins the lines of joined errors.
+func oneLine(text string) string { return strings.ReplaceAll(text, "\n", "; ") }
 
 func newRootCommand() *cobra.Command {
 	root := &cobra.Command{
@@ -123,9 +135,12 @@ Ask a running node:       culvert status`,
 		Version:       Version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	root.SetVersionTemplate("culvert {{.Version}}\n")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages", fmt.Sprintf(".FlagUsagesWrapped %d", defaultWidth)))
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{withFlags(c, err)} })
 	root.AddCommand(
 		newRunCommand(),
 		newDemoCommand(),
@@ -145,9 +160,7 @@ Ask a running node:       culvert status`,
 		newVersionCommand(),
 		newManCommand(),
 	)
-	for _, c := range root.Commands() {
-		prepare(c)
-	}
+	prepare(root)
 	return root
 }
 
@@ -156,12 +169,19 @@ Ask a running node:       culvert status`,
 func prepare(c *cobra.Command) {
 	if check := c.Args; check != nil {
 		c.Args = func(c *cobra.Command, args []string) error {
-			if err := check(c, args); err != nil {
-				return usageError{err}
+			err := check(c, args)
+			switch {
+			case err == nil:
+				return nil
+			case c.HasSubCommands() && len(args) > 0:
+				return unknownCommand(c, args[0])
+			case len(args) > 0 && check(c, nil) == nil:
+				return usagef("%s takes no arguments: what is %q?", c.CommandPath(), args[0])
 			}
-			return nil
+			return usageError{remedy.Errorf("the form is `"+strings.TrimSuffix(c.UseLine(), " [flags]")+"`", "%s: %w", c.CommandPath(), err)}
 		}
 	}
+	c.Long = reflowed(c.Long)
 	if c.RunE != nil {
 		c.PreRunE = func(c *cobra.Command, _ []string) error { return fromEnvironment(c.Flags()) }
 	}
@@ -191,6 +211,86 @@ func environmentName(flag string) string {
 	return "CULVERT_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
+// unknownCommand is the error of a word that is no subcommand of c.
+func unknownCommand(c *cobra.Command, word string) error {
+	err := fmt.Errorf("unknown command %q for %q", word, c.CommandPath())
+	if near := nearest(word, c.Commands(), (*cobra.Command).Name); near != "" {
+		err = remedy.Errorf("did you mean `"+c.CommandPath()+" "+near+"`?", "%w", err)
+	}
+	return usageError{err}
+}
+
+// withFlags words the error of a wrong value as those of the commands are, and adds the flag
+// that was probably meant to that of an unknown one.
+func withFlags(c *cobra.Command, err error) error {
+	if invalid, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
+		return fmt.Errorf("--%s %s: %w", invalid.GetFlag().Name, invalid.GetValue(), invalid.Unwrap())
+	}
+	var unknown *pflag.NotExistError
+	if !errors.As(err, &unknown) {
+		return err
+	}
+	var all []*pflag.Flag
+	c.Flags().VisitAll(func(f *pflag.Flag) { all = append(all, f) })
+	if near := nearest(unknown.GetSpecifiedName(), all, func(f *pflag.Flag) string { return f.Name }); near != "" {
+		return remedy.Errorf("did you mean --"+near+"?", "%w", err)
+	}
+	return err
+}
+
+// nearest returns the name that word is a misspelling or the beginning of; "" if none is
+// near.
+func nearest[T any](word string, all []T, name func(T) string) string {
+	best, least := "", 3 // edits
+	for _, one := range all {
+		n := name(one)
+		edits := distance(word, n)
+		if len(word) > 2 && strings.HasPrefix(n, word) {
+			edits = 1
+		}
+		if edits < least && edits < len(word) {
+			best, least = n, edits
+		}
+	}
+	return best
+}
+
+// distance is the number of letters to insert, delete, replace or swap with the next that
+// makes b of a (optimal string alignment).
+func distance(a, b string) int {
+	rows := make([][]int, len(a)+1)
+	for i := range rows {
+		rows[i] = make([]int, len(b)+1)
+		rows[i][0] = i
+		for j := range rows[i] {
+			switch {
+			case i == 0:
+				rows[i][j] = j
+			case j > 0 && a[i-1] == b[j-1]:
+				rows[i][j] = rows[i-1][j-1]
+			case j > 0:
+				rows[i][j] = 1 + min(rows[i-1][j-1], rows[i-1][j], rows[i][j-1])
+				if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+					rows[i][j] = min(rows[i][j], 1+rows[i-2][j-2])
+				}
+			}
+		}
+	}
+	return rows[len(a)][len(b)]
+}
+
+// reflowed wraps the paragraphs of a text at 80 columns. Lines that are indented or have
+// columns stay as they are, with the rest of their paragraph.
+func reflowed(text string) string {
+	paragraphs := strings.Split(text, "\n\n")
+	for i, p := range paragraphs {
+		if !strings.Contains(p, "  ") {
+			paragraphs[i] = strings.Join(wrapped(strings.ReplaceAll(p, "\n", " "), defaultWidth), "\n")
+		}
+	}
+	return strings.Join(paragraphs, "\n\n")
+}
+
 func newVersionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
@@ -206,15 +306,53 @@ func newVersionCommand() *cobra.Command {
 // output is the -o flag: the output format.
 type output string
 
-func (o *output) addTo(flags *pflag.FlagSet) {
+// addTo adds the flag to a command; more are values beside table, json and yaml.
+func (o *output) addTo(c *cobra.Command, more ...string) {
 	*o = "table"
-	flags.StringVarP((*string)(o), "output", "o", "table", "how to show it: table, json or yaml")
+	values := append([]string{"table"}, append(more, "json", "yaml")...)
+	c.Flags().VarP(choice{(*string)(o), values}, "output", "o", "how to show it: "+oneOf(values))
+	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// choice is the value of a flag that is one of some words.
+type choice struct {
+	value *string
+	of    []string
+}
+
+// String implements pflag.Value.
+func (c choice) String() string {
+	if c.value == nil {
+		return ""
+	}
+	return *c.value
+}
+
+// Type implements pflag.Value.
+func (c choice) Type() string { return "string" }
+
+// Set implements pflag.Value.
+func (c choice) Set(text string) error {
+	if !slices.Contains(c.of, text) {
+		return errors.New(oneOf(c.of))
+	}
+	*c.value = text
+	return nil
+}
+
+// oneOf lists words: a, b or c.
+func oneOf(words []string) string {
+	last := len(words) - 1
+	if last < 1 {
+		return strings.Join(words, "")
+	}
+	return strings.Join(words[:last], ", ") + " or " + words[last]
 }
 
 // write prints v as JSON or YAML, or calls table. Output is buffered, since tables are
 // written cell by cell.
 func (o output) write(w io.Writer, v any, table func(io.Writer) error) error {
-	b := bufio.NewWriterSize(w, 64<<10)
+	b := newSheet(w)
 	return cmp.Or(o.show(b, v, table), b.Flush())
 }
 

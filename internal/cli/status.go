@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -36,13 +35,13 @@ carried and why, the contact with etcd, the other nodes, and what was dropped.`,
 		},
 	}
 	c.Flags().StringVar(&runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
-	out.addTo(c.Flags())
+	out.addTo(c)
 	return c
 }
 
 // writeStatus prints the status as a table. Ages are relative to now.
 func writeStatus(w io.Writer, s api.Status, now time.Time) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...))
 	}
@@ -154,7 +153,8 @@ func writeStore(line func(name, format string, args ...any), s api.Store, now ti
 
 func writePeers(w io.Writer, s api.Status, now time.Time) error {
 	fmt.Fprintf(w, "\n%d peers\n", len(s.Peers))
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
+	t.short = "NODE"
 	if len(s.Peers) > 0 {
 		fmt.Fprintln(t, "SUBNET\tADDRESS\tFORMAT\tNODE")
 	}
@@ -165,17 +165,17 @@ func writePeers(w io.Writer, s api.Status, now time.Time) error {
 		return err
 	}
 	for _, p := range s.Datapath.SilentPeers {
-		fmt.Fprintf(w, "silent peer: %s at %s: nothing has come from it for %s, although this node sends to it\n", p.Subnet, p.PublicIP, age(now.Sub(p.Since)))
+		_ = sentence(w, "silent peer: %s at %s: nothing has come from it for %s, although this node sends to it", p.Subnet, p.PublicIP, age(now.Sub(p.Since)))
 	}
 	for _, p := range s.Datapath.NarrowPaths {
 		by := ""
 		if p.By.IsValid() {
 			by = ", says " + p.By.String()
 		}
-		fmt.Fprintf(w, "narrow path: %s at %s takes %d bytes%s (for %s)\n", p.Subnet, p.PublicIP, p.MTU, by, age(now.Sub(p.Since)))
+		_ = sentence(w, "narrow path: %s at %s takes %d bytes%s (for %s)", p.Subnet, p.PublicIP, p.MTU, by, age(now.Sub(p.Since)))
 	}
 	for _, r := range s.Rejected {
-		fmt.Fprintf(w, "set aside: %s: %s\n", r.Key, r.Reason)
+		_ = sentence(w, "set aside: %s: %s", r.Key, r.Reason)
 	}
 	return nil
 }

@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -20,6 +19,7 @@ import (
 	"culvert/internal/daemon"
 	"culvert/internal/host"
 	"culvert/internal/names"
+	"culvert/internal/remedy"
 	"culvert/internal/trace"
 	"culvert/subnet"
 )
@@ -58,7 +58,7 @@ func newTraceCommand() *cobra.Command {
 	var o traceOptions
 	c := &cobra.Command{
 		Use:   "trace FROM TO",
-		Short: "Show why packets between two pods go where they go, and what stops them",
+		Short: "Show the way of packets between two pods, and what stops them",
 		Long: `Show, step by step, the way of packets from a pod of this node to a pod, or a node,
 anywhere in the cluster network: pod, bridge, kernel settings, route, each rule of
 nftables and iptables that decides, lease, neighbour, FDB, tunnel, underlay, MTU.
@@ -99,7 +99,7 @@ are stopped.`,
 	f.BoolVar(&o.half, "half", false, "only this node's half, of packets that come from FROM")
 	_ = f.MarkHidden("half")
 	_ = c.RegisterFlagCompletionFunc("protocol", cobra.FixedCompletions([]string{"icmp", "tcp", "udp"}, cobra.ShellCompDirectiveNoFileComp))
-	o.out.addTo(f)
+	o.out.addTo(c)
 	return c
 }
 
@@ -125,11 +125,11 @@ func (o traceOptions) trace(ctx context.Context, fromText, toText string) (trace
 		return r, err
 	}
 	if diagnosis.Snapshot == nil {
-		why := "no daemon has left the leases in " + o.runDir
+		why, do := "no daemon has left the leases in "+o.runDir, "start one with `culvert run`, or give its --run-dir"
 		for _, f := range diagnosis.Problems {
-			why = f.Warning.String()
+			why, do = f.Text, f.Fix
 		}
-		return r, fmt.Errorf("it is not known what should be on this host: %s", why)
+		return r, remedy.Errorf(do, "it is not known what should be on this host: %s", why)
 	}
 	to, err := traceEnd(diagnosis, toText, true)
 	if err != nil {
@@ -333,7 +333,7 @@ func writeTrace(w io.Writer, r traceResult) error {
 		what += fmt.Sprintf(" port %d", r.Port)
 	}
 	fmt.Fprintf(w, "%s -> %s, %s\n\n", r.From, r.To, what)
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t := newColumns(w)
 	for _, s := range r.Steps {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", s.Node, s.State, s.Layer, s.Detail)
 	}
@@ -344,28 +344,28 @@ func writeTrace(w io.Writer, r traceResult) error {
 	if p := r.Probe; p != nil {
 		switch {
 		case p.Answered && p.Want > 0:
-			fmt.Fprintf(w, "sent: %s: answered in %s; packets of %d of %d bytes pass\n", p.What, milliseconds(p.Took), p.Largest, p.Want)
+			_ = sentence(w, "sent: %s: answered in %s; packets of %d of %d bytes pass", p.What, milliseconds(p.Took), p.Largest, p.Want)
 		case p.Answered:
-			fmt.Fprintf(w, "sent: %s: answered in %s\n", p.What, milliseconds(p.Took))
+			_ = sentence(w, "sent: %s: answered in %s", p.What, milliseconds(p.Took))
 		default:
-			fmt.Fprintf(w, "sent: %s: %s; the tunnel device sent %d packets meanwhile and received %d\n", p.What, p.Said, p.Sent, p.Received)
+			_ = sentence(w, "sent: %s: %s; the tunnel device sent %d packets meanwhile and received %d", p.What, p.Said, p.Sent, p.Received)
 		}
 	}
 	if p := r.Probe; p != nil && !p.Answered {
 		if p.Limit != "" {
-			fmt.Fprintf(w, "the packet was not followed through this host's rules: %s\n", p.Limit)
+			_ = sentence(w, "the packet was not followed through this host's rules: %s", p.Limit)
 		}
 		for _, reason := range slices.Sorted(maps.Keys(p.Reasons)) {
-			fmt.Fprintf(w, "the kernel dropped meanwhile, on this machine: %d, %s\n", p.Reasons[reason], reason)
+			_ = sentence(w, "the kernel dropped meanwhile, on this machine: %d, %s", p.Reasons[reason], reason)
 		}
 	}
 	switch r.Verdict {
 	case tracePasses:
 		fmt.Fprintln(w, "PASSES")
 	case traceStopped:
-		fmt.Fprintf(w, "STOPPED at %s\n", r.Culprit)
+		_ = sentence(w, "STOPPED at %s", r.Culprit)
 		if r.Culprit.Fix != "" {
-			fmt.Fprintf(w, "fix: %s\n", r.Culprit.Fix)
+			_ = sentence(w, "fix: %s", r.Culprit.Fix)
 		}
 	default:
 		_, err := fmt.Fprintln(w, "nothing here stops it; whether it arrives was not tried")

@@ -29,6 +29,7 @@ import (
 	"culvert/internal/handover"
 	"culvert/internal/host"
 	"culvert/internal/httpd"
+	"culvert/internal/remedy"
 	"culvert/subnet"
 	"culvert/subnet/etcd"
 	"culvert/subnet/etcd/embedded"
@@ -193,6 +194,7 @@ type node struct {
 	requests  chan request   // from successors
 	takeover  *takeover      // with --replace beside a running daemon, else nil
 	successor *handover.Conn // the daemon that this one has handed over to
+	found     string         // the underlay as last logged
 }
 
 // run starts the parts in the order of their dependencies and stops them in the
@@ -240,6 +242,7 @@ func (d *node) requestLease(ctx context.Context, r store) (grant, error) {
 	waiting := "waiting for the network configuration in " + d.options.configPlace()
 	d.state.notReady(waiting)
 	told := d.reportTrouble(ctx, r, waiting)
+	d.log.Info("asking for the network configuration", "in", d.options.configPlace())
 	config, err := r.Config(ctx)
 	told()
 	if err != nil {
@@ -274,7 +277,7 @@ func (d *node) requestLease(ctx context.Context, r store) (grant, error) {
 	d.state.notReady("leasing a subnet")
 	lease, err := r.Acquire(ctx, claim)
 	if errors.Is(err, subnet.ErrExhausted) {
-		err = fmt.Errorf("%w: see `culvert lease check`, or make room with `culvert config set` and a Network that contains the present one", err)
+		err = remedy.Errorf("see `culvert lease check`, or make room with `culvert config set` and a Network that contains the present one", "%w", err)
 	}
 	if err != nil {
 		return grant{}, fmt.Errorf("leasing a subnet: %w", err)

@@ -98,7 +98,10 @@ func (d *node) locate(config *subnet.Config, leased []netip.Addr) (place, error)
 		return place{}, fmt.Errorf("finding the underlay interface: %w", err)
 	}
 	at := place{u, d.publics(u)}
-	d.log.Info("underlay found", "interface", u.Name, "addrs", u.Addrs, "public", at.publics, "mtu", u.MTU, "why", u.Why)
+	if found := fmt.Sprint(u.Name, u.Addrs, at.publics, u.MTU, u.Why); found != d.found {
+		d.found = found
+		d.log.Info("underlay found", "interface", u.Name, "addrs", u.Addrs, "public", at.publics, "mtu", u.MTU, "why", u.Why)
+	}
 	d.state.setUnderlay(u)
 	return at, nil
 }

@@ -3,13 +3,13 @@ package daemon
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/internal/httpd"
+	"culvert/internal/remedy"
 )
 
 // sockets are what only one daemon of a node can have at a time, besides the
@@ -31,7 +31,8 @@ type sockets struct {
 func (d *node) openSockets(ctx context.Context) error {
 	own, err := host.AwaitOwn(ctx, d.options.owner(), ownerTimeout)
 	if owned, ok := errors.AsType[*host.OwnedError](err); ok && owned.By.Same(d.options.owner()) {
-		return fmt.Errorf("%w, or start this one with --replace, which takes over from it", err)
+		what, do := remedy.Split(err)
+		return remedy.Errorf(do+", or start this one with --replace, which takes over from it", "%s", what)
 	}
 	if err != nil {
 		return err
@@ -58,7 +59,7 @@ func (d *node) openSockets(ctx context.Context) error {
 // listenMetrics opens the address of metrics and probes.
 func listenMetrics(address string) (fd int, err error) {
 	if fd, err = httpd.ListenTCP(address); err != nil {
-		return -1, fmt.Errorf("serving metrics: %w (take another address with --metrics, or \"\" for none)", err)
+		return -1, remedy.Errorf("take another address with --metrics, or \"\" for none", "serving metrics: %w", err)
 	}
 	return fd, nil
 }

@@ -18,12 +18,13 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"culvert/internal/host"
+	"culvert/internal/remedy"
 )
 
 // daemon reports what a running daemon warns of.
 func daemon(_ context.Context, h Host) (string, []Finding) {
 	if h.Status == nil {
-		return "", []Finding{bad("start it: `systemctl start culvert`, or `culvert run`", "no daemon answers: %v", h.NoDaemon)}
+		return "", []Finding{bad("start it: `systemctl start culvert`, or `culvert run`", "%s", noDaemon(h.NoDaemon))}
 	}
 	var all []Finding
 	if !h.Status.Ready {
@@ -42,6 +43,15 @@ func daemon(_ context.Context, h Host) (string, []Finding) {
 		return "", all
 	}
 	return fmt.Sprintf("ready, %s/%s, %d peers", h.Status.Datapath.WireFormat, h.Status.Datapath.Kind, len(h.Status.Peers)), nil
+}
+
+// noDaemon returns why no daemon answers, without the remedy, which the finding has.
+func noDaemon(err error) string {
+	if err == nil {
+		return "no daemon answers"
+	}
+	what, _ := remedy.Split(err)
+	return what
 }
 
 const (

@@ -162,6 +162,9 @@ func neighbours(_ context.Context, h Host) (string, []Finding) {
 			seen = append(seen, fmt.Sprintf("%s %d of %d", family, used, most))
 		}
 	}
+	if len(seen)+len(all) == 0 {
+		return "this namespace has no limits of its own", nil
+	}
 	return strings.Join(seen, ", "), all
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"culvert/internal/handover"
 	"culvert/internal/names"
+	"culvert/internal/remedy"
 )
 
 // Owner is the only process that may change culvert's objects in a network
@@ -47,15 +48,20 @@ type OwnedError struct {
 }
 
 // Error implements error.
-func (e *OwnedError) Error() string {
+func (e *OwnedError) Error() string { return e.remedy().Error() }
+
+// Unwrap returns the same with what to do apart from it.
+func (e *OwnedError) Unwrap() error { return e.remedy() }
+
+func (e *OwnedError) remedy() error {
 	if e.By.What == "" {
-		return fmt.Sprintf("the process %d of user %d holds culvert's lock of this network namespace (unix socket %s): end it first", e.By.PID, e.UID, names.OwnerSocket)
+		return remedy.Errorf("end it first", "the process %d of user %d holds culvert's lock of this network namespace (unix socket %s)", e.By.PID, e.UID, names.OwnerSocket)
 	}
 	who := fmt.Sprintf("pid %d", e.By.PID)
 	if e.By.Node != "" {
 		who += fmt.Sprintf(", node %s, run directory %s", e.By.Node, e.By.RunDir)
 	}
-	return fmt.Sprintf("`%s` is at work in this network namespace (%s), and two would undo each other's changes: stop it first", e.By.What, who)
+	return remedy.Errorf("stop it first", "`%s` is at work in this network namespace (%s), and two would undo each other's changes", e.By.What, who)
 }
 
 // Ownership is the held lock. If its descriptor was passed on, the lock
@@ -233,7 +239,7 @@ func OwnerHere() (pid int, err error) {
 func MayConfigure() error {
 	none := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Index: 1<<31 - 1}}
 	if err := netlink.LinkDel(none); errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
-		return errors.New("culvert needs the right to configure this host's network (CAP_NET_ADMIN): run it as root, such as with `sudo`")
+		return remedy.Errorf("run it as root, such as with `sudo`", "culvert needs the right to configure this host's network (CAP_NET_ADMIN)")
 	}
 	return nil
 }

@@ -2,7 +2,6 @@ package host
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -12,6 +11,7 @@ import (
 	"time"
 
 	"culvert/internal/names"
+	"culvert/internal/remedy"
 )
 
 // Underlay is the interface that sends and receives tunnel packets.
@@ -113,7 +113,8 @@ func Choose(f Facts, s UnderlaySelector, k UnderlayContext) (Underlay, error) {
 		if len(c.refused) > 0 {
 			err = fmt.Errorf("%w (%s)", err, strings.Join(c.refused, "; "))
 		}
-		return Underlay{}, fmt.Errorf("%w; interfaces here: %s", err, c.describe())
+		what, do := remedy.Split(err)
+		return Underlay{}, remedy.Errorf(cmp.Or(do, "name another")+"; interfaces here: "+c.describe(), "%s", what)
 	}
 	return u, nil
 }
@@ -189,9 +190,9 @@ func (c *chooser) choose(s UnderlaySelector) (Underlay, error) {
 		}
 	}
 	if len(c.refused) > 0 {
-		return Underlay{}, errors.New("no interface with a default route serves: name one with --iface")
+		return Underlay{}, remedy.Errorf("name one with --iface", "no interface with a default route serves")
 	}
-	return Underlay{}, errors.New("there is no default route: name the interface with --iface")
+	return Underlay{}, remedy.Errorf("name the interface with --iface", "there is no default route")
 }
 
 // candidate reports whether a link may be the underlay: packets leave by it,

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/firewall"
+	"culvert/internal/remedy"
 )
 
 // writer applies steps to the kernel.
@@ -152,7 +153,7 @@ func (w *writer) setUp(name string) error {
 		}
 	}
 	if errors.Is(err, unix.EADDRINUSE) {
-		return fmt.Errorf("%w: a program has its UDP port (`ss -lunp`)", err)
+		return remedy.Errorf("stop the program that `ss -lunp` names", "its UDP port is taken: %w", err)
 	}
 	return err
 }

@@ -7,7 +7,6 @@ package overlap
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -19,6 +18,7 @@ import (
 
 	"culvert/internal/api"
 	"culvert/internal/host"
+	"culvert/internal/remedy"
 	"culvert/subnet"
 )
 
@@ -124,11 +124,14 @@ func resolvers(path string) []netip.Addr {
 // Soft ones are warnings, others an error. It does no I/O.
 func CutOff(c subnet.Config, f host.Facts, needs []Need) (warned []api.Warning, refused error) {
 	warned, lost := Losses(c, f, needs)
-	var errs []error
-	for _, w := range lost {
-		errs = append(errs, errors.New(w.String()))
+	if len(lost) == 0 {
+		return warned, nil
 	}
-	return warned, errors.Join(errs...)
+	var texts []string
+	for _, w := range lost {
+		texts = append(texts, w.Text)
+	}
+	return warned, remedy.Errorf(lost[0].Fix, "%s", strings.Join(texts, "; ")) // all have one fix
 }
 
 // Losses is CutOff with both kinds as warnings.
@@ -232,16 +235,16 @@ func StaleRoutes(ctx context.Context, s Servers) []api.Warning {
 	return all
 }
 
-// StaleRoute returns a sentence if a culvert route covers one of the etcd servers, with
-// the remedy, else "". Commands that cannot reach etcd show it, since the server is not
-// the cause.
-func StaleRoute(ctx context.Context, etcd []string) string {
+// StaleRoute returns the warning of a culvert route that covers one of the etcd servers,
+// if there is one. Commands that cannot reach etcd show it, since the server is not the
+// cause.
+func StaleRoute(ctx context.Context, etcd []string) (w api.Warning, found bool) {
 	for _, w := range StaleRoutes(ctx, Servers{EtcdServer, etcd}) {
 		if strings.Contains(w.Text, EtcdServer) {
-			return w.String()
+			return w, true
 		}
 	}
-	return ""
+	return api.Warning{}, false
 }
 
 // EtcdServer is Servers.What of etcd.

@@ -19,7 +19,7 @@ const HowToSetConfig = `culvert config set '{"Network":"10.5.0.0/16","Backend":{
 // Config implements subnet.Registry.
 func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 	var pause subnet.Backoff
-	var reminded subnet.Reminder
+	var reminded, unanswered subnet.Reminder
 	for {
 		text, revision, at, err := r.configText(ctx)
 		switch {
@@ -41,7 +41,11 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 		default:
 			err = fmt.Errorf("there is no network configuration at %s", r.configKey())
 		}
-		if reminded.Due() {
+		switch {
+		case at == 0 && r.Trouble() != nil: // whoever watches Trouble says so
+		case at == 0 && unanswered.Due():
+			r.log.Warn("waiting for etcd", "error", r.Explain(ctx, err))
+		case at != 0 && reminded.Due():
 			r.log.Warn("waiting for a network configuration", "key", r.configKey(), "error", r.Explain(ctx, err), "set_it_with", HowToSetConfig)
 		}
 		if at != 0 { // etcd answered; wait for a change

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"culvert/internal/remedy"
 )
 
 // contact records how the last attempt to reach each server failed. gRPC retries
@@ -56,51 +58,64 @@ func (c *contact) trouble() error {
 	if len(failed) < len(c.options.Endpoints) {
 		return nil
 	}
-	var words []string
+	var causes, remedies []string
 	for _, e := range c.options.Endpoints {
 		_, address, _ := strings.Cut(e, "://")
-		if w := e + ": " + c.explain(address, failed[address]); !slices.Contains(words, w) {
-			words = append(words, w)
+		what, do := remedy.Split(c.explain(address, failed[address]))
+		if w := e + ": " + what; !slices.Contains(causes, w) {
+			causes = append(causes, w)
+		}
+		if do != "" && !slices.Contains(remedies, do) {
+			remedies = append(remedies, do)
 		}
 	}
-	return errors.New("etcd is unreachable at " + strings.Join(words, "; "))
+	why := errors.New("etcd is unreachable at " + strings.Join(causes, "; "))
+	if len(remedies) == 0 {
+		return why
+	}
+	return &remedy.Error{Err: why, Do: strings.Join(remedies, "; ")}
 }
 
-// explain returns what is wrong and what to do, on one line.
-func (c *contact) explain(address string, err error) string {
+// explain returns what is wrong and what to do.
+func (c *contact) explain(address string, err error) error {
 	if err == nil {
-		return "no answer"
+		return errors.New("no answer")
 	}
 	var unknown x509.UnknownAuthorityError
 	var name x509.HostnameError
 	var invalid x509.CertificateInvalidError
 	var record tls.RecordHeaderError
+	var lookup *net.DNSError
 	switch {
 	case errors.As(err, &unknown) && c.options.CAFile != "":
-		return fmt.Sprintf("its certificate is not signed by the CA in %s: set the right one with --etcd-cafile", c.options.CAFile)
+		return remedy.Errorf("set the right one with --etcd-cafile", "its certificate is not signed by the CA in %s", c.options.CAFile)
 	case errors.As(err, &unknown):
-		return "its certificate is signed by an unknown CA: set the CA with --etcd-cafile"
+		return remedy.Errorf("set the CA with --etcd-cafile", "its certificate is signed by an unknown CA")
 	case errors.As(err, &name):
-		return fmt.Sprintf("%v: use an address that is in the certificate", name)
+		return remedy.Errorf("use an address that is in the certificate", "%w", name)
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
-		return fmt.Sprintf("%v: renew the server's certificate, or set this host's clock", invalid)
+		return remedy.Errorf("renew the server's certificate, or set this host's clock", "%w", invalid)
 	case errors.As(err, &record), errors.Is(err, errHandshake) && speaksHTTP2(c.options, address):
-		return "it does not use TLS: write http:// in --etcd-endpoints and set no CA and no certificate"
+		return remedy.Errorf("write http:// in --etcd-endpoints and set no CA and no certificate", "it does not use TLS")
 	case strings.Contains(err.Error(), "remote error: tls:"):
-		return fmt.Sprintf("it rejects this client (%v): set a certificate that it accepts with --etcd-certfile and --etcd-keyfile", err)
+		return remedy.Errorf("set a certificate that it accepts with --etcd-certfile and --etcd-keyfile", "it rejects this client (%w)", err)
 	case errors.Is(err, errAfterHandshake) && c.options.CertFile == "":
-		return errAfterHandshake.Error() + ", as a server does that requires a client certificate: set one that it accepts with --etcd-certfile and --etcd-keyfile"
+		return remedy.Errorf("set one that it accepts with --etcd-certfile and --etcd-keyfile", "%w, as a server does that requires a client certificate", errAfterHandshake)
 	case errors.Is(err, errClosedSilently), errors.Is(err, errNotHTTP2):
 		if speaksTLS(c.options, address) {
-			return "it requires TLS: write https:// in --etcd-endpoints and set its CA with --etcd-cafile"
+			return remedy.Errorf("write https:// in --etcd-endpoints and set its CA with --etcd-cafile", "it requires TLS")
 		}
-		return err.Error() + ": is this etcd's client port?"
+		return remedy.Errorf("is this etcd's client port?", "%w", err)
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return "connection refused: is etcd running there, and is the port right?"
+		return remedy.Errorf("is etcd running there, and is the port right?", "connection refused")
+	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
+		return remedy.Errorf("is the address right? `ip route get` shows this host's way to it", "%w", errors.Unwrap(err))
+	case errors.As(err, &lookup):
+		return remedy.Errorf("is the name right, and the name server in /etc/resolv.conf? An address needs none", "%w", lookup)
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
-		return "connecting timed out: is the address right, and does a firewall block it?"
+		return remedy.Errorf("is the address right, and does a firewall block it?", "connecting timed out")
 	}
-	return err.Error()
+	return err
 }
 
 // errNotHTTP2: the server's first bytes are not HTTP/2.

@@ -12,6 +12,8 @@ import (
 	"os"
 	"strings"
 	"time"
+
+	"culvert/internal/remedy"
 )
 
 // DefaultPrefix is flannel's default.
@@ -93,16 +95,16 @@ func (o Options) complete() (Options, error) {
 		}
 	}
 	if o.Endpoints = given; len(given) == 0 {
-		return o, errors.New("etcd: no endpoint; set one with --etcd-endpoints")
+		return o, remedy.Errorf("set one with --etcd-endpoints", "etcd: no endpoint")
 	}
 	if (o.CertFile == "") != (o.KeyFile == "") {
-		return o, errors.New("etcd: the client certificate and its key must be set together")
+		return o, remedy.Errorf("set both --etcd-certfile and --etcd-keyfile, or neither", "etcd: the client certificate and its key must be set together")
 	}
 	if o.Password != "" && o.PasswordFile != "" {
-		return o, errors.New("etcd: both a password and a password file are set; set only one")
+		return o, remedy.Errorf("set only one of them", "etcd: both a password and a password file are set")
 	}
 	if (o.User == "") != (o.Password == "" && o.PasswordFile == "") {
-		return o, errors.New("etcd: the user and the password must be set together")
+		return o, remedy.Errorf("set both --etcd-username and --etcd-password-file, or neither", "etcd: the user and the password must be set together")
 	}
 	if _, err := o.password(); err != nil {
 		return o, err
@@ -128,7 +130,7 @@ func (o Options) complete() (Options, error) {
 		}
 		endpoints[i] = full
 		if scheme(full) != scheme(endpoints[0]) {
-			return o, fmt.Errorf("etcd: endpoints %s and %s: use https for all of them or for none", endpoints[0], full)
+			return o, remedy.Errorf("use https for all of them or for none", "etcd: the endpoints %s and %s differ in their scheme", endpoints[0], full)
 		}
 	}
 	o.Endpoints = endpoints
@@ -146,15 +148,15 @@ func completeEndpoint(e string, secured bool) (string, error) {
 	u, err := url.Parse(full)
 	if err != nil || u.Hostname() == "" || (u.Path != "" && u.Path != "/") {
 		// Do not repeat the text: it may contain user and password.
-		return "", errors.New("etcd: an endpoint is not a URL such as http://10.0.0.1:2379")
+		return "", remedy.Errorf("write --etcd-endpoints such as http://10.0.0.1:2379", "etcd: an endpoint is not a URL of scheme, host and port")
 	}
 	switch {
 	case u.User != nil:
-		return "", errors.New("etcd: an endpoint contains a user; set it with --etcd-username and --etcd-password-file")
+		return "", remedy.Errorf("set it with --etcd-username and --etcd-password-file", "etcd: an endpoint contains a user")
 	case u.Scheme != "http" && u.Scheme != "https":
-		return "", fmt.Errorf("etcd: endpoint %s: the scheme must be http or https", e)
+		return "", remedy.Errorf("write http:// or https://", "etcd: endpoint %s: the scheme is neither http nor https", e)
 	case u.Scheme == "http" && secured:
-		return "", fmt.Errorf("etcd: endpoint %s is http, but a CA or a certificate is set; use https", e)
+		return "", remedy.Errorf("write https://, or leave them out", "etcd: endpoint %s is http, but a CA or a certificate is set", e)
 	case u.Port() == "":
 		u.Host += ":2379"
 	}
@@ -172,18 +174,18 @@ func (o Options) tls() (*tls.Config, error) {
 	if o.CAFile != "" {
 		pem, err := os.ReadFile(o.CAFile)
 		if err != nil {
-			return nil, fmt.Errorf("etcd: read the CA: %w", err)
+			return nil, remedy.Errorf("give the CA's certificate with --etcd-cafile", "etcd: read the CA: %w", err)
 		}
 		cfg.RootCAs = x509.NewCertPool()
 		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("etcd: %s contains no PEM certificate", o.CAFile)
+			return nil, remedy.Errorf("give the CA's certificate with --etcd-cafile", "etcd: %s contains no PEM certificate", o.CAFile)
 		}
 	}
 	if o.CertFile != "" {
 		load := func() (*tls.Certificate, error) {
 			pair, err := tls.LoadX509KeyPair(o.CertFile, o.KeyFile)
 			if err != nil {
-				return nil, fmt.Errorf("etcd: read the client certificate: %w", err)
+				return nil, remedy.Errorf("give a certificate and its key with --etcd-certfile and --etcd-keyfile", "etcd: read the client certificate: %w", err)
 			}
 			return &pair, nil
 		}

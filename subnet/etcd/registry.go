@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"culvert/internal/boottime"
+	"culvert/internal/remedy"
 	"culvert/subnet"
 	"culvert/subnet/kept"
 
@@ -303,11 +304,11 @@ func (r *Registry) Explain(ctx context.Context, err error) error {
 	server := strings.Join(r.opts.Endpoints, ", ")
 	switch {
 	case errors.Is(err, rpctypes.ErrAuthFailed):
-		return rewordedError{fmt.Errorf("etcd at %s rejects the user %q or its password: set the right ones with --etcd-username and --etcd-password-file", server, r.opts.User), err}
+		return rewordedError{remedy.Errorf("set the right ones with --etcd-username and --etcd-password-file", "etcd at %s rejects the user %q or its password", server, r.opts.User), err}
 	case errors.Is(err, rpctypes.ErrUserEmpty):
-		return rewordedError{fmt.Errorf("etcd at %s requires authentication: set a user with --etcd-username and --etcd-password-file", server), err}
+		return rewordedError{remedy.Errorf("set a user with --etcd-username and --etcd-password-file", "etcd at %s requires authentication", server), err}
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		return rewordedError{fmt.Errorf("etcd at %s denies the user %q access to %s: grant its role readwrite on the prefix %s/", server, r.opts.User, r.opts.Prefix, r.opts.Prefix), err}
+		return rewordedError{remedy.Errorf(fmt.Sprintf("grant its role readwrite on the prefix %s/", r.opts.Prefix), "etcd at %s denies the user %q access to %s", server, r.opts.User, r.opts.Prefix), err}
 	}
 	code := status.Code(unwrapAll(err))
 	if ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) && code != codes.Unavailable && code != codes.DeadlineExceeded {
@@ -317,7 +318,7 @@ func (r *Registry) Explain(ctx context.Context, err error) error {
 		return rewordedError{why, err}
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("no answer from %s within %v: %w", server, r.opts.RequestTimeout, err)
+		return rewordedError{remedy.Errorf("is this etcd's client port, and is a majority of its members up?", "no answer from etcd at %s within %v", server, r.opts.RequestTimeout), err}
 	}
 	return err
 }
@@ -325,8 +326,8 @@ func (r *Registry) Explain(ctx context.Context, err error) error {
 // rewordedError is err with another message.
 type rewordedError struct{ words, err error }
 
-func (w rewordedError) Error() string { return w.words.Error() }
-func (w rewordedError) Unwrap() error { return w.err }
+func (w rewordedError) Error() string   { return w.words.Error() }
+func (w rewordedError) Unwrap() []error { return []error{w.words, w.err} }
 
 // outage returns an Outage that logs with the given attributes.
 func (r *Registry) outage(attributes ...any) *subnet.Outage {
