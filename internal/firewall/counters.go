@@ -67,6 +67,9 @@ type PeerCounters struct{ conn *netlink.Conn }
 // OpenPeerCounters opens the socket in the network namespace of the calling thread.
 func OpenPeerCounters() (PeerCounters, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		err = refused("opening nftables", err)
+	}
 	return PeerCounters{c}, err
 }
 

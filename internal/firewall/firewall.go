@@ -22,6 +22,7 @@ import (
 
 	"culvert/internal/api"
 	"culvert/internal/names"
+	"culvert/internal/remedy"
 )
 
 // Policy is what the packet filter must do for culvert. The zero value removes
@@ -61,7 +62,7 @@ func Read() (Reading, error) {
 	var r Reading
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
-		return r, fmt.Errorf("opening nftables: %w", err)
+		return r, refused("opening nftables", err)
 	}
 	defer func() { _ = c.CloseLasting() }()
 	chains, err := c.ListChains()
@@ -69,7 +70,7 @@ func Read() (Reading, error) {
 		return r, nil // a kernel without nftables: writing returns the error
 	}
 	if err != nil {
-		return r, fmt.Errorf("listing the nftables chains: %w", err)
+		return r, refused("listing the nftables chains", err)
 	}
 	if r.table, err = readTable(c, chains); err != nil {
 		return r, fmt.Errorf("reading the nftables table %s: %w", names.Table, err)
@@ -143,7 +144,7 @@ func commit(steps []Step) error {
 	}
 	c, err := nftables.New()
 	if err != nil {
-		return fmt.Errorf("opening nftables: %w", err)
+		return refused("opening nftables", err)
 	}
 	for _, s := range steps {
 		if err := s.nft(c); err != nil {
@@ -151,7 +152,23 @@ func commit(steps []Step) error {
 		}
 	}
 	if err := c.Flush(); err != nil {
-		return fmt.Errorf("nftables (%s, and %d more): %w", steps[0].Command, len(steps)-1, err)
+		return refused(fmt.Sprintf("nftables (%s, and %d more)", steps[0].Command, len(steps)-1), err)
 	}
 	return nil
+}
+
+// refused returns the error of a request to nftables, with the remedy where the kernel has
+// none or this process may not use it.
+func refused(doing string, err error) error {
+	for _, none := range []error{unix.EOPNOTSUPP, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT} {
+		if errors.Is(err, none) {
+			return remedy.Errorf("load it (`modprobe nf_tables`), or use a kernel with CONFIG_NF_TABLES_INET", "%s: the kernel has no nftables: %w", doing, err)
+		}
+	}
+	for _, forbidden := range []error{unix.EPERM, unix.EACCES} {
+		if errors.Is(err, forbidden) {
+			return remedy.Errorf("run it as root, with CAP_NET_ADMIN in this network namespace, and without a seccomp or security policy that forbids netlink to netfilter", "%s: %w", doing, err)
+		}
+	}
+	return fmt.Errorf("%s: %w", doing, err)
 }
