@@ -26,6 +26,7 @@ type view struct {
 	Mesh                                                          []line // between the others
 	Grouped                                                       string // by what, or empty
 	Box                                                           string // of the drawing
+	Few                                                           bool   // nodes in it
 }
 
 // row is one node in the table.
@@ -215,15 +216,16 @@ func (v *view) draw(nodes []node) {
 	}
 	const middleX, middleY = width / 2, height / 2
 	first := -math.Pi / 2
+	radius := width * 0.33
 	v.Box = "0 0 920 620"
-	if len(v.Marks) < 3 {
-		first, v.Box = 0, "0 190 920 240" // beside this node
+	if v.Few = len(v.Marks) < 3; v.Few { // beside this node, with the names below, so that they fit a narrow screen
+		first, radius, v.Box = 0, 160, "210 230 500 160"
 	}
 	for i := range v.Marks {
 		m := &v.Marks[i]
 		angle := 2*math.Pi*float64(i)/float64(len(v.Marks)) + first
 		cos, sin := math.Cos(angle), math.Sin(angle)
-		m.X, m.Y = middleX+cos*width*0.33, middleY+sin*height*0.38
+		m.X, m.Y = middleX+cos*radius, middleY+sin*height*0.38
 		m.LabelX, m.LabelY, m.Anchor = m.X+cos*(m.R+8), m.Y+sin*(m.R+14)+4, "middle"
 		if m.More != "" && sin < 0.3 {
 			m.LabelY -= 8 - 10*sin // for the second line
@@ -231,7 +233,9 @@ func (v *view) draw(nodes []node) {
 				m.LabelY = m.Y - 4
 			}
 		}
-		if cos > 0.25 {
+		if v.Few {
+			m.LabelX, m.LabelY = m.X, m.Y+36 // beside this node's name
+		} else if cos > 0.25 {
 			m.Anchor = "start"
 		} else if cos < -0.25 {
 			m.Anchor = "end"
