@@ -191,7 +191,7 @@ type Traffic struct {
 	Bytes   uint64 `json:"bytes"`   // bytes of inner packets
 	Frames  uint64 `json:"frames"`  // reads or writes of the device
 	// SuperFrames counts the Frames that the uplink segments.
-	SuperFrames uint64 `json:"superFrames,omitempty"`
+	SuperFrames uint64 `json:"super_frames,omitempty"`
 	Syscalls    uint64 `json:"syscalls"`
 	Waits       uint64 `json:"waits"`
 }

@@ -47,6 +47,8 @@ func Checks() []Check {
 		{"host-state", "the host cannot be made as it should be", false},
 		{"foreign-address", "somebody's address is on a device of culvert's", false},
 		{"foreign-route", "somebody's route takes packets of the cluster network", false},
+		{"policy-route", "a policy rule (ip rule) takes packets of the cluster network elsewhere", false},
+		{"ipsec-block", "an IPsec policy drops packets of the cluster network", false},
 		{"fast-path", "the fast path is wanted and off", true},
 
 		{"forward-drop", "a rule drops packets of the cluster network", false},

@@ -115,6 +115,7 @@ func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Dia
 		if len(h.Endpoints) == 0 {
 			h.Endpoints = s.Store.Endpoints
 		}
+		h.Ways = waysTo(asking, o.runDir)
 	} else {
 		h.NoDaemon = err
 		diagnosis, err = daemon.Diagnose(ctx, o.runDir)
@@ -211,6 +212,21 @@ func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.R
 	return errors.Join(failed...)
 }
 
+// waysTo returns how the daemon sends packets to other nodes.
+func waysTo(ctx context.Context, runDir string) []doctor.Way {
+	peers, err := api.GetPeers(ctx, runDir)
+	if err != nil {
+		return nil
+	}
+	var ways []doctor.Way
+	for _, p := range peers.Peers {
+		if p.Way != api.WayNone {
+			ways = append(ways, doctor.Way{Node: p.Node, Subnet: p.Subnet, Direct: p.Way == api.WayDirect})
+		}
+	}
+	return ways
+}
+
 // probeNodes pings every node through the tunnel, and runs more checks on the ones that
 // answer and the ones that do not.
 func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result {
@@ -239,6 +255,8 @@ func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result 
 		}}
 		public := sourceOf(s, from{far.Public.Is4(), false})
 		switch {
+		case p.Refused:
+			f.Fix = fmt.Sprintf("`ip rule`, `ip route get %s` and `ip xfrm policy` show what takes them on this host", p.Addr)
 		case p.Answered > 0 && p.MTU < p.WantMTU:
 			f.Check, f.Fix = "path-mtu", "give the network a smaller Backend.MTU (`culvert config set`), or mend the link on the way"
 		case p.Answered > 0 || s.Datapath.WireFormat != "vxlan" || !far.Public.IsValid():

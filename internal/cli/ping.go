@@ -13,9 +13,11 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
 	"culvert/internal/echo"
+	"culvert/internal/remedy"
 )
 
 // pingOptions are the flags of culvert ping.
@@ -102,9 +104,12 @@ type pingTarget struct {
 type pingResult struct {
 	pingTarget
 	echo.Summary
-	MTU     int    `json:"mtu,omitempty"`      // the largest packet that passed; 0 if not measured
-	WantMTU int    `json:"want_mtu,omitempty"` // the pods' MTU
-	Problem string `json:"problem,omitempty"`
+	// TimesSeconds are the round-trip times, sorted.
+	TimesSeconds []float64 `json:"times_seconds"`
+	MTU          int       `json:"mtu,omitempty"`      // the largest packet that passed; 0 if not measured
+	WantMTU      int       `json:"want_mtu,omitempty"` // the pods' MTU
+	Refused      bool      `json:"refused,omitempty"`  // this host does not send the requests
+	Problem      string    `json:"problem,omitempty"`
 }
 
 // pingTargets returns the targets that the arguments name; without arguments, all nodes.
@@ -148,13 +153,13 @@ func pingTargetsOf(s api.Status, arg string) ([]pingTarget, error) {
 	case notAddr == nil && s.Lease != nil && slices.ContainsFunc(s.Lease.Subnets, func(n netip.Prefix) bool { return n.Contains(addr) }):
 		return []pingTarget{{Node: s.Node, Addr: addr}}, nil
 	case notAddr == nil && slices.ContainsFunc(s.Networks, func(n netip.Prefix) bool { return n.Contains(addr) }):
-		return nil, fmt.Errorf("no node leases a subnet with %s: see `culvert status`", addr)
+		return nil, remedy.Errorf("`culvert status` lists them", "no node leases a subnet with %s", addr)
 	case notAddr == nil:
 		return nil, fmt.Errorf("%s is not in the cluster network (%s)", addr, join(s.Networks))
 	case arg == s.Node:
-		return nil, fmt.Errorf("%s is this node: name another, or the address of a pod", arg)
+		return nil, remedy.Errorf("name another, or the address of a pod", "%s is this node", arg)
 	}
-	return nil, fmt.Errorf("no node has the name, subnet or address %q: see `culvert status`", arg)
+	return nil, remedy.Errorf("`culvert status` lists them", "no node has the name, subnet or address %q", arg)
 }
 
 // peerTargets returns a node's tunnel addresses: the first address of each subnet, with
@@ -194,6 +199,9 @@ func (o pingOptions) pingAll(ctx context.Context, s api.Status, targets []pingTa
 		group.Go(func() {
 			defer func() { <-tokens }()
 			results[i] = o.ping(ctx, s, t, pingers)
+			for _, took := range results[i].Times {
+				results[i].TimesSeconds = append(results[i].TimesSeconds, took.Seconds())
+			}
 		})
 	}
 	group.Wait()
@@ -262,6 +270,10 @@ func (o pingOptions) ping(ctx context.Context, s api.Status, t pingTarget, pinge
 	r := pingResult{pingTarget: t}
 	tunnel := pingers[from{t.Addr.Is4(), true}]
 	r.Summary, _ = tunnel.Series(ctx, t.Addr, o.count, 0, o.interval, o.timeout)
+	if why := refusal(r.Err); r.Answered == 0 && why != "" {
+		r.Refused, r.Problem = true, fmt.Sprintf("this host does not send to it: %s (`ip route get %s` and `ip rule` show it)", why, t.Addr)
+		return r
+	}
 	if r.Answered == 0 {
 		r.Problem = o.silence(ctx, t, r.Err, pingers[from{t.Addr.Is4(), false}])
 		return r
@@ -288,6 +300,21 @@ func (o pingOptions) ping(ctx context.Context, s api.Status, t pingTarget, pinge
 		}
 	}
 	return r
+}
+
+// refusal says why this host's kernel refused to send a packet, "" if it did not. "No route to
+// host" is not among them: a router's error, or a neighbour without an answer, is the same.
+func refusal(err error) string {
+	for errno, why := range map[error]string{
+		unix.EACCES: "a prohibit route or rule refuses the packets",
+		unix.EINVAL: "a blackhole route or rule takes the packets",
+		unix.EPERM:  "a rule of its packet filter, or an IPsec policy, drops the packets",
+	} {
+		if errors.Is(err, errno) {
+			return why
+		}
+	}
+	return ""
 }
 
 // silence says why there may be no answer through the tunnel; it also pings the underlay

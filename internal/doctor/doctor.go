@@ -81,6 +81,8 @@ type Host struct {
 	// send to; empty if unknown.
 	Underlay string
 	Addrs    []netip.Addr
+	// Ways are how packets should go to other nodes' pods; empty if unknown.
+	Ways []Way
 	// Endpoints are the store's endpoints: scheme://host:port.
 	Endpoints []string
 	// Port is the tunnel's UDP port.
@@ -107,7 +109,8 @@ func Checks() []Check {
 		{"privileges", "privileges", privileges},
 		{"kernel", "kernel features", kernel},
 		{"daemon", "node daemon", daemon},
-		{"host-state", "this host, as a daemon would find it", state},
+		{"host-state", "host state", state},
+		{"policy-route", "policy routing", routing},
 		{"store-latency", "store", store},
 		{"port-taken", "tunnel port", port},
 		{"duplicate-address", "underlay address", duplicate},

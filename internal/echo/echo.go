@@ -213,7 +213,7 @@ func (p *Pinger) PathMTU(ctx context.Context, to netip.Addr, low, high int, time
 type Summary struct {
 	Sent     int             `json:"sent"`
 	Answered int             `json:"answered"`
-	Times    []time.Duration `json:"times"` // round-trip times, sorted
+	Times    []time.Duration `json:"-"` // round-trip times, sorted
 	// Err is the error of the last failed request; nil if none failed.
 	Err error `json:"-"`
 }

@@ -123,6 +123,10 @@ func familyText(f nftables.TableFamily) string {
 		return "inet"
 	case nftables.TableFamilyNetdev:
 		return "netdev"
+	case nftables.TableFamilyBridge:
+		return "bridge"
+	case nftables.TableFamilyARP:
+		return "arp"
 	}
 	return fmt.Sprintf("family %d", f)
 }

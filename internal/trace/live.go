@@ -22,9 +22,11 @@ import (
 type Probe struct {
 	What     string        `json:"what"`
 	Answered bool          `json:"answered"`
-	Took     time.Duration `json:"took,omitempty"`
-	Said     string        `json:"said,omitempty"` // the reply if it was not answered
-	By       netip.Addr    `json:"by,omitzero"`    // the sender of an ICMP error
+	Took     time.Duration `json:"-"`
+	// TookSeconds is Took.
+	TookSeconds float64    `json:"took_seconds,omitempty"`
+	Said        string     `json:"said,omitempty"` // the reply if it was not answered
+	By          netip.Addr `json:"by,omitzero"`    // the sender of an ICMP error
 	// Largest is the largest packet that passes, up to Want; 0 if not measured.
 	Largest int `json:"largest,omitempty"`
 	Want    int `json:"want,omitempty"`
@@ -59,6 +61,7 @@ func Send(ctx context.Context, p Path) (Probe, error) {
 	drops := watchDrops()
 	before := host.DeviceTraffic(p.Tunnel)
 	probe.What, probe.Took, err = send(ctx, ns, p)
+	probe.TookSeconds = probe.Took.Seconds()
 	after := host.DeviceTraffic(p.Tunnel)
 	if drops != nil {
 		probe.Reasons = drops()

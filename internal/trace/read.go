@@ -76,6 +76,11 @@ func Read(p Path) (Path, error) {
 			p.Underlay.nextHop(l.Attrs().Index, p.Peer.Public)
 		}
 	}
+	for _, b := range host.IPsecBlocks(is4) {
+		if from, to := netip.PrefixFrom(p.Local, p.Local.BitLen()), netip.PrefixFrom(p.Remote, p.Remote.BitLen()); b.Matches(from, to) || b.Matches(to, from) {
+			p.Blocks = append(p.Blocks, b)
+		}
+	}
 	p.readRules(bridge, is4)
 	return p, nil
 }

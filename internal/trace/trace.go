@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/firewall"
+	"culvert/internal/host"
 	"culvert/internal/names"
 )
 
@@ -150,8 +151,9 @@ type Path struct {
 	Underlay    Route // to the peer's public address
 	UnderlayMTU int
 
-	Rules []RuleStep
-	Limit []string // what could not be read
+	Blocks []host.IPsecBlock // IPsec policies that drop the packets
+	Rules  []RuleStep
+	Limit  []string // what could not be read
 }
 
 // Setting is a kernel setting that affects the path.
@@ -179,6 +181,9 @@ func Explain(p Path) []Step {
 	e.settings()
 	e.device()
 	e.route()
+	for _, b := range e.Blocks {
+		e.add(LayerRules, Bad, b.Fix(), "%s drops packets between %s and %s", b, e.Local, e.Remote)
+	}
 	for _, r := range p.Rules {
 		if r.Layer == LayerRules {
 			e.rules(r)
@@ -289,11 +294,11 @@ func (e *explainer) route() {
 	if e.Peer != nil || e.NoPeer != "" {
 		switch {
 		case e.Out.Err != nil && e.Peer != nil:
-			e.add(LayerRoute, Bad, "start the daemon, which adds it; `ip route show table all` shows conflicting routes", "this host has no route from %s to %s: %v", e.Local, e.Remote, e.Out.Err)
+			e.add(LayerRoute, Bad, "`ip rule` and `ip route show table all` show what takes them before the daemon's route", "this host has no route from %s to %s: %v", e.Local, e.Remote, e.Out.Err)
 		case e.Out.Err != nil:
 			e.add(LayerRoute, OK, "", "%s: %v, as it should be for a subnet that is not leased", e.Remote, e.Out.Err)
 		case e.WantLink != "" && e.Out.Link != e.WantLink:
-			e.add(LayerRoute, Bad, fmt.Sprintf("`ip route get %s from %s iif %s` shows it; remove the route that is not culvert's", e.Remote, e.Local, bridgeOf(e.Pod)),
+			e.add(LayerRoute, Bad, fmt.Sprintf("`ip route get %s from %s iif %s` shows it; remove the route that is not culvert's, or the rule (`ip rule`)", e.Remote, e.Local, bridgeOf(e.Pod)),
 				"packets to %s leave %s, and not by %s", e.Remote, e.Out, e.WantLink)
 		default:
 			e.add(LayerRoute, OK, "", "%s %s", e.Remote, e.Out)
