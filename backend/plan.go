@@ -7,6 +7,7 @@ import (
 	"culvert/internal/api"
 	"culvert/internal/firewall"
 	"culvert/internal/host"
+	"culvert/internal/remedy"
 	"culvert/subnet"
 )
 
@@ -140,7 +141,11 @@ func MTU(configured int, u host.Underlay, cost int, ipv6 bool) (int, error) {
 		least = 1280
 	}
 	if outer-cost < least {
-		return 0, fmt.Errorf("%s is %d, which leaves %d bytes for pods, less than %d", whose, outer, outer-cost, least)
+		do := fmt.Sprintf("ip link set %s mtu %d, or more", u.Name, least+cost)
+		if configured != 0 {
+			do = fmt.Sprintf("set Backend.MTU to %d or more, or leave it out (`culvert config set`)", least+cost)
+		}
+		return 0, remedy.Errorf(do, "%s is %d, which leaves %d bytes for pods, less than %d", whose, outer, outer-cost, least)
 	}
 	return outer - cost, nil
 }

@@ -188,6 +188,11 @@ func TestFirstContact(t *testing.T) {
 	}
 	defer udp.Close()
 	c.setConfig(config)
+	if err := n.Do(func() error {
+		return netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(netip.MustParsePrefix("203.0.113.0/24")), Type: unix.RTN_UNREACHABLE})
+	}); err != nil {
+		t.Fatal(err)
+	}
 	run := func(more ...string) []string {
 		return append([]string{"run", "--node-id", "n1", "--run-dir", t.TempDir(), "--metrics", "", "--etcd-endpoints", c.endpoint}, more...)
 	}
@@ -211,9 +216,9 @@ func TestFirstContact(t *testing.T) {
 		fix    string
 	}{
 		{name: "no etcd", args: []string{"lease", "list", "--etcd-endpoints", "http://127.0.0.1:1"}, what: "connection refused", fix: "is etcd running there"},
-		{name: "no route to etcd", args: []string{"config", "show", "--etcd-endpoints", "http://203.0.113.9:2379"}, what: "network is unreachable", fix: "ip route get"},
+		{name: "no route to etcd", args: []string{"config", "show", "--etcd-endpoints", "http://203.0.113.9:2379"}, what: "no route to host", fix: "ip route get"},
 		{name: "no name of etcd", args: []string{"lease", "list", "--etcd-endpoints", "http://etcd.invalid:2379"}, what: "lookup etcd.invalid", fix: "/etc/resolv.conf"},
-		{name: "a silent server", args: []string{"lease", "list", "--etcd-endpoints", "http://127.0.0.1:9999"}, what: "no answer from etcd at http://127.0.0.1:9999", fix: "is this etcd's client port"},
+		{name: "a silent server", args: []string{"lease", "list", "--etcd-endpoints", "http://127.0.0.1:9999"}, what: "it accepts the connection and sends nothing", fix: "is this etcd's client port"},
 		{name: "no address of etcd", args: []string{"lease", "list", "--etcd-endpoints", "http://127.0.0.1:2379/v2"}, what: "not a URL", fix: "such as http://10.0.0.1:2379"},
 		{name: "no configuration", args: []string{"config", "show", "--etcd-endpoints", c.endpoint, "--etcd-prefix", "/none"}, what: "no network configuration yet at /none", fix: "culvert config init"},
 		{name: "no configuration in JSON", args: []string{"config", "set", "{", "--etcd-endpoints", c.endpoint}, what: "not JSON", fix: "config init --print"},

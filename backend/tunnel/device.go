@@ -16,6 +16,7 @@ import (
 
 	"culvert/encap"
 	"culvert/internal/host"
+	"culvert/internal/remedy"
 )
 
 // device is a TUN device with a virtio header before every frame.
@@ -82,11 +83,11 @@ func openDevice(name string, mtu int, size deviceSize, log *slog.Logger) (*devic
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		err = fmt.Errorf("/dev/net/tun is missing (`modprobe tun`, or pass the device into the container): %w", err)
+		err = remedy.Errorf("`modprobe tun`, or pass the device into the container", "/dev/net/tun is missing: %w", err)
 	case errors.Is(err, fs.ErrPermission):
-		err = fmt.Errorf("making a TUN device needs root, or CAP_NET_ADMIN: %w", err)
+		err = remedy.Errorf("run it as root, or with CAP_NET_ADMIN", "making a TUN device: %w", err)
 	case errors.Is(err, unix.EBUSY):
-		err = fmt.Errorf("the device %s is in use: is another culvert running here?: %w", name, err)
+		err = remedy.Errorf("stop the other culvert here, or remove the device (`ip link del "+name+"`)", "the device %s is in use: %w", name, err)
 	case err != nil:
 		err = fmt.Errorf("making the TUN device %s: %w", name, err)
 	}

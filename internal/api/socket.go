@@ -116,7 +116,7 @@ const lockTimeout = time.Second
 func lockDir(runDir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(runDir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, err
+		return nil, remedy.Errorf("choose a directory that can be written, with --run-dir", "locking the run directory: %w", err)
 	}
 	for end := time.Now().Add(lockTimeout); ; time.Sleep(lockTimeout / 50) {
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
@@ -128,7 +128,7 @@ func lockDir(runDir string) (*os.File, error) {
 		pid, _ := io.ReadAll(io.LimitReader(f, 20))
 		_ = f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("another daemon (pid %s) uses the run directory %s: stop it, or give this one another --run-dir", bytes.TrimSpace(pid), runDir)
+			return nil, remedy.Errorf("stop it, or give this one another --run-dir", "another daemon (pid %s) uses the run directory %s", bytes.TrimSpace(pid), runDir)
 		}
 		return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
 	}

@@ -1,8 +1,10 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -10,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"culvert/cni"
+	"culvert/internal/remedy"
 )
 
 // cniConfName is the file name of our network configuration.
@@ -45,6 +48,9 @@ func newCNICommand() *cobra.Command {
 			}
 			for _, w := range warnings {
 				fmt.Fprintln(c.ErrOrStderr(), "warning:", w)
+			}
+			if errors.Is(err, fs.ErrNotExist) {
+				return remedy.Errorf("name the directory of culvert-cni and its delegates with --from", "%w", err)
 			}
 			return err
 		},

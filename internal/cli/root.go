@@ -182,7 +182,7 @@ func prepare(c *cobra.Command) {
 		}
 	}
 	c.Long = reflowed(c.Long)
-	if c.RunE != nil {
+	if c.RunE != nil && c.HasParent() {
 		c.PreRunE = func(c *cobra.Command, _ []string) error { return fromEnvironment(c.Flags()) }
 	}
 	for _, sub := range c.Commands() {

@@ -154,7 +154,7 @@ func (o traceOptions) trace(ctx context.Context, fromText, toText string) (trace
 	case has(to):
 		p, err = tracePath(diagnosis, to, from, false)
 	default:
-		return r, fmt.Errorf("neither %s nor %s is in this node's subnet %s: run it on the node of one of them (`culvert status` lists them)", from, to, join(own))
+		return r, remedy.Errorf("run it on the node of one of them (`culvert status` lists them)", "neither %s nor %s is in this node's subnet %s", from, to, join(own))
 	}
 	if err != nil {
 		return r, err

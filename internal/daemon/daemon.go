@@ -242,7 +242,7 @@ func (d *node) requestLease(ctx context.Context, r store) (grant, error) {
 	waiting := "waiting for the network configuration in " + d.options.configPlace()
 	d.state.notReady(waiting)
 	told := d.reportTrouble(ctx, r, waiting)
-	d.log.Info("asking for the network configuration", "in", d.options.configPlace())
+	d.log.Info("asking for the network configuration", "store", d.options.storeName(), "at", d.options.servers().URLs)
 	config, err := r.Config(ctx)
 	told()
 	if err != nil {

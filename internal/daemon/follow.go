@@ -119,10 +119,14 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 			return fmt.Errorf("cannot apply the leases to the datapath, and the running daemon can: %w", err)
 		}
 		s.unapplied = &snapshot
-		s.log.Error("cannot apply the leases to the datapath", "revision", snapshot.Revision, "error", err)
+		if why := err.Error(); why != s.saidUnapplied { // it is tried again every applyAgain
+			s.saidUnapplied = why
+			s.log.Error("cannot apply the leases to the datapath", "revision", snapshot.Revision, "error", err)
+		}
 		s.state.notReady("cannot apply the leases to the datapath: " + err.Error())
 		return nil
 	}
+	s.saidUnapplied = ""
 	lease := s.lease
 	if held, ok := s.registry.Held(); ok && held.Key() == lease.Key() {
 		lease.Expires = held.Expires

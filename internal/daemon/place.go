@@ -16,6 +16,7 @@ import (
 	"culvert/internal/host"
 	"culvert/internal/names"
 	"culvert/internal/overlap"
+	"culvert/internal/remedy"
 	"culvert/internal/statefile"
 	"culvert/subnet"
 )
@@ -290,9 +291,13 @@ func (s *session) underlayWarnings(h host.UnderlayState) []api.Warning {
 		})
 	}
 	if err := s.fits(h.Now.MTU); err != nil {
+		what, do := remedy.Split(err)
+		if s.fits(was.MTU) == nil {
+			do = fmt.Sprintf("ip link set %s mtu %d", h.Now.Name, was.MTU)
+		}
 		all = append(all, api.Warning{
-			Check: "underlay-mtu", Fix: fmt.Sprintf("ip link set %s mtu %d", h.Now.Name, was.MTU),
-			Text: fmt.Sprintf("%s; pods keep the MTU that they have, and their larger packets are lost", err),
+			Check: "underlay-mtu", Fix: do,
+			Text: what + "; pods keep the MTU that they have, and their larger packets are lost",
 		})
 	}
 	return all

@@ -150,6 +150,7 @@ type session struct {
 	file          *subnetFile
 	last          *subnet.Snapshot // the newest; follow's goroutine only
 	unapplied     *subnet.Snapshot // the newest, if the datapath failed to apply it; follow's goroutine only
+	saidUnapplied string           // why, as last logged; the same
 	reportedReady bool             // the node was reported ready
 	nets          []subnet.HostNetwork
 	networks      []subnet.Network // of the last accepted configuration; follow's goroutine only

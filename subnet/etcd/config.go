@@ -19,7 +19,8 @@ const HowToSetConfig = `culvert config set '{"Network":"10.5.0.0/16","Backend":{
 // Config implements subnet.Registry.
 func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 	var pause subnet.Backoff
-	var reminded, unanswered subnet.Reminder
+	var reminded subnet.Reminder
+	unanswered := 0
 	for {
 		text, revision, at, err := r.configText(ctx)
 		switch {
@@ -43,13 +44,16 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 		}
 		switch {
 		case at == 0 && r.Trouble() != nil: // whoever watches Trouble says so
-		case at == 0 && unanswered.Due():
-			r.log.Warn("waiting for etcd", "error", r.Explain(ctx, err))
+		case at == 0:
+			if unanswered++; unanswered == 2 { // the reason may come a moment after the first
+				r.log.Warn("waiting for etcd", "error", r.Explain(ctx, err))
+			}
 		case at != 0 && reminded.Due():
 			r.log.Warn("waiting for a network configuration", "key", r.configKey(), "error", r.Explain(ctx, err), "set_it_with", HowToSetConfig)
 		}
 		if at != 0 { // etcd answered; wait for a change
 			pause.Reset()
+			unanswered = 0
 			r.awaitConfig(ctx, at+1)
 		}
 		if err := pause.Wait(ctx, 0); err != nil {

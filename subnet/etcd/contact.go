@@ -42,6 +42,10 @@ func (c *contact) record(address string, err error) {
 	}
 }
 
+// errSilent: the server accepted the connection and sent nothing, until this client gave it
+// up.
+var errSilent = errors.New("it accepts the connection and sends nothing")
+
 // errClosedSilently: the server closed the connection without sending anything, as
 // one does that expects TLS.
 var errClosedSilently = errors.New("it closes the connection without answering")
@@ -106,6 +110,8 @@ func (c *contact) explain(address string, err error) error {
 			return remedy.Errorf("write https:// in --etcd-endpoints and set its CA with --etcd-cafile", "it requires TLS")
 		}
 		return remedy.Errorf("is this etcd's client port?", "%w", err)
+	case errors.Is(err, errSilent):
+		return remedy.Errorf("is this etcd's client port, and is the server well?", "%w", err)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return remedy.Errorf("is etcd running there, and is the port right?", "connection refused")
 	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
@@ -178,6 +184,8 @@ func (l *observedConn) Read(b []byte) (int, error) {
 	n, err := l.Conn.Read(b)
 	l.once.Do(func() {
 		switch {
+		case n == 0 && errors.Is(err, net.ErrClosed):
+			l.contact.record(l.address, errSilent)
 		// The server's first frame must be SETTINGS: a length below 2^16, type 4
 		// (RFC 9113, 3.4 and 4.1).
 		case n > 0 && l.plain && (b[0] != 0 || n > 3 && b[3] != 4):
