@@ -188,7 +188,7 @@ func newLeaseReserveCommand() *cobra.Command {
 		Short: "Keep a subnet from every node, until it is released",
 		Long: `Keep a subnet from every node, until it is released. A reservation has no end. It
 may be longer or shorter than the nodes' subnets.`,
-		Example: `  culvert lease reserve 10.5.250.0/24 --owner 'load balancers'`,
+		Example: `  culvert lease reserve 10.5.250.0/24 --owner load-balancers`,
 		Args:    cobra.RangeArgs(1, 2),
 		RunE: func(c *cobra.Command, args []string) error {
 			var subnets []netip.Prefix
