@@ -98,7 +98,7 @@ func FindDatapath(name string) (Datapath, bool) {
 		if d.Name == base {
 			d.Name = name
 			if numbered && d.Title != "" {
-				d.Title += ", once more (" + number + ")"
+				d.Title += ", instance " + number
 			}
 			return d, true
 		}

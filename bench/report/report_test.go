@@ -400,7 +400,7 @@ func TestReadableNames(t *testing.T) {
 			t.Errorf("the metric %s has no title", m)
 		}
 	}
-	if got := readable("vxlan/kernel#2"); got != "VXLAN, kernel, once more (2)" {
+	if got := readable("vxlan/kernel#2"); got != "VXLAN, kernel, instance 2" {
 		t.Error(got)
 	}
 }
