@@ -165,25 +165,87 @@ func readAll(d *device) map[flow][]int {
 	return held
 }
 
+// TestInheritQueues takes over devices of predecessors: with as many queues, with the two
+// of an earlier version, and with those of a steered device by a daemon that cannot load a
+// program.
+func TestInheritQueues(t *testing.T) {
+	labtest.NeedTUN(t)
+	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
+	log := slog.New(slog.DiscardHandler)
+	size := deviceSize{threads: 1, sparse: true}
+	for _, c := range []struct {
+		name   string
+		queues int
+		bpf    bool
+	}{{"the same", 8, true}, {"an earlier version's", 2, true}, {"no longer steered", 8, false}} {
+		t.Run(c.name, func(t *testing.T) {
+			if err := n.Do(func() error {
+				before := &device{threads: 1, sparse: true}
+				if err := before.openMany(names.TUN, c.queues); err != nil {
+					return err
+				}
+				fds := inherited{before.queues}
+				before.queues = nil // the successor owns them
+				var d *device
+				take := func() (err error) {
+					d, err = fds.openDevice(names.TUN, 1450, size, log)
+					return err
+				}
+				var err error
+				if c.bpf {
+					err = take()
+				} else {
+					err = withoutBPF(take)
+				}
+				if err != nil {
+					return errors.Join(err, before.close())
+				}
+				if d.sparse != c.bpf || d.spread == c.bpf || len(d.queues) != 8 || d.threads != 1 {
+					t.Errorf("the device is %+v", d)
+				}
+				if c.bpf {
+					err = errors.Join(flowsAreSteered(t, d), floodLeavesRoom(t, d))
+				} else if err = (flow{unix.IPPROTO_UDP, 2}).send(100); err == nil {
+					// The predecessor's program would move the flow to another queue.
+					if held := readAll(d)[flow{unix.IPPROTO_UDP, 2}]; slices.Max(held) != 100 {
+						t.Errorf("the queues hold %d", held)
+					}
+				}
+				return errors.Join(err, d.close(), before.close())
+			}); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+// withoutBPF calls fn on this thread without the capability to load eBPF programs.
+func withoutBPF(fn func() error) error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // pid 0: this thread
+	var had, has [2]unix.CapUserData
+	if err := unix.Capget(&header, &had[0]); err != nil {
+		return err
+	}
+	has = had
+	for _, k := range []int{unix.CAP_BPF, unix.CAP_SYS_ADMIN} {
+		has[k/32].Effective &^= 1 << (k % 32)
+	}
+	if err := unix.Capset(&header, &has[0]); err != nil {
+		return err
+	}
+	return errors.Join(fn(), unix.Capset(&header, &had[0]))
+}
+
 // TestQueuesWithoutBPF opens a device without the capability to load eBPF programs.
 func TestQueuesWithoutBPF(t *testing.T) {
 	labtest.NeedTUN(t)
 	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
 	if err := n.Do(func() error {
-		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3} // pid 0: this thread
-		var had, has [2]unix.CapUserData
-		if err := unix.Capget(&header, &had[0]); err != nil {
+		var d *device
+		if err := withoutBPF(func() (err error) {
+			d, err = openDevice(names.TUN, 1450, deviceSize{threads: 2, sparse: true}, slog.New(slog.DiscardHandler))
 			return err
-		}
-		has = had
-		for _, k := range []int{unix.CAP_BPF, unix.CAP_SYS_ADMIN} {
-			has[k/32].Effective &^= 1 << (k % 32)
-		}
-		if err := unix.Capset(&header, &has[0]); err != nil {
-			return err
-		}
-		d, err := openDevice(names.TUN, 1450, deviceSize{threads: 2, sparse: true}, slog.New(slog.DiscardHandler))
-		if err := errors.Join(err, unix.Capset(&header, &had[0])); err != nil {
+		}); err != nil {
 			return err
 		}
 		if d.sparse || !d.spread || d.threads != 1 || len(d.queues) != unsteeredQueues || d.counted() != nil {
