@@ -49,7 +49,7 @@ type benchOutput struct {
 
 func (o *benchOutput) addTo(c *cobra.Command) {
 	flags := c.Flags()
-	flags.StringVar(&o.reference, "reference", "vxlan/kernel", "the datapath that ratios are to")
+	flags.StringVar(&o.reference, "reference", "vxlan/kernel", "datapath that ratios refer to")
 	for _, f := range []struct {
 		value       *string
 		name, usage string
@@ -61,8 +61,8 @@ func (o *benchOutput) addTo(c *cobra.Command) {
 		flags.StringVar(f.value, f.name, "", f.usage)
 		flags.Lookup(f.name).NoOptDefVal = toStdout
 	}
-	flags.BoolVar(&o.ratios, "ratios", false, "show one table: what users feel first, as ratios to the reference")
-	flags.StringVar(&o.html, "html", "", "write it as one page with charts to this file")
+	flags.BoolVar(&o.ratios, "ratios", false, "show only the main figures, as ratios to the reference")
+	flags.StringVar(&o.html, "html", "", "write the report as an HTML page with charts to this file")
 	flags.StringVar(&o.docs, "docs", "", "put results and charts into benchmarks.md of this directory")
 	_ = c.RegisterFlagCompletionFunc("reference", cobra.FixedCompletions(benchDatapaths(), cobra.ShellCompDirectiveNoFileComp))
 }
@@ -222,23 +222,23 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	}
 	flags := c.Flags()
 	flags.SortFlags = false
-	flags.BoolVar(&f.quick, "quick", false, "the few that matter most, within a minute: --preset quick")
+	flags.BoolVar(&f.quick, "quick", false, "the most important datapaths and workloads, within a minute: --preset quick")
 	flags.StringVar(&f.preset, "preset", "", "a choice of all below: "+presetUsage())
 	flags.StringSliceVar(&f.underlays, "underlay", bench.Underlays()[:4], "kinds of network")
-	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (all); NAME#2 is one once more, which shows what noise is")
+	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (all); NAME#2 is a second instance, whose difference is noise")
 	flags.StringSliceVar(&f.workloads, "workload", bench.WorkloadNames(), "kinds of traffic")
 	flags.Lookup("workload").DefValue = "all" // they are many
-	flags.IntVar(&f.nodes, "nodes", 2, fmt.Sprintf("how many, at most %d; all but the first send to that one at once", bench.MostNodes))
+	flags.IntVar(&f.nodes, "nodes", 2, fmt.Sprintf("number of nodes, at most %d; all but the first send to the first at once", bench.MostNodes))
 	flags.StringVar(&f.ends, "ends", bench.Nodes, "what sends and receives: "+strings.Join(bench.Ends(), " or "))
-	flags.IntVar(&f.rounds, "rounds", 3, "how often each is measured")
-	flags.DurationVar(&f.duration, "duration", time.Second, "how long each is measured")
-	flags.DurationVar(&f.warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
-	flags.StringVar(&f.generator, "generator", "builtin", "what makes the traffic: "+strings.Join(bench.Generators(), " or "))
-	flags.StringVar(&f.resume, "resume", "", "keep the report in this file as JSON, and go on with what it has already")
+	flags.IntVar(&f.rounds, "rounds", 3, "number of rounds")
+	flags.DurationVar(&f.duration, "duration", time.Second, "duration of each measurement")
+	flags.DurationVar(&f.warmup, "warmup", 250*time.Millisecond, "warm-up before each measurement")
+	flags.StringVar(&f.generator, "generator", "builtin", "traffic generator: "+strings.Join(bench.Generators(), " or "))
+	flags.StringVar(&f.resume, "resume", "", "keep the report in this JSON file, and measure only what it lacks")
 	f.out.addTo(c)
 	flags.BoolVar(&f.server, "server", false, "with --underlay existing: be the far end for a client on another host")
 	flags.StringVar(&f.listen, "listen", fmt.Sprintf(":%d", bench.DefaultPort), "where the server listens: an address and a port, or :port for all addresses")
-	flags.StringVar(&f.token, "token", "", "what the client must know: the server makes one and prints it, if none is given")
+	flags.StringVar(&f.token, "token", "", "secret that server and client share (default: the server generates and prints one)")
 	flags.StringVar(&f.client, "client", "", "with --underlay existing: measure between this host and the server at this address")
 	for name, choices := range map[string][]string{"underlay": bench.Underlays(), "datapath": benchDatapaths(), "workload": bench.WorkloadNames(), "generator": bench.Generators(), "nodes": {"2", "3", "5", "10"}, "ends": bench.Ends(), "preset": presetNames()} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(choices, cobra.ShellCompDirectiveNoFileComp))

@@ -21,8 +21,8 @@ func newBenchScaleCommand() *cobra.Command {
 	o := bench.ScaleOptions{Version: Version()}
 	c := &cobra.Command{
 		Use:   "scale",
-		Short: "Measure what the number of peers costs",
-		Long: `Measure what the number of peers costs: throughput and CPU time per packet with so
+		Short: "Measure the cost of the number of peers",
+		Long: `Measure the cost of the number of peers: throughput and CPU time per packet with so
 many in the table of the userspace datapath; memory and CPU time of a daemon that
 joins while etcd has so many leases; and the time from the write of a lease to the
 first packet through.`,
@@ -44,10 +44,10 @@ first packet through.`,
 	flags := c.Flags()
 	flags.SortFlags = false
 	flags.IntSliceVar(&o.Peers, "peers", []int{1, 10, 100, 1000, 5000}, "how many")
-	flags.IntVar(&o.Rounds, "rounds", 3, "how often traffic is measured")
-	flags.DurationVar(&o.Duration, "duration", time.Second, "how long each time")
-	flags.DurationVar(&o.Warmup, "warmup", 250*time.Millisecond, "how long traffic runs before that")
-	flags.IntVar(&o.Leases, "leases", 10, "how many leases are timed on their way to the first packet")
+	flags.IntVar(&o.Rounds, "rounds", 3, "number of rounds")
+	flags.DurationVar(&o.Duration, "duration", time.Second, "duration of each measurement")
+	flags.DurationVar(&o.Warmup, "warmup", 250*time.Millisecond, "warm-up before each measurement")
+	flags.IntVar(&o.Leases, "leases", 10, "number of leases to time, from being written to the first packet")
 	flags.StringVar(&json, "json", "", "write the report as JSON to this file, or without one to standard output")
 	flags.Lookup("json").NoOptDefVal = toStdout
 	flags.StringVar(&docs, "docs", "", "put the result into benchmarks.md of this directory")

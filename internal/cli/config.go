@@ -76,7 +76,7 @@ func withStore(c *cobra.Command, f *etcdFlags, do func(ctx context.Context, admi
 func newConfigCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "config",
-		Short: "Make, show, check and set the network configuration in etcd",
+		Short: "Create, show, check and set the network configuration in etcd",
 		Args:  cobra.NoArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
@@ -88,7 +88,7 @@ func newConfigShowCommand() *cobra.Command {
 	var f etcdFlags
 	c := &cobra.Command{
 		Use:   "show",
-		Short: "Show the network configuration as it stands in etcd",
+		Short: "Show the network configuration stored in etcd",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return withStore(c, &f, func(ctx context.Context, admin subnet.Admin) error {

@@ -30,7 +30,7 @@ func newConfigInitCommand() *cobra.Command {
 	var n configFlags
 	c := &cobra.Command{
 		Use:   "init",
-		Short: "Set the first network configuration, made from flags",
+		Short: "Create the network configuration from flags",
 		Long: `Set the network configuration of a new network, made from flags, if etcd has none
 yet: nothing that is there is overwritten ('culvert config set' does that).`,
 		Example: `  culvert config init --network 10.5.0.0/16

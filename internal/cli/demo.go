@@ -79,7 +79,7 @@ Exit code 0: everything was reached, untranslated and intact; 1: not.`,
 	flags.IntVar(&f.nodes, "nodes", 3, "how many nodes")
 	flags.IntVar(&f.pods, "pods", 2, "how many pods on each node")
 	flags.StringVar(&f.datapath, "datapath", "mixed", "the daemons' --datapath: auto, userspace, kernel, or mixed: userspace and auto in turn")
-	flags.BoolVar(&f.keep, "keep", false, "leave it up, and say how to look around and how to remove it")
+	flags.BoolVar(&f.keep, "keep", false, "leave it up, and print how to enter it and how to remove it")
 	flags.StringVar(&f.remove, "remove", "", "remove a demo that was kept, by its name")
 	flags.StringVarP(&f.output, "output", "o", "table", "how to show the result: table or json")
 	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))

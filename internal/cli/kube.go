@@ -30,7 +30,7 @@ func (f *kubeFlags) addTo(flags *pflag.FlagSet) {
 	flags.StringVar(&f.server, "kube-api-url", "", "URL of the Kubernetes API server, if it is not what the service account or the kubeconfig says")
 	flags.StringVar(&f.prefix, "kube-annotation-prefix", kube.DefaultPrefix, "prefix of the annotations on Nodes")
 	flags.StringVar(&f.netConf, "net-config-path", kube.DefaultNetConf, "file with the network configuration, with --store=kubernetes")
-	flags.BoolVar(&f.unavailable, "set-node-network-unavailable", true, "set the Node's condition NetworkUnavailable to False once packets are carried")
+	flags.BoolVar(&f.unavailable, "set-node-network-unavailable", true, "set the Node's condition NetworkUnavailable to False once packets are forwarded")
 }
 
 // inKubernetes resolves --store: whether the store is Kubernetes.

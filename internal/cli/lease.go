@@ -185,8 +185,8 @@ func newLeaseReserveCommand() *cobra.Command {
 	var owner string
 	c := &cobra.Command{
 		Use:   "reserve SUBNET [IPV6-SUBNET]",
-		Short: "Keep a subnet from every node, until it is released",
-		Long: `Keep a subnet from every node, until it is released. A reservation has no end. It
+		Short: "Reserve a subnet, so that no node leases it until it is released",
+		Long: `Reserve a subnet, so that no node leases it until it is released. A reservation has no end. It
 may be longer or shorter than the nodes' subnets.`,
 		Example: `  culvert lease reserve 10.5.250.0/24 --owner load-balancers`,
 		Args:    cobra.RangeArgs(1, 2),
@@ -225,8 +225,8 @@ func newLeaseReleaseCommand() *cobra.Command {
 	var quarantine time.Duration
 	c := &cobra.Command{
 		Use:   "release SUBNET|NODE",
-		Short: "Free a reservation, or the lease of a node that will not be back",
-		Long: `Free a reservation, or the lease of a node that will not be back. The subnet of a
+		Short: "Release a reservation, or the lease of a node that will not return",
+		Long: `Release a reservation, or the lease of a node that will not return. The subnet of a
 node rests in quarantine. A node whose daemon runs takes its lease again: stop
 the daemon first, or start it with --release-on-exit and stop it.`,
 		Args:              cobra.ExactArgs(1),

@@ -35,7 +35,7 @@ func newPingCommand() *cobra.Command {
 	var o pingOptions
 	c := &cobra.Command{
 		Use:   "ping {NODE|SUBNET|ADDRESS...|--all}",
-		Short: "Measure the way to nodes and pods through the tunnel",
+		Short: "Ping nodes and pods through the tunnel, and measure the path MTU",
 		Long: `Send ICMP echo requests through the tunnel, from this node's address in its own
 subnet, and show round-trip time, loss, and the largest packet that passes. A
 node is named by its identity, its subnet or its underlay address; its tunnel

@@ -25,7 +25,7 @@ func newReportCommand() *cobra.Command {
 	var root string
 	c := &cobra.Command{
 		Use:   "report [FILE]",
-		Short: "Gather what a bug report needs into one archive, without secrets",
+		Short: "Collect what a bug report needs in one archive, without secrets",
 		Long: `Gather into one .tar.gz what culvert and the kernel say of this node: version,
 status, what doctor finds, state, configuration, how the daemon was started, links,
 addresses, routes, rules, neighbours, FDB, nftables and iptables rules, kernel

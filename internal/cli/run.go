@@ -36,7 +36,7 @@ type etcdFlags struct {
 
 func (f *etcdFlags) addTo(flags *pflag.FlagSet) {
 	flags.StringSliceVar(&f.endpoints, "etcd-endpoints", []string{"http://127.0.0.1:2379"}, "etcd servers, separated by commas")
-	flags.StringVar(&f.prefix, "etcd-prefix", etcd.DefaultPrefix, "where the network lives in etcd")
+	flags.StringVar(&f.prefix, "etcd-prefix", etcd.DefaultPrefix, "etcd prefix of the network's keys")
 	flags.StringVar(&f.ca, "etcd-cafile", "", "CA that signed the servers' certificates (PEM)")
 	flags.StringVar(&f.cert, "etcd-certfile", "", "client certificate (PEM)")
 	flags.StringVar(&f.key, "etcd-keyfile", "", "its key (PEM)")
@@ -59,7 +59,7 @@ func (f *etcdFlags) options(log *slog.Logger) (etcd.Options, error) {
 
 // addQuarantine adds the flag of the commands that free or lease subnets.
 func addQuarantine(flags *pflag.FlagSet, d *time.Duration) {
-	flags.DurationVar(d, "quarantine", time.Hour, "how long a freed subnet rests before another node gets it, while others are free; 0 for no rest")
+	flags.DurationVar(d, "quarantine", time.Hour, "how long a freed subnet is kept from other nodes while others are free; 0: not at all")
 }
 
 // runFlags are the flags of culvert run.

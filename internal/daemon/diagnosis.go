@@ -150,7 +150,7 @@ func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot)
 	}
 	problems, want, err := host.Preview(o.underlay, o.plan)
 	if err != nil {
-		o.warn("host-state", "", "the host cannot be made as it should be: %v", err)
+		o.warn("host-state", "", "the wanted state cannot be applied to the host: %v", err)
 		return nil
 	}
 	o.Problems, o.State = append(o.Problems, problems...), want
