@@ -156,6 +156,7 @@ func (c *cluster) fastPath(n *lab.Node) api.FastPath {
 // that others delete are restored; a qdisc that the fast path would bypass turns it off;
 // and nothing is left when it is off or cleaned up.
 func TestFastPathLife(t *testing.T) {
+	t.Parallel()
 	t.Run("kernel", func(t *testing.T) {
 		fastPathLife(t, []string{"--datapath", "kernel", "--fast-path", "auto"}, "cvt.1", "userspace")
 	})
