@@ -24,8 +24,6 @@ const (
 	// waits for the answer.
 	dialTimeout = 2 * time.Second
 	askTimeout  = 5 * time.Second
-	// progressAfter is when a command that waits for etcd says so.
-	progressAfter = time.Second
 )
 
 // quarantined enables the quarantine in the registry, for the flag's duration. Commands

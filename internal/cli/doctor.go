@@ -60,7 +60,9 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 			if o.list {
 				return o.out.write(c.OutOrStdout(), api.Checks(), func(w io.Writer) error { return writeChecks(w) })
 			}
+			done := whileWaiting(c, "examining this host, and probing the other nodes; silent ones take seconds")
 			results, diagnosis := o.examine(c.Context())
+			done()
 			if err := c.Context().Err(); err != nil {
 				return err
 			}

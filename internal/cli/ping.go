@@ -67,7 +67,9 @@ pods may send.`,
 			if err != nil {
 				return err
 			}
+			done := whileWaiting(c, fmt.Sprintf("pinging %s", plural(len(targets), "target")))
 			results, err := o.pingAll(c.Context(), s, targets)
+			done()
 			if err != nil {
 				return err
 			}

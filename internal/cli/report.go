@@ -47,7 +47,9 @@ minute, and works while no daemon runs. FILE "-" is the standard output.`,
 				return err
 			}
 			var b bytes.Buffer
+			done := whileWaiting(c, "gathering; this takes some seconds")
 			sum, err := report.Write(c.Context(), &b, options)
+			done()
 			if err == nil {
 				err = os.WriteFile(file, b.Bytes(), 0o600)
 			}

@@ -77,7 +77,9 @@ are stopped.`,
   culvert trace node n2 --far 'ssh root@n2 culvert'`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
+			done := whileWaiting(c, "following packets; those without an answer take some seconds")
 			r, err := o.trace(c.Context(), args[0], args[1])
+			done()
 			if err != nil {
 				return err
 			}
