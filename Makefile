@@ -159,7 +159,7 @@ test-vm: build
 	$(TEST) -c -tags vm -o bin/vm/test.test ./test
 	$(TEST) -c -o bin/vm/ipip.test ./backend/ipip
 	cd test && ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin sh -c \
-		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestIPIP|TestChaosInjection/ipip"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
+		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestFastPathIPIP|TestIPIP|TestChaosInjection/ipip"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
 
 KUBERNETES := bin/kubernetes
 

@@ -60,7 +60,9 @@ func Datapaths() []Datapath {
 		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's userspace datapath", culvert: true},
 		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same with culvert's fast path", culvert: true, fast: true},
 		{Name: "ipip/kernel", Title: "IPIP, kernel", About: "the kernel's ipip device, configured by culvert", kernel: true, culvert: true},
+		{Name: "ipip/kernel" + fastSuffix, Title: "IPIP, kernel, fast path", About: "the same with culvert's fast path", kernel: true, culvert: true, fast: true},
 		{Name: "ipip/userspace", Title: "IPIP, userspace", About: "culvert's userspace datapath", culvert: true},
+		{Name: "ipip/userspace" + fastSuffix, Title: "IPIP, userspace, fast path", About: "the same with culvert's fast path", culvert: true, fast: true},
 		{Name: "naive", Title: "VXLAN, naive", About: "VXLAN with one packet per system call: the lower bound"},
 		{Name: "wireguard-go", Title: "WireGuard, userspace", About: "the library wireguard-go, which encrypts"},
 	}

@@ -25,7 +25,8 @@ type (
 		FirstPort, Ports            uint16
 		Hops, Lengths               uint8
 		MAC                         host.MAC
-		Pods, Layer3                uint8
+		Pods, Layer3, Process, IPIP uint8
+		_                           [2]uint8
 		Local, Subnet, Mask         address
 		Bits                        [mostLengths]uint32
 		Masks                       [mostLengths]address
@@ -38,7 +39,7 @@ type (
 		Outer address
 		MAC   host.MAC // for a tunnel with Layer3
 		_     [2]uint8
-		MTU   uint32
+		MTU   uint32 // 0: there is no plain route
 	}
 	sourceKey struct {
 		Bits         uint32
@@ -132,11 +133,12 @@ func prefixKey(inner netip.Prefix) peerKey {
 	return key
 }
 
-// end is this node's end of the tunnel of one address family: a vxlan device, or the
-// userspace datapath's TUN device.
+// end is this node's end of the tunnel of one address family: a vxlan or ipip device, or
+// the userspace datapath's TUN device.
 type end struct {
-	device string
-	layer3 bool
+	device  string
+	process bool // the userspace datapath's
+	ipip    bool // otherwise VXLAN; only Local and Device of it are set
 	host.VXLAN
 	subnet  netip.Prefix
 	sources []pair
@@ -144,11 +146,14 @@ type end struct {
 	unfit   string // why the fast path cannot carry it
 }
 
+// layer3 reports whether the device has no link headers.
+func (e end) layer3() bool { return e.process || e.ipip }
+
 // target is a peer of an end.
 type target struct {
 	key   peerKey
 	outer netip.Addr
-	mac   host.MAC // if the end is of layer 3
+	mac   host.MAC // of a userspace datapath's peer
 }
 
 func (e end) family() uint32 {
@@ -166,7 +171,7 @@ func endsOf(s host.State) ([]end, error) {
 		macs[n.IP] = n.MAC
 	}
 	for _, l := range s.Links {
-		if l.VXLAN == nil {
+		if l.VXLAN == nil && l.IPIP == nil {
 			continue
 		}
 		i := slices.IndexFunc(s.Firewall.Tunnels, func(t firewall.TunnelRule) bool { return t.Device == l.Name })
@@ -174,6 +179,10 @@ func endsOf(s host.State) ([]end, error) {
 			return nil, fmt.Errorf("%s is not there", l.Name)
 		}
 		guard := s.Firewall.Tunnels[i]
+		if l.IPIP != nil {
+			all = append(all, ipipEnd(guard, *l.IPIP))
+			continue
+		}
 		e := end{device: l.Name, VXLAN: *l.VXLAN, subnet: guard.Subnet}
 		for _, p := range guard.Peers {
 			e.sources = append(e.sources, pair{p, keyOf(p), macKey(e.family(), macs[p.Inner.Masked().Addr()])})
@@ -186,7 +195,7 @@ func endsOf(s host.State) ([]end, error) {
 		all = append(all, e)
 	}
 	for _, t := range s.Process {
-		e := end{device: t.Link, layer3: true, VXLAN: t.VXLAN, subnet: t.Subnet, unfit: t.Unfit}
+		e := end{device: t.Link, process: true, ipip: t.VXLAN.Port == 0, VXLAN: t.VXLAN, subnet: t.Subnet, unfit: t.Unfit}
 		for _, p := range t.Peers {
 			source := firewall.Source{Outer: p.Outer, Inner: p.Inner}
 			e.sources = append(e.sources, pair{source, keyOf(source), prefixKey(p.Inner)})
@@ -196,6 +205,21 @@ func endsOf(s host.State) ([]end, error) {
 	}
 	return all, nil
 }
+
+// ipipEnd returns the end that is an ipip device.
+func ipipEnd(t firewall.TunnelRule, l host.IPIP) end {
+	e := end{device: t.Device, ipip: true, VXLAN: host.VXLAN{Local: l.Local, Device: t.Underlay}, subnet: t.Subnet}
+	for _, p := range t.Peers {
+		key := prefixKey(p.Inner)
+		e.sources = append(e.sources, pair{p, keyOf(p), key})
+		e.targets = append(e.targets, target{key: key, outer: p.Outer})
+	}
+	return e
+}
+
+// joinMAC is the destination of frames in the veth pair that come from an IPIP tunnel,
+// which has no Ethernet addresses.
+var joinMAC = host.MAC{2, 'c', 'u', 'l', 'v', 4}
 
 // contentsOf computes the contents for a state, without I/O. The error says why the
 // fast path cannot be used with it.
@@ -235,10 +259,19 @@ func contentsOf(s host.State, f facts) (contents, error) {
 			Device: uint32(device.index), Uplink: uint32(uplink.index), MTU: uint32(uplink.mtu), FirstPort: f.firstPort, Ports: f.ports,
 			Hops: f.hops[family], MAC: e.MAC, Local: addressOf(e.Local), Subnet: addressOf(e.subnet.Masked().Addr()), Mask: maskOf(e.subnet.Bits()),
 		}
-		if e.layer3 {
+		if e.layer3() {
 			t.Layer3 = 1
 		}
-		if len(f.pods) > 0 && !e.layer3 {
+		if e.process {
+			t.Process = 1
+		}
+		if e.ipip {
+			t.IPIP, t.MAC = 1, joinMAC
+			if !e.process {
+				t.Hops = 0 // the kernel's ipip device copies the inner TTL
+			}
+		}
+		if len(f.pods) > 0 && !e.layer3() {
 			t.Pods = 1
 		}
 		if near, ok := f.links[names.JoinNear]; ok {
@@ -258,6 +291,9 @@ func contentsOf(s host.State, f facts) (contents, error) {
 			c.counted[to.key] = struct{}{}
 			mtu, ok := f.path(to.outer, e.Device)
 			if !ok {
+				if e.layer3() { // a shorter prefix must not be found in its place
+					c.peers[to.key] = peer{}
+				}
 				continue
 			}
 			mtu = min(mtu, uplink.mtu)

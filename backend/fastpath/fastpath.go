@@ -1,4 +1,5 @@
-// Package fastpath runs eBPF tc programs before the kernel's vxlan devices. One
+// Package fastpath runs eBPF tc programs before the tunnel's device: the kernel's vxlan or
+// ipip device, or the userspace datapath's TUN device. One
 // encapsulates packets that leave by the device and sends them to the uplink. The other
 // decapsulates peers' packets on the uplink and delivers them to the device as received
 // there. Routes, conntrack and nftables see the same inner packets as before; packets
@@ -58,7 +59,7 @@ const (
 	programPodIn  = names.FilterPrefix + "pod_in"
 )
 
-var errNoTunnel = errors.New("there is no vxlan device")
+var errNoTunnel = errors.New("there is no tunnel device")
 
 // Path is the fast path of one datapath. It is a host.Follower.
 type Path struct {
@@ -205,7 +206,7 @@ func (p *Path) Extend(s *host.State) {
 	defer p.mu.Unlock()
 	mtu := 0
 	for _, l := range s.Links {
-		if l.VXLAN != nil || slices.ContainsFunc(s.Process, func(t host.ProcessTunnel) bool { return t.Link == l.Name }) {
+		if l.VXLAN != nil || l.IPIP != nil || slices.ContainsFunc(s.Process, func(t host.ProcessTunnel) bool { return t.Link == l.Name }) {
 			mtu = max(mtu, l.MTU)
 		}
 	}

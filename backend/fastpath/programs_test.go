@@ -481,17 +481,20 @@ func TestOvertakesNothingUnread(t *testing.T) {
 // forgetUnread does what a pause of 100 ms does for outer sources.
 func (p *Path) forgetUnread(t *testing.T) {
 	t.Helper()
-	clearArray(t, p.loaded.Maps["unread"])
+	m := p.loaded.Maps["unread"]
+	keys := make([]uint32, m.MaxEntries())
+	for k := range keys {
+		keys[k] = uint32(k)
+	}
+	if _, err := m.BatchUpdate(keys, make([]uint64, len(keys)), nil); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // forgetFlows does what a pause of 100 ms does for inner flows.
 func (p *Path) forgetFlows(t *testing.T) {
 	t.Helper()
-	clearArray(t, p.loaded.Maps["flows"])
-}
-
-func clearArray(t *testing.T, m *ebpf.Map) {
-	t.Helper()
+	m := p.loaded.Maps["flows"]
 	zero := make([]byte, m.ValueSize())
 	for k := range m.MaxEntries() {
 		if err := m.Put(k, zero); err != nil {
@@ -577,7 +580,7 @@ func TestContents(t *testing.T) {
 		t.Errorf("the path's MTU is %d", got)
 	}
 	for name, spoil := range map[string]func(*host.State, map[string]link){
-		"there is no vxlan device":                                func(s *host.State, _ map[string]link) { s.Links = nil },
+		"there is no tunnel device":                               func(s *host.State, _ map[string]link) { s.Links = nil },
 		"cvt.7 is not there":                                      func(_ *host.State, l map[string]link) { delete(l, "cvt.7") },
 		"the uplink lo is not there":                              func(_ *host.State, l map[string]link) { delete(l, "lo") },
 		"the uplink lo is no Ethernet interface":                  func(_ *host.State, l map[string]link) { l["lo"] = link{index: 1} },

@@ -16,8 +16,8 @@ import (
 // The eBPF fast path (package fastpath) carries packets between the TUN device and the
 // uplink without this process; what it leaves, the loop carries.
 //
-//	pods ── culvert0 ──┬── culvert_out ────────── uplink
-//	                   └── loop ── UDP socket ──┘
+//	pods ── culvert0 ──┬── culvert_out ─────── uplink
+//	                   └── loop ── sockets ──┘
 
 // fastPath is the fast path as a part of the host's state.
 type fastPath struct {
@@ -57,11 +57,14 @@ func (t *Tunnel) processTunnels(s subnet.Snapshot, v host.View) []host.ProcessTu
 			Link: names.TUN, Subnet: e.Subnet,
 			VXLAN: host.VXLAN{
 				MAC: host.MAC(e.VTEP.MAC), VNI: e.VTEP.VNI, Local: o.Node.Underlay.Addr(is4),
-				Device: cmp.Or(v.Underlay.Name, o.Node.Underlay.Name), Port: o.Config.Backend.Port,
+				Device: cmp.Or(v.Underlay.Name, o.Node.Underlay.Name),
 			},
 		}
+		if t.overUDP() {
+			p.VXLAN.Port = o.Config.Backend.Port
+		}
 		switch {
-		case o.DontFragment:
+		case o.DontFragment && t.overUDP():
 			p.Unfit = "it does not set DF in outer packets (--df)"
 		case o.CopyDSCP:
 			p.Unfit = "it does not copy the inner DSCP (--copy-dscp)"

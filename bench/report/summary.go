@@ -59,7 +59,7 @@ func questions() []question {
 	return []question{
 		{"How fast is the datapath that culvert chooses by default?", [][2]string{{"vxlan/auto", "vxlan/kernel"}}, ""},
 		{"What does the fast path gain?", [][2]string{{"vxlan/kernel+fast", "vxlan/kernel"}}, "Both use the same kernel device."},
-		{"What does the fast path gain with the userspace datapath?", [][2]string{{"vxlan/userspace+fast", "vxlan/userspace"}}, ""},
+		{"What does the fast path gain with the userspace datapath?", [][2]string{{"vxlan/userspace+fast", "vxlan/userspace"}, {"ipip/userspace+fast", "ipip/userspace"}}, ""},
 		{"Userspace or the kernel?", [][2]string{{"vxlan/userspace", "vxlan/kernel"}, {"ipip/userspace", "ipip/kernel"}}, ""},
 		{"What does an overlay cost, against plain routes?", [][2]string{{"vxlan/kernel", "host-gw"}, {"vxlan/userspace", "host-gw"}, {"vxlan/kernel", "native"}, {"vxlan/userspace", "native"}}, "Plain routes need nodes on one link, without a router between them."},
 		{"IPIP or VXLAN?", [][2]string{{"ipip/kernel", "vxlan/kernel"}, {"ipip/userspace", "vxlan/userspace"}}, ""},

@@ -22,7 +22,8 @@ type Datapath string
 
 // FastPath is whether eBPF programs carry packets before the datapath. Auto means
 // before the kernel's vxlan device: before the userspace datapath they make bulk faster
-// and an idle request slower (docs/fastpath.md).
+// and an idle request slower, and before the kernel's ipip device they are not measured
+// (docs/fastpath.md).
 type FastPath = fastpath.Mode
 
 // The values of --datapath.
@@ -88,7 +89,7 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 			Node: n, Config: c, Lease: l, Why: why, Replaces: replaces,
 			Tuning: d.options.Tunnel, Log: d.log,
 		}
-		if format == "vxlan" && d.options.FastPath == fastpath.On {
+		if d.options.FastPath == fastpath.On {
 			fast, err := fastpath.Open(d.options.FastPath, d.log)
 			if err != nil {
 				return nil, err
@@ -120,6 +121,13 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 		k.FastPath = fast
 	case "ipip":
 		k.Plan = ipip.Plan
+		if d.options.FastPath == fastpath.On {
+			fast, err := fastpath.Open(d.options.FastPath, d.log)
+			if err != nil {
+				return nil, err
+			}
+			k.FastPath = fast
+		}
 	case "host-gw":
 		k.Plan = hostgw.Plan
 	default:

@@ -8,6 +8,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/firewall"
 	"culvert/internal/names"
 )
 
@@ -58,7 +59,8 @@ func OurFilter(f netlink.Filter) bool {
 func (s State) wantsFilter(f Filter) bool {
 	return s.FastPath && (s.ShortWay || slices.ContainsFunc(s.Links, func(l Link) bool {
 		return l.Name == f.Link || l.VXLAN != nil && l.VXLAN.Device == f.Link
-	}) || slices.ContainsFunc(s.Process, func(t ProcessTunnel) bool { return t.VXLAN.Device == f.Link }))
+	}) || slices.ContainsFunc(s.Process, func(t ProcessTunnel) bool { return t.VXLAN.Device == f.Link }) ||
+		slices.ContainsFunc(s.Firewall.Tunnels, func(t firewall.TunnelRule) bool { return t.Underlay == f.Link }))
 }
 
 // filterSteps removes leftover fast-path filters, before the devices that their

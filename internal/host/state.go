@@ -49,15 +49,15 @@ type State struct {
 	FastPath bool
 	// ShortWay allows culvert's tc filters on pods' links too.
 	ShortWay bool
-	// Process are the VXLAN tunnels that a process carries, for the fast path.
+	// Process are the tunnels that a process carries, for the fast path.
 	Process []ProcessTunnel
 }
 
 // ProcessTunnel describes the tunnel of one address family that a process
 // carries, as Link and FDBEntry describe a vxlan device.
 type ProcessTunnel struct {
-	Link   string // a TUN device
-	VXLAN  VXLAN
+	Link   string       // a TUN device
+	VXLAN  VXLAN        // with Port 0 IPIP, of which only Local and Device are set
 	Subnet netip.Prefix // this node's
 	Peers  []ProcessPeer
 	// Unfit says why the fast path cannot carry it; "" if it can.
@@ -68,7 +68,7 @@ type ProcessTunnel struct {
 type ProcessPeer struct {
 	Inner netip.Prefix
 	Outer netip.Addr
-	MAC   MAC // of its VTEP
+	MAC   MAC // of its VTEP, if it has one
 }
 
 // Link is the wanted state of a device of culvert's. If VXLAN, IPIP and Veth

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The fast path of VXLAN, as tc programs (tc-bpf(8)). The tunnel device is the kernel's
-// vxlan device, or the TUN device of the userspace datapath ("the device" below, too).
+// The fast path of VXLAN and IPIP, as tc programs (tc-bpf(8)). The tunnel device is the
+// kernel's vxlan or ipip device, or the TUN device of the userspace datapath ("the device"
+// below, too).
 //
 //	culvert_out   egress of the tunnel device: encapsulates, and sends to the uplink
 //	culvert_in    ingress of the uplink: checks, decapsulates, and hands the packet to
@@ -82,11 +83,14 @@ struct tunnel {
 	__be16 port;
 	__u16 first_port; // outer source ports: first_port, and so many more
 	__u16 ports;
-	__u8 hops; // TTL of outer packets
+	__u8 hops; // TTL of outer packets; 0: the inner one
 	__u8 lengths;
 	__u8 mac[ETH_ALEN];
 	__u8 pods;   // the short way from pod to pod is on
-	__u8 layer3; // a TUN device, without link headers, before the userspace datapath
+	__u8 layer3; // a device without link headers: TUN or ipip
+	__u8 process; // the userspace datapath is behind it
+	__u8 ipip;    // RFC 2003 instead of VXLAN: ipip.h
+	__u8 pad[2];
 	struct address local;                // outer source
 	struct address subnet;               // this node's
 	struct address mask;                 // of it
@@ -106,7 +110,7 @@ struct peer {
 	struct address outer;
 	__u8 mac[ETH_ALEN]; // inner Ethernet destination, for a device of layer 3
 	__u8 pad[2];
-	__u32 mtu; // of the path, outer packets
+	__u32 mtu; // of the path, outer packets; 0: there is no plain route
 };
 
 // What has been exchanged with a peer, in one direction.
@@ -640,6 +644,8 @@ inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 	return leaves(skb, t, at, 1, length);
 }
 
+inline_always int out_ipip(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, int at);
+
 // routed finds the peer that leases the inner destination, and its key.
 inline_always struct peer *routed(const struct tunnel *t, const struct address *to, struct peer_key *key)
 {
@@ -660,7 +666,19 @@ inline_always struct peer *routed(const struct tunnel *t, const struct address *
 	return 0;
 }
 
-// out3 is culvert_out for a TUN device. What it leaves, the userspace datapath counts.
+// to_peer counts what the device or its programs send to a peer.
+inline_always void to_peer(const struct peer_key *key, __u32 packets, __u32 bytes)
+{
+	struct traffic *c = bpf_map_lookup_elem(&sent, key);
+
+	if (c) {
+		c->packets += packets;
+		c->bytes += bytes;
+	}
+}
+
+// out3 is culvert_out where a peer is found by the inner destination. What it leaves to the
+// userspace datapath, that counts.
 inline_always int out3(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, __u32 family)
 {
 	union {
@@ -670,44 +688,35 @@ inline_always int out3(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 	struct peer_key key = { .family = family };
 	struct ethernet ethernet;
 	struct address to = {};
-	struct traffic *c;
 	struct peer *p;
-	__u32 packets = segments(skb), bytes = skb->len;
+	__u32 at = t->layer3 ? 0 : ETH_HLEN, packets = segments(skb), bytes = skb->len - at;
 	int verdict;
 
-	if (family == 4 ? bpf_skb_load_bytes(skb, __builtin_offsetof(struct iphdr, daddr), &to, 4) :
-			  bpf_skb_load_bytes(skb, __builtin_offsetof(struct ipv6hdr, daddr), &to, 16))
+	if (family == 4 ? bpf_skb_load_bytes(skb, at + __builtin_offsetof(struct iphdr, daddr), &to, 4) :
+			  bpf_skb_load_bytes(skb, at + __builtin_offsetof(struct ipv6hdr, daddr), &to, 16))
 		return slow(SLOW_OUT_PROTOCOL);
 	p = routed(t, &to, &key);
-	if (!p)
+	if (p && !t->process)
+		to_peer(&key, packets, bytes);
+	if (!p || !p->mtu)
 		return slow(SLOW_OUT_PEER);
-	__builtin_memcpy(ethernet.destination, p->mac, ETH_ALEN);
-	__builtin_memcpy(ethernet.source, t->mac, ETH_ALEN);
-	ethernet.type = skb->protocol;
-	if (family == 4) {
-		h.four.ethernet = ethernet;
-		verdict = out4(skb, gso, t, p, 0, &h.four);
+	if (t->ipip) {
+		verdict = out_ipip(skb, gso, t, p, at);
 	} else {
-		h.six.ethernet = ethernet;
-		verdict = out6(skb, gso, t, p, 0, &h.six);
+		__builtin_memcpy(ethernet.destination, p->mac, ETH_ALEN);
+		__builtin_memcpy(ethernet.source, t->mac, ETH_ALEN);
+		ethernet.type = skb->protocol;
+		if (family == 4) {
+			h.four.ethernet = ethernet;
+			verdict = out4(skb, gso, t, p, 0, &h.four);
+		} else {
+			h.six.ethernet = ethernet;
+			verdict = out6(skb, gso, t, p, 0, &h.six);
+		}
 	}
-	c = verdict == TC_ACT_REDIRECT ? bpf_map_lookup_elem(&sent, &key) : 0;
-	if (c) {
-		c->packets += packets;
-		c->bytes += bytes;
-	}
+	if (verdict == TC_ACT_REDIRECT && t->process)
+		to_peer(&key, packets, bytes);
 	return verdict;
-}
-
-// to_peer counts what the device or its programs send to a peer.
-inline_always void to_peer(struct __sk_buff *skb, const struct peer_key *key, __u32 bytes)
-{
-	struct traffic *c = bpf_map_lookup_elem(&sent, key);
-
-	if (c) {
-		c->packets += segments(skb);
-		c->bytes += bytes;
-	}
 }
 
 SEC("tc")
@@ -732,13 +741,13 @@ int culvert_out(struct __sk_buff *skb)
 	t = bpf_map_lookup_elem(&tunnels, &family);
 	if (!t || t->device != skb->ifindex || skb->vlan_present)
 		return slow(SLOW_OUT_PROTOCOL);
-	if (t->layer3)
+	if (t->layer3 || t->ipip)
 		return out3(skb, gso, t, family);
 	if (bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
 		return slow(SLOW_OUT_PROTOCOL);
 	__builtin_memcpy(&key.to, ethernet.destination, ETH_ALEN);
 	key.family = family;
-	to_peer(skb, &key, skb->len - ETH_HLEN);
+	to_peer(&key, segments(skb), skb->len - ETH_HLEN);
 	if (t->pods) {
 		struct segment s = {};
 		struct shortcut *c;
@@ -897,30 +906,10 @@ inline_always int to_pod(struct __sk_buff *skb, const struct shortcut *c, const 
 	return bpf_redirect(c->link, 0);
 }
 
-// taken hands a packet on whose outer headers are to go. `sum_known` says that the
-// outer checksum, if right, means that the inner one is; `unfinished` that the outer one
-// was left to the hardware by a sender that there is no wire to, as on veth and between
-// virtual machines.
-inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, int cost, const struct ethernet *e, int check, int sum_known,
-			int unfinished, struct passage *w, struct flow *f, __u32 way, struct traffic *from, __u32 bytes)
+// enters hands on a packet whose outer headers are gone.
+inline_always int enters(struct __sk_buff *skb, const struct tunnel *t, const struct ethernet *e, struct passage *w, __u32 way,
+			 struct traffic *from, __u32 packets, __u32 bytes)
 {
-	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
-	__s64 level = bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY);
-	__u32 packets;
-
-	// A GSO frame comes from this machine, or was joined here, for which its
-	// checksums have been verified. Only one whose flow is in the pair comes here.
-	if (gso)
-		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
-	else if (check && !sum_known && !unfinished && level < 0)
-		return leave(w, f, SLOW_IN_CHECKSUM);
-	else if (level > 0 || (!level && check && sum_known))
-		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
-	if (bpf_skb_adjust_room(skb, -cost, BPF_ADJ_ROOM_MAC, flags))
-		return leave(w, f, SLOW_IN_ROOM);
-	if (level > 0 && !gso)
-		bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
-	packets = segments(skb);
 	from->packets += packets;
 	from->bytes += bytes;
 	count(IN_PACKETS, packets);
@@ -937,6 +926,31 @@ inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t
 	return bpf_redirect(t->device, BPF_F_INGRESS);
 }
 
+// taken hands a packet on whose outer headers are to go. `sum_known` says that the
+// outer checksum, if right, means that the inner one is; `unfinished` that the outer one
+// was left to the hardware by a sender that there is no wire to, as on veth and between
+// virtual machines.
+inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, int cost, const struct ethernet *e, int check, int sum_known,
+			int unfinished, struct passage *w, struct flow *f, __u32 way, struct traffic *from, __u32 bytes)
+{
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
+	__s64 level = bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY);
+
+	// A GSO frame comes from this machine, or was joined here, for which its
+	// checksums have been verified. Only one whose flow is in the pair comes here.
+	if (gso)
+		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+	else if (check && !sum_known && !unfinished && level < 0)
+		return leave(w, f, SLOW_IN_CHECKSUM);
+	else if (level > 0 || (!level && check && sum_known))
+		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+	if (bpf_skb_adjust_room(skb, -cost, BPF_ADJ_ROOM_MAC, flags))
+		return leave(w, f, SLOW_IN_ROOM);
+	if (level > 0 && !gso)
+		bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
+	return enters(skb, t, e, w, way, from, segments(skb), bytes);
+}
+
 // decapsulated is the inner ECN field that RFC 6040, figure 4, asks for, or -1 if the
 // packet must be dropped.
 inline_always int decapsulated(__u8 outer, __u8 inner)
@@ -948,6 +962,17 @@ inline_always int decapsulated(__u8 outer, __u8 inner)
 	if (outer == 1 && inner == 2)
 		return 1;
 	return inner;
+}
+
+// set_ecn4 changes the ECN field of the IPv4 packet behind the Ethernet header.
+inline_always void set_ecn4(struct __sk_buff *skb, __u8 tos, __u8 ecn)
+{
+	__u8 byte = (tos & ~3) | ecn;
+	__be16 before = bpf_htons(tos), after = bpf_htons(byte);
+
+	// The header's own checksum goes along, so that the sum of it all stays.
+	bpf_l3_csum_replace(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, check), before, after, 2);
+	bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, tos), &byte, 1, 0);
 }
 
 inline_always int in4(struct __sk_buff *skb, __u32 gso)
@@ -967,7 +992,7 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	__u64 s, inner = 0;
 
 	t = bpf_map_lookup_elem(&tunnels, &family);
-	if (!t || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h.outer, COST4) ||
+	if (!t || t->ipip || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h.outer, COST4) ||
 	    bpf_skb_load_bytes(skb, ETH_HLEN + COST4, &h.ip, sizeof(h.ip)))
 		return TC_ACT_UNSPEC;
 	if (h.outer.ip.daddr != t->local.word[0] || skb->vlan_present)
@@ -1027,14 +1052,8 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	if (way == JOINED)
 		joining(skb, f, ETH_HLEN + COST4 + h.ip.ihl * 4, 1);
 	tos = taken(skb, gso, t, COST4, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, w, f, way, from, length);
-	if (tos != TC_ACT_UNSPEC && class != (h.ip.tos & 3)) {
-		__be16 before = bpf_htons(h.ip.tos), after = bpf_htons((h.ip.tos & ~3) | class);
-		__u8 byte = (h.ip.tos & ~3) | class;
-
-		// The header's own checksum goes along, so that the sum of it all stays.
-		bpf_l3_csum_replace(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, check), before, after, 2);
-		bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, tos), &byte, 1, 0);
-	}
+	if (tos != TC_ACT_UNSPEC && class != (h.ip.tos & 3))
+		set_ecn4(skb, h.ip.tos, class);
 	return tos;
 }
 
@@ -1147,6 +1166,8 @@ inline_always int fragment6(struct __sk_buff *skb)
 	return slow(SLOW_IN_FRAGMENT);
 }
 
+#include "ipip.h"
+
 SEC("tc")
 int culvert_in(struct __sk_buff *skb)
 {
@@ -1158,9 +1179,15 @@ int culvert_in(struct __sk_buff *skb)
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		struct iphdr *ip = data + ETH_HLEN;
 
-		if ((void *)(ip + 1) > end || ip->protocol != IPPROTO_UDP || ip->ihl != 5)
+		if ((void *)(ip + 1) > end || ip->ihl != 5)
 			return TC_ACT_UNSPEC;
-		return in4(skb, gso);
+		if (ip->protocol == IPPROTO_UDP)
+			return in4(skb, gso);
+		if (ip->protocol == IPPROTO_IPIP)
+			return in_ipip(skb, gso);
+		if (ip->protocol == IPPROTO_ICMP)
+			told(skb);
+		return TC_ACT_UNSPEC;
 	}
 	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6hdr *ip = data + ETH_HLEN;
@@ -1273,7 +1300,7 @@ int culvert_pod_out(struct __sk_buff *skb)
 	}
 	if (verdict != TC_ACT_UNSPEC) {
 		count(OUT_SHORT, 1);
-		to_peer(skb, &key, bytes);
+		to_peer(&key, segments(skb), bytes);
 		return verdict;
 	}
 	set_hops(skb, s.family, s.hops - 1, s.hops);
