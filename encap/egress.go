@@ -104,9 +104,15 @@ const (
 
 // drain reads and sends at most one turn's frames.
 func (e *egress) drain(from device) error {
-	_, err := e.read(from)
+	_, err := e.turn(from)
+	return err
+}
+
+// turn is drain. dry reports that the device has no more, and all of it is sent.
+func (e *egress) turn(from device) (dry bool, err error) {
+	dry, err = e.read(from)
 	e.flush()
-	return errors.Join(err, e.failed)
+	return dry, errors.Join(err, e.failed)
 }
 
 // read adds at most one turn's frames to the batch, flushing as it fills. dry

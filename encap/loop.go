@@ -71,12 +71,10 @@ type Options struct {
 	// queue has its own goroutine.
 	Devices []Descriptor
 	Threads int
-	// QueueMoves counts the flows that the kernel has moved from a thread's first queue
-	// to another. The kernel counts before it moves the flow, so the loop can
-	// drain the first queue before it sends from another, which keeps the
-	// flow's order. The first queue is served before each turn of another. Nil if flows
-	// do not move: all queues are equal then.
-	QueueMoves *atomic.Uint64
+	// Steering is shared with the program that moves flows from a thread's first queue to
+	// another and back. The first queue is served before each turn of another. Nil if
+	// flows do not move: all queues are equal then.
+	Steering *Steering
 	// Spread writes each flow's packets to one of its thread's queues, selected by the
 	// flow hash. Without a steering program, the kernel puts a flow into the queue to
 	// which its other direction's packets were written.
@@ -218,8 +216,9 @@ func (l *Loop) open(i int) (*queue, error) {
 		out.super = tun(o.Super.FD())
 	}
 	out.device = devices[0]
-	if o.QueueMoves != nil && o.threads() < len(o.Devices) {
-		out.moves, out.moved = o.QueueMoves, o.QueueMoves.Load()
+	steered := o.Steering != nil && o.threads() < len(o.Devices)
+	if steered {
+		out.moves, out.moved = &o.Steering.Moves, o.Steering.Moves.Load()
 	}
 	out.dontFragment = o.DontFragment || !l.udp
 	if o.CopyDSCP {
@@ -234,6 +233,13 @@ func (l *Loop) open(i int) (*queue, error) {
 		return nil, errors.Join(err, unix.Munmap(slab))
 	}
 	q.slab = slab
+	if steered {
+		for k := range devices {
+			if at := i + k*o.threads(); at < SteeredQueues {
+				q.turns = append(q.turns, &o.Steering.Turns[at])
+			}
+		}
+	}
 	if !o.NoBusyPoll {
 		q.poller.limit = pollTime
 	}

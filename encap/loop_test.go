@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -324,7 +323,7 @@ func TestFlowsKeepTheirOrder(t *testing.T) {
 func TestMovedFlowKeepsItsOrder(t *testing.T) {
 	a := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	b := newTestNode(t, "127.0.0.2", "10.5.2.0/24", 2)
-	var moves atomic.Uint64
+	var steering Steering
 	var queues, kernel [2]int // pipes, which buffer more than a socket pair
 	a.options.Devices = nil
 	for i := range queues {
@@ -339,7 +338,7 @@ func TestMovedFlowKeepsItsOrder(t *testing.T) {
 		queues[i], kernel[i] = pipe[0], pipe[1]
 		a.options.Devices = append(a.options.Devices, NewDescriptor(pipe[0]))
 	}
-	a.options.Threads, a.options.QueueMoves = 1, &moves
+	a.options.Threads, a.options.Steering = 1, &steering
 	a.loop = NewLoop(a.options)
 	meet(a, b)
 	q, err := a.loop.open(0)
@@ -353,7 +352,7 @@ func TestMovedFlowKeepsItsOrder(t *testing.T) {
 	sent, next, overtaken := uint32(0), uint32(0), 0
 	arrived := make([]byte, 1<<16)
 	for range 4 {
-		moves.Add(1)
+		steering.Moves.Add(1)
 		for i := range 2 * half {
 			s := tcpSpec(60)
 			s.proto, s.flags = protoUDP, 0

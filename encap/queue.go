@@ -15,6 +15,7 @@ type queue struct {
 	*common
 	devices []device
 	last    int      // the device that had the last turn
+	turns   []*Turns // of the devices, or nil: see Steering
 	sockets []socket // those to receive from, then those only to send from
 	out     *egress
 	in      []*ingress
@@ -140,7 +141,16 @@ func (q *queue) drain(polls []unix.PollFd) error {
 		return nil
 	}
 	q.last, q.out.sharing = next, ready > 1
-	return q.out.drain(q.devices[next])
+	if next >= len(q.turns) {
+		return q.out.drain(q.devices[next])
+	}
+	turns := q.turns[next]
+	begun := turns.Begun.Add(1)
+	dry, err := q.out.turn(q.devices[next])
+	if dry && err == nil {
+		turns.Dry.Store(begun)
+	}
+	return err
 }
 
 // look busy-polls while the poller allows it, and reports whether a descriptor is

@@ -91,6 +91,39 @@ func TestQueueServes(t *testing.T) {
 	}
 }
 
+// TestQueueCountsTurns counts the turns of a queue for bulk flows, and notes those that
+// left it empty and sent all of it.
+func TestQueueCountsTurns(t *testing.T) {
+	n := newFakeNode(VXLAN)
+	n.out.moves = new(atomic.Uint64)
+	bulk := &fakeDevice{}
+	q, err := newQueue(n.common, []device{n.device, bulk}, n.out, []*ingress{n.in}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(q.close)
+	var turns [2]Turns
+	q.turns = []*Turns{&turns[0], &turns[1]}
+	packet := udpSpec(10)
+	for turn, c := range []struct {
+		packets int
+		dry     uint64
+	}{{turnFrames + 1, 0}, {0, 2}, {turnFrames, 2}, {0, 4}, {1, 5}} {
+		for range c.packets {
+			bulk.queue(packet.vnet(0), packet.partial())
+		}
+		if err := q.drain([]unix.PollFd{{}, {Revents: unix.POLLIN}}); err != nil {
+			t.Fatal(err)
+		}
+		if begun, dry := turns[1].Begun.Load(), turns[1].Dry.Load(); begun != uint64(turn+1) || dry != c.dry {
+			t.Errorf("after turn %d: %d have begun, %d was the last to leave nothing; want %d", turn+1, begun, dry, c.dry)
+		}
+		if begun := turns[0].Begun.Load(); begun != 0 {
+			t.Errorf("%d turns of the first queue are counted", begun)
+		}
+	}
+}
+
 // TestQueueTakesTurns has a flood of datagrams and a stream of large frames in two queues of
 // the device, and single packets in the first one: each turn of another queue comes after
 // the first queue is empty, the two take turns, and the flood's are short as long as the
@@ -117,6 +150,10 @@ func TestQueueTakesTurns(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(q.close)
+		var turns [3]Turns
+		if c.first {
+			q.turns = []*Turns{&turns[0], &turns[1], &turns[2]}
+		}
 		datagram, frame, lone := udpSpec(1400), tcpSpec(60000), udpSpec(10)
 		for range datagrams {
 			flood.queue(datagram.vnet(0), datagram.partial())
@@ -141,6 +178,9 @@ func TestQueueTakesTurns(t *testing.T) {
 		}
 		if len(stream.in) != 0 {
 			t.Errorf("%s: %d of the stream's frames wait", c.name, len(stream.in))
+		}
+		if dry := turns[1].Dry.Load(); dry != 0 {
+			t.Errorf("%s: the flood's queue counts as empty after turn %d", c.name, dry)
 		}
 		if got := datagrams - len(flood.in); got != c.flood {
 			t.Errorf("%s: %d datagrams of the flood were read, want %d", c.name, got, c.flood)

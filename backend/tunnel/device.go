@@ -6,7 +6,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -28,7 +27,7 @@ type device struct {
 	// noSparse is why sparse is false.
 	noSparse string
 	spread   bool   // the kernel's hash places flows, not our program: see unsteeredQueues
-	moves    []byte // a mapped page (see steer), or nil
+	steering []byte // the mapped page of encap.Steering, or nil
 	uso      bool   // the device supports UDP GSO frames (Linux 6.2)
 }
 
@@ -202,18 +201,18 @@ func (d *device) attach(name string, queues int) error {
 
 // steer installs the steering program.
 func (d *device) steer() (err error) {
-	if d.moves, err = steer(d.queues[0], d.threads, d.sparse); err != nil {
+	if d.steering, err = steer(d.queues[0], d.threads, d.sparse); err != nil {
 		return fmt.Errorf("%w: %w", errNotSteered, err)
 	}
 	return nil
 }
 
-// counted returns the counter of moves for encap.Options.QueueMoves, or nil.
-func (d *device) counted() *atomic.Uint64 {
-	if d.moves == nil {
+// steered returns what the loop shares with the program that steers flows, or nil.
+func (d *device) steered() *encap.Steering {
+	if d.steering == nil {
 		return nil
 	}
-	return (*atomic.Uint64)(unsafe.Pointer(&d.moves[0]))
+	return (*encap.Steering)(unsafe.Pointer(&d.steering[0]))
 }
 
 // offloads enables the offloads that the loop supports, USO only if the kernel does.
@@ -238,9 +237,9 @@ func (d *device) close() error {
 	for _, fd := range d.queues {
 		errs = append(errs, unix.Close(fd))
 	}
-	if d.moves != nil {
-		errs = append(errs, unix.Munmap(d.moves))
-		d.moves = nil
+	if d.steering != nil {
+		errs = append(errs, unix.Munmap(d.steering))
+		d.steering = nil
 	}
 	return errors.Join(errs...)
 }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -34,7 +35,7 @@ func TestSparseQueue(t *testing.T) {
 				if !d.sparse || len(d.queues) != c.queues {
 					return errors.Join(fmt.Errorf("%d queues, and %q", len(d.queues), d.noSparse), d.close())
 				}
-				return errors.Join(flowsAreSteered(t, d), floodLeavesRoom(t, d), d.close())
+				return errors.Join(flowsAreSteered(t, d), flowsMoveBack(t, d), floodLeavesRoom(t, d), d.close())
 			}); err != nil {
 				t.Fatal(err)
 			}
@@ -52,11 +53,11 @@ func flowsAreSteered(t *testing.T, d *device) error {
 	for _, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
 		for pod := byte(2); pod < 5; pod++ {
 			f := flow{proto, pod}
-			before := d.counted().Load()
+			before := d.steered().Moves.Load()
 			if err := f.send(packets); err != nil {
 				return err
 			}
-			if n := d.counted().Load() - before; n != 1 {
+			if n := d.steered().Moves.Load() - before; n != 1 {
 				t.Errorf("%v: %d moves were counted, and there was one", f, n)
 			}
 			held := make([]int, l.queues())
@@ -72,6 +73,40 @@ func flowsAreSteered(t *testing.T, d *device) error {
 	}
 	if want := min(6, l.tcp+l.other); len(users) < want {
 		t.Errorf("the lanes' users are %v: want %d lanes", users, want)
+	}
+	return nil
+}
+
+// flowsMoveBack pauses a bulk flow. It moves back to the first queue only after the loop
+// has drained the other one in a turn that began after the flow's last packet.
+func flowsMoveBack(t *testing.T, d *device) error {
+	f := flow{unix.IPPROTO_TCP, 9}
+	if err := f.send(2 * bulkBytes / packetSize); err != nil {
+		return err
+	}
+	queue := slices.IndexFunc(readAll(d)[f][d.threads:], func(n int) bool { return n > 0 }) + d.threads
+	turns := &d.steered().Turns[queue]
+	for _, c := range []struct {
+		name       string
+		begun, dry uint64
+		bulk       bool
+	}{
+		{"nobody looked at the queue", 0, 0, true},
+		{"a turn has begun", 1, 0, true},
+		{"that turn left nothing, but began before the last packet", 1, 1, true},
+		{"a later turn left something", 2, 1, true},
+		{"a turn after the last packet left nothing", 3, 3, false},
+	} {
+		time.Sleep(bulkPause + bulkPause/10)
+		turns.Begun.Store(c.begun)
+		turns.Dry.Store(c.dry)
+		if err := f.send(1); err != nil {
+			return err
+		}
+		held := readAll(d)[f]
+		if held == nil || (held[queue] == 1) != c.bulk {
+			t.Errorf("%s: the queues had %v of its packets", c.name, held)
+		}
 	}
 	return nil
 }
@@ -248,7 +283,7 @@ func TestQueuesWithoutBPF(t *testing.T) {
 		}); err != nil {
 			return err
 		}
-		if d.sparse || !d.spread || d.threads != 1 || len(d.queues) != unsteeredQueues || d.counted() != nil {
+		if d.sparse || !d.spread || d.threads != 1 || len(d.queues) != unsteeredQueues || d.steered() != nil {
 			t.Errorf("the device is %+v", d)
 		}
 		return d.close()

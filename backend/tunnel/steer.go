@@ -3,12 +3,14 @@ package tunnel
 import (
 	"errors"
 	"fmt"
-	"os"
 	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
+
+	"culvert/encap"
 )
 
 // steer attaches an eBPF program that selects the device's queue by flow. By default
@@ -24,56 +26,55 @@ import (
 // for bulk flows, by protocol and source address: what a pod's flood does not leave room
 // for are the flood's own packets.
 //
-// moves counts the flows that became bulk, each before its first packet goes to another
-// queue (encap.Options.QueueMoves). The caller unmaps it.
-func steer(device, threads int, sparse bool) (moves []byte, err error) {
+// page is a mapped encap.Steering, which the program shares with the loop. The caller
+// unmaps it.
+func steer(device, threads int, sparse bool) (page []byte, err error) {
 	lanes := lanesFor(threads)
 	program := hashing(lanes)
 	if sparse {
 		flows, err := ebpf.NewMap(&ebpf.MapSpec{
-			Name: "culvert_flows", Type: ebpf.Array, KeySize: 4, ValueSize: 24, MaxEntries: flowBuckets,
+			Name: "culvert_flows", Type: ebpf.Array, KeySize: 4, ValueSize: flowSize, MaxEntries: flowBuckets,
 		})
 		if err != nil {
 			return nil, fmt.Errorf("making the map of flows (needs CAP_BPF): %w", err)
 		}
 		defer flows.Close() // the program keeps it
-		count, err := ebpf.NewMap(&ebpf.MapSpec{
-			Name: "culvert_moves", Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1, Flags: unix.BPF_F_MMAPABLE,
+		shared, err := ebpf.NewMap(&ebpf.MapSpec{
+			Name: "culvert_steer", Type: ebpf.Array, KeySize: 4, ValueSize: uint32(steeringSize), MaxEntries: 1, Flags: unix.BPF_F_MMAPABLE,
 		})
 		if err != nil {
-			return nil, fmt.Errorf("making the map of moves (needs CAP_BPF): %w", err)
+			return nil, fmt.Errorf("making the map that the loop shares (needs CAP_BPF): %w", err)
 		}
-		defer count.Close() // the program keeps it, and so does the page
-		if moves, err = unix.Mmap(count.FD(), 0, os.Getpagesize(), unix.PROT_READ, unix.MAP_SHARED); err != nil {
-			return nil, fmt.Errorf("mapping the map of moves: %w", err)
+		defer shared.Close() // the program keeps it, and so does the page
+		if page, err = unix.Mmap(shared.FD(), 0, int(steeringSize), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+			return nil, fmt.Errorf("mapping the map that the loop shares: %w", err)
 		}
-		program = append(program, sparseFirst(flows.FD(), count.FD(), threads)...)
+		program = append(program, sparseFirst(flows.FD(), shared.FD(), threads)...)
 	} else {
 		program = append(program, asm.Mov.Reg(asm.R0, asm.R7), asm.Return())
 	}
 	defer func() {
-		if err != nil && moves != nil {
-			err, moves = errors.Join(err, unix.Munmap(moves)), nil
+		if err != nil && page != nil {
+			err, page = errors.Join(err, unix.Munmap(page)), nil
 		}
 	}()
 	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "culvert_steer", Type: ebpf.SocketFilter, Instructions: program, License: "Apache-2.0",
 	})
 	if err != nil {
-		return moves, fmt.Errorf("loading the program that steers flows (needs CAP_BPF): %w", err)
+		return page, fmt.Errorf("loading the program that steers flows (needs CAP_BPF): %w", err)
 	}
 	err = unix.IoctlSetPointerInt(device, unix.TUNSETSTEERINGEBPF, p.FD())
 	if err != nil {
 		err = fmt.Errorf("TUNSETSTEERINGEBPF: %w", err)
 	}
-	return moves, errors.Join(err, p.Close()) // the device keeps it
+	return page, errors.Join(err, p.Close()) // the device keeps it
 }
 
 const (
 	flowBuckets = 4096
 	// A flow is bulk once it has sent bulkBytes within bulkWindow, until it has sent
-	// nothing for bulkPause. By then its queue is drained, so that moving back does not
-	// reorder packets.
+	// nothing for bulkPause and the loop has drained its queue (encap.Steering).
 	bulkBytes  = 32 << 10
 	bulkWindow = 10 * time.Millisecond
 	bulkPause  = 100 * time.Millisecond
@@ -100,14 +101,50 @@ func lanesFor(threads int) lanes {
 	}
 }
 
+// The layout of encap.Steering.
+const (
+	steeringSize = unsafe.Sizeof(encap.Steering{})
+	turnsSize    = int32(unsafe.Sizeof(encap.Turns{}))
+	turnsAt      = int16(unsafe.Offsetof(encap.Steering{}.Turns))
+	begunAt      = turnsAt + int16(unsafe.Offsetof(encap.Turns{}.Begun))
+	dryAt        = turnsAt + int16(unsafe.Offsetof(encap.Turns{}.Dry))
+)
+
+// A flow's map entry.
+const (
+	flowWindow = 0  // start of its window, ns
+	flowBytes  = 8  // bytes sent in it
+	flowLast   = 16 // if it is bulk, when it sent last, ns; else 0
+	flowQueue  = 24 // to which queue that went
+	flowTurn   = 32 // and how many turns had begun there
+	flowSize   = 40
+)
+
 // sparseFirst selects the queue by the hash in R7, the lane in the stack frame and how
 // much the flow has sent: hash % threads if it is sparse, else that plus
-// threads * (1 + lane). A flow's map entry is the start of its window, the bytes sent in it, and, if it is bulk, when it sent last (ns).
-// CPUs may race on an entry; that costs only precision, since a move is counted before
-// it is stored.
-func sparseFirst(flows, moves, threads int) asm.Instructions {
-	const key = -48 // in the stack frame
-	return asm.Instructions{
+// threads * (1 + lane). CPUs may race on a flow's entry; that costs only precision, since
+// a move is counted before it is stored.
+func sparseFirst(flows, shared, threads int) asm.Instructions {
+	const key, queue = -48, -64 // in the stack frame
+	// turns leads R2 to the queue's turns, less turnsAt.
+	turns := func(otherwise string) asm.Instructions {
+		return asm.Instructions{
+			asm.LoadMem(asm.R1, asm.RFP, queue, asm.DWord),
+			asm.JGT.Imm(asm.R1, encap.SteeredQueues-1, otherwise),
+			asm.Mul.Imm(asm.R1, turnsSize),
+			asm.LoadMapValue(asm.R2, shared, 0),
+			asm.Add.Reg(asm.R2, asm.R1),
+		}
+	}
+	p := asm.Instructions{
+		asm.Mov.Reg(asm.R0, asm.R7),
+		asm.Mod.Imm32(asm.R0, int32(threads)),
+		asm.LoadMem(asm.R1, asm.RFP, laneSlot, asm.DWord),
+		asm.Add.Imm(asm.R1, 1),
+		asm.Mul.Imm(asm.R1, int32(threads)),
+		asm.Add.Reg(asm.R0, asm.R1),
+		asm.StoreMem(asm.RFP, queue, asm.R0, asm.DWord),
+
 		asm.Mov.Reg(asm.R1, asm.R7),
 		asm.And.Imm(asm.R1, flowBuckets-1),
 		asm.StoreMem(asm.RFP, key, asm.R1, asm.Word),
@@ -120,46 +157,60 @@ func sparseFirst(flows, moves, threads int) asm.Instructions {
 		asm.JEq.Imm(asm.R0, 0, "sparse"),
 		asm.Mov.Reg(asm.R9, asm.R0),
 
-		// Bulk and sent within bulkPause: it stays bulk.
-		asm.LoadMem(asm.R1, asm.R9, 16, asm.DWord),
+		// It stays bulk until it has paused and its queue was drained since.
+		asm.LoadMem(asm.R1, asm.R9, flowLast, asm.DWord),
 		asm.JEq.Imm(asm.R1, 0, "window"),
 		asm.Mov.Reg(asm.R2, asm.R8),
 		asm.Sub.Reg(asm.R2, asm.R1),
 		asm.JSLE.Imm(asm.R2, int32(bulkPause), "bulk"),
+		asm.LoadMem(asm.R1, asm.RFP, queue, asm.DWord),
+		asm.LoadMem(asm.R2, asm.R9, flowQueue, asm.DWord),
+		asm.JNE.Reg(asm.R1, asm.R2, "bulk"), // another flow's entry, too
+	}
+	p = append(p, turns("bulk")...)
+	p = append(
+		p,
+		asm.LoadMem(asm.R3, asm.R2, dryAt, asm.DWord),
+		asm.LoadMem(asm.R4, asm.R9, flowTurn, asm.DWord),
+		asm.Sub.Reg(asm.R3, asm.R4),
+		asm.JSLE.Imm(asm.R3, 0, "bulk"),
 		asm.Mov.Imm(asm.R1, 0),
-		asm.StoreMem(asm.R9, 16, asm.R1, asm.DWord),
+		asm.StoreMem(asm.R9, flowLast, asm.R1, asm.DWord),
 
-		asm.LoadMem(asm.R1, asm.R9, 0, asm.DWord).WithSymbol("window"),
+		asm.LoadMem(asm.R1, asm.R9, flowWindow, asm.DWord).WithSymbol("window"),
 		asm.Mov.Reg(asm.R2, asm.R8),
 		asm.Sub.Reg(asm.R2, asm.R1),
 		asm.JSLE.Imm(asm.R2, int32(bulkWindow), "same window"),
-		asm.StoreMem(asm.R9, 0, asm.R8, asm.DWord),
+		asm.StoreMem(asm.R9, flowWindow, asm.R8, asm.DWord),
 		asm.Mov.Imm(asm.R1, 0),
-		asm.StoreMem(asm.R9, 8, asm.R1, asm.DWord),
+		asm.StoreMem(asm.R9, flowBytes, asm.R1, asm.DWord),
 
-		asm.LoadMem(asm.R1, asm.R9, 8, asm.DWord).WithSymbol("same window"),
+		asm.LoadMem(asm.R1, asm.R9, flowBytes, asm.DWord).WithSymbol("same window"),
 		asm.LoadMem(asm.R2, asm.R6, 0, asm.Word), // __sk_buff.len
 		asm.Add.Reg(asm.R1, asm.R2),
-		asm.StoreMem(asm.R9, 8, asm.R1, asm.DWord),
+		asm.StoreMem(asm.R9, flowBytes, asm.R1, asm.DWord),
 		asm.JLT.Imm(asm.R1, bulkBytes, "sparse"),
 
-		asm.LoadMapValue(asm.R1, moves, 0),
+		asm.LoadMapValue(asm.R1, shared, 0), // Moves
 		asm.Mov.Imm(asm.R2, 1),
 		asm.AddAtomic.Mem(asm.R1, asm.R2, asm.DWord, 0),
 
-		asm.StoreMem(asm.R9, 16, asm.R8, asm.DWord).WithSymbol("bulk"),
-		asm.Mov.Reg(asm.R0, asm.R7),
-		asm.Mod.Imm32(asm.R0, int32(threads)),
-		asm.LoadMem(asm.R1, asm.RFP, laneSlot, asm.DWord),
-		asm.Add.Imm(asm.R1, 1),
-		asm.Mul.Imm(asm.R1, int32(threads)),
-		asm.Add.Reg(asm.R0, asm.R1),
+		asm.StoreMem(asm.R9, flowLast, asm.R8, asm.DWord).WithSymbol("bulk"),
+		asm.LoadMem(asm.R1, asm.RFP, queue, asm.DWord),
+		asm.StoreMem(asm.R9, flowQueue, asm.R1, asm.DWord),
+	)
+	p = append(p, turns("of a queue")...)
+	return append(
+		p,
+		asm.LoadMem(asm.R3, asm.R2, begunAt, asm.DWord),
+		asm.StoreMem(asm.R9, flowTurn, asm.R3, asm.DWord),
+		asm.LoadMem(asm.R0, asm.RFP, queue, asm.DWord).WithSymbol("of a queue"),
 		asm.Return(),
 
 		asm.Mov.Reg(asm.R0, asm.R7).WithSymbol("sparse"),
 		asm.Mod.Imm32(asm.R0, int32(threads)),
 		asm.Return(),
-	}
+	)
 }
 
 // laneSlot is where in the stack frame hashing leaves the lane.

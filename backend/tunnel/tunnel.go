@@ -145,7 +145,7 @@ func Open(o Options) (*Tunnel, error) {
 		return nil, errors.Join(err, t.Close(backend.Keep))
 	}
 	loop := encap.Options{
-		Format: format, MTU: t.mtu, Threads: t.device.threads, QueueMoves: t.device.counted(), Spread: t.device.spread, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment, NoBusyPoll: o.NoBusyPoll,
+		Format: format, MTU: t.mtu, Threads: t.device.threads, Steering: t.device.steered(), Spread: t.device.spread, CopyDSCP: o.CopyDSCP, DontFragment: o.DontFragment, NoBusyPoll: o.NoBusyPoll,
 		Offload: &t.offload, Egress: &t.egress, Ingress: &t.ingress,
 	}
 	for _, fd := range t.device.queues {
