@@ -2,14 +2,20 @@ package test
 
 import (
 	"bufio"
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
@@ -284,6 +290,138 @@ func TestPodPathObeysTheHost(t *testing.T) {
 	if now, in := c.podFrames(n); now != egress || in != ingress {
 		t.Errorf("of a translated connection %d and %d frames went from pod to pod", now-egress, in-ingress)
 	}
+}
+
+// numbered are datagrams with numbers from one pod to another, which answers none.
+type numbered struct {
+	received, late atomic.Uint64 // late: after one that was sent later
+}
+
+func startNumbered(t *testing.T, from, to *lab.Pod) *numbered {
+	t.Helper()
+	server, client := udpPair(t, from.Namespace, to.Namespace, from.Addrs[0], to.Addrs[0])
+	s := &numbered{}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() {
+		b := make([]byte, 64)
+		for last := uint64(0); ; {
+			if _, _, err := server.ReadFrom(b); err != nil {
+				return
+			}
+			s.received.Add(1)
+			number := binary.BigEndian.Uint64(b)
+			if number < last {
+				s.late.Add(1)
+			}
+			last = max(last, number)
+		}
+	})
+	running.Go(func() {
+		b := make([]byte, 64)
+		for number := uint64(1); ctx.Err() == nil; number++ {
+			if number%16 == 0 { // bursts, so that several are on their way at once
+				time.Sleep(2 * time.Millisecond)
+			}
+			binary.BigEndian.PutUint64(b, number)
+			_, _ = client.WriteTo(b, server.LocalAddr()) // a device may be down
+		}
+	})
+	t.Cleanup(func() { cancel(); server.Close(); running.Wait() })
+	return s
+}
+
+// TestPodPathDatagrams tests UDP in one direction, which stays unanswered: it takes the short
+// way on both nodes, in order, and what the host decides of it holds.
+func TestPodPathDatagrams(t *testing.T) {
+	c := newCluster(t, 2)
+	c.setConfig(config)
+	for _, n := range c.Nodes {
+		c.start(n, podPath...)
+	}
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	pods := c.pods()
+	n, other := c.Nodes[0], c.Nodes[1]
+	s := startNumbered(t, pods[0], pods[1])
+	goesShort := func() {
+		t.Helper()
+		egress, _ := c.podFrames(n)
+		_, ingress := c.podFrames(other)
+		received := s.received.Load()
+		c.wait(n, "sends the datagrams from pod to pod", func(api.Status) bool {
+			e, _ := c.podFrames(n)
+			_, i := c.podFrames(other)
+			return e > egress+100 && i > ingress+100 && s.received.Load() > received+100
+		})
+	}
+	goesShort()
+	for _, n := range c.Nodes {
+		table := func(do func(x *nftables.Conn, late *nftables.Table)) {
+			t.Helper()
+			if err := n.Do(func() error {
+				x, err := nftables.New()
+				if err != nil {
+					return err
+				}
+				do(x, &nftables.Table{Family: nftables.TableFamilyINet, Name: "late"})
+				return x.Flush()
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		table(func(x *nftables.Conn, late *nftables.Table) {
+			chain := x.AddChain(&nftables.Chain{
+				Name: "c", Table: x.AddTable(late), Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter,
+			})
+			x.AddRule(&nftables.Rule{Table: late, Chain: chain, Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}})
+		})
+		eventually(t, "nothing arrives", func() error {
+			before := s.received.Load()
+			time.Sleep(300 * time.Millisecond)
+			if more := s.received.Load() - before; more != 0 {
+				return fmt.Errorf("%d datagrams", more)
+			}
+			return nil
+		})
+		table(func(x *nftables.Conn, late *nftables.Table) { x.DelTable(late) })
+		goesShort()
+	}
+	if late := s.late.Load(); late != 0 {
+		t.Errorf("%d of %d datagrams were overtaken", late, s.received.Load())
+	}
+
+	// An XDP program of the pod's sees what the host's way delivers, and would see nothing
+	// of the short way.
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.XDP, License: "Apache-2.0",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 2), asm.Return()}, // XDP_PASS
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer program.Close()
+	inspect := func(fd int) {
+		t.Helper()
+		if err := pods[1].Do(func() error {
+			l, err := netlink.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			return netlink.LinkSetXdpFd(l, fd)
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	links := func(n int) func(api.Status) bool {
+		return func(s api.Status) bool { return s.Datapath.FastPath.Pods.Links == n }
+	}
+	inspect(program.FD())
+	c.wait(other, "leaves out the pod with an XDP program", links(0))
+	inspect(-1)
+	c.wait(other, "takes the pod in again", links(1))
+	goesShort()
 }
 
 // route returns a function that adds or deletes a route to a pod.

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/safchain/ethtool"
@@ -159,7 +158,7 @@ func addClsact(l netlink.Link) error {
 	return nil
 }
 
-// stepBack removes our filters.
+// stepBack removes our filters, the senders first.
 func (p *Path) stepBack() ([]host.Change, error) {
 	filters, err := host.Filters()
 	if err != nil {
@@ -167,7 +166,7 @@ func (p *Path) stepBack() ([]host.Change, error) {
 	}
 	var changes []host.Change
 	var errs []error
-	for _, f := range slices.Backward(filters) {
+	for _, f := range filters {
 		err := host.RemoveFilter(f)
 		if err == nil {
 			changes = append(changes, host.Change{Kind: host.KindFastPath, Command: f.DeleteCommand()})

@@ -31,29 +31,36 @@ const (
 	liberal                        byte = 0x08 // IP_CT_TCP_FLAG_BE_LIBERAL
 )
 
-// connection is what conntrack knows of a TCP connection.
+// connection is what conntrack knows of a flow.
 type connection struct {
 	status          uint32
-	state           uint8
+	state           uint8 // of TCP
 	original, reply tuple
 }
 
-type tuple struct{ source, destination netip.AddrPort }
+type tuple struct {
+	protocol            uint8
+	source, destination netip.AddrPort
+}
 
-// establish checks that conntrack has the connection from source to destination
-// established in both directions, without NAT and without a helper, and makes it tolerate that
-// it will not see every packet, as the kernel does for flowtables.
-func establish(source, destination netip.AddrPort) error {
-	asked := tuple{source, destination}
+// admissible checks that conntrack lets a flow pass without NAT and without a helper, and
+// does not depend on its single packets: a TCP connection must be established in both
+// directions, and is made to tolerate that conntrack will not see every packet, as the kernel does
+// for flowtables. UDP has no such state. Its entry may lack a reply: rules then see each packet as a
+// new flow's, with the same outcome.
+func admissible(asked tuple) error {
 	is, err := lookUp(asked)
 	if err != nil {
 		return fmt.Errorf("looking it up in conntrack: %w", err)
 	}
+	const wanted = seenReply | assured | confirmed
 	switch {
-	case is.status&(seenReply|assured|confirmed) != seenReply|assured|confirmed, is.status&dying != 0, is.state != tcpEstablished:
+	case is.status&confirmed == 0, is.status&dying != 0, asked.protocol == unix.IPPROTO_TCP && (is.status&wanted != wanted || is.state != tcpEstablished):
 		return errors.New("it is not established")
-	case is.status&(nat|adjusted|helper|expected|flowtable) != 0 || is.original != (tuple{is.reply.destination, is.reply.source}):
+	case is.status&(nat|adjusted|helper|expected|flowtable) != 0 || is.original != (tuple{is.reply.protocol, is.reply.destination, is.reply.source}):
 		return errors.New("its packets are changed or read on their way (NAT, a conntrack helper, a flowtable)")
+	case asked.protocol != unix.IPPROTO_TCP:
+		return nil
 	}
 	if err := tolerate(asked); err != nil {
 		return fmt.Errorf("changing its entry in conntrack: %w", err)
@@ -75,7 +82,7 @@ func (t tuple) encode(e *netlink.AttributeEncoder) (family byte) {
 		})
 		e.Nested(ctaTupleProto, func(e *netlink.AttributeEncoder) error {
 			e.ByteOrder = binary.BigEndian
-			e.Uint8(ctaProtoNumber, unix.IPPROTO_TCP)
+			e.Uint8(ctaProtoNumber, t.protocol)
 			e.Uint16(ctaSourcePort, t.source.Port())
 			e.Uint16(ctaDestinationPort, t.destination.Port())
 			return nil
@@ -108,6 +115,8 @@ func (t *tuple) decode(d *netlink.AttributeDecoder) error {
 				d.ByteOrder = binary.BigEndian
 				for d.Next() {
 					switch d.Type() {
+					case ctaProtoNumber:
+						t.protocol = d.Uint8()
 					case ctaSourcePort:
 						ports[0] = d.Uint16()
 					case ctaDestinationPort:

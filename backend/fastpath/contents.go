@@ -19,17 +19,17 @@ type (
 	address [16]byte // IPv4: the first four bytes, then zeros
 
 	tunnel struct {
-		Device, Uplink, Joiner, MTU uint32
-		VNI                         [4]byte
-		Port                        [2]byte
-		FirstPort, Ports            uint16
-		Hops, Lengths               uint8
-		MAC                         host.MAC
-		Pods, Layer3, Process, IPIP uint8
-		_                           [2]uint8
-		Local, Subnet, Mask         address
-		Bits                        [mostLengths]uint32
-		Masks                       [mostLengths]address
+		Device, Uplink, Joiner, Queue, MTU uint32
+		VNI                                [4]byte
+		Port                               [2]byte
+		FirstPort, Ports                   uint16
+		Hops, Lengths                      uint8
+		MAC                                host.MAC
+		Pods, Layer3, Process, IPIP        uint8
+		_                                  [2]uint8
+		Local, Subnet, Mask                address
+		Bits                               [mostLengths]uint32
+		Masks                              [mostLengths]address
 	}
 	peerKey struct {
 		Family, Bits uint16
@@ -276,6 +276,9 @@ func contentsOf(s host.State, f facts) (contents, error) {
 		}
 		if near, ok := f.links[names.JoinNear]; ok {
 			t.Joiner = uint32(near.index)
+		}
+		if far, ok := f.links[names.JoinFar]; ok {
+			t.Queue = uint32(far.index)
 		}
 		binary.BigEndian.PutUint32(t.VNI[:], e.VNI<<8)
 		binary.BigEndian.PutUint16(t.Port[:], e.Port)

@@ -3,7 +3,7 @@ package fastpath
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -11,6 +11,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 
 	"culvert/internal/host"
 )
@@ -24,16 +26,19 @@ type (
 	flowKey struct {
 		Source, Destination address
 		Ports               [4]byte // the source's and the destination's
+		Protocol            uint32
 	}
 	position struct{ End, Acknowledged uint32 }
 	shortcut struct {
-		Until            uint64
+		Until, Since     uint64
 		Generation, Link uint32
 		Given            position
+		Away             int32
+		Queued, Unqueued uint32
 		Ethernet         ethernet
 		Bridge           host.MAC
 		Gave             uint8
-		_                [3]uint8
+		_                [7]uint8
 	}
 	candidate struct {
 		Key          flowKey
@@ -43,7 +48,7 @@ type (
 )
 
 func (k flowKey) reversed() flowKey {
-	return flowKey{k.Destination, k.Source, [4]byte{k.Ports[2], k.Ports[3], k.Ports[0], k.Ports[1]}}
+	return flowKey{k.Destination, k.Source, [4]byte{k.Ports[2], k.Ports[3], k.Ports[0], k.Ports[1]}, k.Protocol}
 }
 
 // podLink is the host's end of a pod's veth.
@@ -55,7 +60,8 @@ type podLink struct {
 
 // podLinks lists the host's ends of pods' veths: ports of a bridge with an address in
 // one of the subnets. A port whose traffic is shaped (shapers) or classified is left out,
-// since the short way would bypass that.
+// since the short way would bypass that; and one whose other end it cannot deliver to: in
+// this network namespace (bpf_redirect_peer), or with an XDP program.
 func podLinks(subnets []netip.Prefix, shaped map[int]string) ([]podLink, error) {
 	ports, err := host.PortsOf(func(a netip.Prefix) bool {
 		return slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return s.Contains(a.Addr()) })
@@ -63,15 +69,53 @@ func podLinks(subnets []netip.Prefix, shaped map[int]string) ([]podLink, error) 
 	if err != nil {
 		return nil, err
 	}
+	if len(ports) == 0 {
+		return nil, nil
+	}
+	longest, err := maxMTUs()
+	if err != nil {
+		return nil, err
+	}
 	var pods []podLink
 	for _, l := range ports {
 		a := l.Attrs()
-		if l.Type() != "veth" || l.Bridge.Type() != "bridge" || shaped[a.Index] != "" || filtered(l) {
+		if l.Type() != "veth" || l.Bridge.Type() != "bridge" || a.NetNsID < 0 || longest[a.Index] != vethMaxMTU ||
+			shaped[a.Index] != "" || filtered(l) {
 			continue
 		}
 		pods = append(pods, podLink{a.Name, a.Index, host.MAC(l.Bridge.Attrs().HardwareAddr)})
 	}
 	return pods, nil
+}
+
+// vethMaxMTU is the longest MTU of a veth (ETH_MAX_MTU). An XDP program on the other end
+// sets another limit, whatever network namespace that end is in (veth_xdp_set in
+// drivers/net/veth.c).
+const vethMaxMTU = 65535
+
+// maxMTUs returns the longest MTU that each link may be given, by index.
+func maxMTUs() (map[int]uint32, error) {
+	return host.Retry(func() (map[int]uint32, error) {
+		request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+		request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+		answers, err := request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+		if err != nil {
+			return nil, fmt.Errorf("listing the network interfaces: %w", err)
+		}
+		all := make(map[int]uint32, len(answers))
+		for _, b := range answers {
+			attributes, err := nl.ParseRouteAttr(b[unix.SizeofIfInfomsg:])
+			if err != nil {
+				return nil, fmt.Errorf("listing the network interfaces: %w", err)
+			}
+			for _, a := range attributes {
+				if a.Attr.Type == unix.IFLA_MAX_MTU {
+					all[int(nl.DeserializeIfInfomsg(b).Index)] = binary.NativeEndian.Uint32(a.Value)
+				}
+			}
+		}
+		return all, nil
+	})
 }
 
 // filtered reports whether another program has a tc filter on the link.
@@ -152,48 +196,60 @@ func (p *Path) admit(reader *ringbuf.Reader, shortcuts *ebpf.Map) {
 		if err := binary.Read(bytes.NewReader(record.RawSample), binary.NativeEndian, &c); err != nil || admitted == admissions {
 			continue
 		}
-		out, in, ok := p.shortcutsFor(c)
-		if !ok {
+		entries := p.shortcutsFor(c)
+		if entries == nil {
 			continue
 		}
 		admitted++
-		source, destination := c.addresses()
-		err = establish(source, destination)
-		if err == nil {
-			back := c.Key.reversed()
-			err = errors.Join(shortcuts.Put(&back, &in), shortcuts.Put(&c.Key, &out))
+		flow := c.tuple()
+		err = admissible(flow)
+		for key, s := range entries {
+			if err == nil {
+				err = shortcuts.Put(&key, &s)
+			}
 		}
 		if err != nil {
-			p.log.Debug("a connection keeps to the host's way", "source", source, "destination", destination, "why", err)
+			p.log.Debug("a flow keeps to the host's way", "source", flow.source, "destination", flow.destination, "why", err)
 		}
 	}
 }
 
-// shortcutsFor returns what is entered for both directions of a connection, if it is one
-// between a pod of this node and one of a peer's.
-func (p *Path) shortcutsFor(c candidate) (out, in shortcut, ok bool) {
+// shortcutsFor returns what is to be entered for a flow between a pod of this node and one of a
+// peer's: both directions of a TCP connection, or one of UDP. Nil if it is no such flow.
+func (p *Path) shortcutsFor(c candidate) map[flowKey]shortcut {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	i := slices.IndexFunc(p.held.pods, func(l podLink) bool { return l.index == int(c.Link) && l.bridge == c.Bridge })
 	t, there := p.held.tunnels[c.Family]
 	if i < 0 || !there || !p.on {
-		return out, in, false
+		return nil
 	}
-	source, destination := c.addresses()
+	flow := c.tuple()
+	out, in := c.Key, c.Key.reversed()
+	pod, other := flow.source.Addr(), flow.destination.Addr()
+	inward := c.Key.Protocol == unix.IPPROTO_UDP && !t.holds(pod)
+	if inward {
+		out, in, pod, other = in, out, other, pod
+	}
 	var peer peerKey
 	longest := -1
 	for _, s := range p.held.pairs {
-		if s.Inner.Contains(destination.Addr()) && s.Inner.Bits() > longest {
+		if s.Inner.Contains(other) && s.Inner.Bits() > longest {
 			longest, peer = s.Inner.Bits(), s.peer
 		}
 	}
-	if _, carried := p.held.peers[peer]; !carried || !t.holds(source.Addr()) {
-		return out, in, false
+	if _, carried := p.held.peers[peer]; !carried || !t.holds(pod) {
+		return nil
 	}
 	kind := etherType(c.Family)
-	out = shortcut{Link: c.Link, Ethernet: ethernet{host.MAC(peer.To[:6]), t.MAC, kind}, Bridge: c.Bridge}
-	in = shortcut{Link: c.Link, Ethernet: ethernet{c.Pod, c.Bridge, kind}}
-	return out, in, true
+	entries := map[flowKey]shortcut{
+		out: {Link: c.Link, Ethernet: ethernet{host.MAC(peer.To[:6]), t.MAC, kind}, Bridge: c.Bridge},
+		in:  {Link: c.Link, Ethernet: ethernet{c.Pod, c.Bridge, kind}},
+	}
+	if c.Key.Protocol == unix.IPPROTO_UDP { // the other direction proposes itself
+		delete(entries, c.Key.reversed())
+	}
+	return entries
 }
 
 // etherType returns the EtherType of a family's packets.
@@ -215,7 +271,7 @@ func (t tunnel) holds(a netip.Addr) bool {
 	return true
 }
 
-func (c candidate) addresses() (source, destination netip.AddrPort) {
+func (c candidate) tuple() tuple {
 	at := func(a address, port []byte) netip.AddrPort {
 		n := 16
 		if c.Family == 4 {
@@ -224,5 +280,5 @@ func (c candidate) addresses() (source, destination netip.AddrPort) {
 		ip, _ := netip.AddrFromSlice(a[:n])
 		return netip.AddrPortFrom(ip, binary.BigEndian.Uint16(port))
 	}
-	return at(c.Key.Source, c.Key.Ports[:2]), at(c.Key.Destination, c.Key.Ports[2:])
+	return tuple{uint8(c.Key.Protocol), at(c.Key.Source, c.Key.Ports[:2]), at(c.Key.Destination, c.Key.Ports[2:])}
 }

@@ -3,10 +3,12 @@ package fastpath
 import (
 	"bytes"
 	"encoding/binary"
+	"maps"
 	"net/netip"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/host"
@@ -49,6 +51,7 @@ func key(source, destination netip.Addr, sourcePort, destinationPort uint16) (k 
 	k.Source, k.Destination = addressOf(source), addressOf(destination)
 	binary.BigEndian.PutUint16(k.Ports[:], sourcePort)
 	binary.BigEndian.PutUint16(k.Ports[2:], destinationPort)
+	k.Protocol = unix.IPPROTO_TCP
 	return k
 }
 
@@ -199,6 +202,128 @@ func TestShortWayIsRenewed(t *testing.T) {
 	}
 }
 
+// TestShortWayOfDatagrams sends and receives UDP the short way, and checks when a direction
+// of it becomes short: datagrams have no sequence numbers, and may be alike.
+func TestShortWayOfDatagrams(t *testing.T) {
+	p := withPods(t)
+	for _, f := range bothFamilies {
+		kind := etherType(f.family)
+		k := key(f.pod, f.peer, 1024, 1025) // those of datagram
+		k.Protocol = unix.IPPROTO_UDP
+		entry := shortcut{Link: uint32(loopback.index), Ethernet: ethernet{peerMAC, ourMAC, kind}, Bridge: bridgeMAC}
+		p.put(t, k, entry)
+		alike := datagram(f.pod, f.peer, 100)
+		give := func() (verdict uint32) {
+			t.Helper()
+			verdict, _, _ = p.run(t, programPodOut, frame(bridgeMAC, podMAC, alike), 0)
+			return verdict
+		}
+		pass := func() {
+			t.Helper()
+			p.run(t, programOut, frame(peerMAC, ourMAC, alike), 0)
+		}
+		is := func(what string, want bool) {
+			t.Helper()
+			if s, there := p.shortcut(t, k); !there || (s.Until != 0) != want {
+				t.Errorf("%s, %s: %+v", f.pod, what, s)
+			}
+		}
+		pass()
+		is("before anything was given to the host", false)
+		give()
+		give()
+		pass()
+		is("one of two that are alike is on its way", false)
+		pass()
+		is("both are out", true)
+		if verdict := give(); verdict != actRedirect {
+			t.Errorf("%s: it does not go short: %#x", f.pod, verdict)
+		}
+		if err := p.nextGeneration(); err != nil {
+			t.Fatal(err)
+		}
+		give()
+		give()
+		pass()
+		is("the host has lost one", false)
+		s, _ := p.shortcut(t, k)
+		s.Since -= uint64(time.Second)
+		p.put(t, k, s)
+		give()
+		pass()
+		is("a second later", true)
+		if err := p.nextGeneration(); err != nil {
+			t.Fatal(err)
+		}
+		give()
+		if f.family == 4 {
+			alike[6] |= 0x20 // more fragments
+			give()
+			pass()
+			is("a fragment", false)
+		}
+
+		back := key(f.peer, f.pod, 1024, 1025)
+		back.Protocol = unix.IPPROTO_UDP
+		entry = shortcut{
+			Until: monotonic(t) + uint64(time.Hour), Generation: p.generation, Link: uint32(loopback.index), Ethernet: ethernet{podMAC, bridgeMAC, kind},
+		}
+		p.put(t, back, entry)
+		packet := datagram(f.peer, f.pod, 100)
+		verdict, out, reason := p.run(t, programIn, wire(f.other, f.node, frame(ourMAC, peerMAC, packet), nil), 0)
+		if want := frame(podMAC, bridgeMAC, hops(packet, 63)); verdict != actRedirect || !bytes.Equal(out, want) {
+			t.Errorf("%s: %#x, %q\n got %x\nwant %x", f.pod, verdict, reason, out, want)
+		}
+	}
+}
+
+// TestShortWayWaitsForTheQueue checks that a packet waits behind those of its flow that have
+// come out of the host's way and that the pod has not received, and not otherwise.
+func TestShortWayWaitsForTheQueue(t *testing.T) {
+	p := withPods(t)
+	for family, t4 := range p.held.tunnels {
+		t4.Queue = uint32(loopback.index)
+		if err := p.loaded.Maps["tunnels"].Put(&family, &t4); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, f := range bothFamilies {
+		kind := etherType(f.family)
+		k := key(f.peer, f.pod, peerPort, ourPort)
+		p.put(t, k, shortcut{Link: uint32(loopback.index), Ethernet: ethernet{podMAC, bridgeMAC, kind}})
+		packet := segment(f.peer, f.pod, peerPort, ourPort, tcpACK, 1000, 100)
+		arrives := func(what string, queued, unqueued uint32) {
+			t.Helper()
+			p.run(t, programIn, wire(f.other, f.node, frame(ourMAC, peerMAC, packet), nil), 0)
+			if s, _ := p.shortcut(t, k); s.Queued != queued || s.Unqueued != unqueued {
+				t.Errorf("%s, %s: %d entered the queue, %d have left it", f.pod, what, s.Queued, s.Unqueued)
+			}
+		}
+		arrives("by the host's way", 0, 0)
+		if verdict, _, _ := p.run(t, programPodIn, frame(podMAC, bridgeMAC, packet), 0); verdict != actRedirect {
+			t.Errorf("%s: what comes out of the host's way does not enter the queue: %#x", f.pod, verdict)
+		}
+		arrives("behind it", 2, 0)
+		// The queue's end: struct __sk_buff has mark and priority.
+		for n := range uint32(2) {
+			context := make([]byte, 192)
+			binary.NativeEndian.PutUint32(context[8:], uint32(loopback.index))
+			binary.NativeEndian.PutUint32(context[32:], n+1)
+			verdict, err := p.loaded.Programs[programJoin].Run(&ebpf.RunOptions{
+				Data: frame(podMAC, bridgeMAC, packet), DataOut: make([]byte, 256), Context: context,
+			})
+			if err != nil || verdict != actRedirect {
+				t.Errorf("%s: what leaves the queue: %#x, %v", f.pod, verdict, err)
+			}
+		}
+		arrives("when it is empty", 2, 2)
+		const actShot = 2
+		if verdict, _, _ := p.run(t, programJoin, frame(podMAC, bridgeMAC, packet), 0); verdict != actShot {
+			t.Errorf("%s: the pair of veth's own packet is delivered: %#x", f.pod, verdict)
+		}
+	}
+}
+
 // TestShortWayIn decapsulates to the pod's link, and only what the host's way would accept.
 func TestShortWayIn(t *testing.T) {
 	p := withPods(t)
@@ -247,9 +372,20 @@ func TestShortWayIn(t *testing.T) {
 func TestShortcutsFor(t *testing.T) {
 	p := withPods(t)
 	good := candidate{Key: key(ourPod, peerPod, ourPort, peerPort), Family: 4, Link: uint32(loopback.index), Pod: podMAC, Bridge: bridgeMAC}
-	out, in, ok := p.shortcutsFor(good)
-	if !ok || out.Ethernet != (ethernet{peerMAC, ourMAC, [2]byte{8, 0}}) || in.Ethernet != (ethernet{podMAC, bridgeMAC, [2]byte{8, 0}}) || out.Until|in.Until != 0 {
-		t.Errorf("%+v, %+v, %t", out, in, ok)
+	k := good.Key
+	out := shortcut{Link: uint32(loopback.index), Ethernet: ethernet{peerMAC, ourMAC, [2]byte{8, 0}}, Bridge: bridgeMAC}
+	in := shortcut{Link: uint32(loopback.index), Ethernet: ethernet{podMAC, bridgeMAC, [2]byte{8, 0}}}
+	if got, want := p.shortcutsFor(good), (map[flowKey]shortcut{k: out, k.reversed(): in}); !maps.Equal(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	datagrams := good
+	datagrams.Key.Protocol = unix.IPPROTO_UDP
+	if got, want := p.shortcutsFor(datagrams), (map[flowKey]shortcut{datagrams.Key: out}); !maps.Equal(got, want) {
+		t.Errorf("UDP that the pod sends: got %+v, want %+v", got, want)
+	}
+	datagrams.Key = datagrams.Key.reversed()
+	if got, want := p.shortcutsFor(datagrams), (map[flowKey]shortcut{datagrams.Key: in}); !maps.Equal(got, want) {
+		t.Errorf("UDP that it receives: got %+v, want %+v", got, want)
 	}
 	for name, spoil := range map[string]func(*candidate){
 		"a link that is no pod's":      func(c *candidate) { c.Link++ },
@@ -262,8 +398,11 @@ func TestShortcutsFor(t *testing.T) {
 	} {
 		c := good
 		spoil(&c)
-		if _, _, ok := p.shortcutsFor(c); ok {
-			t.Error(name)
+		for _, protocol := range []uint32{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+			c.Key.Protocol = protocol
+			if got := p.shortcutsFor(c); got != nil {
+				t.Errorf("%s, protocol %d: %+v", name, protocol, got)
+			}
 		}
 		p.on = true
 	}

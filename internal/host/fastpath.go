@@ -32,7 +32,8 @@ func (f Filter) direction() string {
 	return "ingress"
 }
 
-// readFilters reads culvert's filters on the links.
+// readFilters reads culvert's filters on the links, in the order in which they may be
+// removed: others send to the one on the pair of veth, where nobody else takes the packets.
 func readFilters(links []netlink.Link) []Filter {
 	var all []Filter
 	for _, l := range links {
@@ -46,6 +47,15 @@ func readFilters(links []netlink.Link) []Filter {
 			}
 		}
 	}
+	slices.SortStableFunc(all, func(a, b Filter) int {
+		switch {
+		case a.Link == names.JoinFar && b.Link != names.JoinFar:
+			return 1
+		case a.Link != names.JoinFar && b.Link == names.JoinFar:
+			return -1
+		}
+		return 0
+	})
 	return all
 }
 

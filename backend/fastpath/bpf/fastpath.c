@@ -78,6 +78,7 @@ struct tunnel {
 	__u32 device; // interface indexes
 	__u32 uplink;
 	__u32 joiner; // near end of the pair of veth; 0: nothing is to be joined
+	__u32 queue;  // far end
 	__u32 mtu;    // of the uplink
 	__be32 vni;   // in the upper 24 bits
 	__be16 port;
@@ -755,7 +756,7 @@ int culvert_out(struct __sk_buff *skb)
 		if (segment_of(skb, skb->protocol, ETH_HLEN, &s)) {
 			c = bpf_map_lookup_elem(&shortcuts, &s.key);
 			if (c)
-				passed(c, &s);
+				passed(skb, c, &s);
 		}
 	}
 	p = bpf_map_lookup_elem(&peers, &key);
@@ -887,23 +888,41 @@ inline_always void passage_of(struct __sk_buff *skb, const struct tunnel *t, __b
 	w->valid = w->c && is_valid(w->c, &w->s);
 }
 
-// leave leaves an incoming packet to the device.
+// leave leaves an incoming packet to the device, which has been noted of one that could not
+// take its shortcut.
 inline_always int leave(struct passage *w, struct flow *f, __u32 reason)
 {
-	if (w->c)
+	if (w->c && w->valid)
 		give(w->c, &w->s);
 	return left(f, reason);
 }
 
-// to_pod hands a packet to the pod's veth, past the host.
-inline_always int to_pod(struct __sk_buff *skb, const struct shortcut *c, const struct segment *s)
+// to_pod hands a packet to the pod, past the host.
+inline_always int to_pod(struct __sk_buff *skb, const struct tunnel *t, struct shortcut *c, const struct segment *s)
 {
 	asm volatile("" : "+r"(c)); // the verifier does not follow that it is set
 	if (!c || bpf_skb_store_bytes(skb, 0, &c->ethernet, sizeof(c->ethernet), 0))
 		return TC_ACT_SHOT; // cannot be: the packet is longer
 	set_hops(skb, s->family, s->hops, s->hops - 1);
 	count(IN_SHORT, 1);
-	return bpf_redirect(c->link, 0);
+	return c->queued == c->unqueued ? into_pod(skb, c->link) : into_queue(skb, t, c);
+}
+
+// unqueued takes a packet out of the queue before the pods' links.
+inline_always int unqueued(struct __sk_buff *skb, const struct ethernet *e)
+{
+	struct segment s = {};
+	struct shortcut *c;
+	__u32 link = skb->mark;
+
+	// What the pair's near end says of its own accord is for nobody.
+	if (!link || (e->destination[0] & 1) || !segment_of(skb, skb->protocol, ETH_HLEN, &s))
+		return TC_ACT_SHOT;
+	c = bpf_map_lookup_elem(&shortcuts, &s.key);
+	if (c) // else the connection has ended meanwhile
+		c->unqueued = skb->priority;
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return into_pod(skb, link);
 }
 
 // enters hands on a packet whose outer headers are gone.
@@ -916,7 +935,7 @@ inline_always int enters(struct __sk_buff *skb, const struct tunnel *t, const st
 	count(IN_BYTES, bytes);
 	count(IN_FRAMES, 1);
 	if (w->valid && way == DIRECT)
-		return to_pod(skb, w->c, &w->s);
+		return to_pod(skb, t, w->c, &w->s);
 	if (bpf_skb_store_bytes(skb, 0, e, sizeof(*e), 0))
 		return TC_ACT_SHOT; // cannot be: the packet is longer
 	if (way == JOINED) {
@@ -1218,9 +1237,10 @@ int culvert_join(struct __sk_buff *skb)
 	else
 		return TC_ACT_SHOT;
 	t = bpf_map_lookup_elem(&tunnels, &family);
-	// What the pair's near end says of its own accord is for nobody.
-	if (!t || bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)) || !same_mac(ethernet.destination, t->mac))
+	if (!t || bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
 		return TC_ACT_SHOT;
+	if (!same_mac(ethernet.destination, t->mac))
+		return unqueued(skb, &ethernet);
 	if (family == 4) {
 		struct address source = {}, destination = {};
 		struct iphdr ip;
@@ -1244,7 +1264,7 @@ int culvert_join(struct __sk_buff *skb)
 	}
 	passage_of(skb, t, skb->protocol, ETH_HLEN, &w);
 	if (w.valid)
-		return to_pod(skb, w.c, &w.s);
+		return to_pod(skb, t, w.c, &w.s);
 	if (w.c)
 		give(w.c, &w.s);
 	return bpf_redirect(t->device, BPF_F_INGRESS);
@@ -1277,13 +1297,12 @@ int culvert_pod_out(struct __sk_buff *skb)
 			ended(&s);
 		return TC_ACT_UNSPEC;
 	}
-	if (!c) {
-		propose(skb, &s, &ethernet);
+	if (!c || c->link != skb->ifindex) { // or it was another pod's
+		propose(skb, &s, ethernet.source, ethernet.destination);
 		return TC_ACT_UNSPEC;
 	}
-	if (c->link != skb->ifindex) // another pod's address
-		return TC_ACT_UNSPEC;
-	if (!is_valid(c, &s) || !same_mac(ethernet.destination, c->bridge))
+	// An IPv6 super-frame is for the vxlan device: see out6.
+	if (!is_valid(c, &s) || !same_mac(ethernet.destination, c->bridge) || (gso && s.family == 6))
 		goto host;
 	__builtin_memcpy(&key.to, c->ethernet.destination, ETH_ALEN);
 	key.family = s.family;
@@ -1314,17 +1333,28 @@ int culvert_pod_in(struct __sk_buff *skb)
 {
 	struct segment s = {};
 	struct shortcut *c;
+	struct tunnel *t;
 
 	if (skb->vlan_present || !segment_of(skb, skb->protocol, ETH_HLEN, &s))
 		return TC_ACT_UNSPEC;
 	c = bpf_map_lookup_elem(&shortcuts, &s.key);
-	if (!c || c->link != skb->ifindex)
+	if (!c || c->link != skb->ifindex) {
+		struct ethernet ethernet;
+
+		// A TCP connection is proposed for what the pod sends.
+		if (s.key.protocol == IPPROTO_UDP && !bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
+			propose(skb, &s, ethernet.destination, ethernet.source);
 		return TC_ACT_UNSPEC;
-	if (s.flags & (TCP_SYN | TCP_FIN | TCP_RST))
+	}
+	if (s.flags & (TCP_SYN | TCP_FIN | TCP_RST)) {
 		ended(&s);
-	else
-		passed(c, &s);
-	return TC_ACT_UNSPEC;
+		return TC_ACT_UNSPEC;
+	}
+	t = bpf_map_lookup_elem(&tunnels, &s.family);
+	if (!t || !t->queue)
+		return TC_ACT_UNSPEC;
+	passed(skb, c, &s);
+	return into_queue(skb, t, c);
 }
 
 char _license[] SEC("license") = "Apache-2.0";

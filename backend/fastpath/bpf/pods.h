@@ -1,34 +1,44 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The short way from pod to pod (--fast-path=pod), for TCP connections without NAT:
+ * The short way from pod to pod, for TCP and UDP without NAT:
  *
  *	culvert_pod_out  ingress of the host's end of a pod's veth: encapsulates there, and
  *	                 sends to the uplink, past the bridge, the routes and the netfilter hooks
  *	culvert_pod_in   egress of that end: sees what arrives by the host's way
  *
- * and culvert_in hands a packet to the pod's veth itself.
+ * and culvert_in hands a packet to the pod's end of the veth itself.
  *
- * A connection takes the host's way until user space has found it established in
- * conntrack and entered both its directions in `shortcuts`. From then on a direction is short
+ * A flow takes the host's way until user space has found it in conntrack and entered it
+ * in `shortcuts`: a TCP connection, once established, in both directions, and each direction
+ * of UDP by itself. From then on a direction is short
  * for LIFE after one of its packets has passed the host's way from end to end,
  * unchanged. Then its next packets take the host's way again, and renew it when they come
- * out. So whatever the host decides of a connection (a rule, a route, a pod that is gone)
+ * out. So whatever the host decides of a flow (a rule, a route, a pod that is gone)
  * holds at most LIFE later, by whatever program it was decided.
  *
  * A direction becomes short when the last packet that was given to the host's way is the
- * last one that came out of it, so no packet overtakes another. Packets are told
+ * last one that came out of it, so no packet overtakes another. TCP packets are told
  * apart by the end of their sequence numbers and their acknowledgement: GRO and
- * segmentation leave those of the last one as they are.
+ * segmentation leave those of the last one as they are. UDP has no such numbers, and datagrams may
+ * be alike: so they are counted, too.
+ *
+ * The host's way ends in the queue of a veth, from which the pod receives. A packet of
+ * the short way does not wait in a queue, and would overtake those. So the packets of a flow in
+ * `shortcuts` that come out of the host's way wait in a queue whose end a program sees
+ * (into_queue), and the short way goes by that queue as long as there are any.
  */
 
-#define LIFE 250000000ull // ns
+#define LIFE 250000000ull    // ns
+#define RECOUNT 1000000000ull // ns
 
 struct flow_key {
 	struct address source, destination;
 	__be16 source_port, destination_port;
+	__u32 protocol;
 };
 
-// Where a packet is in its connection: the end of its sequence numbers, and what it acknowledges.
+// Where a packet is in its flow. TCP: the end of its sequence numbers, and what it
+// acknowledges. UDP: its length, and its identification and first bytes, mixed.
 struct position {
 	__u32 end, acknowledged;
 };
@@ -46,23 +56,27 @@ inline_always int beyond(const struct position *a, const struct position *b)
 
 struct shortcut {
 	__u64 until;        // the time when it ends, ns; 0: takes the host's way
+	__u64 since;        // when it has begun to take the host's way, ns
 	__u32 generation;   // of the host's state, when it was made or renewed
 	__u32 link;         // the host's end of the pod's veth
 	struct position given; // the farthest packet given to the host's way
+	__s32 away;         // UDP: packets given to the host's way since then that have not come out
+	__u32 queued;       // in: the number of the last packet that entered the queue before the pod's link,
+	__u32 unqueued;     // and of the last one that left it
 	struct ethernet ethernet; // out: of the inner packet to the peer; in: of the packet to the pod
 	__u8 bridge[ETH_ALEN];    // out: where the pod sends its packets
 	__u8 gave;                // given is set
-	__u8 pad[3];
+	__u8 pad[7];
 };
 
-// What culvert_pod_out tells user space of a connection that is not in shortcuts.
+// What the programs tell user space of a flow that is not in shortcuts.
 struct candidate {
 	struct flow_key key;
 	__u32 family, link;
 	__u8 pod[ETH_ALEN], bridge[ETH_ALEN];
 };
 
-// Packets that a connection has sent. Connections may share a count.
+// Packets of a flow. Flows may share a count.
 struct tally {
 	__u32 flow, packets;
 };
@@ -113,81 +127,132 @@ struct tcp {
 #define TCP_RST 4
 #define TCP_ACK 16
 
-// A TCP packet, from its headers.
+// A TCP or UDP packet, from its headers.
 struct segment {
 	struct flow_key key;
 	struct position position;
 	__u32 family;
-	__u8 flags, hops;
+	__u8 flags, hops; // flags: of TCP
+	__u8 fragment;    // the first one
 };
 
-// segment_of reads the inner IP header, which is at `at`, and the TCP header. False for
-// everything but a whole TCP packet without IP options and extension headers.
+// segment_of reads the inner IP header, which is at `at`, and the TCP or UDP header. False for
+// other protocols, later fragments, and packets with IP options or extension headers.
 inline_always int segment_of(struct __sk_buff *skb, __be16 protocol, int at, struct segment *s)
 {
-	__u32 length, header;
-	struct tcp tcp;
+	__u32 length, header, identification = 0;
+	struct tcp tcp = {};
 
+	s->fragment = 0;
 	if (protocol == bpf_htons(ETH_P_IP)) {
 		struct iphdr ip;
 
-		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl != 5 || ip.protocol != IPPROTO_TCP ||
-		    (ip.frag_off & bpf_htons(0x3fff)))
+		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl != 5 || (ip.frag_off & bpf_htons(0x1fff)))
 			return 0;
 		s->family = 4;
 		s->hops = ip.ttl;
 		s->key.source = (struct address){ { ip.saddr } };
 		s->key.destination = (struct address){ { ip.daddr } };
+		s->key.protocol = ip.protocol;
+		s->fragment = !!(ip.frag_off & bpf_htons(0x2000));
+		identification = ip.id;
 		header = sizeof(ip);
 	} else if (protocol == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6hdr ip;
 
-		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 6 || ip.nexthdr != IPPROTO_TCP)
+		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 6)
 			return 0;
 		s->family = 6;
 		s->hops = ip.hop_limit;
 		__builtin_memcpy(&s->key.source, &ip.saddr, 16);
 		__builtin_memcpy(&s->key.destination, &ip.daddr, 16);
+		s->key.protocol = ip.nexthdr;
 		header = sizeof(ip);
+		if (ip.nexthdr == IPPROTO_FRAGMENT) {
+			struct {
+				__u8 next, reserved;
+				__be16 offset;
+				__be32 identification;
+			} f;
+
+			if (bpf_skb_load_bytes(skb, at + header, &f, sizeof(f)) || (f.offset & bpf_htons(0xfff8)))
+				return 0;
+			s->key.protocol = f.next;
+			s->fragment = 1;
+			header += sizeof(f);
+		}
 	} else {
 		return 0;
 	}
-	if (bpf_skb_load_bytes(skb, at + header, &tcp, sizeof(tcp)))
+	if (s->key.protocol == IPPROTO_TCP) {
+		if (bpf_skb_load_bytes(skb, at + header, &tcp, sizeof(tcp)))
+			return 0;
+		s->flags = tcp.flags;
+		length = skb->len - at - header - (tcp.offset >> 4) * 4; // of the payload
+		s->position.end = bpf_ntohl(tcp.sequence) + length;
+		s->position.acknowledged = bpf_ntohl(tcp.acknowledgement);
+	} else if (s->key.protocol == IPPROTO_UDP) {
+		// Length and checksum are where TCP has its sequence number, and the payload follows. The
+		// host may finish a checksum that was left to hardware.
+		if (bpf_skb_load_bytes(skb, at + header, &tcp, sizeof(tcp)) && bpf_skb_load_bytes(skb, at + header, &tcp, 8))
+			return 0;
+		s->flags = TCP_ACK;
+		s->position.end = bpf_ntohl(tcp.sequence) >> 16;
+		s->position.acknowledged = tcp.acknowledgement ^ identification << 16 ^
+					   ((__u32)tcp.window << 16 | tcp.offset << 8 | tcp.flags) * 0x9e3779b1u;
+	} else {
 		return 0;
+	}
 	s->key.source_port = tcp.source_port;
 	s->key.destination_port = tcp.destination_port;
-	s->flags = tcp.flags;
-	length = skb->len - at - header - (tcp.offset >> 4) * 4; // of the payload
-	s->position.end = bpf_ntohl(tcp.sequence) + length;
-	s->position.acknowledged = bpf_ntohl(tcp.acknowledgement);
 	return 1;
 }
 
-// is_valid says whether a packet of the connection may take the shortcut.
+// is_valid says whether a packet of the flow may take the shortcut.
 inline_always int is_valid(const struct shortcut *c, const struct segment *s)
 {
-	return c->until && (__s64)(c->until - bpf_ktime_get_ns()) > 0 && c->generation == generation() &&
+	return c->until && (__s64)(c->until - bpf_ktime_get_ns()) > 0 && c->generation == generation() && !s->fragment &&
 	       (s->flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) == TCP_ACK && s->hops > 1;
 }
 
 // give notes that a packet takes the host's way.
 inline_always void give(struct shortcut *c, const struct segment *s)
 {
-	c->until = 0;
-	if (c->gave && !beyond(&s->position, &c->given)) // sent again
+	if (c->until || !c->gave) { // so there was nothing of it on that way
+		c->until = 0;
+		c->since = bpf_ktime_get_ns();
+		c->away = 0;
+	}
+	if (s->fragment) { // what comes out of the host's way is not to be told apart: the next whole packet is
+		c->gave = 0;
+		return;
+	}
+	__sync_fetch_and_add(&c->away, 1);
+	if (s->key.protocol == IPPROTO_TCP && c->gave && !beyond(&s->position, &c->given)) // sent again
 		return;
 	c->given = s->position;
 	c->gave = 1;
 }
 
 // passed notes that a packet has come out of the host's way, and makes its direction
-// short if nothing else is on that way.
-inline_always void passed(struct shortcut *c, const struct segment *s)
+// short if nothing else is on that way. If the host has lost one, the counts of UDP
+// differ until RECOUNT is over.
+inline_always void passed(struct __sk_buff *skb, struct shortcut *c, const struct segment *s)
 {
-	if (c->until || !c->gave || !same_position(&c->given, &s->position))
+	__u64 now;
+
+	if (c->until || !c->gave || s->fragment)
+		return;
+	__sync_fetch_and_add(&c->away, -1);
+	if (!same_position(&c->given, &s->position))
+		return;
+	now = bpf_ktime_get_ns();
+	if (s->key.protocol == IPPROTO_UDP && c->away && now - c->since < RECOUNT)
+		return;
+	if (bpf_skb_load_bytes(skb, 0, &c->ethernet, sizeof(c->ethernet)))
 		return;
 	c->generation = generation();
-	c->until = bpf_ktime_get_ns() + LIFE;
+	c->until = now + LIFE;
 }
 
 // ended forgets a connection that is being closed: conntrack must see the rest of it.
@@ -196,14 +261,15 @@ inline_always void ended(const struct segment *s)
 	struct flow_key back = {
 		.source = s->key.destination, .destination = s->key.source,
 		.source_port = s->key.destination_port, .destination_port = s->key.source_port,
+		.protocol = s->key.protocol,
 	};
 
 	bpf_map_delete_elem(&shortcuts, &s->key);
 	bpf_map_delete_elem(&shortcuts, &back);
 }
 
-// propose tells user space of a connection at its 32nd packet, its 64th and so on.
-inline_always void propose(struct __sk_buff *skb, const struct segment *s, const struct ethernet *e)
+// propose tells user space of a flow at its 32nd packet, its 64th and so on.
+inline_always void propose(struct __sk_buff *skb, const struct segment *s, const __u8 *pod, const __u8 *bridge)
 {
 	__u32 h = flow_hash(&s->key.source, &s->key.destination, s->key.source_port | (__u32)s->key.destination_port << 16);
 	__u32 at = flow_index(h);
@@ -225,9 +291,31 @@ inline_always void propose(struct __sk_buff *skb, const struct segment *s, const
 	c->key = s->key;
 	c->family = s->family;
 	c->link = skb->ifindex;
-	__builtin_memcpy(c->pod, e->source, ETH_ALEN);
-	__builtin_memcpy(c->bridge, e->destination, ETH_ALEN);
+	__builtin_memcpy(c->pod, pod, ETH_ALEN);
+	__builtin_memcpy(c->bridge, bridge, ETH_ALEN);
 	bpf_ringbuf_submit(c, 0);
+}
+
+// into_pod hands a packet to the pod's end of a veth, as received there, at once: the
+// host's end is `link`. What it bears of the host is taken off it, as where it crosses a veth.
+inline_always int into_pod(struct __sk_buff *skb, __u32 link)
+{
+	skb->mark = 0;
+	skb->priority = 0;
+	return bpf_redirect_peer(link, 0);
+}
+
+// into_queue has a packet wait with those of its flow that have come out of the host's
+// way: culvert_join takes them out of the queue of this CPU (netif_rx), and hands them to
+// into_pod. The marks stay with the packet, and nobody else sees them.
+inline_always int into_queue(struct __sk_buff *skb, const struct tunnel *t, struct shortcut *c)
+{
+	__u32 n = c->queued + 1;
+
+	c->queued = n;
+	skb->mark = c->link;
+	skb->priority = n;
+	return bpf_redirect(t->queue, BPF_F_INGRESS);
 }
 
 // set_hops changes the TTL or hop limit of the IP packet behind the Ethernet header.
