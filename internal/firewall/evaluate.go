@@ -191,6 +191,9 @@ type walker struct {
 	named     [64]int // bits of the probe's address or port that the register holds
 	marked    bool    // a rule may have set the mark
 	meant     bool    // the current rule explicitly matches the probe's packets
+	acts      string  // what the current rule does with each packet, see perPacket
+	each      *place  // the first rule that does such a thing
+	narrow    bool    // rules that match few packets of the probe count, too
 }
 
 // maxDepth limits nested jumps; the kernel's limit is 16.
@@ -207,8 +210,12 @@ type arrival struct {
 func (w *walker) walk(c ruleChain, came arrival) match {
 	returned := none
 	for i, r := range c.rules {
-		for _, o := range w.rule(r) {
-			if o.match <= few {
+		outcomes := w.rule(r)
+		if w.acts != "" && w.each == nil {
+			w.each = &place{chain: c.name, index: i, handle: r.Handle, does: w.acts}
+		}
+		for _, o := range outcomes {
+			if o.match == none || o.match == few && !w.narrow {
 				continue
 			}
 			at := arrival{
@@ -284,12 +291,15 @@ func (o outcome) text() string {
 
 // rule returns the outcomes of a rule: none, one, or several for a verdict map.
 func (w *walker) rule(r *nftables.Rule) []outcome {
-	w.registers, w.named, w.meant = [64]cell{}, [64]int{}, false
+	w.registers, w.named, w.meant, w.acts = [64]cell{}, [64]int{}, false, ""
 	for i := range w.registers {
 		w.registers[i].dark = 0xff
 	}
 	m := every
 	for _, e := range r.Exprs {
+		if does := w.probe.perPacket(e); does != "" && w.acts == "" {
+			w.acts = does
+		}
 		switch e := e.(type) {
 		case *expr.Verdict:
 			return []outcome{{match: m, verdict: *e}}

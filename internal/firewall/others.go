@@ -16,6 +16,8 @@ import (
 type otherRules struct {
 	set  ruleset   // without our rules, unless all were asked for
 	ours []ourRule // our rules in iptables chains
+	// bridge is a base chain of another program that sees bridged frames, or empty.
+	bridge string
 	// warnings are about rules that cannot be read.
 	warnings []api.Warning
 }
@@ -57,6 +59,9 @@ func readOthers(c *nftables.Conn, chains []*nftables.Chain, all bool) (otherRule
 	for _, ch := range chains {
 		if ch.Table.Name == names.Table && ch.Table.Family == nftables.TableFamilyINet {
 			continue
+		}
+		if ch.Table.Family == nftables.TableFamilyBridge && ch.Hooknum != nil {
+			o.bridge = fmt.Sprintf("%s of the nftables table bridge %s", ch.Name, ch.Table.Name)
 		}
 		byName[name{ch.Table.Family, ch.Table.Name, ch.Name}] = ch
 		if _, ok := hookOf(ch); ok {
