@@ -37,21 +37,19 @@ func hasFastPath(ctx context.Context, program string) (bool, error) {
 
 // daemonArgs returns the daemon's arguments that select the datapath.
 func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
-	name, _, _ := strings.Cut(d.base(), "+") // without fastSuffix or podSuffix
+	name, _, _ := strings.Cut(d.base(), "+") // without the fast path's suffix
 	format, kind, _ := strings.Cut(name, "/")
 	if d.auto || format == "host-gw" {
 		kind = "auto"
 	}
 	args := []string{"--datapath", kind}
 	switch {
-	case d.fast && !hasFlag:
+	case d.fast != "" && !hasFlag:
 		return nil, unavailable("this version of culvert has no fast path")
 	case d.auto && hasFlag:
 		args = append(args, fastFlag+"=auto")
-	case d.pod:
-		args = append(args, fastFlag+"=pod")
-	case d.fast:
-		args = append(args, fastFlag+"=on")
+	case d.fast != "":
+		args = append(args, fastFlag+"="+d.fast)
 	case hasFlag:
 		args = append(args, fastFlag+"=off")
 	}
@@ -126,9 +124,9 @@ func (s *site) startDaemons(ctx context.Context, l *lab.Lab, o siteOptions) erro
 		switch {
 		case fast != nil && fast.On:
 			s.daemons[i].fastDir = n.RunDir
-		case s.datapath.fast && fast != nil:
+		case s.datapath.fast != "" && fast != nil:
 			return unavailable("the fast path is off: " + fast.Why)
-		case s.datapath.fast:
+		case s.datapath.fast != "":
 			return unavailable("the daemon has no fast path for this datapath")
 		}
 	}
@@ -150,7 +148,7 @@ func (s *site) awaitDaemon(ctx context.Context, n *lab.Node, d daemon, peers int
 				return status, alive([]daemon{d})
 			}
 			// A kernel without support for the fast path is not a failure.
-			if s.datapath.fast && strings.Contains(why, "fast path") {
+			if s.datapath.fast != "" && strings.Contains(why, "fast path") {
 				return status, unavailable(why)
 			}
 			return status, errors.New(why)

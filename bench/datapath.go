@@ -30,19 +30,18 @@ type Datapath struct {
 	kernel bool
 	// culvert: culvert's daemon runs it if the ends are pods.
 	culvert bool
-	// fast: the daemon has --fast-path=on; otherwise off.
-	fast bool
-	// pod: the daemon has --fast-path=pod.
-	pod bool
+	// fast is the value of the daemon's --fast-path; empty: off.
+	fast string
 	// auto: the daemon chooses the datapath and the fast path.
 	auto bool
 }
 
-// fastSuffix ends the name of a datapath with culvert's fast path on.
-const fastSuffix = "+fast"
-
-// podSuffix ends the name of a datapath with the short way from pod to pod.
-const podSuffix = "+pod"
+// Suffixes of a datapath's name, for the daemon's --fast-path.
+const (
+	fastSuffix = "+fast" // as the daemon has it by default, or with the userspace datapath and IPIP, which have none by default, on
+	onSuffix   = "+on"   // on, without the short way from pod to pod
+	podSuffix  = "+pod"  // with the short way, whatever the host's rules
+)
 
 // checkedNative is the datapath native with iperf3's traffic.
 const checkedNative = "native/iperf3"
@@ -55,14 +54,15 @@ func Datapaths() []Datapath {
 		{Name: "host-gw", Title: "plain routes (host-gw)", About: "routes over the underlay without a tunnel", kernel: true, culvert: true},
 		{Name: "vxlan/auto", Title: "VXLAN, culvert's choice", About: "culvert's default: --datapath=auto, --fast-path=auto", culvert: true, auto: true},
 		{Name: "vxlan/kernel", Title: "VXLAN, kernel", About: "the kernel's vxlan device, configured by culvert", kernel: true, culvert: true},
-		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same with culvert's fast path", kernel: true, culvert: true, fast: true},
-		{Name: "vxlan/kernel" + podSuffix, Title: "VXLAN, kernel, pod to pod", About: "the same with --fast-path=pod", kernel: true, culvert: true, fast: true, pod: true},
+		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same with culvert's fast path (--fast-path=auto)", kernel: true, culvert: true, fast: "auto"},
+		{Name: "vxlan/kernel" + onSuffix, Title: "VXLAN, kernel, fast path by the host", About: "the same with --fast-path=on: all packets pass the host", kernel: true, culvert: true, fast: "on"},
+		{Name: "vxlan/kernel" + podSuffix, Title: "VXLAN, kernel, pod to pod", About: "the same with --fast-path=pod", kernel: true, culvert: true, fast: "pod"},
 		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's userspace datapath", culvert: true},
-		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same with culvert's fast path", culvert: true, fast: true},
+		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same with culvert's fast path (--fast-path=on)", culvert: true, fast: "on"},
 		{Name: "ipip/kernel", Title: "IPIP, kernel", About: "the kernel's ipip device, configured by culvert", kernel: true, culvert: true},
-		{Name: "ipip/kernel" + fastSuffix, Title: "IPIP, kernel, fast path", About: "the same with culvert's fast path", kernel: true, culvert: true, fast: true},
+		{Name: "ipip/kernel" + fastSuffix, Title: "IPIP, kernel, fast path", About: "the same with culvert's fast path (--fast-path=on)", kernel: true, culvert: true, fast: "on"},
 		{Name: "ipip/userspace", Title: "IPIP, userspace", About: "culvert's userspace datapath", culvert: true},
-		{Name: "ipip/userspace" + fastSuffix, Title: "IPIP, userspace, fast path", About: "the same with culvert's fast path", culvert: true, fast: true},
+		{Name: "ipip/userspace" + fastSuffix, Title: "IPIP, userspace, fast path", About: "the same with culvert's fast path (--fast-path=on)", culvert: true, fast: "on"},
 		{Name: "naive", Title: "VXLAN, naive", About: "VXLAN with one packet per system call: the lower bound"},
 		{Name: "wireguard-go", Title: "WireGuard, userspace", About: "the library wireguard-go, which encrypts"},
 	}
@@ -227,7 +227,7 @@ func startLab(ctx context.Context, d Datapath, o siteOptions) (_ *site, err erro
 	case d.none:
 	case d.Program != nil:
 		err = s.startProgram(ctx, l, o)
-	case d.fast || d.auto || d.culvert && o.ends == Pods:
+	case d.fast != "" || d.auto || d.culvert && o.ends == Pods:
 		err = s.startDaemons(ctx, l, o)
 	default:
 		err = s.startNodes(ctx, l, o)

@@ -31,7 +31,7 @@ func TestPodsAsEnds(t *testing.T) {
 			t.Fatal(name)
 		}
 		s, err := startLab(t.Context(), d, siteOptions{nodes: 2, profile: lab.Cloud, ends: Pods, self: o.Self, bin: bin})
-		if d.fast && errors.Is(err, ErrUnavailable) && !lab.Privileged() {
+		if d.fast != "" && errors.Is(err, ErrUnavailable) && !lab.Privileged() {
 			continue // loading BPF programs needs real root
 		}
 		if err != nil {
@@ -52,7 +52,7 @@ func TestPodsAsEnds(t *testing.T) {
 			}
 			// The fast path's share is between 0 and 1, and is missing if the fast path
 			// is off.
-			if share, ok := f[FastShare]; w.Plain() && (ok != d.fast && !d.auto || ok && (share <= 0 || share > 1)) {
+			if share, ok := f[FastShare]; w.Plain() && (ok != (d.fast != "") && !d.auto || ok && (share <= 0 || share > 1)) {
 				t.Errorf("%s %+v: %v of the bytes took the fast path (%t)", name, w, share, ok)
 			}
 		}
@@ -197,8 +197,11 @@ func TestDaemonArgs(t *testing.T) {
 		{"vxlan/kernel", false, "--datapath kernel"},
 		{"vxlan/kernel", true, "--datapath kernel --fast-path=off"},
 		{"vxlan/kernel#3", true, "--datapath kernel --fast-path=off"},
-		{"vxlan/kernel+fast", true, "--datapath kernel --fast-path=on"},
-		{"vxlan/kernel+fast#2", true, "--datapath kernel --fast-path=on"},
+		{"vxlan/kernel+fast", true, "--datapath kernel --fast-path=auto"},
+		{"vxlan/kernel+fast#2", true, "--datapath kernel --fast-path=auto"},
+		{"vxlan/kernel+on", true, "--datapath kernel --fast-path=on"},
+		{"vxlan/kernel+pod", true, "--datapath kernel --fast-path=pod"},
+		{"vxlan/userspace+fast", true, "--datapath userspace --fast-path=on"},
 		{"vxlan/kernel+fast", false, ""},
 		{"vxlan/userspace+fast", true, "--datapath userspace --fast-path=on"},
 		{"ipip/userspace", false, "--datapath userspace"},

@@ -459,7 +459,7 @@ func startExisting(ctx context.Context, d Datapath, r *Remote, self string) (_ *
 	switch {
 	case d.Program != nil:
 		return s, unavailable("other programs can be measured only in a lab")
-	case d.fast || d.auto:
+	case d.fast != "" || d.auto:
 		return s, unavailable("culvert's daemon can be measured only in a lab")
 	case d.base() != d.Name:
 		return s, unavailable("further instances can be measured only in a lab")
