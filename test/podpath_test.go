@@ -499,3 +499,35 @@ func TestPodPathLife(t *testing.T) {
 		t.Errorf("after cleanup the filters %v are left", left)
 	}
 }
+
+// TestPodPathAuto has pods' packets take the short way by default, and the host's way while
+// another program's rule counts on seeing each of them.
+func TestPodPathAuto(t *testing.T) {
+	c := newClusterOf(t, lab.Options{Nodes: 2})
+	c.setConfig(config)
+	c.startAll("--datapath", "kernel")
+	n := c.Nodes[0]
+	pods := c.pods()
+	flow := startFlow(t, pods[0], pods[1])
+	c.goesShort(n, flow)
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := n.Run(t.Context(), "nft", args...); err != nil {
+			t.Fatalf("nft %v: %v: %s", args, err, out)
+		}
+	}
+	run("add", "table", "inet", "shaper")
+	run("add", "chain", "inet", "shaper", "forward", "{ type filter hook forward priority 0; }")
+	run("add", "rule", "inet", "shaper", "forward", "ip saddr 10.0.0.0/8 limit rate over 1000000/second drop")
+	c.wait(n, "leaves each packet to the rule", func(s api.Status) bool {
+		p := s.Datapath.FastPath.Pods
+		return p != nil && p.Links == 0 && strings.Contains(p.Why, "table inet shaper, chain forward, rule 1 (limit, handle")
+	})
+	egress, ingress := c.podFrames(n)
+	c.goesOn(flow)
+	if e, i := c.podFrames(n); e != egress || i != ingress {
+		t.Errorf("%d and %d frames went past the rule", e-egress, i-ingress)
+	}
+	run("delete", "table", "inet", "shaper")
+	c.goesShort(n, flow)
+}

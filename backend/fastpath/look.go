@@ -20,7 +20,7 @@ import (
 
 // look reads the facts from the host. The error says why the fast path must not be used
 // on this host.
-func (p *Path) look(s host.State) (facts, error) {
+func (p *Path) look(s host.State, v host.View) (facts, error) {
 	f := facts{links: make(map[string]link), hops: make(map[uint32]uint8)}
 	ends, err := endsOf(s)
 	if err != nil {
@@ -71,7 +71,7 @@ func (p *Path) look(s host.State) (facts, error) {
 			f.hops[family] = uint8(n)
 		}
 	}
-	if p.mode == Pods {
+	if p.mode.shortens() && p.mayShorten(v) {
 		pods, err := podLinks(s.Subnets, shaped)
 		if err != nil {
 			return f, err
@@ -81,6 +81,21 @@ func (p *Path) look(s host.State) (facts, error) {
 	p.paths.refresh(ends)
 	f.path = p.paths.of
 	return f, nil
+}
+
+// mayShorten reports whether pods may have the short way on this host.
+func (p *Path) mayShorten(v host.View) bool {
+	why := ""
+	if p.mode == Auto && v.EachPacket != "" {
+		why = v.EachPacket + " counts on seeing each packet"
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if why != p.whyNotShort && why != "" {
+		p.log.Info("packets between pods take the host's way", "why", why)
+	}
+	p.whyNotShort = why
+	return why == ""
 }
 
 func setting(key string) string {

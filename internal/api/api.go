@@ -166,6 +166,7 @@ type PodPath struct {
 	Links   int    `json:"links"`  // pods' links that have it
 	Egress  uint64 `json:"egress"` // frames
 	Ingress uint64 `json:"ingress"`
+	Why     string `json:"why,omitempty"` // why no pod has it
 }
 
 // NarrowPath is the learned path MTU to a peer's subnet.

@@ -127,9 +127,13 @@ func writeFastPath(line func(name, format string, args ...any), f *api.FastPath)
 		line("  sent", "%s", traffic(f.Egress))
 		line("  received", "%s", traffic(f.Ingress))
 		line("  left to the datapath", "%s", drops(f.Slow))
-		if f.Pods != nil {
-			line("  pod to pod", "%d of %d frames sent, %d of %d received; %s", f.Pods.Egress, f.Egress.Frames, f.Pods.Ingress, f.Ingress.Frames, plural(f.Pods.Links, "pod"))
-		}
+	}
+	switch p := f.Pods; {
+	case p == nil:
+	case p.Why != "":
+		line("  pod to pod", "off: %s (--fast-path=pod ignores that)", p.Why)
+	case p.Links > 0:
+		line("  pod to pod", "%d of %d frames sent, %d of %d received; %s", p.Egress, f.Egress.Frames, p.Ingress, f.Ingress.Frames, plural(p.Links, "pod"))
 	}
 }
 

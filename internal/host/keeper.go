@@ -199,6 +199,9 @@ func (k *Keeper) reconcile() (err error) {
 		if i := slices.IndexFunc(warnings, func(w api.Warning) bool { return w.Check == firewall.CheckInput }); i >= 0 {
 			have.view.Shut = warnings[i].Text
 		}
+		if want.ShortWay {
+			have.view.EachPacket = firewall.EachPacket(have.firewall, want.Firewall, have.podDevices(want))
+		}
 	}
 	steps := diff(have, want)
 	done, err := write(have, steps)

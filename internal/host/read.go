@@ -59,8 +59,11 @@ type View struct {
 	NoFIB bool
 	// Shut is the text of another program's rule that drops the tunnel's packets on
 	// input, or empty. It is set only for a Follower, since it depends on the plan.
-	Shut   string
-	survey *survey
+	Shut string
+	// EachPacket is the text of another program's rule that counts on seeing each packet of
+	// connections between pods, or empty. It is set only for a Follower, too.
+	EachPacket string
+	survey     *survey
 }
 
 type onLink struct {
