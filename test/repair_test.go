@@ -1,6 +1,7 @@
 package test
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -88,10 +89,15 @@ func TestRepairs(t *testing.T) {
 		}},
 		{"forwarding is turned off", host.KindSysctl, func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0) }},
 		{"another device has our name", host.KindLink, func() error {
-			if err := netlink.LinkDel(device()); err != nil {
-				return err
+			for {
+				if err := netlink.LinkDel(device()); err != nil {
+					return err
+				}
+				err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cvt.1"}})
+				if !errors.Is(err, unix.EEXIST) { // else the daemon was faster
+					return err
+				}
 			}
-			return netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cvt.1"}})
 		}},
 	} {
 		t.Run(harm.what, func(t *testing.T) {
