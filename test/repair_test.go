@@ -89,12 +89,15 @@ func TestRepairs(t *testing.T) {
 		}},
 		{"forwarding is turned off", host.KindSysctl, func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0) }},
 		{"another device has our name", host.KindLink, func() error {
-			for {
-				if err := netlink.LinkDel(device()); err != nil {
-					return err
+			for { // the daemon may be faster, and replace the device in between
+				l, err := netlink.LinkByName("cvt.1")
+				if err == nil {
+					err = netlink.LinkDel(l)
 				}
-				err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cvt.1"}})
-				if !errors.Is(err, unix.EEXIST) { // else the daemon was faster
+				if err == nil {
+					err = netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "cvt.1"}})
+				}
+				if gone := (netlink.LinkNotFoundError{}); !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENODEV) && !errors.As(err, &gone) {
 					return err
 				}
 			}
