@@ -189,8 +189,7 @@ func (k *Keeper) reconcile() (err error) {
 		return err
 	}
 	have.foreign = k.others.foreign
-	// If the plan is unchanged, any difference is someone else's doing.
-	repair := k.planned && reflect.DeepEqual(want, k.next.State)
+	isRepair := k.repairs(want)
 	k.next.State, k.planned = want, true
 	if len(want.Firewall.Forward) > 0 {
 		warnings := firewall.Obstacles(have.firewall, want.Firewall, have.podDevices(want))
@@ -215,24 +214,39 @@ func (k *Keeper) reconcile() (err error) {
 	k.watched.Store(newWatched(have, k.underlay))
 	k.reorder(done, want)
 	k.next.Writes += uint64(len(done))
-	message := "host changed"
-	if repair {
-		message = "host repaired"
-	}
+	repaired := false
 	for i, c := range done {
+		message := "host changed"
+		if isRepair(c.Kind) {
+			message, repaired = "host repaired", true
+			k.next.Repairs[c.Kind]++
+		}
 		if i < 20 || len(done) < 30 {
 			k.log.Info(message, "command", c.Command)
 		} else if i == 20 {
 			k.log.Info(message, "command", fmt.Sprintf("and %d more", len(done)-i))
 		}
-		if repair {
-			k.next.Repairs[c.Kind]++
-		}
 	}
-	if repair && len(done) > 0 {
+	if repaired {
 		k.next.Took.Observe(time.Since(began).Seconds())
 	}
 	return err
+}
+
+// repairs tells whether a change of a kind is a repair: if that part of the plan is the same
+// as before, any difference is someone else's doing. The rules are a part of their own, since
+// they also depend on whether the fast path is on.
+func (k *Keeper) repairs(want State) func(Kind) bool {
+	old, rest := k.next.State, want
+	rules := k.planned && reflect.DeepEqual(want.Firewall, old.Firewall)
+	old.Firewall, rest.Firewall = firewall.Policy{}, firewall.Policy{}
+	others := k.planned && reflect.DeepEqual(rest, old)
+	return func(kind Kind) bool {
+		if kind == KindNFTables || kind == KindForward {
+			return rules
+		}
+		return others
+	}
 }
 
 // reorder has the foreign routes read again if our routes for the same prefix
