@@ -500,12 +500,12 @@ func TestPodPathLife(t *testing.T) {
 	}
 }
 
-// TestPodPathAuto has pods' packets take the short way by default, and the host's way while
-// another program's rule counts on seeing each of them.
-func TestPodPathAuto(t *testing.T) {
+// TestPodPathEachPacket has pods' packets take the host's way while another program's rule
+// counts on seeing each of them.
+func TestPodPathEachPacket(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 2})
 	c.setConfig(config)
-	c.startAll("--datapath", "kernel")
+	c.startAll(podPath...)
 	n := c.Nodes[0]
 	pods := c.pods()
 	flow := startFlow(t, pods[0], pods[1])

@@ -43,16 +43,13 @@ type Mode string
 
 // The modes.
 const (
-	// Auto: if the kernel and the host allow it, with the short way from pod to pod unless
-	// a rule of the host counts on seeing each packet (host.View.EachPacket).
-	Auto Mode = "auto"
-	On   Mode = "on" // without the short way; opening the datapath fails if the programs do not load
+	Auto Mode = "auto" // if the kernel and the host allow it
+	On   Mode = "on"   // opening the datapath fails if the programs do not load
 	Off  Mode = "off"
-	Pods Mode = "pod" // as Auto, with the short way whatever the host's rules
+	// Pods: as Auto, with the short way from pod to pod unless a rule of the host counts on
+	// seeing each packet (host.View.EachPacket).
+	Pods Mode = "pod"
 )
-
-// shortens reports whether the mode allows the short way from pod to pod.
-func (m Mode) shortens() bool { return m == Auto || m == Pods }
 
 // The programs' names in the object, which are also their filters' names.
 const (
@@ -118,7 +115,7 @@ func (p *Path) load() error {
 		return err
 	}
 	_ = rlimit.RemoveMemlock() // needed before Linux 5.11; if it fails, loading reports it
-	if !p.mode.shortens() {    // they hold nothing
+	if p.mode != Pods {        // they hold nothing
 		spec.Maps["shortcuts"].MaxEntries = 1
 		spec.Maps["tallies"].MaxEntries = 1
 	}
@@ -144,7 +141,7 @@ func (p *Path) load() error {
 		loaded.Close()
 		return err
 	}
-	if p.mode.shortens() {
+	if p.mode == Pods {
 		reader, err := ringbuf.NewReader(loaded.Maps["candidates"])
 		if err != nil {
 			loaded.Close()
@@ -220,7 +217,7 @@ func (p *Path) Extend(s *host.State) {
 	if p.loaded == nil || mtu == 0 {
 		return
 	}
-	s.FastPath, s.ShortWay = true, p.mode.shortens()
+	s.FastPath, s.ShortWay = true, p.mode == Pods
 	s.Links = append(s.Links,
 		host.Link{Name: names.JoinNear, MTU: mtu, Veth: names.JoinFar},
 		host.Link{Name: names.JoinFar, MTU: mtu, Veth: names.JoinNear})
@@ -253,7 +250,7 @@ func (p *Path) Follow(s host.State, v host.View) ([]host.Change, error) {
 	if err == nil {
 		changes, err = p.attach(want.hooks)
 	}
-	if err == nil && p.mode.shortens() {
+	if err == nil && p.mode == Pods {
 		err = p.followPods(want)
 	}
 	if err != nil { // the kernel datapath works without it
@@ -285,7 +282,7 @@ func (p *Path) Status() api.FastPath {
 	s := api.FastPath{Mode: string(p.mode), On: p.on, Why: p.why}
 	r := p.read()
 	s.Egress, s.Ingress, s.Joined, s.Slow = r.egress(), r.ingress(), r[inJoined], r.slow()
-	if p.mode.shortens() && p.on {
+	if p.mode == Pods && p.on {
 		s.Pods = &api.PodPath{Links: len(p.held.pods), Egress: r[outShort], Ingress: r[inShort], Why: p.whyNotShort}
 	}
 	return s

@@ -71,7 +71,7 @@ func (p *Path) look(s host.State, v host.View) (facts, error) {
 			f.hops[family] = uint8(n)
 		}
 	}
-	if p.mode.shortens() && p.mayShorten(v) {
+	if p.mode == Pods && p.mayShorten(v) {
 		pods, err := podLinks(s.Subnets, shaped)
 		if err != nil {
 			return f, err
@@ -86,7 +86,7 @@ func (p *Path) look(s host.State, v host.View) (facts, error) {
 // mayShorten reports whether pods may have the short way on this host.
 func (p *Path) mayShorten(v host.View) bool {
 	why := ""
-	if p.mode == Auto && v.EachPacket != "" {
+	if v.EachPacket != "" {
 		why = v.EachPacket + " counts on seeing each packet"
 	}
 	p.mu.Lock()
