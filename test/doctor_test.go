@@ -17,7 +17,6 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
-	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -405,16 +404,7 @@ func TestDoctorMeasures(t *testing.T) {
 
 	// A card that fills in the inner checksums wrong: n1 leaves none to hardware, so
 	// that the bytes on the wire are the packet's own, and the fabric spoils them.
-	if err := n1.Do(func() error {
-		e, err := ethtool.NewEthtool()
-		if err != nil {
-			return err
-		}
-		defer e.Close()
-		return e.Change(n1.Link, map[string]bool{"tx-checksum-ip-generic": false})
-	}); err != nil {
-		t.Fatal(err)
-	}
+	setFeatures(t, n1, map[string]bool{"tx-checksum-ip-generic": false}, n1.Link)
 	way := func(rule ...expr.Any) {
 		t.Helper()
 		if err := c.Fabric.Do(func() error {

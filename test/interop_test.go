@@ -2,6 +2,7 @@ package test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"testing"
@@ -92,13 +93,22 @@ func setOffloads(t *testing.T, n *lab.Node, on bool) {
 	} {
 		features[name] = on
 	}
+	setFeatures(t, n, features, n.Link)
+}
+
+// setFeatures turns features of a node's links on or off, as `ethtool -K` does.
+func setFeatures(t *testing.T, n *lab.Node, features map[string]bool, links ...string) {
+	t.Helper()
 	err := n.Do(func() error {
 		e, err := ethtool.NewEthtool()
 		if err != nil {
 			return err
 		}
 		defer e.Close()
-		return e.Change(n.Link, features)
+		for _, l := range links {
+			err = errors.Join(err, e.Change(l, features))
+		}
+		return err
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -70,12 +70,7 @@ func (c *cluster) stands(f *flow) {
 func TestPodPathOracle(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: dualUnderlay})
 	c.setConfig(dual)
-	for _, n := range c.Nodes {
-		c.start(n, podPath...)
-	}
-	for _, n := range c.Nodes {
-		c.waitReady(n, 1)
-	}
+	c.startAll(podPath...)
 	var pods []place
 	for _, n := range c.Nodes {
 		pod, err := n.AddPod(t.Context(), "p1")
@@ -154,12 +149,7 @@ func outOfOrder(t *testing.T, n *lab.Namespace) (segments uint64) {
 func TestPodPathObeysTheHost(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
-	for _, n := range c.Nodes {
-		c.start(n, podPath...)
-	}
-	for _, n := range c.Nodes {
-		c.waitReady(n, 1)
-	}
+	c.startAll(podPath...)
 	pods := c.pods()
 	n, other := c.Nodes[0], c.Nodes[1]
 	do := func(n *lab.Node, f func() error) {
@@ -336,12 +326,7 @@ func startNumbered(t *testing.T, from, to *lab.Pod) *numbered {
 func TestPodPathDatagrams(t *testing.T) {
 	c := newCluster(t, 2)
 	c.setConfig(config)
-	for _, n := range c.Nodes {
-		c.start(n, podPath...)
-	}
-	for _, n := range c.Nodes {
-		c.waitReady(n, 1)
-	}
+	c.startAll(podPath...)
 	pods := c.pods()
 	n, other := c.Nodes[0], c.Nodes[1]
 	s := startNumbered(t, pods[0], pods[1])

@@ -8,7 +8,6 @@ import (
 	"reflect"
 	"testing"
 
-	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -114,17 +113,7 @@ func withoutOffloads(t *testing.T, l *lab.Lab) {
 		t.Fatal(err)
 	}
 	for _, n := range l.Nodes {
-		err := n.Do(func() error {
-			e, err := ethtool.NewEthtool()
-			if err != nil {
-				return err
-			}
-			defer e.Close()
-			return e.Change(n.Link, map[string]bool{"tx-checksum-ip-generic": false})
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		setFeatures(t, n, map[string]bool{"tx-checksum-ip-generic": false}, n.Link)
 	}
 }
 
@@ -133,16 +122,12 @@ func withoutOffloads(t *testing.T, l *lab.Lab) {
 // net/core/gro_cells.c), and may be overtaken.
 func inOrderBesideSniffer(t *testing.T, n *lab.Node) {
 	t.Helper()
+	var devices []string
 	err := n.Do(func() error {
-		e, err := ethtool.NewEthtool()
-		if err != nil {
-			return err
-		}
-		defer e.Close()
 		links, err := netlink.LinkList()
 		for _, l := range links {
 			if l.Type() == "vxlan" {
-				err = errors.Join(err, e.Change(l.Attrs().Name, map[string]bool{"rx-gro": false}))
+				devices = append(devices, l.Attrs().Name)
 			}
 		}
 		return err
@@ -150,6 +135,7 @@ func inOrderBesideSniffer(t *testing.T, n *lab.Node) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	setFeatures(t, n, map[string]bool{"rx-gro": false}, devices...)
 }
 
 // sniffer captures the packets on a node's underlay link.

@@ -174,24 +174,7 @@ func TestDecapsulatesIPIP(t *testing.T) {
 			}
 		}
 	}
-	for _, ecn := range []struct{ outer, inner, want byte }{
-		{0, 0, 0},
-		{0, 1, 1},
-		{0, 2, 2},
-		{0, 3, 3},
-		{1, 0, 0},
-		{1, 1, 1},
-		{1, 2, 1},
-		{1, 3, 3},
-		{2, 0, 0},
-		{2, 1, 1},
-		{2, 2, 2},
-		{2, 3, 3},
-		{3, 1, 3},
-		{3, 2, 3},
-		{3, 3, 3},
-		{3, 0xb9, 0xbb},
-	} {
+	for _, ecn := range decapsulatedECN {
 		inner := class(datagram(peerPod, ourPod, 333), ecn.inner)
 		sent := frame(host.MAC{}, nearMAC, class(ipPacket(peerNode, ourNode, 4, inner), ecn.outer))
 		verdict, out, reason := p.run(t, programIn, sent, 0)

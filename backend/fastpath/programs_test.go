@@ -321,6 +321,27 @@ func TestLeavesOut(t *testing.T) {
 	}
 }
 
+// decapsulatedECN are the ECN fields of outer and inner headers, and what becomes of the
+// inner one (RFC 6040, figure 4); the last with a DSCP.
+var decapsulatedECN = []struct{ outer, inner, want byte }{
+	{0, 0, 0},
+	{0, 1, 1},
+	{0, 2, 2},
+	{0, 3, 3},
+	{1, 0, 0},
+	{1, 1, 1},
+	{1, 2, 1},
+	{1, 3, 3},
+	{2, 0, 0},
+	{2, 1, 1},
+	{2, 2, 2},
+	{2, 3, 3},
+	{3, 1, 3},
+	{3, 2, 3},
+	{3, 3, 3},
+	{3, 0xb9, 0xbb},
+}
+
 // TestDecapsulates decapsulates peers' packets, and checks the ECN field (RFC 6040) and
 // the checksums.
 func TestDecapsulates(t *testing.T) {
@@ -328,24 +349,7 @@ func TestDecapsulates(t *testing.T) {
 	for _, family := range []struct{ node, peer, pod, from netip.Addr }{
 		{ourNode, peerNode, ourPod, peerPod}, {ourNode6, peerNode6, ourPod6, peerPod6}, {ourNode, wideNode, ourPod, netip.MustParseAddr("10.5.31.200")},
 	} {
-		for _, ecn := range []struct{ outer, inner, want byte }{
-			{0, 0, 0},
-			{0, 1, 1},
-			{0, 2, 2},
-			{0, 3, 3},
-			{1, 0, 0},
-			{1, 1, 1},
-			{1, 2, 1},
-			{1, 3, 3},
-			{2, 0, 0},
-			{2, 1, 1},
-			{2, 2, 2},
-			{2, 3, 3},
-			{3, 1, 3},
-			{3, 2, 3},
-			{3, 3, 3},
-			{3, 0xb9, 0xbb},
-		} {
+		for _, ecn := range decapsulatedECN {
 			inner := frame(ourMAC, peerMAC, class(datagram(family.from, family.pod, 333), ecn.inner))
 			for _, sum := range []string{"right", "zero", "unfinished"} {
 				sent := wire(family.peer, family.node, inner, func(b []byte) { copy(b, class(b, ecn.outer)) })

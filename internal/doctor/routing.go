@@ -61,8 +61,9 @@ func astray(own netip.Prefix, ways []Way) []Finding {
 	}
 	var first string
 	count := 0
+	ask := asPod(own)
 	for _, w := range ways {
-		if to := leads(own, w); to != "" {
+		if to := leads(ask, w); to != "" {
 			if count++; first == "" {
 				first = fmt.Sprintf("packets from pods to those of %s %s", w.name(), to)
 			}
@@ -88,14 +89,19 @@ func astray(own netip.Prefix, ways []Way) []Finding {
 	return []Finding{f}
 }
 
+// asPod returns the options to look up a route as for a packet of one of the subnet's pods;
+// of the node itself if there is no bridge yet.
+func asPod(own netip.Prefix) netlink.RouteGetOptions {
+	from := own.Masked().Addr()
+	if bridge := bearing(from.Next()); bridge != "" {
+		return netlink.RouteGetOptions{SrcAddr: from.Next().Next().AsSlice(), Iif: bridge}
+	}
+	return netlink.RouteGetOptions{SrcAddr: from.AsSlice()}
+}
+
 // leads returns where the kernel sends packets from this node's pods to another node's, ""
 // if that is right, or not known.
-func leads(own netip.Prefix, w Way) string {
-	from := own.Masked().Addr()
-	ask := netlink.RouteGetOptions{SrcAddr: from.AsSlice()}
-	if bridge := bearing(from.Next()); bridge != "" { // as from a pod
-		ask = netlink.RouteGetOptions{SrcAddr: from.Next().Next().AsSlice(), Iif: bridge}
-	}
+func leads(ask netlink.RouteGetOptions, w Way) string {
 	routes, err := netlink.RouteGetWithOptions(w.Subnet.Masked().Addr().Next().AsSlice(), &ask)
 	switch {
 	case errors.Is(err, unix.EINVAL):

@@ -58,11 +58,7 @@ func (s ruleset) eachPacket(hook nftables.ChainHook, p probe) string {
 		}
 		w := walker{set: s, base: c, probe: p, narrow: true}
 		if w.walk(c, arrival{sure: every}); w.each != nil {
-			where := fmt.Sprintf("%s, chain %s, rule %d (%s", tableText(c), w.each.chain, w.each.index+1, w.each.does)
-			if w.each.handle != 0 {
-				where += fmt.Sprintf(", handle %d", w.each.handle)
-			}
-			return where + ")"
+			return fmt.Sprintf("%s, chain %s, %s", tableText(c), w.each.chain, w.each.rule())
 		}
 	}
 	return ""

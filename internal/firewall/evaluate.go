@@ -65,6 +65,14 @@ type place struct {
 	does   string
 }
 
+// rule names the rule, without its chain.
+func (p place) rule() string {
+	if p.handle == 0 {
+		return fmt.Sprintf("rule %d (%s)", p.index+1, p.does)
+	}
+	return fmt.Sprintf("rule %d (%s, handle %d)", p.index+1, p.does, p.handle)
+}
+
 // at returns the index of the base chain's rule that loses the probe; the
 // number of rules if it is the policy.
 func (f finding) at() int {
@@ -87,11 +95,7 @@ func (f finding) String() string {
 		if i > 0 {
 			where += ", chain " + p.chain
 		}
-		where += fmt.Sprintf(", rule %d (%s", p.index+1, p.does)
-		if p.handle != 0 {
-			where += fmt.Sprintf(", handle %d", p.handle)
-		}
-		where += ")"
+		where += ", " + p.rule()
 	}
 	return fmt.Sprintf("%s, %s %s", where, verb, f.probe.what)
 }

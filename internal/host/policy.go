@@ -84,7 +84,7 @@ func (b IPsecBlock) Matches(from, to netip.Prefix) bool {
 
 // IPsecBlocks returns the policies of a family that drop packets.
 func IPsecBlocks(is4 bool) []IPsecBlock {
-	all, err := netlink.XfrmPolicyList(family(is4))
+	all, err := Retry(func() ([]netlink.XfrmPolicy, error) { return netlink.XfrmPolicyList(family(is4)) })
 	if err != nil {
 		return nil // a kernel without IPsec
 	}
