@@ -10,8 +10,10 @@ import (
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/firewall"
@@ -503,6 +505,78 @@ func (p *Path) forgetFlows(t *testing.T) {
 	for k := range m.MaxEntries() {
 		if err := m.Put(k, zero); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestLeavesWithoutHash runs culvert_out on a packet whose flow hash another program has set
+// to 0: the outer source port cannot be derived.
+func TestLeavesWithoutHash(t *testing.T) {
+	p := filled(t)
+	programs, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer programs.Close()
+	if err := programs.Put(uint32(0), p.loaded.Programs[programOut]); err != nil {
+		t.Fatal(err)
+	}
+	first, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
+		asm.Mov.Reg(asm.R6, asm.R1),
+		asm.Mov.Imm(asm.R2, 0),
+		asm.FnSetHash.Call(),
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.LoadMapPtr(asm.R2, programs.FD()),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.FnTailCall.Call(),
+		asm.Mov.Imm(asm.R0, 2), // TC_ACT_SHOT: the call failed
+		asm.Return(),
+	}})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	defer first.Close()
+	p.loaded.Programs["hash"] = first
+	for _, packet := range [][]byte{datagram(ourPod, peerPod, 100), datagram(ourPod6, peerPod6, 100)} {
+		sent := frame(peerMAC, ourMAC, packet)
+		verdict, out, reason := p.run(t, "hash", sent, 0)
+		if verdict != actUnspec || reason != "egress-no-flow" || !bytes.Equal(out, sent) {
+			t.Errorf("%#x, %q; unchanged: %t", verdict, reason, bytes.Equal(out, sent))
+		}
+	}
+}
+
+// TestLeavesFramesThatCannotShrink gives a bulk flow a super-frame without a GSO type, whose
+// outer headers the kernel does not remove. Only the kernel can set the type.
+func TestLeavesFramesThatCannotShrink(t *testing.T) {
+	const joined = 1 // enum way in bpf/fastpath.c
+	flow := make([]byte, 0, 40)
+	flow = binary.NativeEndian.AppendUint64(flow, monotonic(t)+uint64(time.Hour)) // last
+	flow = binary.NativeEndian.AppendUint64(flow, 0)
+	for _, v := range []uint32{0, joined, 1 << 20, 0} { // bytes, way, joining
+		flow = binary.NativeEndian.AppendUint32(flow, v)
+	}
+	inner := segment(peerPod, ourPod, peerPort, ourPort, tcpACK, 1000, 1000)
+	inner6 := segment(peerPod6, ourPod6, peerPort, ourPort, tcpACK, 1000, 1000)
+	vxlan := filled(t)
+	for _, test := range []struct {
+		name string
+		path *Path
+		sent []byte
+	}{
+		{"VXLAN", vxlan, wire(peerNode, ourNode, frame(ourMAC, peerMAC, inner), nil)},
+		{"VXLAN over IPv6", vxlan, wire(peerNode6, ourNode6, frame(ourMAC, peerMAC, inner6), nil)},
+		{"IPIP", filledIPIP(t, true), frame(host.MAC{}, nearMAC, ipPacket(peerNode, ourNode, 4, inner))},
+	} {
+		flows := test.path.loaded.Maps["flows"]
+		for k := range flows.MaxEntries() {
+			if err := flows.Put(k, flow); err != nil {
+				t.Fatal(err)
+			}
+		}
+		verdict, out, reason := test.path.run(t, programIn, test.sent, 500)
+		if verdict != actUnspec || reason != "ingress-no-room" || !bytes.Equal(out, test.sent) {
+			t.Errorf("%s: %#x, %q; unchanged: %t", test.name, verdict, reason, bytes.Equal(out, test.sent))
 		}
 	}
 }
