@@ -118,6 +118,9 @@ func (p Plugin) Add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	if err := addClsact(result); err != nil { // the pod's packets all pass the host then
+		fmt.Fprintf(os.Stderr, "culvert-cni: %v\n", err)
+	}
 	return types.PrintResult(result, n.CNIVersion)
 }
 

@@ -69,6 +69,7 @@ type call struct {
 	ifname          string // "eth0" if empty
 	stdin           string // the host's netconf if empty
 	path            string // CNI_PATH; the built plugins if empty
+	old             bool   // on a kernel that calls itself Linux 2.6
 }
 
 type answer struct {
@@ -88,7 +89,11 @@ func (h host) run(t *testing.T, c call) answer {
 	if c.path == "" {
 		c.path = filepath.Join(h.bin, "cni")
 	}
-	cmd := exec.Command(filepath.Join(h.bin, "culvert-cni"))
+	args := []string{filepath.Join(h.bin, "culvert-cni")}
+	if c.old {
+		args = append([]string{"/usr/bin/setarch", "--uname-2.6"}, args...)
+	}
+	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = []string{
 		"CNI_COMMAND=" + c.verb, "CNI_CONTAINERID=" + c.id, "CNI_NETNS=" + c.netns,
 		"CNI_IFNAME=" + c.ifname, "CNI_PATH=" + c.path,

@@ -2,14 +2,11 @@ package test
 
 import (
 	"bufio"
-	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -22,7 +19,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
+	"culvert/internal/host"
 	"culvert/internal/lab"
+	"culvert/internal/names"
 )
 
 // tcpEstablished is TCP_CONNTRACK_ESTABLISHED.
@@ -282,45 +281,6 @@ func TestPodPathObeysTheHost(t *testing.T) {
 	}
 }
 
-// numbered are datagrams with numbers from one pod to another, which answers none.
-type numbered struct {
-	received, late atomic.Uint64 // late: after one that was sent later
-}
-
-func startNumbered(t *testing.T, from, to *lab.Pod) *numbered {
-	t.Helper()
-	server, client := udpPair(t, from.Namespace, to.Namespace, from.Addrs[0], to.Addrs[0])
-	s := &numbered{}
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() {
-		b := make([]byte, 64)
-		for last := uint64(0); ; {
-			if _, _, err := server.ReadFrom(b); err != nil {
-				return
-			}
-			s.received.Add(1)
-			number := binary.BigEndian.Uint64(b)
-			if number < last {
-				s.late.Add(1)
-			}
-			last = max(last, number)
-		}
-	})
-	running.Go(func() {
-		b := make([]byte, 64)
-		for number := uint64(1); ctx.Err() == nil; number++ {
-			if number%16 == 0 { // bursts, so that several are on their way at once
-				time.Sleep(2 * time.Millisecond)
-			}
-			binary.BigEndian.PutUint64(b, number)
-			_, _ = client.WriteTo(b, server.LocalAddr()) // a device may be down
-		}
-	})
-	t.Cleanup(func() { cancel(); server.Close(); running.Wait() })
-	return s
-}
-
 // TestPodPathDatagrams tests UDP in one direction, which stays unanswered: it takes the short
 // way on both nodes, in order, and what the host decides of it holds.
 func TestPodPathDatagrams(t *testing.T) {
@@ -407,6 +367,23 @@ func TestPodPathDatagrams(t *testing.T) {
 	inspect(-1)
 	c.wait(other, "takes the pod in again", links(1))
 	goesShort()
+
+	// So does another program that is attached to the pod's link.
+	if host.TCX() {
+		neighbour := tcx(t, other, podsLink(t, other).Attrs().Name, ebpf.AttachTCXEgress, -1)
+		c.wait(other, "leaves out the pod with a tcx program", func(s api.Status) bool {
+			p := s.Datapath.FastPath.Pods
+			return p.Links == 0 && p.LeftOut["another program's tc filter or tcx program on its link"] == 1
+		})
+		if left := filters(t, other); slices.ContainsFunc(left, func(f host.Filter) bool { return strings.HasPrefix(f.Link, "veth") }) {
+			t.Errorf("beside another program's the filters are %v", left)
+		}
+		if err := neighbour.Close(); err != nil {
+			t.Fatal(err)
+		}
+		c.wait(other, "takes the pod in again", links(1))
+		goesShort()
+	}
 }
 
 // route returns a function that adds or deletes a route to a pod.
@@ -455,13 +432,21 @@ func TestPodPathLife(t *testing.T) {
 	}
 	<-p.Exited()
 	c.goesOn(flow)
-	const own = 3 // of the tunnel, the uplink and the pair of veth
-	if left := filters(t, n); len(left) != own+2 {
-		t.Errorf("while the daemon is not running the filters are %v, want %d", left, own+2)
+	const own = 3      // of the tunnel, the uplink and the pair of veth
+	withPod := own + 2 // with those of the pod's link
+	if host.TCX() {
+		withPod++ // that register them
 	}
+	if left := filters(t, n); len(left) != withPod {
+		t.Errorf("while the daemon is not running the filters are %v, want %d", left, withPod)
+	}
+	asBefore(t, n, podsLink(t, n))
 	p = c.start(n, podPath...)
 	c.waitReady(n, 1)
 	c.goesShort(n, flow)
+	if left := filters(t, n); len(left) != withPod {
+		t.Errorf("after a restart the filters are %v, want %d", left, withPod)
+	}
 	for flag, want := range map[string]int{"on": own, "off": 0} {
 		stop(t, p)
 		p = c.start(n, "--datapath", "kernel", "--fast-path", flag)
@@ -482,6 +467,36 @@ func TestPodPathLife(t *testing.T) {
 	c.cleanup(n)
 	if left := filters(t, n); len(left) != 0 {
 		t.Errorf("after cleanup the filters %v are left", left)
+	}
+}
+
+// asBefore leaves tc filters on a pod's link, as culvert did before it attached its programs
+// with tcx.
+func asBefore(t *testing.T, n *lab.Node, l netlink.Link) {
+	t.Helper()
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.SchedCLS, License: "Apache-2.0", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}, // TC_ACT_UNSPEC
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer program.Close()
+	if err := n.Do(func() error {
+		err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}})
+		if err != nil && !errors.Is(err, unix.EEXIST) {
+			return err
+		}
+		for parent, name := range map[uint32]string{netlink.HANDLE_MIN_INGRESS: "culvert_pod_out", netlink.HANDLE_MIN_EGRESS: "culvert_pod_in"} {
+			if err := netlink.FilterReplace(&netlink.BpfFilter{
+				FilterAttrs: netlink.FilterAttrs{LinkIndex: l.Attrs().Index, Parent: parent, Priority: names.FilterPriority, Handle: 1, Protocol: unix.ETH_P_ALL},
+				Fd:          program.FD(), Name: name, DirectAction: true,
+			}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -112,12 +112,8 @@ func (p *Path) attach(hooks []hook) ([]host.Change, error) {
 		}); err != nil {
 			return changes, fmt.Errorf("attaching %s to %s: %w", h.program, h.link, err)
 		}
-		direction := "ingress"
-		if h.parent == netlink.HANDLE_MIN_EGRESS {
-			direction = "egress"
-		}
 		changes = append(changes, host.Change{Kind: host.KindFastPath, Command: fmt.Sprintf(
-			"tc filter replace dev %s %s pref %d handle 1 bpf direct-action # %s", h.link, direction, names.FilterPriority, h.program)})
+			"tc filter replace dev %s %s pref %d handle 1 bpf direct-action # %s", h.link, h.direction(), names.FilterPriority, h.program)})
 	}
 	return changes, nil
 }

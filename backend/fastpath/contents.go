@@ -68,6 +68,7 @@ type contents struct {
 	pairs   []pair // one for each of sources
 
 	pods     []podLink
+	left     map[string]int // pods that are left out, by reason
 	podHooks []hook
 }
 
@@ -84,6 +85,14 @@ type hook struct {
 	index   int
 	parent  uint32
 	program string
+	clsact  bool // a pod's link has the qdisc
+}
+
+func (h hook) direction() string {
+	if h.parent == netlink.HANDLE_MIN_EGRESS {
+		return "egress"
+	}
+	return "ingress"
 }
 
 // facts is what the contents depend on besides the host state.
@@ -93,7 +102,8 @@ type facts struct {
 	hops             map[uint32]uint8 // TTL or hop limit, by family
 	// path returns the MTU of the path to a peer, and whether the fast path may use it.
 	path func(outer netip.Addr, uplink string) (mtu int, ok bool)
-	pods []podLink // with the short way from pod to pod
+	pods []podLink      // with the short way from pod to pod
+	left map[string]int // pods without it, by reason
 }
 
 type link struct {
@@ -229,10 +239,10 @@ func contentsOf(s host.State, f facts) (contents, error) {
 	if err != nil {
 		return c, err
 	}
-	c.pods = f.pods
+	c.pods, c.left = f.pods, f.left
 	for _, l := range f.pods {
-		c.podHooks = append(c.podHooks, hook{l.name, l.index, netlink.HANDLE_MIN_EGRESS, programPodIn},
-			hook{l.name, l.index, netlink.HANDLE_MIN_INGRESS, programPodOut})
+		c.podHooks = append(c.podHooks, hook{l.name, l.index, netlink.HANDLE_MIN_EGRESS, programPodIn, l.clsact},
+			hook{l.name, l.index, netlink.HANDLE_MIN_INGRESS, programPodOut, l.clsact})
 	}
 	for _, e := range ends {
 		device, there := f.links[e.device]
@@ -307,14 +317,14 @@ func contentsOf(s host.State, f facts) (contents, error) {
 		}
 		c.tunnels[family] = t
 		c.hooks = append(c.hooks,
-			hook{e.device, device.index, netlink.HANDLE_MIN_EGRESS, programOut},
-			hook{e.Device, uplink.index, netlink.HANDLE_MIN_INGRESS, programIn})
+			hook{e.device, device.index, netlink.HANDLE_MIN_EGRESS, programOut, false},
+			hook{e.Device, uplink.index, netlink.HANDLE_MIN_INGRESS, programIn, false})
 	}
 	if len(c.tunnels) == 0 {
 		return c, errNoTunnel
 	}
 	if far, ok := f.links[names.JoinFar]; ok {
-		c.hooks = append(c.hooks, hook{names.JoinFar, far.index, netlink.HANDLE_MIN_INGRESS, programJoin})
+		c.hooks = append(c.hooks, hook{names.JoinFar, far.index, netlink.HANDLE_MIN_INGRESS, programJoin, false})
 	}
 	slices.SortFunc(c.hooks, compareHooks)
 	c.hooks = slices.Compact(c.hooks) // two tunnels may share a device and an uplink

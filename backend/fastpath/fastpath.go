@@ -76,6 +76,8 @@ type Path struct {
 	admitting *ringbuf.Reader // nil without the short way from pod to pod
 	admitted  sync.WaitGroup
 	podLinks  map[string]bool // pods' links that the programs are attached to; nil if unknown
+	// registered are culvert's programs at pods' links, as of the last call of register.
+	registered []ebpf.ProgramID
 	// generation is that of the host's state in the programs' map of this name.
 	generation uint32
 
@@ -283,7 +285,7 @@ func (p *Path) Status() api.FastPath {
 	r := p.read()
 	s.Egress, s.Ingress, s.Joined, s.Slow = r.egress(), r.ingress(), r[inJoined], r.slow()
 	if p.mode == Pods && p.on {
-		s.Pods = &api.PodPath{Links: len(p.held.pods), Egress: r[outShort], Ingress: r[inShort], Why: p.whyNotShort}
+		s.Pods = &api.PodPath{Links: len(p.held.pods), LeftOut: p.held.left, Egress: r[outShort], Ingress: r[inShort], Why: p.whyNotShort}
 	}
 	return s
 }

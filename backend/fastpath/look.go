@@ -27,7 +27,7 @@ func (p *Path) look(s host.State, v host.View) (facts, error) {
 		return f, err
 	}
 	names := []string{names.JoinNear, names.JoinFar}
-	shaped := shapers()
+	queues := readQdiscs()
 	var uplink string
 	for _, e := range ends {
 		uplink = e.Device
@@ -41,7 +41,7 @@ func (p *Path) look(s host.State, v host.View) (facts, error) {
 		a := found.Attrs()
 		f.links[name] = link{a.Index, a.MTU, a.EncapType == "ether" && len(a.HardwareAddr) == 6}
 		if slices.ContainsFunc(ends, func(e end) bool { return e.device == name }) {
-			if kind := shaped[a.Index]; kind != "" {
+			if kind := queues.shaped[a.Index]; kind != "" {
 				return f, fmt.Errorf("the qdisc %s on %s shapes what leaves (`tc qdisc show dev %s`)", kind, name, name)
 			}
 		}
@@ -72,11 +72,15 @@ func (p *Path) look(s host.State, v host.View) (facts, error) {
 		}
 	}
 	if p.mode == Pods && p.mayShorten(v) {
-		pods, err := podLinks(s.Subnets, shaped)
-		if err != nil {
+		known := p.registered
+		if host.TCX() && p.podLinks == nil { // those of an earlier daemon
+			if known, err = host.Registered(); err != nil {
+				return f, err
+			}
+		}
+		if f.pods, f.left, err = podLinks(s.Subnets, queues, known); err != nil {
 			return f, err
 		}
-		f.pods = pods
 	}
 	p.paths.refresh(ends)
 	f.path = p.paths.of
@@ -106,20 +110,29 @@ func setting(key string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// shapers returns the links, by index, with a root qdisc that somebody added, which the
-// fast path would bypass, and its type. The kernel's default one has no handle.
-func shapers() map[int]string {
-	qdiscs, err := host.Retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
+// qdiscs are what stands on the host's links, by index.
+type qdiscs struct {
+	// shaped has the type of a root qdisc that somebody added, which the fast path would
+	// bypass. The kernel's default one has no handle.
+	shaped map[int]string
+	clsact map[int]bool
+}
+
+func readQdiscs() qdiscs {
+	q := qdiscs{make(map[int]string), make(map[int]bool)}
+	all, err := host.Retry(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
 	if err != nil {
-		return nil
+		return q
 	}
-	all := make(map[int]string)
-	for _, q := range qdiscs {
-		if a := q.Attrs(); a.Parent == netlink.HANDLE_ROOT && a.Handle != 0 {
-			all[a.LinkIndex] = q.Type()
+	for _, d := range all {
+		switch a := d.Attrs(); {
+		case a.Parent == netlink.HANDLE_ROOT && a.Handle != 0:
+			q.shaped[a.LinkIndex] = d.Type()
+		case d.Type() == "clsact":
+			q.clsact[a.LinkIndex] = true
 		}
 	}
-	return all
+	return q
 }
 
 // noIPsec returns an error if there is an outgoing IPsec policy, which might apply to

@@ -3,15 +3,12 @@ package fastpath
 import (
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"net/netip"
 	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/host"
@@ -51,128 +48,11 @@ func (k flowKey) reversed() flowKey {
 	return flowKey{k.Destination, k.Source, [4]byte{k.Ports[2], k.Ports[3], k.Ports[0], k.Ports[1]}, k.Protocol}
 }
 
-// podLink is the host's end of a pod's veth.
-type podLink struct {
-	name   string
-	index  int
-	bridge host.MAC // the Ethernet address of the bridge that it is a port of
-}
-
-// podLinks lists the host's ends of pods' veths: ports of a bridge with an address in
-// one of the subnets. A port whose traffic is shaped (shapers) or classified is left out,
-// since the short way would bypass that; and one whose other end it cannot deliver to: in
-// this network namespace (bpf_redirect_peer), or with an XDP program.
-func podLinks(subnets []netip.Prefix, shaped map[int]string) ([]podLink, error) {
-	ports, err := host.PortsOf(func(a netip.Prefix) bool {
-		return slices.ContainsFunc(subnets, func(s netip.Prefix) bool { return s.Contains(a.Addr()) })
-	})
-	if err != nil {
-		return nil, err
-	}
-	if len(ports) == 0 {
-		return nil, nil
-	}
-	longest, err := maxMTUs()
-	if err != nil {
-		return nil, err
-	}
-	var pods []podLink
-	for _, l := range ports {
-		a := l.Attrs()
-		if l.Type() != "veth" || l.Bridge.Type() != "bridge" || a.NetNsID < 0 || longest[a.Index] != vethMaxMTU ||
-			shaped[a.Index] != "" || filtered(l) {
-			continue
-		}
-		pods = append(pods, podLink{a.Name, a.Index, host.MAC(l.Bridge.Attrs().HardwareAddr)})
-	}
-	return pods, nil
-}
-
-// vethMaxMTU is the longest MTU of a veth (ETH_MAX_MTU). An XDP program on the other end
-// sets another limit, whatever network namespace that end is in (veth_xdp_set in
-// drivers/net/veth.c).
-const vethMaxMTU = 65535
-
-// maxMTUs returns the longest MTU that each link may be given, by index.
-func maxMTUs() (map[int]uint32, error) {
-	return host.Retry(func() (map[int]uint32, error) {
-		request := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
-		request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-		answers, err := request.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
-		if err != nil {
-			return nil, fmt.Errorf("listing the network interfaces: %w", err)
-		}
-		all := make(map[int]uint32, len(answers))
-		for _, b := range answers {
-			attributes, err := nl.ParseRouteAttr(b[unix.SizeofIfInfomsg:])
-			if err != nil {
-				return nil, fmt.Errorf("listing the network interfaces: %w", err)
-			}
-			for _, a := range attributes {
-				if a.Attr.Type == unix.IFLA_MAX_MTU {
-					all[int(nl.DeserializeIfInfomsg(b).Index)] = binary.NativeEndian.Uint32(a.Value)
-				}
-			}
-		}
-		return all, nil
-	})
-}
-
-// filtered reports whether another program has a tc filter on the link.
-func filtered(l netlink.Link) bool {
-	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		filters, err := host.Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
-		if err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool { return !host.OurFilter(f) }) {
-			return true
-		}
-	}
-	return false
-}
-
 // nextGeneration makes every connection take the host's way until one of its packets has
 // passed it again.
 func (p *Path) nextGeneration() error {
 	p.generation++
 	return p.loaded.Maps["generations"].Put(uint32(0), p.generation)
-}
-
-// followPods attaches the programs to the pods' links, and removes them from links that
-// are no longer wanted, for instance since another program shapes what they carry. A link
-// to which they cannot be attached is left out: its pod's packets take the host's way.
-func (p *Path) followPods(want contents) error {
-	wanted := make(map[string]bool)
-	for _, h := range want.podHooks {
-		wanted[h.link] = true
-		changes, err := p.attach([]hook{h})
-		if err != nil {
-			p.log.Debug("no short way", "link", h.link, "why", err)
-		}
-		for _, c := range changes { // a new pod's link is no repair
-			p.log.Debug("short way", "command", c.Command)
-		}
-	}
-	if p.podLinks == nil { // what an earlier daemon has left
-		filters, err := host.Filters()
-		if err != nil {
-			return err
-		}
-		p.podLinks = make(map[string]bool)
-		for _, f := range filters {
-			p.podLinks[f.Link] = true
-		}
-		for _, h := range want.hooks {
-			delete(p.podLinks, h.link)
-		}
-	}
-	for name := range p.podLinks {
-		if !wanted[name] {
-			if err := host.RemoveFilters(name); err != nil {
-				return err
-			}
-		}
-	}
-	p.podLinks = wanted
-	return p.nextGeneration()
 }
 
 // admissions is how many connections a second may be admitted at most. Each costs a few

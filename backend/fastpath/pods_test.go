@@ -67,7 +67,7 @@ func monotonic(t *testing.T) uint64 {
 
 func withPods(t *testing.T) *Path {
 	t.Helper()
-	p := fill(t, openAs(t, Pods), []podLink{{"veth1", loopback.index, bridgeMAC}})
+	p := fill(t, openAs(t, Pods), []podLink{{name: "veth1", index: loopback.index, bridge: bridgeMAC}})
 	p.on = true
 	if err := p.nextGeneration(); err != nil {
 		t.Fatal(err)

@@ -163,10 +163,11 @@ type FastPath struct {
 
 // PodPath is the short way from pod to pod. Frames are counted in FastPath too.
 type PodPath struct {
-	Links   int    `json:"links"`  // pods' links that have it
-	Egress  uint64 `json:"egress"` // frames
-	Ingress uint64 `json:"ingress"`
-	Why     string `json:"why,omitempty"` // why no pod has it
+	Links   int            `json:"links"`              // pods' links that have it
+	LeftOut map[string]int `json:"left_out,omitempty"` // pods' links that have not, by reason
+	Egress  uint64         `json:"egress"`             // frames
+	Ingress uint64         `json:"ingress"`
+	Why     string         `json:"why,omitempty"` // why no pod has it
 }
 
 // NarrowPath is the learned path MTU to a peer's subnet.

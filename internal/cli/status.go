@@ -135,6 +135,11 @@ func writeFastPath(line func(name, format string, args ...any), f *api.FastPath)
 	case p.Links > 0:
 		line("  pod to pod", "%d of %d frames sent, %d of %d received; %s", p.Egress, f.Egress.Frames, p.Ingress, f.Ingress.Frames, plural(p.Links, "pod"))
 	}
+	if f.Pods != nil {
+		for _, why := range slices.Sorted(maps.Keys(f.Pods.LeftOut)) {
+			line("  by the host only", "%s: %s", plural(f.Pods.LeftOut[why], "pod"), why)
+		}
+	}
 }
 
 func writeStore(line func(name, format string, args ...any), s api.Store, now time.Time) {

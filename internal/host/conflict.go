@@ -69,6 +69,7 @@ func RemoveConflicting(foreign []string, ours func(device string) bool, catchAll
 	want := State{Replaces: foreign, Routes: slices.Clone(catchAll)}
 	// The fast path of a device that stays carries packets meanwhile, with the veth pair.
 	want.FastPath = slices.ContainsFunc(have.filters, func(f Filter) bool { return names.Managed(f.Link) && f.Link != names.JoinFar && !ours(f.Link) })
+	want.ShortWay = want.FastPath
 	for _, f := range have.filters {
 		want.Process = append(want.Process, ProcessTunnel{VXLAN: VXLAN{Device: f.Link}})
 	}

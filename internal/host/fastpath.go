@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -18,11 +20,14 @@ type Follower interface {
 	Follow(State, View) ([]Change, error)
 }
 
-// Filter is one of culvert's tc filters.
+// Filter is one of culvert's programs at a link: tc filters of its priority, or a program
+// that is attached with tcx.
 type Filter struct {
 	Link   string
 	Parent uint32 // netlink.HANDLE_MIN_INGRESS or HANDLE_MIN_EGRESS
 	index  int
+	pod    bool           // for the short way from pod to pod, at a pod's link
+	tcx    ebpf.ProgramID // 0: a tc filter
 }
 
 func (f Filter) direction() string {
@@ -32,18 +37,37 @@ func (f Filter) direction() string {
 	return "ingress"
 }
 
+// registers reports whether the filter carries nothing, but registers programs that are
+// attached with tcx.
+func (f Filter) registers() bool { return f.Link == names.JoinFar && f.Parent == RegisteredHook }
+
 // readFilters reads culvert's filters on the links, in the order in which they may be
 // removed: others send to the one on the pair of veth, where nobody else takes the packets.
-func readFilters(links []netlink.Link) []Filter {
+func readFilters(links []netlink.Link) ([]Filter, error) {
+	var registered []ebpf.ProgramID
+	if TCX() {
+		var err error
+		if registered, err = Registered(); err != nil {
+			return nil, err
+		}
+	}
 	var all []Filter
 	for _, l := range links {
+		a := l.Attrs()
 		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+			if TCX() && l.Type() == "veth" { // pods' links; it is gone if there is an error
+				programs, _ := Programs(a.Index, parent)
+				for _, id := range Ours(programs, registered) {
+					all = append(all, Filter{Link: a.Name, Parent: parent, index: a.Index, pod: true, tcx: id})
+				}
+			}
 			filters, err := Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
 			if err != nil {
-				break // there is no qdisc
+				continue // there is no qdisc
 			}
-			if slices.ContainsFunc(filters, OurFilter) {
-				all = append(all, Filter{l.Attrs().Name, parent, l.Attrs().Index})
+			if i := slices.IndexFunc(filters, OurFilter); i >= 0 {
+				name := filters[i].(*netlink.BpfFilter).Name
+				all = append(all, Filter{Link: a.Name, Parent: parent, index: a.Index, pod: a.Name != names.JoinFar && strings.HasPrefix(name, names.PodFilterPrefix)})
 			}
 		}
 	}
@@ -56,7 +80,7 @@ func readFilters(links []netlink.Link) []Filter {
 		}
 		return 0
 	})
-	return all
+	return all, nil
 }
 
 // OurFilter reports whether a filter is culvert's.
@@ -67,6 +91,9 @@ func OurFilter(f netlink.Filter) bool {
 
 // wantsFilter reports whether the state allows the filter.
 func (s State) wantsFilter(f Filter) bool {
+	if f.registers() {
+		return s.FastPath && s.ShortWay
+	}
 	return s.FastPath && (s.ShortWay || slices.ContainsFunc(s.Links, func(l Link) bool {
 		return l.Name == f.Link || l.VXLAN != nil && l.VXLAN.Device == f.Link
 	}) || slices.ContainsFunc(s.Process, func(t ProcessTunnel) bool { return t.VXLAN.Device == f.Link }) ||
@@ -88,17 +115,20 @@ func filterSteps(have reading, want State) []step {
 	return steps
 }
 
-// RemoveFilter removes a filter, and its clsact qdisc if no other filter uses
-// it.
+// RemoveFilter removes a filter, and its clsact qdisc if no other filter uses it. A pod's
+// link keeps the qdisc: to take it away costs packets (TCX), and it ends with the pod.
 func RemoveFilter(f Filter) error {
+	if f.tcx != 0 {
+		return detach(f.index, f.Parent, f.tcx)
+	}
 	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: f.Link, Index: f.index}}
-	err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{
-		LinkIndex: f.index, Parent: f.Parent, Priority: names.FilterPriority, Protocol: unix.ETH_P_ALL, Handle: 1,
+	err := netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{ // of any handle
+		LinkIndex: f.index, Parent: f.Parent, Priority: names.FilterPriority, Protocol: unix.ETH_P_ALL,
 	}})
 	if gone(err) {
 		return nil
 	}
-	if err != nil {
+	if err != nil || f.pod {
 		return err
 	}
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
@@ -126,11 +156,22 @@ func RemoveFilters(link string) error {
 	if err != nil {
 		return nil // gone, with its filters
 	}
-	var errs []error
-	for _, f := range readFilters([]netlink.Link{l}) {
+	filters, err := readFilters([]netlink.Link{l})
+	errs := []error{err}
+	for _, f := range filters {
 		errs = append(errs, RemoveFilter(f))
 	}
 	return errors.Join(errs...)
+}
+
+// RemoveTCFilter removes culvert's tc filters from one direction of a pod's link, if it has any.
+func RemoveTCFilter(name string, index int, parent uint32) error {
+	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: name, Index: index}}
+	filters, err := Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(link, parent) })
+	if err != nil || !slices.ContainsFunc(filters, OurFilter) {
+		return nil // there is no qdisc
+	}
+	return RemoveFilter(Filter{Link: name, Parent: parent, index: index, pod: true})
 }
 
 // gone reports whether the error means that the object, or its link, does not
@@ -139,16 +180,19 @@ func gone(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL)
 }
 
-// Filters returns all of culvert's tc filters on this host.
+// Filters returns all of culvert's filters on this host.
 func Filters() ([]Filter, error) {
 	links, err := Retry(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("listing the network interfaces: %w", err)
 	}
-	return readFilters(links), nil
+	return readFilters(links)
 }
 
 // DeleteCommand returns the shell command that removes the filter.
 func (f Filter) DeleteCommand() string {
+	if f.tcx != 0 {
+		return fmt.Sprintf("bpftool net detach tcx_%s dev %s # program %d", f.direction(), f.Link, f.tcx)
+	}
 	return fmt.Sprintf("tc filter del dev %s %s pref %d", f.Link, f.direction(), names.FilterPriority)
 }

@@ -145,7 +145,9 @@ func read(underlay int, others *survey) (reading, error) {
 			bearing = append(bearing, l)
 		}
 	}
-	r.filters = readFilters(bearing)
+	if r.filters, err = readFilters(bearing); err != nil {
+		return r, err
+	}
 	r.firewall, err = firewall.Read()
 	return r, err
 }

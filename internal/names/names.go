@@ -62,6 +62,8 @@ const RouteProtocol = 67
 const (
 	// FilterPrefix is how the names of all filters' programs begin.
 	FilterPrefix = "culvert_"
+	// PodFilterPrefix is how those of programs at pods' links begin.
+	PodFilterPrefix = FilterPrefix + "pod_"
 	// FilterPriority is the filters' priority (`tc filter ... pref`). It is after those
 	// that the kernel assigns automatically, which count down from 49152, so that other
 	// programs' filters run first.
