@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"unicode/utf8"
 
 	"culvert/bench"
 )
@@ -104,18 +105,39 @@ func (r view) head(b *strings.Builder) {
 	fmt.Fprintf(b, "%s; the ends are %s\n", joined(m), between(m))
 }
 
+// tableWidth is how wide a table may be. One that is wider goes on below itself.
+const tableWidth = 80
+
 func (r view) section(b *strings.Builder, underlay string, s section, reference string) {
-	columns := r.columns(underlay, s)
-	if len(columns) == 0 {
-		return
+	continued := ""
+	for columns := r.columns(underlay, s); len(columns) > 0; continued = ", continued" {
+		n := len(columns)
+		text := r.block(underlay, columns, reference)
+		for ; n > 1 && widest(text) > tableWidth; text = r.block(underlay, columns[:n], reference) {
+			n--
+		}
+		fmt.Fprintf(b, "\n%s on underlay %s%s\n%s", s.title, underlay, continued, text)
+		columns = columns[n:]
 	}
-	t := tabwriter.NewWriter(b, 0, 0, 2, ' ', tabwriter.AlignRight)
+}
+
+// widest returns the length of the longest line.
+func widest(text string) (width int) {
+	for line := range strings.Lines(text) {
+		width = max(width, utf8.RuneCountInString(strings.TrimRight(line, " \n")))
+	}
+	return width
+}
+
+// block returns these columns for each of the underlay's datapaths.
+func (r view) block(underlay string, columns []column, reference string) string {
+	var b strings.Builder
+	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
 	names := r.datapaths(underlay)
 	width := len("datapath")
 	for _, d := range names {
 		width = max(width, len(d))
 	}
-	fmt.Fprintf(b, "\n%s on underlay %s\n", s.title, underlay)
 	fmt.Fprintf(t, "%-*s\t", width, "datapath")
 	for _, c := range columns {
 		fmt.Fprintf(t, "%s\t \t", c.title)
@@ -134,6 +156,7 @@ func (r view) section(b *strings.Builder, underlay string, s section, reference 
 		fmt.Fprintln(t)
 	}
 	_ = t.Flush()
+	return b.String()
 }
 
 // columns returns the section's columns for which the underlay has any figure.
@@ -215,7 +238,7 @@ func (r view) doubts(b *strings.Builder, reference string) {
 	}
 	if len(doubts) > 0 {
 		const most = 8
-		fmt.Fprintf(b, "\nWarning: the rounds differ so much that these ratios to %s (marked ?), %d in all, are not significant:\n", reference, len(doubts))
+		fmt.Fprintf(b, "\nWarning: these ratios to %s (marked ?), %d in all, are not\nsignificant, since the rounds differ too much:\n", reference, len(doubts))
 		for i, d := range doubts {
 			if i == most {
 				fmt.Fprintf(b, "  ... and %d more\n", len(doubts)-most)
