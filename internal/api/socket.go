@@ -190,7 +190,11 @@ func groupID(group string) (int, error) {
 func Handler(status func() Status, peers func() Peers) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { WriteJSON(w, status()) })
-	mux.HandleFunc("GET /peers", func(w http.ResponseWriter, _ *http.Request) { WriteJSON(w, peers()) })
+	mux.HandleFunc("GET /peers", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		// A client that went away is no concern of the daemon's.
+		_ = peers().stream(w)
+	})
 	return mux
 }
 
@@ -222,7 +226,16 @@ func GetStatus(ctx context.Context, runDir string) (Status, error) {
 
 // GetPeers requests what the daemon knows of its peers.
 func GetPeers(ctx context.Context, runDir string) (Peers, error) {
-	return getJSON[Peers](ctx, runDir, "/peers")
+	answer, err := get(ctx, runDir, "/peers")
+	if err != nil {
+		return Peers{}, err
+	}
+	defer func() { _ = answer.Close() }()
+	all, err := readPeers(io.LimitReader(answer, maxAnswer))
+	if err != nil {
+		return Peers{}, fmt.Errorf("decoding /peers from %s: %w", SocketPath(runDir), err)
+	}
+	return all, nil
 }
 
 func getJSON[T any](ctx context.Context, runDir, what string) (v T, err error) {

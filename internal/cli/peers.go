@@ -65,17 +65,13 @@ Several filters must all match; several values of one key are alternatives.`,
 	f.StringVar(&o.sort, "sort", "node", "by what: "+strings.Join(peerOrders(), ", ")+"; numbers with the largest first")
 	f.BoolVar(&o.reverse, "reverse", false, "the other way round")
 	f.StringArrayVar(&o.filter, "filter", nil, "show only these (may be given several times)")
-	f.DurationVar(&o.watch, "watch", 0, "show it again and again, at this interval (2s if none is given), with rates instead of sums")
-	f.Lookup("watch").NoOptDefVal = "2s"
+	addWatch(c, &o.watch, "with rates instead of sums")
 	o.out.addTo(c, "wide")
 	_ = c.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(peerOrders(), cobra.ShellCompDirectiveNoFileComp))
 	return c
 }
 
 func (o peersOptions) run(ctx context.Context, w io.Writer) error {
-	if o.watch < 0 {
-		return usagef("--watch %s: a positive time", o.watch)
-	}
 	order, ok := peerOrder[o.sort]
 	if !ok {
 		return usagef("--sort %s: one of %s", o.sort, strings.Join(peerOrders(), ", "))
@@ -85,10 +81,10 @@ func (o peersOptions) run(ctx context.Context, w io.Writer) error {
 		return err
 	}
 	var before *api.Peers
-	for {
-		asking, cancel := context.WithTimeout(ctx, 5*time.Second)
-		all, err := api.GetPeers(asking, o.runDir)
-		cancel()
+	return show(ctx, w, o.watch, o.out, func(ctx context.Context, w io.Writer) error {
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		all, err := api.GetPeers(ctx, o.runDir)
 		if err != nil {
 			return err
 		}
@@ -98,26 +94,14 @@ func (o peersOptions) run(ctx context.Context, w io.Writer) error {
 		if o.reverse {
 			slices.Reverse(all.Peers)
 		}
-		if o.watch > 0 && (o.out == "table" || o.out == "wide") {
-			fmt.Fprint(w, "\x1b[H\x1b[2J") // cursor home, clear the screen
-		}
 		out, wide := o.out, o.out == "wide"
 		if wide {
 			out = "table"
 		}
-		if err := out.write(w, all, func(w io.Writer) error { return writePeerStates(w, all, before, wide) }); err != nil {
-			return err
-		}
-		if o.watch == 0 {
-			return nil
-		}
+		err = out.write(w, all, func(w io.Writer) error { return writePeerStates(w, all, before, wide) })
 		before = &now
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(o.watch):
-		}
-	}
+		return err
+	})
 }
 
 // peerOrder is the comparison for each --sort order. Numbers sort the largest first and

@@ -99,7 +99,7 @@ func (o doctorOptions) report(ctx context.Context, name, root string) report.Opt
 			return shown(func(w io.Writer) error { return writeJSON(w, status) })
 		})
 		add("status.txt", func(context.Context) ([]byte, error) {
-			return shown(func(w io.Writer) error { return writeStatus(w, status, time.Now()) })
+			return shown(func(w io.Writer) error { return writeStatus(w, status, nil, time.Now()) })
 		})
 		add("logs/daemon.txt", func(ctx context.Context) ([]byte, error) { return api.GetLog(ctx, o.runDir) })
 	} else {

@@ -17,30 +17,51 @@ import (
 
 func newStatusCommand() *cobra.Command {
 	var runDir string
+	var watch time.Duration
 	var out output
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "Show what this node is doing, and why",
 		Long: `Show what the node daemon on this machine is doing: its lease, how packets are
 carried and why, the contact with etcd, the other nodes, and what was dropped.`,
+		Example: `  culvert status
+  culvert status --watch`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			ctx, cancel := context.WithTimeout(c.Context(), 5*time.Second)
-			defer cancel()
-			s, err := api.GetStatus(ctx, runDir)
-			if err != nil {
+			var before *statusAt
+			return show(c.Context(), c.OutOrStdout(), watch, out, func(ctx context.Context, w io.Writer) error {
+				ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+				defer cancel()
+				s, err := api.GetStatus(ctx, runDir)
+				if err != nil {
+					return err
+				}
+				now := time.Now()
+				err = out.write(w, s, func(w io.Writer) error { return writeStatus(w, s, before, now) })
+				before = &statusAt{s, now}
 				return err
-			}
-			return out.write(c.OutOrStdout(), s, func(w io.Writer) error { return writeStatus(w, s, time.Now()) })
+			})
 		},
 	}
 	c.Flags().StringVar(&runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
+	addWatch(c, &watch, "with rates beside the sums")
 	out.addTo(c)
 	return c
 }
 
-// writeStatus prints the status as a table. Ages are relative to now.
-func writeStatus(w io.Writer, s api.Status, now time.Time) error {
+// statusAt is the status of a moment.
+type statusAt struct {
+	api.Status
+	at time.Time
+}
+
+// writeStatus prints the status as a table, with the rates of traffic and what was dropped
+// since before, if that is not nil. Ages are relative to now.
+func writeStatus(w io.Writer, s api.Status, before *statusAt, now time.Time) error {
+	var old changes
+	if before != nil && before.Started.Equal(s.Started) {
+		old = changes{before.Datapath, now.Sub(before.at).Seconds()}
+	}
 	t := newColumns(w)
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...))
@@ -94,10 +115,10 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 			}
 			line("  "+m.Name, "%s", state)
 		}
-		writeFastPath(line, d.FastPath)
-		line("sent", "%s", traffic(d.Egress))
-		line("received", "%s", traffic(d.Ingress))
-		line("dropped", "%s", drops(d.Drops))
+		writeFastPath(line, d.FastPath, old)
+		line("sent", "%s", old.traffic(d.Egress, old.Egress))
+		line("received", "%s", old.traffic(d.Ingress, old.Ingress))
+		line("dropped", "%s", old.drops(d.Drops, old.Drops))
 		if r := repairs(d.Repairs); r != "" {
 			line("repaired", "%s", r)
 		}
@@ -114,7 +135,7 @@ func writeStatus(w io.Writer, s api.Status, now time.Time) error {
 	return writePeers(w, s, now)
 }
 
-func writeFastPath(line func(name, format string, args ...any), f *api.FastPath) {
+func writeFastPath(line func(name, format string, args ...any), f *api.FastPath, old changes) {
 	switch {
 	case f == nil:
 		return
@@ -123,10 +144,14 @@ func writeFastPath(line func(name, format string, args ...any), f *api.FastPath)
 	default:
 		line("fast path", "on")
 	}
+	earlier := &api.FastPath{}
+	if old.FastPath != nil {
+		earlier = old.FastPath
+	}
 	if f.Egress.Packets+f.Ingress.Packets+uint64(len(f.Slow)) > 0 {
-		line("  sent", "%s", traffic(f.Egress))
-		line("  received", "%s", traffic(f.Ingress))
-		line("  left to the datapath", "%s", drops(f.Slow))
+		line("  sent", "%s", old.traffic(f.Egress, earlier.Egress))
+		line("  received", "%s", old.traffic(f.Ingress, earlier.Ingress))
+		line("  left to the datapath", "%s", old.drops(f.Slow, earlier.Slow))
 	}
 	switch p := f.Pods; {
 	case p == nil:
@@ -189,21 +214,41 @@ func writePeers(w io.Writer, s api.Status, now time.Time) error {
 	return nil
 }
 
-func traffic(t api.Traffic) string {
+// changes are the datapath's counters some seconds ago; 0 seconds if there are none to compare
+// with.
+type changes struct {
+	api.Datapath
+	seconds float64
+}
+
+// traffic formats what one direction carried in all, and its rate since before.
+func (c changes) traffic(t, before api.Traffic) string {
 	s := fmt.Sprintf("%d packets, %s", t.Packets, size(t.Bytes))
+	if c.seconds > 0 && t.Packets >= before.Packets && t.Bytes >= before.Bytes {
+		return s + fmt.Sprintf("; %.0f packets/s, %s/s", float64(t.Packets-before.Packets)/c.seconds, size(uint64(float64(t.Bytes-before.Bytes)/c.seconds)))
+	}
 	if t.Packets > 0 && t.Syscalls > 0 {
 		s += fmt.Sprintf(", %.2f system calls per packet", float64(t.Syscalls)/float64(t.Packets))
 	}
 	return s
 }
 
-func drops(all []api.Drop) string {
+// drops formats what was dropped in all, and what has come to it since before.
+func (c changes) drops(all, before []api.Drop) string {
 	if len(all) == 0 {
 		return "nothing"
 	}
+	earlier := make(map[string]uint64)
+	for _, d := range before {
+		earlier[d.Reason] = d.Packets
+	}
 	var words []string
 	for _, d := range all {
-		words = append(words, fmt.Sprintf("%s %d", d.Reason, d.Packets))
+		w := fmt.Sprintf("%s %d", d.Reason, d.Packets)
+		if n := d.Packets - earlier[d.Reason]; c.seconds > 0 && n > 0 && n <= d.Packets {
+			w += fmt.Sprintf(" (+%d)", n)
+		}
+		words = append(words, w)
 	}
 	return strings.Join(words, ", ")
 }

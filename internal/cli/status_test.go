@@ -42,7 +42,7 @@ func TestStatusTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	var b strings.Builder
-	if err := writeStatus(&b, s, now); err != nil {
+	if err := writeStatus(&b, s, nil, now); err != nil {
 		t.Fatal(err)
 	}
 	if b.String() != string(golden) {
