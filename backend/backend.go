@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"time"
 
 	"culvert/internal/api"
 	"culvert/internal/host"
@@ -68,8 +69,8 @@ type Node struct {
 	// TakeOver removes other programs' routes to leased subnets, such as those
 	// that flannel's host-gw backend left.
 	TakeOver bool
-	// NoProbe says that peers are not to be asked by a Prober.
-	NoProbe bool
+	// ProbeInterval is how often a peer without traffic is probed; 0: not at all.
+	ProbeInterval time.Duration
 }
 
 // Public returns the leased underlay address of a family, or the zero Addr.

@@ -74,7 +74,7 @@ func NewKernel(o KernelOptions) *Kernel {
 		followers = append(followers, o.FastPath)
 	}
 	k := &Kernel{options: o, keeper: host.NewKeeper(o.Node.Underlay.Index, o.Log, followers...)}
-	k.prober = NewProber(ProberOptions{Sources: o.Sources, Silence: &k.silence, Log: o.Log})
+	k.prober = NewProber(ProberOptions{Sources: o.Sources, Silence: &k.silence, Interval: o.Node.ProbeInterval, Log: o.Log})
 	return k
 }
 
@@ -115,7 +115,7 @@ func (k *Kernel) Run(ctx context.Context) error {
 	}
 	asking, stop := context.WithCancel(ctx)
 	var prober sync.WaitGroup
-	if !k.options.Node.NoProbe {
+	if k.options.Node.ProbeInterval > 0 {
 		prober.Go(func() { k.prober.Run(asking) })
 	}
 	defer prober.Wait()

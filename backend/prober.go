@@ -37,9 +37,10 @@ type Prober struct {
 // ProberOptions configure a Prober. All fields are required.
 type ProberOptions struct {
 	// Sources are this node's subnets. Requests have their first address as source.
-	Sources []netip.Prefix
-	Silence *Silence // records when each peer was heard
-	Log     *slog.Logger
+	Sources  []netip.Prefix
+	Silence  *Silence      // records when each peer was heard
+	Interval time.Duration // ProbeInterval, or another to measure with
+	Log      *slog.Logger
 }
 
 // ProbeTarget is a peer's subnet, and how to probe it.
@@ -66,21 +67,20 @@ type probed struct {
 }
 
 const (
-	// At most probeBurst requests are sent every probeInterval and a random part of
-	// probeJitter; every probeChurn while peers are added; and after probeAgain if a
-	// request was the first that a peer has not answered. Few large bursts cost less
-	// than many small ones, which wake up every thread of the process each time.
+	// ProbeInterval is the default minimum interval between requests to a peer. At
+	// most probeBurst requests are sent in that time and a random tenth of it more;
+	// in probeChurn while peers are added; and in a third of the interval after a
+	// request that was the first that a peer has not answered. Few large bursts cost
+	// less than many small ones, which wake up every thread of the process each time.
+	ProbeInterval = 30 * time.Second
 	probeBurst    = 96
-	probeInterval = 30 * time.Second
-	probeJitter   = 3 * time.Second
 	probeChurn    = 5 * time.Second
-	probeAgain    = 10 * time.Second
 	probeSoon     = 200 * time.Millisecond // delay after a change of the peers
-	// probeEach is the minimum interval between requests to a peer, and
-	// probeActive that to a peer with traffic.
-	probeEach   = 30 * time.Second
+	// probeActive is the minimum interval between requests to a peer with traffic.
 	probeActive = 5 * time.Minute
-	probeSize   = 10 * time.Minute // interval between measurements of the path MTU
+	// activeFor is how long a peer is active after a packet from it.
+	activeFor = time.Minute
+	probeSize = 10 * time.Minute // interval between measurements of the path MTU
 	// probeTimeout is the timeout of a request.
 	probeTimeout = time.Second
 )
@@ -176,10 +176,10 @@ func (p *Prober) Run(ctx context.Context) {
 		}
 		began := time.Now()
 		last = began
-		wait = probeInterval + rand.N(probeJitter)
+		wait = p.options.Interval + rand.N(p.options.Interval/10)
 		if burst := p.take(began); len(burst) > 0 {
 			if p.settle(burst, socket.measure(ctx, burst)) {
-				wait = probeAgain
+				wait = p.options.Interval / 3
 			}
 			p.search(ctx)
 		}
@@ -198,7 +198,7 @@ func (p *Prober) take(now time.Time) (burst []request) {
 			break
 		}
 		if now.Sub(x.asked) < probeActive && !x.answered.IsZero() && x.failed == 0 && x.large == 0 && p.traffic(x) {
-			x.next = now.Add(probeEach)
+			x.next = now.Add(p.options.Interval)
 			heap.Fix(&p.queue, 0)
 			continue
 		}
@@ -247,7 +247,7 @@ func (p *Prober) settle(burst []request, errs []error) (soon bool) {
 			}
 			continue
 		}
-		x.next = x.asked.Add(probeEach)
+		x.next = x.asked.Add(p.options.Interval)
 		if errs[i] != nil {
 			p.count.Lost++
 			if x.failed++; x.failed > 1 {
@@ -337,7 +337,7 @@ func (p *Prober) Describe(s *api.PeerState, now time.Time) {
 	s.RTTSeconds, s.PathMTU = x.rtt.Seconds(), x.mtu
 	traffic := !heard.IsZero() && (x.asked.IsZero() || p.traffic(x)) || x.busy && now.Sub(x.asked) < 3*SilenceInterval
 	switch {
-	case traffic && now.Sub(heard) < 2*probeEach:
+	case traffic && now.Sub(heard) < activeFor:
 		s.State = api.PeerActive
 	case x.why != "" && !s.Heard.After(x.asked):
 		s.State, s.Problem = api.PeerSilent, x.why

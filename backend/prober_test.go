@@ -23,7 +23,7 @@ type proving struct {
 }
 
 func newProving(t *testing.T, targets ...ProbeTarget) proving {
-	p := NewProber(ProberOptions{Sources: []netip.Prefix{netip.MustParsePrefix("10.5.1.0/24")}, Silence: &Silence{}, Log: slog.New(slog.DiscardHandler)})
+	p := NewProber(ProberOptions{Sources: []netip.Prefix{netip.MustParsePrefix("10.5.1.0/24")}, Silence: &Silence{}, Interval: ProbeInterval, Log: slog.New(slog.DiscardHandler)})
 	p.Set(targets)
 	return proving{p, t}
 }
@@ -90,7 +90,7 @@ func TestProberStates(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := newProving(t, target(2))
 				for _, b := range c.bursts {
-					time.Sleep(probeEach + time.Second)
+					time.Sleep(ProbeInterval + time.Second)
 					if sent := p.burst(b); len(sent["10.5.2.0"]) == 0 {
 						t.Errorf("no request: %v", sent)
 					}
@@ -122,7 +122,7 @@ func TestProberNarrowPath(t *testing.T) {
 	})
 }
 
-// TestProberPace checks how often a peer is asked: every probeEach, a peer with traffic
+// TestProberPace checks how often a peer is asked: every ProbeInterval, a peer with traffic
 // every probeActive, at the full size every probeSize.
 func TestProberPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -142,7 +142,7 @@ func TestProberPace(t *testing.T) {
 					}
 				}
 			}
-			most := int(hour / probeEach)
+			most := int(hour / ProbeInterval)
 			if traffic {
 				most = int(hour / probeActive)
 			}

@@ -48,7 +48,7 @@ func openOwnKernel(p Part, log *slog.Logger) (carrier, error) {
 	}
 	plan := map[string]backend.Planner{"vxlan": vxlan.Plan, "ipip": ipip.Plan, "host-gw": hostgw.Plan}[format]
 	k := &ownKernel{Kernel: backend.NewKernel(backend.KernelOptions{
-		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}},
+		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}, ProbeInterval: backend.ProbeInterval},
 		Format: format, Plan: plan, Why: "culvert bench", Log: log,
 	})}
 	if format == "host-gw" { // without a device the part's address is on lo

@@ -169,7 +169,7 @@ func openUserspace(p Part, log *slog.Logger) (carrier, error) {
 		return nil, err
 	}
 	t, err := tunnel.Open(tunnel.Options{
-		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}},
+		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}, ProbeInterval: backend.ProbeInterval},
 		Config: s.Config, Lease: s.Self, Why: "culvert bench", Log: log,
 	})
 	if err != nil {

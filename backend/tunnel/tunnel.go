@@ -131,7 +131,7 @@ func Open(o Options) (*Tunnel, error) {
 		followers = append(followers, fastPath{o.FastPath, t})
 	}
 	t.keeper = host.NewKeeper(o.Node.Underlay.Index, o.Log, followers...)
-	t.prober = backend.NewProber(backend.ProberOptions{Sources: o.Lease.Subnets(), Silence: &t.silence, Log: o.Log})
+	t.prober = backend.NewProber(backend.ProberOptions{Sources: o.Lease.Subnets(), Silence: &t.silence, Interval: o.Node.ProbeInterval, Log: o.Log})
 	defer func() { _ = t.inherited.close() }()
 	var err error
 	if t.mtu, err = PodMTU(o.Config.Backend, o.Lease, o.Node.Underlay); err != nil {
@@ -385,7 +385,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	})
 	parts, ctx := errgroup.WithContext(ctx)
 	parts.Go(func() error { t.listenForPeers(ctx, sender); return nil })
-	if !t.options.Node.NoProbe {
+	if t.options.Node.ProbeInterval > 0 {
 		parts.Go(func() error { t.prober.Run(ctx); return nil })
 	}
 	parts.Go(func() error {

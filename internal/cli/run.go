@@ -79,6 +79,7 @@ type runFlags struct {
 	ipMasq      bool
 	noMasq      []string
 	probePeers  bool
+	probeEvery  time.Duration
 	takeOver    bool
 	leaseTTL    time.Duration
 	quarantine  time.Duration
@@ -171,6 +172,8 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.IntVar(&f.tunnel.Queues, "queues", 0, "queues of the tunnel device, one thread each (default: number of CPUs less one, at most 8)")
 	flags.IntVar(&f.tunnel.SourcePorts, "source-ports", 0, "number of UDP source ports to spread flows over (default: 8; on two CPUs 1)")
 	flags.BoolVar(&f.probePeers, "probe-peers", true, "send echo requests through the tunnel to peers from which nothing comes, at most 96 in 30 s, for 'culvert peers'")
+	flags.DurationVar(&f.probeEvery, "probe-interval", daemon.ProbeInterval, "interval of these requests, to measure what they cost")
+	_ = flags.MarkHidden("probe-interval")
 	flags.BoolVar(&f.tunnel.CopyDSCP, "copy-dscp", false, "copy the DSCP field to the outer header")
 	flags.BoolVar(&f.tunnel.DontFragment, "df", false, "set DF on VXLAN packets and follow the path MTU")
 	flags.BoolVar(&f.embedded, "embedded-etcd", false, "run an etcd server in this daemon, for a site without one")
@@ -198,7 +201,7 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 		Version: Version(), Node: f.node, RunDir: f.runDir, SubnetFile: f.subnetFile, CNIConfDir: f.cniConfDir,
 		IPMasq: f.ipMasq, LeaseTTL: f.leaseTTL, OnLost: daemon.OnLost(f.onLost), ReleaseOnExit: f.release, StartJitter: f.jitter,
 		Datapath: daemon.Datapath(f.datapath), FastPath: daemon.FastPath(f.fastPath), Metrics: f.metrics, MetricsAccess: f.access,
-		Tunnel: f.tunnel, Log: log, NoProbe: !f.probePeers, Recent: &recent,
+		Tunnel: f.tunnel, Log: log, ProbeInterval: f.probeEvery, Recent: &recent,
 		TakeOverFlannel: f.takeOver, Replace: f.replace, HandedOver: daemon.HandedOver(f.handedOver),
 		SocketGroup: f.socketGroup, Confine: daemon.Confine(f.confine),
 	}
@@ -208,7 +211,12 @@ func (f *runFlags) options(c *cobra.Command) (daemon.Options, error) {
 	if f.leaseTTL < 5*time.Second {
 		return o, usagef("--lease-ttl %s: at least 5s", f.leaseTTL)
 	}
+	if !f.probePeers {
+		o.ProbeInterval = 0
+	}
 	switch {
+	case f.probeEvery < 100*time.Millisecond:
+		return o, usagef("--probe-interval %s: at least 100ms", f.probeEvery)
 	case f.quarantine < 0:
 		return o, usagef("--quarantine %s: a duration, or 0 for none", f.quarantine)
 	case f.jitter < 0:

@@ -24,6 +24,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"culvert/backend"
 	"culvert/backend/tunnel"
 	"culvert/internal/api"
 	"culvert/internal/handover"
@@ -83,11 +84,15 @@ type Options struct {
 	// Embedded is the etcd server to run beside the daemon, or nil.
 	Embedded *embedded.Server
 	Tunnel   Tuning
-	NoProbe  bool // do not probe peers
-	Log      *slog.Logger
+	// ProbeInterval is how often a peer without traffic is probed; 0: not at all.
+	ProbeInterval time.Duration
+	Log           *slog.Logger
 	// Recent holds the last lines of Log, for `culvert report`; may be nil.
 	Recent *api.Ring
 }
+
+// ProbeInterval is the default of Options.ProbeInterval.
+const ProbeInterval = backend.ProbeInterval
 
 // Tuning is that of the userspace datapath.
 type Tuning = tunnel.Tuning

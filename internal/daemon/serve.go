@@ -40,7 +40,7 @@ func (d *node) serve(ctx context.Context, r store, t grant) error {
 	for {
 		s.at, s.backend = at, config.Backend
 		node := backend.Node{
-			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel, NoProbe: d.options.NoProbe,
+			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel, ProbeInterval: d.options.ProbeInterval,
 		}
 		if s.last == nil && d.interrupts(config, s.lease, node) {
 			if err := s.lookAhead(ctx); err != nil {
