@@ -20,8 +20,8 @@ var HasFIB = sync.OnceValue(func() bool {
 	}
 	t := c.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: names.TableProbe})
 	ch := c.AddChain(&nftables.Chain{
-		Name: "forward", Table: t, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter,
+		Name: "arrived", Table: t, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityFilter,
 	})
 	c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: all(notTheWayBack(), leave()).exprs})
 	c.DelTable(t)

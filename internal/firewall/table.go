@@ -37,14 +37,16 @@ func (p Policy) table() *table {
 		}
 		t.chains = append(t.chains, chain{"postrouting", lines})
 	}
-	var in, inner, out, departed []rule
+	var in, inner, arrived, out, departed []rule
 	if len(p.Tunnels) > 0 {
 		in = notOf(p.Tunnels)
+		arrived = notOf(p.Tunnels)
 	}
 	for _, tunnel := range p.Tunnels {
 		in = append(in, tunnel.expected()...)
 	}
 	for _, tunnel := range p.Tunnels {
+		arrived = append(arrived, tunnel.forged()...)
 		in = append(in, tunnel.arriving()...)
 		if tunnel.Device == "" && tunnel.Port == 0 {
 			in = append(in, tunnel.taken())
@@ -77,6 +79,9 @@ func (p Policy) table() *table {
 	}
 	if len(inner) > 0 {
 		t.chains = append(t.chains, chain{"prerouting", inner})
+	}
+	if len(arrived) > 0 {
+		t.chains = append(t.chains, chain{"arrived", arrived})
 	}
 	if len(out) > 0 {
 		t.chains = append(t.chains, chain{"forward", out})
@@ -205,6 +210,9 @@ func (c chain) nft() (*nftables.Chain, string) {
 	case "prerouting": // before NAT, also of replies
 		n.Hooknum, n.Priority = nftables.ChainHookPrerouting, nftables.ChainPriorityRaw
 		return n, "type filter hook prerouting priority raw;"
+	case "arrived": // after destination NAT
+		n.Hooknum, n.Priority = nftables.ChainHookPrerouting, nftables.ChainPriorityRef(-90)
+		return n, "type filter hook prerouting priority -90;"
 	case "forward":
 		n.Hooknum = nftables.ChainHookForward
 	case "departed": // after source NAT

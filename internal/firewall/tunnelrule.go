@@ -62,7 +62,7 @@ func notOf(tunnels []TunnelRule) []rule {
 
 // expected returns the rules that accept valid packets of peers before the
 // detailed checks, so that most packets match one rule. Valid means: not
-// translated, arrived on the underlay (which the rules of forged exclude),
+// translated, arrived on the underlay,
 // outer source not in this node's subnet, and inner source in the peer's
 // subnet.
 func (t TunnelRule) expected() []rule {
@@ -139,28 +139,27 @@ func (t TunnelRule) unpacked() rule {
 // a node's address as the source:
 //
 //	hook         dropped                                      reason
+//	prerouting   from a node's address, by the wrong link     egress-forged
 //	forward      from a pod's own address to the underlay     egress-encapsulated
-//	             from a node's address, by the wrong link     egress-forged
 //	postrouting  translated to this node's address            egress-encapsulated
 //	input        to this node's port: as in forward
 //	             translated to this node's port               ingress-translated
 //
-// The input and forward hooks run after DNAT, so packets that a Service
-// redirects to a tunnel port are checked too. Later fragments have no ports,
-// but are useless without the first one.
+// The rules are evaluated after DNAT, so packets that a Service redirects to a
+// tunnel port are checked too. Later fragments have no ports, but are useless
+// without the first one.
 
 // forwarded returns the rules of the forward hook. Most packets match the
 // first.
 func (t TunnelRule) forwarded() []rule {
-	lines := []rule{
+	return []rule{
 		all(familyIs(t.is4(), ""), address("saddr", true, t.Network), address("daddr", true, t.Network), leave()),
 		all(familyIs(t.is4(), ""), address("saddr", true, t.Network), address("daddr", false, t.Network), t.is(), drop("egress-encapsulated")),
 	}
-	return append(lines, t.forged()...)
 }
 
-// arriving returns the rules of the input hook that drop tunnel packets that do
-// not come from the underlay, or were redirected to our port by NAT.
+// arriving returns the rules of the input hook that drop tunnel packets of this
+// node's pods, or that were redirected to our port by NAT.
 func (t TunnelRule) arriving() []rule {
 	// A sender that may not reach our port could have another port translated
 	// to it.
@@ -168,14 +167,15 @@ func (t TunnelRule) arriving() []rule {
 	if t.Subnet.IsValid() {
 		lines = append(lines, all(familyIs(t.is4(), ""), address("saddr", true, t.Subnet), t.is(), drop("egress-encapsulated")))
 	}
-	return append(lines, t.forged()...)
+	return lines
 }
 
 // forged returns the rules that drop tunnel packets with a node's address as
 // the source that arrive by a bridge or a veth, unless the route to that
 // address leads there: a node may be a virtual machine or container behind this
 // host's bridge. Physical links are not checked, because routes may be
-// asymmetric.
+// asymmetric. They are in the prerouting hook, the only one in which every kernel
+// looks up the way back (nft_fib_validate; Linux 5.10 refuses it in others).
 func (t TunnelRule) forged() []rule {
 	if !t.Local.IsValid() {
 		return nil
