@@ -16,8 +16,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sort"
 
 	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
@@ -152,18 +154,73 @@ func commit(steps []Step) error {
 		}
 	}
 	if err := c.Flush(); err != nil {
-		return refused(fmt.Sprintf("nftables (%s, and %d more)", steps[0].Command, len(steps)-1), err)
+		doing, err := firstRefused(steps), oneOf(err)
+		if unsupported(err) {
+			return remedy.Errorf("load nftables' modules (`modprobe -a nf_tables nft_ct nft_chain_nat nft_masq nft_fib_inet`), or use Linux 5.10 or later", "%s: the kernel refuses it: %w", doing, err)
+		}
+		return refused(doing, err)
 	}
 	return nil
+}
+
+// oneOf returns the first error of a transaction that was refused: the kernel answers each
+// message that it cannot apply.
+func oneOf(err error) error {
+	var one *netlink.OpError
+	if errors.As(err, &one) {
+		return one
+	}
+	return err
+}
+
+// firstRefused returns the command of the first step that the kernel refuses, or the first
+// command if it refuses only the whole. It changes nothing: each of its transactions ends with
+// the deletion of a table that does not exist.
+func firstRefused(steps []Step) string {
+	i, found := sort.Find(len(steps), func(i int) int {
+		c, err := nftables.New()
+		if err != nil {
+			return -1
+		}
+		for _, s := range steps[:i+1] {
+			if s.nft(c) != nil {
+				return -1
+			}
+		}
+		c.DelTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: names.TableProbe})
+		if answers(c.Flush()) > 1 {
+			return 0
+		}
+		return 1
+	})
+	if !found {
+		return fmt.Sprintf("nftables (%s, and %d more)", steps[0].Command, len(steps)-1)
+	}
+	return "nftables: " + steps[i].Command
+}
+
+// answers counts the messages of a transaction that the kernel refused.
+func answers(err error) int {
+	switch e := err.(type) {
+	case nil:
+		return 0
+	case interface{ Unwrap() []error }:
+		n := 0
+		for _, one := range e.Unwrap() {
+			n += answers(one)
+		}
+		return n
+	case *netlink.OpError:
+		return 1
+	}
+	return answers(errors.Unwrap(err))
 }
 
 // refused returns the error of a request to nftables, with the remedy where the kernel has
 // none or this process may not use it.
 func refused(doing string, err error) error {
-	for _, none := range []error{unix.EOPNOTSUPP, unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT} {
-		if errors.Is(err, none) {
-			return remedy.Errorf("load it (`modprobe nf_tables`), or use a kernel with CONFIG_NF_TABLES_INET", "%s: the kernel has no nftables: %w", doing, err)
-		}
+	if unsupported(err) {
+		return remedy.Errorf("load it (`modprobe nf_tables`), or use a kernel with CONFIG_NF_TABLES_INET", "%s: the kernel has no nftables: %w", doing, err)
 	}
 	for _, forbidden := range []error{unix.EPERM, unix.EACCES} {
 		if errors.Is(err, forbidden) {
@@ -171,4 +228,8 @@ func refused(doing string, err error) error {
 		}
 	}
 	return fmt.Errorf("%s: %w", doing, err)
+}
+
+func unsupported(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT)
 }
