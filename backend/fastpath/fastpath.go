@@ -29,7 +29,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
-	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/api"
@@ -116,8 +115,7 @@ func (p *Path) load() error {
 	if err != nil {
 		return err
 	}
-	_ = rlimit.RemoveMemlock() // needed before Linux 5.11; if it fails, loading reports it
-	if p.mode != Pods {        // they hold nothing
+	if p.mode != Pods { // they hold nothing
 		spec.Maps["shortcuts"].MaxEntries = 1
 		spec.Maps["tallies"].MaxEntries = 1
 	}

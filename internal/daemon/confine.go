@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"github.com/cilium/ebpf/rlimit"
+
 	"culvert/backend/fastpath"
 	"culvert/internal/confine"
 )
@@ -20,6 +22,9 @@ const (
 // carry packets start. A failure, such as in a container that forbids it, is logged
 // only.
 func (o Options) confine() {
+	// Before Linux 5.11 eBPF maps are locked memory, whose limit only CAP_SYS_RESOURCE
+	// raises. Where this fails, loading the programs reports it.
+	_ = rlimit.RemoveMemlock()
 	if o.Confine == ConfineOff {
 		return
 	}
