@@ -56,6 +56,16 @@ func newClusterOf(t testing.TB, o lab.Options) *cluster {
 	}
 	c := &cluster{Lab: labtest.New(t, o), t: t, bin: bin, datapath: "userspace"}
 	c.endpoint = labtest.StartEtcd(t, c.Lab)
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		for _, n := range c.Nodes {
+			if s, err := c.status(n); err == nil {
+				t.Logf("%s has dropped %v; fast path: %+v", n.ID, s.Datapath.Drops, s.Datapath.FastPath)
+			}
+		}
+	})
 	return c
 }
 

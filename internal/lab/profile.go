@@ -76,13 +76,13 @@ func (p Profile) Features() (map[string]bool, error) {
 type Offloads struct {
 	Namespace, Link string
 	Features        map[string]bool // all that the kernel knows
-	Missing         []string        // the profile's features that the kernel does not know
+	Missing         []string        // the profile's features that the kernel does not know, or cannot change on this link
 }
 
 // SetProfile sets the features of all links of the underlay and returns them as read
 // back: first the nodes' ends, then the bridge's ports, which never have GRO. It
 // returns an error if a feature does not change; features that the kernel does not
-// know are listed in Missing.
+// have are listed in Missing.
 func (l *Lab) SetProfile(p Profile) ([]Offloads, error) {
 	want, err := p.Features()
 	if err != nil {
@@ -123,13 +123,13 @@ func (n *Namespace) setFeatures(link string, want map[string]bool) (Offloads, er
 			return err
 		}
 		defer e.Close()
-		known, err := e.FeatureNames(link)
+		known, err := e.FeaturesWithState(link)
 		if err != nil {
 			return err
 		}
 		set := map[string]bool{}
 		for name, on := range want {
-			if _, ok := known[name]; ok {
+			if f, ok := known[name]; ok && (f.Available || f.Active == on) {
 				set[name] = on
 			} else {
 				got.Missing = append(got.Missing, name)

@@ -75,7 +75,7 @@ func Long(tb testing.TB) {
 }
 
 // New creates a lab that is removed when the test ends. If the test failed, it logs
-// the end of each process's log.
+// the end of each process's log, and what the kernel counted as lost.
 func New(tb testing.TB, o lab.Options) *lab.Lab {
 	tb.Helper()
 	Need(tb)
@@ -87,6 +87,9 @@ func New(tb testing.TB, o lab.Options) *lab.Lab {
 		if tb.Failed() {
 			for _, p := range l.Processes() {
 				tb.Logf("end of the log of %s (pid %d):\n%s", p.Name, p.PID, p.Tail(30))
+			}
+			for _, lost := range l.Losses() {
+				tb.Logf("counted as lost: %s", lost)
 			}
 		}
 		if err := l.Close(); err != nil {

@@ -1,0 +1,83 @@
+package lab
+
+import (
+	"fmt"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+)
+
+// lossy are the names of kernel counters that rise where a packet is lost.
+var lossy = regexp.MustCompile(`(Errors|Discards|Drops?|Dropped|NoRoutes|Fails|BadSegs|Overflows|QFull|NoPorts)$`)
+
+// Losses reads what the kernel has counted as lost in each namespace of the lab, a line per
+// namespace, and on the machine: for the log of a test that misses a packet. A namespace
+// that is gone, or has lost nothing, has no line.
+func (l *Lab) Losses() []string {
+	var lines []string
+	for _, n := range l.namespaces() {
+		var lost []string
+		_ = n.Do(func() error {
+			for _, name := range []string{"snmp", "netstat"} {
+				lost = append(lost, countersIn(readProc(name))...)
+			}
+			for line := range strings.Lines(readProc("snmp6")) {
+				if f := strings.Fields(line); len(f) == 2 && f[1] != "0" && lossy.MatchString(f[0]) {
+					lost = append(lost, strings.Join(f, " "))
+				}
+			}
+			lost = append(lost, devicesIn(readProc("dev"))...)
+			return nil
+		})
+		if len(lost) > 0 {
+			lines = append(lines, n.Name+": "+strings.Join(lost, ", "))
+		}
+	}
+	var full uint64
+	for line := range strings.Lines(readProc("softnet_stat")) {
+		if f := strings.Fields(line); len(f) > 1 {
+			dropped, _ := strconv.ParseUint(f[1], 16, 64)
+			full += dropped
+		}
+	}
+	return append(lines, fmt.Sprintf("the machine since its start: %d in full backlogs of CPUs", full))
+}
+
+func readProc(name string) string {
+	b, _ := os.ReadFile("/proc/thread-self/net/" + name)
+	return string(b)
+}
+
+// countersIn returns the lossy counters of a table of pairs of lines, names and values
+// (/proc/net/snmp).
+func countersIn(table string) (lost []string) {
+	lines := strings.Split(table, "\n")
+	for i := 0; i+1 < len(lines); i += 2 {
+		names, values := strings.Fields(lines[i]), strings.Fields(lines[i+1])
+		for k := 1; k < len(names) && k < len(values); k++ {
+			if values[k] != "0" && lossy.MatchString(names[k]) {
+				lost = append(lost, strings.TrimSuffix(names[0], ":")+names[k]+" "+values[k])
+			}
+		}
+	}
+	return lost
+}
+
+// devicesIn returns the errors and drops of each device (/proc/net/dev).
+func devicesIn(table string) (lost []string) {
+	columns := map[int]string{2: "rx errors", 3: "rx dropped", 10: "tx errors", 11: "tx dropped"}
+	for line := range strings.Lines(table) {
+		device, values, ok := strings.Cut(line, ":")
+		f := strings.Fields(values)
+		if !ok || len(f) < 12 {
+			continue
+		}
+		for _, k := range []int{2, 3, 10, 11} {
+			if f[k] != "0" {
+				lost = append(lost, fmt.Sprintf("%s %s %s", strings.TrimSpace(device), columns[k], f[k]))
+			}
+		}
+	}
+	return lost
+}
