@@ -125,7 +125,7 @@ NIGHTLY_ROUNDS ?= 200
 NIGHTLY_SCALE ?= 5000,300
 
 .PHONY: nightly
-## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases; then test-chaos-long, mutation, vuln, test-release and reproducible (six hours)
+## nightly: the long tests: the model test 200 times (NIGHTLY_ROUNDS), etcd unreachable for ten minutes, random host events, nodes that join 5,000 leases; then test-vm-old, test-chaos-long, mutation, vuln, test-release and reproducible (six hours)
 nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_MODEL_ROUNDS=$(NIGHTLY_ROUNDS) CULVERT_MODEL_SEED=$$(date +%s) $(TEST) -count 1 -timeout 2h -v -run '^TestModel$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_ETCD_AWAY=10m $(TEST) -count 1 -timeout 1h -v -run '^TestFaultsUnderTraffic$$' ./test
@@ -134,7 +134,7 @@ nightly: build
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_PEERS=1000 $(TEST) -count 1 -timeout 1h -v -run '^TestManyPeers$$' ./test
 	CULVERT_BIN=$(CURDIR)/bin CULVERT_SCALE=$(NIGHTLY_SCALE) $(TEST) -count 1 -timeout 1h -v -run '^TestScale$$' ./test
 	CULVERT_PODS=100 $(MAKE) --no-print-directory test-kubernetes
-	$(MAKE) --no-print-directory test-chaos-long mutation vuln test-release reproducible
+	$(MAKE) --no-print-directory test-vm-old test-chaos-long mutation vuln test-release reproducible
 
 .PHONY: test-system
 ## test-system: the tests that need Debian packages: install them (as root), then test with -tags system
@@ -160,6 +160,15 @@ test-vm: build
 	$(TEST) -c -o bin/vm/ipip.test ./backend/ipip
 	cd test && ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin sh -c \
 		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestFastPathIPIP|TestIPIP|TestChaosInjection/ipip"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
+
+.PHONY: test-vm-old
+## test-vm-old: both datapaths on the oldest kernel that culvert supports, Debian 11's Linux 5.10, in a virtual machine
+test-vm-old: build
+	@echo 'needs: $(VM_PACKAGES)'
+	internal/tools/install-packages $(VM_PACKAGES)
+	@mkdir -p bin/vm
+	$(TEST) -c -tags vm -o bin/vm/test.test ./test
+	cd test && VM_SUITE=bullseye ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin $(CURDIR)/bin/vm/test.test -test.v -test.run TestVMKernel
 
 KUBERNETES := bin/kubernetes
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -280,4 +281,65 @@ func TestVMIsOne(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("%s", text)
+}
+
+// TestVMKernel runs both datapaths, both families, on whatever kernel the machine has. The
+// fast path is on, or the status says what the kernel lacks; asked for by --fast-path=on, the
+// daemon says so and exits.
+func TestVMKernel(t *testing.T) {
+	release, old, err := host.Release()
+	if err != nil || old != "" {
+		t.Fatalf("%s: %q, %v", release, old, err)
+	}
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		t.Fatal(err)
+	}
+	able := major > 5 || major == 5 && minor >= 13 // BPF_F_ADJ_ROOM_ENCAP_L2_ETH
+	c := newClusterOf(t, lab.Options{Nodes: 3, InOrder: true, Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:18::/64")}})
+	c.setConfig(dualConfig)
+	kinds := []string{"userspace", "kernel"}
+	for i, kind := range kinds {
+		c.start(c.Nodes[i], "--datapath", kind)
+	}
+	var pods []*lab.Pod
+	for i, n := range c.Nodes[:2] {
+		s := c.waitReady(n, 1)
+		t.Logf("Linux %s, %s: %v; fast path %+v; warnings %v", release, s.Datapath.Kind, s.Datapath.Mechanisms, s.Datapath.FastPath, s.Warnings)
+		if s.Datapath.Kind != kinds[i] {
+			t.Errorf("%s has the datapath %s: %s", n.ID, s.Datapath.Kind, s.Datapath.Why)
+		}
+		if f := s.Datapath.FastPath; kinds[i] == "kernel" && (f == nil || f.On != able || !able && !strings.Contains(f.Why, "Linux 5.13")) {
+			t.Errorf("the fast path is %+v on Linux %s", f, release)
+		}
+		pod, err := n.AddPod(t.Context(), "p1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, pod)
+	}
+	for _, is4 := range []bool{true, false} {
+		for i, from := range pods {
+			to := pods[1-i]
+			transfer(t, from.Namespace, to.Namespace, from.Addr(is4), to.Addr(is4), 2<<20)
+			datagrams(t, from.Namespace, to.Namespace, from.Addr(is4), to.Addr(is4))
+		}
+	}
+	for _, n := range c.Nodes[:2] {
+		if s, err := c.status(n); err != nil || len(dropped(s)) > 0 {
+			t.Errorf("%s dropped %v (%v)", n.ID, s.Datapath.Drops, err)
+		}
+	}
+	if able {
+		return
+	}
+	asked := c.start(c.Nodes[2], "--datapath", "kernel", "--fast-path", "on")
+	select {
+	case <-asked.Exited():
+	case <-time.After(time.Minute):
+		t.Error("the daemon with --fast-path=on does not exit")
+	}
+	if said := asked.Tail(5); !strings.Contains(said, "Linux 5.13") {
+		t.Errorf("the daemon with --fast-path=on said:\n%s", said)
+	}
 }
