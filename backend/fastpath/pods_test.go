@@ -124,7 +124,7 @@ func TestShortWayOut(t *testing.T) {
 			spoil func(*shortcut)
 			ends  bool
 		}{
-			"it is over":              {sent, func(s *shortcut) { s.Until = monotonic(t) - 1 }, false},
+			"it is over":              {sent, func(s *shortcut) { s.Until = monotonic(t) - uint64(10*time.Millisecond) }, false},
 			"it never was":            {sent, func(s *shortcut) { s.Until = 0 }, false},
 			"the host has changed":    {sent, func(s *shortcut) { s.Generation-- }, false},
 			"another pod's address":   {sent, func(s *shortcut) { s.Link++ }, false},
@@ -341,7 +341,7 @@ func TestShortWayIn(t *testing.T) {
 			want  []byte // nil: it is left
 		}{
 			"short":                {f.other, nil, toPod},
-			"it is over":           {f.other, func(s *shortcut) { s.Until = monotonic(t) - 1 }, toDevice},
+			"it is over":           {f.other, func(s *shortcut) { s.Until = monotonic(t) - uint64(10*time.Millisecond) }, toDevice},
 			"the host has changed": {f.other, func(s *shortcut) { s.Generation-- }, toDevice},
 			"a stranger":           {map[bool]netip.Addr{true: stranger, false: netip.MustParseAddr("2001:db8::66")}[f.pod.Is4()], nil, nil},
 		} {

@@ -221,6 +221,13 @@ inline_always __u32 gso_size(struct __sk_buff *skb)
 	return n;
 }
 
+// clock is the time in ns, up to a tick (10 ms) late: the exact clock costs as much as a
+// lookup (25 ns in a virtual machine), and nothing here is about less than 10 ms.
+inline_always __u64 clock(void)
+{
+	return bpf_ktime_get_coarse_ns();
+}
+
 inline_always void count(__u32 which, __u64 n)
 {
 	__u64 *c = bpf_map_lookup_elem(&counters, &which);
@@ -240,6 +247,8 @@ struct udp {
 	__be16 source, destination, length, check;
 };
 
+#define CHANGES4 12 // the bytes of an IPv4 header up to its checksum
+
 struct vxlan {
 	__be32 flags, vni;
 };
@@ -249,15 +258,46 @@ struct ethernet {
 	__be16 type;
 };
 
+struct tcp {
+	__be16 source_port, destination_port;
+	__be32 sequence, acknowledgement;
+	__u8 offset, flags;
+	__be16 window;
+};
+
+union transport {
+	struct tcp tcp;
+	struct udp udp;
+	__be32 ports;
+};
+
+// The headers of an inner packet.
+struct inner4 {
+	struct iphdr ip;
+	union transport on;
+};
+
+struct inner6 {
+	struct ipv6hdr ip;
+	union transport on;
+};
+
+union inner {
+	struct inner4 four;
+	struct inner6 six;
+};
+
 #define VXLAN_I bpf_htonl(0x08000000)
 
 // The headers from the outer IP header to the inner Ethernet header: COST4 and COST6
-// bytes, and two more, which the compiler puts behind them.
+// bytes. Behind them, for one call to write both, what changes of the inner header with its
+// TTL; in outer6 the compiler puts two bytes.
 struct outer4 {
 	struct iphdr ip;
 	struct udp udp;
 	struct vxlan vxlan;
 	struct ethernet ethernet;
+	__be16 inner[CHANGES4 / 2];
 };
 
 struct outer6 {
@@ -269,7 +309,46 @@ struct outer6 {
 
 #define COST4 50
 #define COST6 70
-_Static_assert(sizeof(struct outer4) == COST4 + 2 && sizeof(struct outer6) == COST6 + 2, "headers have no gaps");
+_Static_assert(__builtin_offsetof(struct outer4, inner) == COST4 && sizeof(struct outer6) == COST6 + 2, "headers have no gaps");
+
+// read4 reads the headers of an IPv4 packet, mostly with one call. What follows the IP
+// header is zero where the packet is shorter. False if there is no IPv4 header.
+inline_always int read4(struct __sk_buff *skb, int at, struct inner4 *h)
+{
+	if (!bpf_skb_load_bytes(skb, at, h, sizeof(*h)) && h->ip.version == 4 && h->ip.ihl == 5)
+		return 1;
+	if (bpf_skb_load_bytes(skb, at, &h->ip, sizeof(h->ip)) || h->ip.version != 4 || h->ip.ihl < 5)
+		return 0;
+	if (bpf_skb_load_bytes(skb, at + h->ip.ihl * 4, &h->on, sizeof(h->on)))
+		bpf_skb_load_bytes(skb, at + h->ip.ihl * 4, &h->on, sizeof(h->on.udp));
+	return 1;
+}
+
+inline_always int read6(struct __sk_buff *skb, int at, struct inner6 *h)
+{
+	if (!bpf_skb_load_bytes(skb, at, h, sizeof(*h)))
+		return h->ip.version == 6;
+	if (bpf_skb_load_bytes(skb, at, &h->ip, sizeof(h->ip)) || h->ip.version != 6)
+		return 0;
+	bpf_skb_load_bytes(skb, at + sizeof(h->ip), &h->on, sizeof(h->on.udp));
+	return 1;
+}
+
+inline_always int has_ports(__u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP;
+}
+
+// ports4 is both ports of a TCP or UDP packet: 0 of another protocol, and of fragments.
+inline_always __be32 ports4(const struct inner4 *h)
+{
+	return has_ports(h->ip.protocol) && !(h->ip.frag_off & bpf_htons(0x3fff)) ? h->on.ports : 0;
+}
+
+inline_always __be32 ports6(const struct inner6 *h)
+{
+	return has_ports(h->ip.nexthdr) ? h->on.ports : 0;
+}
 
 inline_always __u32 flow_hash(const struct address *source, const struct address *destination, __u32 ports)
 {
@@ -341,10 +420,10 @@ inline_always __u64 protocol_word(__u8 protocol)
 // is the negative of the pseudo header for the same reason, whether the checksum is
 // there already or left to the hardware (RFC 1624; Documentation/networking/checksum-offloads.rst,
 // LCO). False where the packet has no checksum that covers it.
-inline_always int payload4(struct __sk_buff *skb, const struct iphdr *ip, int at, __u64 *s)
+inline_always int payload4(const struct inner4 *h, __u64 *s)
 {
+	const struct iphdr *ip = &h->ip;
 	__u32 length = bpf_ntohs(ip->tot_len) - ip->ihl * 4;
-	__be16 check = 0;
 
 	if (ip->frag_off & bpf_htons(0x3fff)) // more fragments, or an offset
 		return 0;
@@ -353,7 +432,7 @@ inline_always int payload4(struct __sk_buff *skb, const struct iphdr *ip, int at
 		*s = 0;
 		return 1;
 	case IPPROTO_UDP:
-		if (bpf_skb_load_bytes(skb, at + ip->ihl * 4 + 6, &check, 2) || !check)
+		if (!h->on.udp.check)
 			return 0;
 		break;
 	case IPPROTO_TCP:
@@ -365,13 +444,13 @@ inline_always int payload4(struct __sk_buff *skb, const struct iphdr *ip, int at
 	return 1;
 }
 
-inline_always int payload6(struct __sk_buff *skb, const struct ipv6hdr *ip, int at, __u64 *s)
+inline_always int payload6(const struct inner6 *h, __u64 *s)
 {
-	__be16 check = 0;
+	const struct ipv6hdr *ip = &h->ip;
 
 	switch (ip->nexthdr) {
 	case IPPROTO_UDP:
-		if (bpf_skb_load_bytes(skb, at + 40 + 6, &check, 2) || !check)
+		if (!h->on.udp.check)
 			return 0;
 		break;
 	case IPPROTO_TCP:
@@ -394,17 +473,15 @@ inline_always __u8 ecn(__u8 class)
 
 // segment_length is how long the packets of a GSO frame become, inner headers
 // included; 0 if that is not to be told.
-inline_always __u32 segment_length(struct __sk_buff *skb, __u32 gso, __u8 protocol, int at, __u32 headers)
+inline_always __u32 segment_length(__u32 gso, __u8 protocol, const union transport *on, __u32 headers)
 {
-	__u8 offset = 0;
-
 	switch (protocol) {
 	case IPPROTO_UDP:
 		return headers + 8 + gso;
 	case IPPROTO_TCP:
-		if (bpf_skb_load_bytes(skb, at + 12, &offset, 1))
+		if (on->tcp.offset < 5 << 4)
 			return 0;
-		return headers + (offset >> 4) * 4 + gso;
+		return headers + (on->tcp.offset >> 4) * 4 + gso;
 	}
 	return 0;
 }
@@ -446,7 +523,7 @@ inline_always int leaves(struct __sk_buff *skb, const struct tunnel *t, int at, 
 }
 
 #define WINDOW 10000000ull   // ns
-#define PAUSE 100000000ll    // ns
+#define PAUSE 110000000ll    // ns: less a tick of the clock, 100 ms
 #define BULK (64 << 10)      // bytes
 
 // flow_of finds what is known of an inner flow. Fragments are a flow of their own.
@@ -463,7 +540,7 @@ inline_always int left(struct flow *f, __u32 reason)
 	if (f) {
 		f->way = SLOW;
 		f->joining = 0;
-		f->last = bpf_ktime_get_ns();
+		f->last = clock();
 	}
 	return slow(reason);
 }
@@ -481,7 +558,7 @@ inline_always void not_read(const struct address *outer)
 	__u64 *last = unread_of(outer);
 
 	if (last)
-		*last = bpf_ktime_get_ns();
+		*last = clock();
 }
 
 // follows_unread says whether a packet could overtake one of its flow in what its
@@ -492,7 +569,7 @@ inline_always int follows_unread(const struct address *outer)
 
 	if (!last || !*last)
 		return 0;
-	if ((__s64)(bpf_ktime_get_ns() - *last) <= PAUSE)
+	if ((__s64)(clock() - *last) <= PAUSE)
 		return 1;
 	*last = 0;
 	return 0;
@@ -507,7 +584,7 @@ inline_always int kept(struct flow *f)
 
 	if (!f || f->way != SLOW)
 		return 0;
-	now = bpf_ktime_get_ns();
+	now = clock();
 	if ((__s64)(now - f->last) > PAUSE) {
 		f->way = DIRECT;
 		return 0;
@@ -516,30 +593,18 @@ inline_always int kept(struct flow *f)
 	return 1;
 }
 
-// ports_of reads both ports of a TCP or UDP packet: 0 if it is of another protocol.
-inline_always __be32 ports_of(struct __sk_buff *skb, int at, __u8 protocol)
+// out4 encapsulates. With rewrite it also writes the inner IPv4 header as `in` has it.
+inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, int at, const struct inner4 *in, struct outer4 *h, int rewrite)
 {
-	__be32 ports = 0;
-
-	if (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP)
-		bpf_skb_load_bytes(skb, at, &ports, 4);
-	return ports;
-}
-
-inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, int at, struct outer4 *h)
-{
+	const struct iphdr ip = in->ip;
 	struct flow *f = 0;
-	struct iphdr ip;
 	__u32 length = skb->len - at, hash, n = 1;
 	__u64 s = 0; // the verifier forgets that it is set where it is used
 
-	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
-		return slow(SLOW_OUT_PROTOCOL);
 	if (!at) {
 		struct address source = { .word = { ip.saddr } }, destination = { .word = { ip.daddr } };
 
-		f = flow_of(&source, &destination,
-			    ports_of(skb, at + ip.ihl * 4, ip.frag_off & bpf_htons(0x3fff) ? 0 : ip.protocol));
+		f = flow_of(&source, &destination, ports4(in));
 		if (kept(f))
 			return slow(SLOW_OUT_FLOW);
 	}
@@ -548,7 +613,7 @@ inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 		__u32 each = 0;
 
 		if (!(ip.frag_off & bpf_htons(0x3fff)))
-			each = segment_length(skb, gso, ip.protocol, at + ip.ihl * 4, ip.ihl * 4);
+			each = segment_length(gso, ip.protocol, &in->on, ip.ihl * 4);
 		if (!each || length + COST4 > 0xffff)
 			return left(f, SLOW_OUT_SEGMENTS);
 		if (each + COST4 > p->mtu)
@@ -556,7 +621,7 @@ inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 		n = segments(skb);
 	} else if (length + COST4 > p->mtu || bpf_ntohs(ip.tot_len) != length) {
 		return left(f, SLOW_OUT_LENGTH);
-	} else if (!payload4(skb, &ip, at, &s)) {
+	} else if (!payload4(in, &s)) {
 		return left(f, SLOW_OUT_CHECKSUM);
 	}
 	hash = bpf_get_hash_recalc(skb);
@@ -583,27 +648,27 @@ inline_always int out4(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 		if (!h->udp.check)
 			h->udp.check = 0xffff;
 	}
-	if (bpf_skb_store_bytes(skb, at, h, COST4, 0))
+	if (rewrite)
+		__builtin_memcpy(h->inner, &ip, CHANGES4);
+	if (bpf_skb_store_bytes(skb, at, h, rewrite ? COST4 + CHANGES4 : COST4, 0))
 		return TC_ACT_SHOT; // cannot be: the room is there
 	return leaves(skb, t, at, n, length);
 }
 
-inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, int at, struct outer6 *h)
+inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, struct peer *p, int at, const struct inner6 *in, struct outer6 *h)
 {
+	const struct ipv6hdr ip = in->ip;
 	struct flow *f = 0;
-	struct ipv6hdr ip;
 	__u32 length = skb->len - at, hash;
 	__u8 class;
 	__u64 s;
 
-	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 6)
-		return slow(SLOW_OUT_PROTOCOL);
 	if (!at) {
 		struct address source, destination;
 
 		__builtin_memcpy(&source, &ip.saddr, 16);
 		__builtin_memcpy(&destination, &ip.daddr, 16);
-		f = flow_of(&source, &destination, ports_of(skb, at + sizeof(ip), ip.nexthdr));
+		f = flow_of(&source, &destination, ports6(in));
 		if (kept(f))
 			return slow(SLOW_OUT_FLOW);
 	}
@@ -611,7 +676,7 @@ inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 		return left(f, SLOW_OUT_SEGMENTS);
 	if (length + COST6 > p->mtu || bpf_ntohs(ip.payload_len) + sizeof(ip) != length)
 		return left(f, SLOW_OUT_LENGTH);
-	if (!payload6(skb, &ip, at, &s))
+	if (!payload6(in, &s))
 		return left(f, SLOW_OUT_CHECKSUM);
 	hash = bpf_get_hash_recalc(skb);
 	if (!hash)
@@ -645,7 +710,7 @@ inline_always int out6(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 	return leaves(skb, t, at, 1, length);
 }
 
-inline_always int out_ipip(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, int at);
+inline_always int out_ipip(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, int at, const struct inner4 *in);
 
 // routed finds the peer that leases the inner destination, and its key.
 inline_always struct peer *routed(const struct tunnel *t, const struct address *to, struct peer_key *key)
@@ -688,31 +753,38 @@ inline_always int out3(struct __sk_buff *skb, __u32 gso, const struct tunnel *t,
 	} h;
 	struct peer_key key = { .family = family };
 	struct ethernet ethernet;
+	union inner in;
 	struct address to = {};
 	struct peer *p;
 	__u32 at = t->layer3 ? 0 : ETH_HLEN, packets = segments(skb), bytes = skb->len - at;
 	int verdict;
 
-	if (family == 4 ? bpf_skb_load_bytes(skb, at + __builtin_offsetof(struct iphdr, daddr), &to, 4) :
-			  bpf_skb_load_bytes(skb, at + __builtin_offsetof(struct ipv6hdr, daddr), &to, 16))
-		return slow(SLOW_OUT_PROTOCOL);
+	if (family == 4) {
+		if (!read4(skb, at, &in.four))
+			return slow(SLOW_OUT_PROTOCOL);
+		to.word[0] = in.four.ip.daddr;
+	} else {
+		if (!read6(skb, at, &in.six))
+			return slow(SLOW_OUT_PROTOCOL);
+		__builtin_memcpy(&to, &in.six.ip.daddr, 16);
+	}
 	p = routed(t, &to, &key);
 	if (p && !t->process)
 		to_peer(&key, packets, bytes);
 	if (!p || !p->mtu)
 		return slow(SLOW_OUT_PEER);
 	if (t->ipip) {
-		verdict = out_ipip(skb, gso, t, p, at);
+		verdict = out_ipip(skb, gso, t, p, at, &in.four);
 	} else {
 		__builtin_memcpy(ethernet.destination, p->mac, ETH_ALEN);
 		__builtin_memcpy(ethernet.source, t->mac, ETH_ALEN);
 		ethernet.type = skb->protocol;
 		if (family == 4) {
 			h.four.ethernet = ethernet;
-			verdict = out4(skb, gso, t, p, 0, &h.four);
+			verdict = out4(skb, gso, t, p, 0, &in.four, &h.four, 0);
 		} else {
 			h.six.ethernet = ethernet;
-			verdict = out6(skb, gso, t, p, 0, &h.six);
+			verdict = out6(skb, gso, t, p, 0, &in.six, &h.six);
 		}
 	}
 	if (verdict == TC_ACT_REDIRECT && t->process)
@@ -729,6 +801,7 @@ int culvert_out(struct __sk_buff *skb)
 	} h;
 	struct peer_key key = {};
 	struct ethernet ethernet;
+	union inner in;
 	struct tunnel *t;
 	struct peer *p;
 	__u32 family, gso = gso_size(skb);
@@ -749,11 +822,13 @@ int culvert_out(struct __sk_buff *skb)
 	__builtin_memcpy(&key.to, ethernet.destination, ETH_ALEN);
 	key.family = family;
 	to_peer(&key, segments(skb), skb->len - ETH_HLEN);
+	if (family == 4 ? !read4(skb, ETH_HLEN, &in.four) : !read6(skb, ETH_HLEN, &in.six))
+		return slow(SLOW_OUT_PROTOCOL);
 	if (t->pods) {
 		struct segment s = {};
 		struct shortcut *c;
 
-		if (segment_of(skb, skb->protocol, ETH_HLEN, &s)) {
+		if (family == 4 ? segment4(&in.four, skb->len - ETH_HLEN, &s) : segment6(skb, ETH_HLEN, &in.six, skb->len - ETH_HLEN, &s)) {
 			c = bpf_map_lookup_elem(&shortcuts, &s.key);
 			if (c)
 				passed(skb, c, &s);
@@ -764,10 +839,10 @@ int culvert_out(struct __sk_buff *skb)
 		return slow(SLOW_OUT_PEER);
 	if (family == 4) {
 		h.four.ethernet = ethernet;
-		return out4(skb, gso, t, p, ETH_HLEN, &h.four);
+		return out4(skb, gso, t, p, ETH_HLEN, &in.four, &h.four, 0);
 	}
 	h.six.ethernet = ethernet;
-	return out6(skb, gso, t, p, ETH_HLEN, &h.six);
+	return out6(skb, gso, t, p, ETH_HLEN, &in.six, &h.six);
 }
 
 // known says whether the outer and the inner source are a pair: what was taken from it
@@ -830,7 +905,7 @@ inline_always __u32 way_of(__u32 gso, const struct tunnel *t, struct flow *f, in
 
 	if (!f || (f->way == DIRECT && (!tcp || !t->joiner)))
 		return DIRECT;
-	now = bpf_ktime_get_ns();
+	now = clock();
 	if ((f->way != DIRECT && (__s64)(now - f->last) > PAUSE) || // clocks of processors differ
 	    (f->way == JOINED && gso && !f->joining) ||
 	    (f->way == SLOW && shortcut_valid)) { // nothing of it is left on the device's way
@@ -860,17 +935,33 @@ inline_always int left_at_once(__u32 gso, const struct flow *f)
 	return gso && (!f || f->way != JOINED);
 }
 
-// joining keeps account of what the pair of veth holds of a flow: by is what goes in,
-// or, negative, what comes out. at is where the TCP header is.
-inline_always void joining(struct __sk_buff *skb, struct flow *f, int at, int by)
+// joins says that a packet goes through the pair of veth because its flow does: there
+// is nothing else to find out, and most of bulk is such.
+inline_always int joins(__u32 gso, struct flow *f)
 {
-	__u8 offset = 0;
-	__u32 payload;
+	__u64 now;
 
-	if (!f || bpf_skb_load_bytes(skb, at + 12, &offset, 1))
-		return;
-	payload = skb->len - at - (offset >> 4) * 4;
-	__sync_fetch_and_add(&f->joining, by > 0 ? payload : -payload);
+	if (gso || !f || f->way != JOINED)
+		return 0;
+	now = clock();
+	if ((__s64)(now - f->last) > PAUSE)
+		return 0;
+	f->last = now;
+	return 1;
+}
+
+// payload_of is the length of what a TCP segment bears, of length bytes with its header.
+inline_always __u32 payload_of(const union transport *on, __u32 length)
+{
+	return length - (on->tcp.offset >> 4) * 4;
+}
+
+// joining keeps account of what the pair of veth holds of a flow: payload goes in,
+// or, negative, comes out.
+inline_always void joining(struct flow *f, __u32 payload)
+{
+	if (f)
+		__sync_fetch_and_add(&f->joining, payload);
 }
 
 // The shortcut of an incoming packet.
@@ -880,30 +971,36 @@ struct passage {
 	int valid;          // and may take it now
 };
 
-inline_always void passage_of(struct __sk_buff *skb, const struct tunnel *t, __be16 protocol, int at, struct passage *w)
+inline_always void passage_of(struct passage *w)
 {
-	if (!t->pods || !segment_of(skb, protocol, at, &w->s))
-		return;
 	w->c = bpf_map_lookup_elem(&shortcuts, &w->s.key);
 	w->valid = w->c && is_valid(w->c, &w->s);
 }
 
-// leave leaves an incoming packet to the device, which has been noted of one that could not
-// take its shortcut.
-inline_always int leave(struct passage *w, struct flow *f, __u32 reason)
+// to_pod hands a packet to the pod, past the host. ip is its IPv4 header, or NULL.
+inline_always int to_pod(struct __sk_buff *skb, const struct tunnel *t, struct shortcut *c, const struct segment *s, const struct iphdr *ip)
 {
-	if (w->c && w->valid)
-		give(w->c, &w->s);
-	return left(f, reason);
-}
+	struct {
+		struct ethernet ethernet;
+		__be16 inner[CHANGES4 / 2];
+	} h;
 
-// to_pod hands a packet to the pod, past the host.
-inline_always int to_pod(struct __sk_buff *skb, const struct tunnel *t, struct shortcut *c, const struct segment *s)
-{
 	asm volatile("" : "+r"(c)); // the verifier does not follow that it is set
-	if (!c || bpf_skb_store_bytes(skb, 0, &c->ethernet, sizeof(c->ethernet), 0))
-		return TC_ACT_SHOT; // cannot be: the packet is longer
-	set_hops(skb, s->family, s->hops, s->hops - 1);
+	if (!c)
+		return TC_ACT_SHOT;
+	h.ethernet = c->ethernet;
+	if (ip) {
+		struct iphdr inner = *ip;
+
+		one_hop(&inner); // of which the sum stays
+		__builtin_memcpy(h.inner, &inner, CHANGES4);
+		if (bpf_skb_store_bytes(skb, 0, &h, ETH_HLEN + CHANGES4, 0))
+			return TC_ACT_SHOT; // cannot be: the packet is longer
+	} else {
+		if (bpf_skb_store_bytes(skb, 0, &h, ETH_HLEN, 0))
+			return TC_ACT_SHOT;
+		set_hops(skb, s->hops - 1);
+	}
 	count(IN_SHORT, 1);
 	return c->queued == c->unqueued ? into_pod(skb, c->link) : into_queue(skb, t, c);
 }
@@ -913,10 +1010,11 @@ inline_always int unqueued(struct __sk_buff *skb, const struct ethernet *e)
 {
 	struct segment s = {};
 	struct shortcut *c;
+	union inner in;
 	__u32 link = skb->mark;
 
 	// What the pair's near end says of its own accord is for nobody.
-	if (!link || (e->destination[0] & 1) || !segment_of(skb, skb->protocol, ETH_HLEN, &s))
+	if (!link || (e->destination[0] & 1) || !segment_of(skb, &in, &s))
 		return TC_ACT_SHOT;
 	c = bpf_map_lookup_elem(&shortcuts, &s.key);
 	if (c) // else the connection has ended meanwhile
@@ -926,8 +1024,8 @@ inline_always int unqueued(struct __sk_buff *skb, const struct ethernet *e)
 }
 
 // enters hands on a packet whose outer headers are gone.
-inline_always int enters(struct __sk_buff *skb, const struct tunnel *t, const struct ethernet *e, struct passage *w, __u32 way,
-			 struct traffic *from, __u32 packets, __u32 bytes)
+inline_always int enters(struct __sk_buff *skb, const struct tunnel *t, const struct ethernet *e, const struct iphdr *ip, struct passage *w,
+			 __u32 way, struct traffic *from, __u32 packets, __u32 bytes)
 {
 	from->packets += packets;
 	from->bytes += bytes;
@@ -935,7 +1033,7 @@ inline_always int enters(struct __sk_buff *skb, const struct tunnel *t, const st
 	count(IN_BYTES, bytes);
 	count(IN_FRAMES, 1);
 	if (w->valid && way == DIRECT)
-		return to_pod(skb, t, w->c, &w->s);
+		return to_pod(skb, t, w->c, &w->s, ip);
 	if (bpf_skb_store_bytes(skb, 0, e, sizeof(*e), 0))
 		return TC_ACT_SHOT; // cannot be: the packet is longer
 	if (way == JOINED) {
@@ -945,12 +1043,11 @@ inline_always int enters(struct __sk_buff *skb, const struct tunnel *t, const st
 	return bpf_redirect(t->device, BPF_F_INGRESS);
 }
 
-// taken hands a packet on whose outer headers are to go. `sum_known` says that the
-// outer checksum, if right, means that the inner one is; `unfinished` that the outer one
+// uncover takes the outer headers off: 0, or the reason for which it cannot. `sum_known` says that
+// the outer checksum, if right, means that the inner one is; `unfinished` that the outer one
 // was left to the hardware by a sender that there is no wire to, as on veth and between
 // virtual machines.
-inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, int cost, const struct ethernet *e, int check, int sum_known,
-			int unfinished, struct passage *w, struct flow *f, __u32 way, struct traffic *from, __u32 bytes)
+inline_always __u32 uncover(struct __sk_buff *skb, __u32 gso, int cost, int check, int sum_known, int unfinished)
 {
 	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
 	__s64 level = bpf_csum_level(skb, BPF_CSUM_LEVEL_QUERY);
@@ -960,14 +1057,14 @@ inline_always int taken(struct __sk_buff *skb, __u32 gso, const struct tunnel *t
 	if (gso)
 		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
 	else if (check && !sum_known && !unfinished && level < 0)
-		return leave(w, f, SLOW_IN_CHECKSUM);
+		return SLOW_IN_CHECKSUM;
 	else if (level > 0 || (!level && check && sum_known))
 		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
 	if (bpf_skb_adjust_room(skb, -cost, BPF_ADJ_ROOM_MAC, flags))
-		return leave(w, f, SLOW_IN_ROOM);
+		return SLOW_IN_ROOM;
 	if (level > 0 && !gso)
 		bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
-	return enters(skb, t, e, w, way, from, segments(skb), bytes);
+	return 0;
 }
 
 // decapsulated is the inner ECN field that RFC 6040, figure 4, asks for, or -1 if the
@@ -996,51 +1093,48 @@ inline_always void set_ecn4(struct __sk_buff *skb, __u8 tos, __u8 ecn)
 
 inline_always int in4(struct __sk_buff *skb, __u32 gso)
 {
-	struct {
-		struct outer4 outer;
-		struct iphdr ip;
-	} h;
 	struct address source = {}, outer = {}, destination = {};
-	__u32 family = 4, length;
-	struct traffic *from;
-	struct tunnel *t;
-	int sum_known, unfinished, class, tos;
 	struct passage passage = {}, *w = &passage;
+	__u32 family = 4, length, way, reason;
+	int sum_known, unfinished, class, joined, verdict;
+	struct traffic *from;
+	struct outer4 h;
+	struct inner4 in;
+	struct tunnel *t;
 	struct flow *f;
-	__u32 way;
 	__u64 s, inner = 0;
 
 	t = bpf_map_lookup_elem(&tunnels, &family);
-	if (!t || t->ipip || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h.outer, COST4) ||
-	    bpf_skb_load_bytes(skb, ETH_HLEN + COST4, &h.ip, sizeof(h.ip)))
+	if (!t || t->ipip || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h, COST4))
 		return TC_ACT_UNSPEC;
-	if (h.outer.ip.daddr != t->local.word[0] || skb->vlan_present)
+	if (h.ip.daddr != t->local.word[0] || skb->vlan_present)
 		return TC_ACT_UNSPEC;
-	outer.word[0] = h.outer.ip.saddr;
-	if (h.outer.ip.frag_off & bpf_htons(0x3fff)) { // it may be anybody's
-		if (!(h.outer.ip.frag_off & bpf_htons(0x1fff)) && h.outer.udp.destination == t->port)
+	outer.word[0] = h.ip.saddr;
+	if (h.ip.frag_off & bpf_htons(0x3fff)) { // it may be anybody's
+		if (!(h.ip.frag_off & bpf_htons(0x1fff)) && h.udp.destination == t->port)
 			not_read(&outer);
 		return slow(SLOW_IN_FRAGMENT);
 	}
-	if (h.outer.udp.destination != t->port)
+	if (h.udp.destination != t->port)
 		return TC_ACT_UNSPEC;
-	if (h.outer.ip.version != 4 || fold(sum(&h.outer.ip, sizeof(h.outer.ip))) != 0xffff)
+	if (h.ip.version != 4 || fold(sum(&h.ip, sizeof(h.ip))) != 0xffff)
 		return slow(SLOW_IN_OPTIONS);
 	length = skb->len - ETH_HLEN;
-	if (bpf_ntohs(h.outer.ip.tot_len) != length || bpf_ntohs(h.outer.udp.length) + sizeof(h.outer.ip) != length)
+	if (bpf_ntohs(h.ip.tot_len) != length || bpf_ntohs(h.udp.length) + sizeof(h.ip) != length)
 		return slow(SLOW_IN_LENGTH);
-	if (!wanted(t, &h.outer.vxlan, &h.outer.ethernet, bpf_htons(ETH_P_IP)) || h.ip.version != 4 || h.ip.ihl < 5)
+	if (!wanted(t, &h.vxlan, &h.ethernet, bpf_htons(ETH_P_IP)) || !read4(skb, ETH_HLEN + COST4, &in))
 		return slow(SLOW_IN_HEADER);
 	length -= COST4;
-	if (gso && bpf_ntohs(h.ip.tot_len) != length)
+	if (gso && bpf_ntohs(in.ip.tot_len) != length)
 		not_read(&outer);
-	source.word[0] = h.ip.saddr;
-	destination.word[0] = h.ip.daddr;
-	f = flow_of(&source, &destination,
-		    ports_of(skb, ETH_HLEN + COST4 + h.ip.ihl * 4, h.ip.frag_off & bpf_htons(0x3fff) ? 0 : h.ip.protocol));
-	passage_of(skb, t, bpf_htons(ETH_P_IP), ETH_HLEN + COST4, w);
+	source.word[0] = in.ip.saddr;
+	destination.word[0] = in.ip.daddr;
+	f = flow_of(&source, &destination, ports4(&in));
+	joined = joins(gso, f);
+	if (!joined && t->pods && segment4(&in, length, &w->s))
+		passage_of(w);
 	if (!w->c && left_at_once(gso, f))
-		return leave(w, f, SLOW_IN_SEGMENTS);
+		return left(f, SLOW_IN_SEGMENTS);
 	from = known(t, &outer, &source);
 	if (!from)
 		return slow(SLOW_IN_SOURCE);
@@ -1049,75 +1143,90 @@ inline_always int in4(struct __sk_buff *skb, __u32 gso)
 	if (w->c && !w->valid)
 		give(w->c, &w->s);
 	if (!w->valid && left_at_once(gso, f))
-		return leave(w, f, SLOW_IN_SEGMENTS);
-	class = decapsulated(h.outer.ip.tos, h.ip.tos);
-	if (class < 0)
-		return leave(w, 0, SLOW_IN_ECN);
-	if (bpf_ntohs(h.ip.tot_len) != length || length < h.ip.ihl * 4)
-		return leave(w, f, SLOW_IN_LENGTH);
+		return left(f, SLOW_IN_SEGMENTS);
+	class = decapsulated(h.ip.tos, in.ip.tos);
+	if (class < 0) {
+		f = NULL;
+		reason = SLOW_IN_ECN;
+		goto leave;
+	}
+	reason = SLOW_IN_LENGTH;
+	if (bpf_ntohs(in.ip.tot_len) != length || length < in.ip.ihl * 4)
+		goto leave;
+	reason = SLOW_IN_FLOW;
 	if (follows_unread(&outer))
-		return leave(w, f, SLOW_IN_FLOW);
-	way = way_of(gso, t, f, h.ip.protocol == IPPROTO_TCP, length, w->valid);
+		goto leave;
+	way = joined ? JOINED : way_of(gso, t, f, in.ip.protocol == IPPROTO_TCP, length, w->valid);
 	if (way == SLOW)
 		return slow(SLOW_IN_FLOW);
 	if (gso && way == DIRECT && !w->valid)
-		return leave(w, f, SLOW_IN_SEGMENTS);
-	s = sum(&h.outer.ip.saddr, 8) + protocol_word(IPPROTO_UDP) + h.outer.udp.length;
-	unfinished = fold(s) == h.outer.udp.check;
+		return left(f, SLOW_IN_SEGMENTS);
+	s = sum(&h.ip.saddr, 8) + protocol_word(IPPROTO_UDP) + h.udp.length;
+	unfinished = fold(s) == h.udp.check;
 	sum_known = 0;
-	if (!gso && h.outer.udp.check && payload4(skb, &h.ip, ETH_HLEN + COST4, &inner)) {
-		sum_known = fold(s + inner + sum(&h.outer.udp, COST4 - sizeof(h.outer.ip))) == 0xffff;
+	if (!gso && h.udp.check && payload4(&in, &inner)) {
+		sum_known = fold(s + inner + sum(&h.udp, COST4 - sizeof(h.ip))) == 0xffff;
 	}
+	reason = uncover(skb, gso, COST4, h.udp.check, sum_known, unfinished);
+	if (reason)
+		goto leave;
 	if (way == JOINED)
-		joining(skb, f, ETH_HLEN + COST4 + h.ip.ihl * 4, 1);
-	tos = taken(skb, gso, t, COST4, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, w, f, way, from, length);
-	if (tos != TC_ACT_UNSPEC && class != (h.ip.tos & 3))
-		set_ecn4(skb, h.ip.tos, class);
-	return tos;
+		joining(f, payload_of(&in.on, length - in.ip.ihl * 4));
+	verdict = enters(skb, t, &h.ethernet, &in.ip, w, way, from, segments(skb), length);
+	if (class != (in.ip.tos & 3))
+		set_ecn4(skb, in.ip.tos, class);
+	return verdict;
+
+leave: // to the device, which is noted of a packet that could have taken its shortcut
+	if (joined && t->pods && segment4(&in, length, &w->s)) {
+		w->c = bpf_map_lookup_elem(&shortcuts, &w->s.key);
+		w->valid = !!w->c;
+	}
+	if (w->c && w->valid)
+		give(w->c, &w->s);
+	return left(f, reason);
 }
 
 inline_always int in6(struct __sk_buff *skb, __u32 gso)
 {
-	struct {
-		struct outer6 outer;
-		struct ipv6hdr ip;
-	} h;
 	struct address source, outer, destination, local;
-	__u32 family = 6, length;
-	struct traffic *from;
-	struct tunnel *t;
-	int sum_known, unfinished, class, verdict;
 	struct passage passage = {}, *w = &passage;
+	__u32 family = 6, length, way, reason;
+	int sum_known, unfinished, class, joined, verdict;
+	struct traffic *from;
+	struct outer6 h;
+	struct inner6 in;
+	struct tunnel *t;
 	struct flow *f;
-	__u32 way;
 	__u8 inner_class;
 	__u64 s, inner = 0;
 
 	t = bpf_map_lookup_elem(&tunnels, &family);
-	if (!t || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h.outer, COST6) ||
-	    bpf_skb_load_bytes(skb, ETH_HLEN + COST6, &h.ip, sizeof(h.ip)))
+	if (!t || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, ETH_HLEN, &h, COST6))
 		return TC_ACT_UNSPEC;
-	__builtin_memcpy(&destination, &h.outer.ip.daddr, 16);
+	__builtin_memcpy(&destination, &h.ip.daddr, 16);
 	local = t->local;
-	if (!equal(&destination, &local) || skb->vlan_present || h.outer.udp.destination != t->port)
+	if (!equal(&destination, &local) || skb->vlan_present || h.udp.destination != t->port)
 		return TC_ACT_UNSPEC;
-	if (h.outer.ip.version != 6)
+	if (h.ip.version != 6)
 		return slow(SLOW_IN_OPTIONS);
 	length = skb->len - ETH_HLEN;
-	if (bpf_ntohs(h.outer.ip.payload_len) + sizeof(h.outer.ip) != length || h.outer.udp.length != h.outer.ip.payload_len)
+	if (bpf_ntohs(h.ip.payload_len) + sizeof(h.ip) != length || h.udp.length != h.ip.payload_len)
 		return slow(SLOW_IN_LENGTH);
-	if (!wanted(t, &h.outer.vxlan, &h.outer.ethernet, bpf_htons(ETH_P_IPV6)) || h.ip.version != 6)
+	if (!wanted(t, &h.vxlan, &h.ethernet, bpf_htons(ETH_P_IPV6)) || !read6(skb, ETH_HLEN + COST6, &in))
 		return slow(SLOW_IN_HEADER);
 	length -= COST6;
-	__builtin_memcpy(&outer, &h.outer.ip.saddr, 16);
-	if (gso && bpf_ntohs(h.ip.payload_len) + sizeof(h.ip) != length)
+	__builtin_memcpy(&outer, &h.ip.saddr, 16);
+	if (gso && bpf_ntohs(in.ip.payload_len) + sizeof(in.ip) != length)
 		not_read(&outer);
-	__builtin_memcpy(&source, &h.ip.saddr, 16);
-	__builtin_memcpy(&destination, &h.ip.daddr, 16);
-	f = flow_of(&source, &destination, ports_of(skb, ETH_HLEN + COST6 + sizeof(h.ip), h.ip.nexthdr));
-	passage_of(skb, t, bpf_htons(ETH_P_IPV6), ETH_HLEN + COST6, w);
+	__builtin_memcpy(&source, &in.ip.saddr, 16);
+	__builtin_memcpy(&destination, &in.ip.daddr, 16);
+	f = flow_of(&source, &destination, ports6(&in));
+	joined = joins(gso, f);
+	if (!joined && t->pods && segment6(skb, ETH_HLEN + COST6, &in, length, &w->s))
+		passage_of(w);
 	if (!w->c && left_at_once(gso, f))
-		return leave(w, f, SLOW_IN_SEGMENTS);
+		return left(f, SLOW_IN_SEGMENTS);
 	from = known(t, &outer, &source);
 	if (!from)
 		return slow(SLOW_IN_SOURCE);
@@ -1126,35 +1235,52 @@ inline_always int in6(struct __sk_buff *skb, __u32 gso)
 	if (w->c && !w->valid)
 		give(w->c, &w->s);
 	if (!w->valid && left_at_once(gso, f))
-		return leave(w, f, SLOW_IN_SEGMENTS);
-	inner_class = h.ip.flow_lbl[0] >> 4;
-	class = decapsulated(h.outer.ip.flow_lbl[0] >> 4, inner_class);
-	if (class < 0)
-		return leave(w, 0, SLOW_IN_ECN);
-	if (bpf_ntohs(h.ip.payload_len) + sizeof(h.ip) != length)
-		return leave(w, f, SLOW_IN_LENGTH);
+		return left(f, SLOW_IN_SEGMENTS);
+	inner_class = in.ip.flow_lbl[0] >> 4;
+	class = decapsulated(h.ip.flow_lbl[0] >> 4, inner_class);
+	if (class < 0) {
+		f = NULL;
+		reason = SLOW_IN_ECN;
+		goto leave;
+	}
+	reason = SLOW_IN_LENGTH;
+	if (bpf_ntohs(in.ip.payload_len) + sizeof(in.ip) != length)
+		goto leave;
+	reason = SLOW_IN_FLOW;
 	if (follows_unread(&outer))
-		return leave(w, f, SLOW_IN_FLOW);
-	way = way_of(gso, t, f, h.ip.nexthdr == IPPROTO_TCP, length, w->valid);
+		goto leave;
+	way = joined ? JOINED : way_of(gso, t, f, in.ip.nexthdr == IPPROTO_TCP, length, w->valid);
 	if (way == SLOW)
 		return slow(SLOW_IN_FLOW);
 	if (gso && way == DIRECT && !w->valid)
-		return leave(w, f, SLOW_IN_SEGMENTS);
-	s = sum(&h.outer.ip.saddr, 32) + protocol_word(IPPROTO_UDP) + h.outer.udp.length;
-	unfinished = fold(s) == h.outer.udp.check;
+		return left(f, SLOW_IN_SEGMENTS);
+	s = sum(&h.ip.saddr, 32) + protocol_word(IPPROTO_UDP) + h.udp.length;
+	unfinished = fold(s) == h.udp.check;
 	sum_known = 0;
-	if (!gso && h.outer.udp.check && payload6(skb, &h.ip, ETH_HLEN + COST6, &inner)) {
-		sum_known = fold(s + inner + sum(&h.outer.udp, COST6 - sizeof(h.outer.ip))) == 0xffff;
+	if (!gso && h.udp.check && payload6(&in, &inner)) {
+		sum_known = fold(s + inner + sum(&h.udp, COST6 - sizeof(h.ip))) == 0xffff;
 	}
+	reason = uncover(skb, gso, COST6, h.udp.check, sum_known, unfinished);
+	if (reason)
+		goto leave;
 	if (way == JOINED)
-		joining(skb, f, ETH_HLEN + COST6 + sizeof(h.ip), 1);
-	verdict = taken(skb, gso, t, COST6, &h.outer.ethernet, h.outer.udp.check, sum_known, unfinished, w, f, way, from, length);
-	if (verdict != TC_ACT_UNSPEC && class != (inner_class & 3)) {
-		__u8 byte = (h.ip.flow_lbl[0] & 0xcf) | class << 4;
+		joining(f, payload_of(&in.on, length - sizeof(in.ip)));
+	verdict = enters(skb, t, &h.ethernet, NULL, w, way, from, segments(skb), length);
+	if (class != (inner_class & 3)) {
+		__u8 byte = (in.ip.flow_lbl[0] & 0xcf) | class << 4;
 
 		bpf_skb_store_bytes(skb, ETH_HLEN + 1, &byte, 1, BPF_F_RECOMPUTE_CSUM);
 	}
 	return verdict;
+
+leave: // as in4 does
+	if (joined && t->pods && segment6(skb, ETH_HLEN + COST6, &in, length, &w->s)) {
+		w->c = bpf_map_lookup_elem(&shortcuts, &w->s.key);
+		w->valid = !!w->c;
+	}
+	if (w->c && w->valid)
+		give(w->c, &w->s);
+	return left(f, reason);
 }
 
 // fragment6 leaves an outer fragment, which may be anybody's.
@@ -1227,8 +1353,9 @@ int culvert_join(struct __sk_buff *skb)
 {
 	struct ethernet ethernet;
 	struct passage w = {};
+	union inner in;
 	struct tunnel *t;
-	__u32 family;
+	__u32 family, length = skb->len - ETH_HLEN;
 
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		family = 4;
@@ -1243,28 +1370,27 @@ int culvert_join(struct __sk_buff *skb)
 		return unqueued(skb, &ethernet);
 	if (family == 4) {
 		struct address source = {}, destination = {};
-		struct iphdr ip;
-		__be32 ports;
 
-		if (!bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) && !bpf_skb_load_bytes(skb, ETH_HLEN + ip.ihl * 4, &ports, 4)) {
-			source.word[0] = ip.saddr;
-			destination.word[0] = ip.daddr;
-			joining(skb, flow_of(&source, &destination, ports), ETH_HLEN + ip.ihl * 4, -1);
-		}
+		if (!read4(skb, ETH_HLEN, &in.four))
+			return TC_ACT_SHOT; // cannot be
+		source.word[0] = in.four.ip.saddr;
+		destination.word[0] = in.four.ip.daddr;
+		joining(flow_of(&source, &destination, ports4(&in.four)), -payload_of(&in.four.on, length - in.four.ip.ihl * 4));
+		if (t->pods && segment4(&in.four, length, &w.s))
+			passage_of(&w);
 	} else {
 		struct address source, destination;
-		struct ipv6hdr ip;
-		__be32 ports;
 
-		if (!bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) && !bpf_skb_load_bytes(skb, ETH_HLEN + sizeof(ip), &ports, 4)) {
-			__builtin_memcpy(&source, &ip.saddr, 16);
-			__builtin_memcpy(&destination, &ip.daddr, 16);
-			joining(skb, flow_of(&source, &destination, ports), ETH_HLEN + sizeof(ip), -1);
-		}
+		if (!read6(skb, ETH_HLEN, &in.six))
+			return TC_ACT_SHOT;
+		__builtin_memcpy(&source, &in.six.ip.saddr, 16);
+		__builtin_memcpy(&destination, &in.six.ip.daddr, 16);
+		joining(flow_of(&source, &destination, ports6(&in.six)), -payload_of(&in.six.on, length - sizeof(in.six.ip)));
+		if (t->pods && segment6(skb, ETH_HLEN, &in.six, length, &w.s))
+			passage_of(&w);
 	}
-	passage_of(skb, t, skb->protocol, ETH_HLEN, &w);
 	if (w.valid)
-		return to_pod(skb, t, w.c, &w.s);
+		return to_pod(skb, t, w.c, &w.s, family == 4 ? &in.four.ip : NULL);
 	if (w.c)
 		give(w.c, &w.s);
 	return bpf_redirect(t->device, BPF_F_INGRESS);
@@ -1280,13 +1406,14 @@ int culvert_pod_out(struct __sk_buff *skb)
 	struct segment s = {};
 	struct peer_key key = {};
 	struct ethernet ethernet;
+	union inner in;
 	struct shortcut *c;
 	struct tunnel *t;
 	struct peer *p;
 	__u32 gso = gso_size(skb), bytes = skb->len - ETH_HLEN;
 	int verdict;
 
-	if (skb->vlan_present || !segment_of(skb, skb->protocol, ETH_HLEN, &s))
+	if (skb->vlan_present || !segment_of(skb, &in, &s))
 		return TC_ACT_UNSPEC;
 	t = bpf_map_lookup_elem(&tunnels, &s.family);
 	if (!t || bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
@@ -1309,20 +1436,23 @@ int culvert_pod_out(struct __sk_buff *skb)
 	p = bpf_map_lookup_elem(&peers, &key);
 	if (!p)
 		goto host;
-	set_hops(skb, s.family, s.hops, s.hops - 1);
 	if (s.family == 4) {
 		h.four.ethernet = c->ethernet;
-		verdict = out4(skb, gso, t, p, ETH_HLEN, &h.four);
+		one_hop(&in.four.ip);
+		verdict = out4(skb, gso, t, p, ETH_HLEN, &in.four, &h.four, 1);
 	} else {
+		set_hops(skb, s.hops - 1);
+		in.six.ip.hop_limit = s.hops - 1; // which the outer checksum covers
 		h.six.ethernet = c->ethernet;
-		verdict = out6(skb, gso, t, p, ETH_HLEN, &h.six);
+		verdict = out6(skb, gso, t, p, ETH_HLEN, &in.six, &h.six);
 	}
 	if (verdict != TC_ACT_UNSPEC) {
 		count(OUT_SHORT, 1);
 		to_peer(&key, segments(skb), bytes);
 		return verdict;
 	}
-	set_hops(skb, s.family, s.hops - 1, s.hops);
+	if (s.family == 6)
+		set_hops(skb, s.hops);
 host:
 	give(c, &s);
 	return TC_ACT_UNSPEC;
@@ -1334,8 +1464,9 @@ int culvert_pod_in(struct __sk_buff *skb)
 	struct segment s = {};
 	struct shortcut *c;
 	struct tunnel *t;
+	union inner in;
 
-	if (skb->vlan_present || !segment_of(skb, skb->protocol, ETH_HLEN, &s))
+	if (skb->vlan_present || !segment_of(skb, &in, &s))
 		return TC_ACT_UNSPEC;
 	c = bpf_map_lookup_elem(&shortcuts, &s.key);
 	if (!c || c->link != skb->ifindex) {

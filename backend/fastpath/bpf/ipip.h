@@ -40,7 +40,7 @@ inline_always int too_long(const struct peer *p, __u32 length)
 	if (length <= MIN_PATH_MTU)
 		return 0;
 	doubt = doubt_of(p->outer.word[0]);
-	return doubt && *doubt && (__s64)(bpf_ktime_get_ns() - *doubt) < DOUBT; // clocks of processors differ
+	return doubt && *doubt && (__s64)(clock() - *doubt) < DOUBT; // clocks of processors differ
 }
 
 // told reads an ICMP error that quotes one of our outer packets. It goes on to the host,
@@ -62,28 +62,27 @@ inline_always void told(struct __sk_buff *skb)
 		return;
 	doubt = doubt_of(icmp.quoted.daddr);
 	if (doubt)
-		*doubt = bpf_ktime_get_ns();
+		*doubt = clock();
 }
 
-inline_always int out_ipip(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, int at)
+inline_always int out_ipip(struct __sk_buff *skb, __u32 gso, const struct tunnel *t, const struct peer *p, int at, const struct inner4 *in)
 {
+	const struct iphdr ip = in->ip;
 	struct flow *f = 0;
-	struct iphdr ip, h;
+	struct iphdr h;
 	__u32 length = skb->len - at, each = length, n = 1;
 	int fragment;
 
-	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
-		return slow(SLOW_OUT_PROTOCOL);
 	fragment = ip.frag_off & bpf_htons(0x3fff);
 	if (t->process) {
 		struct address source = { .word = { ip.saddr } }, destination = { .word = { ip.daddr } };
 
-		f = flow_of(&source, &destination, ports_of(skb, at + ip.ihl * 4, fragment ? 0 : ip.protocol));
+		f = flow_of(&source, &destination, ports4(in));
 		if (kept(f))
 			return slow(SLOW_OUT_FLOW);
 	}
 	if (gso) {
-		each = fragment ? 0 : segment_length(skb, gso, ip.protocol, at + ip.ihl * 4, ip.ihl * 4);
+		each = fragment ? 0 : segment_length(gso, ip.protocol, &in->on, ip.ihl * 4);
 		if (!each || length + COST_IPIP > 0xffff)
 			return left(f, SLOW_OUT_SEGMENTS);
 		n = segments(skb);
@@ -109,14 +108,13 @@ inline_always int out_ipip(struct __sk_buff *skb, __u32 gso, const struct tunnel
 
 inline_always int in_ipip(struct __sk_buff *skb, __u32 gso)
 {
-	struct {
-		struct iphdr outer, ip;
-	} h;
+	struct iphdr h;
+	struct inner4 in;
 	struct address source = {}, outer = {}, destination = {};
 	struct ethernet ethernet;
 	struct passage passage = {}, *w = &passage; // there is no short way
 	__u32 family = 4, length, way, packets = segments(skb);
-	int class, fragment, verdict;
+	int class, verdict;
 	struct traffic *from;
 	struct tunnel *t;
 	struct flow *f;
@@ -125,56 +123,55 @@ inline_always int in_ipip(struct __sk_buff *skb, __u32 gso)
 	if (!t || !t->ipip || t->uplink != skb->ifindex || bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)) ||
 	    bpf_skb_load_bytes(skb, ETH_HLEN, &h, sizeof(h)))
 		return TC_ACT_UNSPEC;
-	if (h.outer.daddr != t->local.word[0] || skb->vlan_present)
+	if (h.daddr != t->local.word[0] || skb->vlan_present)
 		return TC_ACT_UNSPEC;
-	outer.word[0] = h.outer.saddr;
-	if (h.outer.frag_off & bpf_htons(0x3fff)) { // of any flow
-		if (!(h.outer.frag_off & bpf_htons(0x1fff)))
+	outer.word[0] = h.saddr;
+	if (h.frag_off & bpf_htons(0x3fff)) { // of any flow
+		if (!(h.frag_off & bpf_htons(0x1fff)))
 			not_read(&outer);
 		return slow(SLOW_IN_FRAGMENT);
 	}
-	if (h.outer.version != 4 || fold(sum(&h.outer, sizeof(h.outer))) != 0xffff)
+	if (h.version != 4 || fold(sum(&h, sizeof(h))) != 0xffff)
 		return slow(SLOW_IN_OPTIONS);
 	length = skb->len - ETH_HLEN;
-	if (bpf_ntohs(h.outer.tot_len) != length)
+	if (bpf_ntohs(h.tot_len) != length)
 		return slow(SLOW_IN_LENGTH);
-	if (h.ip.version != 4 || h.ip.ihl < 5)
+	if (!read4(skb, ETH_HLEN + COST_IPIP, &in))
 		return slow(SLOW_IN_HEADER);
 	length -= COST_IPIP;
-	source.word[0] = h.ip.saddr;
-	destination.word[0] = h.ip.daddr;
-	fragment = h.ip.frag_off & bpf_htons(0x3fff);
-	f = flow_of(&source, &destination, ports_of(skb, ETH_HLEN + COST_IPIP + h.ip.ihl * 4, fragment ? 0 : h.ip.protocol));
+	source.word[0] = in.ip.saddr;
+	destination.word[0] = in.ip.daddr;
+	f = flow_of(&source, &destination, ports4(&in));
 	if (left_at_once(gso, f))
-		return leave(w, f, SLOW_IN_SEGMENTS);
+		return left(f, SLOW_IN_SEGMENTS);
 	from = known(t, &outer, &source);
 	if (!from)
 		return slow(SLOW_IN_SOURCE);
 	if (!ours(t, &destination))
 		return slow(SLOW_IN_DESTINATION);
 	// VXLAN's outer checksum covers the inner header. Here nothing does.
-	if (h.ip.ihl != 5 || fold(sum(&h.ip, sizeof(h.ip))) != 0xffff)
-		return leave(w, f, SLOW_IN_HEADER);
-	class = decapsulated(h.outer.tos, h.ip.tos);
+	if (in.ip.ihl != 5 || fold(sum(&in.ip, sizeof(in.ip))) != 0xffff)
+		return left(f, SLOW_IN_HEADER);
+	class = decapsulated(h.tos, in.ip.tos);
 	if (class < 0)
-		return leave(w, 0, SLOW_IN_ECN);
-	if (bpf_ntohs(h.ip.tot_len) != length)
-		return leave(w, f, SLOW_IN_LENGTH);
+		return left(NULL, SLOW_IN_ECN);
+	if (bpf_ntohs(in.ip.tot_len) != length)
+		return left(f, SLOW_IN_LENGTH);
 	if (follows_unread(&outer))
-		return leave(w, f, SLOW_IN_FLOW);
-	way = way_of(gso, t, f, h.ip.protocol == IPPROTO_TCP, length, 0);
+		return left(f, SLOW_IN_FLOW);
+	way = way_of(gso, t, f, in.ip.protocol == IPPROTO_TCP, length, 0);
 	if (way == SLOW)
 		return slow(SLOW_IN_FLOW);
 	if (gso && way == DIRECT)
-		return leave(w, f, SLOW_IN_SEGMENTS);
+		return left(f, SLOW_IN_SEGMENTS);
 	// No checksum is outside, so what is known of the inner one stays.
 	if (way == JOINED)
-		joining(skb, f, ETH_HLEN + COST_IPIP + h.ip.ihl * 4, 1);
+		joining(f, payload_of(&in.on, length - in.ip.ihl * 4));
 	if (bpf_skb_adjust_room(skb, -COST_IPIP, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET))
-		return leave(w, f, SLOW_IN_ROOM);
+		return left(f, SLOW_IN_ROOM);
 	__builtin_memcpy(ethernet.destination, t->mac, ETH_ALEN); // for the pair of veth
-	verdict = enters(skb, t, &ethernet, w, way, from, packets, length);
-	if (class != (h.ip.tos & 3))
-		set_ecn4(skb, h.ip.tos, class);
+	verdict = enters(skb, t, &ethernet, NULL, w, way, from, packets, length);
+	if (class != (in.ip.tos & 3))
+		set_ecn4(skb, in.ip.tos, class);
 	return verdict;
 }

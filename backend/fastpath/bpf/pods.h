@@ -28,7 +28,7 @@
  * (into_queue), and the short way goes by that queue as long as there are any.
  */
 
-#define LIFE 250000000ull    // ns
+#define LIFE 240000000ull    // ns: with a tick of the clock, 250 ms
 #define RECOUNT 1000000000ull // ns
 
 struct flow_key {
@@ -115,13 +115,6 @@ inline_always __u32 generation(void)
 	return g ? *g : 0;
 }
 
-struct tcp {
-	__be16 source_port, destination_port;
-	__be32 sequence, acknowledgement;
-	__u8 offset, flags;
-	__be16 window;
-};
-
 #define TCP_FIN 1
 #define TCP_SYN 2
 #define TCP_RST 4
@@ -136,82 +129,92 @@ struct segment {
 	__u8 fragment;    // the first one
 };
 
-// segment_of reads the inner IP header, which is at `at`, and the TCP or UDP header. False for
-// other protocols, later fragments, and packets with IP options or extension headers.
-inline_always int segment_of(struct __sk_buff *skb, __be16 protocol, int at, struct segment *s)
+// transport_of reads what follows the IP header, and is length bytes long.
+inline_always int transport_of(const union transport *on, __u32 length, __u32 identification, struct segment *s)
 {
-	__u32 length, header, identification = 0;
-	struct tcp tcp = {};
+	const struct tcp *tcp = &on->tcp;
 
-	s->fragment = 0;
-	if (protocol == bpf_htons(ETH_P_IP)) {
-		struct iphdr ip;
-
-		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl != 5 || (ip.frag_off & bpf_htons(0x1fff)))
-			return 0;
-		s->family = 4;
-		s->hops = ip.ttl;
-		s->key.source = (struct address){ { ip.saddr } };
-		s->key.destination = (struct address){ { ip.daddr } };
-		s->key.protocol = ip.protocol;
-		s->fragment = !!(ip.frag_off & bpf_htons(0x2000));
-		identification = ip.id;
-		header = sizeof(ip);
-	} else if (protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6hdr ip;
-
-		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || ip.version != 6)
-			return 0;
-		s->family = 6;
-		s->hops = ip.hop_limit;
-		__builtin_memcpy(&s->key.source, &ip.saddr, 16);
-		__builtin_memcpy(&s->key.destination, &ip.daddr, 16);
-		s->key.protocol = ip.nexthdr;
-		header = sizeof(ip);
-		if (ip.nexthdr == IPPROTO_FRAGMENT) {
-			struct {
-				__u8 next, reserved;
-				__be16 offset;
-				__be32 identification;
-			} f;
-
-			if (bpf_skb_load_bytes(skb, at + header, &f, sizeof(f)) || (f.offset & bpf_htons(0xfff8)))
-				return 0;
-			s->key.protocol = f.next;
-			s->fragment = 1;
-			header += sizeof(f);
-		}
-	} else {
-		return 0;
-	}
 	if (s->key.protocol == IPPROTO_TCP) {
-		if (bpf_skb_load_bytes(skb, at + header, &tcp, sizeof(tcp)))
+		if (length < sizeof(*tcp) || tcp->offset < 5 << 4)
 			return 0;
-		s->flags = tcp.flags;
-		length = skb->len - at - header - (tcp.offset >> 4) * 4; // of the payload
-		s->position.end = bpf_ntohl(tcp.sequence) + length;
-		s->position.acknowledged = bpf_ntohl(tcp.acknowledgement);
+		s->flags = tcp->flags;
+		s->position.end = bpf_ntohl(tcp->sequence) + length - (tcp->offset >> 4) * 4;
+		s->position.acknowledged = bpf_ntohl(tcp->acknowledgement);
 	} else if (s->key.protocol == IPPROTO_UDP) {
 		// Length and checksum are where TCP has its sequence number, and the payload follows. The
 		// host may finish a checksum that was left to hardware.
-		if (bpf_skb_load_bytes(skb, at + header, &tcp, sizeof(tcp)) && bpf_skb_load_bytes(skb, at + header, &tcp, 8))
+		if (length < sizeof(on->udp))
 			return 0;
 		s->flags = TCP_ACK;
-		s->position.end = bpf_ntohl(tcp.sequence) >> 16;
-		s->position.acknowledged = tcp.acknowledgement ^ identification << 16 ^
-					   ((__u32)tcp.window << 16 | tcp.offset << 8 | tcp.flags) * 0x9e3779b1u;
+		s->position.end = bpf_ntohl(tcp->sequence) >> 16;
+		s->position.acknowledged = tcp->acknowledgement ^ identification << 16 ^
+					   ((__u32)tcp->window << 16 | tcp->offset << 8 | tcp->flags) * 0x9e3779b1u;
 	} else {
 		return 0;
 	}
-	s->key.source_port = tcp.source_port;
-	s->key.destination_port = tcp.destination_port;
+	s->key.source_port = tcp->source_port;
+	s->key.destination_port = tcp->destination_port;
 	return 1;
+}
+
+// segment4 makes a segment of an inner packet, length bytes long, and its headers. False for
+// protocols other than TCP and UDP, later fragments, and packets with IP options or extension headers.
+inline_always int segment4(const struct inner4 *h, __u32 length, struct segment *s)
+{
+	if (h->ip.ihl != 5 || (h->ip.frag_off & bpf_htons(0x1fff)))
+		return 0;
+	s->family = 4;
+	s->hops = h->ip.ttl;
+	s->fragment = !!(h->ip.frag_off & bpf_htons(0x2000));
+	s->key.source = (struct address){ { h->ip.saddr } };
+	s->key.destination = (struct address){ { h->ip.daddr } };
+	s->key.protocol = h->ip.protocol;
+	return transport_of(&h->on, length - sizeof(h->ip), h->ip.id, s);
+}
+
+inline_always int segment6(struct __sk_buff *skb, int at, const struct inner6 *h, __u32 length, struct segment *s)
+{
+	union transport on = h->on;
+
+	length -= sizeof(h->ip);
+	s->family = 6;
+	s->hops = h->ip.hop_limit;
+	s->fragment = 0;
+	__builtin_memcpy(&s->key.source, &h->ip.saddr, 16);
+	__builtin_memcpy(&s->key.destination, &h->ip.daddr, 16);
+	s->key.protocol = h->ip.nexthdr;
+	if (h->ip.nexthdr == IPPROTO_FRAGMENT) {
+		struct {
+			__u8 next, reserved;
+			__be16 offset;
+			__be32 identification;
+			union transport on;
+		} f;
+
+		if (bpf_skb_load_bytes(skb, at + sizeof(h->ip), &f, sizeof(f)) || (f.offset & bpf_htons(0xfff8)))
+			return 0;
+		s->key.protocol = f.next;
+		s->fragment = 1;
+		on = f.on;
+		length -= 8;
+	}
+	return transport_of(&on, length, 0, s);
+}
+
+// segment_of is both for an Ethernet frame, whose headers it reads.
+inline_always int segment_of(struct __sk_buff *skb, union inner *h, struct segment *s)
+{
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return read4(skb, ETH_HLEN, &h->four) && segment4(&h->four, skb->len - ETH_HLEN, s);
+	if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		return read6(skb, ETH_HLEN, &h->six) && segment6(skb, ETH_HLEN, &h->six, skb->len - ETH_HLEN, s);
+	return 0;
 }
 
 // is_valid says whether a packet of the flow may take the shortcut.
 inline_always int is_valid(const struct shortcut *c, const struct segment *s)
 {
-	return c->until && (__s64)(c->until - bpf_ktime_get_ns()) > 0 && c->generation == generation() && !s->fragment &&
+	return c->until && (__s64)(c->until - clock()) > 0 && c->generation == generation() && !s->fragment &&
 	       (s->flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) == TCP_ACK && s->hops > 1;
 }
 
@@ -220,7 +223,7 @@ inline_always void give(struct shortcut *c, const struct segment *s)
 {
 	if (c->until || !c->gave) { // so there was nothing of it on that way
 		c->until = 0;
-		c->since = bpf_ktime_get_ns();
+		c->since = clock();
 		c->away = 0;
 	}
 	if (s->fragment) { // what comes out of the host's way is not to be told apart: the next whole packet is
@@ -246,7 +249,7 @@ inline_always void passed(struct __sk_buff *skb, struct shortcut *c, const struc
 	__sync_fetch_and_add(&c->away, -1);
 	if (!same_position(&c->given, &s->position))
 		return;
-	now = bpf_ktime_get_ns();
+	now = clock();
 	if (s->key.protocol == IPPROTO_UDP && c->away && now - c->since < RECOUNT)
 		return;
 	if (bpf_skb_load_bytes(skb, 0, &c->ethernet, sizeof(c->ethernet)))
@@ -318,13 +321,17 @@ inline_always int into_queue(struct __sk_buff *skb, const struct tunnel *t, stru
 	return bpf_redirect(t->queue, BPF_F_INGRESS);
 }
 
-// set_hops changes the TTL or hop limit of the IP packet behind the Ethernet header.
-inline_always void set_hops(struct __sk_buff *skb, __u32 family, __u8 from, __u8 to)
+// one_hop decrements the TTL, as ip_decrease_ttl does.
+inline_always void one_hop(struct iphdr *ip)
 {
-	if (family == 4) { // the header's checksum goes along, so the sum of it all stays
-		bpf_l3_csum_replace(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, check), bpf_htons(from << 8), bpf_htons(to << 8), 2);
-		bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, ttl), &to, 1, 0);
-		return;
-	}
+	__u32 check = (__u32)ip->check + bpf_htons(0x0100);
+
+	ip->check = check + (check >= 0xffff);
+	ip->ttl--;
+}
+
+// set_hops changes the hop limit of the IPv6 packet behind the Ethernet header.
+inline_always void set_hops(struct __sk_buff *skb, __u8 to)
+{
 	bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct ipv6hdr, hop_limit), &to, 1, BPF_F_RECOMPUTE_CSUM);
 }
