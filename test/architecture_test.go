@@ -1,6 +1,6 @@
-// Package test contains the scenario tests, which run the built binaries in labs, and
-// the tests of the repository's rules, such as who may import whom. It contains no code
-// for other packages and holds no state.
+// Package test contains the scenario tests, which run the built binaries in labs, and the
+// tests of the repository's rules, such as the allowed imports. It contains no code for
+// other packages and holds no state.
 package test
 
 import (
@@ -46,6 +46,7 @@ var allowed = map[string][]string{
 	"culvert/internal/api":             {"internal/api/readiness", "internal/handover", "internal/remedy"},
 	"culvert/internal/handover":        {},
 	"culvert/internal/fuzzloop":        {},
+	"culvert/internal/testca":          {},
 	"culvert/internal/api/readiness":   {},
 	"culvert/backend":                  {"internal/remedy", "subnet", "internal/api", "internal/echo", "internal/firewall", "internal/host"},
 	"culvert/backend/tunnel":           {"backend", "subnet", "encap", "internal/api", "internal/firewall", "internal/host", "internal/names", "internal/remedy"},

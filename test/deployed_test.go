@@ -25,6 +25,7 @@ import (
 	"culvert/internal/host"
 	"culvert/internal/lab"
 	"culvert/internal/names"
+	"culvert/internal/testca"
 	"culvert/subnet/etcd/etcdtest"
 )
 
@@ -43,10 +44,10 @@ func exit(t *testing.T, p *lab.Process, within time.Duration) string {
 	return p.Tail(50)
 }
 
-// TestU9SecondDaemonIsRefused starts a second daemon in a network namespace. Two would
+// TestU9SecondDaemonIsRejected starts a second daemon in a network namespace. Two would
 // undo each other's changes, so it exits with an error that names the first, and so does
 // `culvert cleanup`.
-func TestU9SecondDaemonIsRefused(t *testing.T) {
+func TestU9SecondDaemonIsRejected(t *testing.T) {
 	c := newCluster(t, 1)
 	c.setConfig(config)
 	n := c.Nodes[0]
@@ -78,9 +79,9 @@ func TestU9SecondDaemonIsRefused(t *testing.T) {
 	c.waitReady(n, 0)
 }
 
-// TestP10DaemonsAtOneMoment starts two daemons at the same time, in one namespace or with
+// TestP10ConcurrentStarts starts two daemons at the same time, in one namespace or with
 // one run directory: exactly one runs.
-func TestP10DaemonsAtOneMoment(t *testing.T) {
+func TestP10ConcurrentStarts(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 2)
 	c.setConfig(config)
@@ -198,7 +199,7 @@ func TestFirstContact(t *testing.T) {
 	}
 	https := strings.Replace(c.endpoint, "http:", "https:", 1)
 	tls, ca := tlsServer(t, n, "127.0.0.1:9998")
-	ours, strangers := etcdtest.NewAuthority(t), etcdtest.NewAuthority(t)
+	ours, strangers := testca.New(t), testca.New(t)
 	ours.IssueFor(t, "server", ours, c.FabricAddrs[0])
 	strangers.Issue(t, "client", strangers)
 	demanding := c.startEtcd("demanding", c.FabricAddrs[0].String()+":2479", "--cert-file", ours.Path("server.pem"), "--key-file", ours.Path("server-key.pem"), "--client-ca-file", ours.Path("ca.pem"))
@@ -254,7 +255,7 @@ func TestFirstContact(t *testing.T) {
 		saysWhatAndFix(t, m.name, exit(t, p, firstContact), m.what, m.fix)
 	}
 	// An old kernel, as a program with this personality(2) sees it.
-	if out, err := n.Run(t.Context(), "/usr/bin/setarch", "--uname-2.6", filepath.Join(c.bin, "culvert"), "doctor", "--run-dir", t.TempDir(), "--no-cni"); err == nil || !strings.Contains(string(out), "is older than what culvert is tested with") || !strings.Contains(string(out), "use Linux 5.10 or later") {
+	if out, err := n.Run(t.Context(), "/usr/bin/setarch", "--uname-2.6", filepath.Join(c.bin, "culvert"), "doctor", "--run-dir", t.TempDir(), "--no-cni"); err == nil || !strings.Contains(string(out), "is older than the versions that culvert is tested with") || !strings.Contains(string(out), "use Linux 5.10 or later") {
 		t.Errorf("on an old kernel: %s (%v)", out, err)
 	}
 	// A route of culvert's own, as a network over etcd's address leaves it.
@@ -270,7 +271,7 @@ func TestFirstContact(t *testing.T) {
 	saysWhatAndFix(t, "cut off by our own route", exit(t, p, firstContact), "culvert's own route to 10.5.0.0/16", "culvert cleanup")
 	// A daemon that reaches another server refuses the network.
 	p = c.start(n, "--etcd-endpoints", "http://10.5.9.9:2379")
-	if said := exit(t, p, firstContact); !strings.Contains(said, "the etcd server 10.5.9.9 lies in the cluster network 10.5.0.0/16") {
+	if said := exit(t, p, firstContact); !strings.Contains(said, "the etcd server 10.5.9.9 is in the cluster network 10.5.0.0/16") {
 		t.Errorf("with an etcd server in the network: %q", said)
 	}
 	// A wrong password ends the daemon.

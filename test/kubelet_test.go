@@ -4,18 +4,10 @@ package test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -29,6 +21,7 @@ import (
 
 	"culvert/internal/api"
 	"culvert/internal/lab"
+	"culvert/internal/testca"
 )
 
 // webPod is a pod of the test's image on a node, found by the label name too.
@@ -448,32 +441,9 @@ func (k *kubelets) uninstall(manifest string) {
 // URL and the directory of the files that the Secret is to hold.
 func (k *kubelets) startEtcd() (endpoint, files string) {
 	k.t.Helper()
-	files = k.t.(*testing.T).TempDir()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		k.t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "culvert"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature, IsCA: true, BasicConstraintsValid: true,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, IPAddresses: []net.IP{k.FabricAddrs[0].AsSlice()},
-	}
-	certificate, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		k.t.Fatal(err)
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		k.t.Fatal(err)
-	}
-	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate})
-	for name, text := range map[string][]byte{
-		"ca.pem": ca, "client.pem": ca, "client-key.pem": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}),
-	} {
-		if err := os.WriteFile(filepath.Join(files, name), text, 0o600); err != nil {
-			k.t.Fatal(err)
-		}
-	}
+	ca := testca.New(k.t)
+	ca.IssueFor(k.t, "client", ca, k.FabricAddrs[0])
+	files = ca.Dir()
 	listen := netip.AddrPortFrom(k.FabricAddrs[0], 2479).String()
 	p, err := k.Fabric.Start(lab.Command{Name: "etcd-tls", Path: filepath.Join(k.bin, "culvert-etcd"), Args: []string{
 		"--data-dir", filepath.Join(files, "etcd"), "--listen-client", listen, "--unsafe-no-fsync",

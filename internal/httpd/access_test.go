@@ -1,29 +1,24 @@
 package httpd
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"log/slog"
-	"math/big"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/testca"
 )
 
 // TestAccess requests with and without TLS and token, and with too large a header.
 func TestAccess(t *testing.T) {
 	dir := t.TempDir()
-	token, cert, key := filepath.Join(dir, "token"), filepath.Join(dir, "cert"), filepath.Join(dir, "key")
+	token := filepath.Join(dir, "token")
 	write := func(path, text string) {
 		t.Helper()
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -31,29 +26,12 @@ func TestAccess(t *testing.T) {
 		}
 	}
 	write(token, "secret\n")
-	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, k.Public(), k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write(cert, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
-	write(key, string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})))
+	ca := testca.New(t)
+	certificate, _ := ca.Issue(t, "server", ca)
 	roots := x509.NewCertPool()
-	parsed, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	roots.AddCert(parsed)
+	roots.AddCert(certificate)
 
-	access := Access{CertFile: cert, KeyFile: key, TokenFile: token}
+	access := Access{CertFile: ca.Path("server.pem"), KeyFile: ca.Path("server-key.pem"), TokenFile: token}
 	log := slog.New(slog.DiscardHandler)
 	handler := func(a Access) http.Handler {
 		mux := http.NewServeMux()
@@ -123,7 +101,7 @@ func TestAccess(t *testing.T) {
 	} else {
 		answer.Body.Close()
 	}
-	for _, wrong := range []Access{{TokenFile: filepath.Join(dir, "none")}, {CertFile: key, KeyFile: cert}} {
+	for _, wrong := range []Access{{TokenFile: filepath.Join(dir, "none")}, {CertFile: ca.Path("server-key.pem"), KeyFile: ca.Path("server.pem")}} {
 		if _, err := listen(wrong); err == nil {
 			t.Errorf("%+v is taken", wrong)
 		}

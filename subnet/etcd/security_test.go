@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"culvert/internal/testca"
 	"culvert/subnet/etcd/etcdtest"
 	"culvert/subnet/etcd/member"
 
@@ -31,7 +32,7 @@ func reads(t *testing.T, endpoint string, change func(*Options)) error {
 
 func TestTLS(t *testing.T) {
 	t.Parallel()
-	a, stranger := etcdtest.NewAuthority(t), etcdtest.NewAuthority(t)
+	a, stranger := testca.New(t), testca.New(t)
 	a.Issue(t, "server", a)
 	a.Issue(t, "client", a)
 	stranger.Issue(t, "client", stranger)
@@ -71,7 +72,7 @@ func TestTLS(t *testing.T) {
 		server := etcdtest.StartServer(t, member.Options{
 			CertFile: a.Path("server.pem"), KeyFile: a.Path("server-key.pem"), CAFile: a.Path("ca.pem"),
 		})
-		before := etcdtest.NewAuthority(t) // in another directory, since its files are replaced
+		before := testca.New(t) // in another directory, since its files are replaced
 		before.Issue(t, "client", before)
 		// The files on disk are of another CA at first, as if they had expired.
 		r := open(t, server.URL(), func(o *Options) {
@@ -236,7 +237,7 @@ func TestEtcdUnreachableAtStart(t *testing.T) {
 // Explain says within 1.5 s and on one line why a server cannot be used.
 func TestTroubleNamesTheCause(t *testing.T) {
 	t.Parallel()
-	a, stranger := etcdtest.NewAuthority(t), etcdtest.NewAuthority(t)
+	a, stranger := testca.New(t), testca.New(t)
 	a.Issue(t, "server", a)
 	plain := etcdtest.StartServer(t, member.Options{})
 	secured := etcdtest.StartServer(t, member.Options{CertFile: a.Path("server.pem"), KeyFile: a.Path("server-key.pem")})
