@@ -20,12 +20,11 @@ type Problem struct {
 	Check string `json:"check"` // its id in culvert's list of checks
 	Text  string `json:"text"`
 	Fix   string `json:"fix,omitempty"`
-	// Mends says that the plugin does it by itself at the next ADD, and Mend does
-	// it now.
+	// Mends says that the next ADD repairs it, and that Install.Mend repairs it now.
 	Mends bool `json:"mends,omitempty"`
 }
 
-// examine looks at what an ADD would meet, whether a daemon runs or not.
+// examine returns what would keep an ADD from succeeding, whether a daemon runs or not.
 func (n NetConf) examine() []Problem {
 	var problems []Problem
 	add := func(check string, mends bool, fix, format string, args ...any) {
@@ -34,7 +33,7 @@ func (n NetConf) examine() []Problem {
 	env, err := ReadSubnetEnv(n.SubnetFile)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return problems // the daemon's business, and said there
+		return problems // the daemon reports this
 	case err != nil:
 		add("subnet-file", false, "start the daemon, which writes it anew", "%v", err)
 		return problems
@@ -42,12 +41,12 @@ func (n NetConf) examine() []Problem {
 	if now, err := boottime.Now(); err == nil {
 		switch expired, disputed := env.Expired(now); {
 		case expired && env.Boot == "":
-			add("subnet-file", false, "start the daemon, which writes it anew; see that the clock is right",
+			add("subnet-file", false, "start the daemon, which rewrites it; check that the clock is right",
 				"%s says that the lease ended at %s, and the clock says %s: no pod is added", n.SubnetFile, stamp(env.Expires), stamp(now.Wall))
 		case expired:
-			add("subnet-file", false, "start the daemon, which renews the lease", "the lease in %s has run out at %s: no pod is added", n.SubnetFile, stamp(env.Expires))
+			add("subnet-file", false, "start the daemon, which renews the lease", "the lease in %s expired at %s: no pod is added", n.SubnetFile, stamp(env.Expires))
 		case disputed:
-			add("clock", false, "start the daemon, which writes the end of the lease by the new clock",
+			add("clock", false, "start the daemon, which rewrites the lease's expiry by the new clock",
 				"the clock was set since %s was written: it says %s, the lease ends at %s by the old one", n.SubnetFile, stamp(now.Wall), stamp(env.Expires))
 		}
 	}
@@ -66,10 +65,10 @@ func (n NetConf) examine() []Problem {
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
-// describe says what of the bridge keeps the delegate from adding a pod.
+// describe says why the delegate cannot add a pod to the bridge.
 func (b *unusableBridge) describe() string {
 	if b.foreign != "" {
-		return fmt.Sprintf("%s %s, and pods cannot be put on it", b.name, b.foreign)
+		return fmt.Sprintf("%s %s: pods cannot be attached to it", b.name, b.foreign)
 	}
 	var what []string
 	for _, a := range b.address {
@@ -79,15 +78,15 @@ func (b *unusableBridge) describe() string {
 		what = append(what, "has no Ethernet address")
 	}
 	if b.noIPv6 {
-		what = append(what, "takes no IPv6 address (disable_ipv6)")
+		what = append(what, "has IPv6 disabled (disable_ipv6)")
 	}
 	return fmt.Sprintf("the bridge %s %s; %d interfaces are on it", b.name, strings.Join(what, ", and "), b.ports)
 }
 
-// fix is what a person would do about it.
+// fix returns what an administrator can do about it.
 func (b *unusableBridge) fix() string {
 	if !b.repairable() {
-		return "delete the pods of the old subnet (drain the node): with the last of them gone the plugin corrects the bridge itself"
+		return "delete the pods of the old subnet (drain the node): after the last one the plugin corrects the bridge itself"
 	}
 	var all []string
 	for _, a := range b.address {
@@ -148,8 +147,8 @@ func (n NetConf) addresses(env SubnetEnv) (sum reclaimed, capacity, releasable i
 	return sum, capacity, releasable, nil
 }
 
-// Mend does what the plugin would do at the next ADD about what examine found:
-// it corrects the pods' bridge, and releases addresses that an earlier boot left.
+// Mend repairs what the next ADD would repair of what examine finds: it corrects the
+// pods' bridge, and releases addresses that an earlier boot left.
 func (i Install) Mend(ctx context.Context) (done []string, err error) {
 	n, _, err := readConflist(filepath.Join(i.ConfDir, i.ConfName))
 	if err != nil {

@@ -297,7 +297,7 @@ func TestStatus(t *testing.T) {
 	answer.Store(&readiness.Answer{Ready: true})
 	h.must(t, call{verb: "STATUS"})
 	lease(time.Now().Add(-time.Hour))
-	unavailable("the lease in the file ran out", "ran out at")
+	unavailable("the lease in the file expired", "expired at")
 	lease(time.Now().Add(time.Hour))
 
 	// STATUS returns in time even if the daemon or the delegate hangs.

@@ -77,8 +77,8 @@ func (s state) takeAttachment(a Attachment, atMost time.Duration) (lock, error) 
 	return lock{fd}, nil
 }
 
-// releaseIf deletes an attachment that no container has any more, and its record, if
-// gone still says so once the attachment is locked. It does nothing to an attachment
+// releaseIf deletes an attachment whose container no longer exists, and its record, if
+// gone still returns true once the attachment is locked. It does nothing to an attachment
 // whose ADD is in progress.
 func (s state) releaseIf(ctx context.Context, a Attachment, gone func(record) bool) (released bool, err error) {
 	l, err := s.takeAttachment(a, 0)

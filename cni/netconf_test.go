@@ -305,9 +305,8 @@ func TestAttachmentNames(t *testing.T) {
 	}
 }
 
-// FuzzNetConf has the plugin read whatever a configuration file may hold: it is
-// refused with an error of the specification's, or makes a delegate's configuration
-// that says what must be said.
+// FuzzNetConf parses arbitrary network configurations: each is rejected with an error
+// code of the specification, or gives a delegate's configuration with all required keys.
 func FuzzNetConf(std *testing.F) {
 	f := fuzzloop.Of(std)
 	for _, text := range []string{

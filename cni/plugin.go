@@ -185,7 +185,7 @@ func (n NetConf) currentSubnet(ctx context.Context) (SubnetEnv, error) {
 	}
 	if expired {
 		return SubnetEnv{}, types.NewError(types.ErrTryAgainLater,
-			fmt.Sprintf("%s: the lease of %v ran out at %s: another node may have the subnet", n.SubnetFile, env.Subnets(), env.Expires.Format(time.RFC3339)),
+			fmt.Sprintf("%s: the lease of %v expired at %s: another node may have the subnet", n.SubnetFile, env.Subnets(), env.Expires.Format(time.RFC3339)),
 			"the node daemon renews it or leases another subnet: check with `culvert status` that it runs and reaches the store")
 	}
 	return env, nil

@@ -32,7 +32,8 @@ type Report struct {
 	Ready    bool   `json:"ready"`
 	NotReady string `json:"not_ready,omitempty"`
 
-	// Problems are what an ADD would meet on the host, daemon or not.
+	// Problems are what would keep an ADD from succeeding on this host, whether a daemon
+	// runs or not.
 	Problems []Problem `json:"flaws,omitempty"`
 
 	Attachments int `json:"attachments"` // recorded by the plugin

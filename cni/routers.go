@@ -10,20 +10,21 @@ import (
 	"github.com/vishvananda/netns"
 )
 
-// acceptRA is the setting that a new interface takes its own from.
+// acceptRA is the default of the setting for new interfaces.
 const acceptRA = "/proc/sys/net/ipv6/conf/default/accept_ra"
 
-// refuseRouters has interfaces that are made in the container's namespace take no
-// router advertisements, until done is called. What a pod on the bridge gets comes
-// from host-local alone; without this any other pod could make itself its IPv6
-// router, in an IPv4 cluster too (CVE-2020-10749, whose remedy in the bridge plugin
-// is for the host's end).
+// refuseRouters makes interfaces that are created in the container's namespace ignore
+// router advertisements, until done is called. A pod on the bridge gets its addresses and
+// routes from host-local only; otherwise any other pod could make itself the IPv6 router,
+// also in an IPv4 cluster (CVE-2020-10749, for which the bridge plugin fixes only the
+// host's end).
 //
-// It is said before the interface is there, since it listens at once.
+// The setting must be made before the interface exists, since the interface accepts
+// advertisements at once.
 func (n NetConf) refuseRouters(path string) (done func(), err error) {
 	done = func() {}
 	if bridge, err := n.bridgeName(); err != nil || bridge == "" {
-		return done, err // who else sees to the addresses may want them
+		return done, err // another IPAM plugin may rely on them
 	}
 	before := ""
 	swap := func(value string) error {
@@ -40,7 +41,7 @@ func (n NetConf) refuseRouters(path string) (done func(), err error) {
 		})
 	}
 	if err := swap("0"); err != nil {
-		return done, fmt.Errorf("the pod goes on taking IPv6 router advertisements of others: %w", err)
+		return done, fmt.Errorf("the pod still accepts other pods' IPv6 router advertisements: %w", err)
 	}
 	if before == "" {
 		return done, nil
@@ -48,7 +49,7 @@ func (n NetConf) refuseRouters(path string) (done func(), err error) {
 	return func() { _ = swap(before) }, nil
 }
 
-// inNamespace calls f on a thread that is in a network namespace.
+// inNamespace calls f on a thread in the network namespace at path.
 func inNamespace(path string, f func() error) error {
 	result := make(chan error, 1)
 	go func() {

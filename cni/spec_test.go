@@ -215,10 +215,10 @@ func TestSpecErrors(t *testing.T) {
 		{[]string{"ADD"}, is("CNI_NETNS", own), "", types.ErrInvalidNetNS, "the plugin runs in"},
 		// 11: try again later
 		{[]string{"ADD"}, nil, conf(h.SubnetFile(), "/nowhere/subnet.env"), types.ErrTryAgainLater, "no lease yet"},
-		{[]string{"ADD"}, nil, conf(h.SubnetFile(), expired), types.ErrTryAgainLater, "ran out at 2026-01-02T03:04:05Z"},
+		{[]string{"ADD"}, nil, conf(h.SubnetFile(), expired), types.ErrTryAgainLater, "expired at 2026-01-02T03:04:05Z"},
 		// 50: not available
 		{[]string{"STATUS"}, nil, conf(h.SubnetFile(), "/nowhere/subnet.env"), 50, "no lease yet"},
-		{[]string{"STATUS"}, nil, conf(h.SubnetFile(), expired), 50, "ran out at 2026-01-02T03:04:05Z"},
+		{[]string{"STATUS"}, nil, conf(h.SubnetFile(), expired), 50, "expired at 2026-01-02T03:04:05Z"},
 		{[]string{"STATUS"}, is("CNI_PATH", "/nowhere"), "", 50, `delegate "bridge"`},
 		// 999: errors without a code in the specification
 		{[]string{"ADD"}, is("CNI_PATH", "/nowhere"), "", types.ErrInternal, `delegate "bridge"`},

@@ -185,9 +185,9 @@ func (s state) removeUnfinished() {
 	}
 }
 
-// removeOldUnfinished is removeUnfinished for an ADD, which holds the shared lock: with
-// a runtime that never calls GC, nobody else removes the files. It leaves files of the
-// last minute, and those whose attachment is locked: their ADD may go on.
+// removeOldUnfinished is removeUnfinished for an ADD, which holds the shared lock: with a
+// runtime that never calls GC, nothing else removes the files. It keeps files of the last
+// minute, and those whose attachment is locked: their ADD may still be in progress.
 func (s state) removeOldUnfinished() {
 	for _, name := range s.unfinished() {
 		path := filepath.Join(s.dir, name)

@@ -1,5 +1,5 @@
-// Multicall prepares culvert-cni to be the CNI plugins that it delegates to as
-// well, by the name that it is started with: eight programs of 3 MB each are
+// Multicall links the CNI plugins that culvert-cni delegates to into culvert-cni, which
+// then acts as the one by whose name it is started: eight programs of 3 MB each contain
 // mostly the same runtime and netlink code.
 //
 // The plugins are main packages of github.com/containernetworking/plugins, which
@@ -88,9 +88,9 @@ func run(out string, packages []string) error {
 	return os.WriteFile(filepath.Join(out, "overlay.json"), overlay, 0o644)
 }
 
-// plugin returns the sources of a main package as those of a package of another
-// name: main becomes Main, and calls what was init, which must not happen for
-// every plugin.
+// plugin returns the sources of a main package, converted to a package of the given name:
+// main becomes Main, which also calls the former init, since that must run only for the
+// plugin that was started.
 func plugin(pkg, name string) (map[string][]byte, error) {
 	dir, err := exec.Command("go", "list", "-f", "{{.Dir}}", pkg).Output()
 	if err != nil {

@@ -76,7 +76,7 @@ type Store struct {
 	Endpoints []string  `json:"endpoints"`
 	Prefix    string    `json:"prefix"`
 	Connected bool      `json:"connected"`
-	Since     time.Time `json:"since,omitzero"` // time of the last change of Connected
+	Since     time.Time `json:"since,omitzero"` // when Connected changed last
 	Error     string    `json:"error,omitempty"`
 	Revision  int64     `json:"revision"`
 	// Snapshot is when the leases in use were saved to disk, if they were loaded
@@ -134,7 +134,8 @@ type Datapath struct {
 	// SilentPeers are the peers to which this node sends but from which it receives
 	// nothing.
 	SilentPeers []SilentPeer `json:"silent_peers,omitempty"`
-	// Probes is what the daemon's own requests to peers came to; nil without any.
+	// Probes are the results of the daemon's echo requests to peers; nil if it sends
+	// none.
 	Probes *Probes `json:"-"`
 }
 
@@ -149,7 +150,7 @@ type SilentPeer struct {
 type FastPath struct {
 	Mode    string  `json:"mode"` // as configured: auto, on, off, pod
 	On      bool    `json:"on"`
-	Why     string  `json:"why,omitempty"` // if off
+	Why     string  `json:"why,omitempty"` // reason, if off
 	Egress  Traffic `json:"egress"`
 	Ingress Traffic `json:"ingress"`
 	// Joined counts the Ingress.Frames that passed the veth pair, which
@@ -184,7 +185,7 @@ type NarrowPath struct {
 type Mechanism struct {
 	Name string `json:"name"`
 	On   bool   `json:"on"`
-	Why  string `json:"why,omitempty"` // if off
+	Why  string `json:"why,omitempty"` // reason, if off
 }
 
 // Traffic counts what one direction has carried since the daemon started.
@@ -212,8 +213,8 @@ type Peer struct {
 	PublicIPs []netip.Addr   `json:"public_ips"`
 }
 
-// PublicOf returns the underlay address that the peer's i-th subnet is behind: of
-// the same family as the subnet, as leases have them.
+// PublicOf returns the underlay address of the peer's i-th subnet: the one of the
+// subnet's family, as in leases.
 func (p Peer) PublicOf(i int) netip.Addr {
 	for _, a := range p.PublicIPs {
 		if a.Is4() == p.Subnets[i].Addr().Is4() {

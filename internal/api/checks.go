@@ -1,25 +1,24 @@
 package api
 
-// Check is one condition that is looked for: by the daemon while it runs, whose
-// Warnings bear the id, by `culvert doctor`, or by both. There is one list.
+// Check is one condition that the running daemon, `culvert doctor` or both check for. The
+// daemon's Warnings have its id. There is one list for both.
 type Check struct {
 	ID    string `json:"id"`
-	Title string `json:"title"` // what is wrong when it is found
-	// Risk says that packets pass all the same, until something else happens.
+	Title string `json:"title"` // what is wrong if it is found
+	// Risk says that packets still pass, until something else happens.
 	Risk bool `json:"risk,omitempty"`
 }
 
-// Checks are all conditions, in the order in which one helps to understand the
-// next: this host, what is culvert's on it, other programs' rules, the store, the
-// container runtime, other nodes.
+// Checks returns all conditions, causes before their consequences: this host, culvert's
+// objects on it, other programs' rules, the store, the container runtime, other nodes.
 func Checks() []Check {
 	return []Check{
 		{"privileges", "a capability is missing that culvert needs", false},
 		{"kernel", "the kernel lacks something, or is too old", false},
-		{"daemon", "no daemon answers, or it is not ready, or leases were set aside", false},
+		{"daemon", "no daemon answers, or it is not ready, or it rejected leases", false},
 		{"fenced", "another node has the subnet that this node had", false},
 		{"lease-expired", "the lease may have expired: no pod is added until it is renewed", false},
-		{"clock", "nothing synchronises the clock, or it was set while the lease counts", true},
+		{"clock", "nothing synchronises the clock, or it was set while the lease was valid", true},
 
 		{"underlay-gone", "the underlay interface is gone", false},
 		{"underlay-address-gone", "the host does not have the address that peers send to", false},
@@ -35,7 +34,7 @@ func Checks() []Check {
 		{"forwarding-off", "the host, or a link of it, does not forward packets", false},
 		{"reverse-path-filter", "strict reverse path filtering drops packets of peers", false},
 		{"router-advertisements", "the IPv6 default route from router advertisements expires once the host forwards (accept_ra)", false},
-		{"ipv6-off", "a device of culvert's takes no IPv6 address", false},
+		{"ipv6-off", "IPv6 is disabled on a device of culvert's", false},
 		{"sysctl", "another kernel setting drops packets", false},
 		{"host-link", "a device of culvert's is missing or misconfigured", false},
 		{"host-address", "an address of a device of culvert's is missing, or superfluous", false},
@@ -57,8 +56,8 @@ func Checks() []Check {
 		{"forward-unreadable", "other programs' rules cannot be read", true},
 
 		{"store-latency", "the store cannot be reached, or is slow", false},
-		{"store-in-network", "a server that this node needs lies in the cluster network", false},
-		{"resolver-in-network", "a resolver lies in the cluster network", true},
+		{"store-in-network", "the address of a server that this node needs is in the cluster network", false},
+		{"resolver-in-network", "the address of a resolver is in the cluster network", true},
 		{"network-overlap", "a network of the host's overlaps the cluster network", true},
 		{"network-nearly-full", "nearly all subnets are leased", true},
 		{"subnet-file", "subnet.env is missing, stale, or cannot be written", false},
@@ -77,7 +76,7 @@ func Checks() []Check {
 	}
 }
 
-// CheckOf returns the check with an id; of one that is not in the list, only that.
+// CheckOf returns the check with an id. If the list lacks it, only ID is set.
 func CheckOf(id string) Check {
 	for _, c := range Checks() {
 		if c.ID == id {

@@ -11,9 +11,9 @@ import (
 	"culvert/internal/api"
 )
 
-// TestOneListOfChecks compares the list with the ids that the sources use: what
+// TestCheckIDsMatchList compares the list with the ids that the sources use: what
 // the daemon warns of and what doctor finds is in it, and nothing else is.
-func TestOneListOfChecks(t *testing.T) {
+func TestCheckIDsMatchList(t *testing.T) {
 	listed := map[string]bool{}
 	for _, c := range api.Checks() {
 		if listed[c.ID] {

@@ -8,11 +8,11 @@ import (
 	"time"
 )
 
-// Peers is what a daemon knows of the way to each of its peers.
+// Peers is a daemon's knowledge of the paths to its peers.
 type Peers struct {
 	Node string    `json:"node"`
 	At   time.Time `json:"at"`
-	// MTU is what pods may send, in bytes.
+	// MTU is the pods' MTU, in bytes.
 	MTU int `json:"mtu"`
 	// Peers has one entry for each subnet of each peer, by name and subnet.
 	Peers []PeerState `json:"peers"`
@@ -20,10 +20,10 @@ type Peers struct {
 
 // The states of a peer.
 const (
-	PeerActive  = "active"  // packets have come from it lately: pods', or its own requests
-	PeerIdle    = "idle"    // it answers when it is asked
-	PeerSilent  = "silent"  // it was asked and did not answer, nor has anything else come
-	PeerUnknown = "unknown" // it has not been asked yet
+	PeerActive  = "active"  // packets came from it recently: of pods, or its own echo requests
+	PeerIdle    = "idle"    // it answers echo requests
+	PeerSilent  = "silent"  // it did not answer echo requests, and no other packet came
+	PeerUnknown = "unknown" // no echo request was sent yet
 )
 
 // The ways to a peer.
@@ -32,7 +32,7 @@ const (
 	WayKernel    = "kernel"
 	WayFastPath  = "fast path"
 	WayDirect    = "direct route" // no tunnel
-	WayNone      = "none"         // its subnet is not carried to
+	WayNone      = "none"         // packets to its subnet are not carried
 )
 
 // stream writes p as JSON, some peers at a time, so that a reader decodes the first ones
@@ -118,7 +118,7 @@ func readPeerStates(d *json.Decoder) (all []PeerState, err error) {
 	return all, err
 }
 
-// PeerState is what is known of the way to one subnet of a peer.
+// PeerState is the state of the path to one subnet of a peer.
 type PeerState struct {
 	Node     string       `json:"node,omitempty"`
 	Backend  string       `json:"backend"`
@@ -131,10 +131,10 @@ type PeerState struct {
 	// RTTSeconds is the last round-trip time of an echo request through the
 	// tunnel; 0 if none was answered.
 	RTTSeconds float64 `json:"rtt_seconds,omitempty"`
-	// PathMTU is the largest packet of a pod that was seen to pass, in bytes; 0 if
-	// that is not measured yet.
+	// PathMTU is the largest packet of a pod that was seen to pass, in bytes; 0 if not
+	// measured yet.
 	PathMTU int `json:"path_mtu,omitempty"`
-	// Heard is when a packet came from it last, to within some seconds.
+	// Heard is when the last packet came from it, accurate to some seconds.
 	Heard time.Time `json:"heard,omitzero"`
 	Asked time.Time `json:"asked,omitzero"` // when the last echo request was sent
 	// Sent, Received and Drops count since the datapath was opened; nil where the
@@ -144,16 +144,16 @@ type PeerState struct {
 	Drops    *uint64    `json:"drops,omitempty"`
 }
 
-// PeerCount is what went one way: packets as on the wire, bytes of inner packets.
+// PeerCount counts one direction: packets as on the wire, bytes of inner packets.
 type PeerCount struct {
 	Packets uint64 `json:"packets"`
 	Bytes   uint64 `json:"bytes"`
 }
 
-// Probes is what the echo requests to peers came to.
+// Probes are the results of the echo requests to peers.
 type Probes struct {
 	Sent, Lost uint64
-	// Seconds has the round-trip times of those that were answered.
+	// Seconds are the round-trip times of the answered ones.
 	Seconds Histogram
 }
 

@@ -6,8 +6,8 @@ import (
 	"sync"
 )
 
-// Ring keeps the last lines that were written to it: the daemon's log, for who
-// asks on its socket. It is safe for concurrent use.
+// Ring keeps the last lines written to it: the daemon's log, which its socket serves. It
+// is safe for concurrent use.
 type Ring struct {
 	mu   sync.Mutex
 	text []byte
@@ -16,18 +16,18 @@ type Ring struct {
 // ringMost is how many bytes a Ring keeps.
 const ringMost = 512 << 10
 
-// Write keeps p, a line or several.
+// Write keeps p, one or several lines.
 func (r *Ring) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.text = append(r.text, p...)
-	if len(r.text) > 2*ringMost { // now and then, rather than for each line
+	if len(r.text) > 2*ringMost { // rarely, not for each line
 		r.text = slices.Clone(r.last())
 	}
 	return len(p), nil
 }
 
-// last is the end of the text, from the beginning of a line.
+// last returns the end of the text, from the start of a line.
 func (r *Ring) last() []byte {
 	if len(r.text) <= ringMost {
 		return r.text

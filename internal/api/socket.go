@@ -37,10 +37,10 @@ type Socket struct {
 	lock, listener int // descriptors
 }
 
-// Open opens the daemon's socket, and locks the run directory until it is
-// closed: of daemons that start at one moment, one has it. A socket that a
-// killed daemon left behind is replaced. A group, by name or number, may use the
-// socket besides root; "" for none.
+// Open opens the daemon's socket, and locks the run directory until it is closed: of
+// daemons that start at the same time, only one succeeds. It replaces a socket that a
+// killed daemon left. A group, by name or number, may use the socket besides root; "" for
+// none.
 func Open(runDir, group string) (*Socket, error) {
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
 		return nil, remedy.Errorf("choose a directory that can be written, with --run-dir", "making the run directory: %w", err)
@@ -64,10 +64,10 @@ func Open(runDir, group string) (*Socket, error) {
 // Inherit returns the socket that a predecessor passed on as descriptors.
 func Inherit(runDir string, lock, listener int) *Socket { return &Socket{runDir, lock, listener} }
 
-// Descriptors returns what a successor needs. They stay the Socket's.
+// Descriptors returns the descriptors that a successor needs. The Socket still owns them.
 func (s *Socket) Descriptors() (lock, listener int) { return s.lock, s.listener }
 
-// Sign writes this process's id into the lock.
+// Sign writes this process's ID into the lock file.
 func (s *Socket) Sign() {
 	if unix.Ftruncate(s.lock, 0) == nil {
 		_, _ = unix.Pwrite(s.lock, fmt.Appendln(nil, os.Getpid()), 0)
@@ -79,7 +79,7 @@ func (s *Socket) Close() error {
 	return errors.Join(os.Remove(SocketPath(s.runDir)), s.Leave())
 }
 
-// Leave closes this process's share, with the socket there for a successor.
+// Leave closes this process's descriptors, and leaves the socket to a successor.
 func (s *Socket) Leave() error {
 	return errors.Join(unix.Close(s.listener), unix.Close(s.lock))
 }
@@ -153,9 +153,9 @@ func listen(path, group string) (fd int, err error) {
 			return -1, err
 		}
 	}
-	// The status contains addresses and counters but no secrets; still, only root
-	// may read it. The file has that mode from its first moment: the kernel makes it
-	// with the socket's own, less the umask (unix_bind_bsd).
+	// The status contains addresses and counters but no secrets; still, only root may
+	// read it. The file has that mode from its creation: the kernel creates it with the
+	// socket's mode, less the umask (unix_bind_bsd).
 	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
 		return errors.Join(c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }), err)
@@ -201,7 +201,7 @@ func Handler(status func() Status, peers func() Peers) http.Handler {
 // WriteJSON answers with v.
 func WriteJSON(w http.ResponseWriter, v any) {
 	w.Header().Set("Content-Type", "application/json")
-	// A client that went away is no concern of the daemon's.
+	// Ignore the error: the client has disconnected.
 	_ = json.NewEncoder(w).Encode(v)
 }
 
@@ -224,7 +224,7 @@ func GetStatus(ctx context.Context, runDir string) (Status, error) {
 	return getJSON[Status](ctx, runDir, "/status")
 }
 
-// GetPeers requests what the daemon knows of its peers.
+// GetPeers requests the state of the daemon's peers.
 func GetPeers(ctx context.Context, runDir string) (Peers, error) {
 	answer, err := get(ctx, runDir, "/peers")
 	if err != nil {
@@ -263,8 +263,7 @@ func GetLog(ctx context.Context, runDir string) ([]byte, error) {
 // LogPath is where the daemon's socket serves the last lines of its log.
 const LogPath = "/log"
 
-// get requests something of the daemon that has the run directory. The answer is
-// to be closed.
+// get sends a request to the daemon of the run directory. The caller closes the answer.
 func get(ctx context.Context, runDir, what string) (io.ReadCloser, error) {
 	path := SocketPath(runDir)
 	client := &http.Client{Transport: &http.Transport{

@@ -10,9 +10,9 @@ import (
 	"culvert/internal/api"
 )
 
-// TestSocketIsPrivateFromItsFirstMoment opens the socket again and again, while
-// somebody looks at it all the time: it never has a mode that lets others in.
-func TestSocketIsPrivateFromItsFirstMoment(t *testing.T) {
+// TestSocketModeFromCreation opens the socket repeatedly while another goroutine polls
+// its mode: it never permits access by other users.
+func TestSocketModeFromCreation(t *testing.T) {
 	for _, c := range []struct {
 		group string
 		mode  os.FileMode

@@ -55,8 +55,8 @@ func (o *benchOutput) addTo(c *cobra.Command) {
 		name, usage string
 	}{
 		{&o.json, "json", "write the report as JSON to this file, or without one to standard output"},
-		{&o.csv, "csv", "write it as CSV; the same"},
-		{&o.gobench, "gobench", "write it in Go's benchmark format, for benchstat; the same"},
+		{&o.csv, "csv", "write it as CSV, likewise"},
+		{&o.gobench, "gobench", "write it in Go's benchmark format, for benchstat, likewise"},
 	} {
 		flags.StringVar(f.value, f.name, "", f.usage)
 		flags.Lookup(f.name).NoOptDefVal = toStdout
@@ -163,12 +163,12 @@ const quick = "quick"
 
 var benchPresets = []benchPreset{
 	{
-		name: quick, about: "the few that matter most, within a minute",
+		name: quick, about: "the most important ones, within a minute",
 		underlays: []string{"offload", "cloud"}, datapaths: []string{"native", "vxlan/kernel", "vxlan/userspace"},
 		workloads: []string{"tcp1", "udp64", "rr"}, ends: bench.Nodes, rounds: 3, duration: 600 * time.Millisecond, warmup: 150 * time.Millisecond,
 	},
 	{
-		name: "fast-path", about: "with pods as ends, what the fast path gives in ratios to the kernel's vxlan device, within ten minutes",
+		name: "fast-path", about: "the fast path between pods, as ratios to the kernel's vxlan device, within ten minutes",
 		underlays: []string{"offload", "cloud", "plain", "bare"},
 		datapaths: []string{"vxlan/auto", "vxlan/kernel", "vxlan/kernel+fast", "vxlan/userspace", "vxlan/userspace+fast", "flannel-vxlan"},
 		workloads: []string{"tcp1", "tcp4", "rr", "rr-loaded", "rr-loaded-reverse", "udp64", "crr"},
@@ -193,19 +193,19 @@ func newBenchCommand() *cobra.Command {
 
 Two nodes in network namespaces are joined by a veth pair whose offloads imitate
 a kind of network (--underlay), and by each datapath in turn. All are measured
-in interleaved rounds, so that a drift of the machine meets all alike; shown are
-medians, and ratios to the reference.
+in interleaved rounds, so that a drift of the machine affects all alike. The output
+shows medians, and ratios to the reference.
 
-What sends and receives are sockets on the nodes, or in pods of theirs (--ends pods):
-behind a veth, on a bridge, of nodes that forward and that run culvert's daemon, as
-users have them.
+The traffic runs between sockets on the nodes, or between pods on them (--ends pods):
+each behind a veth on its node's bridge, with culvert's daemon on every node, as in
+production.
 
-More nodes (--nodes) are joined by a bridge, and all but the first send to that one
-at once: rates are sums, latencies are of all. Such figures are not comparable with
-those of two.
+More than two nodes (--nodes) are joined by a bridge, and all but the first send to the
+first at the same time: rates are sums, latencies are of all senders. Do not compare
+such figures with those of two nodes.
 
-Between two real hosts, on which culvert does not run: --underlay existing, with
---server on one and --client on the other.
+To measure between two real hosts, on which no culvert daemon runs, use --underlay
+existing, with --server on one host and --client on the other.
 
 It needs root, or user namespaces and /dev/net/tun; root for real hosts.
 
@@ -223,13 +223,13 @@ Exit code 0: measured, though a datapath may not be available; 1: one failed.`,
 	flags := c.Flags()
 	flags.SortFlags = false
 	flags.BoolVar(&f.quick, "quick", false, "the most important datapaths and workloads, within a minute: --preset quick")
-	flags.StringVar(&f.preset, "preset", "", "a choice of all below: "+presetUsage())
+	flags.StringVar(&f.preset, "preset", "", "set the flags below to: "+presetUsage())
 	flags.StringSliceVar(&f.underlays, "underlay", bench.Underlays()[:4], "kinds of network")
-	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (all); NAME#2 is a second instance, whose difference is noise")
+	flags.StringSliceVar(&f.datapaths, "datapath", nil, "datapaths (default: all); NAME#2 is a second instance of NAME: the difference of the two is noise")
 	flags.StringSliceVar(&f.workloads, "workload", bench.WorkloadNames(), "kinds of traffic")
 	flags.Lookup("workload").DefValue = "all" // they are many
 	flags.IntVar(&f.nodes, "nodes", 2, fmt.Sprintf("number of nodes, at most %d; all but the first send to the first at once", bench.MostNodes))
-	flags.StringVar(&f.ends, "ends", bench.Nodes, "what sends and receives: "+strings.Join(bench.Ends(), " or "))
+	flags.StringVar(&f.ends, "ends", bench.Nodes, "ends of the traffic: "+strings.Join(bench.Ends(), " or "))
 	flags.IntVar(&f.rounds, "rounds", 3, "number of rounds")
 	flags.DurationVar(&f.duration, "duration", time.Second, "duration of each measurement")
 	flags.DurationVar(&f.warmup, "warmup", 250*time.Millisecond, "warm-up before each measurement")

@@ -22,10 +22,9 @@ func newBenchScaleCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "scale",
 		Short: "Measure the cost of the number of peers",
-		Long: `Measure the cost of the number of peers: throughput and CPU time per packet with so
-many in the table of the userspace datapath; memory and CPU time of a daemon that
-joins while etcd has so many leases; and the time from the write of a lease to the
-first packet through.`,
+		Long: `Measure the cost of the number of peers: throughput and CPU time per packet with that
+many peers in the userspace datapath's table; memory and CPU time of a daemon that joins
+while etcd has that many leases; and the time from writing a lease to the first packet.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			var err error

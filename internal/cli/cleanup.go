@@ -14,12 +14,12 @@ func newCleanupCommand() *cobra.Command {
 	var force bool
 	c := &cobra.Command{
 		Use:   "cleanup",
-		Short: "Remove what is culvert's from this host's kernel, nothing else",
-		Long: `Remove culvert's devices, routes, its nftables table, and the accept that it put
-into other programs' FORWARD chains. A daemon that stops leaves them, so that an
-upgrade interrupts nothing.
+		Short: "Remove culvert's kernel state from this host",
+		Long: `Remove culvert's devices, routes, nftables table, and the accept rules that it added to
+other programs' FORWARD chains. A daemon that stops leaves them in place, so that an
+upgrade interrupts no packets.
 
-While a daemon runs it is refused: the daemon would put everything back.`,
+The command refuses to run beside a daemon, which would restore everything.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := host.MayConfigure(); err != nil {
@@ -31,7 +31,7 @@ While a daemon runs it is refused: the daemon would put everything back.`,
 			case err == nil:
 				defer own.Release()
 			case !force:
-				return fmt.Errorf("%w (`systemctl stop culvert`), or --force: it would put everything back", err)
+				return fmt.Errorf("%w (`systemctl stop culvert`), or use --force: the daemon would restore everything", err)
 			}
 			changes, err := host.Apply(host.State{})
 			for _, change := range changes {
@@ -43,6 +43,6 @@ While a daemon runs it is refused: the daemon would put everything back.`,
 	var runDir string
 	c.Flags().StringVar(&runDir, "run-dir", "", "")
 	_ = c.Flags().MarkDeprecated("run-dir", "a running daemon is found wherever its directory is")
-	c.Flags().BoolVar(&force, "force", false, "even while a daemon runs")
+	c.Flags().BoolVar(&force, "force", false, "also while a daemon runs")
 	return c
 }

@@ -57,17 +57,17 @@ func newCNICommand() *cobra.Command {
 	}
 	install.Flags().StringVar(&i.From, "from", "", "directory of culvert-cni and cni/ (default: that of this program)")
 	install.Flags().StringVar(&i.SubnetFile, "subnet-file", cni.DefaultsFor(cni.PluginName).SubnetFile, "the daemon's subnet.env")
-	install.Flags().StringVar(&i.Network, "network-name", "culvert", "name of the configuration, which host-local keeps addresses by: flannel's (cbr0) where its pods run on")
-	install.Flags().StringVar(&i.DataDir, "data-dir", "", "the plugin's records: flannel's (/var/lib/cni/flannel) where its pods run on")
+	install.Flags().StringVar(&i.Network, "network-name", "culvert", "name of the configuration, under which host-local stores addresses; on a node with pods of flannel's, flannel's name (cbr0)")
+	install.Flags().StringVar(&i.DataDir, "data-dir", "", "directory of the plugin's records; on a node with pods of flannel's, flannel's (/var/lib/cni/flannel)")
 	install.Flags().BoolVar(&i.WhenReady, "when-ready", false, "leave the configuration to the daemon, which puts it in place when pods can be added (culvert run --cni-conf-dir)")
 	install.Flags().StringVar(&i.RunDir, "run-dir", "", "the daemon's --run-dir (default: the directory of --subnet-file)")
 
 	var out output
 	status := &cobra.Command{
 		Use:   "status",
-		Short: "Show how the plugin stands, and whether a pod can be added",
-		Long: `Show how the plugin stands on this host: its programs and configuration, the
-subnet, what is in use, and whether a pod can be added now. If not, the exit
+		Short: "Show the state of the plugin, and whether a pod can be added",
+		Long: `Show the state of the plugin on this host: its programs and configuration, the
+subnet, the addresses in use, and whether a pod can be added now. If not, the exit
 code is 1.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {

@@ -14,11 +14,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// screen is how wide output may be.
+// screen describes the width available for output.
 type screen struct {
 	width int
-	// wrap is set where long lines are to be broken between words: on a terminal, or where
-	// COLUMNS gives a width. What goes into a file or a pipe is left for grep.
+	// wrap says that long lines are wrapped between words: on a terminal, or if COLUMNS
+	// gives a width. Output to a file or a pipe is not wrapped, for grep.
 	wrap bool
 }
 
@@ -54,9 +54,9 @@ func newSheet(w io.Writer) *sheet { return &sheet{bufio.NewWriterSize(w, 64<<10)
 type columns struct {
 	w io.Writer
 	bytes.Buffer
-	// dispensable are the headings of columns that are left out where all do not fit, the
-	// least important first; short is the heading of the one whose cells are cut if even
-	// that is not enough on a terminal.
+	// dispensable are the headings of columns that are left out if not all fit, the least
+	// important first; short is the heading of the column whose cells are cut on a
+	// terminal if even that is not enough.
 	dispensable []string
 	short       string
 }
@@ -65,7 +65,7 @@ func newColumns(w io.Writer) *columns { return &columns{w: w} }
 
 const gap = 2
 
-// Flush writes what has been collected.
+// Flush writes the collected rows.
 func (c *columns) Flush() error {
 	on := screenOf(c.w)
 	var rows [][]string
@@ -141,7 +141,7 @@ func widthsOf(rows [][]string) []int {
 	return widths
 }
 
-// shortened cuts the end of a text that is longer than most.
+// shortened cuts a text after most characters.
 func shortened(text string, most int) string {
 	if runes := []rune(text); len(runes) > most {
 		return string(runes[:most-1]) + "…"
@@ -149,7 +149,7 @@ func shortened(text string, most int) string {
 	return text
 }
 
-// leastText is the narrowest space that is worth wrapping into.
+// leastText is the minimum width for wrapping.
 const leastText = 24
 
 // wrapped breaks a text between words into lines of at most width. A longer word is left

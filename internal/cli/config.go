@@ -20,8 +20,8 @@ import (
 const (
 	// storeTimeout bounds an administrator's command.
 	storeTimeout = 15 * time.Second
-	// dialTimeout bounds one connection to etcd, and askTimeout one request: somebody
-	// waits for the answer.
+	// dialTimeout bounds one connection to etcd, and askTimeout one request of a command:
+	// a person waits for the answer.
 	dialTimeout = 2 * time.Second
 	askTimeout  = 5 * time.Second
 )

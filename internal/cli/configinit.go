@@ -31,8 +31,8 @@ func newConfigInitCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "init",
 		Short: "Create the network configuration from flags",
-		Long: `Set the network configuration of a new network, made from flags, if etcd has none
-yet: nothing that is there is overwritten ('culvert config set' does that).`,
+		Long: `Set the network configuration of a new network, made from flags. If etcd has one
+already, it is not changed ('culvert config set' changes it).`,
 		Example: `  culvert config init --network 10.5.0.0/16
   culvert config init --network 10.5.0.0/16 --ipv6-network fd00:12::/48
   culvert config init --network none --ipv6-network fd00:12::/48 --print`,

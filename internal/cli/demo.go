@@ -61,9 +61,9 @@ func newDemoCommand() *cobra.Command {
 
 Each node is a network namespace with its own culvert daemon; an etcd server and
 a bridge join them. The nodes carry packets in userspace and in the kernel in turn. Pods are added by the real CNI plugins. Then every pod pings
-every other, each node the pods of the others and back, the far end says which
-address it saw, and 100 MB go from node to node each way. Afterwards nothing is
-left, unless --keep is given.
+every other, and nodes and pods of other nodes ping each other; the far end reports
+which source address it saw. 100 MB are transferred between nodes, in each direction.
+Afterwards everything is removed, unless --keep is given.
 
 It needs root, or user namespaces and /dev/net/tun.
 

@@ -36,17 +36,18 @@ func newDoctorCommand() *cobra.Command {
 	var o doctorOptions
 	c := &cobra.Command{
 		Use:   "doctor",
-		Short: "Find what keeps packets from passing on this host, and its fix",
+		Short: "Find what keeps packets from passing on this host, and how to fix it",
 		Long: `Examine this host: privileges, kernel, daemon, store, the tunnel's port, leftovers
 of other overlays, network managers, connection tracking, clock, the container
-runtime's configuration. If a daemon runs, its warnings are part of it, and every
-node is probed through the tunnel with packets as large as pods may send. If none
-runs, the host is compared with what the last one left: devices, routes, rules,
-settings, and other programs' firewalls. Each finding has its evidence and its fix.
+runtime's configuration. If a daemon runs, its warnings are included, and every node
+is probed through the tunnel with packets as large as pods may send. If none runs,
+the devices, routes, rules and settings that the last daemon made are compared with the
+host's, and other programs' firewalls are checked. Each finding has its evidence and
+its fix.
 
-Nothing is changed without --fix. With it, what a daemon would repair is repaired,
-and limits of the kernel are raised; what is another program's, or its
-configuration, is named, and changed only with --yes. Each command is printed.
+Nothing is changed without --fix. With it, doctor repairs what a daemon would repair,
+and raises kernel limits. Objects and configuration of other programs are changed only
+with --yes, else listed. Each command is printed.
 
 Exit code 1: something keeps packets from passing, or pods from being added.`,
 		Example: `  culvert doctor
@@ -55,7 +56,7 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if o.yes && !o.fix {
-				return usagef("--yes confirms what --fix does: give both")
+				return usagef("--yes needs --fix")
 			}
 			if o.list {
 				return o.out.write(c.OutOrStdout(), api.Checks(), func(w io.Writer) error { return writeChecks(w) })
@@ -91,15 +92,15 @@ Exit code 1: something keeps packets from passing, or pods from being added.`,
 	}
 	f := c.Flags()
 	f.StringVar(&o.runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
-	f.StringSliceVar(&o.endpoints, "etcd-endpoints", nil, "etcd servers to dial, where no daemon says which")
+	f.StringSliceVar(&o.endpoints, "etcd-endpoints", nil, "etcd servers to check if no daemon runs")
 	f.Uint16Var(&o.port, "port", 8472, "the tunnel's UDP port")
 	f.StringVar(&o.cni.BinDir, "cni-bin-dir", "/opt/cni/bin", "the container runtime's directory of plugins")
 	f.StringVar(&o.cni.ConfDir, "cni-conf-dir", "/etc/cni/net.d", "the container runtime's directory of network configurations")
 	f.BoolVar(&o.noCNI, "no-cni", false, "do not look at the container runtime's configuration")
 	f.BoolVar(&o.noProbe, "no-probe", false, "send no packets to other nodes")
 	f.BoolVar(&o.list, "list", false, "list the checks, and examine nothing")
-	f.BoolVar(&o.fix, "fix", false, "do what can be done about what is found")
-	f.BoolVar(&o.yes, "yes", false, "with --fix: what is another program's, too")
+	f.BoolVar(&o.fix, "fix", false, "repair the findings that can be repaired")
+	f.BoolVar(&o.yes, "yes", false, "with --fix: also change other programs' objects and configuration")
 	o.out.addTo(c)
 	return c
 }
@@ -162,7 +163,7 @@ func (o doctorOptions) install() cni.Install {
 	return i
 }
 
-// mend repairs the findings that can be repaired, and prints each command.
+// fix repairs the findings that can be repaired, and prints each command.
 func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.Result, diagnosis daemon.Diagnosis) error {
 	var failed []error
 	tell := func(command string, err error) {
@@ -209,7 +210,7 @@ func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.R
 		}
 	}
 	if len(did) == 0 && !ours && !pods {
-		fmt.Fprintln(w, "there is nothing that --fix can do")
+		fmt.Fprintln(w, "--fix can repair none of this")
 	}
 	return errors.Join(failed...)
 }
@@ -253,22 +254,22 @@ func probeNodes(ctx context.Context, s api.Status, port uint16) []doctor.Result 
 		}
 		f := doctor.Finding{Severity: doctor.Bad, Warning: api.Warning{
 			Check: r.Check, Text: strings.TrimSpace(p.Node+" "+p.Addr.String()) + ": " + p.Problem,
-			Fix: "run `culvert doctor` on that node too, and see the firewalls between",
+			Fix: "run `culvert doctor` on that node too, and check the firewalls between",
 		}}
 		public := sourceOf(s, from{far.Public.Is4(), false})
 		switch {
 		case p.Refused:
-			f.Fix = fmt.Sprintf("`ip rule`, `ip route get %s` and `ip xfrm policy` show what takes them on this host", p.Addr)
+			f.Fix = fmt.Sprintf("`ip rule`, `ip route get %s` and `ip xfrm policy` show what drops them on this host", p.Addr)
 		case p.Answered > 0 && p.MTU < p.WantMTU:
-			f.Check, f.Fix = "path-mtu", "give the network a smaller Backend.MTU (`culvert config set`), or mend the link on the way"
+			f.Check, f.Fix = "path-mtu", "give the network a smaller Backend.MTU (`culvert config set`), or repair the link on the path"
 		case p.Answered > 0 || s.Datapath.WireFormat != "vxlan" || !far.Public.IsValid():
 		case doctor.PortClosed(ctx, public, far, port):
-			f.Text += fmt.Sprintf(" (it answers that nobody has UDP port %d there)", port)
-			f.Fix = "start culvert on that node, and see `culvert doctor` there"
+			f.Text += fmt.Sprintf(" (it answers that no program listens on UDP port %d)", port)
+			f.Fix = "start culvert on that node, and run `culvert doctor` there"
 		case doctor.PortBlocked(ctx, public, far, port):
 			f.Check = "port-eaten"
-			f.Text += fmt.Sprintf("; UDP to another port there is answered, and to %d it is not", port)
-			f.Fix = fmt.Sprintf("see the firewall of that node (`culvert doctor` there) and those between; where the virtual switch takes the port for itself, as VMware NSX does with 8472, give the network another one: Backend.Port (`culvert config set`), now %d", port)
+			f.Text += fmt.Sprintf("; the node answers UDP to another port, but not to %d", port)
+			f.Fix = fmt.Sprintf("check the firewall of that node (`culvert doctor` there) and those between; if the virtual switch uses the port itself, as VMware NSX does with 8472, set another Backend.Port (`culvert config set`), now %d", port)
 		}
 		r.Findings = append(r.Findings, f)
 	}
@@ -317,7 +318,7 @@ func writeDoctor(w io.Writer, results []doctor.Result) error {
 				fmt.Fprintf(t, "\t\tfix: %s\n", f.Fix)
 			}
 			if len(f.Repairs) > 0 {
-				fmt.Fprintf(t, "\t\tculvert does it when it is started; now: culvert doctor --fix\n")
+				fmt.Fprintf(t, "\t\tculvert does this when it starts; to do it now: culvert doctor --fix\n")
 			}
 		}
 	}

@@ -26,8 +26,8 @@ type kubeFlags struct {
 
 func (f *kubeFlags) addTo(flags *pflag.FlagSet) {
 	flags.BoolVar(&f.manager, "kube-subnet-mgr", false, "the same as --store=kubernetes")
-	flags.StringVar(&f.kubeconfig, "kubeconfig-file", "", "how to reach the Kubernetes API (default: the pod's service account)")
-	flags.StringVar(&f.server, "kube-api-url", "", "URL of the Kubernetes API server, if it is not what the service account or the kubeconfig says")
+	flags.StringVar(&f.kubeconfig, "kubeconfig-file", "", "kubeconfig file (default: the pod's service account)")
+	flags.StringVar(&f.server, "kube-api-url", "", "URL of the Kubernetes API server, in place of that of the service account or the kubeconfig")
 	flags.StringVar(&f.prefix, "kube-annotation-prefix", kube.DefaultPrefix, "prefix of the annotations on Nodes")
 	flags.StringVar(&f.netConf, "net-config-path", kube.DefaultNetConf, "file with the network configuration, with --store=kubernetes")
 	flags.BoolVar(&f.unavailable, "set-node-network-unavailable", true, "set the Node's condition NetworkUnavailable to False once packets are forwarded")

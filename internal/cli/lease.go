@@ -186,8 +186,8 @@ func newLeaseReserveCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "reserve SUBNET [IPV6-SUBNET]",
 		Short: "Reserve a subnet, so that no node leases it until it is released",
-		Long: `Reserve a subnet, so that no node leases it until it is released. A reservation has no end. It
-may be longer or shorter than the nodes' subnets.`,
+		Long: `Reserve a subnet, so that no node leases it until it is released. A reservation does not
+expire. Its prefix may be longer or shorter than that of the nodes' subnets.`,
 		Example: `  culvert lease reserve 10.5.250.0/24 --owner load-balancers`,
 		Args:    cobra.RangeArgs(1, 2),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -216,7 +216,7 @@ may be longer or shorter than the nodes' subnets.`,
 		},
 	}
 	f.addTo(c.Flags())
-	c.Flags().StringVar(&owner, "owner", "administrator", "for whom: shown in lists")
+	c.Flags().StringVar(&owner, "owner", "administrator", "owner of the reservation, shown in lists")
 	return c
 }
 
@@ -226,9 +226,9 @@ func newLeaseReleaseCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "release SUBNET|NODE",
 		Short: "Release a reservation, or the lease of a node that will not return",
-		Long: `Release a reservation, or the lease of a node that will not return. The subnet of a
-node rests in quarantine. A node whose daemon runs takes its lease again: stop
-the daemon first, or start it with --release-on-exit and stop it.`,
+		Long: `Release a reservation, or the lease of a node that will not return. The node's
+subnet stays in quarantine for a while. A running daemon leases its subnet again: stop it
+first, or start it with --release-on-exit and stop it.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeLeases(&f),
 		RunE: func(c *cobra.Command, args []string) error {

@@ -54,15 +54,14 @@ func newLeaseCheckCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "check",
 		Short: "Find bad leases, missing nodes, and a network nearly full",
-		Long: `Look at everything under the prefix as a node would, and say what is wrong with it:
-values that cannot be read, leases that nodes set aside (a subnet, an address or
-a MAC that two have, another backend, outside the network), leases that never
-end although no administrator made them, leases that nobody renews any more (a
-third of their lifetime and more has gone by), nodes of --nodes that have no
-lease, and networks that are 80 % full.
+		Long: `Read everything under the prefix as a node would, and report what is wrong: malformed
+values; leases that nodes reject (a subnet, address or MAC that another lease has,
+another backend, a subnet outside the network); leases that never expire although no
+administrator made them; leases that are no longer renewed (for a third of their
+lifetime or more); nodes of --nodes that have no lease; and networks that are 80 % full.
 
-It exits with 0 if there is no error (warnings may be), with 1 if there is one,
-or if etcd cannot be asked, and with 2 if the command line is not understood.`,
+The exit code is 0 if there is no error (there may be warnings), 1 if there is one or if
+etcd is unreachable, and 2 if the command line is invalid.`,
 		Example: `  culvert lease check --nodes node-1,node-2,node-3 -o json`,
 		Args:    cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -127,9 +126,9 @@ func checkLeases(configText []byte, entries []subnet.Entry, nodes []string, now 
 		}
 		switch {
 		case !l.Reserved && e.ID == 0:
-			r.add("warning", "eternal", e.Key, "%s never ends: an older reservation of flannel's, or a node that is gone; `culvert lease release %s` frees it", l, l.Subnets()[0])
+			r.add("warning", "eternal", e.Key, "%s never expires: an older reservation of flannel's, or a node that no longer exists; `culvert lease release %s` frees it", l, l.Subnets()[0])
 		case e.ID != 0 && e.Expires.IsZero():
-			r.add("warning", "not-seen", e.Key, "%s has just run out", l)
+			r.add("warning", "not-seen", e.Key, "%s has just expired", l)
 		case e.ID != 0 && e.Expires.Sub(now) < e.Lifetime*6/10:
 			r.NotSeen = append(r.NotSeen, l.Node)
 			r.add("warning", "not-seen", e.Key, "%s was not renewed for %s, and ends in %s: is its daemon running?", l, age(e.Lifetime-e.Expires.Sub(now)), age(e.Expires.Sub(now)))
@@ -149,7 +148,7 @@ func checkLeases(configText []byte, entries []subnet.Entry, nodes []string, now 
 				if strings.Contains(x.Reason, "which is older or ours") {
 					kind, x.Reason = "duplicate", strings.TrimSuffix(x.Reason, " or ours")
 				}
-				r.add("error", kind, x.Key, "nodes set it aside: %s", x.Reason)
+				r.add("error", kind, x.Key, "nodes reject it: %s", x.Reason)
 			}
 		}
 		for _, u := range s.Usage {
@@ -177,7 +176,7 @@ func (r *leaseReport) checkReserved(config subnet.Config, entries []subnet.Entry
 			reserved = append(reserved, e)
 			for _, s := range l.Subnets() {
 				if !slices.ContainsFunc(config.Networks, func(n subnet.Network) bool { return n.Prefix.Overlaps(s) }) {
-					r.add("warning", "orphan", e.Key, "a reservation outside the network: it keeps nothing from anybody")
+					r.add("warning", "orphan", e.Key, "a reservation outside the network: it has no effect")
 				}
 			}
 		}

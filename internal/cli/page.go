@@ -21,13 +21,12 @@ func newPageCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "page",
 		Short: "Serve the daemon's page to a browser on this machine",
-		Long: `Serve the page of the node daemon on this machine, which it has on its unix
-socket, over HTTP on loopback, until it is interrupted: the links from this node,
-the other nodes, and warnings with their fixes. It only reads.
+		Long: `Serve the node daemon's page, which the daemon has on its unix socket, over HTTP on
+loopback until interrupted: the links from this node, the other nodes, and warnings
+with their fixes. The page is read-only.
 
-The daemon serves the same page by itself on its --metrics address. This command
-is for one without, and for a daemon in another network namespace, such as the
-demo's.`,
+The daemon also serves the page on its --metrics address. This command is for a daemon
+without that address, and for one in another network namespace, such as the demo's.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			asking, cancel := context.WithTimeout(c.Context(), 5*time.Second)
@@ -37,11 +36,11 @@ demo's.`,
 			}
 			l, err := net.Listen("tcp", listen)
 			if err != nil {
-				return fmt.Errorf("serving the page: %w (take another address with --listen)", err)
+				return fmt.Errorf("serving the page: %w (choose another address with --listen)", err)
 			}
 			if a, ok := l.Addr().(*net.TCPAddr); !ok || !a.IP.IsLoopback() {
 				_ = l.Close()
-				return usagef("--listen %s: an address of loopback, since the page asks for no password", listen)
+				return usagef("--listen %s: must be a loopback address, since the page has no password", listen)
 			}
 			proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: "culvert", Path: "/page"})
 			proxy.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -59,6 +58,6 @@ demo's.`,
 		},
 	}
 	c.Flags().StringVar(&runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
-	c.Flags().StringVar(&listen, "listen", "127.0.0.1:0", "where to serve; port 0 takes one that is free")
+	c.Flags().StringVar(&listen, "listen", "127.0.0.1:0", "listen address; port 0 chooses a free port")
 	return c
 }

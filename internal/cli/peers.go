@@ -32,21 +32,20 @@ func newPeersCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "peers",
 		Short: "Show the other nodes: state, latency, path MTU, traffic",
-		Long: `Show, for each subnet of each other node, how packets go there (userspace,
-kernel, fast path, or a direct route without a tunnel), whether it is heard, the
-round-trip time, the largest packet that passes, and what was carried.
+		Long: `Show, for each subnet of each other node, how packets go there (userspace, kernel, fast
+path, or a direct route without a tunnel), its state, the round-trip time, the path MTU
+and the traffic.
 
-States: active (packets have come from it lately: pods', or its own requests),
-idle (it answers when the daemon asks it), silent (it was asked and did not
-answer), unknown (it has not been asked yet). The daemon asks with ICMP echo
-requests through the tunnel, which flannel's nodes answer too: every 30 s, less
-often where there is traffic, and at most 96 requests to all together in 30 s.
+States: active (packets came from it recently: pods' packets, or its probes), idle (it
+answers this node's probes), silent (it did not answer, and nothing else came from it),
+unknown (not probed yet). The probes are ICMP echo requests through the tunnel, which
+flannel's nodes answer too: one every 30 s, fewer to a peer with traffic, and at most 96
+in 30 s to all peers together.
 
-HEARD is how long ago a packet came from it. SENT and RECEIVED are bytes of
-pods' packets since the datapath was set up; DROPS are packets from the peer
-that this node refused. "-" stands for what is not known. Where the terminal is
-too narrow (80 columns if there is none), ADDRESS, MTU, HEARD, DROPS and WAY are
-left out, in this order; -o wide shows all.
+HEARD is the time since the last packet from it. SENT and RECEIVED are bytes of pods'
+packets since the datapath was opened; DROPS are packets from the peer that this node
+dropped. "-" means not known. On a narrow terminal (80 columns if there is none),
+ADDRESS, MTU, HEARD, DROPS and WAY are left out, in this order; -o wide shows all.
 
 Filters: text that the node, subnet or address contains, or KEY=VALUE of
   node=worker-*  subnet=10.5.0.0/18  address=192.0.2.7
@@ -62,10 +61,10 @@ Several filters must all match; several values of one key are alternatives.`,
 	}
 	f := c.Flags()
 	f.StringVar(&o.runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
-	f.StringVar(&o.sort, "sort", "node", "by what: "+strings.Join(peerOrders(), ", ")+"; numbers with the largest first")
-	f.BoolVar(&o.reverse, "reverse", false, "the other way round")
+	f.StringVar(&o.sort, "sort", "node", "sort by "+strings.Join(peerOrders(), ", ")+"; numbers in descending order")
+	f.BoolVar(&o.reverse, "reverse", false, "reverse the order")
 	f.StringArrayVar(&o.filter, "filter", nil, "show only these (may be given several times)")
-	addWatch(c, &o.watch, "with rates instead of sums")
+	addWatch(c, &o.watch, "with rates instead of totals")
 	o.out.addTo(c, "wide")
 	_ = c.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(peerOrders(), cobra.ShellCompDirectiveNoFileComp))
 	return c

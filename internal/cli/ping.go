@@ -40,19 +40,19 @@ func newPingCommand() *cobra.Command {
 subnet, and show round-trip time, loss, and the largest packet that passes. A
 node is named by its identity, its subnet or its underlay address; its tunnel
 device answers, whether the node runs culvert or flannel. Any other address of
-the cluster network, such as a pod's, is asked itself.
+the cluster network, such as a pod's, is pinged itself.
 
-Where the tunnel does not answer the underlay is asked too, so that a broken
-tunnel and a node that is down can be told apart.
+If there is no answer through the tunnel, the node's underlay address is pinged too, to
+distinguish a broken tunnel from a node that is down.
 
-Exit code 1: something did not answer, or does not take packets as large as
-pods may send.`,
+The exit code is 1 if a target does not answer, or if packets as large as pods may send
+do not reach it.`,
 		Example: `  culvert ping n2
   culvert ping 10.5.19.7
   culvert ping --all -o json`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if o.all == (len(args) > 0) {
-				return usagef("ping what? Name nodes or addresses, or use --all")
+				return usagef("nothing to ping: name nodes or addresses, or use --all")
 			}
 			if o.count < 1 || o.interval < 0 || o.timeout <= 0 {
 				return usagef("--count needs 1 or more, and --timeout a positive time")
@@ -86,8 +86,8 @@ pods may send.`,
 	f.StringVar(&o.runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
 	f.BoolVar(&o.all, "all", false, "ping every node")
 	f.IntVarP(&o.count, "count", "c", 3, "requests to each")
-	f.DurationVarP(&o.interval, "interval", "i", 200*time.Millisecond, "time from one request to the next")
-	f.DurationVar(&o.timeout, "timeout", time.Second, "how long an answer may take")
+	f.DurationVarP(&o.interval, "interval", "i", 200*time.Millisecond, "interval between requests")
+	f.DurationVar(&o.timeout, "timeout", time.Second, "timeout of a request")
 	f.BoolVar(&o.noMTU, "no-mtu", false, "do not measure the largest packet that passes")
 	o.out.addTo(c)
 	return c

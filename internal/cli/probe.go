@@ -13,13 +13,13 @@ import (
 func newProbeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    "probe",
-		Short:  "Succeed if the node's daemon is in this container",
+		Short:  "Succeed if the node's daemon runs in this container",
 		Hidden: true,
 		Args:   cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			pid, err := host.OwnerHere()
 			if err == nil && pid == 0 {
-				err = errors.New("the daemon of this node is not in this PID namespace: that of an update has not taken over yet")
+				err = errors.New("the daemon of this node is not in this PID namespace: the updated one has not taken over yet")
 			}
 			return err
 		},

@@ -9,11 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// progressAfter is when a command that has said nothing yet says what it waits for.
+// progressAfter is the time after which a command without output prints what it waits
+// for.
 const progressAfter = time.Second
 
-// whileWaiting says what a command is at, on a terminal, if it takes longer than progressAfter.
-// The caller calls stop before it prints.
+// whileWaiting prints what a command is doing, on a terminal, if it takes longer than
+// progressAfter. The caller calls stop before it prints.
 func whileWaiting(c *cobra.Command, doing string) (stop func()) {
 	err, ok := c.ErrOrStderr().(*os.File)
 	if !ok {

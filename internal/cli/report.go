@@ -25,13 +25,13 @@ func newReportCommand() *cobra.Command {
 	var root string
 	c := &cobra.Command{
 		Use:   "report [FILE]",
-		Short: "Collect what a bug report needs in one archive, without secrets",
-		Long: `Gather into one .tar.gz what culvert and the kernel say of this node: version,
-status, what doctor finds, state, configuration, how the daemon was started, links,
+		Short: "Collect the data for a bug report in one archive, without secrets",
+		Long: `Write the state of culvert and of the kernel on this node to one .tar.gz: version,
+status, doctor's findings, state files, configuration, the daemon's command line, links,
 addresses, routes, rules, neighbours, FDB, nftables and iptables rules, kernel
 settings, logs, metrics. Passwords, tokens, keys and certificates are removed;
-addresses and names are not. It is at most some tens of megabytes, takes less than a
-minute, and works while no daemon runs. FILE "-" is the standard output.`,
+addresses and names are not. The archive has at most some tens of megabytes. The command
+takes less than a minute, and needs no running daemon. FILE "-" is standard output.`,
 		Example: `  culvert report
   culvert report - | ssh admin@example.com 'cat >n1.tar.gz'`,
 		Args: cobra.MaximumNArgs(1),
@@ -47,7 +47,7 @@ minute, and works while no daemon runs. FILE "-" is the standard output.`,
 				return err
 			}
 			var b bytes.Buffer
-			done := whileWaiting(c, "gathering; this takes some seconds")
+			done := whileWaiting(c, "collecting; this takes some seconds")
 			sum, err := report.Write(c.Context(), &b, options)
 			done()
 			if err == nil {
@@ -57,9 +57,9 @@ minute, and works while no daemon runs. FILE "-" is the standard output.`,
 				return fmt.Errorf("writing the report: %w", err)
 			}
 			if len(sum.Programs) > 0 {
-				fmt.Fprintf(c.OutOrStdout(), "not installed here: %s. What they show was read from the kernel as far as it can be; README.txt lists what is missing.\n", strings.Join(sum.Programs, ", "))
+				fmt.Fprintf(c.OutOrStdout(), "not installed here: %s. Their output was replaced by what culvert can read from the kernel; README.txt lists what is missing.\n", strings.Join(sum.Programs, ", "))
 			}
-			_, err = fmt.Fprintf(c.OutOrStdout(), "%s: %d files, %s; %d secrets were removed. Look it through before you publish it.\n", file, sum.Files, size(uint64(b.Len())), sum.Removed)
+			_, err = fmt.Fprintf(c.OutOrStdout(), "%s: %d files, %s; %d secrets were removed. Review it before you publish it.\n", file, sum.Files, size(uint64(b.Len())), sum.Removed)
 			return err
 		},
 	}

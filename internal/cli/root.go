@@ -220,8 +220,8 @@ func unknownCommand(c *cobra.Command, word string) error {
 	return usageError{err}
 }
 
-// withFlags words the error of a wrong value as those of the commands are, and adds the flag
-// that was probably meant to that of an unknown one.
+// withFlags rewords pflag's errors like those of the commands: for a wrong value, and for
+// an unknown flag, with the flag that was probably meant.
 func withFlags(c *cobra.Command, err error) error {
 	if invalid, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
 		return fmt.Errorf("--%s %s: %w", invalid.GetFlag().Name, invalid.GetValue(), invalid.Unwrap())
@@ -238,8 +238,8 @@ func withFlags(c *cobra.Command, err error) error {
 	return err
 }
 
-// nearest returns the name that word is a misspelling or the beginning of; "" if none is
-// near.
+// nearest returns the name of which word is a misspelling or a prefix; "" if there is
+// none.
 func nearest[T any](word string, all []T, name func(T) string) string {
 	best, least := "", 3 // edits
 	for _, one := range all {
@@ -255,8 +255,8 @@ func nearest[T any](word string, all []T, name func(T) string) string {
 	return best
 }
 
-// distance is the number of letters to insert, delete, replace or swap with the next that
-// makes b of a (optimal string alignment).
+// distance is the number of edits (insert, delete, replace, or swap two adjacent letters)
+// that turn a into b (optimal string alignment).
 func distance(a, b string) int {
 	rows := make([][]int, len(a)+1)
 	for i := range rows {

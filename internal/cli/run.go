@@ -40,8 +40,8 @@ func (f *etcdFlags) addTo(flags *pflag.FlagSet) {
 	flags.StringVar(&f.ca, "etcd-cafile", "", "CA that signed the servers' certificates (PEM)")
 	flags.StringVar(&f.cert, "etcd-certfile", "", "client certificate (PEM)")
 	flags.StringVar(&f.key, "etcd-keyfile", "", "its key (PEM)")
-	flags.StringVar(&f.user, "etcd-username", "", "user, where etcd asks for one")
-	flags.StringVar(&f.password, "etcd-password", "", "its password; better by file or CULVERT_ETCD_PASSWORD, since others see a command line")
+	flags.StringVar(&f.user, "etcd-username", "", "user, if etcd requires authentication")
+	flags.StringVar(&f.password, "etcd-password", "", "its password; prefer the file or CULVERT_ETCD_PASSWORD, since command lines are visible to other users")
 	flags.StringVar(&f.passwordFile, "etcd-password-file", "", "file that holds the password")
 }
 
@@ -59,7 +59,7 @@ func (f *etcdFlags) options(log *slog.Logger) (etcd.Options, error) {
 
 // addQuarantine adds the flag of the commands that free or lease subnets.
 func addQuarantine(flags *pflag.FlagSet, d *time.Duration) {
-	flags.DurationVar(d, "quarantine", time.Hour, "how long a freed subnet is kept from other nodes while others are free; 0: not at all")
+	flags.DurationVar(d, "quarantine", time.Hour, "how long a freed subnet is not given to another node while other subnets are free; 0: not at all")
 }
 
 // runFlags are the flags of culvert run.
@@ -151,7 +151,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.release, "release-on-exit", false, "release the lease on exit, for a node that does not return")
 	flags.DurationVar(&f.jitter, "start-jitter", 0, "maximum random delay before the first request to the store, when thousands of nodes boot at once")
 	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "datapath: "+strings.Join(daemon.Datapaths(), ", "))
-	flags.StringVar(&f.fastPath, "fast-path", "auto", "eBPF fast path: auto (with the kernel's vxlan device, if kernel and host allow it), on (with the userspace datapath and with IPIP too), off, or pod (auto, and established TCP connections and UDP between pods bypass the host unless its rules count on each packet)")
+	flags.StringVar(&f.fastPath, "fast-path", "auto", "eBPF fast path: auto (with the kernel's vxlan device, if kernel and host allow it), on (with the userspace datapath and with IPIP too), off, or pod (auto, and established TCP connections and UDP between pods bypass the host's stack, unless its rules depend on seeing each packet)")
 	flags.BoolVar(&f.takeOver, "take-over-flannel", false, "replace flannel's device once the lease is acquired (stop flanneld first)")
 	flags.BoolVar(&f.replace, "replace", false, "take over without packet loss from the daemon that runs with this --run-dir, if there is one")
 	flags.StringVar(&f.handedOver, "handed-over", string(daemon.Exit), "after another daemon has taken over: exit, or wait for a signal (under a supervisor that would restart it, such as the kubelet)")
@@ -171,7 +171,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.tunnel.NoBusyPoll, "no-busy-poll", false, "block as soon as there is no packet; saves CPU time, adds latency")
 	flags.IntVar(&f.tunnel.Queues, "queues", 0, "queues of the tunnel device, one thread each (default: number of CPUs less one, at most 8)")
 	flags.IntVar(&f.tunnel.SourcePorts, "source-ports", 0, "number of UDP source ports to spread flows over (default: 8; on two CPUs 1)")
-	flags.BoolVar(&f.probePeers, "probe-peers", true, "send echo requests through the tunnel to peers from which nothing comes, at most 96 in 30 s, for 'culvert peers'")
+	flags.BoolVar(&f.probePeers, "probe-peers", true, "probe peers with echo requests through the tunnel, at most 96 in 30 s, for 'culvert peers'")
 	flags.DurationVar(&f.probeEvery, "probe-interval", daemon.ProbeInterval, "interval of these requests, to measure what they cost")
 	_ = flags.MarkHidden("probe-interval")
 	flags.BoolVar(&f.tunnel.CopyDSCP, "copy-dscp", false, "copy the DSCP field to the outer header")

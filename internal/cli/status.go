@@ -21,9 +21,9 @@ func newStatusCommand() *cobra.Command {
 	var out output
 	c := &cobra.Command{
 		Use:   "status",
-		Short: "Show what this node is doing, and why",
-		Long: `Show what the node daemon on this machine is doing: its lease, how packets are
-carried and why, the contact with etcd, the other nodes, and what was dropped.`,
+		Short: "Show the state of this node's daemon",
+		Long: `Show the state of the node daemon on this machine: its lease, the datapath and why it
+was chosen, the connection to the store, the other nodes, and dropped packets.`,
 		Example: `  culvert status
   culvert status --watch`,
 		Args: cobra.NoArgs,
@@ -199,17 +199,17 @@ func writePeers(w io.Writer, s api.Status, now time.Time) error {
 		return err
 	}
 	for _, p := range s.Datapath.SilentPeers {
-		_ = sentence(w, "silent peer: %s at %s: nothing has come from it for %s, although this node sends to it", p.Subnet, p.PublicIP, age(now.Sub(p.Since)))
+		_ = sentence(w, "silent peer: %s at %s: no packet came from it for %s, although this node sends to it", p.Subnet, p.PublicIP, age(now.Sub(p.Since)))
 	}
 	for _, p := range s.Datapath.NarrowPaths {
 		by := ""
 		if p.By.IsValid() {
-			by = ", says " + p.By.String()
+			by = ", as " + p.By.String() + " reported"
 		}
-		_ = sentence(w, "narrow path: %s at %s takes %d bytes%s (for %s)", p.Subnet, p.PublicIP, p.MTU, by, age(now.Sub(p.Since)))
+		_ = sentence(w, "narrow path: %s at %s: packets of at most %d bytes pass%s (for %s)", p.Subnet, p.PublicIP, p.MTU, by, age(now.Sub(p.Since)))
 	}
 	for _, r := range s.Rejected {
-		_ = sentence(w, "set aside: %s: %s", r.Key, r.Reason)
+		_ = sentence(w, "rejected lease: %s: %s", r.Key, r.Reason)
 	}
 	return nil
 }

@@ -58,26 +58,26 @@ func newTraceCommand() *cobra.Command {
 	var o traceOptions
 	c := &cobra.Command{
 		Use:   "trace FROM TO",
-		Short: "Show the way of packets between two pods, and what stops them",
-		Long: `Show, step by step, the way of packets from a pod of this node to a pod, or a node,
+		Short: "Show the path of packets between two pods, and what stops them",
+		Long: `Show, step by step, the path of packets from a pod of this node to a pod or a node
 anywhere in the cluster network: pod, bridge, kernel settings, route, each rule of
 nftables and iptables that decides, lease, neighbour, FDB, tunnel, underlay, MTU.
-Then a real packet is sent from within the pod and followed (nftables' trace, the
-tunnel's counters). What stops packets is named, with the command that mends it.
+Then a real packet is sent from the pod and followed (nftables' trace, the tunnel's
+counters). If something stops packets, it is named, with the command that fixes it.
 
 FROM and TO are addresses; TO may be a node's identity, and FROM may be "node" for
-this node itself. On the node of TO the same command shows the other half. With
---far this one runs it there, such as --far 'ssh root@n2 culvert'; without, what is
-wrong on the other node is told apart by packets that are sent there.
+this node itself. On the node of TO the same command shows the other half of the path.
+With --far, such as --far 'ssh root@n2 culvert', this command runs it there; without it,
+probes to the other node narrow down what is wrong there.
 
-It works while no daemon runs, from what the last one has left. Exit code 1: packets
+It needs no running daemon: it uses what the last one left. The exit code is 1 if packets
 are stopped.`,
 		Example: `  culvert trace 10.5.72.2 10.5.19.7
   culvert trace 10.5.72.2 10.5.19.7 --protocol tcp --port 443
   culvert trace node n2 --far 'ssh root@n2 culvert'`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
-			done := whileWaiting(c, "following packets; those without an answer take some seconds")
+			done := whileWaiting(c, "sending packets; unanswered ones take some seconds")
 			r, err := o.trace(c.Context(), args[0], args[1])
 			done()
 			if err != nil {
@@ -127,11 +127,11 @@ func (o traceOptions) trace(ctx context.Context, fromText, toText string) (trace
 		return r, err
 	}
 	if diagnosis.Snapshot == nil {
-		why, do := "no daemon has left the leases in "+o.runDir, "start one with `culvert run`, or give its --run-dir"
+		why, do := "there is no copy of the leases in "+o.runDir, "start one with `culvert run`, or give its --run-dir"
 		for _, f := range diagnosis.Problems {
 			why, do = f.Text, f.Fix
 		}
-		return r, remedy.Errorf(do, "it is not known what should be on this host: %s", why)
+		return r, remedy.Errorf(do, "the wanted state of this host is unknown: %s", why)
 	}
 	to, err := traceEnd(diagnosis, toText, true)
 	if err != nil {
@@ -203,7 +203,7 @@ func (o traceOptions) live(ctx context.Context, p trace.Path, r *traceResult) er
 		case probe.Answered:
 			r.judge(trace.Step{
 				Node: p.Node, Layer: trace.LayerMTU, State: trace.Bad,
-				Detail: fmt.Sprintf("packets of up to %d bytes pass on the way to %s, and the pod sends up to %d: what is larger is lost without a word", probe.Largest, p.Remote, probe.Want),
+				Detail: fmt.Sprintf("packets of up to %d bytes reach %s, but the pod sends up to %d: larger ones are lost silently", probe.Largest, p.Remote, probe.Want),
 				Fix:    "repair the link on the path; or give the network a smaller Backend.MTU (`culvert config set`) and recreate the pods",
 			}, true)
 			return nil
@@ -303,14 +303,14 @@ func tracePath(o daemon.Diagnosis, local, remote netip.Addr, toward bool) (trace
 		}
 	}
 	if p.Peer == nil && !self.Subnet.Contains(remote) {
-		p.NoPeer = "nobody leases it"
+		p.NoPeer = "no node leases it"
 		if !slices.ContainsFunc(s.Config.Networks, func(n subnet.Network) bool { return n.Prefix.Contains(remote) }) {
 			p.NoPeer = "it is not in the cluster network"
 		}
 		for _, r := range s.Rejected {
 			subnets, err := subnet.ParseKey(r.Key)
 			if err == nil && slices.ContainsFunc(subnets, func(n netip.Prefix) bool { return n.Contains(remote) }) {
-				p.NoPeer = fmt.Sprintf("the lease %s was set aside: %s", r.Key, r.Reason)
+				p.NoPeer = fmt.Sprintf("the lease %s was rejected: %s", r.Key, r.Reason)
 			}
 		}
 	}
@@ -370,7 +370,7 @@ func writeTrace(w io.Writer, r traceResult) error {
 			_ = sentence(w, "fix: %s", r.Culprit.Fix)
 		}
 	default:
-		_, err := fmt.Fprintln(w, "nothing here stops it; whether it arrives was not tried")
+		_, err := fmt.Fprintln(w, "nothing on this node stops it; no packet was sent")
 		return err
 	}
 	return nil

@@ -1,7 +1,8 @@
-// Package confine takes from a process what it does not need once it has started:
-// capabilities, the way to gain any, and system calls that it never makes. What an
-// attacker who runs code in the daemon can do is then what the daemon itself does
-// to the network, and little else.
+// Package confine drops the privileges that a process does not need after its start:
+// capabilities, the means to gain any (no_new_privs), and system calls that it never
+// makes (seccomp). An attacker who runs code in the daemon can then do little beyond what
+// the daemon itself does to the network. It keeps no state: the kernel holds the
+// restrictions.
 package confine
 
 import (
@@ -16,19 +17,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Options say what is left.
+// Options say what the process keeps.
 type Options struct {
-	// FastPath keeps CAP_PERFMON, which the kernel's verifier asks for with the fast
-	// path's programs.
+	// FastPath keeps CAP_PERFMON, which the verifier requires for the fast path's
+	// programs.
 	FastPath bool
-	// Kill ends the process at a system call that is denied, rather than letting the
-	// call fail: for tests, which prove by it that none is made.
+	// Kill kills the process at a denied system call, instead of failing the call. Tests
+	// use it to prove that the daemon makes none.
 	Kill bool
 }
 
-// Process confines every thread of this process, and what it executes. Each step
-// that the kernel does not offer, or a container forbids, is left out and told in
-// the error; the others are taken all the same.
+// Process confines every thread of this process, and the programs that it executes. A
+// step that the kernel does not support, or a container forbids, is skipped and reported
+// in the error; the other steps are done.
 //
 // A binary that is linked with cgo cannot do it (syscall.AllThreadsSyscall).
 func Process(o Options) error {
@@ -38,7 +39,7 @@ func Process(o Options) error {
 	return errors.Join(dropCapabilities(keep(o)), filter(o.Kill))
 }
 
-// keep is the set of capabilities that stay, as bits. The systemd unit gives no others.
+// keep is the set of capabilities to keep, as bits. The systemd unit grants no others.
 func keep(o Options) uint64 {
 	set := uint64(1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW | 1<<unix.CAP_NET_BIND_SERVICE | 1<<unix.CAP_BPF)
 	if o.FastPath {
@@ -50,7 +51,7 @@ func keep(o Options) uint64 {
 	return set
 }
 
-// lastCapability is the highest that this kernel knows (capabilities(7)).
+// lastCapability is the highest capability of this kernel (capabilities(7)).
 func lastCapability() int {
 	b, err := os.ReadFile("/proc/sys/kernel/cap_last_cap")
 	if n, perr := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && perr == nil {
@@ -59,7 +60,7 @@ func lastCapability() int {
 	return unix.CAP_LAST_CAP
 }
 
-// dropCapabilities leaves those of set that the process has.
+// dropCapabilities drops all capabilities that are not in set.
 func dropCapabilities(set uint64) error {
 	var errs []error
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
@@ -67,8 +68,9 @@ func dropCapabilities(set uint64) error {
 	if err := unix.Capget(&header, &data[0]); err != nil {
 		return fmt.Errorf("reading the capabilities: %w", err)
 	}
-	// From the bounding set first: it takes CAP_SETPCAP, which goes then. A process
-	// without it gains nothing by execve either, as no_new_privs is set.
+	// Drop from the bounding set first: that requires CAP_SETPCAP, which is dropped
+	// below. A process without it gains nothing by execve either, since no_new_privs is
+	// set.
 	if data[unix.CAP_SETPCAP/32].Effective&(1<<(unix.CAP_SETPCAP%32)) != 0 {
 		for c := range lastCapability() + 1 {
 			if set&(1<<c) != 0 {
@@ -89,7 +91,7 @@ func dropCapabilities(set uint64) error {
 		data[i].Effective &= left
 		data[i].Inheritable = 0
 	}
-	// Of the calling thread whichever it is: PID 0.
+	// PID 0 is the calling thread.
 	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&data[0])), 0); errno != 0 {
 		errs = append(errs, fmt.Errorf("dropping capabilities: %w", errno))
 	}

@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// confined confines itself and says what is left.
+// confined confines the process and prints the remaining privileges.
 func confined() int {
 	err := confine.Process(confine.Options{Kill: os.Getenv("CONFINED") == "kill"})
 	if errors.Is(err, syscall.ENOTSUP) {
@@ -65,7 +65,7 @@ func confined() int {
 
 func TestProcess(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("needs root: there is nothing to give up")
+		t.Skip("needs root: the process has no privileges to drop")
 	}
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "CONFINED=1")
@@ -117,7 +117,7 @@ func TestProcess(t *testing.T) {
 	}
 }
 
-// With Kill a denied call ends the process: so tests see that none is made.
+// With Kill a denied call kills the process, so that tests detect it.
 func TestKill(t *testing.T) {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "CONFINED=kill")

@@ -9,12 +9,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// denied are the system calls that nothing of the daemon makes: not its own code,
-// not Go's runtime, not the etcd server that it may carry along. Those that only
-// look dangerous, such as bpf(2) and netlink, are what it is there for.
+// denied are system calls that neither the daemon's code nor Go's runtime nor the
+// embedded etcd server makes. bpf(2) and netlink sockets are not among them: the daemon
+// needs them.
 //
-// A list of what is allowed would be stricter, and would break with releases of Go
-// and of etcd, whose calls are theirs to choose.
+// A list of allowed calls would be stricter, but would break with new releases of Go and
+// etcd, which may make other calls.
 var denied = append([]uint32{
 	// other processes
 	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PIDFD_GETFD, unix.SYS_PROCESS_MADVISE, unix.SYS_KCMP,
@@ -25,20 +25,20 @@ var denied = append([]uint32{
 	unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_PIVOT_ROOT, unix.SYS_CHROOT, unix.SYS_MOVE_MOUNT, unix.SYS_OPEN_TREE, unix.SYS_FSOPEN,
 	unix.SYS_FSCONFIG, unix.SYS_FSMOUNT, unix.SYS_FSPICK, unix.SYS_MOUNT_SETATTR, unix.SYS_SETNS, unix.SYS_UNSHARE,
 	unix.SYS_OPEN_BY_HANDLE_AT, unix.SYS_SWAPON, unix.SYS_SWAPOFF, unix.SYS_QUOTACTL, unix.SYS_ACCT, unix.SYS_MKNODAT,
-	// keys, clocks, names, who one is
+	// keys, clocks, names, user and group IDs
 	unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY, unix.SYS_KEYCTL, unix.SYS_SETTIMEOFDAY, unix.SYS_CLOCK_SETTIME,
 	unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME, unix.SYS_VHANGUP, unix.SYS_PERSONALITY,
 	unix.SYS_SETUID, unix.SYS_SETGID, unix.SYS_SETREUID, unix.SYS_SETREGID, unix.SYS_SETRESUID, unix.SYS_SETRESGID, unix.SYS_SETGROUPS,
 }, deniedHere...)
 
-// Of linux/seccomp.h and linux/filter.h.
+// From linux/seccomp.h and linux/filter.h.
 const (
 	setModeFilter = 1       // SECCOMP_SET_MODE_FILTER
 	flagTSync     = 1       // SECCOMP_FILTER_FLAG_TSYNC: all threads
 	x32           = 1 << 30 // __X32_SYSCALL_BIT: the calls by other numbers
 )
 
-// filter denies them, to all threads, for good.
+// filter installs the filter in all threads. It cannot be removed.
 func filter(kill bool) error {
 	if auditArch == 0 {
 		return fmt.Errorf("seccomp: no filter for %s", runtime.GOARCH)
@@ -74,7 +74,7 @@ func filter(kill bool) error {
 		return fmt.Errorf("seccomp: %w", errno)
 	}
 	if at != 0 { // a thread that has another filter
-		return fmt.Errorf("seccomp: thread %d cannot have the filter", at)
+		return fmt.Errorf("seccomp: cannot install the filter in thread %d", at)
 	}
 	return nil
 }

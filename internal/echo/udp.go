@@ -17,18 +17,17 @@ import (
 type Sum int
 
 const (
-	// Offloaded leaves it to the device that the packet leaves by, as pods' stacks
-	// do where the device says that it can.
+	// Offloaded leaves it to the outgoing device, as pods' stacks do if the device
+	// supports that.
 	Offloaded Sum = iota
 	// None sends no checksum (RFC 768), which only IPv4 may.
 	None
 )
 
-// ProbeUDP sends a UDP datagram in an IP packet of size bytes to a port where
-// nobody should listen, and waits for the ICMP error that a host answers with
-// (port unreachable): nil says that the datagram arrived whole, since a host
-// drops one whose checksum is wrong. ErrTimeout says that nothing came back, and
-// Refused that something else did.
+// ProbeUDP sends a UDP datagram in an IP packet of size bytes to a port that should be
+// closed, and waits for the ICMP error port unreachable. nil means that the datagram
+// arrived intact, since a host drops one with a wrong checksum; ErrTimeout that no reply
+// came; Refused that another ICMP error came.
 func ProbeUDP(ctx context.Context, from, to netip.AddrPort, size int, sum Sum) (time.Duration, error) {
 	header := 28
 	if !to.Addr().Is4() {
@@ -69,19 +68,19 @@ func ProbeUDP(ctx context.Context, from, to netip.AddrPort, size int, sum Sum) (
 	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
 	began := time.Now()
 	if _, err := c.Write(make([]byte, max(size-header, 1))); err != nil {
-		return 0, knocked(err)
+		return 0, outcome(err)
 	}
 	_, err = c.Read(make([]byte, 1500))
 	if errors.Is(err, unix.ECONNREFUSED) {
 		return time.Since(began), nil
 	}
-	return time.Since(began), knocked(err)
+	return time.Since(began), outcome(err)
 }
 
-// knocked is what a socket's error says of a datagram.
-func knocked(err error) error {
+// outcome converts a socket's error to ProbeUDP's result.
+func outcome(err error) error {
 	switch {
-	case err == nil: // somebody listens there, and answered
+	case err == nil: // a program listens there, and answered
 		return nil
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return ErrTimeout

@@ -115,7 +115,7 @@ func (a Access) Guard(h http.Handler) http.Handler {
 		shown, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 		if err != nil || !ok || subtle.ConstantTimeCompare([]byte(shown), []byte(want)) != 1 {
 			w.Header().Set("WWW-Authenticate", "Bearer")
-			http.Error(w, "show the token of --metrics-token-file", http.StatusUnauthorized)
+			http.Error(w, "send the token of --metrics-token-file", http.StatusUnauthorized)
 			return
 		}
 		h.ServeHTTP(w, r)

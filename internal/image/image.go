@@ -21,10 +21,10 @@ import (
 	"time"
 )
 
-// Image is what an image FROM scratch consists of.
+// Image is the content of an image FROM scratch.
 type Image struct {
 	Name       string            // in full, such as docker.io/library/culvert:v1
-	Files      map[string]string // path in the image: path here. Symbolic links stay such
+	Files      map[string]string // host path by path in the image. Symbolic links are kept
 	Entrypoint []string
 	Cmd        []string
 	Arch       string // GOARCH; this machine's if empty
@@ -32,9 +32,8 @@ type Image struct {
 	Created    time.Time
 }
 
-// FromDockerfile returns the image that a Dockerfile describes which only copies
-// files into an image FROM scratch: those below its directory that .dockerignore
-// leaves.
+// FromDockerfile returns the image of a Dockerfile that only copies files into an image
+// FROM scratch: those below its directory that .dockerignore does not exclude.
 func FromDockerfile(file, name string) (Image, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -64,7 +63,7 @@ func FromDockerfile(file, name string) (Image, error) {
 		case instruction == "CMD":
 			err = json.Unmarshal([]byte(args), &i.Cmd)
 		default:
-			err = errors.New("only FROM scratch, COPY without options, ENTRYPOINT and CMD are known")
+			err = errors.New("only FROM scratch, COPY without options, ENTRYPOINT and CMD are supported")
 		}
 		if err != nil {
 			return Image{}, fmt.Errorf("%s: %s: %w", file, strings.TrimSpace(line), err)
@@ -88,7 +87,7 @@ func ignored(file string, patterns []string) bool {
 	return is
 }
 
-// copy adds a file, or what a directory holds.
+// copy adds a file, or a directory's content.
 func (i Image) copy(context, source, target string, patterns []string) error {
 	source = filepath.Join(context, source)
 	return filepath.WalkDir(source, func(p string, d fs.DirEntry, err error) error {
@@ -166,7 +165,7 @@ type descriptor struct {
 
 const kind = "application/vnd.oci.image."
 
-// archive is an OCI image layout that is being written.
+// archive writes an OCI image layout.
 type archive struct {
 	w       *tar.Writer
 	written map[string]bool
@@ -239,9 +238,8 @@ func (a archive) image(i Image) (descriptor, error) {
 	return d, err
 }
 
-// Write writes images of one name, each for another architecture, into a file that
-// `ctr images import` reads (OCI image layout, 1.0.0). What it writes depends on the
-// images alone.
+// Write writes images of one name, each for another architecture, into a file that `ctr
+// images import` reads (OCI image layout, 1.0.0). The output depends only on the images.
 func Write(file string, images ...Image) error {
 	f, err := os.Create(file)
 	if err != nil {

@@ -18,8 +18,8 @@ import (
 )
 
 // TestWrite reads an archive of two architectures back: every digest and size is that of
-// its blob, the index leads to a manifest for each platform, and each layer holds the
-// files of its architecture.
+// its blob, the index has a manifest for each platform, and each layer contains the files
+// of its architecture.
 func TestWrite(t *testing.T) {
 	dir := t.TempDir()
 	var images []Image

@@ -148,11 +148,11 @@ func Losses(c subnet.Config, f host.Facts, needs []Need) (soft, hard []api.Warni
 			if r, ok := f.RouteOfOthers(w.Addr); ok && r.To.Bits() > given.Bits() {
 				continue
 			}
-			text := fmt.Sprintf("%s lies in the cluster network %s, which would cut this node off from it", w.What, given)
+			text := fmt.Sprintf("%s is in the cluster network %s, which would cut this node off from it", w.What, given)
 			if given != n.Prefix {
-				text = fmt.Sprintf("%s lies in %s of the cluster network %s, which would cut this node off from it", w.What, given, n.Prefix)
+				text = fmt.Sprintf("%s is in %s of the cluster network %s, which would cut this node off from it", w.What, given, n.Prefix)
 			}
-			const fix = "give the cluster another Network (in Kubernetes: and kube-controller-manager the same --cluster-cidr), or one whose SubnetMin and SubnetMax leave it out, or this host a more specific route to it"
+			const fix = "give the cluster another Network (in Kubernetes: and kube-controller-manager the same --cluster-cidr), or set SubnetMin and SubnetMax to exclude it, or add a more specific route to it on this host"
 			if w.Soft {
 				soft = append(soft, api.Warning{Check: "resolver-in-network", Text: text, Fix: fix})
 				continue
@@ -179,7 +179,7 @@ func Networks(c subnet.Config, own []netip.Prefix, networks []host.LinkNetwork) 
 			}
 			all = append(all, api.Warning{
 				Check: "network-overlap", Fix: "give one of the two another network",
-				Text: fmt.Sprintf("%s has %s, which overlaps the cluster network %s: the node reaches either what is on %s or the nodes that lease subnets there", h.Link, h.Prefix, given, h.Link),
+				Text: fmt.Sprintf("%s has %s, which overlaps the cluster network %s: this node can reach either the hosts on %s or the nodes with subnets there", h.Link, h.Prefix, given, h.Link),
 			})
 		}
 	}

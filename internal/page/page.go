@@ -1,6 +1,7 @@
-// Package page is the daemon's page: the topology as this node sees it, drawn and
-// as a table, with what is wrong and how to mend it. It only reads, asks nothing
-// of the outside, and works without its script, which polls.
+// Package page serves the daemon's page: the topology as this node sees it, as a drawing
+// and as a table, with the warnings and their fixes. It is read-only, loads nothing from
+// other hosts, and works without its script, which polls. It keeps no state: the daemon
+// owns the status.
 package page
 
 import (
@@ -24,7 +25,7 @@ var pageTemplate = template.Must(template.New("page.html").Funcs(template.FuncMa
 	"bytes": size, "milliseconds": milliseconds, "plural": plural,
 }).ParseFS(files, "page.html"))
 
-// Handler serves the page at /, and what it needs beside it.
+// Handler serves the page at /, and its files.
 func Handler(status func() api.Status, peers func() api.Peers) http.Handler {
 	mux := http.NewServeMux()
 	look := func(r *http.Request) view { return viewOf(status(), peers(), r.URL.Query().Get("q")) }
@@ -44,7 +45,7 @@ func Handler(status func() api.Status, peers func() api.Peers) http.Handler {
 	return secured(mux)
 }
 
-// secured lets the page load nothing but its own files.
+// secured restricts the page to its own files (Content-Security-Policy).
 func secured(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -56,8 +57,9 @@ func secured(next http.Handler) http.Handler {
 	})
 }
 
-// LoopbackOnly serves next to this host alone, whatever address the listener has,
-// and to no page of another site that leads its own name here (DNS rebinding).
+// LoopbackOnly restricts next to clients on this host, whatever address the listener has,
+// and to requests by a loopback address, so that another site's page cannot read it (DNS
+// rebinding).
 func LoopbackOnly(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		from, err := netip.ParseAddrPort(r.RemoteAddr)
@@ -68,18 +70,18 @@ func LoopbackOnly(next http.Handler) http.Handler {
 		addr, notAddr := netip.ParseAddr(name)
 		switch {
 		case err != nil || !from.Addr().Unmap().IsLoopback():
-			http.Error(w, "this page is for this host alone: ssh -L 9472:127.0.0.1:9472 HOST, then http://127.0.0.1:9472/", http.StatusForbidden)
+			http.Error(w, "this page is served to this host only: run ssh -L 9472:127.0.0.1:9472 HOST, then open http://127.0.0.1:9472/", http.StatusForbidden)
 		case name != "localhost" && (notAddr != nil || !addr.IsLoopback()):
-			http.Error(w, "ask for http://127.0.0.1/ with this port", http.StatusForbidden)
+			http.Error(w, "open http://127.0.0.1/ with this port", http.StatusForbidden)
 		default:
 			next.ServeHTTP(w, r)
 		}
 	})
 }
 
-// live is what the script polls.
+// live is the answer that the script polls.
 type live struct {
-	Version string     `json:"version"` // changes when the page is to be loaded anew
+	Version string     `json:"version"` // changes when the page must be reloaded
 	At      int64      `json:"at"`      // milliseconds of Unix time
 	State   string     `json:"state"`
 	Summary string     `json:"summary"`
@@ -114,7 +116,7 @@ func (v view) live() live {
 	return l
 }
 
-// version names what the script cannot change by itself.
+// version identifies the parts of the page that the script cannot update.
 func (v view) version() string {
 	h := fnv.New64a()
 	for _, r := range v.Rows {

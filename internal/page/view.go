@@ -38,28 +38,29 @@ type row struct {
 // mark is one node, or a group of them, in the drawing.
 type mark struct {
 	ID, Name, More, State, Label, Target string
-	Part                                 float64 // of a group that is silent, in percent
+	Part                                 float64 // silent share of a group, in percent
 	Count                                int
 	X, Y, R, LabelX, LabelY              float64
 	Anchor                               string
-	// MidX and MidY are where the figures of the link are.
+	// MidX and MidY are the position of the link's figures.
 	MidX, MidY float64
 }
 
 type line struct{ X1, Y1, X2, Y2 float64 }
 
 const (
-	// mostRows is what the table shows of a large network: the worst first.
+	// mostRows is the maximum number of rows of the table, the worst first.
 	mostRows = 250
-	// mostMarks is how many nodes are drawn one by one.
+	// mostMarks is the maximum number of nodes that are drawn individually.
 	mostMarks = 28
-	// mostMesh is up to how many nodes the links between others are drawn.
+	// mostMesh is the maximum number of nodes for which the links between other nodes are
+	// drawn.
 	mostMesh = 28
 
 	width, height = 920.0, 620.0
 )
 
-// node is what is known of a peer: all of its subnets.
+// node is a peer with all of its subnets.
 type node struct {
 	name    string
 	first   netip.Addr
@@ -134,7 +135,7 @@ func add(to **int64, c *api.PeerCount) {
 	**to += int64(c.Bytes)
 }
 
-// viewOf computes the page. query picks rows of the table.
+// viewOf computes the page. query filters the rows of the table.
 func viewOf(s api.Status, p api.Peers, query string) view {
 	v := view{
 		Node: s.Node, Ready: "ready", At: p.At, Warnings: s.Warnings, Query: query,
@@ -240,7 +241,8 @@ func (v *view) draw(nodes []node) {
 		} else if cos < -0.25 {
 			m.Anchor = "end"
 		}
-		// Near the far end, where links are furthest apart; by turns nearer.
+		// Place the figures near the far end, where links are furthest apart, alternately
+		// closer.
 		at := 0.62
 		if i%2 == 1 && len(v.Marks) > 8 {
 			at = 0.78
@@ -256,8 +258,8 @@ func (v *view) draw(nodes []node) {
 	}
 }
 
-// group makes a mark of all nodes whose underlay addresses share a prefix, as long a
-// prefix as leaves few marks.
+// group makes one mark of all nodes whose underlay addresses share a prefix: the longest
+// prefix length that gives few marks.
 func (v *view) group(nodes []node) {
 	groups := make(map[netip.Prefix][]node)
 	for less := 8; ; less += 4 {
@@ -304,7 +306,7 @@ func (v *view) group(nodes []node) {
 	}
 }
 
-// prefixText is what the addresses of a prefix have in common, as text.
+// prefixText returns the common part of a prefix's addresses, as text.
 func prefixText(p netip.Prefix) string {
 	if !p.Addr().Is4() {
 		return p.Masked().Addr().String()

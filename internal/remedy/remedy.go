@@ -1,6 +1,6 @@
-// Package remedy has errors that say what went wrong and what to do about it, apart from
-// each other, so that a terminal shows two lines and a log one. It neither prints nor
-// decides anything.
+// Package remedy has errors with two separate parts, what went wrong and what to do about
+// it, so that a terminal shows two lines and a log one. It neither prints nor decides
+// anything, and keeps no state.
 package remedy
 
 import (
@@ -20,7 +20,7 @@ func Errorf(do, format string, args ...any) error {
 	return &Error{fmt.Errorf(format, args...), do}
 }
 
-// Error returns both on one line.
+// Error returns both parts on one line.
 func (e *Error) Error() string { return e.Err.Error() + separator + e.Do }
 
 // Unwrap returns the error without its remedy.

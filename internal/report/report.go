@@ -55,7 +55,7 @@ type Summary struct {
 	Bytes   int // before compression
 	Removed int // secrets
 	Missing []string
-	// Programs are those that would have shown more and are not installed.
+	// Programs are the missing programs whose output is not in the report.
 	Programs []string
 }
 
@@ -140,9 +140,9 @@ func last(text []byte) []byte {
 }
 
 func (o Options) readme(s Summary, now time.Time) string {
-	text := fmt.Sprintf("A report of culvert on the node, made at %s.\n\n"+
+	text := fmt.Sprintf("Report of culvert on this node, made at %s.\n\n"+
 		"Passwords, tokens, keys and certificates were replaced by %s, %d times. Addresses, names of\n"+
-		"nodes and of interfaces, and the rules of the firewall are in it: look it through before it is published.\n",
+		"nodes and interfaces, and firewall rules are not: review the report before you publish it.\n",
 		now.UTC().Format(time.RFC3339), removed, s.Removed)
 	if len(s.Missing) > 0 {
 		text += "\nNot in it:\n  " + strings.Join(s.Missing, "\n  ") + "\n"
@@ -166,7 +166,7 @@ func readFile(path string) ([]byte, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not an ordinary file", path)
+		return nil, fmt.Errorf("%s is not a regular file", path)
 	}
 	f, err := os.Open(path)
 	if err != nil {

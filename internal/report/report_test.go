@@ -98,7 +98,7 @@ func TestWrite(t *testing.T) {
 			t.Errorf("%s contains a secret", name)
 		}
 	}
-	for _, want := range []string{"metrics.txt: refused, with [removed]", "part.txt: then it failed", "lease.json is not an ordinary file"} {
+	for _, want := range []string{"metrics.txt: refused, with [removed]", "part.txt: then it failed", "lease.json is not a regular file"} {
 		if !slices.ContainsFunc(sum.Missing, func(m string) bool { return strings.Contains(m, want) }) || !strings.Contains(files["README.txt"], want) {
 			t.Errorf("%q is not listed as missing: %v", want, sum.Missing)
 		}

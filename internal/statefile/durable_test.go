@@ -11,9 +11,9 @@ import (
 	"culvert/internal/statefile"
 )
 
-// TestWriteIsDurable looks at the order of what Write does: the content is on the disk
-// before it has its name, and its name after. Where the disk does not take the one or
-// the other there is an error, and where it is the content the old file stands.
+// TestWriteIsDurable checks the order of Write's system calls: it syncs the content
+// before the rename, and the directory after it. If either sync fails, Write returns an
+// error; if it is the content's, the old file is unchanged.
 func TestWriteIsDurable(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state", "file")
 	if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil {

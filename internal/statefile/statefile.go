@@ -1,8 +1,8 @@
 // Package statefile reads and writes the small files that hold a node's state:
-// subnet.env, the kept snapshot, the fence, the plugin's records. Write replaces
-// a file atomically and durably; Read refuses what could block or exhaust
-// memory. It knows nothing of the contents: the package that owns a file parses
-// it. Each path has one writer at a time, which its owner ensures.
+// subnet.env, the kept snapshot, the fence, the plugin's records. Write replaces a file
+// atomically and durably; Read rejects files that could block or exhaust memory. The
+// package does not know the contents: the package that owns a file parses it. Each path
+// has one writer at a time, which its owner ensures.
 package statefile
 
 import (
@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Temporary returns the name that Write prepares the file for path under. There
-// is one per path, so the next Write overwrites what a crash left. It begins
-// with a dot and ends in .tmp: whoever lists the directory skips such names.
+// Temporary returns the name that Write prepares the file for path under. There is one
+// per path, so the next Write overwrites what a crash left. It begins with a dot and ends
+// in .tmp: programs that list the directory must skip such names.
 func Temporary(path string) string {
 	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".tmp")
 }

@@ -7,8 +7,7 @@ import (
 	"culvert/internal/fuzzloop"
 )
 
-// FuzzAnswer has the plugin read whatever answers on the socket: what it takes for
-// ready has said so.
+// FuzzAnswer parses arbitrary answers: one is ready only if it says so.
 func FuzzAnswer(std *testing.F) {
 	f := fuzzloop.Of(std)
 	f.Add([]byte("HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{\"ready\":true}\n"))

@@ -3,7 +3,7 @@
 //
 //	go run ./internal/image/archive -out FILE -name NAME:TAG -created SECONDS ARCH=DIRECTORY ...
 //
-// Each directory has the Dockerfile and what it copies.
+// Each directory contains the Dockerfile and the files that it copies.
 package main
 
 import (
@@ -20,7 +20,7 @@ import (
 func main() {
 	out := flag.String("out", "", "file to write")
 	name := flag.String("name", "", "the image's name, in full, such as docker.io/library/culvert:v1")
-	created := flag.Int64("created", 0, "the time that the image carries, in seconds since 1970")
+	created := flag.Int64("created", 0, "time stamp of the image, in seconds since 1970")
 	flag.Parse()
 	if err := run(*out, *name, time.Unix(*created, 0), flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, "archive:", err)
