@@ -64,21 +64,21 @@ func Diagnose(ctx context.Context, runDir string) (Diagnosis, error) {
 		return o, nil
 	}
 	if ended != nil {
-		o.warn("lease-expired", "start the daemon: it takes the lease up again, or another", "the lease of %v is not certain any more: %v", k.Lease.Subnets(), ended)
+		o.warn("lease-expired", "start the daemon: it resumes the lease or acquires another", "the lease of %v may have expired: %v", k.Lease.Subnets(), ended)
 	}
 	snapshot := subnet.BuildSnapshot(k.Config, k.Lease, k.Entries, k.Revision)
 	return o, o.compareHost(ctx, d, snapshot)
 }
 
-// compareConfig looks for the reasons for which a daemon would refuse the network
-// configuration before it leases, if that is in a file.
+// compareConfig reports why a daemon would reject the network configuration before it
+// leases, if the configuration is in a file.
 func (o *Diagnosis) compareConfig(ctx context.Context, d *node) error {
 	if d.options.Kubernetes == nil || d.options.Kubernetes.NetConf == "" {
 		return nil
 	}
 	text, err := os.ReadFile(d.options.Kubernetes.NetConf)
 	if err != nil {
-		return nil // such as outside of the container
+		return nil // for example outside the container
 	}
 	c, _, err := subnet.ParseConfig(text)
 	if err != nil {
@@ -99,7 +99,7 @@ func (o *Diagnosis) compareConfig(ctx context.Context, d *node) error {
 func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot) error {
 	u, err := host.FindUnderlay(d.selector(), d.underlayContext(&s.Config, s.Self.Publics()))
 	if err != nil {
-		o.warn("underlay-gone", "bring it back, or name another with --iface", "no underlay interface is found: %v", err)
+		o.warn("underlay-gone", "restore it, or name another with --iface", "no underlay interface was found: %v", err)
 		return nil
 	}
 	o.Underlay = u
@@ -108,7 +108,7 @@ func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot)
 		is4 := e.Subnet.Addr().Is4()
 		if i := slices.IndexFunc(at.publics, func(a netip.Addr) bool { return a.Is4() == is4 }); i < 0 || at.publics[i] != e.Public {
 			o.warn("underlay-address-gone", fmt.Sprintf("ip address add %s/... dev %s, if it should have it", e.Public, u.Name),
-				"peers send to %s, as the lease says, and a daemon that is started now takes %v: %s", e.Public, at.publics, u.Why)
+				"the lease says that peers send to %s, but a daemon started now would use %v: %s", e.Public, at.publics, u.Why)
 		}
 	}
 	f, err := host.ReadFacts()
@@ -161,7 +161,7 @@ func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot)
 // if a daemon runs in the network namespace.
 func (o Diagnosis) Repair() ([]host.Change, error) {
 	if o.plan == nil {
-		return nil, errors.New("nothing is known of what culvert should have on this host: start the daemon")
+		return nil, errors.New("the wanted state of this host is unknown: start the daemon")
 	}
 	own, err := host.Own(host.Owner{PID: os.Getpid(), What: "culvert doctor --fix"})
 	if err != nil {

@@ -131,7 +131,7 @@ func (d *node) checkTaken(ctx context.Context, r store, at place) (*api.Fenced, 
 	if pods, err := host.PodsIn(previous); err != nil || pods == 0 {
 		return nil, err
 	}
-	d.state.notReady("asking " + d.options.storeName() + " whether the subnet of this node's pods is still its own")
+	d.state.notReady("asking " + d.options.storeName() + " whether this node still has the subnet of its pods")
 	who, err := r.TakenBy(ctx, d.options.Node, at.publics, previous)
 	if err != nil || who == "" {
 		return nil, err

@@ -116,10 +116,10 @@ func (s *session) apply(ctx context.Context, snapshot subnet.Snapshot) error {
 	s.unapplied = nil
 	if err := s.datapath.Apply(ctx, snapshot); err != nil {
 		if s.takeover.pending() {
-			return fmt.Errorf("cannot apply the leases to the datapath, and the running daemon can: %w", err)
+			return fmt.Errorf("cannot apply the leases to the datapath; the running daemon continues: %w", err)
 		}
 		s.unapplied = &snapshot
-		if why := err.Error(); why != s.saidUnapplied { // it is tried again every applyAgain
+		if why := err.Error(); why != s.saidUnapplied { // it is retried every applyAgain
 			s.saidUnapplied = why
 			s.log.Error("cannot apply the leases to the datapath", "revision", snapshot.Revision, "error", err)
 		}
@@ -213,7 +213,7 @@ func (s *session) publish(ctx context.Context) error {
 // them.
 func (s *session) update(ctx context.Context) error {
 	if f, err := host.ReadFacts(); err == nil && !f.HasAddrs(s.at.underlay.Addrs) {
-		return fmt.Errorf("%s does not bear %v now", s.at.underlay.Name, s.at.underlay.Addrs)
+		return fmt.Errorf("%s does not have %v now", s.at.underlay.Name, s.at.underlay.Addrs)
 	}
 	ctx, cancel := context.WithTimeout(ctx, updateTimeout)
 	defer cancel()

@@ -27,12 +27,12 @@ import (
 // "From take" lasts for one round trip plus the time to send the packets that were
 // already read.
 
-// HandedOver is what a daemon does after it has handed over.
+// HandedOver is what a daemon does after a handover.
 type HandedOver string
 
 // The values of --handed-over.
 const (
-	// Exit ends it.
+	// Exit ends the process.
 	Exit HandedOver = "exit"
 	// Wait keeps the process until it is told to stop, for a supervisor that would
 	// restart it otherwise. If the successor ends first, it takes its place.
@@ -207,13 +207,13 @@ func (p *messageTimer) message(from <-chan handover.Message, want handover.Step,
 		case !ok:
 			return m, "it ended"
 		case m.Step != want:
-			return m, fmt.Sprintf("it said %q where %q was due", m.Step, want)
+			return m, fmt.Sprintf("it sent %q instead of %q", m.Step, want)
 		}
 		return m, ""
 	case <-ended:
 		return m, "the datapath broke meanwhile"
 	case <-p.timer.C:
-		return m, fmt.Sprintf("it was not ready in time (%s at most): see its log", handoverTimeout)
+		return m, fmt.Sprintf("it was not ready within %s: see its log", handoverTimeout)
 	}
 }
 

@@ -30,7 +30,7 @@ func (d *node) socketHandler() http.Handler {
 		select {
 		case d.requests <- request{c, hello}:
 		case <-time.After(requestTimeout):
-			_ = c.Send(handover.Message{Step: handover.Back, Why: "it is handing over to another, or between two states: try again"})
+			_ = c.Send(handover.Message{Step: handover.Back, Why: "it is handing over to another daemon, or changing its state: try again"})
 			_ = c.Close()
 		}
 	}))

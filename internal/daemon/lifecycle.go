@@ -76,7 +76,7 @@ func (d *node) release(ctx context.Context, r store, l subnet.Lease) error {
 		if d.options.Kubernetes != nil {
 			return fmt.Errorf("--release-on-exit: %w (the annotations stay until the Node is deleted)", err)
 		}
-		return fmt.Errorf("--release-on-exit: %w (it runs out by itself, or `culvert lease release %s` ends it)", err, l.Subnets()[0])
+		return fmt.Errorf("--release-on-exit: %w (the lease expires by itself; `culvert lease release %s` releases it now)", err, l.Subnets()[0])
 	}
 	d.log.Info("lease released", "subnet", l.Subnets())
 	return nil

@@ -23,7 +23,7 @@ func limitHeap() {
 	}
 }
 
-// trimAfter is when the start is over: what only the start needed is given back then.
+// trimAfter is how long after the start the memory that only the start needed is freed.
 const trimAfter = 5 * time.Second
 
 // trim frees the memory that only the start needed, once the datapath has carried
@@ -42,8 +42,8 @@ func (d *node) trim(ctx context.Context) {
 	}
 }
 
-// unmapProgram takes the pages of the program's file from this process. They stay in
-// the page cache: the next access to one of them is a minor fault.
+// unmapProgram drops the program file's pages from this process's memory map. They stay
+// in the page cache: the next access to one is a minor fault.
 func unmapProgram() error {
 	program, err := os.Readlink("/proc/self/exe")
 	if err != nil {
@@ -65,9 +65,9 @@ func unmapProgram() error {
 
 type mapping struct{ start, end uintptr }
 
-// readOnly returns the mappings of a file, of those in smaps (proc_pid_smaps(5)), that
-// are read-only and have no page of their own: one that a loader has relocated cannot be
-// read from the file again.
+// readOnly returns a file's mappings in smaps (proc_pid_smaps(5)) that are read-only and
+// have no private pages: a page that a loader has relocated cannot be read from the file
+// again.
 func readOnly(smaps *bufio.Scanner, path string) (all []mapping, err error) {
 	var m mapping
 	eligible := false

@@ -48,7 +48,7 @@ func (d *node) staleRoutes(ctx context.Context) []api.Warning {
 	return all
 }
 
-// podLinks is what distinguishes the pods' links from the host's.
+// podLinks returns the context that distinguishes the pods' links from the host's.
 func (d *node) podLinks() host.UnderlayContext {
 	return host.UnderlayContext{Pods: d.podSubnets(), Bridges: cni.RecordedBridges(cniDataDirs...)}
 }

@@ -64,8 +64,8 @@ func (d *node) savePlace(u host.Underlay) {
 	}
 }
 
-// known returns what the selection of the underlay considers at a start. config may
-// be nil; the address families are then unknown.
+// underlayContext returns what the selection of the underlay considers at a start. config
+// may be nil; the address families are then unknown.
 func (d *node) underlayContext(config *subnet.Config, leased []netip.Addr) host.UnderlayContext {
 	last := d.lastPlace()
 	k := d.podLinks()
@@ -261,7 +261,7 @@ func foreignAddresses(f host.Facts) []api.Warning {
 		if ok && a.Global && names.Ours(name) && !names.Managed(name) {
 			all = append(all, api.Warning{
 				Check: "foreign-address", Fix: fmt.Sprintf("ip address del %s dev %s, and have the program that added it leave culvert's devices alone", a.Prefix, name),
-				Text: fmt.Sprintf("%s bears %s, which is not culvert's: what is sent from or by it is lost", name, a.Prefix),
+				Text: fmt.Sprintf("%s has the address %s, which is not culvert's: packets from it, or routed by its network, are lost", name, a.Prefix),
 			})
 		}
 	}
@@ -274,20 +274,20 @@ func (s *session) underlayWarnings(h host.UnderlayState) []api.Warning {
 	was := s.at.underlay
 	if h.Gone {
 		return append(all, api.Warning{
-			Check: "underlay-gone", Fix: "bring it back, or name another with --iface",
-			Text: fmt.Sprintf("the underlay interface %s is gone: no packet of the tunnel leaves", was.Name),
+			Check: "underlay-gone", Fix: "restore it, or name another with --iface",
+			Text: fmt.Sprintf("the underlay interface %s no longer exists: no tunnel packet can be sent", was.Name),
 		})
 	}
 	for _, a := range h.Missing {
 		all = append(all, api.Warning{
 			Check: "underlay-address-gone", Fix: fmt.Sprintf("ip address add %s/... dev %s", a, h.Now.Name),
-			Text: fmt.Sprintf("this host does not bear %s any more, which its peers send to; after %s it takes another, if there is one", a, host.MoveAfter),
+			Text: fmt.Sprintf("this host no longer has the address %s, to which its peers send; after %s the node uses another, if there is one", a, host.MoveAfter),
 		})
 	}
 	for _, a := range h.Elsewhere {
 		all = append(all, api.Warning{
-			Check: "underlay-address-gone", Fix: "name the interface that bears it with --iface",
-			Text: fmt.Sprintf("%s, which peers send to, is not on %s any more, and where it is does not serve", a, h.Now.Name),
+			Check: "underlay-address-gone", Fix: "name the interface that has it with --iface",
+			Text: fmt.Sprintf("%s, to which peers send, is no longer on %s, and the interface that has it cannot be the underlay", a, h.Now.Name),
 		})
 	}
 	if err := s.fits(h.Now.MTU); err != nil {
@@ -297,7 +297,7 @@ func (s *session) underlayWarnings(h host.UnderlayState) []api.Warning {
 		}
 		all = append(all, api.Warning{
 			Check: "underlay-mtu", Fix: do,
-			Text: what + "; pods keep the MTU that they have, and their larger packets are lost",
+			Text: what + "; running pods keep their MTU, and their larger packets are lost",
 		})
 	}
 	return all

@@ -8,9 +8,9 @@ import (
 	"culvert/internal/api/readiness"
 )
 
-// ranOut returns a sentence if the lease has expired as far as this node knows, else
-// "". The node goes on forwarding for its pods.
-func ranOut(s api.Status, now time.Time) string {
+// leaseExpired returns a sentence if the lease has expired as far as this node knows, else "".
+// The node goes on forwarding for its pods.
+func leaseExpired(s api.Status, now time.Time) string {
 	if s.Lease == nil || s.Lease.Expires.IsZero() || !now.After(s.Lease.Expires) {
 		return ""
 	}
@@ -20,7 +20,7 @@ func ranOut(s api.Status, now time.Time) string {
 	} else if s.Store.Kind == "kubernetes" {
 		why = "there is no Node " + s.Node + " with these podCIDRs"
 	}
-	return fmt.Sprintf("the lease of %v ran out at %s (%s): its addresses may be another node's; the pods that are here keep theirs",
+	return fmt.Sprintf("the lease of %v expired at %s (%s): another node may have its addresses; running pods keep theirs",
 		s.Lease.Subnets, s.Lease.Expires.Format(time.RFC3339), why)
 }
 
@@ -35,8 +35,8 @@ func (st *state) readiness(now time.Time) readiness.Answer {
 		return readiness.Answer{Code: readiness.Fenced, Reason: s.NotReady}
 	case s.Lease == nil:
 		return readiness.Answer{Code: readiness.NoLease, Reason: "this node has no lease yet: " + s.NotReady}
-	case ranOut(s, now) != "":
-		return readiness.Answer{Code: readiness.Fenced, Reason: ranOut(s, now)}
+	case leaseExpired(s, now) != "":
+		return readiness.Answer{Code: readiness.Fenced, Reason: leaseExpired(s, now)}
 	case !s.Ready:
 		return readiness.Answer{Code: readiness.DatapathDown, Reason: "the datapath does not carry packets: " + s.NotReady}
 	}

@@ -59,7 +59,7 @@ func (d *node) openSockets(ctx context.Context) error {
 // listenMetrics opens the address of metrics and probes.
 func listenMetrics(address string) (fd int, err error) {
 	if fd, err = httpd.ListenTCP(address); err != nil {
-		return -1, remedy.Errorf("take another address with --metrics, or \"\" for none", "serving metrics: %w", err)
+		return -1, remedy.Errorf("choose another address with --metrics, or \"\" for none", "serving metrics: %w", err)
 	}
 	return fd, nil
 }

@@ -234,7 +234,7 @@ func (st *state) status() api.Status {
 	s.Warnings = api.SortWarnings(append(s.Warnings, s.Datapath.Warnings...))
 	if s.Fenced != nil {
 		s.Ready = false
-	} else if why := ranOut(s, time.Now()); why != "" {
+	} else if why := leaseExpired(s, time.Now()); why != "" {
 		s.Ready, s.NotReady = false, why
 	}
 	return s

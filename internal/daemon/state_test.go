@@ -22,8 +22,8 @@ import (
 	"culvert/subnet/kube"
 )
 
-// TestReadiness checks what the CNI plugin and /readyz are told in each state of the
-// node: whether pods can be added, and if not, why and what the plugin returns.
+// TestReadiness checks the answer to the CNI plugin and /readyz in each state of the
+// node: whether pods can be added, and if not, the reason and the plugin's error code.
 func TestReadiness(t *testing.T) {
 	now := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
 	lease := func(s *api.Status, expires time.Time) {
@@ -58,7 +58,7 @@ func TestReadiness(t *testing.T) {
 			st.change(func(s *api.Status) { lease(s, now.Add(-time.Second)) })
 			st.ready()
 			st.storeLost(errors.New("connection refused"))
-		}, readiness.Fenced, "ran out at 2026-11-29T11:59:59Z (etcd is unreachable: connection refused)"},
+		}, readiness.Fenced, "expired at 2026-11-29T11:59:59Z (etcd is unreachable: connection refused)"},
 		{"the lease was not renewed", func(st *state) {
 			st.change(func(s *api.Status) { lease(s, now.Add(-time.Second)) })
 			st.ready()
@@ -84,7 +84,7 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
-// standing is a datapath of which only the status matters.
+// standing is a datapath that only has a status.
 type standing struct{ api.Datapath }
 
 func (standing) Apply(context.Context, subnet.Snapshot) error { return nil }

@@ -154,7 +154,7 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 			return nil
 		case <-tick.C:
 			if set, suspended := c.look(); set.Abs() > clockSlack || suspended > clockSlack {
-				d.log.Warn("the clock was set, or the machine was suspended: asking whether the lease stands",
+				d.log.Warn("the clock was set, or the machine was suspended: verifying the lease",
 					"set_by", set.Round(time.Millisecond), "suspended", suspended.Round(time.Millisecond))
 				look()
 			}

@@ -222,7 +222,7 @@ func differences(before, now map[string]string) string {
 	var all []string
 	for _, name := range slices.Sorted(maps.Keys(now)) {
 		if before[name] != now[name] {
-			all = append(all, fmt.Sprintf("%s is %s, and was %s", name, now[name], before[name]))
+			all = append(all, fmt.Sprintf("%s is %s (was %s)", name, now[name], before[name]))
 		}
 	}
 	return strings.Join(all, "; ")

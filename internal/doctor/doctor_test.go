@@ -125,11 +125,11 @@ func TestChecks(t *testing.T) {
 			a := netlink.NewLinkAttrs()
 			a.Name = "flannel.1"
 			return addLink(&netlink.Vxlan{LinkAttrs: a, VxlanId: 1, Port: 8472})
-		}, []string{"risk port-taken: flannel.1 is a vxlan device|take-over-flannel", "risk leftovers: devices of flannel are here: flannel.1|take-over-flannel"}},
+		}, []string{"risk port-taken: flannel.1 is a vxlan device|take-over-flannel", "risk leftovers: devices of flannel exist: flannel.1|take-over-flannel"}},
 		{"Calico's devices", func(*doctor.Host) func() {
 			one, two := addLink(bridge("cali123")), addLink(bridge("cali456"))
 			return func() { one(); two() }
-		}, []string{"risk leftovers: devices of Calico are here: cali123, cali456|uninstalled"}},
+		}, []string{"risk leftovers: devices of Calico exist: cali123, cali456|uninstalled"}},
 		{"networkd", func(h *doctor.Host) func() {
 			write(t, *h, "/run/systemd/netif/state", "")
 			write(t, *h, "/etc/systemd/networkd.conf", "[Network]\nManageForeignRoutes=no\n")

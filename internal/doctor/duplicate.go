@@ -46,13 +46,13 @@ func duplicate(ctx context.Context, h Host) (string, []Finding) {
 		mac, err := arpProbe(ctx, h.Underlay, a, probeTimeout)
 		switch {
 		case err != nil:
-			all = append(all, risk("", "asking %s who has %s: %v", h.Underlay, a, err))
+			all = append(all, risk("", "ARP probe for %[2]s on %[1]s: %[3]v", h.Underlay, a, err))
 		case mac != nil && isGateway(mac): // a router with proxy ARP
 			seen = append(seen, fmt.Sprintf("%s (a gateway answers for it)", a))
 		case mac != nil:
 			all = append(all, bad(fix, "%s is this node's address on %s, and %s answers for it too: packets of peers go to either", a, h.Underlay, mac))
 		default:
-			seen = append(seen, a.String()+" is nobody else's")
+			seen = append(seen, a.String()+": no other machine has it")
 		}
 	}
 	if len(all) > 0 {

@@ -68,7 +68,7 @@ func Offload(ctx context.Context, from netip.Addr, nodes []RemoteNode, mtu int) 
 				defer mu.Unlock()
 				r.Findings = append(r.Findings, Finding{Severity: Bad, Warning: api.Warning{
 					Check: r.Check,
-					Text:  fmt.Sprintf("%s: datagrams of %d bytes arrive without a checksum, and do not with one that is left to the hardware: it is filled in wrong on the way", n, size),
+					Text:  fmt.Sprintf("%s: datagrams of %d bytes arrive without a checksum, but not with one that the hardware computes: it is wrong when they arrive", n, size),
 					Fix:   "turn the offload off on the underlay's interface of both nodes, one after the other: `ethtool -K <interface> tx-udp_tnl-segmentation off tx-udp_tnl-csum-segmentation off`, then `ethtool -K <interface> tx off`; or start the daemon with --datapath=userspace",
 				}})
 				return
@@ -80,7 +80,7 @@ func Offload(ctx context.Context, from netip.Addr, nodes []RemoteNode, mtu int) 
 	})
 	r.Seen = "not measured"
 	if well > 0 {
-		r.Seen = fmt.Sprintf("%d nodes get them whole", well)
+		r.Seen = fmt.Sprintf("%d nodes receive them intact", well)
 	}
 	return r
 }

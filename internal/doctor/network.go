@@ -21,7 +21,7 @@ import (
 	"culvert/internal/remedy"
 )
 
-// daemon reports what a running daemon warns of.
+// daemon reports a running daemon's warnings.
 func daemon(_ context.Context, h Host) (string, []Finding) {
 	if h.Status == nil {
 		return "", []Finding{bad("start it: `systemctl start culvert`, or `culvert run`", "%s", noDaemon(h.NoDaemon))}
@@ -34,7 +34,7 @@ func daemon(_ context.Context, h Host) (string, []Finding) {
 		all = append(all, found(w))
 	}
 	for _, r := range h.Status.Rejected {
-		all = append(all, risk("see `culvert lease check`", "the lease %s was set aside: %s", r.Key, r.Reason))
+		all = append(all, risk("run `culvert lease check`", "the lease %s was rejected: %s", r.Key, r.Reason))
 	}
 	if len(h.Status.Datapath.StalePods) > 0 {
 		all = append(all, risk("recreate them", "pods have another MTU than %d: %s", h.Status.Datapath.MTU, strings.Join(h.Status.Datapath.StalePods, ", ")))
@@ -65,7 +65,7 @@ const (
 // store connects to each endpoint of the store.
 func store(ctx context.Context, h Host) (string, []Finding) {
 	if len(h.Endpoints) == 0 {
-		return "not dialled: no daemon says where it is, nor does --etcd-endpoints", nil
+		return "not checked: no daemon runs, and --etcd-endpoints is not set", nil
 	}
 	var all []Finding
 	var seen []string
@@ -79,7 +79,7 @@ func store(ctx context.Context, h Host) (string, []Finding) {
 		c, err := dialer.DialContext(ctx, "tcp", at)
 		took := time.Since(began)
 		if err != nil {
-			all = append(all, bad("see that the address is right, the server runs, and no firewall or route of this host is in the way", "%s cannot be reached: %v", endpoint, err))
+			all = append(all, bad("check the address, that the server runs, and this host's firewall and routes", "%s cannot be reached: %v", endpoint, err))
 			continue
 		}
 		_ = c.Close()
@@ -110,11 +110,11 @@ func port(_ context.Context, h Host) (string, []Finding) {
 		if strings.HasPrefix(c.Device, "flannel") {
 			fix = "stop flanneld, and start culvert with --take-over-flannel"
 		}
-		all = append(all, risk(fix, "%s %s, which keeps the userspace datapath from it", c.Device, c.Why))
+		all = append(all, risk(fix, "%s %s, so the userspace datapath cannot use it", c.Device, c.Why))
 	}
 	holders, err := udpHolders(h.Port)
 	if err != nil {
-		return "", []Finding{risk("", "reading who has UDP port %d: %v", h.Port, err)}
+		return "", []Finding{risk("", "looking for the owner of UDP port %d: %v", h.Port, err)}
 	}
 	for _, who := range holders {
 		if !strings.HasPrefix(who, "culvert ") {
@@ -181,7 +181,7 @@ func udpHolders(port uint16) ([]string, error) {
 		}
 	}
 	if len(holders) == 0 && !kernelHolds(port) {
-		holders = append(holders, "a process that this one may not see")
+		holders = append(holders, "a process in another PID namespace")
 	}
 	return holders, nil
 }
@@ -225,7 +225,7 @@ func leftovers(_ context.Context, h Host) (string, []Finding) {
 		if o.whose == "flannel" {
 			fix = "stop flanneld, and start culvert with --take-over-flannel"
 		}
-		f := risk(fix, "devices of %s are here: %s", o.whose, strings.Join(devices, ", "))
+		f := risk(fix, "devices of %s exist: %s", o.whose, strings.Join(devices, ", "))
 		for _, name := range devices {
 			f = f.doing(Action{Command: "ip link del " + name, Others: true, Do: func() error { return deleteLink(name) }})
 		}
@@ -281,7 +281,7 @@ func managers(_ context.Context, h Host) (string, []Finding) {
 	case len(all) > 0:
 		return "", all
 	case len(seen) == 0:
-		return "none runs here", nil
+		return "none runs", nil
 	}
 	return strings.Join(seen, " and ") + " leave culvert alone", nil
 }
@@ -346,7 +346,7 @@ func containers(_ context.Context, h Host) (string, []Finding) {
 // state reports what a daemon would find if it were started now.
 func state(_ context.Context, h Host) (string, []Finding) {
 	if h.Status != nil {
-		return "kept so by the daemon", nil
+		return "maintained by the daemon", nil
 	}
 	var all []Finding
 	for _, problem := range h.Problems {
@@ -363,7 +363,7 @@ func state(_ context.Context, h Host) (string, []Finding) {
 	case len(all) > 0:
 		return "", all
 	case !h.Foreseen:
-		return "not known: no daemon has left word of what should be here", nil
+		return "unknown: no daemon has left its state", nil
 	}
-	return "as the leases want it, which the last daemon has left", nil
+	return "as the last daemon's copy of the leases requires", nil
 }

@@ -28,7 +28,7 @@ type Way struct {
 // policies come before it.
 func routing(_ context.Context, h Host) (string, []Finding) {
 	if h.Status == nil || h.Status.Lease == nil || len(h.Ways) == 0 {
-		return "no other node is known", nil
+		return "no other nodes are known", nil
 	}
 	var all []Finding
 	for _, own := range h.Status.Lease.Subnets {
@@ -83,7 +83,7 @@ func astray(own netip.Prefix, ways []Way) []Finding {
 	if !is4 {
 		program = "ip -6"
 	}
-	f := bad(fmt.Sprintf("`%s rule del priority %d`, if that is the one; or a rule before it: `%s rule add to NETWORK lookup main priority %d`", program, rules[0].Priority, program, max(1, rules[0].Priority-1)),
+	f := bad(fmt.Sprintf("`%s rule del priority %d`, if that rule is the cause; or add a rule before it: `%s rule add to NETWORK lookup main priority %d`", program, rules[0].Priority, program, max(1, rules[0].Priority-1)),
 		"%s; this host has policy rules: %s", first, strings.Join(words, "; "))
 	f.Check = "policy-route"
 	return []Finding{f}
@@ -93,7 +93,7 @@ func astray(own netip.Prefix, ways []Way) []Finding {
 // of the node itself if there is no bridge yet.
 func asPod(own netip.Prefix) netlink.RouteGetOptions {
 	from := own.Masked().Addr()
-	if bridge := bearing(from.Next()); bridge != "" {
+	if bridge := linkWith(from.Next()); bridge != "" {
 		return netlink.RouteGetOptions{SrcAddr: from.Next().Next().AsSlice(), Iif: bridge}
 	}
 	return netlink.RouteGetOptions{SrcAddr: from.AsSlice()}
@@ -123,8 +123,8 @@ func leads(ask netlink.RouteGetOptions, w Way) string {
 	return "leave by " + link.Attrs().Name
 }
 
-// bearing returns the link that has an address, "" if none has.
-func bearing(a netip.Addr) string {
+// linkWith returns the link that has an address, "" if none has.
+func linkWith(a netip.Addr) string {
 	links, err := net.Interfaces()
 	if err != nil {
 		return ""

@@ -24,7 +24,7 @@ func subnetFile(_ context.Context, h Host) (string, []Finding) {
 	if err := unix.Access(h.path(dir), unix.W_OK); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		all = append(all, bad("make it writable for the daemon, or name another place with --subnet-file", "%s cannot be written to: %v", dir, err))
 	}
-	if unit, bar := h.unitBars(dir); bar {
+	if unit, bar := h.unitForbids(dir); bar {
 		all = append(all, bad(fmt.Sprintf("put ReadWritePaths=%s into the [Service] section of /etc/systemd/system/culvert.service.d/subnet-file.conf, run `systemctl daemon-reload`, restart culvert", dir),
 			"the unit %s does not let the daemon write to %s (ProtectSystem=strict), where --subnet-file is", unit, dir))
 	}
@@ -34,10 +34,10 @@ func subnetFile(_ context.Context, h Host) (string, []Finding) {
 	return h.SubnetFile + " can be written", nil
 }
 
-// unitBars reports whether the daemon's systemd unit prevents writing to a
-// directory by ProtectSystem=strict, see systemd.exec(5). The first unit file
-// found is used, and all drop-ins apply.
-func (h Host) unitBars(dir string) (unit string, bars bool) {
+// unitForbids reports whether the daemon's systemd unit prevents writing to a directory
+// by ProtectSystem=strict, see systemd.exec(5). The first unit file found is used, and
+// all drop-ins apply.
+func (h Host) unitForbids(dir string) (unit string, forbids bool) {
 	for _, at := range []string{"/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"} {
 		if h.exists(at + "/culvert.service") {
 			unit = at + "/culvert.service"

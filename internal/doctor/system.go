@@ -78,7 +78,7 @@ func kernel(_ context.Context, h Host) (string, []Finding) {
 		all = append(all, bad("load the module (`modprobe "+format+"`), or `modprobe tun`",
 			"neither datapath can be made: %v, and /dev/net/tun: %v", device, tun))
 	case device != nil:
-		all = append(all, risk("load the module (`modprobe "+format+"`)", "packets cross in userspace: %v", device))
+		all = append(all, risk("load the module (`modprobe "+format+"`)", "packets are carried in userspace: %v", device))
 	}
 	if tun == nil {
 		seen = append(seen, "/dev/net/tun")
@@ -96,7 +96,7 @@ func clock(_ context.Context, _ Host) (string, []Finding) {
 	}
 	if state == unix.TIME_ERROR || t.Status&unix.STA_UNSYNC != 0 {
 		return "", []Finding{risk("run chrony or systemd-timesyncd",
-			"nothing synchronises the clock, which says %s: certificates may seem to be invalid", time.Now().UTC().Format(time.RFC3339))}
+			"nothing synchronises the clock, which shows %s: certificates may seem invalid", time.Now().UTC().Format(time.RFC3339))}
 	}
 	return "synchronised", nil
 }
@@ -163,7 +163,7 @@ func neighbours(_ context.Context, h Host) (string, []Finding) {
 		}
 	}
 	if len(seen)+len(all) == 0 {
-		return "this namespace has no limits of its own", nil
+		return "the limits are those of the initial network namespace", nil
 	}
 	return strings.Join(seen, ", "), all
 }

@@ -11,8 +11,8 @@ import (
 // form that the hook sees: GRO or GSO may have made one of many.
 type Counted struct {
 	Sent []netip.Prefix // packets to them, by whatever device
-	// Direct are those that are reached without a tunnel: packets from them, which
-	// come by Underlay. A tunnel's are counted where they are checked.
+	// Direct are the subnets reached without a tunnel, for packets from them, which
+	// arrive on Underlay. The rules that check a tunnel's packets count those.
 	Direct   []netip.Prefix
 	Underlay string
 }

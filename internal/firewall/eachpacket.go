@@ -9,11 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EachPacket returns a rule of another program that counts on seeing each packet of
-// established connections between pods: because it limits, logs, queues or copies them, or
-// looks at what differs from packet to packet. Rules that decide by addresses, ports,
-// devices, marks and conntrack's state are none. The text says where the rule is; it is
-// empty if there is none.
+// EachPacket returns a rule of another program that must see each packet of established
+// connections between pods: it limits, logs, queues or copies them, or matches something
+// that differs between the packets of a connection. Rules that match only addresses,
+// ports, devices, marks and conntrack's state are not such rules. The text says where the
+// rule is; it is empty if there is none.
 func EachPacket(have Reading, want Policy, d Devices) string {
 	if have.others.bridge != "" {
 		return fmt.Sprintf("the chain %s sees each frame of the pods' bridge", have.others.bridge)
@@ -30,8 +30,8 @@ func EachPacket(have Reading, want Policy, d Devices) string {
 	return ""
 }
 
-// established returns the probes for connections of TCP and UDP as they are after their first
-// packet, and for UDP that nobody answers, whose every packet conntrack calls new.
+// established returns the probes for connections of TCP and UDP as they are after their
+// first packet, and for unanswered UDP, whose every packet is in conntrack's state new.
 func established(probes []probe) []probe {
 	var all []probe
 	for _, p := range probes {
@@ -64,8 +64,8 @@ func (s ruleset) eachPacket(hook nftables.ChainHook, p probe) string {
 	return ""
 }
 
-// perPacket says what of a rule counts on seeing each packet; empty if nothing does. The
-// names are those of nft and iptables.
+// perPacket names the expression of a rule that must see each packet; empty if there is
+// none. The names are those of nft and iptables.
 func (p probe) perPacket(e expr.Any) string {
 	switch e := e.(type) {
 	case *expr.Limit:
@@ -115,7 +115,7 @@ func (p probe) perPacket(e expr.Any) string {
 	return ""
 }
 
-// Extensions of x_tables (linux/netfilter/xt_*.h) that count on seeing each packet.
+// Extensions of x_tables (linux/netfilter/xt_*.h) that must see each packet.
 var (
 	perPacketMatches = []string{
 		"bpf", "connbytes", "dscp", "ecn", "hashlimit", "hl", "length", "limit", "nfacct", "quota", "recent", "statistic", "string", "tos", "ttl", "u32",
@@ -124,8 +124,8 @@ var (
 )
 
 // perConnection reports whether all packets of a direction of a connection have the same
-// bytes where the expression loads them. TCP's flags count, since packets with others than ACK
-// never pass the host by.
+// bytes where the expression loads them. TCP's flags are among them, since packets with
+// flags other than ACK never bypass the host.
 func (p probe) perConnection(e *expr.Payload) bool {
 	within := func(spans ...[2]uint32) bool {
 		return slices.ContainsFunc(spans, func(s [2]uint32) bool { return e.Offset >= s[0] && e.Offset+e.Len <= s[1] })

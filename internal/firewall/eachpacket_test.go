@@ -10,8 +10,8 @@ import (
 	"github.com/google/nftables/xt"
 )
 
-// TestEachPacket finds rules that count on seeing each packet of established connections
-// between pods, and none that do not, or that those connections do not meet.
+// TestEachPacket finds rules that must see each packet of established connections between
+// pods, and no other rules.
 func TestEachPacket(t *testing.T) {
 	pods := netip.MustParsePrefix("10.5.0.0/16")
 	accept := to(expr.VerdictAccept, "")

@@ -196,8 +196,8 @@ type walker struct {
 	marked    bool    // a rule may have set the mark
 	meant     bool    // the current rule explicitly matches the probe's packets
 	acts      string  // what the current rule does with each packet, see perPacket
-	each      *place  // the first rule that does such a thing
-	narrow    bool    // rules that match few packets of the probe count, too
+	each      *place  // the first rule that must see each packet
+	narrow    bool    // also consider rules that match only few packets of the probe
 }
 
 // maxDepth limits nested jumps; the kernel's limit is 16.

@@ -70,7 +70,7 @@ func readLegacy() (chains []ruleChain, warnings []api.Warning) {
 				warnings = append(warnings, api.Warning{
 					Check: "forward-unreadable",
 					Text:  fmt.Sprintf("the legacy %s is in use, and its table %s cannot be read here: %v", program, table, err),
-					Fix:   fmt.Sprintf("see that its FORWARD chain accepts the cluster network, and INPUT the tunnel (`%s-legacy -S`)", program),
+					Fix:   fmt.Sprintf("check that its FORWARD chain accepts the cluster network, and INPUT the tunnel (`%s-legacy -S`)", program),
 				})
 				continue
 			}

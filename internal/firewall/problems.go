@@ -14,13 +14,12 @@ const CheckInput = "input-drop"
 // where it is needed.
 type Problem struct {
 	api.Warning
-	// Repairs are the steps of Diff that mend it, if it has no Fix of its own; none
-	// if culvert cannot.
+	// Repairs are the steps of Diff that fix it, if Fix is empty; none if culvert cannot.
 	Repairs []Step
 }
 
-// Problems returns other programs' drops: those that an accept of culvert's would
-// prevent, and those that it would not.
+// Problems returns other programs' drops, whether or not an accept of culvert's would
+// prevent them.
 func Problems(have Reading, want Policy, d Devices) []Problem {
 	var problems []Problem
 	repairs, warnings := diffOthers(have.others, want, d)
@@ -48,7 +47,7 @@ func Problems(have Reading, want Policy, d Devices) []Problem {
 	}
 	if !named { // superfluous, or needed only if another rule is added
 		problems = append(problems, Problem{
-			Warning: api.Warning{Check: "host-forward", Text: "culvert's rules in other programs' chains are not where they are needed"},
+			Warning: api.Warning{Check: "host-forward", Text: "culvert's accept rules in other programs' chains are missing or misplaced"},
 			Repairs: repairs,
 		})
 	}

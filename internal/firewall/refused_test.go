@@ -10,7 +10,7 @@ import (
 	"culvert/internal/remedy"
 )
 
-// TestRefused checks what is said where the kernel refuses nftables as a whole.
+// TestRefused checks the errors if the kernel has no nftables or denies access to it.
 func TestRefused(t *testing.T) {
 	for _, c := range []struct {
 		err      error

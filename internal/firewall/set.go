@@ -66,7 +66,7 @@ func setOf(n *nftables.Set) set {
 	return s
 }
 
-// keyText is the key in nft syntax. The second field has no name there.
+// keyText returns the key in nft syntax. The second field has no name there.
 func (s set) keyText() string {
 	if s.kind != pairs {
 		return family(s.is4) + " " + s.field()
@@ -92,8 +92,8 @@ func (s set) pair() rule {
 	return rule{text + " @" + s.name, append(exprs, &expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: s.name}), ""}
 }
 
-// holds matches packets whose address (saddr or daddr) is in a set of outer
-// addresses, lacks those whose address is not.
+// holds matches packets whose address (saddr or daddr) is in a set of outer addresses;
+// lacks matches the others.
 func (s set) holds(field string) rule { return s.lookup(field, false) }
 
 func (s set) lacks(field string) rule { return s.lookup(field, true) }
@@ -109,7 +109,7 @@ func (s set) lookup(field string, invert bool) rule {
 	}, ""}
 }
 
-// field is the address that is looked up in a set of single addresses.
+// field returns the address field that is looked up in a set of single addresses.
 func (s set) field() string {
 	if s.kind == destinations {
 		return "daddr"
@@ -117,8 +117,8 @@ func (s set) field() string {
 	return "saddr"
 }
 
-// counted is a rule that counts the packets to, or from, the prefixes of a set, and
-// lets all pass. network is the one that they are in.
+// counted returns a rule that counts the packets to, or from, the prefixes of a set. It
+// accepts and drops nothing. network contains the prefixes.
 func (s set) counted(network netip.Prefix) rule {
 	n := s.width()
 	text := family(s.is4) + " " + s.field()

@@ -9,12 +9,12 @@ import (
 // Listed is one object of nftables, of any program, for a bug report.
 type Listed struct {
 	Family, Table, Chain string
-	// Of a chain: its type, hook, priority and policy, as numbers of the kernel.
+	// For a chain: its type, hook, priority and policy, as the kernel's numbers.
 	Type     nftables.ChainType      `json:",omitempty"`
 	Hook     *nftables.ChainHook     `json:",omitempty"`
 	Priority *nftables.ChainPriority `json:",omitempty"`
 	Policy   *nftables.ChainPolicy   `json:",omitempty"`
-	// Of a rule: its handle, its expressions in nftables' own form, and its comment.
+	// For a rule: its handle, its expressions as nftables has them, and its comment.
 	Handle  uint64   `json:",omitempty"`
 	Exprs   []string `json:",omitempty"`
 	Comment string   `json:",omitempty"`

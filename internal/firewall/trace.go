@@ -32,17 +32,17 @@ func (t TracedDrop) String() string {
 		where = fmt.Sprintf("%s, table %s, chain %s", program, t.Table, t.Chain)
 	}
 	if t.Handle == 0 {
-		return where + ", by its policy, dropped the packet that was followed"
+		return where + ", by its policy, dropped the traced packet"
 	}
-	return fmt.Sprintf("%s, the rule with handle %d, dropped the packet that was followed", where, t.Handle)
+	return fmt.Sprintf("%s, the rule with handle %d, dropped the traced packet", where, t.Handle)
 }
 
 // Fix returns the suggested remedy.
 func (t TracedDrop) Fix() string {
 	if t.Handle == 0 {
-		return fmt.Sprintf("an accept in the chain, or another policy (`nft list chain %s %s %s`)", t.Family, t.Table, t.Chain)
+		return fmt.Sprintf("add an accept to the chain, or change its policy (`nft list chain %s %s %s`)", t.Family, t.Table, t.Chain)
 	}
-	return fmt.Sprintf("nft delete rule %s %s %s handle %d, or an accept before it", t.Family, t.Table, t.Chain, t.Handle)
+	return fmt.Sprintf("nft delete rule %s %s %s handle %d, or add an accept before it", t.Family, t.Table, t.Chain, t.Handle)
 }
 
 func tableFamily(text string) nftables.TableFamily {

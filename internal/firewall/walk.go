@@ -131,15 +131,15 @@ func notBase(all []ruleChain) []ruleChain {
 func removal(f finding) string {
 	if len(f.path) == 0 {
 		if program := f.base.program(); program != "" {
-			return fmt.Sprintf("%s -t %s -P %s ACCEPT, or an accept in it", program, f.base.table, f.base.name)
+			return fmt.Sprintf("%s -t %s -P %s ACCEPT, or add an accept to it", program, f.base.table, f.base.name)
 		}
-		return fmt.Sprintf("an accept in the chain %s of the table %s %s, or another policy", f.base.name, familyText(f.base.family), f.base.table)
+		return fmt.Sprintf("add an accept to the chain %s of the table %s %s, or change its policy", f.base.name, familyText(f.base.family), f.base.table)
 	}
 	last := f.path[len(f.path)-1]
 	if program := f.base.program(); program != "" {
-		return fmt.Sprintf("%s -t %s -D %s %d, or an accept before it", program, f.base.table, last.chain, last.index+1)
+		return fmt.Sprintf("%s -t %s -D %s %d, or add an accept before it", program, f.base.table, last.chain, last.index+1)
 	}
-	return fmt.Sprintf("nft delete rule %s %s %s handle %d, or an accept before it", familyText(f.base.family), f.base.table, last.chain, last.handle)
+	return fmt.Sprintf("nft delete rule %s %s %s handle %d, or add an accept before it", familyText(f.base.family), f.base.table, last.chain, last.handle)
 }
 
 // IngressChain returns the name of an nftables chain at the ingress hook

@@ -18,7 +18,7 @@ import (
 //
 //	CULVERT_FUZZ_EXECUTIONS  number of executions; if empty, F is a testing.F only
 //	CULVERT_FUZZ_SEED        of the mutations; the time if empty. It is logged
-//	CULVERT_FUZZ_CORPUS      directory with more inputs, in subdirectories named as the targets
+//	CULVERT_FUZZ_CORPUS      directory with more inputs, in subdirectories named after the targets
 //	CULVERT_FUZZ_MINIMISE    1 writes to testdata/fuzz the inputs, smallest first, that add to
 //	                         the coverage, and mutates none; needs -cover
 type F struct {
@@ -106,11 +106,11 @@ func (f *F) corpus(target reflect.Type) ([]input, error) {
 	return all, nil
 }
 
-// call calls a target with one input after the other.
+// call calls a target with one input after another.
 type call struct {
 	t      *testing.T
 	fn     reflect.Value
-	args   []reflect.Value // of which the first is t
+	args   []reflect.Value // the first is t
 	direct func(*testing.T, []byte)
 }
 

@@ -10,7 +10,7 @@ import (
 // maxLen is the largest number of bytes that a mutation grows a value to.
 const maxLen = 1 << 16
 
-// mutator makes inputs of those of a corpus. The same seed makes the same inputs.
+// mutator makes new inputs from a corpus. The same seed makes the same inputs.
 type mutator struct {
 	corpus  []input
 	r       *rand.Rand
@@ -113,7 +113,7 @@ func (m *mutator) part(b []byte) []byte {
 	return b[from : from+m.r.IntN(min(32, len(b)-from)+1)]
 }
 
-// edit changes b, a value of a parameter.
+// edit mutates b, a parameter's value.
 func (m *mutator) edit(b []byte, parameter int) []byte {
 	if len(b) == 0 {
 		return append(b, m.other(parameter)...)

@@ -130,12 +130,12 @@ func (c *Conn) Receive() (Message, error) {
 			}
 			var m Message
 			if err := json.Unmarshal(line, &m); err != nil {
-				return Message{}, fmt.Errorf("a message that cannot be read: %w", err)
+				return Message{}, fmt.Errorf("malformed message: %w", err)
 			}
 			return m, nil
 		}
 		if len(c.rest) > maxLine {
-			return Message{}, errors.New("a message without an end")
+			return Message{}, errors.New("message too long")
 		}
 		text, rights := make([]byte, 4096), make([]byte, unix.CmsgSpace(4*descriptorsPerMessage))
 		n, k, flags, _, err := c.unix.ReadMsgUnix(text, rights)
@@ -146,7 +146,7 @@ func (c *Conn) Receive() (Message, error) {
 			return Message{}, err
 		}
 		if flags&unix.MSG_CTRUNC != 0 {
-			return Message{}, errors.New("descriptors were lost: this process may not open as many (`ulimit -n`)")
+			return Message{}, errors.New("descriptors were lost: this process may not open that many (`ulimit -n`)")
 		}
 		c.rest = append(c.rest, text[:n]...)
 		messages, err := unix.ParseSocketControlMessage(rights[:k])
@@ -219,13 +219,13 @@ func trusted(c *net.UnixConn) error {
 		return credErr
 	}
 	if uid := int(cred.Uid); uid != 0 && uid != os.Geteuid() {
-		return fmt.Errorf("the process %d is of user %d, and a daemon is replaced by its own user or root", cred.Pid, uid)
+		return fmt.Errorf("the process %d runs as user %d: only the daemon's own user or root may replace it", cred.Pid, uid)
 	}
 	return nil
 }
 
 // ErrUnknown means that the running daemon does not support handover.
-var ErrUnknown = errors.New("the running daemon cannot hand over: it is of a release without that. " + stopFirst)
+var ErrUnknown = errors.New("the running daemon cannot hand over: its release does not support it. " + stopFirst)
 
 // stopFirst is what to do if the running daemon cannot hand over.
 const stopFirst = "Stop it, then start this one (in Kubernetes: maxSurge: 0 and maxUnavailable: 1 for this update)"

@@ -112,8 +112,8 @@ func TestRefusals(t *testing.T) {
 		is    error
 		fixed bool // the error says what to do
 	}{
-		{"a release without handover", http.NewServeMux(), "of a release without that", ErrUnknown, true},
-		{"the path for something else", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusMethodNotAllowed) }), "of a release without that", ErrUnknown, true},
+		{"a release without handover", http.NewServeMux(), "its release does not support it", ErrUnknown, true},
+		{"the path for something else", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusMethodNotAllowed) }), "its release does not support it", ErrUnknown, true},
 		{"another version, which refuses", answering(Message{Step: Back, Why: "it speaks version 2"}), "does not hand over: it speaks version 2", nil, false},
 		{"another version, which offers", answering(Message{Step: Offer, Protocol: Version + 1}), "offers version 2 of the handover, not 1", nil, true},
 		{"another first message", answering(Message{Step: Yours}), `answered "yours"`, nil, false},

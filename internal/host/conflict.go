@@ -113,7 +113,7 @@ func Supports(kind string) error {
 		return fmt.Errorf("making a %s device: %w", kind, err)
 	}
 	if err := netlink.LinkDel(dev); err != nil && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("removing the %s device that was made to see if one can be: %w", kind, err)
+		return fmt.Errorf("removing the probe device of type %s: %w", kind, err)
 	}
 	return nil
 }

@@ -161,7 +161,7 @@ func (f Facts) link(index int) (LinkFact, bool) {
 	return f.Links[i], true
 }
 
-// bearers returns the interfaces that have an address, in whatever state.
+// bearers returns the interfaces that have an address, whatever their state.
 func (f Facts) bearers(a netip.Addr) []int {
 	var all []int
 	for _, x := range f.Addrs {

@@ -42,7 +42,8 @@ func (f Filter) direction() string {
 func (f Filter) registers() bool { return f.Link == names.JoinFar && f.Parent == RegisteredHook }
 
 // readFilters reads culvert's filters on the links, in the order in which they may be
-// removed: others send to the one on the pair of veth, where nobody else takes the packets.
+// removed: the others redirect to the veth pair, where only the last one's program
+// handles the packets.
 func readFilters(links []netlink.Link) ([]Filter, error) {
 	var registered []ebpf.ProgramID
 	if TCX() {

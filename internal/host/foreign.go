@@ -81,7 +81,7 @@ func foreignRoutes(have reading, want State) (steps []step, warnings []api.Warni
 		}
 		warnings = append(warnings, api.Warning{
 			Check: "foreign-route",
-			Text:  fmt.Sprintf("the route %s is not culvert's, and takes the packets for %s", f, what),
+			Text:  fmt.Sprintf("the route %s, which is not culvert's, diverts the packets for %s", f, what),
 			Fix:   "ip route del " + f.String(),
 		})
 	}

@@ -196,7 +196,7 @@ func (k *Keeper) reconcile() (err error) {
 		_, routes := foreignRoutes(have, want)
 		k.obstacles(append(warnings, routes...))
 		if i := slices.IndexFunc(warnings, func(w api.Warning) bool { return w.Check == firewall.CheckInput }); i >= 0 {
-			have.view.Shut = warnings[i].Text
+			have.view.InputDrop = warnings[i].Text
 		}
 		if want.ShortWay {
 			have.view.EachPacket = firewall.EachPacket(have.firewall, want.Firewall, have.podDevices(want))
@@ -233,9 +233,9 @@ func (k *Keeper) reconcile() (err error) {
 	return err
 }
 
-// repairs tells whether a change of a kind is a repair: if that part of the plan is the same
-// as before, any difference is someone else's doing. The rules are a part of their own, since
-// they also depend on whether the fast path is on.
+// repairs tells whether a change of a kind is a repair: if that part of the plan is the
+// same as before, any difference was made by another program. The rules are a separate
+// part, since they also depend on whether the fast path is on.
 func (k *Keeper) repairs(want State) func(Kind) bool {
 	old, rest := k.next.State, want
 	rules := k.planned && reflect.DeepEqual(want.Firewall, old.Firewall)
@@ -249,8 +249,8 @@ func (k *Keeper) repairs(want State) func(Kind) bool {
 	}
 }
 
-// reorder has the foreign routes read again if our routes for the same prefix
-// were changed: their order in the kernel may differ now.
+// reorder makes the next reconciliation read the foreign routes again if our routes for
+// the same prefix were changed: their order in the kernel may differ now.
 func (k *Keeper) reorder(done []Change, want State) {
 	if len(k.others.foreign) == 0 || !slices.ContainsFunc(done, func(c Change) bool { return c.Kind == KindRoute }) {
 		return

@@ -9,9 +9,9 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestStandingDoesNotWait asks a Keeper while a look at the kernel goes on: the
-// status, and with it the metrics, must not wait for that.
-func TestStandingDoesNotWait(t *testing.T) {
+// TestStatusDoesNotWait requests a Keeper's status during a reconciliation: the status,
+// and with it the metrics, must not wait for it.
+func TestStatusDoesNotWait(t *testing.T) {
 	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
 	k := host.NewKeeper(0, slog.New(slog.DiscardHandler))
 	looking, goOn, done := make(chan struct{}), make(chan struct{}), make(chan error)

@@ -61,7 +61,7 @@ func (e *OwnedError) remedy() error {
 	if e.By.Node != "" {
 		who += fmt.Sprintf(", node %s, run directory %s", e.By.Node, e.By.RunDir)
 	}
-	return remedy.Errorf("stop it first", "`%s` is at work in this network namespace (%s), and two would undo each other's changes", e.By.What, who)
+	return remedy.Errorf("stop it first", "`%s` runs in this network namespace (%s), and two would undo each other's changes", e.By.What, who)
 }
 
 // Ownership is the held lock. If its descriptor was passed on, the lock
@@ -82,7 +82,7 @@ func Own(o Owner) (*Ownership, error) {
 	if errors.Is(err, unix.EADDRINUSE) {
 		by, err := askOwner()
 		if err != nil {
-			return nil, fmt.Errorf("asking who owns this network namespace: %w", err)
+			return nil, fmt.Errorf("finding the owner of this network namespace: %w", err)
 		}
 		return nil, by
 	}

@@ -61,8 +61,8 @@ func TestP10ManyAtOnce(t *testing.T) {
 	}
 }
 
-// If another program has the socket, the kernel still tells its PID.
-func TestOwnerThatSaysNothing(t *testing.T) {
+// If another program has the socket, the kernel still reports its PID.
+func TestOwnerWithoutAnswer(t *testing.T) {
 	inside(t, node(t), func() error {
 		l, err := net.Listen("unix", "@culvert-owner")
 		if err != nil {

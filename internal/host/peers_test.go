@@ -69,10 +69,10 @@ func packet(t firewall.TunnelRule, inner string) []byte {
 	return slices.Concat([]byte{8, 0, 0, 0, 0, 0, 1, 0}, make([]byte, 12), ethertype, ip)
 }
 
-// TestOnlyPairsArrive sends encapsulated packets to a node whose peers lease
+// TestOnlyValidSourcePairsArrive sends encapsulated packets to a node whose peers lease
 // subnets of several sizes: those with a matching pair of sources arrive, the
 // others are counted.
-func TestOnlyPairsArrive(t *testing.T) {
+func TestOnlyValidSourcePairsArrive(t *testing.T) {
 	l := labtest.New(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8:1::/64")}})
 	for name, tunnel := range tunnels() {
 		t.Run(name, func(t *testing.T) {

@@ -13,8 +13,8 @@ import (
 	"culvert/internal/firewall"
 )
 
-// PeerActivity reports whether packets have passed between this node and a peer since
-// the last look.
+// PeerActivity reports whether packets have passed between this node and a peer since the
+// last Read.
 type PeerActivity struct {
 	firewall.Source
 	Sent, Received bool
@@ -30,7 +30,7 @@ type PeerWatch struct {
 	route    *netlink.Conn
 	counters firewall.PeerCounters
 	used     map[netip.Addr]time.Time           // last use of an underlay address's FDB entry
-	counted  map[firewall.Source]firewall.Count // received from a peer, at the last look
+	counted  map[firewall.Source]firewall.Count // received from a peer, at the last Read
 }
 
 // WatchPeers opens its sockets in the network namespace of the calling thread.

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Policy routing (ip-rule(8)) and IPsec policies come before the main table's routes, which
-// are those that culvert makes. Both are other programs' or the administrator's.
+// Policy rules (ip-rule(8)) and IPsec policies take precedence over the main table, which
+// has culvert's routes. Other programs or the administrator create them.
 
 // PolicyRules returns the rules of a family that are not the kernel's own three, as `ip rule`
 // has them, with their priority first.
@@ -52,7 +52,7 @@ func ruleText(r netlink.Rule) string {
 		{r.Mark != 0, fmt.Sprintf("fwmark %#x", r.Mark)},
 		{r.IifName != "", "iif " + r.IifName},
 		{r.OifName != "", "oif " + r.OifName},
-		{r.Table == 0 && r.Goto <= 0, "prohibit, unreachable or blackhole"}, // the library does not say which
+		{r.Table == 0 && r.Goto <= 0, "prohibit, unreachable or blackhole"}, // the library does not decode the type
 		{r.Table > 0, fmt.Sprintf("lookup %d", r.Table)},
 	} {
 		if w.there {

@@ -46,9 +46,8 @@ func Preview(underlay int, p Planner) ([]Problem, State, error) {
 	return problems, want, nil
 }
 
-// Repair makes the kernel equal to what the plan wants, once, as a Keeper does,
-// and returns what it changed. It leaves the fast path alone and calls no
-// Followers.
+// Repair makes the kernel equal to what the plan wants, once, as a Keeper does, and
+// returns what it changed. It does not change the fast path and calls no Followers.
 func Repair(underlay int, p Planner) ([]Change, error) {
 	have, want, err := look(underlay, p)
 	if err != nil {
@@ -109,7 +108,7 @@ func settingProblems(steps []step) []Problem {
 			KindNeighbour: "the neighbours of culvert's device are", KindFDB: "the FDB of culvert's device is", KindNFTables: "culvert's nftables table is",
 		}[kind]
 		problems = append(problems, Problem{
-			Warning: api.Warning{Check: "host-" + string(kind), Text: fmt.Sprintf("%s not as the leases want it", text), Fix: someCommands(changes)},
+			Warning: api.Warning{Check: "host-" + string(kind), Text: fmt.Sprintf("%s not as the leases require", text), Fix: someCommands(changes)},
 			Repairs: changes,
 		})
 	}
@@ -138,13 +137,13 @@ func settingProblem(c Change) Problem {
 		w.Text += ": this host does not forward packets of pods"
 	case strings.HasSuffix(key, ".accept_ra"):
 		w.Check = "router-advertisements"
-		w.Text += ": the kernel forgets the default route that came with router advertisements once it forwards"
+		w.Text += ": the kernel drops the default route from router advertisements while forwarding is on"
 	case strings.HasSuffix(key, ".rp_filter"):
 		w.Check = "reverse-path-filter"
-		w.Text += ": packets of peers are dropped whose way back is another device"
+		w.Text += ": packets of peers are dropped if the route back uses another device"
 	case strings.HasSuffix(key, ".disable_ipv6"):
 		w.Check = "ipv6-off"
-		w.Text += ": culvert's device takes no IPv6 address"
+		w.Text += ": culvert's device cannot have an IPv6 address"
 	}
 	return Problem{Warning: w, Repairs: []Change{c}}
 }
@@ -161,7 +160,7 @@ func deviceProblems(have reading, want State) []Problem {
 		if h := have.Links[i].VXLAN; h.Local != w.VXLAN.Local {
 			problems = append(problems, Problem{Warning: api.Warning{
 				Check: "outer-source",
-				Text:  fmt.Sprintf("%s sends from %s, and this node's lease says %s: peers drop what comes from any other address", w.Name, h.Local, w.VXLAN.Local),
+				Text:  fmt.Sprintf("%s sends from %s, but this node's lease has %s: peers drop packets from other addresses", w.Name, h.Local, w.VXLAN.Local),
 				Fix:   "ip link del " + w.Name + "; " + w.addCommand(),
 			}})
 		}
@@ -169,8 +168,8 @@ func deviceProblems(have reading, want State) []Problem {
 	return problems
 }
 
-// firewallProblems returns other programs' drops: those that an accept of
-// culvert's would prevent, and those that it would not.
+// firewallProblems returns other programs' drops, whether or not an accept of culvert's
+// would prevent them.
 func firewallProblems(have reading, want State) []Problem {
 	var problems []Problem
 	for _, f := range firewall.Problems(have.firewall, want.Firewall, have.podDevices(want)) {

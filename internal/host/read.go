@@ -57,10 +57,10 @@ type View struct {
 	Underlay Underlay
 	// NoFIB is set if the kernel lacks nftables' fib expression.
 	NoFIB bool
-	// Shut is the text of another program's rule that drops the tunnel's packets on
+	// InputDrop is the text of another program's rule that drops the tunnel's packets on
 	// input, or empty. It is set only for a Follower, since it depends on the plan.
-	Shut string
-	// EachPacket is the text of another program's rule that counts on seeing each packet of
+	InputDrop string
+	// EachPacket is the text of another program's rule that must see each packet of
 	// connections between pods, or empty. It is set only for a Follower, too.
 	EachPacket string
 	survey     *survey
@@ -135,8 +135,7 @@ func read(underlay int, others *survey) (reading, error) {
 	if err := r.readSettings(linkNames); err != nil {
 		return r, err
 	}
-	// On all links the first time: an earlier daemon may have had another
-	// underlay.
+	// Search all links the first time: an earlier daemon may have had another underlay.
 	everywhere := underlay == 0 || !others.filters
 	others.filters = true
 	var bearing []netlink.Link
@@ -251,4 +250,4 @@ func routeOf(r rawRoute, linkNames map[int]string) Route {
 }
 
 // ErrNoUnderlay means that the underlay's interface does not exist.
-var ErrNoUnderlay = errors.New("the underlay's interface is gone")
+var ErrNoUnderlay = errors.New("the underlay's interface no longer exists")

@@ -85,9 +85,9 @@ func apply(t *testing.T, n *lab.Node, s host.State) []string {
 	return changes
 }
 
-// TestApplyIsWhatAPersonWouldType compares the changes with a golden list of
+// TestApplyAsCommands compares the changes with a golden list of
 // commands. A second Apply must change nothing.
-func TestApplyIsWhatAPersonWouldType(t *testing.T) {
+func TestApplyAsCommands(t *testing.T) {
 	n := node(t)
 	addDevice(t, n)
 	golden, err := os.ReadFile("testdata/apply.golden")
@@ -159,9 +159,9 @@ func TestApplyRepairs(t *testing.T) {
 	}
 }
 
-// TestCleanupTakesOnlyWhatIsOurs applies the empty state and expects another
+// TestCleanupRemovesOnlyOurs applies the empty state and expects another
 // program's route to remain.
-func TestCleanupTakesOnlyWhatIsOurs(t *testing.T) {
+func TestCleanupRemovesOnlyOurs(t *testing.T) {
 	n := node(t)
 	addDevice(t, n)
 	apply(t, n, wanted())

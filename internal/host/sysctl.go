@@ -246,7 +246,7 @@ func (d *differ) forwarding(have reading, want State) {
 		on := have.settings[forwardingKey(is4)] == "1"
 		if !is4 {
 			for _, name := range have.advertisers {
-				if have.settings[acceptKey(name)] == "1" && (!on || have.lives(name)) {
+				if have.settings[acceptKey(name)] == "1" && (!on || have.advertisedOn(name)) {
 					d.before = append(d.before, have.setting(acceptKey(name), "2", "")...)
 				}
 			}
@@ -255,18 +255,18 @@ func (d *differ) forwarding(have reading, want State) {
 		if !is4 || !on {
 			continue // the global switch sets each link's
 		}
-		for _, name := range have.passing(want) {
+		for _, name := range have.forwardingLinks(want) {
 			d.before = append(d.before, have.setting("net/ipv4/conf/"+name+"/forwarding", "1", "")...)
 		}
 	}
 }
 
-// lives reports whether the link has routes from router advertisements.
-func (r reading) lives(link string) bool { return r.advertisedBy[r.indexes[link]] }
+// advertisedOn reports whether the link has routes from router advertisements.
+func (r reading) advertisedOn(link string) bool { return r.advertisedBy[r.indexes[link]] }
 
-// passing returns the links of others on which packets to forward arrive: the
-// underlay, and those that pods are attached to.
-func (r reading) passing(want State) []string {
+// forwardingLinks returns the links, not culvert's own, on which packets to forward
+// arrive: the underlay, and those that pods are attached to.
+func (r reading) forwardingLinks(want State) []string {
 	var all []string
 	if name := r.view.Underlay.Name; name != "" {
 		all = append(all, name)

@@ -16,18 +16,18 @@ import (
 	"culvert/internal/lab"
 )
 
-// worn is a node whose settings are changed by the test, with a Keeper and the
-// state of a dual-stack datapath.
-type worn struct {
+// settingsNode is a node whose settings the test changes, with a Keeper and the state of
+// a dual-stack datapath.
+type settingsNode struct {
 	*lab.Node
 	k    *host.Keeper
 	want host.State
 }
 
-func newWorn(t *testing.T) worn {
+func newSettingsNode(t *testing.T) settingsNode {
 	t.Helper()
 	n := node(t)
-	return worn{Node: n, k: host.NewKeeper(linkIndex(t, n, n.Link), slog.New(slog.DiscardHandler)), want: host.State{
+	return settingsNode{Node: n, k: host.NewKeeper(linkIndex(t, n, n.Link), slog.New(slog.DiscardHandler)), want: host.State{
 		Subnets: []netip.Prefix{netip.MustParsePrefix("10.5.1.0/24"), netip.MustParsePrefix("fd00:5:0:1::/64")},
 		Links: []host.Link{{
 			Name: "cvt.1", MTU: 1450, Addrs: []netip.Prefix{netip.MustParsePrefix("10.5.1.0/32"), netip.MustParsePrefix("fd00:5:0:1::/128")},
@@ -40,12 +40,12 @@ func newWorn(t *testing.T) worn {
 	}}
 }
 
-func (w worn) apply(t *testing.T) {
+func (w settingsNode) apply(t *testing.T) {
 	t.Helper()
 	inside(t, w.Node, func() error { return w.k.Apply(func(host.View) (host.State, error) { return w.want, nil }) })
 }
 
-func (w worn) expect(t *testing.T, settings map[string]string) {
+func (w settingsNode) expect(t *testing.T, settings map[string]string) {
 	t.Helper()
 	for key, want := range settings {
 		got, err := w.Sysctl(key)
@@ -55,7 +55,7 @@ func (w worn) expect(t *testing.T, settings map[string]string) {
 	}
 }
 
-func (w worn) set(t *testing.T, key, value string) {
+func (w settingsNode) set(t *testing.T, key, value string) {
 	t.Helper()
 	if err := w.SetSysctl(key, value); err != nil {
 		t.Fatal(err)
@@ -65,7 +65,7 @@ func (w worn) set(t *testing.T, key, value string) {
 // TestF3F7SettingsOfOurDevices changes settings that block packets, before and
 // after the device is created.
 func TestF3F7SettingsOfOurDevices(t *testing.T) {
-	w := newWorn(t)
+	w := newSettingsNode(t)
 	inside(t, w.Node, func() error {
 		bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br7"}}
 		if err := netlink.LinkAdd(bridge); err != nil {
@@ -123,7 +123,7 @@ func TestF3F7SettingsOfOurDevices(t *testing.T) {
 // 2 first.
 func TestF4RouterAdvertisements(t *testing.T) {
 	for _, lives := range []bool{true, false} {
-		w := newWorn(t)
+		w := newSettingsNode(t)
 		w.set(t, "net/ipv6/conf/"+w.Link+"/accept_ra", "1")
 		add := func() error {
 			l, err := netlink.LinkByName(w.Link)
@@ -162,7 +162,7 @@ func TestF4RouterAdvertisements(t *testing.T) {
 // those that divert packets are reported, and removed if a lease shows that
 // they are stale.
 func TestF6ForeignRoutes(t *testing.T) {
-	w := newWorn(t)
+	w := newSettingsNode(t)
 	w.want.Routes = append(w.want.Routes, host.Route{To: netip.MustParsePrefix("10.5.2.0/24"), Via: netip.MustParseAddr("10.5.2.0"), Link: "cvt.1", OnLink: true})
 	w.apply(t)
 	peer, gateway := w.Addrs[0].Next(), ""

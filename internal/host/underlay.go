@@ -135,7 +135,7 @@ func (c *chooser) choose(s UnderlaySelector) (Underlay, error) {
 				return u, nil
 			}
 		}
-		return Underlay{}, fmt.Errorf("no interface is, or bears, %s", strings.Join(s.Interfaces, " or "))
+		return Underlay{}, fmt.Errorf("no interface has the name or the address %s", strings.Join(s.Interfaces, " or "))
 	case len(s.Regexes) > 0:
 		for _, want := range s.Regexes {
 			re, err := regexp.Compile(want)
@@ -154,19 +154,19 @@ func (c *chooser) choose(s UnderlaySelector) (Underlay, error) {
 		}
 		u, ok := c.fit(r.Link, "--iface-can-reach "+s.CanReach.String(), r.Source)
 		if !ok {
-			return Underlay{}, fmt.Errorf("--iface-can-reach %s: the interface of its route does not serve", s.CanReach)
+			return Underlay{}, fmt.Errorf("--iface-can-reach %s: the interface of its route cannot be the underlay", s.CanReach)
 		}
 		return u, nil
 	}
 	for _, by := range []struct {
 		addrs []netip.Addr
 		why   string
-	}{{s.PublicIPs, "bears --public-ip"}, {c.known.Former, "bears the former address"}, {c.known.Held, "bears the address in use"}, {c.known.Leased, "bears the leased address"}} {
+	}{{s.PublicIPs, "bears --public-ip"}, {c.known.Former, "has the former address"}, {c.known.Held, "has the address in use"}, {c.known.Leased, "bears the leased address"}} {
 		for _, a := range by.addrs {
 			if by.why == "bears the leased address" && c.virtual(a) {
 				continue
 			}
-			if u, ok := c.bearing(a, by.why); ok {
+			if u, ok := c.withAddr(a, by.why); ok {
 				return u, nil
 			}
 		}
@@ -190,7 +190,7 @@ func (c *chooser) choose(s UnderlaySelector) (Underlay, error) {
 		}
 	}
 	if len(c.refused) > 0 {
-		return Underlay{}, remedy.Errorf("name one with --iface", "no interface with a default route serves")
+		return Underlay{}, remedy.Errorf("name one with --iface", "no interface with a default route can be the underlay")
 	}
 	return Underlay{}, remedy.Errorf("name the interface with --iface", "there is no default route")
 }
@@ -211,7 +211,7 @@ func (c *chooser) named(want, why string) (Underlay, bool) {
 		}
 	}
 	if a, err := netip.ParseAddr(want); err == nil {
-		return c.bearing(a, why)
+		return c.withAddr(a, why)
 	}
 	return Underlay{}, false
 }
@@ -226,7 +226,7 @@ func (c *chooser) matching(re *regexp.Regexp, why string) (Underlay, bool) {
 	}
 	for _, a := range c.facts.Addrs {
 		if a.Global && re.MatchString(a.Prefix.Addr().String()) {
-			if u, ok := c.bearing(a.Prefix.Addr(), why); ok {
+			if u, ok := c.withAddr(a.Prefix.Addr(), why); ok {
 				return u, true
 			}
 		}
@@ -234,8 +234,8 @@ func (c *chooser) matching(re *regexp.Regexp, why string) (Underlay, bool) {
 	return Underlay{}, false
 }
 
-// bearing returns the candidate that has an address, and uses that address.
-func (c *chooser) bearing(a netip.Addr, why string) (Underlay, bool) {
+// withAddr returns the candidate that has an address, and uses that address.
+func (c *chooser) withAddr(a netip.Addr, why string) (Underlay, bool) {
 	for _, index := range c.facts.bearers(a) {
 		l, _ := c.facts.link(index)
 		if u, ok := c.use(l, why, a); ok {
@@ -250,7 +250,7 @@ func (c *chooser) bearing(a netip.Addr, why string) (Underlay, bool) {
 func (c *chooser) use(l LinkFact, why string, pinned netip.Addr) (Underlay, bool) {
 	if !l.Local {
 		if !c.candidate(l.Index) {
-			c.refused = append(c.refused, l.Name+" is the pods' or culvert's own")
+			c.refused = append(c.refused, l.Name+" belongs to the pods or to culvert")
 			return Underlay{}, false
 		}
 		return c.fit(l.Index, why, pinned)
@@ -268,7 +268,7 @@ func (c *chooser) use(l LinkFact, why string, pinned netip.Addr) (Underlay, bool
 				return c.fit(r.Link, why, a)
 			}
 		}
-		c.refused = append(c.refused, fmt.Sprintf("%s is on %s, by which no packet leaves, and there is no default route", a, l.Name))
+		c.refused = append(c.refused, fmt.Sprintf("%s is on %s, which sends no packets, and there is no default route", a, l.Name))
 	}
 	return Underlay{}, false
 }

@@ -147,7 +147,7 @@ func TestChoose(t *testing.T) {
 			route default via 192.168.50.1 dev br0`, host.UnderlaySelector{}, pods, "br0 [192.168.50.11] []"},
 		{"our own device by name", plainHost + `
 			link 7 cvt.1
-			addr cvt.1 10.5.72.0/32`, host.UnderlaySelector{Interfaces: []string{"cvt.1"}}, host.UnderlayContext{}, "is the pods' or culvert's own"},
+			addr cvt.1 10.5.72.0/32`, host.UnderlaySelector{Interfaces: []string{"cvt.1"}}, host.UnderlayContext{}, "belongs to the pods or to culvert"},
 		{"a link-local address is no default", `
 			link 2 eth1
 			addr eth1 169.254.3.4/16

@@ -12,7 +12,7 @@ import (
 // Devices. A name has at most 15 characters, and a VNI up to 8 digits.
 const (
 	TUN        = "culvert0"  // the userspace datapath's
-	SuperFrame = "culvert0s" // TAP beside it, for frames that the uplink segments
+	SuperFrame = "culvert0s" // its TAP device for frames that the uplink segments
 	IPIP       = "cvt.ipip"  // the kernel datapath's
 	// The veth pair whose far end coalesces the segments of bulk flows (GRO).
 	JoinNear = "cvt.join0"

@@ -9,16 +9,16 @@ import (
 	"regexp"
 )
 
-// tracefs is where the kernel tells of dropped packets (tracefs(5)).
+// tracefs is the mount point of the kernel's tracing file system.
 const tracefs = "/sys/kernel/tracing"
 
 var dropReason = regexp.MustCompile(`kfree_skb: .*location=([A-Za-z0-9_.]+)\S* reason: ([A-Z0-9_]+)`)
 
-// watchDrops has the kernel note, in an instance of its own of its event log, which
-// IP packets it drops and why, until stop, which returns how many for each
-// reason and place. Those of the whole machine are in it, since the kernel does
-// not say whose they are. Nil where the kernel has no reasons (before Linux 5.17),
-// or no tracefs is mounted.
+// watchDrops enables the tracepoint skb:kfree_skb for IP packets, in a separate instance
+// of the trace buffer, until stop is called, which returns the number of dropped packets
+// by reason and place. It includes the drops of the whole machine, since the kernel does
+// not report the network namespace. It returns nil if the kernel reports no reasons
+// (before Linux 5.17) or tracefs is not mounted.
 func watchDrops() (stop func() map[string]int) {
 	dir := filepath.Join(tracefs, "instances", fmt.Sprintf("culvert_%d", os.Getpid()))
 	if os.Mkdir(dir, 0o700) != nil {
@@ -35,14 +35,14 @@ func watchDrops() (stop func() map[string]int) {
 	}
 	return func() map[string]int {
 		_ = os.WriteFile(filepath.Join(event, "enable"), []byte("0"), 0)
-		text, _ := os.ReadFile(filepath.Join(dir, "trace")) // what cannot be read is not known
+		text, _ := os.ReadFile(filepath.Join(dir, "trace")) // if it cannot be read, there are no counts
 		_ = os.Remove(dir)
 		return dropReasons(text)
 	}
 }
 
-// dropReasons counts the reasons in a log. A packet that was consumed, or whose
-// reason nobody gave, was most often not lost.
+// dropReasons counts the reasons in a log. It skips packets that were consumed and those
+// without a specified reason, most of which were not lost.
 func dropReasons(text []byte) map[string]int {
 	reasons := make(map[string]int)
 	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {

@@ -90,28 +90,28 @@ func lookUp(h *netlink.Handle, to netip.Addr, o *netlink.RouteGetOptions, byInde
 	routes, err := h.RouteGetWithOptions(to.AsSlice(), o)
 	switch {
 	case errors.Is(err, unix.EINVAL):
-		return Route{Err: errors.New("a blackhole route takes them")}
+		return Route{Err: errors.New("a blackhole route drops them")}
 	case errors.Is(err, unix.EACCES):
-		return Route{Err: errors.New("a prohibit route takes them")}
+		return Route{Err: errors.New("a prohibit route rejects them")}
 	case errors.Is(err, unix.EHOSTUNREACH):
 		return Route{Err: errors.New("it is unreachable")}
 	case errors.Is(err, unix.ENETUNREACH):
 		return Route{Err: errors.New("no route leads there")}
 	case errors.Is(err, unix.EXDEV):
-		return Route{Err: errors.New("the way back is another (reverse path filter)")}
+		return Route{Err: errors.New("the route back uses another device (reverse path filter)")}
 	case err != nil:
 		return Route{Err: err}
 	case len(routes) == 0:
-		return Route{Err: errors.New("the kernel has no answer")}
+		return Route{Err: errors.New("the kernel returned no route")}
 	}
 	r := routes[0]
 	switch r.Type {
 	case unix.RTN_UNREACHABLE:
 		return Route{Err: errors.New("it is unreachable")}
 	case unix.RTN_BLACKHOLE:
-		return Route{Err: errors.New("a blackhole route takes them")}
+		return Route{Err: errors.New("a blackhole route drops them")}
 	case unix.RTN_PROHIBIT:
-		return Route{Err: errors.New("a prohibit route takes them")}
+		return Route{Err: errors.New("a prohibit route rejects them")}
 	}
 	found := Route{MTU: r.MTU}
 	if a, ok := netip.AddrFromSlice(r.Gw); ok {
@@ -183,9 +183,9 @@ func (p *Path) settings(bridge string) {
 	if p.Self {
 		return
 	}
-	note("net/ipv4/conf/"+bridge+"/forwarding", "what comes from pods is not forwarded")
+	note("net/ipv4/conf/"+bridge+"/forwarding", "packets from pods are not forwarded")
 	if in := p.cameBy(); in != "" {
-		note("net/ipv4/conf/"+in+"/forwarding", "what comes from the peer is not forwarded to pods")
+		note("net/ipv4/conf/"+in+"/forwarding", "packets from the peer are not forwarded to pods")
 	}
 }
 

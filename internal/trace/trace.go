@@ -366,7 +366,7 @@ func (e *explainer) tunnel() {
 		e.add(LayerTunnel, Bad, "ip link set "+e.Tunnel+" up", "the device %s is down", e.Tunnel)
 		return
 	case e.TunnelLocal.IsValid() && e.Public.IsValid() && e.TunnelLocal != e.Public:
-		e.add(LayerTunnel, Unsure, "see `culvert doctor`: outer-source", "%s sends from %s, and the lease says %s", e.Tunnel, e.TunnelLocal, e.Public)
+		e.add(LayerTunnel, Unsure, "see `culvert doctor`: outer-source", "%s sends from %s, but the lease has %s", e.Tunnel, e.TunnelLocal, e.Public)
 	default:
 		e.add(LayerTunnel, OK, "", "%s, %s, to %s", e.Tunnel, e.Format, e.Peer.Public)
 	}
@@ -377,7 +377,7 @@ func (e *explainer) tunnel() {
 	case e.Neighbour == "":
 		e.add(LayerNeighbour, Bad, fmt.Sprintf("start the daemon, or: ip neigh replace %s lladdr %s nud permanent dev %s", e.Peer.VTEP, e.Peer.MAC, e.Tunnel), "%s has no neighbour %s", e.Tunnel, e.Peer.VTEP)
 	case e.Peer.MAC != "" && e.Neighbour != e.Peer.MAC:
-		e.add(LayerNeighbour, Bad, fmt.Sprintf("start the daemon, or: ip neigh replace %s lladdr %s nud permanent dev %s", e.Peer.VTEP, e.Peer.MAC, e.Tunnel), "%s has %s for %s, and its lease says %s", e.Tunnel, e.Neighbour, e.Peer.VTEP, e.Peer.MAC)
+		e.add(LayerNeighbour, Bad, fmt.Sprintf("start the daemon, or: ip neigh replace %s lladdr %s nud permanent dev %s", e.Peer.VTEP, e.Peer.MAC, e.Tunnel), "%s has %s for %s, but its lease has %s", e.Tunnel, e.Neighbour, e.Peer.VTEP, e.Peer.MAC)
 	default:
 		e.add(LayerNeighbour, OK, "", "%s is %s", e.Peer.VTEP, e.Neighbour)
 	}
@@ -386,7 +386,7 @@ func (e *explainer) tunnel() {
 	case e.FDB == "":
 		e.add(LayerFDB, Bad, fix, "%s has no FDB entry for %s", e.Tunnel, e.Peer.MAC)
 	case e.FDB != e.Peer.Public.String():
-		e.add(LayerFDB, Bad, fix, "%s sends frames for %s to %s, and the lease says %s", e.Tunnel, e.Peer.MAC, e.FDB, e.Peer.Public)
+		e.add(LayerFDB, Bad, fix, "%s sends frames for %s to %s, but the lease has %s", e.Tunnel, e.Peer.MAC, e.FDB, e.Peer.Public)
 	default:
 		e.add(LayerFDB, OK, "", "%s is at %s", e.Peer.MAC, e.FDB)
 	}
@@ -432,9 +432,9 @@ func (e *explainer) mtu() {
 	room := narrow - overhead(e.Format, e.Peer.Public.Is4())
 	switch {
 	case e.Pod.MTU > room:
-		e.add(LayerMTU, Bad, "recreate the pod once the MTU of the underlay is right; or give the network a smaller Backend.MTU", "the pod sends packets of up to %d bytes, and the path to %s takes %d (%d less the tunnel's overhead)", e.Pod.MTU, e.Peer.Public, room, narrow)
+		e.add(LayerMTU, Bad, "recreate the pod once the MTU of the underlay is right; or give the network a smaller Backend.MTU", "the pod sends packets of up to %d bytes, but the path MTU to %s is %d (%d less the tunnel's overhead)", e.Pod.MTU, e.Peer.Public, room, narrow)
 	default:
-		e.add(LayerMTU, OK, "", "the pod sends up to %d bytes, and the path takes %d as far as this node knows", e.Pod.MTU, room)
+		e.add(LayerMTU, OK, "", "the pod sends up to %d bytes; the path MTU, as far as this node knows, is %d", e.Pod.MTU, room)
 	}
 }
 
