@@ -34,8 +34,8 @@ type Backend interface {
 	// Status returns the datapath's state and the reason for it. It is safe for
 	// concurrent use.
 	Status() api.Datapath
-	// Peers says what is known of the way to each peer, by subnet, without its name,
-	// and what pods may send. It may be called at any time.
+	// Peers returns the state of the path to each peer, by subnet and without names, and
+	// the pods' MTU. It is safe for concurrent use.
 	Peers() (all []api.PeerState, mtu int)
 	// Close closes the datapath. Call it after Run has returned.
 	Close(how How) error

@@ -37,7 +37,7 @@ func (d Down) Status() api.Datapath {
 	return api.Datapath{WireFormat: d.Format, Kind: "none", Why: d.Err.Error()}
 }
 
-// Peers knows of none.
+// Peers returns no peers.
 func (d Down) Peers() ([]api.PeerState, int) { return nil, 0 }
 
 // Close with Remove removes what earlier datapaths left in the kernel.

@@ -56,7 +56,8 @@ func newEchoSender() (*EchoSender, error) {
 	return a, nil
 }
 
-// Send sends one echo request. Errors are ignored: the caller asks again.
+// Send sends one echo request. Errors are ignored: the caller sends another request
+// later.
 func (a *EchoSender) Send(subnet netip.Prefix) {
 	a.sent++
 	to := subnet.Masked().Addr()

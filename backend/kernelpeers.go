@@ -15,8 +15,8 @@ type kernelWay struct {
 	link   string
 }
 
-// ways are those of the last plan: a route to a gateway that is the peer's own
-// underlay address is no tunnel.
+// ways returns how the last plan reaches each peer. A route whose gateway is the peer's
+// own underlay address is direct, without a tunnel.
 func (w Planned) ways() []kernelWay {
 	outer := make(map[netip.Prefix]netip.Addr)
 	for _, t := range w.State.Firewall.Tunnels {
@@ -48,9 +48,9 @@ func (k *Kernel) probeTargets() []ProbeTarget {
 	return all
 }
 
-// count has the firewall count what is exchanged with each peer, as far as nothing
-// else does: a tunnel's received packets are counted where they are checked, and
-// the fast path counts what it sees.
+// count makes the firewall count the traffic with each peer, except what is counted
+// elsewhere: the rule that checks a tunnel's received packets counts them, and the fast
+// path counts its packets.
 func (w *Planned) count(fastPath bool) {
 	c := &w.State.Firewall.Count
 	for _, to := range w.ways() {
@@ -63,7 +63,7 @@ func (w *Planned) count(fastPath bool) {
 	}
 }
 
-// Peers says what is known of the way to each peer, and what pods may send.
+// Peers implements Backend.
 func (k *Kernel) Peers() ([]api.PeerState, int) {
 	k.mu.Lock()
 	w := k.planned

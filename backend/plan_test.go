@@ -38,8 +38,7 @@ func TestMTU(t *testing.T) {
 	}
 }
 
-// TestLocal checks which address tunnel packets are sent from, and what is said if there
-// is none.
+// TestLocal checks the source address of tunnel packets, and the error if there is none.
 func TestLocal(t *testing.T) {
 	four := netip.MustParseAddr("192.0.2.1")
 	n := backend.Node{Underlay: host.Underlay{Name: "eth0", Addrs: []netip.Addr{four}}}
@@ -99,8 +98,8 @@ func TestHostAddrs(t *testing.T) {
 	}
 }
 
-// TestDown checks that a datapath that cannot be opened says why, and asks to be opened
-// again after its time.
+// TestDown checks that the placeholder for a datapath that cannot be opened reports why,
+// and requests another attempt after Retry.
 func TestDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		why := errors.New("no TUN device")

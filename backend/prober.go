@@ -55,7 +55,7 @@ type ProbeTarget struct {
 type probed struct {
 	ProbeTarget
 	next  time.Time // when it is due
-	index int       // in the queue; -1 while it is being asked
+	index int       // in the queue; -1 while it is being probed
 
 	asked, answered time.Time
 	busy            bool // there was traffic when the last request was sent
@@ -68,8 +68,8 @@ type probed struct {
 
 const (
 	// ProbeInterval is the default minimum interval between requests to a peer. At
-	// most probeBurst requests are sent in that time and a random tenth of it more;
-	// in probeChurn while peers are added; and in a third of the interval after a
+	// most probeBurst requests are sent per interval plus a random tenth of it;
+	// every probeChurn while peers are added; and after a third of the interval if a
 	// request that was the first that a peer has not answered. Few large bursts cost
 	// less than many small ones, which wake up every thread of the process each time.
 	ProbeInterval = 30 * time.Second
@@ -144,7 +144,7 @@ func (p *Prober) Retain(targets []ProbeTarget) {
 	heap.Init(&p.queue)
 }
 
-// has reports whether a target still is one.
+// has reports whether a target has not been removed.
 func (p *Prober) has(x *probed) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -223,9 +223,9 @@ func (t ProbeTarget) address() netip.Addr {
 	return t.Subnet.Masked().Addr()
 }
 
-// settle records the results of a burst and puts its targets back into the queue.
-// After a first lost request the target is probed again in the next burst, which
-// is to be soon.
+// settle records the results of a burst and puts its targets back into the queue. After a
+// first lost request the target is probed again in the next burst; soon reports that this
+// burst must not wait for the interval.
 func (p *Prober) settle(burst []request, errs []error) (soon bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -356,7 +356,7 @@ func (p *Prober) Describe(s *api.PeerState, now time.Time) {
 	}
 }
 
-// Count returns what the requests came to so far.
+// Count returns the results of all requests so far.
 func (p *Prober) Count() api.Probes {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -16,7 +16,7 @@ import (
 	"culvert/internal/host"
 )
 
-// proving is a Prober whose requests are answered by the test.
+// proving is a Prober whose requests the test answers.
 type proving struct {
 	*Prober
 	t *testing.T
@@ -35,8 +35,8 @@ func target(n int) ProbeTarget {
 	}
 }
 
-// burst has the requests that are due answered: each with a round-trip time of 1 ms, or
-// with the error that lost returns for its size. It returns the sizes by address.
+// burst answers the requests that are due, each with a round-trip time of 1 ms or with
+// the error that lost returns for its size. It returns the sizes by address.
 func (p proving) burst(lost func(size int) error) (sent map[string][]int) {
 	sent = map[string][]int{}
 	all := p.take(time.Now())
@@ -68,8 +68,8 @@ var (
 	}
 )
 
-// TestProberStates plays what happens to the requests to one peer, and checks what is
-// said of it.
+// TestProberStates plays sequences of results of the requests to one peer, and checks its
+// state.
 func TestProberStates(t *testing.T) {
 	for _, c := range []struct {
 		name    string
@@ -78,9 +78,9 @@ func TestProberStates(t *testing.T) {
 		problem string
 		mtu     int
 	}{
-		{"not asked yet", nil, api.PeerUnknown, "", 0},
+		{"not probed yet", nil, api.PeerUnknown, "", 0},
 		{"answers", []func(int) error{answered}, api.PeerIdle, "", 1450},
-		{"one lost request says nothing", []func(int) error{lost}, api.PeerUnknown, "", 0},
+		{"one lost request changes nothing", []func(int) error{lost}, api.PeerUnknown, "", 0},
 		{"two do", []func(int) error{lost, lost}, api.PeerSilent, "no reply", 0},
 		{"an answer ends the silence", []func(int) error{lost, lost, answered}, api.PeerIdle, "", 1450},
 		{"it falls silent", []func(int) error{answered, lost, lost}, api.PeerSilent, "no reply", 1450},
@@ -103,8 +103,8 @@ func TestProberStates(t *testing.T) {
 	}
 }
 
-// TestProberNarrowPath checks what is said of a path whose MTU was measured to be below
-// what pods send, or on which no large packet passes.
+// TestProberNarrowPath checks the problem that is reported for a path whose measured MTU
+// is below the pods' MTU, or on which no large packet passes.
 func TestProberNarrowPath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newProving(t, target(2))
@@ -122,7 +122,7 @@ func TestProberNarrowPath(t *testing.T) {
 	})
 }
 
-// TestProberPace checks how often a peer is asked: every ProbeInterval, a peer with traffic
+// TestProberPace checks how often a peer is probed: every ProbeInterval, a peer with traffic
 // every probeActive, at the full size every probeSize.
 func TestProberPace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -153,8 +153,8 @@ func TestProberPace(t *testing.T) {
 	})
 }
 
-// TestProberTargets checks that targets that leave are not asked any more, not even if
-// their request is on its way, and that a burst is bounded.
+// TestProberTargets checks that removed targets are no longer probed, not even if their
+// request is pending, and that a burst is bounded.
 func TestProberTargets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newProving(t, target(2), target(3))

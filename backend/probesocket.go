@@ -19,13 +19,13 @@ type request struct {
 	peer     *probed
 	to       netip.Addr
 	direct   bool
-	size     int // of the IP packet; 0 for the least
+	size     int // of the IP packet; 0 for the minimum
 	sent     time.Time
 	answered time.Time
 	rtt      time.Duration
 }
 
-// errLeft is the result of a request that was not sent, as its target left.
+// errLeft is the result of a request that was not sent because its target was removed.
 var errLeft = errors.New("the peer has left")
 
 // probeSocket sends bursts of echo requests and waits for the answers in poll(2).
@@ -43,7 +43,7 @@ type socketKind struct{ is4, direct bool }
 
 func (p *Prober) open() (*probeSocket, error) {
 	s := &probeSocket{prober: p, fds: make(map[socketKind]int), id: uint16(os.Getpid()) ^ uint16(time.Now().UnixNano()>>10)}
-	// Whether it is allowed at all: the source addresses may not be there yet.
+	// Check the permission only: the source addresses may not exist yet.
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
 	if err != nil {
 		return nil, fmt.Errorf("opening a socket for echo requests: %w", err)
@@ -57,7 +57,8 @@ func (s *probeSocket) close() {
 	}
 }
 
-// of returns the socket for a target, which is opened once its source is there.
+// of returns the socket for a kind of target. It is opened once its source address
+// exists.
 func (s *probeSocket) of(kind socketKind) (fd int, err error) {
 	if fd, ok := s.fds[kind]; ok {
 		return fd, nil
@@ -69,7 +70,7 @@ func (s *probeSocket) of(kind socketKind) (fd int, err error) {
 		if fd, err = unix.Socket(unix.AF_INET, flags, unix.IPPROTO_ICMP); err != nil {
 			return -1, err
 		}
-		const icmpFilter = 1 // ICMP_FILTER (linux/icmp.h): which types are not taken
+		const icmpFilter = 1 // ICMP_FILTER (linux/icmp.h): a bit per ICMP type to drop
 		errs = append(errs, unix.SetsockoptInt(fd, unix.SOL_RAW, icmpFilter, ^(1<<0)),
 			unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE),
 			unix.Bind(fd, &unix.SockaddrInet4{Addr: from.As4()}))
@@ -100,8 +101,8 @@ const (
 	echoReply6, echoRequest6 = 129, 128
 )
 
-// measure sends a burst and waits for the answers; an error for each request that
-// had none.
+// measure sends a burst and waits for the answers. It returns an error for each request
+// without an answer.
 func (s *probeSocket) measure(ctx context.Context, burst []request) []error {
 	errs := make([]error, len(burst))
 	first := s.seq
@@ -123,7 +124,7 @@ func (s *probeSocket) measure(ctx context.Context, burst []request) []error {
 			errs[i] = echo.ErrTimeout
 			missing++
 		}
-		if i%8 == 7 { // the datapath carries what comes together at less cost
+		if i%8 == 7 { // the datapath carries packets that arrive together at a lower cost
 			missing -= s.read(burst, errs, first)
 		}
 	}
@@ -161,7 +162,7 @@ func (s *probeSocket) send(fd int, to netip.Addr, size int) error {
 	return unix.Sendto(fd, b, unix.MSG_DONTWAIT, &unix.SockaddrInet4{Addr: to.As4()})
 }
 
-// read takes what has come, and returns how many requests it answers.
+// read receives the waiting replies, and returns how many requests they answer.
 func (s *probeSocket) read(burst []request, errs []error, first uint16) (answers int) {
 	for kind, fd := range s.fds {
 		for {

@@ -24,7 +24,7 @@ import (
 type Silence struct {
 	mu    sync.Mutex
 	peers map[peerKey]*unanswered
-	heard map[peerKey]time.Time // the last look that saw a packet of a peer
+	heard map[peerKey]time.Time // the last Observe that saw a packet of a peer
 	probe map[peerKey]time.Time // the last echo request of the Prober
 }
 
@@ -68,7 +68,7 @@ func (s *Silence) Observe(now time.Time, all []host.PeerActivity) (ask []netip.P
 			s.heard[w] = now
 			continue
 		case h == nil && (!e.Sent || now.Sub(s.probe[w]) < 2*SilenceInterval):
-			continue // what was sent may be our own request: only pods' packets begin it
+			continue // only pods' packets begin a silence, and this may be our own request
 		case h == nil:
 			h = &unanswered{since: now}
 		}
@@ -87,7 +87,7 @@ func (s *Silence) Observe(now time.Time, all []host.PeerActivity) (ask []netip.P
 	return ask
 }
 
-// asked notes that the Prober has sent a request.
+// asked records that the Prober has sent a request.
 func (s *Silence) asked(w peerKey, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -97,8 +97,8 @@ func (s *Silence) asked(w peerKey, now time.Time) {
 	s.probe[w] = now
 }
 
-// asking returns the underlay addresses of the peers that the Prober has asked
-// since about the last look.
+// asking returns the underlay addresses of the peers that the Prober has probed since
+// about the last Observe.
 func (s *Silence) asking(now time.Time) map[netip.Addr]bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -111,7 +111,7 @@ func (s *Silence) asking(now time.Time) map[netip.Addr]bool {
 	return all
 }
 
-// forget keeps nothing of peers that are none any more.
+// forget removes the state of addresses that are no longer peers.
 func (s *Silence) forget(isPeer func(peerKey) bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -120,8 +120,8 @@ func (s *Silence) forget(isPeer func(peerKey) bool) {
 	}
 }
 
-// Heard returns when a packet came from a peer last, to within a look; zero if
-// none has, or none was looked for.
+// Heard returns when a packet last came from a peer, accurate to SilenceInterval; zero if
+// none was seen.
 func (s *Silence) Heard(subnet netip.Prefix, public netip.Addr) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()

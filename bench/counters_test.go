@@ -16,10 +16,10 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestGeneratorCountsAsTheKernelDoes compares the built-in generator's counters with
+// TestGeneratorCountsMatchKernel compares the built-in generator's counters with
 // the kernel's: datagrams sent and received with the UDP counters, and a stream's bytes
 // with the link's.
-func TestGeneratorCountsAsTheKernelDoes(t *testing.T) {
+func TestGeneratorCountsMatchKernel(t *testing.T) {
 	labtest.NeedTUN(t)
 	l := labtest.New(t, lab.Options{Nodes: 2, Underlay: lab.Direct})
 	near, far := l.Nodes[0], l.Nodes[1]

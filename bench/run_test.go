@@ -187,9 +187,9 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// TestDaemonDies kills a daemon during a measurement: its datapath fails, and the
+// TestDaemonExits kills a daemon during a measurement: its datapath fails, and the
 // others are measured.
-func TestDaemonDies(t *testing.T) {
+func TestDaemonExits(t *testing.T) {
 	labtest.NeedTUN(t)
 	o := options(t, "naive,native", "tcp1")
 	o.Duration, o.Rounds = 300*time.Millisecond, 2

@@ -5,10 +5,10 @@ import (
 	"testing"
 )
 
-// TestDamagedHeaderIsNotMended delivers packets with a damaged IPv4 header to each
+// TestDamagedHeaderStaysDamaged delivers packets with a damaged IPv4 header to each
 // operation that writes a new header checksum: coalescing, ECN marking,
 // segmentation. None may come out with a correct checksum.
-func TestDamagedHeaderIsNotMended(t *testing.T) {
+func TestDamagedHeaderStaysDamaged(t *testing.T) {
 	outer := netip.MustParseAddr("192.0.2.1")
 	name := sockaddr4(192, 0, 2, 1)
 	peer := vxlanPeer(netip.PrefixFrom(here4, 24).Masked(), netip.AddrPortFrom(outer, 8472), testVNI, [6]byte{1}, [6]byte{2})

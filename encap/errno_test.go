@@ -85,9 +85,9 @@ func TestErrnoTables(t *testing.T) {
 	}
 }
 
-// TestP8UncutFrameIsCountedAsLost delivers a frame with more segments than the
+// TestP8UnsegmentableFrameIsCounted delivers a frame with more segments than the
 // segmenter cuts, while the device accepts no GSO frames.
-func TestP8UncutFrameIsCountedAsLost(t *testing.T) {
+func TestP8UnsegmentableFrameIsCounted(t *testing.T) {
 	a, b := pairOfNodes(t)
 	b.options.Offload.GRO.Store(false)
 	in, _ := ingressOf(t, b)
@@ -114,9 +114,9 @@ func ingressOf(t *testing.T, n *testNode) (*ingress, *egress) {
 	return q.in[0], q.out
 }
 
-// TestP9RefusalIsThePeersAlone has the kernel reject GSO for one of two peers: the
+// TestP9OffloadSuspendedForOnePeer has the kernel reject GSO for one of two peers: the
 // other keeps it, and the first gets it back after suspendFor.
-func TestP9RefusalIsThePeersAlone(t *testing.T) {
+func TestP9OffloadSuspendedForOnePeer(t *testing.T) {
 	a, b := pairOfNodes(t)
 	a.options.Offload.GSO.Store(true)
 	other := vxlanPeer(netip.MustParsePrefix("10.5.9.0/24"), b.at, testVNI, b.mac, a.mac)
@@ -133,7 +133,7 @@ func TestP9RefusalIsThePeersAlone(t *testing.T) {
 		t.Errorf("%d packets were sent another way, drops %v", out.tally.packets, out.tally.drops)
 	}
 	if out.gso(refused) || !out.gso(other) || !out.offload.GSO.Load() {
-		t.Error("it is not off with that peer alone")
+		t.Error("it is not suspended for that peer only")
 	}
 	if gso, super, gro, uso := a.loop.Table().Suspended(); gso != 1 || super+gro+uso != 0 {
 		t.Errorf("refused: %d, %d, %d, %d", gso, super, gro, uso)
@@ -150,9 +150,9 @@ func TestP9RefusalIsThePeersAlone(t *testing.T) {
 	}
 }
 
-// TestP5Hints gives the loop ICMP errors that quote 8 bytes after the outer IP
+// TestP5ShortQuotes gives the loop ICMP errors that quote 8 bytes after the outer IP
 // header (RFC 792): those that are plausible lower the path MTU.
-func TestP5Hints(t *testing.T) {
+func TestP5ShortQuotes(t *testing.T) {
 	by := netip.MustParseAddr("192.0.2.254")
 	node4, node6 := netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")
 	vxlan4 := func() *Peer {
@@ -178,17 +178,17 @@ func TestP5Hints(t *testing.T) {
 		{"a UDP header", VXLAN, vxlan4(), node4, 1450, nil, 1400, 1350, 1350},
 		{"with our VXLAN header", VXLAN, vxlan4(), node4, 1450, vni, 1400, 1350, 1350},
 		{"with another VNI", VXLAN, vxlan4(), node4, 1450, []byte{8, 0, 0, 0, 0, 0, 9, 0}, 1400, 0, 0},
-		{"nothing so long was sent", VXLAN, vxlan4(), node4, 1350, nil, 1400, 0, 0},
-		{"from who is no peer", VXLAN, vxlan4(), netip.MustParseAddr("192.0.2.9"), 1450, nil, 1400, 0, 0},
+		{"no packet of that length was sent", VXLAN, vxlan4(), node4, 1350, nil, 1400, 0, 0},
+		{"from an address that is no peer's", VXLAN, vxlan4(), netip.MustParseAddr("192.0.2.9"), 1450, nil, 1400, 0, 0},
 		{"absurdly narrow", VXLAN, vxlan4(), node4, 1450, nil, 68, leastMTU4, leastFits},
 		{"narrower than a VXLAN header", VXLAN, vxlan4(), node4, 1450, nil, 40, 0, 0},
 		{"IPv6", VXLAN, vxlan6(), node6, 1430, nil, 1400, 1330, 1330},
 		{"IPv6, less than pods can be told", VXLAN, vxlan6(), node6, 1430, nil, 1300, 1280, 1230},
-		{"IPv6, less than IPv6 has", VXLAN, vxlan6(), node6, 1430, nil, 1279, 0, 0},
+		{"IPv6, below IPv6's minimum MTU", VXLAN, vxlan6(), node6, 1430, nil, 1279, 0, 0},
 		{"an inner header", IPIP, ipip(), node4, 1480, inner(1480), 1400, 1380, 1380},
 		{"an inner packet that fits", IPIP, ipip(), node4, 1480, inner(1380), 1400, 0, 0},
 		{"an inner packet that was not sent", IPIP, ipip(), node4, 1480, inner(1500), 1400, 0, 0},
-		{"what is no inner header", IPIP, ipip(), node4, 1480, make([]byte, 8), 1400, 0, 0},
+		{"not an inner header", IPIP, ipip(), node4, 1480, make([]byte, 8), 1400, 0, 0},
 		{"no inner header", IPIP, ipip(), node4, 1480, nil, 1400, 0, 0},
 	} {
 		c.peer.longest.Store(uint32(c.longest))

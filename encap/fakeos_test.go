@@ -210,9 +210,9 @@ func sockaddr(a netip.Addr) []byte {
 	return p.name[:p.nameLen]
 }
 
-// fakeWait plays the kernel's part in waiting. Each step says which descriptors become
-// ready after how long; a wait that is shorter returns without any. After the last step
-// the loop is stopped.
+// fakeWait simulates the kernel's part in waiting. Each step says which descriptors
+// become ready after how long; a wait that is shorter returns without any. After the last
+// step the loop is stopped.
 type fakeWait struct {
 	q     *queue
 	steps []step

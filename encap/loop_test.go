@@ -477,9 +477,9 @@ func TestSystemCallsPerFrame(t *testing.T) {
 	}
 }
 
-// TestStartsAndStopsLeaveNothing starts and stops the loop repeatedly on the same
+// TestStartStopLeaksNothing starts and stops the loop repeatedly on the same
 // descriptors, and checks for leaked goroutines and descriptors.
-func TestStartsAndStopsLeaveNothing(t *testing.T) {
+func TestStartStopLeaksNothing(t *testing.T) {
 	n := newTestNode(t, "127.0.0.1", "10.5.1.0/24", 1)
 	before := openFiles(t)
 	for range 1000 {
@@ -518,9 +518,9 @@ func openFiles(t *testing.T) int {
 	}
 }
 
-// TestNoChannelOnThePath rejects channels, select and locks in the files of the
+// TestPacketPathHasNoChannels rejects channels, select and locks in the files of the
 // packet path.
-func TestNoChannelOnThePath(t *testing.T) {
+func TestPacketPathHasNoChannels(t *testing.T) {
 	for _, name := range []string{"egress.go", "ingress.go", "udp.go", "rawip.go", "sendbatch.go", "recvbatch.go", "coalesce.go", "segment.go", "packet.go", "checksum.go", "poller.go", "peers.go", "table.go", "traffic.go", "toobig.go", "vnet.go", "vxlan.go", "ipip.go", "os.go", "superframe.go", "queue.go"} {
 		f, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
 		if err != nil {

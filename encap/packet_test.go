@@ -7,10 +7,10 @@ import (
 	"testing"
 )
 
-// TestParseBelievesNoLie gives parse packets with inconsistent lengths. A wrong IP
+// TestParseRejectsFalseLengths gives parse packets with inconsistent lengths. A wrong IP
 // length is rejected. With a wrong transport length the packet counts as one without
 // a transport header, which is passed on unchanged, not joined or cut.
-func TestParseBelievesNoLie(t *testing.T) {
+func TestParseRejectsFalseLengths(t *testing.T) {
 	tcp4, tcp6, udp4 := tcpSpec(20), tcpSpec(20), tcpSpec(20)
 	tcp6.source, tcp6.destination = here6, there6
 	udp4.proto = protoUDP
@@ -25,21 +25,21 @@ func TestParseBelievesNoLie(t *testing.T) {
 		{"IPv4, padded", tcp4, func(b []byte) []byte { return append(b, 0, 0, 0) }, true, true},
 		{"IPv4, header of 16 bytes", tcp4, func(b []byte) []byte { b[0] = 0x44; return b }, false, false},
 		{"IPv4, header of 0 bytes", tcp4, func(b []byte) []byte { b[0] = 0x40; return b }, false, false},
-		{"IPv4, longer than what came", tcp4, func(b []byte) []byte { b[3]++; return b }, false, false},
+		{"IPv4, length beyond the packet", tcp4, func(b []byte) []byte { b[3]++; return b }, false, false},
 		{"IPv4, shorter than its header", tcp4, func(b []byte) []byte { b[2], b[3] = 0, 19; return b }, false, false},
-		{"IPv4, of no bytes", tcp4, func(b []byte) []byte { b[2], b[3] = 0, 0; return b }, false, false},
-		{"IPv4, a header past the end", tcp4, func(b []byte) []byte { b[0], b[2], b[3] = 0x4f, 0, 59; return b }, false, false},
-		{"IPv4, cut short", tcp4, func(b []byte) []byte { return b[:19] }, false, false},
+		{"IPv4, length 0", tcp4, func(b []byte) []byte { b[2], b[3] = 0, 0; return b }, false, false},
+		{"IPv4, header beyond the packet", tcp4, func(b []byte) []byte { b[0], b[2], b[3] = 0x4f, 0, 59; return b }, false, false},
+		{"IPv4, truncated", tcp4, func(b []byte) []byte { return b[:19] }, false, false},
 		{"IPv6", tcp6, func(b []byte) []byte { return b }, true, true},
-		{"IPv6, longer than what came", tcp6, func(b []byte) []byte { b[5]++; return b }, false, false},
-		{"IPv6, cut short", tcp6, func(b []byte) []byte { return b[:39] }, false, false},
+		{"IPv6, length beyond the packet", tcp6, func(b []byte) []byte { b[5]++; return b }, false, false},
+		{"IPv6, truncated", tcp6, func(b []byte) []byte { return b[:39] }, false, false},
 		{"version 5", tcp4, func(b []byte) []byte { b[0] = 0x55; return b }, false, false},
-		{"TCP, offset past the end", tcp4, func(b []byte) []byte { b[20+12] = 0xf0; return b }, true, false},
-		{"TCP, offset of 4", tcp4, func(b []byte) []byte { b[20+12] = 0x40; return b }, true, false},
-		{"TCP, no whole header", tcp4, func(b []byte) []byte { b[3] = 39; return b[:39] }, true, false},
-		{"TCP over IPv6, offset past the end", tcp6, func(b []byte) []byte { b[40+12] = 0xf0; return b }, true, false},
+		{"TCP, data offset beyond the packet", tcp4, func(b []byte) []byte { b[20+12] = 0xf0; return b }, true, false},
+		{"TCP, data offset 4", tcp4, func(b []byte) []byte { b[20+12] = 0x40; return b }, true, false},
+		{"TCP, truncated header", tcp4, func(b []byte) []byte { b[3] = 39; return b[:39] }, true, false},
+		{"TCP over IPv6, data offset beyond the packet", tcp6, func(b []byte) []byte { b[40+12] = 0xf0; return b }, true, false},
 		{"UDP", udp4, func(b []byte) []byte { return b }, true, true},
-		{"UDP, no whole header", udp4, func(b []byte) []byte { b[3] = 27; return b[:27] }, true, false},
+		{"UDP, truncated header", udp4, func(b []byte) []byte { b[3] = 27; return b[:27] }, true, false},
 		{"a fragment", tcp4, func(b []byte) []byte { b[6] = 0x20; return b }, true, false},
 	} {
 		p := packet{ipLen: 99, headLen: 99, length: 99, transport: true, fragment: true} // every field is overwritten
@@ -54,9 +54,9 @@ func TestParseBelievesNoLie(t *testing.T) {
 	}
 }
 
-// A datagram whose UDP length differs from the packet's is not joined: cutting would
+// A datagram whose UDP length differs from the packet's is not joined: segmentation would
 // not restore it.
-func TestUDPLengthThatLiesIsNotJoined(t *testing.T) {
+func TestFalseUDPLengthIsNotJoined(t *testing.T) {
 	s := tcpSpec(100)
 	s.proto = protoUDP
 	for _, by := range []int{0, 1, -1, 1000} {
@@ -73,7 +73,7 @@ func TestUDPLengthThatLiesIsNotJoined(t *testing.T) {
 }
 
 // A frame with a segment size of 0 is malformed.
-func TestSegmentsOfNoBytes(t *testing.T) {
+func TestSegmentSizeZero(t *testing.T) {
 	s := tcpSpec(3000)
 	peer := vxlanPeer(netip.PrefixFrom(here4, 24).Masked(), netip.MustParseAddrPort("192.0.2.1:8472"), testVNI, [6]byte{1}, [6]byte{2})
 	table := NewTable([]netip.Prefix{netip.PrefixFrom(there4, 24).Masked()}, []*Peer{peer})
@@ -91,7 +91,7 @@ func TestSegmentsOfNoBytes(t *testing.T) {
 }
 
 // A virtio header whose checksum field is outside the packet is rejected.
-func TestChecksumOutsideOfThePacket(t *testing.T) {
+func TestChecksumFieldOutsidePacket(t *testing.T) {
 	whole := tcpSpec(10).partial()
 	for _, c := range []struct {
 		start, offset int

@@ -188,8 +188,8 @@ func TestQueueTakesTurns(t *testing.T) {
 	}
 }
 
-// TestQueuePollsInVain busy-polls until the limit, and blocks then.
-func TestQueuePollsInVain(t *testing.T) {
+// TestQueuePollTimeout busy-polls until the limit, and blocks then.
+func TestQueuePollTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newFakeNode(VXLAN)
 		q, w, _ := newFakeQueue(t, n)

@@ -101,8 +101,8 @@ func checkTooBig(t *testing.T, b []byte, peer *Peer, sent spec, told int) {
 	}
 }
 
-// TestFragmentsAreThePacket reassembles the fragments of an inner packet.
-func TestFragmentsAreThePacket(t *testing.T) {
+// TestFragmentsReassemble reassembles the fragments of an inner packet.
+func TestFragmentsReassemble(t *testing.T) {
 	n := newFakeNode(IPIP)
 	n.peer.narrow(leastMTU4, netip.Addr{}, pathMTULife)
 	s := udpSpec(1400)
@@ -126,9 +126,9 @@ func TestFragmentsAreThePacket(t *testing.T) {
 	}
 }
 
-// TestBelowThePodsMinimum has a path narrower than pods can be told: packets leave by the
+// TestPathBelowPodsMinimumMTU has a path narrower than pods can be told: packets leave by the
 // socket that fragments, one per message.
-func TestBelowThePodsMinimum(t *testing.T) {
+func TestPathBelowPodsMinimumMTU(t *testing.T) {
 	n := newFakeNode(VXLAN)
 	fragmenting := &fakeSocket{number: 5}
 	n.out.fragmenter[0] = source{socket: fragmenting}
@@ -147,9 +147,9 @@ func TestBelowThePodsMinimum(t *testing.T) {
 	}
 }
 
-// TestTooBigInTime: ICMP errors are at most one per tooBigPause, a path MTU is forgotten
+// TestTooBigExpiry: ICMP errors are at most one per tooBigPause, a path MTU is forgotten
 // after pathMTULife, and a suspended mechanism is tried again after suspendFor.
-func TestTooBigInTime(t *testing.T) {
+func TestTooBigExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newFakeNode(VXLAN)
 		n.out.dontFragment = true
@@ -197,9 +197,9 @@ func TestTooBigInTime(t *testing.T) {
 	})
 }
 
-// TestErrorsThatLowerThePath gives the error queue ICMP errors; the path MTU changes only
+// TestErrorsThatLowerPathMTU gives the error queue ICMP errors; the path MTU changes only
 // for packet too big that quotes a packet of this node to that peer, and never rises.
-func TestErrorsThatLowerThePath(t *testing.T) {
+func TestErrorsThatLowerPathMTU(t *testing.T) {
 	router := netip.MustParseAddr("192.0.2.254")
 	for _, f := range formats {
 		t.Run(f.Name(), func(t *testing.T) {

@@ -51,7 +51,7 @@ func (m *Memory) Put(key string, value []byte) {
 	m.put(key, value, 0)
 }
 
-// Delete removes an entry, whoever owns it.
+// Delete removes an entry, whichever node owns it.
 func (m *Memory) Delete(key string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

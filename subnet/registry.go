@@ -90,7 +90,7 @@ type Admin interface {
 	// Reserve reserves the subnets, at most one per family, so that no node
 	// leases them until they are released; owner is a label. ErrTaken.
 	Reserve(ctx context.Context, owner string, subnets []netip.Prefix) (Lease, error)
-	// ReleaseKey deletes the entry, whoever owns it, if its ModRevision is still
+	// ReleaseKey deletes the entry, whichever node owns it, if its ModRevision is still
 	// at (AnyRevision disables the check). A running node recreates its lease.
 	// ErrChanged, ErrAbsent.
 	ReleaseKey(ctx context.Context, key string, at int64) error

@@ -2,8 +2,8 @@ package subnet
 
 import "context"
 
-// Signal wakes one receiver, which then looks for what has changed: several signals
-// that it has not received yet are one.
+// Signal wakes one receiver, which then checks what has changed. Signals are combined
+// until it receives one.
 type Signal chan struct{}
 
 // NewSignal returns a Signal.

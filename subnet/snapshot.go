@@ -68,11 +68,11 @@ func Occupied(entries []Entry) Occupancy {
 	return o
 }
 
-// BuildSnapshot builds the snapshot of the entries at one revision for the node
-// that holds self; it is a pure function. An invalid entry is rejected with a
-// reason and does not affect the others. Of two leases that conflict, the one
-// with the lower CreateRevision wins, so that a new lease evicts nobody; our own
-// lease wins over all others.
+// BuildSnapshot builds the snapshot of the entries at one revision for the node that
+// holds self; it is a pure function. An invalid entry is rejected with a reason and does
+// not affect the others. Of two leases that conflict, the one with the lower
+// CreateRevision wins, so that a new lease evicts no other; our own lease wins over all
+// others.
 func BuildSnapshot(cfg Config, self Lease, entries []Entry, revision int64) Snapshot {
 	s := Snapshot{Revision: revision, Config: cfg, Self: self}
 	s.Usage = cfg.Usage(entries)

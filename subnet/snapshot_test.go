@@ -103,7 +103,7 @@ func TestSnapshotSetsAsideWhatCannotStand(t *testing.T) {
 }
 
 // A newer lease does not evict an older one, whatever the order of their keys.
-func TestSnapshotTheOlderStands(t *testing.T) {
+func TestSnapshotOlderLeaseWins(t *testing.T) {
 	cfg := vxlanConfig(t, `{"Network":"10.5.0.0/16"}`)
 	for _, newer := range []int{1, 9} {
 		older := 10 - newer
@@ -158,7 +158,7 @@ func TestSnapshotDualStack(t *testing.T) {
 
 // The snapshot depends neither on the order of the entries nor on whether they
 // were parsed before.
-func TestSnapshotIsAFunctionOfItsEntries(t *testing.T) {
+func TestSnapshotDependsOnlyOnEntries(t *testing.T) {
 	cfg := vxlanConfig(t, `{"Network":"10.5.0.0/16"}`)
 	var entries []subnet.Entry
 	for n := 1; n < 30; n++ {

@@ -233,8 +233,8 @@ func (p *Path) Follow(s host.State, v host.View) ([]host.Change, error) {
 		return nil, nil
 	}
 	f, err := p.look(s, v)
-	if v.Shut != "" {
-		err = fmt.Errorf("the host's firewall keeps the tunnel's packets out, and the fast path would pass by it: %s", v.Shut)
+	if v.InputDrop != "" {
+		err = fmt.Errorf("the host's firewall drops the tunnel's packets, and the fast path would bypass it: %s", v.InputDrop)
 	}
 	var want contents
 	if err == nil {

@@ -92,11 +92,11 @@ func deliverable(outer netip.Addr, class byte, packet []byte) bool {
 	return true
 }
 
-// TestTakesNothingThatTheDatapathBelowWouldNot changes frames from the uplink at random.
+// TestReceivesAsTheDatapathBelow changes frames from the uplink at random.
 // What the program takes, the datapath below would have accepted with the same inner frame.
 // What the oracle accepts, the program takes, unless a checksum or flow prevents it.
 // CULVERT_FASTPATH_FRAMES is the number of frames of each kind.
-func TestTakesNothingThatTheDatapathBelowWouldNot(t *testing.T) {
+func TestReceivesAsTheDatapathBelow(t *testing.T) {
 	vxlan := func(packet []byte, outer byte) []byte {
 		return wire(peerNode, ourNode, frame(ourMAC, peerMAC, packet), func(b []byte) { copy(b, class(b, outer)) })
 	}
@@ -225,11 +225,11 @@ func takesNothingElse(t *testing.T, p *Path, accepts func([]byte) ([]byte, bool)
 	}
 }
 
-// TestSendsWhatTheDatapathBelowWould changes frames of pods at random. What the program
+// TestSendsAsTheDatapathBelow changes frames of pods at random. What the program
 // takes, the datapath below would have sent: the same inner packet, to the same peer, in the
 // same outer headers. What the oracle finds sendable, the program takes, unless its flow
 // prevents it.
-func TestSendsWhatTheDatapathBelowWould(t *testing.T) {
+func TestSendsAsTheDatapathBelow(t *testing.T) {
 	fromPod := func(packet []byte) []byte { return frame(peerMAC, ourMAC, packet) }
 	t.Run("VXLAN", func(t *testing.T) {
 		sendsWhatIsBelow(t, filled(t), programOut, fromPod, func(b []byte) (inner []byte, sendable bool) {

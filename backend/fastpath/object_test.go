@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// TestObjectsAreOfTheirSource compiles the programs and compares them with the committed
+// TestObjectsMatchSource compiles the programs and compares them with the committed
 // objects.
-func TestObjectsAreOfTheirSource(t *testing.T) {
+func TestObjectsMatchSource(t *testing.T) {
 	version, err := exec.Command("clang", "--version").Output()
 	if err != nil {
 		if os.Getenv("CULVERT_FULL") != "" {

@@ -435,10 +435,10 @@ func TestLeavesIn(t *testing.T) {
 	}
 }
 
-// TestOvertakesNothingUnread leaves a frame of several datagrams, and fragments, without a
+// TestKeepsOrderAfterUnreadFrames leaves a frame of several datagrams, and fragments, without a
 // look at the flows in them. So all that the same peer sends soon after takes the device,
 // too, whatever its flow, or it could overtake a packet of its own flow in there.
-func TestOvertakesNothingUnread(t *testing.T) {
+func TestKeepsOrderAfterUnreadFrames(t *testing.T) {
 	p := filled(t)
 	third := netip.MustParseAddr("10.5.31.200") // at wideNode
 	fragment6 := wire(peerNode6, ourNode6, frame(ourMAC, peerMAC, datagram(peerPod6, ourPod6, 100)), nil)
@@ -681,9 +681,9 @@ func TestContents(t *testing.T) {
 	}
 }
 
-// TestContentsOfAProcess checks what the maps hold for the userspace datapath's tunnel:
+// TestContentsOfUserspaceTunnel checks what the maps hold for the userspace datapath's tunnel:
 // peers by their prefixes, of which the program tries the longest first.
-func TestContentsOfAProcess(t *testing.T) {
+func TestContentsOfUserspaceTunnel(t *testing.T) {
 	process := host.ProcessTunnel{
 		Link: "culvert0", Subnet: ourNet, VXLAN: host.VXLAN{MAC: ourMAC, VNI: vni, Local: ourNode, Device: "lo", Port: 8472},
 		Peers: []host.ProcessPeer{{Inner: wideNet, Outer: wideNode, MAC: peerMAC}, {Inner: peerNet, Outer: peerNode, MAC: peerMAC}},

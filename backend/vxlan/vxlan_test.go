@@ -151,9 +151,9 @@ func apply(t testing.TB, n *lab.Node, s host.State) []string {
 	return host.Commands(done)
 }
 
-// TestKernelIsAsPlanned applies the sequence to the running kernel: the changes made
+// TestKernelMatchesPlan applies the sequence to the running kernel: the changes made
 // are those that the plans alone predict, and applying a step again changes nothing.
-func TestKernelIsAsPlanned(t *testing.T) {
+func TestKernelMatchesPlan(t *testing.T) {
 	n := newNode(t)
 	names, snapshots := sequence(t)
 	var before host.State
@@ -189,11 +189,11 @@ func lasting(commands []string) []string {
 	return all
 }
 
-// TestTypedByHand runs the commands with ip, bridge and nft in one namespace,
+// TestCommandsGiveTheSameState runs the commands with ip, bridge and nft in one namespace,
 // applies the same states with culvert in another, and compares what those programs
 // show. At the end it saves and restores the nftables table with nft, after which
 // culvert has nothing to change.
-func TestTypedByHand(t *testing.T) {
+func TestCommandsGiveTheSameState(t *testing.T) {
 	for _, program := range []string{"ip", "bridge", "nft", "sysctl"} {
 		if _, err := exec.LookPath(program); err != nil {
 			if os.Getenv("CULVERT_FULL") != "" {

@@ -44,7 +44,7 @@ was chosen, the connection to the store, the other nodes, and dropped packets.`,
 		},
 	}
 	c.Flags().StringVar(&runDir, "run-dir", api.DefaultRunDir, "the daemon's --run-dir")
-	addWatch(c, &watch, "with rates beside the sums")
+	addWatch(c, &watch, "with rates beside the totals")
 	out.addTo(c)
 	return c
 }

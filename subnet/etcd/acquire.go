@@ -166,7 +166,7 @@ func (r *Registry) TakenBy(ctx context.Context, node string, publics []netip.Add
 		if permanent(err) || ctx.Err() != nil {
 			return "", err
 		}
-		away.Failed("cannot read who holds our subnet; retrying", r.Explain(ctx, err))
+		away.Failed("cannot read which node holds our subnet; retrying", r.Explain(ctx, err))
 		if err := pause.Wait(ctx, 0); err != nil {
 			return "", err
 		}
@@ -249,11 +249,11 @@ func (r *Registry) write(ctx context.Context, choice subnet.Choice, listed int64
 	return l, nil
 }
 
-// stillFree returns the conditions under which nobody has the lease's subnets. All
-// keys of one IPv4 subnet, dual stack or not, have a common prefix, so one range
-// comparison suffices. The IPv6 part is at the end of the key, where no range
-// finds it, and a replaced key of our own is in that range: then require that
-// nothing under subnets/ was written since the list.
+// stillFree returns the conditions under which the lease's subnets are free. All keys of
+// one IPv4 subnet, dual stack or not, have a common prefix, so one range comparison
+// suffices. The IPv6 part is at the end of the key, where no range finds it, and a
+// replaced key of our own is in that range: then require that nothing under subnets/ was
+// written since the list.
 func (r *Registry) stillFree(l subnet.Lease, listed int64, replacing bool) []clientv3.Cmp {
 	if len(l.Endpoints) == 1 && l.Endpoints[0].Subnet.Addr().Is4() && !replacing {
 		key := clientv3.CreateRevision(r.subnetsDir() + l.Key())
@@ -274,7 +274,7 @@ func (r *Registry) conflictsWithOlder(l subnet.Lease, e subnet.Entry) error {
 	}
 	other, err := e.Lease()
 	if err != nil {
-		return nil // malformed: it conflicts with nobody
+		return nil // malformed: it conflicts with no lease
 	}
 	if l.Overlaps(other) {
 		return fmt.Errorf("%s overlaps %s: %w", l, other, errRace)

@@ -43,9 +43,9 @@ func (r *Registry) Config(ctx context.Context) (subnet.Config, error) {
 			err = fmt.Errorf("there is no network configuration at %s", r.configKey())
 		}
 		switch {
-		case at == 0 && r.Trouble() != nil: // whoever watches Trouble says so
+		case at == 0 && r.Trouble() != nil: // the caller that polls Trouble reports it
 		case at == 0:
-			if unanswered++; unanswered == 2 { // the reason may come a moment after the first
+			if unanswered++; unanswered == 2 { // the reason may be known only after the first attempt
 				r.log.Warn("waiting for etcd", "error", r.Explain(ctx, err))
 			}
 		case at != 0 && reminded.Due():

@@ -111,11 +111,11 @@ func (c *contact) explain(address string, err error) error {
 		}
 		return remedy.Errorf("is this etcd's client port?", "%w", err)
 	case errors.Is(err, errSilent):
-		return remedy.Errorf("is this etcd's client port, and is the server well?", "%w", err)
+		return remedy.Errorf("is this etcd's client port, and does the server work?", "%w", err)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return remedy.Errorf("is etcd running there, and is the port right?", "connection refused")
 	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
-		return remedy.Errorf("is the address right? `ip route get` shows this host's way to it", "%w", errors.Unwrap(err))
+		return remedy.Errorf("is the address right? `ip route get` shows this host's route to it", "%w", errors.Unwrap(err))
 	case errors.As(err, &lookup):
 		return remedy.Errorf("is the name right, and the name server in /etc/resolv.conf? An address needs none", "%w", lookup)
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):

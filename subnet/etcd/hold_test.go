@@ -13,7 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// stands checks that Hold runs and that our key is in etcd with a live lease.
+// stands checks that Hold is running and that our key is in etcd with a live lease.
 func stands(t *testing.T, r *Registry, l subnet.Lease, lost <-chan error) {
 	t.Helper()
 	select {

@@ -22,9 +22,9 @@ import (
 //	<prefix>/subnets/10.5.52.0-24        expires --lease-ttl after the last renewal
 //	<prefix>/culvert/used/10.5.52.0-24   expires --lease-ttl plus --quarantine after it
 //
-// A mark without a lease is a subnet in quarantine. So nobody has to notice that a
-// lease expired, only etcd's clock matters, and nothing needs to be cleaned up. The
-// mark is an optimization: without it a subnet is free at once.
+// A mark without a lease is a subnet in quarantine. So no process has to notice that a
+// lease expired, only etcd's clock matters, and nothing needs to be cleaned up. The mark
+// is an optimization: without it a subnet is free at once.
 
 // markValue is a mark's JSON.
 type markValue struct {

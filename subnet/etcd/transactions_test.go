@@ -8,10 +8,10 @@ import (
 	"culvert/subnet"
 )
 
-// Each test here is of one condition of a transaction, or of what is done when one
-// does not hold, with what another node writes at the moment in question.
+// Each test covers one condition of a transaction, or the reaction if it does not hold,
+// while another node writes concurrently.
 
-// writes of others, as they stand in etcd.
+// othersValue is a value that another node writes.
 const othersValue = `{"PublicIP":"192.0.2.99","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"},"NodeID":"other"}`
 
 func valueAt(t *testing.T, r *Registry, key string) string {
@@ -26,8 +26,8 @@ func valueAt(t *testing.T, r *Registry, key string) string {
 	return string(resp.Kvs[0].Value)
 }
 
-// A lease is written over what was read, not over what another wrote since.
-func TestNothingIsOverwrittenThatWasNotRead(t *testing.T) {
+// A lease overwrites only the revision that was read, not what another node wrote since.
+func TestWriteRequiresTheRevisionRead(t *testing.T) {
 	t.Parallel()
 	r := open(t, share(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
@@ -46,9 +46,9 @@ func TestNothingIsOverwrittenThatWasNotRead(t *testing.T) {
 	}
 }
 
-// A dual-stack subnet is taken only if nothing was written since the list: its IPv6
-// half is in no range that could be compared.
-func TestDualStackIsTakenFromTheLatestListAlone(t *testing.T) {
+// A dual-stack subnet is acquired only if nothing was written since the list: no key
+// range covers its IPv6 half, so it cannot be compared.
+func TestDualStackRequiresTheLatestList(t *testing.T) {
 	t.Parallel()
 	r := open(t, share(t))
 	const config = `{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12::/48","Backend":{"Type":"vxlan"}}`
@@ -60,7 +60,7 @@ func TestDualStackIsTakenFromTheLatestListAlone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	put(t, r, "subnets/10.5.250.0-24", othersValue) // in the way of nothing
+	put(t, r, "subnets/10.5.250.0-24", othersValue) // conflicts with nothing
 	g := grant{}
 	if err := r.ensureGranted(t.Context(), "node-1", time.Minute, &g); err != nil {
 		t.Fatal(err)
@@ -71,8 +71,8 @@ func TestDualStackIsTakenFromTheLatestListAlone(t *testing.T) {
 	}
 }
 
-// A subnet that overlaps an older entry, of another size, is given back.
-func TestAnOlderOverlapStands(t *testing.T) {
+// A new lease that overlaps an older entry of another prefix length is deleted again.
+func TestOlderOverlappingLeaseWins(t *testing.T) {
 	t.Parallel()
 	r := open(t, share(t))
 	choice, err := subnet.Choose(claim(t, vxlanConfig, 1), subnet.Occupancy{})
@@ -97,9 +97,9 @@ func TestAnOlderOverlapStands(t *testing.T) {
 	}
 }
 
-// What is taken back, and what is released, is our own write, not another's that came
-// after it.
-func TestOthersWritesAreNotDeleted(t *testing.T) {
+// Undoing a write and releasing a lease delete only our own write, not a later one of
+// another node.
+func TestOtherNodesWritesAreNotDeleted(t *testing.T) {
 	t.Parallel()
 	r := open(t, share(t))
 	l := acquire(t, r, claim(t, vxlanConfig, 1))
@@ -118,9 +118,9 @@ func TestOthersWritesAreNotDeleted(t *testing.T) {
 	}
 }
 
-// A transaction that was not answered cannot be committed any more once another subnet
-// is tried: the etcd lease that it needs is gone.
-func TestAnUnansweredWriteIsMadeImpossible(t *testing.T) {
+// An unanswered transaction can no longer be committed once another subnet is tried: the
+// etcd lease that it needs was revoked.
+func TestUnansweredWriteIsRevoked(t *testing.T) {
 	t.Parallel()
 	r := open(t, share(t))
 	g := grant{}

@@ -13,7 +13,7 @@ import (
 
 // A lease is accepted only while it certainly has not expired, whatever happened
 // to the clocks.
-func TestBelieve(t *testing.T) {
+func TestSnapshotExpiry(t *testing.T) {
 	t.Parallel()
 	f, s, err := parse(example(t))
 	if err != nil {
@@ -68,7 +68,7 @@ func example(t testing.TB) []byte {
 
 // A file that is truncated, damaged in any byte, or of another version is
 // rejected.
-func TestWhole(t *testing.T) {
+func TestDamagedFileIsRejected(t *testing.T) {
 	t.Parallel()
 	text := example(t)
 	for n := range text {

@@ -58,7 +58,7 @@ func newClient(a access, limit time.Duration) (*client, error) {
 		ForceAttemptHTTP2:   true,
 		TLSHandshakeTimeout: 10 * time.Second,
 		IdleConnTimeout:     90 * time.Second,
-		// Pings detect a server that is silently gone.
+		// Pings detect a dead connection.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
 	}}
 	return c, nil

@@ -356,7 +356,7 @@ func (r *Registry) Hold(ctx context.Context, l subnet.Lease) error {
 }
 
 // errOrphan means that our Node does not exist or has no podCIDR yet.
-var errOrphan = errors.New("this node's Node is gone")
+var errOrphan = errors.New("this node's Node does not exist")
 
 func (r *Registry) verify(ctx context.Context, wasUID string) (string, error) {
 	done, err := r.nodeLock.Take(ctx)
@@ -512,7 +512,7 @@ func (r *Registry) TakenBy(ctx context.Context, node string, _ []netip.Addr, sub
 		if ctx.Err() != nil {
 			return "", err
 		}
-		away.Failed("cannot read who holds our subnet; retrying", err)
+		away.Failed("cannot read which node holds our subnet; retrying", err)
 		r.opts.Waiting("checking with the API server whether this node still has the subnet of its pods: " + err.Error())
 		if err := pause.Wait(ctx, retryAfter(err)); err != nil {
 			return "", err

@@ -200,7 +200,7 @@ func (r *Registry) watch(ctx context.Context, m *mirror, after *string, away *su
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	lasting := watchLasts + rand.N(watchLasts)
-	// The server ends the watch after lasting. If it does not, it is gone.
+	// The server ends the watch after lasting. If it does not, the connection is dead.
 	silent := time.AfterFunc(lasting+30*time.Second, func() { stop(errors.New("the API server did not end the watch in time")) })
 	defer silent.Stop()
 	if m.unsettled() {
