@@ -1,5 +1,5 @@
-// Culvert joins the container networks of many Linux hosts into one flat
-// network. See README.md, and docs/architecture.md for the way of a packet.
+// Culvert joins the container networks of many Linux hosts into one flat network. See
+// README.md, and docs/architecture.md for the path of a packet.
 package main
 
 import (

@@ -69,8 +69,8 @@ type probed struct {
 const (
 	// ProbeInterval is the default minimum interval between requests to a peer. At
 	// most probeBurst requests are sent per interval plus a random tenth of it;
-	// every probeChurn while peers are added; and after a third of the interval if a
-	// request that was the first that a peer has not answered. Few large bursts cost
+	// every probeChurn while peers are added; and after a third of the interval if
+	// a request was the first that a peer has not answered. Few large bursts cost
 	// less than many small ones, which wake up every thread of the process each time.
 	ProbeInterval = 30 * time.Second
 	probeBurst    = 96

@@ -128,7 +128,7 @@ func checkDaemonSet(t *testing.T, set *appsv1.DaemonSet) {
 	update := set.Spec.UpdateStrategy.RollingUpdate
 	switch {
 	case update.MaxSurge.IntValue() != 1 || update.MaxUnavailable.IntValue() != 0:
-		t.Error("an update takes the old pod away before the new one has taken over")
+		t.Error("an update deletes the old pod before the new one has taken over")
 	case !slices.Contains(daemon.Args, "--replace") || !slices.Contains(daemon.Args, "--handed-over=wait"):
 		t.Errorf("the daemon is started with %v: the two pods of an update would stand in each other's way", daemon.Args)
 	case daemon.StartupProbe == nil || daemon.StartupProbe.Exec == nil:

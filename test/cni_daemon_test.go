@@ -82,9 +82,9 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 
 	// With an expired lease existing pods stay, and new ones are refused.
 	c.stopEtcd()
-	refused("the lease has expired", "ran out at")
+	refused("the lease has expired", "expired at")
 	var e *types.Error
-	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "ran out at") {
+	if _, err := n.AddPod(t.Context(), "p2"); !errors.As(err, &e) || e.Code != types.ErrTryAgainLater || !strings.Contains(e.Msg, "expired at") {
 		t.Errorf("ADD with an expired lease: %v", err)
 	}
 	if err := pod.Check(t.Context()); err != nil {
@@ -117,7 +117,7 @@ func TestCNIFollowsTheDaemon(t *testing.T) {
 		return nil
 	}
 	eventually(t, "the lease expires", refusedADD)
-	if _, err := n.AddPod(t.Context(), "p3"); !errors.As(err, &e) || !strings.Contains(e.Msg, "ran out at") {
+	if _, err := n.AddPod(t.Context(), "p3"); !errors.As(err, &e) || !strings.Contains(e.Msg, "expired at") {
 		t.Errorf("ADD after the lease of a killed daemon expired: %v", err)
 	}
 }

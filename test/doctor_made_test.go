@@ -94,7 +94,7 @@ func TestDoctorOfRealConditions(t *testing.T) {
 	finds("clock")
 	stop(t, p)
 	eventually(t, "the lease has ended", func() error {
-		if e := c.doctor(n, cniFlags...); !strings.Contains(e.of("subnet-file"), "has run out at") {
+		if e := c.doctor(n, cniFlags...); !strings.Contains(e.of("subnet-file"), "expired at") {
 			return fmt.Errorf("%s", e.of(""))
 		}
 		return nil

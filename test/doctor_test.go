@@ -238,7 +238,7 @@ func testDoctor(t *testing.T, datapath string) {
 		},
 		{
 			name: "F6: a route for a part of this node's subnet by a peer", check: "foreign-route", fixed: true, others: true,
-			says: []string{"is not culvert's, and takes the packets for this node's own pods", "ip route del"},
+			says: []string{"which is not culvert's, diverts the packets for this node's own pods", "ip route del"},
 			do:   ipCommands(fmt.Sprintf("route add %s via %s", netip.PrefixFrom(subnet.Addr(), subnet.Bits()+1), c.Nodes[1].Addrs[0])),
 		},
 		{
@@ -281,7 +281,7 @@ func testDoctor(t *testing.T, datapath string) {
 				return nil
 			},
 		},
-		{name: "our routes are gone", both: true, check: "host-route", fixed: true, do: removeOurs, says: []string{"not as the leases want it", "ip route prepend"}},
+		{name: "our routes are gone", both: true, check: "host-route", fixed: true, do: removeOurs, says: []string{"not as the leases require", "ip route prepend"}},
 		{name: "our device is gone", check: "host-link", fixed: true, do: ipCommands("link del cvt.1"), says: []string{"ip link add cvt.1"}},
 		{
 			name: "our table is gone", both: true, check: "host-nftables", fixed: true, says: []string{"culvert's nftables table"},
@@ -295,7 +295,7 @@ func testDoctor(t *testing.T, datapath string) {
 			},
 		},
 		{
-			name: "flannel's device", check: "leftovers", fixed: true, others: true, says: []string{"devices of flannel are here: flannel.9", "--take-over-flannel"},
+			name: "flannel's device", check: "leftovers", fixed: true, others: true, says: []string{"devices of flannel exist: flannel.9", "--take-over-flannel"},
 			do: ipCommands("link add flannel.9 type bridge"),
 		},
 		{
@@ -440,7 +440,7 @@ func TestDoctorMeasures(t *testing.T) {
 	)
 	wants("damaged checksums", "checksum-offload", "bad checksum-offload: n2 10.5.", "arrive without a checksum", "ethtool -K")
 	way(&expr.Verdict{Kind: expr.VerdictDrop})
-	wants("an eaten port", "port-eaten", "UDP to another port there is answered, and to 8472 it is not", "Backend.Port")
+	wants("an eaten port", "port-eaten", "the node answers UDP to another port, but not to 8472", "Backend.Port")
 	way()
 
 	ipDo(t, n2.Namespace, "addr add 198.18.0.1/32 dev eth0")
@@ -463,7 +463,7 @@ func TestDoctorMeasures(t *testing.T) {
 	if _, err := n2.Run(t.Context(), filepath.Join(c.bin, "culvert"), "cleanup"); err != nil {
 		t.Fatal(err)
 	}
-	wants("nobody listens", "peer-unreachable", "nobody has UDP port 8472 there", "start culvert on that node")
+	wants("nobody listens", "peer-unreachable", "no program listens on UDP port 8472", "start culvert on that node")
 }
 
 // TestDoctorList prints every check in a line, as the documentation has them.

@@ -328,7 +328,7 @@ func (f *faults) away(t *testing.T) {
 	for i, n := range f.nodes {
 		f.wait(n, "reports that etcd is unreachable", func(s api.Status) bool { return !s.Store.Connected && s.Store.Error != "" && len(s.Peers) == f.news+1 })
 		eventually(t, "STATUS after the lease expired", func() error {
-			if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "ran out at") {
+			if err := cniStatus(t, n); err == nil || !strings.Contains(err.Error(), "expired at") {
 				return fmt.Errorf("it returns %w", err)
 			}
 			return nil

@@ -22,7 +22,7 @@ import (
 	"culvert/subnet"
 )
 
-// forgery is the cluster of TestP1NobodyForges. The attacker has a raw socket and tries to
+// forgery is the cluster of TestP1ForgedTunnelPackets. The attacker has a raw socket and tries to
 // have a packet that it forged decapsulated and delivered to a victim.
 //
 //	n1: attacker, bystander     n2: victim     n3: the node that it pretends to be
@@ -50,9 +50,9 @@ const (
 
 var serviceAddr = map[bool]netip.Addr{true: netip.MustParseAddr("172.20.0.1"), false: netip.MustParseAddr("fd00:20::1")}
 
-// TestP1NobodyForges has a pod with a raw socket and a container of another program send
+// TestP1ForgedTunnelPackets has a pod with a raw socket and a container of another program send
 // packets that pretend to be a peer's. None may reach a victim.
-func TestP1NobodyForges(t *testing.T) {
+func TestP1ForgedTunnelPackets(t *testing.T) {
 	for _, c := range []struct {
 		name, config string
 		flags        []string

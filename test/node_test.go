@@ -237,7 +237,7 @@ func TestRefusals(t *testing.T) {
 	c.setConfig(config)
 	c.start(c.Nodes[0])
 	c.waitReady(c.Nodes[0], 0)
-	ends(c.start(c.Nodes[0]), "is at work in this network namespace")
+	ends(c.start(c.Nodes[0]), "runs in this network namespace")
 	// A cloned machine has the same node ID at another address.
 	c.starts++
 	clone, err := c.Nodes[1].Start(lab.Command{

@@ -12,7 +12,7 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestAPIServerInNetwork starts a daemon whose API server lies in the cluster network: it
+// TestAPIServerInNetwork starts a daemon whose API server is in the cluster network: it
 // refuses before it leases, and `culvert doctor` says the same afterwards.
 func TestAPIServerInNetwork(t *testing.T) {
 	l := labtest.New(t, lab.Options{Nodes: 1})
@@ -27,7 +27,7 @@ func TestAPIServerInNetwork(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	const want = "the API server 10.244.200.1 lies in the cluster network 10.244.0.0/16"
+	const want = "the API server 10.244.200.1 is in the cluster network 10.244.0.0/16"
 	out, err := n.Run(ctx, culvert, "run", "--store=kubernetes", "--node-id=n1", "--run-dir", n.RunDir,
 		"--kubeconfig-file", filepath.Join(files, "kubeconfig"), "--net-config-path", filepath.Join(files, "net-conf.json"))
 	if err == nil || !strings.Contains(err.Error()+string(out), want) || !strings.Contains(err.Error()+string(out), "--cluster-cidr") {

@@ -118,7 +118,7 @@ func TestRestartWithoutEtcd(t *testing.T) {
 	}
 	pings := startPings(t, pods[0], pods[1])
 	s = c.wait(n, "is not ready after its lease expired", func(s api.Status) bool { return !s.Ready })
-	if over := time.Since(s.Lease.Expires); over < 0 || over > 30*time.Second || !strings.Contains(s.NotReady, "ran out") {
+	if over := time.Since(s.Lease.Expires); over < 0 || over > 30*time.Second || !strings.Contains(s.NotReady, "expired") {
 		t.Errorf("%v after the lease expired the status is %q", over, s.NotReady)
 	}
 	if err := cniStatus(t, n); err == nil {

@@ -58,10 +58,10 @@ func udpSockets(t *testing.T, n *lab.Node) map[int]int {
 	return all
 }
 
-// TestP2SendersTakeNothingIn floods the ports of the sockets that only send: their filter
+// TestP2SendSocketsReceiveNothing floods the ports of the sockets that only send: their filter
 // keeps the receive queues empty, and with --df, when the daemon polls these sockets for
 // errors, it does not busy-loop.
-func TestP2SendersTakeNothingIn(t *testing.T) {
+func TestP2SendSocketsReceiveNothing(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("198.18.0.0/24"), netip.MustParsePrefix("fd00:18::/64")}})
 	c.setConfig(dualConfig)
 	c.start(c.Nodes[1])

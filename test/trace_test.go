@@ -248,7 +248,7 @@ func TestTrace(t *testing.T) {
 		},
 		{
 			name: "path MTU", on: c.Fabric, do: narrow(1400), undo: narrow(1500),
-			node: "n1", layer: trace.LayerMTU, says: []string{"and the pod sends up to 1450"},
+			node: "n1", layer: trace.LayerMTU, says: []string{"but the pod sends up to 1450"},
 		},
 		{
 			name: "far: rules for the tunnel's port", on: n2.Namespace, do: moat(nftables.ChainHookInput, tunnelPort...), undo: moat(nil), far: true,

@@ -1,9 +1,9 @@
-// Bill lists what is linked into the programs below a directory, as their build
-// information says it: a bill of materials (CycloneDX), and the licences in full.
+// Bill lists the modules that are linked into the programs below a directory, from their
+// build information: a bill of materials (CycloneDX), and the licences in full.
 //
 //	bill -name NAME -version VERSION -created SECONDS -sbom FILE -notice FILE DIRECTORY
 //
-// It fails if a module has no licence, or one that is not in licences.
+// It fails if a module has no licence, or one that is not among those allowed (licences).
 package main
 
 import (
@@ -28,9 +28,9 @@ import (
 
 func main() {
 	var b bill
-	flag.StringVar(&b.name, "name", "", "what the programs are called together")
+	flag.StringVar(&b.name, "name", "", "name of the product")
 	flag.StringVar(&b.version, "version", "", "their version")
-	created := flag.Int64("created", 0, "the time that the bill carries, in seconds since 1970")
+	created := flag.Int64("created", 0, "time stamp of the bill, in seconds since 1970")
 	sbom := flag.String("sbom", "", "file for the bill of materials")
 	notice := flag.String("notice", "", "file for the licences")
 	flag.Parse()
@@ -60,8 +60,9 @@ type linked struct {
 	files         []string // their full texts
 }
 
-// licences are the ones that a program may contain, with a phrase by which each is known.
-// All let culvert be given on under its own; MPL-2.0 covers only its own, unchanged files.
+// licences are the licences allowed in a program, each with a phrase that identifies it.
+// All permit redistribution under culvert's own licence; MPL-2.0 covers only its own,
+// unchanged files.
 var licences = []struct{ id, phrase string }{
 	{"Apache-2.0", "apache license version 2.0"},
 	{"MPL-2.0", "mozilla public license version 2.0"},
@@ -72,8 +73,8 @@ var licences = []struct{ id, phrase string }{
 	{"BSD-2-Clause", "redistribution and use in source and binary forms"},
 }
 
-// identify returns which licences a text is. A BSD licence without the third clause is
-// the one with two.
+// identify returns the licences that a text contains. A BSD licence without the third
+// clause is BSD-2-Clause.
 func identify(text string) (ids []string) {
 	text = strings.ToLower(strings.Join(strings.Fields(text), " "))
 	text = strings.ReplaceAll(text, "license, version", "license version")
@@ -173,7 +174,7 @@ func read(dir string, m *debug.Module) (linked, error) {
 	return l, nil
 }
 
-// sorted returns what is linked, by path.
+// sorted returns the linked modules, by path.
 func (b *bill) sorted() []linked {
 	return slices.SortedFunc(maps.Values(b.modules), func(x, y linked) int {
 		return cmp.Or(strings.Compare(x.path, y.path), strings.Compare(x.version, y.version))
