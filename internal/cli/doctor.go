@@ -36,7 +36,7 @@ func newDoctorCommand() *cobra.Command {
 	var o doctorOptions
 	c := &cobra.Command{
 		Use:   "doctor",
-		Short: "Find what keeps packets from passing on this host, and how to fix it",
+		Short: "Find what stops packets on this host, and how to fix it",
 		Long: `Examine this host: privileges, kernel, daemon, store, the tunnel's port, leftovers
 of other overlays, network managers, connection tracking, clock, the container
 runtime's configuration. If a daemon runs, its warnings are included, and every node

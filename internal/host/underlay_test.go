@@ -229,7 +229,7 @@ func TestChoose(t *testing.T) {
 			route default via 192.168.50.1 dev eth0`, host.UnderlaySelector{Interfaces: []string{"lo"}}, host.UnderlayContext{}, "eth0 [192.168.99.11] []"},
 		{"where no packet leaves", `
 			link 1 lo local
-			addr lo 192.168.99.11/32`, host.UnderlaySelector{Interfaces: []string{"lo"}}, host.UnderlayContext{}, "192.168.99.11 is on lo, by which no packet leaves"},
+			addr lo 192.168.99.11/32`, host.UnderlaySelector{Interfaces: []string{"lo"}}, host.UnderlayContext{}, "192.168.99.11 is on lo, which sends no packets"},
 
 		// IPv6.
 		{"temporary, deprecated and tentative ones are not chosen", `
