@@ -218,11 +218,16 @@ func randomMAC() net.HardwareAddr {
 	return mac
 }
 
+// replace is the remedy for a device that cannot be the pods' bridge.
+func (b *unusableBridge) replace() string {
+	return fmt.Sprintf("detach it (`ip link set %s nomaster`), rename or delete it, or set another \"bridge\"", b.name)
+}
+
 func (b *unusableBridge) err() error {
 	if b.foreign != "" {
 		return types.NewError(types.ErrTryAgainLater,
 			fmt.Sprintf("%s %s: pods cannot be attached to it", b.name, b.foreign),
-			fmt.Sprintf("detach it (`ip link set %s nomaster`), rename or delete it, or set another \"bridge\"", b.name))
+			b.replace())
 	}
 	var has []string
 	for _, a := range b.address {

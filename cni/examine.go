@@ -85,6 +85,9 @@ func (b *unusableBridge) describe() string {
 
 // fix returns what an administrator can do about it.
 func (b *unusableBridge) fix() string {
+	if b.foreign != "" {
+		return b.replace()
+	}
 	if !b.repairable() {
 		return "delete the pods of the old subnet (drain the node): after the last one the plugin corrects the bridge itself"
 	}
