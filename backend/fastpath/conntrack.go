@@ -44,26 +44,32 @@ type tuple struct {
 }
 
 // admissible checks that conntrack lets a flow pass without NAT and without a helper, and
-// does not depend on its single packets: a TCP connection must be established in both
-// directions, and is made to tolerate that conntrack will not see every packet, as the kernel does
-// for flowtables. UDP has no such state. Its entry may lack a reply: rules then see each packet as a
-// new flow's, with the same outcome.
+// does not depend on its single packets. It makes the entry of a TCP connection tolerate that
+// conntrack will not see every packet, as the kernel does for flowtables.
 func admissible(asked tuple) error {
 	is, err := lookUp(asked)
 	if err != nil {
 		return fmt.Errorf("looking it up in conntrack: %w", err)
 	}
-	const wanted = seenReply | assured | confirmed
-	switch {
-	case is.status&confirmed == 0, is.status&dying != 0, asked.protocol == unix.IPPROTO_TCP && (is.status&wanted != wanted || is.state != tcpEstablished):
-		return errors.New("it is not established")
-	case is.status&(nat|adjusted|helper|expected|flowtable) != 0 || is.original != (tuple{is.reply.protocol, is.reply.destination, is.reply.source}):
-		return errors.New("its packets are changed or read on their way (NAT, a conntrack helper, a flowtable)")
-	case asked.protocol != unix.IPPROTO_TCP:
-		return nil
+	if err := is.admissible(); err != nil || is.original.protocol != unix.IPPROTO_TCP {
+		return err
 	}
 	if err := tolerate(asked); err != nil {
 		return fmt.Errorf("changing its entry in conntrack: %w", err)
+	}
+	return nil
+}
+
+// admissible returns why a connection cannot bypass conntrack, or nil. A TCP connection
+// must be established in both directions. UDP has no such state, and its entry may lack a
+// reply: rules then see each packet as a new flow's, with the same outcome.
+func (c connection) admissible() error {
+	const wanted = seenReply | assured | confirmed
+	switch {
+	case c.status&confirmed == 0, c.status&dying != 0, c.original.protocol == unix.IPPROTO_TCP && (c.status&wanted != wanted || c.state != tcpEstablished):
+		return errors.New("it is not established")
+	case c.status&(nat|adjusted|helper|expected|flowtable) != 0 || c.original != (tuple{c.reply.protocol, c.reply.destination, c.reply.source}):
+		return errors.New("its packets are changed or read on their way (NAT, a conntrack helper, a flowtable)")
 	}
 	return nil
 }
@@ -132,13 +138,18 @@ func (t *tuple) decode(d *netlink.AttributeDecoder) error {
 }
 
 // lookUp reads the entry of a connection, of which the tuple is either direction.
-func lookUp(t tuple) (is connection, err error) {
+func lookUp(t tuple) (connection, error) {
 	e := netlink.NewAttributeEncoder()
 	family := t.encode(e)
 	answer, err := request(ctGet, unix.NLM_F_REQUEST, family, e)
 	if err != nil {
-		return is, err
+		return connection{}, err
 	}
+	return decodeConnection(answer)
+}
+
+// decodeConnection reads the attributes of a conntrack entry.
+func decodeConnection(answer []byte) (is connection, err error) {
 	d, err := netlink.NewAttributeDecoder(answer)
 	if err != nil {
 		return is, err
