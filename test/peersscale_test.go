@@ -160,8 +160,8 @@ func runTime(t *testing.T, pid int) (sum time.Duration) {
 	return sum
 }
 
-// answerAll has n2 be every address of 198.19.0.0/16, and answer each echo request
-// that comes in VXLAN as a peer's tunnel device does. It counts them.
+// answerAll gives n2 every address of 198.19.0.0/16, and answers each echo request that
+// arrives in VXLAN as a peer's tunnel device does. It counts them.
 func answerAll(t *testing.T, n2 *lab.Node, askers ...*lab.Node) *atomic.Uint64 {
 	t.Helper()
 	var answered atomic.Uint64
@@ -218,7 +218,8 @@ func answerAll(t *testing.T, n2 *lab.Node, askers ...*lab.Node) *atomic.Uint64 {
 	return &answered
 }
 
-// readRequest makes of the next datagram its answer; 0 if it is no echo request.
+// readRequest reads the next datagram and turns it into its answer. n is 0 if it is not
+// an echo request.
 func readRequest(conn *ipv4.PacketConn, b []byte) (n int, from, to net.IP, err error) {
 	n, cm, source, err := conn.ReadFrom(b)
 	if err != nil {

@@ -13,9 +13,10 @@ import (
 	"culvert/internal/host"
 )
 
-// TestPolicies takes packets between pods elsewhere by what comes before the main table's
-// routes, which are the ones that the daemon keeps: rules of policy routing and IPsec
-// policies. `culvert doctor`, `ping` and `trace` name them, on this node and not the far one.
+// TestPolicies diverts or drops packets between pods by policy routing rules and IPsec
+// policies, which the kernel applies before the main table's routes, the ones that the
+// daemon keeps. `culvert doctor`, `ping` and `trace` name them, on this node and not the
+// far one.
 //
 //	pod ── cni0 ── ip rule 100 ── table 100 (a default route elsewhere), or prohibit
 //	                  │

@@ -15,9 +15,9 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestReport plants a secret of its own in every place that a report reads, makes
-// one beside a running daemon and one after it, and looks for each secret in them,
-// in base64 too; and for what a report must have.
+// TestReport puts a different secret into every place that a report reads, makes one
+// report beside a running daemon and one after it has stopped, and checks that neither
+// contains a secret, in base64 either, and that both contain what a report must have.
 func TestReport(t *testing.T) {
 	c := newCluster(t, 1)
 	c.datapath = "kernel"
@@ -75,7 +75,7 @@ func TestReport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Whether etcd asks for the password is not what this is about.
+	// It does not matter here whether etcd requires the password.
 	eventually(t, "the daemon answers", func() error {
 		_, err := c.status(n)
 		return err
@@ -138,8 +138,8 @@ func TestReport(t *testing.T) {
 	}
 }
 
-// TestReportWithoutPrograms makes a report on a host that has no ip, nft or other program:
-// what the kernel says is in it, and what is missing is said.
+// TestReportWithoutPrograms makes a report on a host without ip, nft and other programs:
+// it contains what the kernel reports, and names the programs that are missing.
 func TestReportWithoutPrograms(t *testing.T) {
 	c := newCluster(t, 1)
 	c.datapath = "kernel"

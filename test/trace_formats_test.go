@@ -92,8 +92,8 @@ func TestTraceFormats(t *testing.T) {
 	}
 }
 
-// dropForwarded has a table of nftables drop what is forwarded to an address; the zero
-// address takes the table away.
+// dropForwarded adds an nftables table that drops what is forwarded to an address; the
+// zero address removes the table.
 func dropForwarded(to netip.Addr) error {
 	x, err := nftables.New()
 	if err != nil {

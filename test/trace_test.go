@@ -30,9 +30,9 @@ type traced struct {
 	Probe   *trace.Probe
 }
 
-// TestTrace breaks the way between two pods, each time at another place, on this
-// node, on the far one and between: `culvert trace` names the culprit, and passes
-// packets that pass. The outputs are in docs/trace.md.
+// TestTrace breaks the path between two pods at one place after another, on this node, on
+// the far one and between them: `culvert trace` names the cause, and reports an intact
+// path as such. The outputs are in docs/trace.md.
 //
 //	pod ── n1 ── fabric ── n2 ── pod
 func TestTrace(t *testing.T) {
@@ -86,7 +86,7 @@ func TestTrace(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// routes takes the routes that have a gateway away, and gives them back.
+	// routes deletes the routes that have a gateway, and restores them.
 	routes := func() (take, give func() error) {
 		var taken []netlink.Route
 		each := func(change func(*netlink.Route) error) (err error) {
@@ -324,8 +324,8 @@ func TestTrace(t *testing.T) {
 		play(b)
 	}
 
-	// What a daemon repairs at once is seen where none runs. The fast path would carry
-	// packets past the FDB without one.
+	// What a daemon repairs at once can only be observed without one. The fast path would
+	// carry packets past the FDB without one.
 	stop := func() {
 		for _, d := range daemons {
 			if err := d.Stop(); err != nil {
