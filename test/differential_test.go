@@ -112,14 +112,14 @@ func newSide(t *testing.T, datapath string) *side {
 	}
 	s.addrs = [2]netip.Addr{s.pod.Addr(true), s.pod.Addr(false)}
 	s.peer = newSender(t, s.Nodes[1])
-	// Take what comes for the tunnel, or the kernel answers that the port is closed.
+	// Listen on the tunnel's port, or the kernel answers that it is closed.
 	sink, err := s.Nodes[1].ListenPacket(t.Context(), "udp", ":8472")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { sink.Close() })
 	s.silence()
-	// Nothing is to wait for, or be lost by, the resolution of an address.
+	// No packet may wait for, or be lost by, the resolution of an address.
 	for i := range 2 {
 		s.neighbour(s.node.Namespace, "cni0", s.addrs[i], s.pod.Namespace, "eth0")
 		s.neighbour(s.node.Namespace, s.node.Link, s.Nodes[1].Addrs[i], s.Nodes[1].Namespace, s.Nodes[1].Link)
@@ -607,8 +607,8 @@ func (d *differential) report(direction string) {
 	})
 }
 
-// meantDifference returns why the datapaths may treat a packet differently: a line of the table
-// in docs/security.md. It is empty for most.
+// meantDifference returns the documented reason why the datapaths may treat a packet
+// differently: a line of the table in docs/security.md. For most packets it is empty.
 func (d *differential) meantDifference(b []byte) string {
 	if !d.ingress {
 		if from, _ := addressesIn(b); from.IsValid() && !slices.ContainsFunc(d.sides[0].subnets, func(p netip.Prefix) bool { return p.Contains(from) }) {

@@ -17,8 +17,8 @@ import (
 	"culvert/internal/lab/labtest"
 )
 
-// TestDocs runs the commands of the quick start and of the migration page, as they
-// stand there, on two hosts with the addresses that the pages give them.
+// TestDocs runs the commands of the quick start and of the migration page, unchanged, on
+// two hosts with the addresses used there.
 func TestDocs(t *testing.T) {
 	for _, c := range []struct {
 		page  string
@@ -84,7 +84,7 @@ func newDocsHosts(t *testing.T) *docsHosts {
 	return &docsHosts{Lab: labtest.New(t, lab.Options{Nodes: 2, Prefixes: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}), bin: bin}
 }
 
-// startFlannelsEtcd has the first host bear an etcd with flannel's configuration.
+// startFlannelsEtcd starts an etcd with flannel's configuration on the first host.
 func (h *docsHosts) startFlannelsEtcd(t *testing.T, config string) {
 	t.Helper()
 	p, err := h.Nodes[0].Start(lab.Command{
@@ -103,8 +103,8 @@ func (h *docsHosts) startFlannelsEtcd(t *testing.T, config string) {
 	}
 }
 
-// on runs a command line on a host. What a namespace shares with this machine, as
-// files, has a place of its own, by culvert's environment.
+// on runs a command line on a host. Files, which a network namespace shares with this
+// machine, have their own directories, set by culvert's environment variables.
 func (h *docsHosts) on(host int) func(*testscript.TestScript, bool, []string) {
 	return func(ts *testscript.TestScript, neg bool, args []string) {
 		n := h.Nodes[host]
@@ -139,7 +139,7 @@ func (h *docsHosts) on(host int) func(*testscript.TestScript, bool, []string) {
 			h.daemons[host] = p
 			return
 		}
-		// A person waits for the daemon a moment, too.
+		// Wait for the daemon for a moment, as a reader would.
 		var out []byte
 		var err error
 		for end := time.Now().Add(20 * time.Second); ; time.Sleep(200 * time.Millisecond) {

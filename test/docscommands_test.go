@@ -34,7 +34,7 @@ func TestDocsCommands(t *testing.T) {
 	ping(t, pods[0], pods[1])
 	n, dir := c.Nodes[0], t.TempDir()
 	own := c.waitReady(n, 1).Lease.Subnets[0].String()
-	// What the pages have, and what the lab has in its place.
+	// What the pages have, and the lab's replacement.
 	here := strings.NewReplacer(
 		"'ssh root@n2 culvert'", fmt.Sprintf("'nsenter --net=%s env CULVERT_RUN_DIR=%s %s'", c.Nodes[1].Path, c.Nodes[1].RunDir, filepath.Join(c.bin, "culvert")),
 		"10.5.7.0/24", own, "10.5.19.7", pods[1].Addrs[0].String(), "10.5.197.2", pods[0].Addrs[0].String(), "10.5.211.2", pods[1].Addrs[0].String(),

@@ -13,9 +13,9 @@ import (
 	"culvert/internal/lab"
 )
 
-// TestDoctorOfRealConditions makes conditions that TestDoctorUnderAStoppedDaemon writes
-// into files: etcd that a route of ours has cut off (U8), a lease that has ended, and one
-// that stands while the clock was set (F5), a directory that cannot be written to (D4).
+// TestDoctorOfRealConditions causes conditions that TestDoctorUnderAStoppedDaemon only
+// writes into files: etcd cut off by a route of ours (U8), an expired lease, a lease that
+// is valid although the clock was set (F5), a directory that cannot be written to (D4).
 func TestDoctorOfRealConditions(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 1)

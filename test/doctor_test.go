@@ -84,10 +84,10 @@ func (c *cluster) installCNI(n *lab.Node) (flags []string) {
 	return []string{"--cni-bin-dir", bin, "--cni-conf-dir", conf}
 }
 
-// TestDoctorUnderAStoppedDaemon breaks a host on which no daemon runs, one thing
-// after the other: `culvert doctor` finds each, from what the last daemon has
-// left, with the fix; `culvert doctor --fix` mends what a daemon would, names
-// what is another program's, and then there is silence again.
+// TestDoctorUnderAStoppedDaemon breaks a host on which no daemon runs, one thing after
+// the other: `culvert doctor` finds each, from what the last daemon has left, and names
+// the fix; `culvert doctor --fix` repairs what a daemon would repair, and names what
+// belongs to another program. After that the doctor has no finding.
 func TestDoctorUnderAStoppedDaemon(t *testing.T) {
 	t.Parallel()
 	for _, datapath := range []string{"kernel", "userspace"} {
@@ -120,7 +120,8 @@ func testDoctor(t *testing.T, datapath string) {
 	device := device(datapath)
 	subnet := s.Lease.Subnets[0]
 
-	// That no daemon runs is said each time, and that it therefore takes no pods.
+	// These two findings are always there: that no daemon runs, and that therefore no pod
+	// is added.
 	background := regexp.MustCompile(`(?m)^(bad daemon: .*no daemon answers.*|bad cni: no pod can be added: .*)\n?`)
 	look := func(args ...string) (examination, string) {
 		e := c.doctor(n, append(cniFlags, args...)...)
@@ -320,7 +321,7 @@ func testDoctor(t *testing.T, datapath string) {
 				}
 			}
 			for line := range strings.Lines(all) {
-				// What is broken may well break more, which is of the same nature.
+				// One fault may cause further findings of the same kind.
 				if !strings.Contains(line, " "+b.check+":") && !strings.Contains(line, " host-") && !strings.Contains(line, " store-latency: http://10.5.99.9") && b.check != "underlay-address-gone" {
 					t.Errorf("also found: %s", line)
 				}
@@ -345,7 +346,7 @@ func testDoctor(t *testing.T, datapath string) {
 			}
 		})
 	}
-	// What was mended without a daemon serves one: it has nothing to do.
+	// What was repaired without a daemon suits one: it has nothing to repair.
 	c.start(n)
 	s = c.waitReady(n, 1)
 	pods := c.pods()
@@ -355,8 +356,8 @@ func testDoctor(t *testing.T, datapath string) {
 	}
 }
 
-// castle makes a table of nftables whose input chain accepts what is established, and
-// of what is not has its policy.
+// castle creates an nftables table whose input chain accepts established connections, and
+// applies its policy to all other packets.
 func castle(policy nftables.ChainPolicy) func() error {
 	return func() error {
 		x, err := nftables.New()
@@ -377,12 +378,12 @@ func castle(policy nftables.ChainPolicy) func() error {
 	}
 }
 
-// TestDoctorMeasures has `culvert doctor` probe a peer: checksums that are damaged
-// on the way, a tunnel port that is eaten, one where nobody listens, and another
-// machine with this node's address.
+// TestDoctorMeasures has `culvert doctor` probe a peer: checksums that are damaged on the
+// path, a tunnel port whose packets are dropped, one that is closed, and another machine
+// with this node's address.
 //
 //	n1 ── fabric ── n2
-//	        ▲ damages checksums, eats UDP 8472
+//	        ▲ damages checksums, drops UDP 8472
 func TestDoctorMeasures(t *testing.T) {
 	c := newCluster(t, 2)
 	c.datapath = "kernel"
@@ -402,8 +403,9 @@ func TestDoctorMeasures(t *testing.T) {
 		}
 	}
 
-	// A card that fills in the inner checksums wrong: n1 leaves none to hardware, so
-	// that the bytes on the wire are the packet's own, and the fabric spoils them.
+	// Imitate a network card that computes inner checksums wrong: n1 leaves no checksum
+	// to hardware, so that the bytes on the wire are the packet's own, and the fabric
+	// damages them.
 	setFeatures(t, n1, map[string]bool{"tx-checksum-ip-generic": false}, n1.Link)
 	way := func(rule ...expr.Any) {
 		t.Helper()
@@ -435,7 +437,7 @@ func TestDoctorMeasures(t *testing.T) {
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: inner + 20 + 6, Len: 2}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte{0, 0}},
 		&expr.Immediate{Register: 1, Data: []byte{0xba, 0xd1}},
 		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: inner + 20 + 6, Len: 2},
-		&expr.Immediate{Register: 1, Data: []byte{0, 0}}, // the outer one would tell
+		&expr.Immediate{Register: 1, Data: []byte{0, 0}}, // the outer checksum would show it
 		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 6, Len: 2},
 	)
 	wants("damaged checksums", "checksum-offload", "bad checksum-offload: n2 10.5.", "arrive without a checksum", "ethtool -K")
@@ -466,7 +468,7 @@ func TestDoctorMeasures(t *testing.T) {
 	wants("nobody listens", "peer-unreachable", "no program listens on UDP port 8472", "start culvert on that node")
 }
 
-// TestDoctorList prints every check in a line, as the documentation has them.
+// TestDoctorList compares the list of checks with the documentation.
 func TestDoctorList(t *testing.T) {
 	out, err := exec.CommandContext(t.Context(), filepath.Join(labtest.Bin(t), "culvert"), "doctor", "--list").Output()
 	if err != nil {

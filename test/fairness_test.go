@@ -91,7 +91,8 @@ func measureShares(t *testing.T, long time.Duration, from, to []*lab.Pod, networ
 	return s
 }
 
-// startStream sends over a TCP connection as much as it takes, and counts the bytes that arrive.
+// startStream sends over a TCP connection as fast as it can, and counts the bytes that
+// arrive.
 func startStream(ctx context.Context, t *testing.T, running *sync.WaitGroup, from, to *lab.Pod, arrived *atomic.Int64) {
 	t.Helper()
 	l, err := to.Listen(ctx, "tcp", netip.AddrPortFrom(to.Addrs[0], 0).String())
@@ -155,7 +156,7 @@ func startTorrent(ctx context.Context, t *testing.T, running *sync.WaitGroup, fr
 	running.Go(func() {
 		b := make([]byte, 1400)
 		for ctx.Err() == nil {
-			_, _ = client.Write(b) // a full queue is what it wants
+			_, _ = client.Write(b) // it fills the queue on purpose
 		}
 	})
 	running.Go(func() {

@@ -16,16 +16,16 @@ import (
 	"culvert/internal/lab"
 )
 
-// flannelConflist is that of kube-flannel.yml.
+// flannelConflist is the conflist of kube-flannel.yml.
 const flannelConflist = `{"name": "cbr0", "cniVersion": "0.3.1", "plugins": [
 {"type": "flannel", "delegate": {"hairpinMode": true, "isDefaultGateway": true}}, {"type": "portmap", "capabilities": {"portMappings": true}}]}`
 
-// annotationPrefix is that of flannel's annotations in a jsonpath.
+// annotationPrefix is the prefix of flannel's annotations in a jsonpath.
 const annotationPrefix = `.metadata.annotations.flannel\.alpha\.coreos\.com/`
 
-// flannel makes the hosts what flannel's DaemonSet makes of them: the device and
-// its entries, the annotations, subnet.env, and the plugin with its
-// configuration. Nobody follows the annotations but the test.
+// flannel sets the hosts up as flannel's DaemonSet does: the device and its entries, the
+// annotations, subnet.env, and the plugin with its configuration. No flannel daemon
+// follows the annotations; the test does.
 func (k *kubelets) flannel() (devices []*lab.HandmadeVXLAN) {
 	t := k.t
 	t.Helper()
@@ -70,8 +70,8 @@ func (k *kubelets) flannel() (devices []*lab.HandmadeVXLAN) {
 	return devices
 }
 
-// overFlannel is the kustomization of docs/kubernetes.md for the way from flannel
-// without a drain.
+// overFlannel writes the kustomization of docs/kubernetes.md for the migration from
+// flannel without a drain.
 func (k *kubelets) overFlannel() (dir string) {
 	t := k.t
 	t.Helper()
@@ -103,8 +103,8 @@ func (k *kubelets) overFlannel() (dir string) {
 	return dir
 }
 
-// fromFlannel moves the hosts from flannel to culvert, one after the other, under
-// pods that run on.
+// fromFlannel migrates the hosts from flannel to culvert, one after the other, while
+// their pods keep running.
 func (k *kubelets) fromFlannel(t *testing.T) {
 	h1, h2 := k.machines[0], k.machines[1]
 	devices := k.flannel()

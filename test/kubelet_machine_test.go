@@ -34,18 +34,18 @@ const (
 	culvertImage = "docker.io/library/culvert:v0.1.0" // culvert:v0.1.0, as the manifests have it
 )
 
-// kubelets is a Kubernetes cluster with all that a machine of one runs: the
-// control plane in the lab's fabric, and on each node Debian's containerd, a
-// kubelet and a kube-proxy.
+// kubelets is a Kubernetes cluster with everything that runs on its machines: the control
+// plane in the lab's fabric, and on each node Debian's containerd, a kubelet and a
+// kube-proxy.
 type kubelets struct {
 	*kubernetes
-	dir      string // what outlives a reboot of the hosts, and the images
+	dir      string // files that survive a reboot of the hosts, and the images
 	machines []*machine
 	figures  []string
 }
 
-// machine is one of the cluster. Its processes are in a PID namespace of
-// their own: when its first process ends, all do, as when power fails.
+// machine is a host of the cluster. Its processes are in their own PID namespace: when
+// its first process ends, all do, as in a power failure.
 type machine struct {
 	*lab.Node
 	k       *kubelets
@@ -292,7 +292,7 @@ func (k *kubelets) within(atMost time.Duration, args ...string) {
 	}
 }
 
-// explain says how things stand if the test has failed.
+// explain logs the cluster's state if the test has failed.
 func (k *kubelets) explain() {
 	if !k.t.Failed() {
 		return
@@ -363,7 +363,7 @@ func (h *machine) powerOn() {
 	}
 	h.startKubelet()
 	h.spawn("kube-proxy", "/run/programs/kube-proxy", "--kubeconfig=/run/files/admin.kubeconfig", "--hostname-override="+h.ID, "--proxy-mode=iptables",
-		// The host's, which a network namespace may not change.
+		// These settings are the host's; a network namespace cannot change them.
 		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0")
 }
 
@@ -388,11 +388,11 @@ func (h *machine) restartKubelet() {
 	h.startKubelet()
 }
 
-// path is where a path of the host's is seen from here.
+// path returns the path by which the test reaches a file of the host.
 func (h *machine) path(inside string) string { return fmt.Sprintf("/proc/%d/root%s", h.pid, inside) }
 
-// inside are the arguments of an nsenter that runs a command on the host, whose
-// network namespace it is in already.
+// inside returns the arguments of an nsenter that runs a command on the host. The caller
+// is in the host's network namespace already.
 func (h *machine) inside(command ...string) []string {
 	return append([]string{
 		"--target", strconv.Itoa(h.pid), "--mount", "--pid", "--cgroup", "--", "/bin/sh", "-c", join + enter + "done; exec \"$@\"", "sh",
@@ -410,7 +410,7 @@ func (h *machine) spawn(name string, command ...string) *lab.Process {
 	return p
 }
 
-// powerOff ends everything that runs on the host at once.
+// powerOff kills everything that runs on the host at once.
 func (h *machine) powerOff() {
 	if h.unit == nil {
 		return
@@ -436,8 +436,8 @@ func (h *machine) powerOff() {
 
 func (h *machine) cgroup() string { return filepath.Base(h.k.dir) + "-" + h.ID }
 
-// reboot is a loss of power, after which the disk is as it was, and neither /run
-// nor what the kernel knew of the network is.
+// reboot powers the host off and on again: the disk's contents stay; /run and the
+// kernel's network state are lost.
 func (h *machine) reboot() {
 	t := h.k.t
 	t.Helper()
@@ -465,7 +465,7 @@ func (h *machine) reboot() {
 	h.powerOn()
 }
 
-// links are the host's, but for lo and the underlay's.
+// links returns the names of the host's links except lo and the underlay's.
 func (h *machine) links() (names []string) {
 	t := h.k.t
 	t.Helper()
@@ -499,7 +499,7 @@ func childrenOf(pid int) (pids []int) {
 	return pids
 }
 
-// namespace is a running pod's network namespace.
+// namespace returns a running pod's network namespace.
 func (h *machine) namespace(pod string) *lab.Namespace {
 	t := h.k.t
 	t.Helper()
@@ -537,7 +537,7 @@ func (h *machine) namespace(pod string) *lab.Namespace {
 	return &lab.Namespace{Name: h.ID + "-" + pod, Path: h.path(path)}
 }
 
-// reserved are the addresses that host-local has given out in a network.
+// reserved returns the addresses that host-local has assigned in a network.
 func (h *machine) reserved(network string) (addrs []string) {
 	entries, _ := os.ReadDir(filepath.Join(h.dir, "lib/cni/networks", network))
 	for _, e := range entries {

@@ -35,7 +35,7 @@ func webPod(name, node string) map[string]any {
 	}
 }
 
-// service is one for the pods of a name, on the port 80.
+// service is a Service on port 80 for the pods with a label name.
 func service(name, pods string, more map[string]any) map[string]any {
 	spec := map[string]any{"selector": map[string]any{"name": pods}, "ports": []any{map[string]any{"port": 80, "targetPort": 8080}}}
 	for key, v := range more {
@@ -54,7 +54,7 @@ func (k *kubelets) create(objects ...map[string]any) {
 	k.kubectl("create", "-f", k.write("objects.json", string(text)))
 }
 
-// pod is a running pod, in whose network namespace the test can be.
+// pod returns a running pod and its network namespace.
 func (k *kubelets) pod(name string, h *machine) *lab.Pod {
 	k.t.Helper()
 	k.within(time.Minute, "wait", "--for=condition=Ready", "pod/"+name)
@@ -65,8 +65,8 @@ func (k *kubelets) pod(name string, h *machine) *lab.Pod {
 	return &lab.Pod{Namespace: h.namespace(name), ID: name, Node: h.Node, IfName: "eth0", Addrs: []netip.Addr{a}}
 }
 
-// fetch asks a server from inside a namespace until it answers, and returns the
-// name of the pod that did, and whom it saw.
+// fetch requests a server from inside a namespace until it answers, and returns the name
+// of the pod that answered, and the client address that it saw.
 func (k *kubelets) fetch(what string, from *lab.Namespace, to string) (name string, seen netip.Addr) {
 	k.t.Helper()
 	client := &http.Client{Transport: &http.Transport{DialContext: from.Dial, DisableKeepAlives: true}, Timeout: 3 * time.Second}
@@ -95,7 +95,8 @@ func (k *kubelets) fetch(what string, from *lab.Namespace, to string) (name stri
 	return name, seen
 }
 
-// reach expects a pod's answer, and, where source is valid, that it saw this.
+// reach expects an answer from a pod, and, if source is valid, that the pod saw it as the
+// client's address.
 func (k *kubelets) reach(what string, from *lab.Namespace, to, pod string, source netip.Addr) {
 	k.t.Helper()
 	name, seen := k.fetch(what, from, to)
@@ -107,22 +108,22 @@ func (k *kubelets) reach(what string, from *lab.Namespace, to, pod string, sourc
 	}
 }
 
-// daemonStatus asks the daemon of a host's pod.
+// daemonStatus returns the status of the daemon in the host's culvert pod.
 func (h *machine) daemonStatus() (api.Status, error) {
 	ctx, cancel := context.WithTimeout(h.k.t.Context(), 2*time.Second)
 	defer cancel()
 	return api.GetStatus(ctx, h.RunDir)
 }
 
-// rollout waits until the DaemonSet's pods are of its newest template and Ready.
+// rollout waits until all pods of the DaemonSet have its newest template and are Ready.
 func (k *kubelets) rollout() {
 	k.t.Helper()
 	k.within(2*time.Minute, "-n", "culvert", "rollout", "status", "daemonset/culvert")
 }
 
-// update rolls the DaemonSet by a kubectl under pings both ways, which go on until
-// the old pods have ended and at least so many were sent, and says how many were
-// lost.
+// update rolls out a change of the DaemonSet by kubectl, under pings in both directions
+// that continue until the old pods have ended and at least atLeast pings were sent. It
+// returns how many were lost.
 func (k *kubelets) update(what string, atLeast int, a, b *lab.Pod, args ...string) (lost int) {
 	k.t.Helper()
 	old := k.kubectl("-n", "culvert", "get", "daemonset/culvert", "-o", `jsonpath={.metadata.annotations.deprecated\.daemonset\.template\.generation}`)
@@ -145,8 +146,8 @@ func (k *kubelets) update(what string, atLeast int, a, b *lab.Pod, args ...strin
 	return lost
 }
 
-// readyTogether waits until all Nodes are Ready, and expects their daemons to be
-// so by then: the runtime is to learn of the network when pods can be added.
+// readyTogether waits until all Nodes are Ready, and expects their daemons to be ready by
+// then: the runtime must see the network only when pods can be added.
 func (k *kubelets) readyTogether() {
 	k.t.Helper()
 	for _, h := range k.machines {
@@ -157,7 +158,7 @@ func (k *kubelets) readyTogether() {
 	}
 }
 
-// step runs a subtest, which what fails in the cluster's methods fails.
+// step runs a subtest. A failure in the cluster's methods fails this subtest.
 func (k *kubelets) step(name string, f func(*testing.T)) {
 	t := k.t.(*testing.T)
 	defer func() { k.t = t }()
@@ -167,8 +168,8 @@ func (k *kubelets) step(name string, f func(*testing.T)) {
 	})
 }
 
-// TestKubernetesNodes is a cluster as people have it, of two nodes, on which the
-// manifests are applied as they are shipped:
+// TestKubernetesNodes applies the shipped manifests, unchanged, to a complete cluster of
+// two nodes:
 //
 //	kubelet, kube-proxy, containerd          kubelet, kube-proxy, containerd
 //	pods ── n1 (culvert's pod) ── underlay ── n2 (culvert's pod) ── pods
@@ -258,7 +259,7 @@ func TestKubernetesNodes(t *testing.T) {
 		if long == "" {
 			return
 		}
-		// For comparison: the plugin that culvert's calls, by itself.
+		// For comparison: the bridge plugin alone, which culvert's plugin calls.
 		conf := h1.path("/etc/cni/net.d/00-bridge.conflist")
 		if err := os.WriteFile(conf, []byte(`{"name": "plain", "cniVersion": "1.0.0", "plugins": [{"type": "bridge", "bridge": "plain0", "isGateway": true,
 "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.99.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}, {"type": "portmap", "capabilities": {"portMappings": true}}]}`), 0o600); err != nil {
@@ -275,7 +276,7 @@ func TestKubernetesNodes(t *testing.T) {
 		h1.reboot()
 		for _, name := range []string{"a", "b"} {
 			restarted := func() error {
-				// The status is the old one until the kubelet has looked.
+				// The kubelet updates the status with a delay.
 				text, err := k.tryKubectl("get", "pod", name, "-o", "jsonpath={.status.containerStatuses[0].restartCount} {.status.containerStatuses[0].ready}")
 				if err == nil && text != "1 true" {
 					err = fmt.Errorf("restarts and readiness: %s", text)
@@ -325,7 +326,7 @@ func TestKubernetesNodes(t *testing.T) {
 		if netip.MustParsePrefix(podCIDR).Contains(c.Addrs[0]) {
 			t.Fatalf("it is given %s again", podCIDR)
 		}
-		// Its pods have addresses of what may be another node's by now.
+		// Its pods have addresses of a podCIDR that may belong to another node by now.
 		eventually(t, "n2 is fenced", func() error {
 			s, err := h2.daemonStatus()
 			if err == nil && s.Fenced == nil {
@@ -378,15 +379,15 @@ func TestKubernetesNodes(t *testing.T) {
 	t.Logf("figures:\n  %s", strings.Join(k.figures, "\n  "))
 }
 
-// figure notes what was measured, which is logged at the end.
+// figure records a measurement. All are logged at the end.
 func (k *kubelets) figure(format string, args ...any) {
 	k.t.Helper()
 	k.figures = append(k.figures, fmt.Sprintf(format, args...))
 	k.t.Log(k.figures[len(k.figures)-1])
 }
 
-// many has a host run many pods of a network at once, and expects that no
-// address is left when they are gone.
+// many runs n pods of a network on a host at once, and expects that no address stays
+// reserved after they are deleted.
 func (k *kubelets) many(network string, n int, h *machine) {
 	k.t.Helper()
 	before := len(h.reserved(network))
@@ -411,7 +412,7 @@ func (k *kubelets) many(network string, n int, h *machine) {
 	}
 }
 
-// uninstall does what docs/kubernetes.md says, and expects nothing to be left.
+// uninstall follows docs/kubernetes.md, and expects nothing to be left.
 func (k *kubelets) uninstall(manifest string) {
 	k.t.Helper()
 	k.within(time.Minute, "delete", "pod", "--all")
@@ -437,8 +438,8 @@ func (k *kubelets) uninstall(manifest string) {
 	}
 }
 
-// startEtcd starts another etcd, which demands certificates, and returns its
-// URL and the directory of the files that the Secret is to hold.
+// startEtcd starts another etcd, which requires client certificates, and returns its URL
+// and the directory of the files for the Secret.
 func (k *kubelets) startEtcd() (endpoint, files string) {
 	k.t.Helper()
 	ca := testca.New(k.t)
@@ -461,7 +462,7 @@ func (k *kubelets) startEtcd() (endpoint, files string) {
 	return "https://" + listen, files
 }
 
-// etcdManifest is culvert-etcd.yaml with what a user must fill in.
+// etcdManifest returns culvert-etcd.yaml with the values that a user must fill in.
 func (k *kubelets) etcdManifest(endpoint, files string) string {
 	k.t.Helper()
 	text, err := os.ReadFile("../deploy/kubernetes/culvert-etcd.yaml")
@@ -483,8 +484,8 @@ func (k *kubelets) etcdManifest(endpoint, files string) string {
 	return k.write("culvert-etcd.yaml", manifest)
 }
 
-// addresses expects that what host-local has given out on a host is what its
-// pods have, and nothing else.
+// addresses expects that host-local has assigned exactly the addresses that the host's
+// pods have.
 func (k *kubelets) addresses(when string, h *machine) {
 	k.t.Helper()
 	eventually(k.t, fmt.Sprintf("%s, %s: addresses", h.ID, when), func() error {
