@@ -289,7 +289,7 @@ func TestReplaceOlder(t *testing.T) {
 	defer older.Close()
 	p := c.start(n, "--replace")
 	<-p.Exited()
-	if log := p.Tail(5); p.Err() == nil || !strings.Contains(log, "of a release without that. Stop it, then start this one") || !strings.Contains(log, "maxSurge: 0") {
+	if log := p.Tail(5); p.Err() == nil || !strings.Contains(log, "its release does not support it. Stop it, then start this one") || !strings.Contains(log, "maxSurge: 0") {
 		t.Errorf("the successor exited with %v: %s", p.Err(), log)
 	}
 	links, err := n.Run(t.Context(), "ip", "-brief", "link")

@@ -80,7 +80,7 @@ func TestPolicies(t *testing.T) {
 			name: "a rule that prohibits", do: forbid, undo: allow,
 			check: "policy-route", finding: []string{"are refused (prohibit)", "100: from all to 10.5.0.0/16 prohibit, "},
 			ping:  "this host does not send to it: a prohibit route or rule refuses the packets",
-			trace: []string{"STOPPED at n1, route", "a prohibit route takes them", "`ip rule`"},
+			trace: []string{"STOPPED at n1, route", "a prohibit route rejects them", "`ip rule`"},
 		},
 		{
 			name: "an IPsec policy", do: each(netlink.XfrmPolicyAdd), undo: each(netlink.XfrmPolicyDel),
