@@ -160,7 +160,7 @@ func testDoctor(t *testing.T, datapath string) {
 	}{
 		{
 			name: "U5: the device sends from another address", check: "outer-source", fixed: true,
-			says: []string{"cvt.1 sends from 198.18.0.77", "lease says 198.18.0.1", "ip link del cvt.1"},
+			says: []string{"cvt.1 sends from 198.18.0.77", "this node's lease has 198.18.0.1", "ip link del cvt.1"},
 			do: func() error {
 				l, err := netlink.LinkByName("cvt.1")
 				if err != nil {
@@ -300,7 +300,7 @@ func testDoctor(t *testing.T, datapath string) {
 			do: ipCommands("link add flannel.9 type bridge"),
 		},
 		{
-			name: "the underlay's address is another", check: "underlay-address-gone", says: []string{"peers send to 198.18.0.1", "takes [198.18.0.99"},
+			name: "the underlay's address is another", check: "underlay-address-gone", says: []string{"peers send to 198.18.0.1", "would use [198.18.0.99"},
 			do:   ipCommands("addr del 198.18.0.1/24 dev eth0", "addr add 198.18.0.99/24 dev eth0", "route replace default via 198.18.0.254"),
 			undo: ipCommands("addr del 198.18.0.99/24 dev eth0", "addr add 198.18.0.1/24 dev eth0", "route replace default via 198.18.0.254"),
 		},

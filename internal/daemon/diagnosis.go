@@ -108,7 +108,7 @@ func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot)
 		is4 := e.Subnet.Addr().Is4()
 		if i := slices.IndexFunc(at.publics, func(a netip.Addr) bool { return a.Is4() == is4 }); i < 0 || at.publics[i] != e.Public {
 			o.warn("underlay-address-gone", fmt.Sprintf("ip address add %s/... dev %s, if it should have it", e.Public, u.Name),
-				"the lease says that peers send to %s, but a daemon started now would use %v: %s", e.Public, at.publics, u.Why)
+				"the lease says that peers send to %s, but a daemon started now would use %v (%s: %s)", e.Public, at.publics, u.Name, u.Why)
 		}
 	}
 	f, err := host.ReadFacts()

@@ -161,9 +161,9 @@ func (c *chooser) choose(s UnderlaySelector) (Underlay, error) {
 	for _, by := range []struct {
 		addrs []netip.Addr
 		why   string
-	}{{s.PublicIPs, "bears --public-ip"}, {c.known.Former, "has the former address"}, {c.known.Held, "has the address in use"}, {c.known.Leased, "bears the leased address"}} {
+	}{{s.PublicIPs, "has the address of --public-ip"}, {c.known.Former, "has the former address"}, {c.known.Held, "has the address in use"}, {c.known.Leased, "has the leased address"}} {
 		for _, a := range by.addrs {
-			if by.why == "bears the leased address" && c.virtual(a) {
+			if by.why == "has the leased address" && c.virtual(a) {
 				continue
 			}
 			if u, ok := c.withAddr(a, by.why); ok {
