@@ -110,10 +110,10 @@ func setting(key string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// qdiscs are what stands on the host's links, by index.
+// qdiscs are the host's queueing disciplines, by index of their link.
 type qdiscs struct {
-	// shaped has the type of a root qdisc that somebody added, which the fast path would
-	// bypass. The kernel's default one has no handle.
+	// shaped has the type of a root qdisc that another program added, which the fast path
+	// would bypass. The kernel's default one has no handle.
 	shaped map[int]string
 	clsact map[int]bool
 }

@@ -186,8 +186,8 @@ func (p *Path) loads(id ebpf.ProgramID) bool {
 	return slices.Contains(slices.Collect(maps.Values(p.ids)), id)
 }
 
-// register registers the programs of pods' links (host.Registered). False if the link for
-// that is gone: it is made again before the next call.
+// register registers the programs of pods' links (host.Registered). It returns false if
+// the link for that is gone; the link is created again before the next call.
 func (p *Path) register() (there bool, err error) {
 	l, err := netlink.LinkByName(names.JoinFar)
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
@@ -217,9 +217,9 @@ func (p *Path) register() (there bool, err error) {
 	return true, nil
 }
 
-// attachToPod attaches a program to a pod's link, and takes away what an earlier daemon
-// has attached there. Before that goes, both see the packets, the new one first: it knows no flow
-// yet, and leaves them all.
+// attachToPod attaches a program to a pod's link, and then removes what an earlier daemon
+// has attached there. In between both programs see the packets, the new one first: it has
+// no flow yet, and leaves all packets to the host's way.
 func (p *Path) attachToPod(h hook) ([]host.Change, error) {
 	if !host.TCX() {
 		return p.attach([]hook{h})

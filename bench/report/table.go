@@ -105,7 +105,8 @@ func (r view) head(b *strings.Builder) {
 	fmt.Fprintf(b, "%s; the ends are %s\n", joined(m), between(m))
 }
 
-// tableWidth is how wide a table may be. One that is wider goes on below itself.
+// tableWidth is the maximum width of a table. The columns that do not fit follow in
+// another block below.
 const tableWidth = 80
 
 func (r view) section(b *strings.Builder, underlay string, s section, reference string) {

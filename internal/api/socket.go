@@ -192,7 +192,7 @@ func Handler(status func() Status, peers func() Peers) http.Handler {
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { WriteJSON(w, status()) })
 	mux.HandleFunc("GET /peers", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		// A client that went away is no concern of the daemon's.
+		// An error here means that the client has disconnected.
 		_ = peers().stream(w)
 	})
 	return mux

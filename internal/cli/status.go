@@ -49,7 +49,7 @@ was chosen, the connection to the store, the other nodes, and dropped packets.`,
 	return c
 }
 
-// statusAt is the status of a moment.
+// statusAt is the status at a point in time.
 type statusAt struct {
 	api.Status
 	at time.Time

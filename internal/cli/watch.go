@@ -14,19 +14,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// addWatch adds the --watch flag. what says what changes with it.
+// addWatch adds the --watch flag. what describes how the output differs with it.
 func addWatch(c *cobra.Command, every *time.Duration, what string) {
-	c.Flags().DurationVar(every, "watch", 0, "show it again and again, at this interval (2s if none is given), "+what)
+	c.Flags().DurationVar(every, "watch", 0, "repeat at this interval (2s if none is given), "+what)
 	c.Flags().Lookup("watch").NoOptDefVal = "2s"
 }
 
-// show calls frame once, or every so often until ctx ends, which is no error. On a terminal
-// each frame replaces the one before, in one write, so that nothing flickers, and what does
-// not fit is left out. Elsewhere frames follow each other; tables have a line with the time
-// before them and an empty one between them.
+// show calls frame once, or with an interval until ctx ends, which is not an error. On a
+// terminal each frame replaces the previous one in one write, so that nothing flickers,
+// and is cut to the terminal's size. Elsewhere frames follow each other; tables have a
+// line with the time before them and an empty one between them.
 //
-// If not the first but a later frame fails, for example because the daemon restarts, a
-// table's place is taken by the error, and the next frame is tried.
+// If a frame other than the first fails, for example because the daemon restarts, the
+// error is shown in place of the table, and show continues with the next frame.
 func show(ctx context.Context, w io.Writer, every time.Duration, out output, frame func(context.Context, io.Writer) error) error {
 	switch {
 	case every < 0:

@@ -117,7 +117,8 @@ func filterSteps(have reading, want State) []step {
 }
 
 // RemoveFilter removes a filter, and its clsact qdisc if no other filter uses it. A pod's
-// link keeps the qdisc: to take it away costs packets (TCX), and it ends with the pod.
+// link keeps the qdisc: its removal would lose packets (see TCX), and it is deleted with
+// the pod.
 func RemoveFilter(f Filter) error {
 	if f.tcx != 0 {
 		return detach(f.index, f.Parent, f.tcx)

@@ -52,8 +52,8 @@ func queryTCX(index int, parent uint32) (ids []ebpf.ProgramID, revision uint64, 
 	return ids, r.Revision, nil
 }
 
-// Attach attaches a program to a link with tcx, before those that are there unless it is there
-// itself, and takes away the replaced ones.
+// Attach attaches a program to a link with tcx, before the programs that are attached
+// already unless it is one of them, and detaches the replaced ones.
 func Attach(index int, parent uint32, program *ebpf.Program, replaces []ebpf.ProgramID) error {
 	if err := link.RawAttachProgram(link.RawAttachProgramOptions{
 		Target: index, Program: program, Attach: tcxOf(parent), Anchor: link.Head(),
@@ -67,10 +67,10 @@ func Attach(index int, parent uint32, program *ebpf.Program, replaces []ebpf.Pro
 	return errors.Join(errs...)
 }
 
-// detach takes a program away from a link. BPF_F_REPLACE and most other calls want a
-// descriptor of the program, and those of an earlier process are had only with
-// CAP_SYS_ADMIN. So the program is named by its place: the first one, or the one after
-// another.
+// detach detaches a program from a link. BPF_F_REPLACE and most other calls need a
+// descriptor of the program, and to open one for an earlier process's program takes
+// CAP_SYS_ADMIN. So the program is identified by its position: the first one, or the one
+// after another.
 func detach(index int, parent uint32, id ebpf.ProgramID) error {
 	const (
 		before, after, byID = 1 << 3, 1 << 4, 1 << 5 // BPF_F_BEFORE, BPF_F_AFTER, BPF_F_ID (linux/bpf.h)
@@ -105,9 +105,10 @@ func detach(index int, parent uint32, id ebpf.ProgramID) error {
 }
 
 // RegisteredHook is where the programs that are attached with tcx are tc filters too,
-// where no packets pass: at the egress of names.JoinFar, with the program's id as
-// handle. A filter tells its program's name and id, while to ask tcx for a name takes
-// CAP_SYS_ADMIN, which the daemon has not. So a later daemon knows them as culvert's.
+// where no packets pass: at the egress of names.JoinFar, with the program's id as handle.
+// A filter shows its program's name and id, while to read the name of a program attached
+// with tcx takes CAP_SYS_ADMIN, which the daemon does not have. So a later daemon
+// recognizes them as culvert's.
 const RegisteredHook = netlink.HANDLE_MIN_EGRESS
 
 // Registered returns the programs with which culvert registers what it attaches with tcx.
