@@ -73,7 +73,7 @@ func (s spec) transport() []byte {
 
 func (s spec) ipHeader(n int) []byte {
 	if !s.is4() {
-		b := make([]byte, 40)
+		b := make([]byte, 40, 40+n)
 		b[0] = 0x60 | s.tos>>4
 		b[1] = s.tos << 4
 		binary.BigEndian.PutUint16(b[4:], uint16(n))
@@ -82,7 +82,7 @@ func (s spec) ipHeader(n int) []byte {
 		copy(b[24:], s.destination.AsSlice())
 		return b
 	}
-	b := make([]byte, 20)
+	b := make([]byte, 20, 20+n)
 	b[0], b[1] = 0x45, s.tos
 	binary.BigEndian.PutUint16(b[2:], uint16(20+n))
 	binary.BigEndian.PutUint16(b[4:], s.id)
@@ -97,7 +97,8 @@ func (s spec) ipHeader(n int) []byte {
 }
 
 func (s spec) pseudoHeader(n int) []byte {
-	b := append(s.source.AsSlice(), s.destination.AsSlice()...)
+	b := append(make([]byte, 0, 40+n), s.source.AsSlice()...) // with room for what bytes appends
+	b = append(b, s.destination.AsSlice()...)
 	return append(b, 0, s.proto, byte(n>>8), byte(n))
 }
 
@@ -120,18 +121,18 @@ func (s spec) cut(size int) [][]byte {
 	return all
 }
 
-// slowChecksum is the checksum of RFC 1071, section 1, two bytes at a time.
+// slowChecksum is the checksum of RFC 1071, section 4.1: it adds two bytes at a time, and
+// the carries at the end.
 func slowChecksum(b []byte) uint16 {
-	total := uint32(0)
-	for i, x := range b {
-		if i%2 == 0 {
-			total += uint32(x) << 8
-		} else {
-			total += uint32(x)
-		}
-		for total > 0xffff {
-			total = total - 0x10000 + 1
-		}
+	total := uint64(0)
+	for ; len(b) >= 2; b = b[2:] {
+		total += uint64(binary.BigEndian.Uint16(b))
+	}
+	if len(b) > 0 {
+		total += uint64(b[0]) << 8
+	}
+	for total > 0xffff {
+		total = total>>16 + total&0xffff
 	}
 	return ^uint16(total)
 }
