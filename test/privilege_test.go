@@ -4,20 +4,23 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/lab"
+	"culvert/internal/priority"
 )
 
-// TestChaosPrivileges checks the capabilities, no_new_privs and the seccomp mode of each
-// thread of a ready daemon. The other tests show that it needs no more: their daemons run
+// TestChaosPrivileges checks the capabilities, no_new_privs, the seccomp mode and the nice
+// value of each thread of a ready daemon. The other tests show that it needs no more: their daemons run
 // with --confine=kill, which kills a daemon at the first system call that is not allowed.
 func TestChaosPrivileges(t *testing.T) {
 	const always = 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW | 1<<unix.CAP_NET_BIND_SERVICE | 1<<unix.CAP_BPF
-	for _, end := range fastEnds {
+	for _, end := range append(slices.Clip(fastEnds), fastEnd{"loop at nice 0", []string{"--datapath", "userspace", "--no-priority"}}) {
 		t.Run(end.name, func(t *testing.T) {
 			c := newClusterOf(t, lab.Options{Nodes: 1, Prefixes: dualUnderlay})
 			c.setConfig(dual)
@@ -46,6 +49,26 @@ func TestChaosPrivileges(t *testing.T) {
 					if is != "" && value != is {
 						t.Errorf("%s: %s is %s, want %s", file, name, value, is)
 					}
+				}
+				thread, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				nice := 0 // only what carries packets has a higher priority
+				if strings.HasSuffix(end.name, "loop") {
+					nice = priority.Nice
+				}
+				if n, err := unix.Getpriority(unix.PRIO_PROCESS, thread); err == nil && 20-n != nice {
+					t.Errorf("%s: nice %d, want %d", file, 20-n, nice)
+				}
+			}
+			s, err := c.status(c.Nodes[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range s.Datapath.Mechanisms {
+				if m.Name == "priority" && (m.On != strings.HasSuffix(end.name, "loop") || m.Why == "") {
+					t.Errorf("the status says %+v", m)
 				}
 			}
 			socket, err := os.Stat(filepath.Join(c.Nodes[0].RunDir, "culvert.sock"))

@@ -30,6 +30,7 @@ import (
 	"culvert/internal/firewall"
 	"culvert/internal/host"
 	"culvert/internal/names"
+	"culvert/internal/priority"
 	"culvert/subnet"
 )
 
@@ -54,6 +55,7 @@ type Tuning struct {
 	// Kill switches: each disables a mechanism that is otherwise used if the kernel
 	// supports it.
 	NoGSO, NoGRO, NoUSO, NoSuperFrame, NoMultiQueue, NoBusyPoll bool
+	NoPriority                                                  bool // the daemon's, see internal/priority
 
 	Queues      int  // threads that serve the device; 0: by the number of CPUs
 	SourcePorts int  // over which flows are spread, at most 16; 0: by the number of CPUs
@@ -451,6 +453,7 @@ func (t *Tunnel) Status() api.Datapath {
 			t.queueMechanism(),
 			t.sparseMechanism(),
 			mechanism("busy-poll", !t.options.NoBusyPoll, t.options.NoBusyPoll, 0),
+			t.priorityMechanism(),
 		},
 	}
 	t.describeFastPath(&s)
@@ -536,6 +539,25 @@ func (t *Tunnel) sparseMechanism() api.Mechanism {
 	m := api.Mechanism{Name: "sparse-queue", On: t.device.sparse, Why: t.device.noSparse}
 	if t.options.NoMultiQueue {
 		m.Why = "turned off by flag"
+	}
+	return m
+}
+
+// priorityMechanism reports whether the process has a higher priority than others.
+func (t *Tunnel) priorityMechanism() api.Mechanism {
+	m := api.Mechanism{Name: "priority"}
+	nice, err := priority.Current()
+	switch m.On = err == nil && nice < 0; {
+	case m.On:
+		m.Why = fmt.Sprintf("nice %d", nice)
+	case err != nil:
+		m.Why = err.Error()
+	case nice > 0:
+		m.Why = fmt.Sprintf("started at nice %d", nice)
+	case t.options.NoPriority:
+		m.Why = "turned off by flag"
+	default:
+		m.Why = "needs CAP_SYS_NICE at the start, or LimitNICE=-10 of the systemd unit"
 	}
 	return m
 }

@@ -5,6 +5,7 @@ import (
 
 	"culvert/backend/fastpath"
 	"culvert/internal/confine"
+	"culvert/internal/priority"
 )
 
 // Confine is whether the daemon drops capabilities and system calls after its start.
@@ -17,6 +18,17 @@ const (
 	// failing. The tests use it to prove that the daemon makes none.
 	ConfineKill Confine = "kill"
 )
+
+// raisePriority raises the priority of a daemon that may carry packets itself. It must run
+// before confine, which takes the right to. open lowers it again if the kernel carries them.
+func (o Options) raisePriority() {
+	if o.Datapath == Kernel || o.Tunnel.NoPriority {
+		return
+	}
+	if err := priority.Raise(); err != nil { // the status says so, too
+		o.Log.Debug("cannot raise the priority", "error", err)
+	}
+}
 
 // confine drops what the daemon does not need. It must run before the threads that
 // carry packets start. A failure, such as in a container that forbids it, is logged

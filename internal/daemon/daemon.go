@@ -149,6 +149,7 @@ func runOnce(ctx context.Context, o Options) error {
 		if err := o.save(); err != nil {
 			d.log.Warn("cannot save this daemon's options: `culvert doctor` knows less while no daemon runs", "error", err)
 		}
+		o.raisePriority()
 		o.confine() // after the socket's group is set
 		err = d.run(ctx)
 	}

@@ -14,6 +14,7 @@ import (
 	"culvert/backend/tunnel"
 	"culvert/backend/vxlan"
 	"culvert/internal/host"
+	"culvert/internal/priority"
 	"culvert/subnet"
 )
 
@@ -105,6 +106,9 @@ func (d *node) open(ctx context.Context, c subnet.Config, l subnet.Lease, n back
 			d.log.Warn("a restart will interrupt the packets", "error", err)
 		}
 		return t, nil
+	}
+	if err := priority.Lower(); err != nil {
+		d.log.Debug("cannot lower the priority, which only carrying packets needs", "error", err)
 	}
 	// Close stored sockets: they occupy the port that the kernel's device needs.
 	if err := d.store.keep(nil); err != nil {
