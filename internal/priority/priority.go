@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,8 +29,38 @@ func Raise() error { return change(0, Nice) }
 // Lower undoes Raise.
 func Lower() error { return change(Nice, 0) }
 
-// change gives every thread with the one nice value the other.
+// autogroup gives the process's session the nice value, if it leads one: where neither has
+// a control group of its own, the kernel shares CPUs between sessions first, as if each were
+// one thread of that nice value (sched(7)).
+func autogroup(nice int) error {
+	if id, err := unix.Getsid(0); err != nil || id != os.Getpid() {
+		return err
+	}
+	for {
+		err := os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(nice)), 0)
+		switch {
+		case errors.Is(err, unix.EAGAIN): // it takes one in 100 ms of the whole host
+			time.Sleep(20 * time.Millisecond)
+			continue
+		case errors.Is(err, os.ErrNotExist): // a kernel without
+			return nil
+		}
+		return err
+	}
+}
+
+// change gives every thread with the one nice value the other, and the session that.
 func change(from, to int) error {
+	if n, err := Current(); err != nil || n != from {
+		return err
+	}
+	if err := threads(from, to); err != nil {
+		return err
+	}
+	return autogroup(to)
+}
+
+func threads(from, to int) error {
 	for changed := true; changed; { // until there is none that another started meanwhile
 		changed = false
 		tasks, err := os.ReadDir("/proc/self/task")

@@ -37,6 +37,14 @@ func take(steps []string) error {
 		switch s {
 		case "raise":
 			err = priority.Raise()
+		case "session":
+			b, err := os.ReadFile("/proc/self/autogroup")
+			if err != nil {
+				return err
+			}
+			_, nice, _ := strings.Cut(strings.TrimSpace(string(b)), " nice ") // "/autogroup-27 nice 0"
+			fmt.Print(s, ": ", nice, "; ")
+			continue
 		case "lower":
 			err = priority.Lower()
 		case "limit":
@@ -61,6 +69,31 @@ func take(steps []string) error {
 		fmt.Print(s, ": ", values, "; ")
 	}
 	return nil
+}
+
+// A daemon that leads its session, as systemd starts it, raises that too; another does not.
+func TestRaiseSession(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root, to have CAP_SYS_NICE")
+	}
+	if _, err := os.Stat("/proc/self/autogroup"); err != nil {
+		t.Skip("this kernel has no autogroups")
+	}
+	for session, command := range map[string][]string{
+		"-10": {os.Args[0]},
+		"0":   {"/bin/sh", "-c", `"$0"; exit $?`, os.Args[0]}, // the shell leads it
+	} {
+		cmd := exec.Command(command[0], command[1:]...)
+		cmd.Env = append(os.Environ(), "PRIORITY=raise session lower session")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if want := "raise: [-10]; session: " + session + "; lower: [0]; session: 0; "; string(out) != want {
+			t.Errorf("%q, want %q", out, want)
+		}
+	}
 }
 
 // threads returns the nice values of all threads, one of which is new.
