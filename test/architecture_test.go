@@ -4,6 +4,7 @@
 package test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"go/ast"
@@ -243,6 +244,38 @@ func TestEveryDropReasonHasATest(t *testing.T) {
 	for _, m := range found {
 		if !regexp.MustCompile(`[^a-z-]` + m[1] + `[^a-z-]`).Match(tests) {
 			t.Errorf("no test mentions %s, a reason of the nftables rules", m[1])
+		}
+	}
+}
+
+// TestDocumentedTestsExist checks that the pages name only tests that exist, by their
+// name or the beginning of it.
+func TestDocumentedTestsExist(t *testing.T) {
+	var tests []byte
+	err := filepath.WalkDir("..", func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		tests = append(tests, text...)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, err := filepath.Glob("../docs/*.md")
+	if err != nil || len(pages) == 0 {
+		t.Fatal(pages, err)
+	}
+	for _, page := range append(pages, "../README.md", "../CONTRIBUTING.md") {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+`).FindAllString(string(text), -1) {
+			if !bytes.Contains(tests, []byte("\nfunc "+name)) {
+				t.Errorf("%s names %s, which does not exist", page, name)
+			}
 		}
 	}
 }
