@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -143,6 +144,12 @@ func viewOf(s api.Status, p api.Peers, query string) view {
 		Datapath: fmt.Sprintf("%s, %s, pods' MTU %d", s.Datapath.WireFormat, s.Datapath.Kind, s.Datapath.MTU),
 		Store:    s.Store.Name() + ", connected",
 	}
+	if f := s.Datapath.FastPath; f != nil && f.On {
+		v.Datapath += ", fast path"
+		if p := f.Pods; p != nil && p.Why == "" && p.Links > 0 {
+			v.Datapath += " from pod to pod"
+		}
+	}
 	if !s.Store.Connected {
 		v.Store = s.Store.Name() + " is unreachable: " + cmp.Or(s.Store.Error, "not reached yet")
 	}
@@ -167,7 +174,7 @@ func viewOf(s api.Status, p api.Peers, query string) view {
 	})
 	for _, n := range nodes {
 		r := n.row(p.At)
-		if query != "" && !strings.Contains(strings.ToLower(r.Name+" "+r.Subnets+" "+r.Address+" "+r.State), strings.ToLower(query)) {
+		if !n.matches(r, query) {
 			continue
 		}
 		if v.Matching++; len(v.Rows) < mostRows {
@@ -177,6 +184,15 @@ func viewOf(s api.Status, p api.Peers, query string) view {
 	v.draw(nodes)
 	v.Version = v.version()
 	return v
+}
+
+// matches reports whether the row of n is asked for: by a text in it, or by a prefix of its
+// underlay address.
+func (n node) matches(r row, query string) bool {
+	if p, err := netip.ParsePrefix(query); err == nil && p.Contains(n.first) {
+		return true
+	}
+	return strings.Contains(strings.ToLower(r.Name+" "+r.Subnets+" "+r.Address+" "+r.State), strings.ToLower(query))
 }
 
 func summary(nodes []node) string {
@@ -262,7 +278,7 @@ func (v *view) draw(nodes []node) {
 // prefix length that gives few marks.
 func (v *view) group(nodes []node) {
 	groups := make(map[netip.Prefix][]node)
-	for less := 8; ; less += 4 {
+	for less := 2; ; less++ {
 		clear(groups)
 		for _, n := range nodes {
 			p, _ := n.first.Prefix(max(0, n.first.BitLen()-less*n.first.BitLen()/32))
@@ -274,7 +290,7 @@ func (v *view) group(nodes []node) {
 		}
 	}
 	for _, p := range slices.SortedFunc(maps.Keys(groups), netip.Prefix.Compare) {
-		m := mark{ID: "m-" + p.String(), Name: p.String(), State: api.PeerActive, Count: len(groups[p]), Target: "?q=" + prefixText(p) + "#nodes"}
+		m := mark{ID: "m-" + p.String(), Name: p.String(), State: api.PeerActive, Count: len(groups[p]), Target: "?q=" + url.QueryEscape(p.String()) + "#nodes"}
 		silent, times, states := 0, []float64{}, make(map[string]int)
 		for _, n := range groups[p] {
 			states[n.worst]++
@@ -304,13 +320,4 @@ func (v *view) group(nodes []node) {
 		}
 		v.Marks = append(v.Marks, m)
 	}
-}
-
-// prefixText returns the common part of a prefix's addresses, as text.
-func prefixText(p netip.Prefix) string {
-	if !p.Addr().Is4() {
-		return p.Masked().Addr().String()
-	}
-	parts := strings.Split(p.Masked().Addr().String(), ".")
-	return strings.Join(parts[:p.Bits()/8], ".") + "."
 }

@@ -70,6 +70,17 @@ func TestPageInChromium(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	axe, err := os.ReadFile("../../bin/npm/node_modules/axe-core/axe.min.js")
+	if err != nil {
+		t.Fatalf("%v: `make test-system` installs it", err)
+	}
+	t.Run("axe", func(t *testing.T) {
+		inBrowser(t, chromium, "bench", withAxe(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/html; charset=utf-8")
+			_, _ = w.Write(text)
+		}), axe))
+	})
+
 	// A proxy records everything that the browser requests.
 	var asked []string
 	var mu sync.Mutex

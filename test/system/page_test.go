@@ -26,8 +26,8 @@ import (
 	"culvert/internal/page"
 )
 
-// TestDaemonPageInChromium opens the page of a real daemon, and pages with 16
-// and 5,000 peers, in a browser, light and dark, wide and narrow: axe-core
+// TestDaemonPageInChromium opens the page of a real daemon, and pages with 16,
+// 200 and 5,000 peers, in a browser, light and dark, wide and narrow: axe-core
 // finds no violation, the console stays empty, and the script runs under the
 // page's own security policy. CULVERT_SCREENSHOTS names a directory for
 // screenshots.
@@ -41,52 +41,58 @@ func TestDaemonPageInChromium(t *testing.T) {
 		t.Fatalf("%v: `make test-system` installs it", err)
 	}
 	pages := map[string]http.Handler{
-		"daemon":  daemonPage(t),
-		"many":    page.Handler(manyStatus, func() api.Peers { return manyPeers(5000) }),
-		"sixteen": page.Handler(manyStatus, func() api.Peers { return manyPeers(16) }),
+		"daemon":   daemonPage(t),
+		"many":     page.Handler(manyStatus, func() api.Peers { return manyPeers(5000) }),
+		"sixteen":  page.Handler(manyStatus, func() api.Peers { return manyPeers(16) }),
+		"hundreds": page.Handler(manyStatus, func() api.Peers { return manyPeers(200) }),
 	}
 	for name, handler := range pages {
-		server := httptest.NewServer(withAxe(handler, axe))
-		defer server.Close()
-		for _, dark := range []bool{false, true} {
-			for _, width := range []int{1280, 390} {
-				look := fmt.Sprintf("%s-%d-%s", name, width, map[bool]string{true: "dark", false: "light"}[dark])
-				t.Run(look, func(t *testing.T) {
-					args := []string{
-						"--headless", "--no-sandbox", "--disable-gpu", "--user-data-dir=" + filepath.Join(t.TempDir(), "profile"),
-						"--disable-background-networking", "--disable-component-update", "--no-first-run", "--hide-scrollbars",
-						"--enable-logging=stderr", "--log-level=0", "--window-size=" + strconv.Itoa(width) + ",1500",
+		t.Run(name, func(t *testing.T) { inBrowser(t, chromium, name, withAxe(handler, axe)) })
+	}
+}
+
+// inBrowser opens a page that has axe-core with ?axe, light and dark, wide and narrow.
+func inBrowser(t *testing.T, chromium, name string, handler http.Handler) {
+	server := httptest.NewServer(handler)
+	defer server.Close()
+	for _, dark := range []bool{false, true} {
+		for _, width := range []int{1280, 390} {
+			look := fmt.Sprintf("%s-%d-%s", name, width, map[bool]string{true: "dark", false: "light"}[dark])
+			t.Run(look, func(t *testing.T) {
+				args := []string{
+					"--headless", "--no-sandbox", "--disable-gpu", "--user-data-dir=" + filepath.Join(t.TempDir(), "profile"),
+					"--disable-background-networking", "--disable-component-update", "--no-first-run", "--hide-scrollbars",
+					"--enable-logging=stderr", "--log-level=0", "--window-size=" + strconv.Itoa(width) + ",1500",
+				}
+				if dark {
+					args = append(args, "--blink-settings=preferredColorScheme=0")
+				}
+				if dir := os.Getenv("CULVERT_SCREENSHOTS"); dir != "" {
+					shot := exec.Command(chromium, append(args, "--screenshot="+filepath.Join(dir, look+".png"), "--virtual-time-budget=6000", server.URL+"/")...)
+					if err := runFor(shot, time.Minute); err != nil {
+						t.Fatal(err)
 					}
-					if dark {
-						args = append(args, "--blink-settings=preferredColorScheme=0")
+				}
+				browser := exec.Command(chromium, append(args, "--dump-dom", "--timeout=20000", "--virtual-time-budget=6000", server.URL+"/?axe")...)
+				var stdout, stderr bytes.Buffer
+				browser.Stdout, browser.Stderr = &stdout, &stderr
+				if err := runFor(browser, time.Minute); err != nil {
+					t.Fatalf("%v\n%s", err, &stderr)
+				}
+				_, rest, ok := strings.Cut(stdout.String(), "AXE|")
+				result, _, ok2 := strings.Cut(rest, "|END")
+				if !ok || !ok2 {
+					t.Fatalf("axe did not run:\n%.1500s\n%.1500s", &stdout, &stderr)
+				}
+				if result != "" {
+					t.Errorf("violations: %s", result)
+				}
+				for line := range strings.Lines(stderr.String()) {
+					if strings.Contains(line, "CONSOLE") {
+						t.Errorf("on the console: %s", line)
 					}
-					if dir := os.Getenv("CULVERT_SCREENSHOTS"); dir != "" {
-						shot := exec.Command(chromium, append(args, "--screenshot="+filepath.Join(dir, look+".png"), "--virtual-time-budget=6000", server.URL+"/")...)
-						if err := runFor(shot, time.Minute); err != nil {
-							t.Fatal(err)
-						}
-					}
-					browser := exec.Command(chromium, append(args, "--dump-dom", "--timeout=20000", "--virtual-time-budget=6000", server.URL+"/?axe")...)
-					var stdout, stderr bytes.Buffer
-					browser.Stdout, browser.Stderr = &stdout, &stderr
-					if err := runFor(browser, time.Minute); err != nil {
-						t.Fatalf("%v\n%s", err, &stderr)
-					}
-					_, rest, ok := strings.Cut(stdout.String(), "AXE|")
-					result, _, ok2 := strings.Cut(rest, "|END")
-					if !ok || !ok2 {
-						t.Fatalf("axe did not run:\n%.1500s\n%.1500s", &stdout, &stderr)
-					}
-					if result != "" {
-						t.Errorf("violations: %s", result)
-					}
-					for line := range strings.Lines(stderr.String()) {
-						if strings.Contains(line, "CONSOLE") {
-							t.Errorf("on the console: %s", line)
-						}
-					}
-				})
-			}
+				}
+			})
 		}
 	}
 }
