@@ -166,6 +166,9 @@ func (o traceOptions) trace(ctx context.Context, fromText, toText string) (trace
 		return r, usagef("--protocol %s: icmp, tcp or udp", o.protocol)
 	}
 	p.Proto, p.Port = proto, o.port
+	if s, err := api.GetStatus(ctx, o.runDir); err == nil { // without a daemon there is no fast path
+		p.FastPath, p.ShortWay, p.NoShortWay = fastPathOf(s.Datapath.FastPath)
+	}
 	if p, err = trace.Read(p); err != nil {
 		return r, err
 	}
@@ -226,6 +229,18 @@ func (o traceOptions) live(ctx context.Context, p trace.Path, r *traceResult) er
 	}
 	r.judge(culprit, found)
 	return nil
+}
+
+// fastPathOf tells whether the fast path is on, whether flows between pods take the short way,
+// and if not though they were to, why.
+func fastPathOf(f *api.FastPath) (on, short bool, why string) {
+	if f == nil || !f.On {
+		return false, false, ""
+	}
+	if f.Pods == nil {
+		return true, false, ""
+	}
+	return true, f.Pods.Why == "" && f.Pods.Links > 0, f.Pods.Why
 }
 
 func (traceOptions) isElsewhere(p trace.Path) bool { return p.Peer != nil }

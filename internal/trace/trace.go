@@ -56,6 +56,7 @@ const (
 	LayerNeighbour    = "neighbour"
 	LayerFDB          = "FDB"
 	LayerTunnel       = "tunnel"
+	LayerFastPath     = "fast path"
 	LayerTunnelRules  = "tunnel rules"
 	LayerUnderlay     = "underlay route"
 	LayerMTU          = "MTU"
@@ -151,6 +152,12 @@ type Path struct {
 	Underlay    Route // to the peer's public address
 	UnderlayMTU int
 
+	// FastPath is set if the daemon's eBPF fast path is on, and ShortWay if flows of pods
+	// may bypass the host; NoShortWay says why not, where they were to.
+	FastPath   bool
+	ShortWay   bool
+	NoShortWay string
+
 	Blocks []host.IPsecBlock // IPsec policies that drop the packets
 	Rules  []RuleStep
 	Limit  []string // what could not be read
@@ -190,6 +197,7 @@ func Explain(p Path) []Step {
 		}
 	}
 	e.tunnel()
+	e.fastPath()
 	for _, r := range p.Rules {
 		if r.Layer != LayerRules {
 			e.rules(r)
@@ -389,6 +397,21 @@ func (e *explainer) tunnel() {
 		e.add(LayerFDB, Bad, fix, "%s sends frames for %s to %s, but the lease has %s", e.Tunnel, e.Peer.MAC, e.FDB, e.Peer.Public)
 	default:
 		e.add(LayerFDB, OK, "", "%s is at %s", e.Peer.MAC, e.FDB)
+	}
+}
+
+// fastPath says which packets do not take the steps that are explained.
+func (e *explainer) fastPath() {
+	switch {
+	case !e.FastPath || e.Peer == nil || e.WantLink == "" || e.WantLink != e.Tunnel:
+	case e.NoShortWay != "":
+		e.add(LayerFastPath, OK, "", "on before %s; no flow takes the short way from pod to pod: %s", e.Tunnel, e.NoShortWay)
+	case !e.ShortWay || e.Self:
+		e.add(LayerFastPath, OK, "", "on: packets bypass %s, after the steps above", e.Tunnel)
+	case e.Proto == unix.IPPROTO_TCP || e.Proto == unix.IPPROTO_UDP:
+		e.add(LayerFastPath, OK, "", "on: the first packets of this flow take the steps above; once established it takes the short way, from the pod's link into the tunnel and back, past the bridge, the rules and %s", e.Tunnel)
+	default:
+		e.add(LayerFastPath, OK, "", "on: packets bypass %s, after the steps above; TCP connections and UDP once established take the short way from pod to pod (--port shows it)", e.Tunnel)
 	}
 }
 
