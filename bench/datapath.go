@@ -38,8 +38,9 @@ type Datapath struct {
 
 // Suffixes of a datapath's name, for the daemon's --fast-path.
 const (
-	fastSuffix = "+fast" // auto, or with the userspace datapath and IPIP, which have none by default, on
-	podSuffix  = "+pod"  // with the short way from pod to pod
+	fastSuffix = "+fast" // as the daemon has it by default, or with the userspace datapath and IPIP, which have none by default, on
+	onSuffix   = "+on"   // on, without the short way from pod to pod
+	podSuffix  = "+pod"  // with the short way, whatever the host's rules
 )
 
 // checkedNative is the datapath native with iperf3's traffic.
@@ -54,6 +55,7 @@ func Datapaths() []Datapath {
 		{Name: "vxlan/auto", Title: "VXLAN, culvert's choice", About: "culvert's default: --datapath=auto, --fast-path=auto", culvert: true, auto: true},
 		{Name: "vxlan/kernel", Title: "VXLAN, kernel", About: "the kernel's vxlan device, configured by culvert", kernel: true, culvert: true},
 		{Name: "vxlan/kernel" + fastSuffix, Title: "VXLAN, kernel, fast path", About: "the same with culvert's fast path (--fast-path=auto)", kernel: true, culvert: true, fast: "auto"},
+		{Name: "vxlan/kernel" + onSuffix, Title: "VXLAN, kernel, fast path by the host", About: "the same with --fast-path=on: all packets pass the host", kernel: true, culvert: true, fast: "on"},
 		{Name: "vxlan/kernel" + podSuffix, Title: "VXLAN, kernel, pod to pod", About: "the same with --fast-path=pod", kernel: true, culvert: true, fast: "pod"},
 		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's userspace datapath", culvert: true},
 		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same with culvert's fast path (--fast-path=on)", culvert: true, fast: "on"},

@@ -199,6 +199,7 @@ func TestDaemonArgs(t *testing.T) {
 		{"vxlan/kernel#3", true, "--datapath kernel --fast-path=off"},
 		{"vxlan/kernel+fast", true, "--datapath kernel --fast-path=auto"},
 		{"vxlan/kernel+fast#2", true, "--datapath kernel --fast-path=auto"},
+		{"vxlan/kernel+on", true, "--datapath kernel --fast-path=on"},
 		{"vxlan/kernel+pod", true, "--datapath kernel --fast-path=pod"},
 		{"vxlan/userspace+fast", true, "--datapath userspace --fast-path=on"},
 		{"vxlan/kernel+fast", false, ""},

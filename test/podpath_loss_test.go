@@ -91,7 +91,7 @@ func TestPodPathLosesNothing(t *testing.T) {
 		})
 		return p
 	}
-	c.start(c.Nodes[1], podPath...)
+	c.start(c.Nodes[1], "--datapath", "kernel")
 	p := run("off")
 	c.waitReady(c.Nodes[1], 1)
 	add := func(n *lab.Node, name string) *lab.Pod {
@@ -107,7 +107,7 @@ func TestPodPathLosesNothing(t *testing.T) {
 	c.cleanup(n)
 
 	near, nearPings := startNumbered(t, neighbour, pod), startPingsEvery(t, neighbour, pod, time.Millisecond)
-	p = run("pod")
+	p = run("auto")
 	far, back, farPings := startNumbered(t, other, pod), startNumbered(t, pod, other), startPingsEvery(t, other, pod, time.Millisecond)
 	short := func() {
 		t.Helper()
@@ -118,7 +118,7 @@ func TestPodPathLosesNothing(t *testing.T) {
 		})
 	}
 	short()
-	for _, mode := range []string{"on", "pod"} {
+	for _, mode := range []string{"on", "pod", "auto"} {
 		stop(t, p)
 		p = run(mode)
 	}
@@ -127,7 +127,7 @@ func TestPodPathLosesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-p.Exited()
-	p = run("pod")
+	p = run("auto")
 	short()
 	all := func(from string, datagrams *numbered, pings *pings) {
 		t.Helper()
@@ -142,13 +142,13 @@ func TestPodPathLosesNothing(t *testing.T) {
 	if err := back.stop(); err != nil {
 		t.Errorf("to another node: %v", err)
 	}
-	for _, mode := range []string{"off", "pod"} {
+	for _, mode := range []string{"off", "auto"} {
 		stop(t, p)
 		p = run(mode)
 	}
 	stop(t, p)
 	c.cleanup(n)
-	run("pod")
+	run("auto")
 	c.wait(n, "takes the pods in again", func(s api.Status) bool { return s.Datapath.FastPath.Pods.Links == 2 })
 	all("the neighbour", near, nearPings)
 }

@@ -500,12 +500,12 @@ func asBefore(t *testing.T, n *lab.Node, l netlink.Link) {
 	}
 }
 
-// TestPodPathEachPacket has pods' packets take the host's way while another program's rule
-// counts on seeing each of them.
-func TestPodPathEachPacket(t *testing.T) {
+// TestPodPathAuto has pods' packets take the short way by default, and the host's way while
+// another program's rule counts on seeing each of them, unless a flag says otherwise.
+func TestPodPathAuto(t *testing.T) {
 	c := newClusterOf(t, lab.Options{Nodes: 2})
 	c.setConfig(config)
-	c.startAll(podPath...)
+	daemons := c.startAll("--datapath", "kernel")
 	n := c.Nodes[0]
 	pods := c.pods()
 	flow := startFlow(t, pods[0], pods[1])
@@ -528,6 +528,15 @@ func TestPodPathEachPacket(t *testing.T) {
 	if e, i := c.podFrames(n); e != egress || i != ingress {
 		t.Errorf("%d and %d frames went past the rule", e-egress, i-ingress)
 	}
+	stop(t, daemons[0])
+	p := c.start(n, podPath...)
+	c.goesShort(n, flow)
+	stop(t, p)
+	c.start(n, "--datapath", "kernel")
+	c.wait(n, "leaves each packet to the rule again", func(s api.Status) bool {
+		f := s.Datapath.FastPath
+		return f != nil && f.Pods != nil && f.Pods.Why != ""
+	})
 	run("delete", "table", "inet", "shaper")
 	c.goesShort(n, flow)
 }

@@ -42,13 +42,16 @@ type Mode string
 
 // The modes.
 const (
-	Auto Mode = "auto" // if the kernel and the host allow it
-	On   Mode = "on"   // opening the datapath fails if the programs do not load
+	// Auto: if the kernel and the host allow it, with the short way from pod to pod unless
+	// a rule of the host counts on seeing each packet (host.View.EachPacket).
+	Auto Mode = "auto"
+	On   Mode = "on" // without the short way; opening the datapath fails if the programs do not load
 	Off  Mode = "off"
-	// Pods: as Auto, with the short way from pod to pod unless a rule of the host counts on
-	// seeing each packet (host.View.EachPacket).
-	Pods Mode = "pod"
+	Pods Mode = "pod" // as Auto, with the short way whatever the host's rules
 )
+
+// shortens reports whether the mode allows the short way from pod to pod.
+func (m Mode) shortens() bool { return m == Auto || m == Pods }
 
 // The programs' names in the object, which are also their filters' names.
 const (
@@ -115,7 +118,7 @@ func (p *Path) load() error {
 	if err != nil {
 		return err
 	}
-	if p.mode != Pods { // they hold nothing
+	if !p.mode.shortens() { // they hold nothing
 		spec.Maps["shortcuts"].MaxEntries = 1
 		spec.Maps["tallies"].MaxEntries = 1
 	}
@@ -141,7 +144,7 @@ func (p *Path) load() error {
 		loaded.Close()
 		return err
 	}
-	if p.mode == Pods {
+	if p.mode.shortens() {
 		reader, err := ringbuf.NewReader(loaded.Maps["candidates"])
 		if err != nil {
 			loaded.Close()
@@ -217,7 +220,7 @@ func (p *Path) Extend(s *host.State) {
 	if p.loaded == nil || mtu == 0 {
 		return
 	}
-	s.FastPath, s.ShortWay = true, p.mode == Pods
+	s.FastPath, s.ShortWay = true, p.mode.shortens()
 	s.Links = append(s.Links,
 		host.Link{Name: names.JoinNear, MTU: mtu, Veth: names.JoinFar},
 		host.Link{Name: names.JoinFar, MTU: mtu, Veth: names.JoinNear})
@@ -250,7 +253,7 @@ func (p *Path) Follow(s host.State, v host.View) ([]host.Change, error) {
 	if err == nil {
 		changes, err = p.attach(want.hooks)
 	}
-	if err == nil && p.mode == Pods {
+	if err == nil && p.mode.shortens() {
 		err = p.followPods(want)
 	}
 	if err != nil { // the kernel datapath works without it
@@ -282,7 +285,7 @@ func (p *Path) Status() api.FastPath {
 	s := api.FastPath{Mode: string(p.mode), On: p.on, Why: p.why}
 	r := p.read()
 	s.Egress, s.Ingress, s.Joined, s.Slow = r.egress(), r.ingress(), r[inJoined], r.slow()
-	if p.mode == Pods && p.on {
+	if p.mode.shortens() && p.on {
 		s.Pods = &api.PodPath{Links: len(p.held.pods), LeftOut: p.held.left, Egress: r[outShort], Ingress: r[inShort], Why: p.whyNotShort}
 	}
 	return s

@@ -71,7 +71,7 @@ func (p *Path) look(s host.State, v host.View) (facts, error) {
 			f.hops[family] = uint8(n)
 		}
 	}
-	if p.mode == Pods && p.mayShorten(v) {
+	if p.mode.shortens() && p.mayShorten(v) {
 		known := p.registered
 		if host.TCX() && p.podLinks == nil { // those of an earlier daemon
 			if known, err = host.Registered(); err != nil {
@@ -90,7 +90,7 @@ func (p *Path) look(s host.State, v host.View) (facts, error) {
 // mayShorten reports whether pods may have the short way on this host.
 func (p *Path) mayShorten(v host.View) bool {
 	why := ""
-	if v.EachPacket != "" {
+	if p.mode == Auto && v.EachPacket != "" {
 		why = v.EachPacket + " counts on seeing each packet"
 	}
 	p.mu.Lock()

@@ -170,7 +170,7 @@ var benchPresets = []benchPreset{
 	{
 		name: "fast-path", about: "the fast path between pods, as ratios to the kernel's vxlan device, within ten minutes",
 		underlays: []string{"offload", "cloud", "plain", "bare"},
-		datapaths: []string{"vxlan/auto", "vxlan/kernel", "vxlan/kernel+fast", "vxlan/userspace", "vxlan/userspace+fast", "flannel-vxlan"},
+		datapaths: []string{"vxlan/auto", "vxlan/kernel", "vxlan/kernel+on", "vxlan/userspace", "vxlan/userspace+fast", "flannel-vxlan"},
 		workloads: []string{"tcp1", "tcp4", "rr", "rr-loaded", "rr-loaded-reverse", "udp64", "crr"},
 		ends:      bench.Pods, rounds: 5, duration: 400 * time.Millisecond, warmup: 150 * time.Millisecond, ratios: true,
 	},

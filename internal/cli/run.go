@@ -151,7 +151,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.release, "release-on-exit", false, "release the lease on exit, for a node that does not return")
 	flags.DurationVar(&f.jitter, "start-jitter", 0, "maximum random delay before the first request to the store, when thousands of nodes boot at once")
 	flags.StringVar(&f.datapath, "datapath", string(daemon.Auto), "datapath: "+strings.Join(daemon.Datapaths(), ", "))
-	flags.StringVar(&f.fastPath, "fast-path", "auto", "eBPF fast path: auto (with the kernel's vxlan device, if kernel and host allow it), on (with the userspace datapath and with IPIP too), off, or pod (auto, and established TCP connections and UDP between pods bypass the host's stack, unless its rules depend on seeing each packet)")
+	flags.StringVar(&f.fastPath, "fast-path", "auto", "eBPF fast path: auto (with the kernel's vxlan device, if kernel and host allow it; established TCP and UDP between pods bypass the host's stack unless its rules depend on seeing each packet), on (with the userspace datapath and IPIP too; all packets pass the host), off, or pod (auto, whatever the host's rules)")
 	flags.BoolVar(&f.takeOver, "take-over-flannel", false, "replace flannel's device once the lease is acquired (stop flanneld first)")
 	flags.BoolVar(&f.replace, "replace", false, "take over without packet loss from the daemon that runs with this --run-dir, if there is one")
 	flags.StringVar(&f.handedOver, "handed-over", string(daemon.Exit), "after another daemon has taken over: exit, or wait for a signal (under a supervisor that would restart it, such as the kubelet)")

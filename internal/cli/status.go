@@ -156,7 +156,7 @@ func writeFastPath(line func(name, format string, args ...any), f *api.FastPath,
 	switch p := f.Pods; {
 	case p == nil:
 	case p.Why != "":
-		line("  pod to pod", "off: %s", p.Why)
+		line("  pod to pod", "off: %s (--fast-path=pod ignores that)", p.Why)
 	case p.Links > 0:
 		line("  pod to pod", "%d of %d frames sent, %d of %d received; %s", p.Egress, f.Egress.Frames, p.Ingress, f.Ingress.Frames, plural(p.Links, "pod"))
 	}
