@@ -232,8 +232,8 @@ func TestReplaceAnother(t *testing.T) {
 	n, p := c.Nodes[0], daemons[0]
 	flow := startFlow(t, pods[0], pods[1])
 	for _, step := range []struct{ datapath, flag, why string }{
-		{"kernel", "", "datapath is kernel, and was userspace"},
-		{"userspace", "", "datapath is userspace, and was kernel"},
+		{"kernel", "", "datapath is kernel (was userspace)"},
+		{"userspace", "", "datapath is userspace (was kernel)"},
 		{"userspace", "--no-multi-queue", "queues"},
 	} {
 		c.datapath = step.datapath
