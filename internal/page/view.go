@@ -54,6 +54,8 @@ const (
 	mostRows = 250
 	// mostMarks is the maximum number of nodes that are drawn individually.
 	mostMarks = 28
+	// mostGroups is how many groups are: their labels have two lines.
+	mostGroups = 20
 	// mostMesh is the maximum number of nodes for which the links between other nodes are
 	// drawn.
 	mostMesh = 28
@@ -284,7 +286,7 @@ func (v *view) group(nodes []node) {
 			p, _ := n.first.Prefix(max(0, n.first.BitLen()-less*n.first.BitLen()/32))
 			groups[p] = append(groups[p], n)
 		}
-		if len(groups) <= mostMarks || less >= 32 {
+		if len(groups) <= mostGroups || less >= 32 {
 			v.Grouped = fmt.Sprintf("underlay addresses (/%d)", max(0, 32-less))
 			break
 		}

@@ -23,7 +23,7 @@ func TestGroups(t *testing.T) {
 			first = first.Next()
 		}
 		all := viewOf(api.Status{}, p, "")
-		if len(all.Marks) < 4 || len(all.Marks) > mostMarks {
+		if len(all.Marks) < 4 || len(all.Marks) > mostGroups {
 			t.Errorf("%d nodes: %d groups by %s", n, len(all.Marks), all.Grouped)
 		}
 		drawn := 0
