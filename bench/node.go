@@ -14,7 +14,6 @@ import (
 	"culvert/backend/tunnel"
 	"culvert/internal/api"
 	"culvert/internal/host"
-	"culvert/internal/priority"
 	"culvert/subnet"
 )
 
@@ -168,9 +167,6 @@ func openUserspace(p Part, log *slog.Logger) (carrier, error) {
 	s, under, err := snapshot(p, format)
 	if err != nil {
 		return nil, err
-	}
-	if err := priority.Raise(); err != nil { // as the daemon does
-		log.Debug("cannot raise the priority", "error", err)
 	}
 	t, err := tunnel.Open(tunnel.Options{
 		Node:   backend.Node{Underlay: under, PublicIPs: []netip.Addr{p.self().underlay}, ProbeInterval: backend.ProbeInterval},

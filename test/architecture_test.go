@@ -57,7 +57,7 @@ var allowed = map[string][]string{
 	"culvert/backend/ipip":             {"backend", "subnet", "internal/firewall", "internal/host", "internal/names"},
 	"culvert/backend/hostgw":           {"backend", "subnet", "internal/api", "internal/host"},
 	"culvert/encap":                    {},
-	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "encap", "subnet", "subnet/etcd", "internal/priority", "internal/statefile"},
+	"culvert/bench":                    {"bench/load", "internal/lab", "internal/host", "internal/api", "backend", "backend/tunnel", "backend/vxlan", "backend/ipip", "backend/hostgw", "encap", "subnet", "subnet/etcd", "internal/statefile"},
 	"culvert/bench/load":               {},
 	"culvert/bench/report":             {"bench", "internal/lab"},
 	"culvert/subnet":                   {},

@@ -20,7 +20,7 @@ import (
 // with --confine=kill, which kills a daemon at the first system call that is not allowed.
 func TestChaosPrivileges(t *testing.T) {
 	const always = 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW | 1<<unix.CAP_NET_BIND_SERVICE | 1<<unix.CAP_BPF
-	for _, end := range append(slices.Clip(fastEnds), fastEnd{"loop at nice 0", []string{"--datapath", "userspace", "--no-priority"}}) {
+	for _, end := range append(slices.Clip(fastEnds), fastEnd{"loop at nice -10", []string{"--datapath", "userspace", "--priority"}}) {
 		t.Run(end.name, func(t *testing.T) {
 			c := newClusterOf(t, lab.Options{Nodes: 1, Prefixes: dualUnderlay})
 			c.setConfig(dual)
@@ -54,8 +54,8 @@ func TestChaosPrivileges(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				nice := 0 // only what carries packets has a higher priority
-				if strings.HasSuffix(end.name, "loop") {
+				nice := 0
+				if strings.HasSuffix(end.name, "-10") {
 					nice = priority.Nice
 				}
 				if n, err := unix.Getpriority(unix.PRIO_PROCESS, thread); err == nil && 20-n != nice {
@@ -67,7 +67,7 @@ func TestChaosPrivileges(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, m := range s.Datapath.Mechanisms {
-				if m.Name == "priority" && (m.On != strings.HasSuffix(end.name, "loop") || m.Why == "") {
+				if m.Name == "priority" && (m.On != strings.HasSuffix(end.name, "-10") || m.Why == "") {
 					t.Errorf("the status says %+v", m)
 				}
 			}

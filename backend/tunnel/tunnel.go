@@ -55,8 +55,8 @@ type Tuning struct {
 	// Kill switches: each disables a mechanism that is otherwise used if the kernel
 	// supports it.
 	NoGSO, NoGRO, NoUSO, NoSuperFrame, NoMultiQueue, NoBusyPoll bool
-	NoPriority                                                  bool // the daemon's, see internal/priority
 
+	Priority    bool // the daemon raises its priority (internal/priority)
 	Queues      int  // threads that serve the device; 0: by the number of CPUs
 	SourcePorts int  // over which flows are spread, at most 16; 0: by the number of CPUs
 	CopyDSCP    bool // copy the inner DSCP to the outer header
@@ -554,8 +554,8 @@ func (t *Tunnel) priorityMechanism() api.Mechanism {
 		m.Why = err.Error()
 	case nice > 0:
 		m.Why = fmt.Sprintf("started at nice %d", nice)
-	case t.options.NoPriority:
-		m.Why = "turned off by flag"
+	case !t.options.Priority:
+		m.Why = "off by default"
 	default:
 		m.Why = "needs CAP_SYS_NICE at the start, or LimitNICE=-10 of the systemd unit"
 	}

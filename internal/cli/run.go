@@ -169,7 +169,7 @@ CULVERT_ETCD_ENDPOINTS.`,
 	flags.BoolVar(&f.tunnel.NoSuperFrame, "no-super-frame", false, "do not send large frames for the uplink to segment")
 	flags.BoolVar(&f.tunnel.NoMultiQueue, "no-multi-queue", false, "use one queue for the tunnel device, regardless of the number of CPUs")
 	flags.BoolVar(&f.tunnel.NoBusyPoll, "no-busy-poll", false, "block as soon as there is no packet; saves CPU time, adds latency")
-	flags.BoolVar(&f.tunnel.NoPriority, "no-priority", false, "in userspace, do not raise the daemon's scheduling priority (nice -10)")
+	flags.BoolVar(&f.tunnel.Priority, "priority", false, "in userspace, run the daemon at nice -10: lower latency beside bulk, fewer small packets")
 	flags.IntVar(&f.tunnel.Queues, "queues", 0, "queues of the tunnel device, one thread each (default: number of CPUs less one, at most 8)")
 	flags.IntVar(&f.tunnel.SourcePorts, "source-ports", 0, "number of UDP source ports to spread flows over (default: 8; on two CPUs 1)")
 	flags.BoolVar(&f.probePeers, "probe-peers", true, "probe peers with echo requests through the tunnel, at most 96 in 30 s, for 'culvert peers'")

@@ -19,10 +19,10 @@ const (
 	ConfineKill Confine = "kill"
 )
 
-// raisePriority raises the priority of a daemon that may carry packets itself. It must run
+// raisePriority raises the priority of a daemon that may carry packets itself, if asked to. It must run
 // before confine, which takes the right to. open lowers it again if the kernel carries them.
 func (o Options) raisePriority() {
-	if o.Datapath == Kernel || o.Tunnel.NoPriority {
+	if o.Datapath == Kernel || !o.Tunnel.Priority {
 		return
 	}
 	if err := priority.Raise(); err != nil { // the status says so, too
