@@ -34,6 +34,9 @@ type Backend interface {
 	// Status returns the datapath's state and the reason for it. It is safe for
 	// concurrent use.
 	Status() api.Datapath
+	// Look compares the kernel with the wanted state at once, while Run runs, instead of at
+	// the next change or after some seconds, and returns when that is done or ctx ends.
+	Look(ctx context.Context)
 	// Peers returns the state of the path to each peer, by subnet and without names, and
 	// the pods' MTU. It is safe for concurrent use.
 	Peers() (all []api.PeerState, mtu int)

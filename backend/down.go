@@ -37,6 +37,9 @@ func (d Down) Status() api.Datapath {
 	return api.Datapath{WireFormat: d.Format, Kind: "none", Why: d.Err.Error()}
 }
 
+// Look does nothing.
+func (d Down) Look(context.Context) {}
+
 // Peers returns no peers.
 func (d Down) Peers() ([]api.PeerState, int) { return nil, 0 }
 

@@ -186,6 +186,9 @@ func mergeActivity(a, b []host.PeerActivity) []host.PeerActivity {
 	return a
 }
 
+// Look implements Backend.
+func (k *Kernel) Look(ctx context.Context) { k.keeper.Look(ctx) }
+
 // Status returns the datapath's devices, peers, counters and warnings.
 func (k *Kernel) Status() api.Datapath {
 	k.mu.Lock()

@@ -121,6 +121,7 @@ func RunNode(ctx context.Context, p Part, out io.Writer, log *slog.Logger) error
 	server := &http.Server{Handler: api.Handler(
 		func() api.Status { return api.Status{Ready: true, Datapath: c.Status()} },
 		func() api.Peers { return api.Peers{} },
+		func(context.Context) {},
 	)}
 	go func() { _ = server.Serve(socket) }()
 	defer func() { _ = server.Close() }()

@@ -433,6 +433,9 @@ func (t *Tunnel) listenForPeers(ctx context.Context, sender *backend.EchoSender)
 	}
 }
 
+// Look implements backend.Backend.
+func (t *Tunnel) Look(ctx context.Context) { t.keeper.Look(ctx) }
+
 // Status returns the datapath's part of the status.
 func (t *Tunnel) Status() api.Datapath {
 	gso, super, gro, uso := t.loop.Table().Suspended()

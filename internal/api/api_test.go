@@ -1,6 +1,7 @@
 package api_test
 
 import (
+	"context"
 	"net"
 	"net/http"
 	"net/netip"
@@ -25,12 +26,16 @@ func TestGetStatus(t *testing.T) {
 	want := api.Status{Node: "n1", Ready: true, Networks: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}}
 	peers := api.Peers{Node: "n1", MTU: 1450, Peers: []api.PeerState{{Node: "n2", State: api.PeerIdle}}}
 	mux := http.NewServeMux()
-	mux.Handle("/", api.Handler(func() api.Status { return want }, func() api.Peers { return peers }))
+	looked := 0
+	mux.Handle("/", api.Handler(func() api.Status { return want }, func() api.Peers { return peers }, func(context.Context) { looked++ }))
 	mux.HandleFunc(api.LogPath, func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusTeapot) })
 	server := &http.Server{Handler: mux}
 	go func() { _ = server.Serve(l) }()
 	if got, err := api.GetStatus(t.Context(), dir); err != nil || got.Node != want.Node || !got.Ready || !reflect.DeepEqual(got.Networks, want.Networks) {
 		t.Errorf("%+v, %v", got, err)
+	}
+	if got, err := api.GetStatusNow(t.Context(), dir); err != nil || got.Node != want.Node || looked != 1 {
+		t.Errorf("%+v, %v, after %d looks at the host", got, err, looked)
 	}
 	if got, err := api.GetPeers(t.Context(), dir); err != nil || !reflect.DeepEqual(got, peers) {
 		t.Errorf("%+v, %v", got, err)

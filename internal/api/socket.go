@@ -186,10 +186,18 @@ func groupID(group string) (int, error) {
 	return strconv.Atoi(g.Gid)
 }
 
-// Handler serves the status and the peers.
-func Handler(status func() Status, peers func() Peers) http.Handler {
+// Handler serves the status and the peers. look has the daemon compare the host with what it
+// wants before it answers GetStatusNow, which waits for that at most lookTimeout.
+func Handler(status func() Status, peers func() Peers, look func(context.Context)) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { WriteJSON(w, status()) })
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Has("now") {
+			ctx, cancel := context.WithTimeout(r.Context(), lookTimeout)
+			look(ctx)
+			cancel()
+		}
+		WriteJSON(w, status())
+	})
 	mux.HandleFunc("GET /peers", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		// An error here means that the client has disconnected.
@@ -223,6 +231,16 @@ const maxAnswer = 64 << 20
 func GetStatus(ctx context.Context, runDir string) (Status, error) {
 	return getJSON[Status](ctx, runDir, "/status")
 }
+
+// GetStatusNow is GetStatus, but the daemon first compares the host with what it wants, which
+// it otherwise does every few seconds: some changes, such as iptables-legacy's, are not
+// notified. An older daemon answers as to GetStatus.
+func GetStatusNow(ctx context.Context, runDir string) (Status, error) {
+	return getJSON[Status](ctx, runDir, "/status?now")
+}
+
+// lookTimeout is how long GetStatusNow waits for the comparison.
+const lookTimeout = 3 * time.Second
 
 // GetPeers requests the state of the daemon's peers.
 func GetPeers(ctx context.Context, runDir string) (Peers, error) {

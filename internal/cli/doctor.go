@@ -112,7 +112,7 @@ func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Dia
 	var diagnosis daemon.Diagnosis
 	asking, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if s, err := api.GetStatus(asking, o.runDir); err == nil {
+	if s, err := api.GetStatusNow(asking, o.runDir); err == nil {
 		h.Status = &s
 		h.SubnetFile, h.Underlay, h.Addrs = s.SubnetFile, s.Underlay.Interface, s.Underlay.Addrs
 		if len(h.Endpoints) == 0 {

@@ -40,7 +40,7 @@ func (d *node) socketHandler() http.Handler {
 // socket serves status, peers, page and readiness on the daemon's unix socket.
 func (st *state) socket() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/", api.Handler(st.status, st.peers))
+	mux.Handle("/", api.Handler(st.status, st.peers, st.look))
 	mux.Handle("GET /page/", http.StripPrefix("/page", page.Handler(st.status, st.peers)))
 	mux.Handle(readiness.Path, api.ReadinessHandler(func() readiness.Answer { return st.readiness(time.Now()) }))
 	return mux

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -210,6 +211,16 @@ func (st *state) storeLost(err error) {
 		}
 		s.Store.Error = err.Error()
 	})
+}
+
+// look has the datapath compare the host with what it wants.
+func (st *state) look(ctx context.Context) {
+	st.mu.Lock()
+	path := st.path
+	st.mu.Unlock()
+	if path != nil {
+		path.Look(ctx)
+	}
 }
 
 // status returns the status, including the datapath's. The caller owns it.

@@ -93,6 +93,7 @@ func (s standing) Status() api.Datapath {
 	s.Repairs = maps.Clone(s.Repairs) // the caller owns the status
 	return s.Datapath
 }
+func (standing) Look(context.Context)          {}
 func (standing) Peers() ([]api.PeerState, int) { return nil, 0 }
 func (standing) Close(how backend.How) error   { return nil }
 

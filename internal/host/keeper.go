@@ -30,6 +30,7 @@ type Keeper struct {
 	watched   atomic.Pointer[watched]
 	others    survey // cached knowledge of other programs' routes
 	hears     atomic.Bool
+	asked     chan chan<- struct{} // requests of Look; answered by closing
 
 	// status is the result of the last reconciliation. Readers do not wait for a running
 	// one, since other programs may hold the kernel's locks for long.
@@ -61,7 +62,7 @@ type Status struct {
 // NewKeeper returns an idle Keeper. The underlay is the index of the interface
 // that the plan is told about, even if it is renamed.
 func NewKeeper(underlay int, log *slog.Logger, followers ...Follower) *Keeper {
-	k := &Keeper{underlay: underlay, log: log, followers: followers, next: Status{
+	k := &Keeper{underlay: underlay, log: log, followers: followers, asked: make(chan chan<- struct{}), next: Status{
 		Repairs: make(map[Kind]uint64), Took: api.NewHistogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
 	}}
 	k.publish()
@@ -79,6 +80,21 @@ func (k *Keeper) Apply(p Planner) error {
 // Status returns the result of the last reconciliation. It is safe for concurrent use
 // and does not wait. The caller must not change it.
 func (k *Keeper) Status() Status { return *k.status.Load() }
+
+// Look has Run reconcile at once, and waits until it has: the Status is then that of now.
+// It returns early when ctx ends.
+func (k *Keeper) Look(ctx context.Context) {
+	done := make(chan struct{})
+	select {
+	case k.asked <- done:
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
 
 // publish makes the current state the Status.
 func (k *Keeper) publish() {
@@ -121,6 +137,10 @@ func (k *Keeper) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case done := <-k.asked:
+			timer.Reset(k.repair())
+			close(done)
+			continue
 		case <-timer.C:
 			pause = 0
 		case <-events:

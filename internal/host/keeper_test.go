@@ -1,7 +1,9 @@
 package host_test
 
 import (
+	"context"
 	"log/slog"
+	"sync/atomic"
 	"testing"
 
 	"culvert/internal/host"
@@ -36,4 +38,34 @@ func TestStatusDoesNotWait(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestLook has a Keeper look at the host on request: when Look returns, the plan has been
+// asked again, although nothing has changed and the next periodic look is seconds away.
+func TestLook(t *testing.T) {
+	n := labtest.New(t, lab.Options{Nodes: 1}).Nodes[0]
+	k := host.NewKeeper(0, slog.New(slog.DiscardHandler))
+	var looks atomic.Int64
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() {
+		ended <- n.Do(func() error {
+			if err := k.Apply(func(host.View) (host.State, error) { looks.Add(1); return host.State{}, nil }); err != nil {
+				return err
+			}
+			return k.Run(ctx)
+		})
+	}()
+	for range 10 {
+		before := looks.Load()
+		k.Look(ctx)
+		if looks.Load() == before {
+			t.Error("Look returned before a look at the host")
+		}
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	k.Look(ctx) // returns, since ctx has ended
 }
