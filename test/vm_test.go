@@ -3,6 +3,7 @@
 package test
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
@@ -342,4 +343,51 @@ func TestVMKernel(t *testing.T) {
 	if said := asked.Tail(5); !strings.Contains(said, "Linux 5.13") {
 		t.Errorf("the daemon with --fast-path=on said:\n%s", said)
 	}
+}
+
+// TestVMShortWay has pods' packets take the short way on a kernel without tcx: the programs
+// are filters, of the clsact qdisc that the CNI plugin has added. An emulated machine looks
+// at its host seldom, so the test asks for each look.
+func TestVMShortWay(t *testing.T) {
+	c := newClusterOf(t, lab.Options{Nodes: 2, InOrder: true})
+	c.setConfig(config)
+	c.startAll("--datapath", "kernel")
+	pods := c.pods()
+	if host.TCX() {
+		t.Log("this kernel has tcx: the programs are not filters")
+	}
+	flow := startFlow(t, pods[0], pods[1])
+	frames := make([]uint64, len(c.Nodes))
+	for i, n := range c.Nodes {
+		eventually(t, n.ID+" carries the flow from pod to pod", func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			s, err := api.GetStatusNow(ctx, n.RunDir)
+			if err != nil {
+				return err
+			}
+			p := s.Datapath.FastPath.Pods
+			if p == nil || p.Egress == 0 || p.Ingress == 0 {
+				return fmt.Errorf("pods %+v, fast path %+v", p, s.Datapath.FastPath)
+			}
+			frames[i] = p.Egress
+			return nil
+		})
+	}
+	for i := range pods {
+		from, to := pods[i], pods[1-i]
+		transfer(t, from.Namespace, to.Namespace, from.Addrs[0], to.Addrs[0], 4<<20)
+		datagrams(t, from.Namespace, to.Namespace, from.Addrs[0], to.Addrs[0])
+	}
+	for i, n := range c.Nodes {
+		s, err := c.status(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s: %+v", n.ID, s.Datapath.FastPath.Pods)
+		if s.Datapath.FastPath.Pods.Egress <= frames[i] || len(dropped(s)) > 0 {
+			t.Errorf("%s: %d frames by the short way, %d before the transfers; dropped %v", n.ID, s.Datapath.FastPath.Pods.Egress, frames[i], s.Datapath.Drops)
+		}
+	}
+	c.goesOn(flow)
 }

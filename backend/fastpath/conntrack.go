@@ -60,6 +60,15 @@ func admissible(asked tuple) error {
 	return nil
 }
 
+// conntrackAnswers returns why no flow can be looked up, or nil.
+func conntrackAnswers() error {
+	nobody := netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 0}), 0) // RFC 5737
+	if _, err := lookUp(tuple{unix.IPPROTO_UDP, nobody, nobody}); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
+}
+
 // admissible returns why a connection cannot bypass conntrack, or nil. A TCP connection
 // must be established in both directions. UDP has no such state, and its entry may lack a
 // reply: rules then see each packet as a new flow's, with the same outcome.

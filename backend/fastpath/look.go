@@ -92,6 +92,8 @@ func (p *Path) mayShorten(v host.View) bool {
 	why := ""
 	if p.mode == Auto && v.EachPacket != "" {
 		why = v.EachPacket + " counts on seeing each packet"
+	} else if err := conntrackAnswers(); err != nil {
+		why = fmt.Sprintf("conntrack does not answer (%v): load it (`modprobe nf_conntrack_netlink`)", err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
