@@ -37,7 +37,7 @@ func hasFastPath(ctx context.Context, program string) (bool, error) {
 
 // daemonArgs returns the daemon's arguments that select the datapath.
 func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
-	name, _, _ := strings.Cut(d.base(), "+") // without the fast path's suffix
+	name, _, _ := strings.Cut(d.base(), "+") // without a suffix
 	format, kind, _ := strings.Cut(name, "/")
 	if d.auto || format == "host-gw" {
 		kind = "auto"
@@ -52,6 +52,9 @@ func (d Datapath) daemonArgs(hasFlag bool) ([]string, error) {
 		args = append(args, fastFlag+"="+d.fast)
 	case hasFlag:
 		args = append(args, fastFlag+"=off")
+	}
+	if d.priority {
+		args = append(args, "--priority")
 	}
 	return args, nil
 }

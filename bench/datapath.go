@@ -32,15 +32,19 @@ type Datapath struct {
 	culvert bool
 	// fast is the value of the daemon's --fast-path; empty: off.
 	fast string
+	// priority: the daemon raises its priority (--priority).
+	priority bool
 	// auto: the daemon chooses the datapath and the fast path.
 	auto bool
 }
 
-// Suffixes of a datapath's name, for the daemon's --fast-path.
+// Suffixes of a datapath's name, for the daemon's --fast-path and --priority.
 const (
 	fastSuffix = "+fast" // as the daemon has it by default, or with the userspace datapath and IPIP, which have none by default, on
 	onSuffix   = "+on"   // on, without the short way from pod to pod
 	podSuffix  = "+pod"  // with the short way, whatever the host's rules
+
+	prioritySuffix = "+priority"
 )
 
 // checkedNative is the datapath native with iperf3's traffic.
@@ -59,6 +63,7 @@ func Datapaths() []Datapath {
 		{Name: "vxlan/kernel" + podSuffix, Title: "VXLAN, kernel, pod to pod", About: "the same with --fast-path=pod", kernel: true, culvert: true, fast: "pod"},
 		{Name: "vxlan/userspace", Title: "VXLAN, userspace", About: "culvert's userspace datapath", culvert: true},
 		{Name: "vxlan/userspace" + fastSuffix, Title: "VXLAN, userspace, fast path", About: "the same with culvert's fast path (--fast-path=on)", culvert: true, fast: "on"},
+		{Name: "vxlan/userspace" + prioritySuffix, Title: "VXLAN, userspace, nice -10", About: "culvert's userspace datapath at nice -10 (--priority)", culvert: true, priority: true},
 		{Name: "ipip/kernel", Title: "IPIP, kernel", About: "the kernel's ipip device, configured by culvert", kernel: true, culvert: true},
 		{Name: "ipip/kernel" + fastSuffix, Title: "IPIP, kernel, fast path", About: "the same with culvert's fast path (--fast-path=on)", kernel: true, culvert: true, fast: "on"},
 		{Name: "ipip/userspace", Title: "IPIP, userspace", About: "culvert's userspace datapath", culvert: true},

@@ -204,6 +204,7 @@ func TestDaemonArgs(t *testing.T) {
 		{"vxlan/userspace+fast", true, "--datapath userspace --fast-path=on"},
 		{"vxlan/kernel+fast", false, ""},
 		{"vxlan/userspace+fast", true, "--datapath userspace --fast-path=on"},
+		{"vxlan/userspace+priority", true, "--datapath userspace --fast-path=off --priority"},
 		{"ipip/userspace", false, "--datapath userspace"},
 		{"host-gw", false, "--datapath auto"},
 		{"vxlan/auto", true, "--datapath auto --fast-path=auto"},
