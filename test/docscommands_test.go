@@ -59,8 +59,8 @@ func TestDocsCommands(t *testing.T) {
 			var out []byte
 			err := n.Do(func() (err error) {
 				cmd := exec.CommandContext(ctx, "sh", "-c", here.Replace(line))
-				if strings.Contains(line, "--watch") { // until it is interrupted
-					cmd = exec.CommandContext(ctx, "timeout", "--signal=INT", "--preserve-status", "2", "sh", "-c", "exec "+here.Replace(line))
+				if strings.Contains(line, "--watch") { // until it is interrupted, once (a second signal kills)
+					cmd = exec.CommandContext(ctx, "timeout", "--foreground", "--signal=INT", "--preserve-status", "2", "sh", "-c", "exec "+here.Replace(line))
 				}
 				cmd.Env = env
 				out, err = cmd.CombinedOutput()
