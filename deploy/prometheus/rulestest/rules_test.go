@@ -60,6 +60,7 @@ func TestRules(t *testing.T) {
 	}
 	c.narrow(n3)
 	c.start(n3, "--lease-ttl", "2h")
+	c.scrapeWhen(n3, `culvert_ready 1`) // it has its subnet before the others are taken
 	absent := `{"PublicIP":"198.18.0.99","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:fb"}}`
 	subnets := c.leased()
 	silent := ""
