@@ -383,9 +383,12 @@ func TestPodPathDatagrams(t *testing.T) {
 			p := s.Datapath.FastPath.Pods
 			return p.Links == 0 && p.LeftOut["another program's tc filter or tcx program on its link"] == 1
 		})
-		if left := filters(t, other); slices.ContainsFunc(left, func(f host.Filter) bool { return strings.HasPrefix(f.Link, "veth") }) {
-			t.Errorf("beside another program's the filters are %v", left)
-		}
+		eventually(t, "ours leave the pod's link", func() error {
+			if left := filters(t, other); slices.ContainsFunc(left, func(f host.Filter) bool { return strings.HasPrefix(f.Link, "veth") }) {
+				return fmt.Errorf("the filters are %v", left)
+			}
+			return nil
+		})
 		if err := neighbour.Close(); err != nil {
 			t.Fatal(err)
 		}
