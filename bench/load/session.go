@@ -196,7 +196,11 @@ func (s *session) accept() error {
 		if s.spec.Kind == Accept {
 			// Handle one connection at a time on this thread: the near end opens the
 			// next only after this one.
-			if n, e := c.receiveOne(one); n == 1 && e == 0 && c.sendOne(one) == 0 {
+			n, e := c.receiveOne(one)
+			for e == unix.EAGAIN && !s.stop.Load() { // a near end without a CPU, or a lost packet
+				n, e = c.receiveOne(one)
+			}
+			if n == 1 && e == 0 && c.sendOne(one) == 0 {
 				s.packets.Add(1)
 				_, _ = c.receiveOne(one) // wait until the near end closes
 			}
