@@ -271,7 +271,9 @@ test-rules: build
 # The packages whose tests need no more of a kernel than qemu-user passes on. Left out are
 # those that open other netlink families than rtnetlink (internal/host, backend/...: nftables,
 # eBPF), start daemons and etcd (internal/daemon, internal/cli, subnet/etcd, test), or measure (bench).
-ARCH_PACKAGES := ./encap ./subnet ./subnet/kept ./subnet/kube ./subnet/contract ./cni ./internal/api/... ./internal/statefile ./internal/image ./backend ./backend/hostgw
+ARCH_PACKAGES := ./encap ./subnet ./subnet/kept ./subnet/kube ./subnet/contract ./internal/api/... ./internal/statefile ./internal/image ./backend ./backend/hostgw
+# ./cni, which sets up network namespaces, is left out for s390x: qemu-user does not convert all of their netlink
+# messages for a big-endian program.
 # Those of internal/host that need only rtnetlink run for arm64.
 ARCH_HOST := InterruptedDump|EmptyAnswer|OneOwner|ManyAtOnce|OwnerThat|FindUnderlay|Choose|Hold
 # Left out of the packages are tests that need seccomp's notifications, ethtool's netlink, bridges' neighbours and clsact.
@@ -284,7 +286,7 @@ test-arch:
 	GOARCH=arm CGO_ENABLED=0 $(GO) build ./... && GOARCH=s390x CGO_ENABLED=0 $(GO) build ./...
 	for arch in s390x:s390x arm:arm arm64:aarch64; do \
 		echo "== $${arch%:*}"; \
-		CULVERT_QEMU_USER=1 CGO_ENABLED=0 GOARCH=$${arch%:*} GOARM=7 $(GO) test -vet=off -short -count 1 -timeout 20m -p 1 -skip '$(ARCH_SKIP)' -exec qemu-$${arch#*:}-static $(ARCH_PACKAGES) || exit 1; \
+		CULVERT_QEMU_USER=1 CGO_ENABLED=0 GOARCH=$${arch%:*} GOARM=7 $(GO) test -vet=off -short -count 1 -timeout 20m -p 1 -skip '$(ARCH_SKIP)' -exec qemu-$${arch#*:}-static $$([ $$arch = s390x:s390x ] && echo $(ARCH_PACKAGES) || echo $(ARCH_PACKAGES) ./cni) || exit 1; \
 	done
 	CULVERT_QEMU_USER=1 CGO_ENABLED=0 GOARCH=arm64 $(GO) test -vet=off -short -count 1 -timeout 5m -exec qemu-aarch64-static -run '$(ARCH_HOST)' ./internal/host
 
