@@ -524,7 +524,7 @@ func (c *cluster) waitLong(n *lab.Node, what string, is func(api.Status) bool) {
 // usage is a process's use of resources.
 type usage struct {
 	descriptors, threads int
-	resident             int // bytes
+	resident, anonymous  int // bytes; anonymous: the part without the program's file (RssAnon)
 }
 
 func usageOf(t *testing.T, pid int) (u usage) {
@@ -547,6 +547,9 @@ func usageOf(t *testing.T, pid int) (u usage) {
 		case "VmRSS":
 			u.resident, _ = strconv.Atoi(w[0])
 			u.resident *= 1024
+		case "RssAnon":
+			u.anonymous, _ = strconv.Atoi(w[0])
+			u.anonymous *= 1024
 		}
 	}
 	return u

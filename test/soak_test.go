@@ -139,8 +139,8 @@ type soakSample struct {
 }
 
 func (s soakSample) String() string {
-	return fmt.Sprintf("after %v %.1f MB resident, %d goroutines, %d threads, %d descriptors, %d kernel objects",
-		s.at.Round(time.Second), float64(s.usage.resident)/1e6, s.goroutines, s.usage.threads, s.usage.descriptors, s.objects)
+	return fmt.Sprintf("after %v %.1f MB resident (%.1f without the program's file), %d goroutines, %d threads, %d descriptors, %d kernel objects",
+		s.at.Round(time.Second), float64(s.usage.resident)/1e6, float64(s.usage.anonymous)/1e6, s.goroutines, s.usage.threads, s.usage.descriptors, s.objects)
 }
 
 type soakSamples []soakSample
@@ -168,7 +168,9 @@ func (all soakSamples) check(t *testing.T) {
 		}
 	}
 	first, last := rest[0].at, rest[len(rest)-1].at
-	slope, mean := line(rest)
+	slope, mean := line(rest, func(s soakSample) int { return s.usage.anonymous })
+	t.Logf("without the program's file: %.1f MB on average, slope %+.0f KB an hour", mean/1e6, slope*3600/1e3)
+	slope, mean = line(rest, func(s soakSample) int { return s.usage.resident })
 	t.Logf("resident: %.1f MB on average, slope %+.0f KB an hour over %v", mean/1e6, slope*3600/1e3, (last - first).Round(time.Second))
 	if growth := slope * (last - first).Seconds(); growth > mean/20 {
 		t.Errorf("resident memory has grown by %.0f KB from %.0f", growth/1e3, mean/1e3)
@@ -184,17 +186,17 @@ func median(all soakSamples, of func(soakSample) int) int {
 	return sorted[len(sorted)/2]
 }
 
-// line fits a line to the resident memory, by least squares: its slope in bytes per second, and the mean.
-func line(all soakSamples) (slope, mean float64) {
+// line fits a line to a number of bytes, by least squares: its slope in bytes per second, and the mean.
+func line(all soakSamples, of func(soakSample) int) (slope, mean float64) {
 	n, at := float64(len(all)), 0.0
 	for _, s := range all {
 		at += s.at.Seconds() / n
-		mean += float64(s.usage.resident) / n
+		mean += float64(of(s)) / n
 	}
 	var above, below float64
 	for _, s := range all {
 		d := s.at.Seconds() - at
-		above += d * (float64(s.usage.resident) - mean)
+		above += d * (float64(of(s)) - mean)
 		below += d * d
 	}
 	return above / below, mean
