@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"maps"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -252,6 +253,11 @@ func TestShortWayOfDatagrams(t *testing.T) {
 		give()
 		pass()
 		is("a second later", true)
+		if f.family == 6 { // the first fragment, with no more than the UDP header
+			tiny := slices.Concat(alike[:4], []byte{0, 16, unix.IPPROTO_FRAGMENT}, alike[7:40], []byte{unix.IPPROTO_UDP, 0, 0, 1, 0, 0, 0, 1}, alike[40:48])
+			p.run(t, programPodOut, frame(bridgeMAC, podMAC, tiny), 0)
+			is("a short fragment", false)
+		}
 		if err := p.nextGeneration(); err != nil {
 			t.Fatal(err)
 		}

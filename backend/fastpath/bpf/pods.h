@@ -189,9 +189,12 @@ inline_always int segment6(struct __sk_buff *skb, int at, const struct inner6 *h
 			__be16 offset;
 			__be32 identification;
 			union transport on;
-		} f;
+		} f = {};
 
-		if (bpf_skb_load_bytes(skb, at + sizeof(h->ip), &f, sizeof(f)) || (f.offset & bpf_htons(0xfff8)))
+		if (bpf_skb_load_bytes(skb, at + sizeof(h->ip), &f, sizeof(f)) &&
+		    bpf_skb_load_bytes(skb, at + sizeof(h->ip), &f, sizeof(f) - sizeof(f.on) + sizeof(f.on.udp)))
+			return 0;
+		if (f.offset & bpf_htons(0xfff8))
 			return 0;
 		s->key.protocol = f.next;
 		s->fragment = 1;
