@@ -215,18 +215,7 @@ func TestEveryDropReasonHasATest(t *testing.T) {
 	if len(idents) != len(reasons)+1 || idents[0] != "Accepted" {
 		t.Fatalf("%d reasons, and the constants %v", len(reasons), idents)
 	}
-	var tests []byte
-	err = filepath.WalkDir("..", func(path string, _ fs.DirEntry, err error) error {
-		if err != nil || !strings.HasSuffix(path, "_test.go") {
-			return err
-		}
-		text, err := os.ReadFile(path)
-		tests = append(tests, text...)
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	tests := allTests(t)
 	for i, r := range reasons {
 		named := regexp.MustCompile(`\b` + idents[i+1] + `\b|[^a-z-]` + r.String() + `[^a-z-]`)
 		if !named.Match(tests) {
@@ -248,10 +237,9 @@ func TestEveryDropReasonHasATest(t *testing.T) {
 	}
 }
 
-// TestDocumentedTestsExist checks that the pages name only tests that exist, by their
-// name or the beginning of it.
-func TestDocumentedTestsExist(t *testing.T) {
-	var tests []byte
+// allTests returns the text of all tests.
+func allTests(t *testing.T) (tests []byte) {
+	t.Helper()
 	err := filepath.WalkDir("..", func(path string, _ fs.DirEntry, err error) error {
 		if err != nil || !strings.HasSuffix(path, "_test.go") {
 			return err
@@ -263,6 +251,13 @@ func TestDocumentedTestsExist(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return tests
+}
+
+// TestDocumentedTestsExist checks that the pages name only tests that exist, by their
+// name or the beginning of it.
+func TestDocumentedTestsExist(t *testing.T) {
+	tests := allTests(t)
 	pages, err := filepath.Glob("../docs/*.md")
 	if err != nil || len(pages) == 0 {
 		t.Fatal(pages, err)

@@ -207,7 +207,7 @@ func fastPathLife(t *testing.T, on []string, device, another string) {
 	<-p.Exited()
 	c.goesOn(flow)
 	left := slices.DeleteFunc(filters(t, n), func(f host.Filter) bool { // but for those of the short way
-		return f.Link == names.JoinFar && f.Parent == host.RegisteredHook || !slices.Contains([]string{n.Link, device, names.JoinFar}, f.Link)
+		return f.Registers() || !slices.Contains([]string{n.Link, device, names.JoinFar}, f.Link)
 	})
 	if len(left) != 3 {
 		t.Errorf("while the daemon is not running the filters are %v, want 3", left)

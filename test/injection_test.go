@@ -633,43 +633,19 @@ func (f *injection) counter(is4 bool, name string) uint64 {
 	return drops(s, name)
 }
 
-// snmp sums the kernel's counters of malformed headers (RFC 4293;
-// /proc/net/snmp).
+// snmp sums the kernel's counters of malformed headers (RFC 4293).
 func (f *injection) snmp(is4 bool) (sum uint64) {
 	f.t.Helper()
-	if err := f.victim.Do(func() error {
-		if !is4 {
-			text, err := os.ReadFile("/proc/thread-self/net/snmp6")
-			for line := range strings.Lines(string(text)) {
-				w := strings.Fields(line)
-				switch w[0] {
-				case "Ip6InHdrErrors", "Ip6InTruncatedPkts", "Ip6InAddrErrors":
-					n, _ := strconv.ParseUint(w[1], 10, 64)
-					sum += n
-				}
-			}
-			return err
-		}
-		for _, name := range []string{"snmp", "netstat"} {
-			text, err := os.ReadFile("/proc/thread-self/net/" + name)
-			if err != nil {
-				return err
-			}
-			lines := strings.Split(string(text), "\n")
-			for k := 0; k+1 < len(lines); k += 2 {
-				names, values := strings.Fields(lines[k]), strings.Fields(lines[k+1])
-				for j := range names {
-					switch names[0] + names[j] {
-					case "Ip:InHdrErrors", "IpExt:InTruncatedPkts":
-						n, _ := strconv.ParseUint(values[j], 10, 64)
-						sum += n
-					}
-				}
-			}
-		}
-		return nil
-	}); err != nil {
+	counters, err := f.victim.Counters()
+	if err != nil {
 		f.t.Fatal(err)
+	}
+	names := []string{"IpInHdrErrors", "IpExtInTruncatedPkts"}
+	if !is4 {
+		names = []string{"Ip6InHdrErrors", "Ip6InTruncatedPkts", "Ip6InAddrErrors"}
+	}
+	for _, name := range names {
+		sum += counters[name]
 	}
 	return sum
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -92,17 +91,23 @@ func TestPodPathOracle(t *testing.T) {
 			if _, err := c.SetProfile(profile); err != nil {
 				t.Fatal(err)
 			}
-			count := func(table, name string) (n uint64) {
+			count := func() (disorder, again uint64) {
 				for _, p := range pods {
-					n += tcpCounter(t, p.Namespace, table, name)
+					counters, err := p.Counters()
+					if err != nil {
+						t.Fatal(err)
+					}
+					disorder += counters["TcpExtTCPOFOQueue"] // segments that arrived before those that precede them
+					again += counters["TcpRetransSegs"]
 				}
-				return n
+				return disorder, again
 			}
-			disorder, again := count("netstat", "TCPOFOQueue"), count("snmp", "RetransSegs")
+			earlyDisorder, earlyAgain := count()
 			egress, ingress := c.podFrames(c.Nodes[0])
 			exchange(t, pods[0], pods[1], 30<<20)
 			moreEgress, moreIngress := c.podFrames(c.Nodes[0])
-			disorder, again = count("netstat", "TCPOFOQueue")-disorder, count("snmp", "RetransSegs")-again
+			disorder, again := count()
+			disorder, again = disorder-earlyDisorder, again-earlyAgain
 			t.Logf("%d frames sent and %d received from pod to pod; %d segments out of order, %d sent again", moreEgress-egress, moreIngress-ingress, disorder, again)
 			if disorder > 0 && again == 0 { // a lost one makes those behind it count, too
 				t.Errorf("%d segments arrived out of order", disorder)
@@ -117,36 +122,6 @@ func TestPodPathOracle(t *testing.T) {
 			t.Errorf("%s dropped %v (%v)", n.ID, s.Datapath.Drops, err)
 		}
 	}
-}
-
-// tcpCounter returns a namespace's counter of TCP: in snmp such as RetransSegs, in netstat
-// such as TCPOFOQueue, the segments that arrived before those that precede them.
-func tcpCounter(t *testing.T, n *lab.Namespace, table, name string) uint64 {
-	t.Helper()
-	text, err := n.Run(t.Context(), "cat", "/proc/net/"+table)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var names []string
-	for line := range strings.Lines(string(text)) {
-		fields := strings.Fields(line)
-		if len(fields) == 0 || fields[0] != "Tcp:" && fields[0] != "TcpExt:" {
-			continue
-		}
-		if names == nil {
-			names = fields
-			continue
-		}
-		if i := slices.Index(names, name); i > 0 {
-			value, err := strconv.ParseUint(fields[i], 10, 64)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return value
-		}
-	}
-	t.Fatalf("/proc/net/%s has no %s", table, name)
-	return 0
 }
 
 // TestPodPathObeysTheHost tests that what the host decides of an established connection
@@ -493,8 +468,7 @@ func asBefore(t *testing.T, n *lab.Node, l netlink.Link) {
 	}
 	defer program.Close()
 	if err := n.Do(func() error {
-		err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}})
-		if err != nil && !errors.Is(err, unix.EEXIST) {
+		if err := host.AddClsact(l); err != nil {
 			return err
 		}
 		for parent, name := range map[uint32]string{netlink.HANDLE_MIN_INGRESS: "culvert_pod_out", netlink.HANDLE_MIN_EGRESS: "culvert_pod_in"} {

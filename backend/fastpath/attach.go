@@ -104,7 +104,7 @@ func (p *Path) attach(hooks []hook) ([]host.Change, error) {
 		if there {
 			continue
 		}
-		if err := addClsact(link); err != nil {
+		if err := host.AddClsact(link); err != nil {
 			return changes, err
 		}
 		if err := netlink.FilterReplace(&netlink.BpfFilter{
@@ -113,7 +113,7 @@ func (p *Path) attach(hooks []hook) ([]host.Change, error) {
 			return changes, fmt.Errorf("attaching %s to %s: %w", h.program, h.link, err)
 		}
 		changes = append(changes, host.Change{Kind: host.KindFastPath, Command: fmt.Sprintf(
-			"tc filter replace dev %s %s pref %d handle 1 bpf direct-action # %s", h.link, h.direction(), names.FilterPriority, h.program)})
+			"tc filter replace dev %s %s pref %d handle 1 bpf direct-action # %s", h.link, host.Direction(h.parent), names.FilterPriority, h.program)})
 	}
 	return changes, nil
 }
@@ -142,16 +142,6 @@ func (p *Path) stands(l netlink.Link, h hook) (bool, error) {
 		}
 	}
 	return false, nil
-}
-
-func addClsact(l netlink.Link) error {
-	err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}})
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("adding the clsact qdisc to %s: %w", l.Attrs().Name, err)
-	}
-	return nil
 }
 
 // stepBack removes our filters, the senders first.

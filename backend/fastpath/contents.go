@@ -88,13 +88,6 @@ type hook struct {
 	clsact  bool // a pod's link has the qdisc
 }
 
-func (h hook) direction() string {
-	if h.parent == netlink.HANDLE_MIN_EGRESS {
-		return "egress"
-	}
-	return "ingress"
-}
-
 // facts is what the contents depend on besides the host state.
 type facts struct {
 	links            map[string]link

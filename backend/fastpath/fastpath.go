@@ -78,8 +78,7 @@ type Path struct {
 	admitting *ringbuf.Reader // nil without the short way from pod to pod
 	admitted  sync.WaitGroup
 	podLinks  map[string]bool // pods' links that the programs are attached to; nil if unknown
-	// registered are culvert's programs at pods' links, as of the last call of register.
-	registered []ebpf.ProgramID
+	registry  host.Registry   // as of the last call of followPods
 	// generation is that of the host's state in the programs' map of this name.
 	generation uint32
 

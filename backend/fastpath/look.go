@@ -72,13 +72,13 @@ func (p *Path) look(s host.State, v host.View) (facts, error) {
 		}
 	}
 	if p.mode.shortens() && p.mayShorten(v) {
-		known := p.registered
-		if host.TCX() && p.podLinks == nil { // those of an earlier daemon
-			if known, err = host.Registered(); err != nil {
+		registry := p.registry
+		if host.TCX() && p.podLinks == nil { // with programs of an earlier daemon
+			if registry, err = host.ReadRegistry(); err != nil {
 				return f, err
 			}
 		}
-		if f.pods, f.left, err = podLinks(s.Subnets, queues, known); err != nil {
+		if f.pods, f.left, err = podLinks(s.Subnets, queues, registry.Programs); err != nil {
 			return f, err
 		}
 	}

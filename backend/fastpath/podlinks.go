@@ -2,7 +2,6 @@ package fastpath
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -14,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"culvert/internal/host"
-	"culvert/internal/names"
 )
 
 // podLink is the host's end of a pod's veth.
@@ -103,12 +101,9 @@ func maxMTUs() (map[int]uint32, error) {
 	})
 }
 
-// directions are the hooks of a link.
-var directions = []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS}
-
 // filtered reports whether another program has a tc filter on the link.
 func filtered(l netlink.Link) bool {
-	for _, parent := range directions {
+	for _, parent := range host.Parents {
 		filters, err := host.Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
 		if err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool { return !host.OurFilter(f) }) {
 			return true
@@ -119,7 +114,7 @@ func filtered(l netlink.Link) bool {
 
 // others reports whether another program is attached to the link with tcx.
 func others(index int, registered []ebpf.ProgramID) bool {
-	for _, parent := range directions {
+	for _, parent := range host.Parents {
 		programs, err := host.Programs(index, parent)
 		if err == nil && len(host.Ours(programs, registered)) < len(programs) {
 			return true
@@ -137,8 +132,15 @@ func others(index int, registered []ebpf.ProgramID) bool {
 // which the CNI plugin adds.
 func (p *Path) followPods(want contents) error {
 	if host.TCX() {
-		if there, err := p.register(); err != nil || !there {
+		registry, err := host.ReadRegistry()
+		if err != nil || !registry.Exists() { // its link is created again before the next call
 			return err
+		}
+		p.registry = registry
+		for _, name := range []string{programPodOut, programPodIn} {
+			if err := p.registry.Add(name, p.loaded.Programs[name], p.ids[name]); err != nil {
+				return err
+			}
 		}
 	}
 	wanted := make(map[string]bool)
@@ -174,7 +176,7 @@ func (p *Path) followPods(want contents) error {
 	}
 	p.podLinks = wanted
 	if host.TCX() {
-		if err := host.Unregister(func(id ebpf.ProgramID) bool { return !p.loads(id) }); err != nil {
+		if err := p.registry.Remove(func(id ebpf.ProgramID) bool { return !p.loads(id) }); err != nil {
 			return err
 		}
 	}
@@ -184,37 +186,6 @@ func (p *Path) followPods(want contents) error {
 // loads reports whether a program is one of this Path's.
 func (p *Path) loads(id ebpf.ProgramID) bool {
 	return slices.Contains(slices.Collect(maps.Values(p.ids)), id)
-}
-
-// register registers the programs of pods' links (host.Registered). It returns false if
-// the link for that is gone; the link is created again before the next call.
-func (p *Path) register() (there bool, err error) {
-	l, err := netlink.LinkByName(names.JoinFar)
-	if errors.As(err, &netlink.LinkNotFoundError{}) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	if p.registered, err = host.Registered(); err != nil {
-		return false, err
-	}
-	for _, name := range []string{programPodOut, programPodIn} {
-		id := p.ids[name]
-		if slices.Contains(p.registered, id) {
-			continue
-		}
-		if err := netlink.FilterReplace(&netlink.BpfFilter{
-			FilterAttrs: netlink.FilterAttrs{
-				LinkIndex: l.Attrs().Index, Parent: host.RegisteredHook, Handle: uint32(id), Priority: names.FilterPriority, Protocol: unix.ETH_P_ALL,
-			},
-			Fd: p.loaded.Programs[name].FD(), Name: name, DirectAction: true,
-		}); err != nil {
-			return false, fmt.Errorf("registering %s on %s: %w", name, names.JoinFar, err)
-		}
-		p.registered = append(p.registered, id)
-	}
-	return true, nil
 }
 
 // attachToPod attaches a program to a pod's link, and then removes what an earlier daemon
@@ -229,14 +200,14 @@ func (p *Path) attachToPod(h hook) ([]host.Change, error) {
 		return nil, err
 	}
 	id := p.ids[h.program]
-	earlier := host.Ours(slices.DeleteFunc(slices.Clone(attached), func(a ebpf.ProgramID) bool { return a == id }), p.registered)
+	earlier := host.Ours(slices.DeleteFunc(slices.Clone(attached), func(a ebpf.ProgramID) bool { return a == id }), p.registry.Programs)
 	var changes []host.Change
 	if !slices.Contains(attached, id) || len(earlier) > 0 {
 		if err := host.Attach(h.index, h.parent, p.loaded.Programs[h.program], earlier); err != nil {
 			return nil, fmt.Errorf("attaching %s to %s: %w", h.program, h.link, err)
 		}
 		changes = append(changes, host.Change{Kind: host.KindFastPath, Command: fmt.Sprintf(
-			"bpftool net attach tcx_%s id %d dev %s # %s", h.direction(), id, h.link, h.program)})
+			"bpftool net attach tcx_%s id %d dev %s # %s", host.Direction(h.parent), id, h.link, h.program)})
 	}
 	if h.clsact {
 		return changes, host.RemoveTCFilter(h.link, h.index, h.parent)

@@ -10,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"culvert/internal/host"
 	"culvert/internal/names"
 )
 
@@ -118,11 +119,8 @@ func (d *superDevice) redirect(uplink int) error {
 		}
 	}
 	index := d.link.Attrs().Index
-	qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}}
-	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("adding the clsact qdisc to %s: %w", names.SuperFrame, err)
+	if err := host.AddClsact(d.link); err != nil {
+		return err
 	}
 	filter, err := d.filter(uplink, netlink.FilterAttrs{LinkIndex: index, Parent: parent, Priority: 1, Protocol: unix.ETH_P_ALL})
 	if err != nil {

@@ -171,6 +171,9 @@ type PodPath struct {
 	Why     string         `json:"why,omitempty"` // why no pod has it
 }
 
+// Carries reports whether some pod's flows may take the short way; p may be nil.
+func (p *PodPath) Carries() bool { return p != nil && p.Why == "" && p.Links > 0 }
+
 // NarrowPath is the learned path MTU to a peer's subnet.
 type NarrowPath struct {
 	Subnet   netip.Prefix `json:"subnet"`

@@ -240,7 +240,7 @@ func fastPathOf(f *api.FastPath) (on, short bool, why string) {
 	if f.Pods == nil {
 		return true, false, ""
 	}
-	return true, f.Pods.Why == "" && f.Pods.Links > 0, f.Pods.Why
+	return true, f.Pods.Carries(), f.Pods.Why
 }
 
 func (traceOptions) isElsewhere(p trace.Path) bool { return p.Peer != nil }

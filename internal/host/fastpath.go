@@ -30,35 +30,49 @@ type Filter struct {
 	tcx    ebpf.ProgramID // 0: a tc filter
 }
 
-func (f Filter) direction() string {
-	if f.Parent == netlink.HANDLE_MIN_EGRESS {
+// Parents are the values of Filter.Parent.
+var Parents = []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS}
+
+// Direction returns the name of a Filter.Parent, as tc(8) has it.
+func Direction(parent uint32) string {
+	if parent == netlink.HANDLE_MIN_EGRESS {
 		return "egress"
 	}
 	return "ingress"
 }
 
-// registers reports whether the filter carries nothing, but registers programs that are
-// attached with tcx.
-func (f Filter) registers() bool { return f.Link == names.JoinFar && f.Parent == RegisteredHook }
+// AddClsact adds to a link the clsact qdisc that tc filters need, unless it has one.
+func AddClsact(l netlink.Link) error {
+	err := netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}})
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("adding the clsact qdisc to %s: %w", l.Attrs().Name, err)
+	}
+	return nil
+}
+
+// Registers reports whether the filter carries nothing, but is part of the Registry.
+func (f Filter) Registers() bool { return f.Link == names.JoinFar && f.Parent == registryHook }
 
 // readFilters reads culvert's filters on the links, in the order in which they may be
 // removed: the others redirect to the veth pair, where only the last one's program
 // handles the packets.
 func readFilters(links []netlink.Link) ([]Filter, error) {
-	var registered []ebpf.ProgramID
+	var registry Registry
 	if TCX() {
 		var err error
-		if registered, err = Registered(); err != nil {
+		if registry, err = ReadRegistry(); err != nil {
 			return nil, err
 		}
 	}
 	var all []Filter
 	for _, l := range links {
 		a := l.Attrs()
-		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		for _, parent := range Parents {
 			if TCX() && l.Type() == "veth" { // pods' links; it is gone if there is an error
 				programs, _ := Programs(a.Index, parent)
-				for _, id := range Ours(programs, registered) {
+				for _, id := range Ours(programs, registry.Programs) {
 					all = append(all, Filter{Link: a.Name, Parent: parent, index: a.Index, pod: true, tcx: id})
 				}
 			}
@@ -92,7 +106,7 @@ func OurFilter(f netlink.Filter) bool {
 
 // wantsFilter reports whether the state allows the filter.
 func (s State) wantsFilter(f Filter) bool {
-	if f.registers() {
+	if f.Registers() {
 		return s.FastPath && s.ShortWay
 	}
 	return s.FastPath && (s.ShortWay || slices.ContainsFunc(s.Links, func(l Link) bool {
@@ -133,7 +147,7 @@ func RemoveFilter(f Filter) error {
 	if err != nil || f.pod {
 		return err
 	}
-	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+	for _, parent := range Parents {
 		if left, err := netlink.FilterList(link, parent); err != nil || len(left) > 0 {
 			return nil
 		}
@@ -194,7 +208,7 @@ func Filters() ([]Filter, error) {
 // DeleteCommand returns the shell command that removes the filter.
 func (f Filter) DeleteCommand() string {
 	if f.tcx != 0 {
-		return fmt.Sprintf("bpftool net detach tcx_%s dev %s # program %d", f.direction(), f.Link, f.tcx)
+		return fmt.Sprintf("bpftool net detach tcx_%s dev %s # program %d", Direction(f.Parent), f.Link, f.tcx)
 	}
-	return fmt.Sprintf("tc filter del dev %s %s pref %d", f.Link, f.direction(), names.FilterPriority)
+	return fmt.Sprintf("tc filter del dev %s %s pref %d", f.Link, Direction(f.Parent), names.FilterPriority)
 }

@@ -104,54 +104,69 @@ func detach(index int, parent uint32, id ebpf.ProgramID) error {
 	return fmt.Errorf("detaching the program %d: %w", id, err)
 }
 
-// RegisteredHook is where the programs that are attached with tcx are tc filters too,
-// where no packets pass: at the egress of names.JoinFar, with the program's id as handle.
-// A filter shows its program's name and id, while to read the name of a program attached
-// with tcx takes CAP_SYS_ADMIN, which the daemon does not have. So a later daemon
+// Registry is the set of culvert's programs that are attached with tcx. Each is also a tc
+// filter where no packets pass: at the egress of names.JoinFar, with the program's id as
+// handle. A filter shows its program's name and id, while to read the name of a program
+// attached with tcx takes CAP_SYS_ADMIN, which the daemon does not have. So a later daemon
 // recognizes them as culvert's.
-const RegisteredHook = netlink.HANDLE_MIN_EGRESS
-
-// Registered returns the programs with which culvert registers what it attaches with tcx.
-func Registered() ([]ebpf.ProgramID, error) {
-	l, err := netlink.LinkByName(names.JoinFar)
-	if errors.As(err, &netlink.LinkNotFoundError{}) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	filters, err := Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, RegisteredHook) })
-	if err != nil {
-		return nil, nil // there is no qdisc
-	}
-	var ids []ebpf.ProgramID
-	for _, f := range filters {
-		if b, ok := f.(*netlink.BpfFilter); ok && OurFilter(f) {
-			ids = append(ids, ebpf.ProgramID(b.Id))
-		}
-	}
-	return ids, nil
+type Registry struct {
+	Programs []ebpf.ProgramID
+	index    int // of names.JoinFar; 0: it does not exist
 }
 
-// Unregister removes the registered programs for which gone is true.
-func Unregister(gone func(ebpf.ProgramID) bool) error {
-	registered, err := Registered()
-	if err != nil || !slices.ContainsFunc(registered, gone) {
-		return err
-	}
+const registryHook = netlink.HANDLE_MIN_EGRESS
+
+// ReadRegistry reads the registry from the kernel.
+func ReadRegistry() (r Registry, err error) {
 	l, err := netlink.LinkByName(names.JoinFar)
-	if err != nil {
-		return err
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return r, nil
 	}
+	if err != nil {
+		return r, err
+	}
+	r.index = l.Attrs().Index
+	filters, err := Retry(func() ([]netlink.Filter, error) { return netlink.FilterList(l, registryHook) })
+	if err != nil {
+		return r, nil // there is no qdisc
+	}
+	for _, f := range filters {
+		if b, ok := f.(*netlink.BpfFilter); ok && OurFilter(f) {
+			r.Programs = append(r.Programs, ebpf.ProgramID(b.Id))
+		}
+	}
+	return r, nil
+}
+
+// Exists reports whether programs can be registered: the link for that exists.
+func (r Registry) Exists() bool { return r.index != 0 }
+
+// Add registers a program, unless it is registered.
+func (r *Registry) Add(name string, program *ebpf.Program, id ebpf.ProgramID) error {
+	if slices.Contains(r.Programs, id) {
+		return nil
+	}
+	if err := netlink.FilterReplace(&netlink.BpfFilter{FilterAttrs: r.filter(id), Fd: program.FD(), Name: name, DirectAction: true}); err != nil {
+		return fmt.Errorf("registering %s on %s: %w", name, names.JoinFar, err)
+	}
+	r.Programs = append(r.Programs, id)
+	return nil
+}
+
+// Remove removes the registered programs for which gone is true from the kernel's registry,
+// not from Programs.
+func (r Registry) Remove(gone func(ebpf.ProgramID) bool) error {
 	var errs []error
-	for _, id := range registered {
+	for _, id := range r.Programs {
 		if gone(id) {
-			errs = append(errs, netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{
-				LinkIndex: l.Attrs().Index, Parent: RegisteredHook, Priority: names.FilterPriority, Protocol: unix.ETH_P_ALL, Handle: uint32(id),
-			}}))
+			errs = append(errs, netlink.FilterDel(&netlink.BpfFilter{FilterAttrs: r.filter(id)}))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func (r Registry) filter(id ebpf.ProgramID) netlink.FilterAttrs {
+	return netlink.FilterAttrs{LinkIndex: r.index, Parent: registryHook, Priority: names.FilterPriority, Protocol: unix.ETH_P_ALL, Handle: uint32(id)}
 }
 
 // Ours returns those of the programs that are culvert's: registered ones, and if this

@@ -2,8 +2,10 @@ package lab
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -18,15 +20,13 @@ func (l *Lab) Losses() []string {
 	var lines []string
 	for _, n := range l.namespaces() {
 		var lost []string
+		counters, _ := n.Counters()
+		for _, name := range slices.Sorted(maps.Keys(counters)) {
+			if counters[name] != 0 && lossy.MatchString(name) {
+				lost = append(lost, fmt.Sprintf("%s %d", name, counters[name]))
+			}
+		}
 		_ = n.Do(func() error {
-			for _, name := range []string{"snmp", "netstat"} {
-				lost = append(lost, countersIn(readProc(name))...)
-			}
-			for line := range strings.Lines(readProc("snmp6")) {
-				if f := strings.Fields(line); len(f) == 2 && f[1] != "0" && lossy.MatchString(f[0]) {
-					lost = append(lost, strings.Join(f, " "))
-				}
-			}
 			lost = append(lost, devicesIn(readProc("dev"))...)
 			return nil
 		})
@@ -47,21 +47,6 @@ func (l *Lab) Losses() []string {
 func readProc(name string) string {
 	b, _ := os.ReadFile("/proc/thread-self/net/" + name)
 	return string(b)
-}
-
-// countersIn returns the lossy counters of a table of pairs of lines, names and values
-// (/proc/net/snmp).
-func countersIn(table string) (lost []string) {
-	lines := strings.Split(table, "\n")
-	for i := 0; i+1 < len(lines); i += 2 {
-		names, values := strings.Fields(lines[i]), strings.Fields(lines[i+1])
-		for k := 1; k < len(names) && k < len(values); k++ {
-			if values[k] != "0" && lossy.MatchString(names[k]) {
-				lost = append(lost, strings.TrimSuffix(names[0], ":")+names[k]+" "+values[k])
-			}
-		}
-	}
-	return lost
 }
 
 // devicesIn returns the errors and drops of each device (/proc/net/dev).

@@ -148,7 +148,7 @@ func viewOf(s api.Status, p api.Peers, query string) view {
 	}
 	if f := s.Datapath.FastPath; f != nil && f.On {
 		v.Datapath += ", fast path"
-		if p := f.Pods; p != nil && p.Why == "" && p.Links > 0 {
+		if f.Pods.Carries() {
 			v.Datapath += " from pod to pod"
 		}
 	}
