@@ -1,9 +1,6 @@
 package api
 
 import (
-	"encoding/json"
-	"io"
-	"net/http"
 	"net/netip"
 	"time"
 )
@@ -34,90 +31,6 @@ const (
 	WayDirect    = "direct route" // no tunnel
 	WayNone      = "none"         // packets to its subnet are not carried
 )
-
-// stream writes p as JSON, some peers at a time, so that a reader decodes the first ones
-// while the others are encoded. For thousands of peers encoding and decoding take tens of
-// ms each.
-func (p Peers) stream(w io.Writer) error {
-	all := p.Peers
-	p.Peers = []PeerState{}
-	text, err := json.Marshal(p)
-	if err != nil {
-		return err
-	}
-	head, tail := text[:len(text)-len("]}")], text[len(text)-len("]}"):]
-	if _, err := w.Write(head); err != nil {
-		return err
-	}
-	for i := 0; i < len(all); i += streamed {
-		part, err := json.Marshal(all[i:min(i+streamed, len(all))])
-		if err != nil {
-			return err
-		}
-		part = part[1 : len(part)-1]
-		if i > 0 {
-			part = append([]byte{','}, part...)
-		}
-		if _, err := w.Write(part); err != nil {
-			return err
-		}
-		if f, ok := w.(http.Flusher); ok {
-			f.Flush()
-		}
-	}
-	_, err = w.Write(append(tail, '\n'))
-	return err
-}
-
-// streamed is how many peers are encoded at a time.
-const streamed = 256
-
-// readPeers decodes what stream wrote, as it arrives.
-func readPeers(r io.Reader) (p Peers, err error) {
-	d := json.NewDecoder(r)
-	if _, err := d.Token(); err != nil { // {
-		return p, err
-	}
-	for d.More() {
-		name, err := d.Token()
-		if err != nil {
-			return p, err
-		}
-		switch name {
-		case "node":
-			err = d.Decode(&p.Node)
-		case "at":
-			err = d.Decode(&p.At)
-		case "mtu":
-			err = d.Decode(&p.MTU)
-		case "peers":
-			p.Peers, err = readPeerStates(d)
-		default:
-			err = d.Decode(new(json.RawMessage))
-		}
-		if err != nil {
-			return p, err
-		}
-	}
-	_, err = d.Token() // }
-	return p, err
-}
-
-func readPeerStates(d *json.Decoder) (all []PeerState, err error) {
-	all = []PeerState{}
-	if _, err := d.Token(); err != nil { // [
-		return nil, err
-	}
-	for d.More() {
-		var s PeerState
-		if err := d.Decode(&s); err != nil {
-			return nil, err
-		}
-		all = append(all, s)
-	}
-	_, err = d.Token() // ]
-	return all, err
-}
 
 // PeerState is the state of the path to one subnet of a peer.
 type PeerState struct {

@@ -1,10 +1,11 @@
 package api
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"reflect"
 	"strings"
@@ -12,10 +13,11 @@ import (
 	"time"
 )
 
-// TestStreamedPeers checks that what is streamed is what json.Marshal writes, and is read
-// back, with any number of peers and fields that this version does not know.
-func TestStreamedPeers(t *testing.T) {
-	for _, n := range []int{0, 1, streamed, streamed + 1, 3 * streamed} {
+// TestPeersOnTheSocket checks that the daemon answers with what json.Marshal writes, and that
+// GetPeers reads it back, with any number of peers and fields that this version does not
+// know, but no answer that is cut.
+func TestPeersOnTheSocket(t *testing.T) {
+	for _, n := range []int{0, 1, 256, 257, 768} {
 		p := Peers{Node: "n1", At: time.Now().UTC().Round(0), MTU: 1450, Peers: []PeerState{}}
 		for i := range n {
 			p.Peers = append(p.Peers, PeerState{
@@ -23,21 +25,34 @@ func TestStreamedPeers(t *testing.T) {
 				Sent: &PeerCount{Packets: uint64(i)},
 			})
 		}
-		var b bytes.Buffer
-		if err := p.stream(&b); err != nil {
-			t.Fatal(err)
+		w := httptest.NewRecorder()
+		Handler(nil, func() Peers { return p }, nil).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/peers", http.NoBody))
+		text := w.Body.String()
+		if want, err := json.Marshal(p); err != nil || strings.TrimSpace(text) != string(want) {
+			t.Errorf("%d peers: %s, want %s", n, text, want)
 		}
-		if want, err := json.Marshal(p); err != nil || strings.TrimSpace(b.String()) != string(want) {
-			t.Errorf("%d peers: %s, want %s", n, b.String(), want)
-		}
-		later := strings.Replace(b.String(), `"mtu"`, `"later":{"a":[1]},"mtu"`, 1)
-		if got, err := readPeers(strings.NewReader(later)); err != nil || !reflect.DeepEqual(got, p) {
+		later := strings.Replace(text, `"mtu"`, `"later":{"a":[1]},"mtu"`, 1)
+		if got, err := peersFrom(t, later); err != nil || !reflect.DeepEqual(got, p) {
 			t.Errorf("%d peers: read back as %+v, %v", n, got, err)
 		}
-		if got, err := readPeers(strings.NewReader(later[:len(later)-3])); err == nil {
+		if got, err := peersFrom(t, later[:len(later)-3]); err == nil {
 			t.Errorf("%d peers: a cut answer is read as %+v", n, got)
 		}
 	}
+}
+
+// peersFrom returns what GetPeers makes of a daemon's answer.
+func peersFrom(t *testing.T, answer string) (Peers, error) {
+	t.Helper()
+	dir := t.TempDir()
+	l, err := Listen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, answer) })}
+	go func() { _ = server.Serve(l) }()
+	defer server.Close()
+	return GetPeers(t.Context(), dir)
 }
 
 // BenchmarkPeers is how long 5,000 peers take from the daemon to a command.
@@ -53,8 +68,9 @@ func BenchmarkPeers(b *testing.B) {
 	}
 	for b.Loop() {
 		r, w := io.Pipe()
-		go func() { _ = w.CloseWithError(p.stream(w)) }()
-		if got, err := readPeers(r); err != nil || len(got.Peers) != len(p.Peers) {
+		go func() { _ = w.CloseWithError(json.NewEncoder(w).Encode(p)) }()
+		var got Peers
+		if err := json.NewDecoder(r).Decode(&got); err != nil || len(got.Peers) != len(p.Peers) {
 			b.Fatal(err)
 		}
 	}

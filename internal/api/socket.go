@@ -198,11 +198,7 @@ func Handler(status func() Status, peers func() Peers, look func(context.Context
 		}
 		WriteJSON(w, status())
 	})
-	mux.HandleFunc("GET /peers", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		// An error here means that the client has disconnected.
-		_ = peers().stream(w)
-	})
+	mux.HandleFunc("GET /peers", func(w http.ResponseWriter, _ *http.Request) { WriteJSON(w, peers()) })
 	return mux
 }
 
@@ -244,16 +240,7 @@ const lookTimeout = 3 * time.Second
 
 // GetPeers requests the state of the daemon's peers.
 func GetPeers(ctx context.Context, runDir string) (Peers, error) {
-	answer, err := get(ctx, runDir, "/peers")
-	if err != nil {
-		return Peers{}, err
-	}
-	defer func() { _ = answer.Close() }()
-	all, err := readPeers(io.LimitReader(answer, maxAnswer))
-	if err != nil {
-		return Peers{}, fmt.Errorf("decoding /peers from %s: %w", SocketPath(runDir), err)
-	}
-	return all, nil
+	return getJSON[Peers](ctx, runDir, "/peers")
 }
 
 func getJSON[T any](ctx context.Context, runDir, what string) (v T, err error) {
