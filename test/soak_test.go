@@ -80,7 +80,11 @@ func TestSoak(t *testing.T) {
 			t.Fatal(err)
 		}
 		for i, n := range c.Nodes {
-			samples[i] = append(samples[i], soakSample{time.Since(began), usageOf(t, daemons[i].PID), c.goroutines(n), kernelObjects(t, n)})
+			now := c.metrics(n)
+			samples[i] = append(samples[i], soakSample{
+				at: time.Since(began), usage: usageOf(t, daemons[i].PID), objects: kernelObjects(t, n),
+				goroutines: now("go_goroutines"), collected: now("go_memstats_next_gc_bytes"), mapped: now("go_memstats_sys_bytes"),
+			})
 		}
 		if time.Since(told) > 5*time.Minute {
 			told = time.Now()
@@ -135,12 +139,14 @@ type soakSample struct {
 	at         time.Duration
 	usage      usage
 	goroutines int
+	collected  int // bytes of the heap at which Go collects next: about twice what is live
+	mapped     int // bytes that Go's runtime has from the kernel
 	objects    int // of the kernel
 }
 
 func (s soakSample) String() string {
-	return fmt.Sprintf("after %v %.1f MB resident (%.1f without the program's file), %d goroutines, %d threads, %d descriptors, %d kernel objects",
-		s.at.Round(time.Second), float64(s.usage.resident)/1e6, float64(s.usage.anonymous)/1e6, s.goroutines, s.usage.threads, s.usage.descriptors, s.objects)
+	return fmt.Sprintf("after %v %.1f MB resident (%.1f without the program's file), next collection at %.1f MB, %.1f MB mapped, %d goroutines, %d threads, %d descriptors, %d kernel objects",
+		s.at.Round(time.Second), float64(s.usage.resident)/1e6, float64(s.usage.anonymous)/1e6, float64(s.collected)/1e6, float64(s.mapped)/1e6, s.goroutines, s.usage.threads, s.usage.descriptors, s.objects)
 }
 
 type soakSamples []soakSample
@@ -168,9 +174,18 @@ func (all soakSamples) check(t *testing.T) {
 		}
 	}
 	first, last := rest[0].at, rest[len(rest)-1].at
-	slope, mean := line(rest, func(s soakSample) int { return s.usage.anonymous })
-	t.Logf("without the program's file: %.1f MB on average, slope %+.0f KB an hour", mean/1e6, slope*3600/1e3)
-	slope, mean = line(rest, func(s soakSample) int { return s.usage.resident })
+	for _, part := range []struct {
+		name string
+		of   func(soakSample) int
+	}{
+		{"without the program's file", func(s soakSample) int { return s.usage.anonymous }},
+		{"next collection", func(s soakSample) int { return s.collected }},
+		{"mapped", func(s soakSample) int { return s.mapped }},
+	} {
+		slope, mean := line(rest, part.of)
+		t.Logf("%s: %.1f MB on average, slope %+.0f KB an hour", part.name, mean/1e6, slope*3600/1e3)
+	}
+	slope, mean := line(rest, func(s soakSample) int { return s.usage.resident })
 	t.Logf("resident: %.1f MB on average, slope %+.0f KB an hour over %v", mean/1e6, slope*3600/1e3, (last - first).Round(time.Second))
 	if growth := slope * (last - first).Seconds(); growth > mean/20 {
 		t.Errorf("resident memory has grown by %.0f KB from %.0f", growth/1e3, mean/1e3)
@@ -202,19 +217,22 @@ func line(all soakSamples, of func(soakSample) int) (slope, mean float64) {
 	return above / below, mean
 }
 
-// goroutines returns how many goroutines a node's daemon has.
-func (c *cluster) goroutines(n *lab.Node) int {
+// metrics reads a node's metrics, and returns what finds one without labels.
+func (c *cluster) metrics(n *lab.Node) func(name string) int {
 	c.t.Helper()
 	_, text := c.get(n, "/metrics")
-	for line := range strings.Lines(text) {
-		if value, ok := strings.CutPrefix(line, "go_goroutines "); ok {
-			if count, err := strconv.Atoi(strings.TrimSpace(value)); err == nil {
-				return count
+	return func(name string) int {
+		c.t.Helper()
+		for line := range strings.Lines(text) {
+			if value, ok := strings.CutPrefix(line, name+" "); ok {
+				if number, err := strconv.ParseFloat(strings.TrimSpace(value), 64); err == nil {
+					return int(number)
+				}
 			}
 		}
+		c.t.Fatalf("the metrics have no %s", name)
+		return 0
 	}
-	c.t.Fatal("the metrics have no go_goroutines")
-	return 0
 }
 
 // kernelObjects counts a node's links, addresses, routes, rules, queueing disciplines,
