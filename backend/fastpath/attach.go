@@ -19,13 +19,22 @@ import (
 func (p *Path) fill(want contents) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	err := errors.Join(
+	var err error
+	if p.unsure {
+		err = errors.Join(
+			prune(p.loaded.Maps["sent"], want.counted),
+			prune(p.loaded.Maps["peers"], want.peers),
+			prune(p.loaded.Maps["sources"], want.sources),
+			prune(p.loaded.Maps["tunnels"], want.tunnels),
+		)
+	}
+	err = errors.Join(err,
 		fillKeys(p.loaded.Maps["sent"], p.held.counted, want.counted),
 		fillMap(p.loaded.Maps["peers"], p.held.peers, want.peers),
 		fillKeys(p.loaded.Maps["sources"], p.held.sources, want.sources),
 		fillMap(p.loaded.Maps["tunnels"], p.held.tunnels, want.tunnels),
 	)
-	if err != nil {
+	if p.unsure = err != nil; p.unsure {
 		p.held = contents{} // write everything next time
 		return fmt.Errorf("filling the fast path's maps: %w", err)
 	}
@@ -57,6 +66,20 @@ func deleteUnwanted[K comparable, V any](m *ebpf.Map, have, want map[K]V) error 
 		}
 	}
 	return nil
+}
+
+// prune deletes what is in a map, by whatever call it came there, and not wanted.
+func prune[K comparable, V any](m *ebpf.Map, want map[K]V) error {
+	there := make(map[K]V)
+	var key K
+	err := m.NextKey(nil, &key)
+	for ; err == nil; err = m.NextKey(&key, &key) {
+		there[key] = *new(V)
+	}
+	if !errors.Is(err, ebpf.ErrKeyNotExist) { // there are no more
+		return err
+	}
+	return deleteUnwanted(m, there, want)
 }
 
 // fillKeys is fillMap for a map of counters, which begin at zero.

@@ -85,6 +85,7 @@ type Path struct {
 	mu      sync.Mutex                             // held briefly; taken after following if both are
 	loaded  *ebpf.Collection                       // nil if off or not loadable, see why; changed with both held
 	held    contents                               // last written to the maps
+	unsure  bool                                   // that was not written whole: the maps may hold what an earlier call wrote
 	seen    map[firewall.Source]firewall.Exchanged // by the last call of Passed
 	on      bool
 	refused bool // loaded, but not to be used with the last state

@@ -681,6 +681,52 @@ func TestContents(t *testing.T) {
 	}
 }
 
+// TestFillAfterFailure checks that the maps hold nothing of peers that left while they could
+// not be written: here because a map is full, with the kernel also for lack of memory.
+func TestFillAfterFailure(t *testing.T) {
+	p := open(t)
+	count := func(name string) (n int) {
+		t.Helper()
+		var key []byte
+		err := p.loaded.Maps[name].NextKey(nil, &key)
+		for ; err == nil; err = p.loaded.Maps[name].NextKey(key, &key) {
+			n++
+		}
+		if !errors.Is(err, ebpf.ErrKeyNotExist) {
+			t.Fatal(err)
+		}
+		return n
+	}
+	with := func(tunnels, peers int) contents {
+		c := contents{tunnels: make(map[uint32]tunnel), peers: make(map[peerKey]peer), counted: make(map[peerKey]struct{}), sources: make(map[sourceKey]struct{})}
+		for i := range tunnels {
+			c.tunnels[uint32(i)] = tunnel{}
+		}
+		for i := range peers {
+			key := macKey(4, host.MAC{2, 0, 0, 0, 1, byte(i)})
+			c.peers[key], c.counted[key] = peer{}, struct{}{}
+			c.sources[sourceKey{Bits: 24, Outer: addressOf(netip.AddrFrom4([4]byte{192, 0, 2, byte(i)}))}] = struct{}{}
+		}
+		return c
+	}
+	for i, step := range []struct {
+		contents
+		fails bool
+	}{{with(1, 9), false}, {with(3, 12), true}, {with(3, 7), true}, {with(2, 2), false}, {with(1, 1), false}} { // the map of tunnels takes two
+		if err := p.fill(step.contents); (err != nil) != step.fails {
+			t.Fatalf("step %d: %v", i, err)
+		}
+		if step.fails {
+			continue
+		}
+		for name, want := range map[string]int{"tunnels": len(step.tunnels), "peers": len(step.peers), "sent": len(step.counted), "sources": len(step.sources)} {
+			if n := count(name); n != want {
+				t.Errorf("step %d: %d entries in %s, want %d", i, n, name, want)
+			}
+		}
+	}
+}
+
 // TestContentsOfUserspaceTunnel checks what the maps hold for the userspace datapath's tunnel:
 // peers by their prefixes, of which the program tries the longest first.
 func TestContentsOfUserspaceTunnel(t *testing.T) {
