@@ -122,14 +122,22 @@ func TestSortWarnings(t *testing.T) {
 }
 
 // TestRing checks that the ring keeps the last lines, whole ones, and not more than it
-// should.
+// should, and that it takes no memory for what is written after the first line.
 func TestRing(t *testing.T) {
 	var r api.Ring
 	line := []byte(strings.Repeat("x", 99) + "\n")
-	for range 20000 {
-		if n, err := r.Write(line); n != len(line) || err != nil {
-			t.Fatal(n, err)
+	_, _ = r.Write(line)
+	if got := r.Bytes(); string(got) != string(line) {
+		t.Errorf("of one line it keeps %q", got)
+	}
+	if n := testing.AllocsPerRun(1, func() {
+		for range 10000 {
+			if n, err := r.Write(line); n != len(line) || err != nil {
+				t.Fatal(n, err)
+			}
 		}
+	}); n > 0 {
+		t.Errorf("%v allocations for 10,000 lines", n)
 	}
 	_, _ = r.Write([]byte("the last\n"))
 	got := r.Bytes()
