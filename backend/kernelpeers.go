@@ -18,13 +18,13 @@ type kernelWay struct {
 // ways returns how the last plan reaches each peer. A route whose gateway is the peer's
 // own underlay address is direct, without a tunnel.
 func (w Planned) ways() []kernelWay {
-	outer := make(map[netip.Prefix]netip.Addr)
+	outer := make(map[netip.Prefix]netip.Addr, len(w.State.Routes))
 	for _, t := range w.State.Firewall.Tunnels {
 		for _, s := range t.Peers {
 			outer[s.Inner] = s.Outer
 		}
 	}
-	var all []kernelWay
+	all := make([]kernelWay, 0, len(w.State.Routes))
 	for _, r := range w.State.Routes {
 		if r.Link == "" {
 			continue // unreachable
@@ -76,30 +76,35 @@ func (k *Kernel) Peers() ([]api.PeerState, int) {
 		fast = k.options.FastPath.Exchanged()
 	}
 	counted, err := firewall.Counts(w.State.Firewall)
-	if err != nil {
-		counted = nil // what cannot be read is not shown
-	}
-	var all []api.PeerState
-	for _, to := range w.ways() {
-		s := api.PeerState{Subnet: to.Inner, PublicIP: to.Outer, Way: way}
+	ways := w.ways()
+	all := make([]api.PeerState, len(ways))
+	counts := make([]struct {
+		sent, received api.PeerCount
+		drops          uint64
+	}, len(ways))
+	for i, to := range ways {
+		s, n := &all[i], &counts[i]
+		*s = api.PeerState{Subnet: to.Inner, PublicIP: to.Outer, Way: way}
 		if to.direct {
 			s.Way = api.WayDirect
 		}
-		k.prober.Describe(&s, now)
-		if counted != nil {
-			sent, received := counted[firewall.Source{Inner: to.Inner}].Sent, counted[firewall.Source{Inner: to.Inner}].Received
-			if !to.direct {
-				drops := counted[firewall.Source{Outer: to.Outer}].Dropped
-				s.Drops = &drops
-				received = counted[to.Source].Received
-				e := fast[to.Source]
-				sent.Packets, sent.Bytes = sent.Packets+e.Sent.Packets, sent.Bytes+e.Sent.Bytes
-				received.Packets, received.Bytes = received.Packets+e.Received.Packets, received.Bytes+e.Received.Bytes
-			}
-			s.Sent = &api.PeerCount{Packets: sent.Packets, Bytes: sent.Bytes}
-			s.Received = &api.PeerCount{Packets: received.Packets, Bytes: received.Bytes}
+		k.prober.Describe(s, now)
+		if err != nil {
+			continue // what cannot be read is not shown
 		}
-		all = append(all, s)
+		s.Sent, s.Received = &n.sent, &n.received
+		n.sent = api.PeerCount(counted.Sent[to.Inner])
+		if to.direct {
+			n.received = api.PeerCount(counted.Direct[to.Inner])
+			continue
+		}
+		e := fast[to.Source]
+		n.sent.Packets += e.Sent.Packets
+		n.sent.Bytes += e.Sent.Bytes
+		n.received = api.PeerCount(counted.Received[to.Source])
+		n.received.Packets += e.Received.Packets
+		n.received.Bytes += e.Received.Bytes
+		n.drops, s.Drops = counted.Dropped[to.Outer], &n.drops
 	}
 	return all, w.MTU
 }

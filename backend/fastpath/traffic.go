@@ -45,8 +45,8 @@ func (p *Path) exchanged() map[firewall.Source]firewall.Exchanged {
 	if p.loaded == nil || !p.on {
 		return nil
 	}
-	sent, err := sums[peerKey](p.loaded.Maps["sent"])
-	taken, failed := sums[sourceKey](p.loaded.Maps["sources"])
+	sent, err := sums[peerKey](p.loaded.Maps["sent"], len(p.held.pairs))
+	taken, failed := sums[sourceKey](p.loaded.Maps["sources"], len(p.held.pairs))
 	if err := errors.Join(err, failed); err != nil {
 		p.log.Debug("cannot read the fast path's counters", "error", err)
 		return nil
@@ -58,14 +58,14 @@ func (p *Path) exchanged() map[firewall.Source]firewall.Exchanged {
 	return all
 }
 
-// sums reads a map of counters, each summed over all CPUs.
-func sums[K comparable](m *ebpf.Map) (map[K]traffic, error) {
+// sums reads a map of about n counters, each summed over all CPUs.
+func sums[K comparable](m *ebpf.Map, n int) (map[K]traffic, error) {
 	const most = 1024 // entries in a call
 	var (
 		cpus   = ebpf.MustPossibleCPU()
 		keys   = make([]K, most)
 		values = make([]traffic, most*cpus)
-		all    = make(map[K]traffic)
+		all    = make(map[K]traffic, n)
 		cursor ebpf.MapBatchCursor
 	)
 	for {

@@ -14,7 +14,7 @@ func (st *state) peers() api.Peers {
 	st.mu.Lock()
 	s, path := st.current, st.path
 	st.mu.Unlock()
-	all := api.Peers{Node: s.Node, At: time.Now(), Peers: []api.PeerState{}}
+	all := api.Peers{Node: s.Node, At: time.Now(), Peers: make([]api.PeerState, 0, len(s.Peers))}
 	var known []api.PeerState
 	if path != nil {
 		known, all.MTU = path.Peers()

@@ -3,13 +3,12 @@ package firewall
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
-
-	"culvert/internal/names"
 )
 
 // Drops returns the number of packets dropped by culvert's rules, by reason, 0
@@ -56,17 +55,24 @@ func Drops(p Policy) map[string]uint64 {
 type Count struct{ Packets, Bytes uint64 }
 
 // Exchanged is the traffic with a peer in both.
-type Exchanged struct {
-	Sent, Received Count
-	Dropped        uint64 // packets with the peer's underlay address as source
+type Exchanged struct{ Sent, Received Count }
+
+// Counters is what the rules of a policy have counted by peer since its sets were created.
+type Counters struct {
+	Received map[Source]Count       // through a tunnel
+	Direct   map[netip.Prefix]Count // received from a subnet without a tunnel
+	Sent     map[netip.Prefix]Count // to a subnet
+	Dropped  map[netip.Addr]uint64  // packets with the peer's underlay address as source
 }
 
-// PeerCounters reads what the rules have accepted from each peer, on one socket.
+// PeerCounters reads the counters on one socket.
 type PeerCounters struct{ conn *netlink.Conn }
 
 // OpenPeerCounters opens the socket in the network namespace of the calling thread.
 func OpenPeerCounters() (PeerCounters, error) {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	// The kernel fills at most 32 KB of a reader's buffer. For each part of a dump it walks a
+	// set from the start (nft_rhash_walk), so that large parts matter.
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{MessageBufferSize: 32 << 10})
 	if err != nil {
 		err = refused("opening nftables", err)
 	}
@@ -85,59 +91,54 @@ func (c PeerCounters) Received(tunnels []TunnelRule) (map[Source]Count, error) {
 		if t.Device == "" {
 			continue
 		}
+		if len(all) == 0 {
+			all = make(map[Source]Count, len(t.Peers))
+		}
 		for _, s := range t.sets() {
-			elements, err := setElements(c.conn, nftables.TableFamilyINet, names.Table, s.name)
-			if err != nil {
-				return all, fmt.Errorf("reading the counters of the nftables set %s: %w", s.name, err)
-			}
-			for _, e := range elements {
-				if source, ok := s.sourceOf(e); ok && e.Counter != nil {
-					n := e.Counter
-					all[source] = Count{n.Packets, n.Bytes - min(n.Bytes, n.Packets*t.outerLen())}
-				}
+			if err := c.read(s, func(of Source, n Count) {
+				all[of] = Count{n.Packets, n.Bytes - min(n.Bytes, n.Packets*t.outerLen())}
+			}); err != nil {
+				return all, err
 			}
 		}
 	}
 	return all, nil
 }
 
-// Counts returns what the rules of a policy have counted by peer since its sets were
-// created. What was received without a tunnel, and what was sent, has no Outer; what
-// was dropped has no Inner.
-func Counts(p Policy) (map[Source]Exchanged, error) {
+// read calls each for the elements of a set that have counters.
+func (c PeerCounters) read(s set, each func(Source, Count)) error {
+	err := eachCounter(c.conn, s.name, func(key []byte, n Count) {
+		if of, ok := s.sourceOf(key); ok {
+			each(of, n)
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("reading the counters of the nftables set %s: %w", s.name, err)
+	}
+	return nil
+}
+
+// Counts reads all counters of a policy.
+func Counts(p Policy) (Counters, error) {
 	c, err := OpenPeerCounters()
 	if err != nil {
-		return nil, err
+		return Counters{}, err
 	}
-	all := make(map[Source]Exchanged)
-	received, err := c.Received(p.Tunnels)
-	for s, n := range received {
-		all[s] = Exchanged{Received: n}
+	all := Counters{
+		Direct: make(map[netip.Prefix]Count, len(p.Count.Direct)), Sent: make(map[netip.Prefix]Count, len(p.Count.Sent)),
+		Dropped: make(map[netip.Addr]uint64),
 	}
-	sets := p.Count.sets()
+	all.Received, err = c.Received(p.Tunnels)
+	for _, s := range p.Count.sets() {
+		to := all.Sent
+		if s.kind == origins {
+			to = all.Direct
+		}
+		err = errors.Join(err, c.read(s, func(of Source, n Count) { to[of.Inner] = n }))
+	}
 	for _, t := range p.Tunnels {
 		if t.Device != "" && t.Local.IsValid() {
-			sets = append(sets, t.nodes())
-		}
-	}
-	for _, s := range sets {
-		elements, failed := setElements(c.conn, nftables.TableFamilyINet, names.Table, s.name)
-		err = errors.Join(err, failed)
-		for _, element := range elements {
-			of, ok := s.sourceOf(element)
-			if !ok || element.Counter == nil {
-				continue
-			}
-			e := all[of]
-			switch n := (Count{element.Counter.Packets, element.Counter.Bytes}); s.kind {
-			case outerAddresses:
-				e.Dropped = n.Packets
-			case destinations:
-				e.Sent = n
-			default:
-				e.Received = n
-			}
-			all[of] = e
+			err = errors.Join(err, c.read(t.nodes(), func(of Source, n Count) { all.Dropped[of.Outer] = n.Packets }))
 		}
 	}
 	return all, errors.Join(err, c.Close())

@@ -2,6 +2,7 @@ package firewall
 
 import (
 	"encoding/binary"
+	"iter"
 	"slices"
 	"strings"
 
@@ -9,11 +10,12 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"culvert/internal/names"
 )
 
 // nfDump dumps nftables objects that google/nftables does not decode
-// completely: verdicts of maps, counters of elements, and devices of ingress
-// hooks.
+// completely: verdicts of maps, and devices of ingress hooks.
 func nfDump(kind uint16, family nftables.TableFamily, names map[uint16]string) ([]netlink.Message, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
@@ -57,7 +59,7 @@ func nfNested(d *netlink.AttributeDecoder, each func(d *netlink.AttributeDecoder
 	d.Do(func(b []byte) error { return nfAttrs(b, each) })
 }
 
-// setElements dumps a set's elements with verdicts and counters.
+// setElements dumps a set's elements with verdicts.
 func setElements(c *netlink.Conn, family nftables.TableFamily, table, set string) ([]nftables.SetElement, error) {
 	messages, err := nfDumpBy(c, unix.NFT_MSG_GETSETELEM, family, map[uint16]string{unix.NFTA_SET_ELEM_LIST_TABLE: table, unix.NFTA_SET_ELEM_LIST_SET: set})
 	if err != nil {
@@ -114,23 +116,53 @@ func decodeSetElement(d *netlink.AttributeDecoder, e *nftables.SetElement) {
 		value(&e.Val)
 	case unix.NFTA_SET_ELEM_FLAGS:
 		e.IntervalEnd = d.Uint32()&unix.NFT_SET_ELEM_INTERVAL_END != 0
-	case unix.NFTA_SET_ELEM_EXPR:
-		nfNested(d, func(d *netlink.AttributeDecoder) {
-			if d.Type() != unix.NFTA_EXPR_DATA {
+	}
+}
+
+// eachCounter calls each for the elements with counters of a set in culvert's table. key is
+// valid during the call. A set has an element per peer, so nothing is allocated for one.
+func eachCounter(c *netlink.Conn, set string, each func(key []byte, n Count)) error {
+	messages, err := nfDumpBy(c, unix.NFT_MSG_GETSETELEM, nftables.TableFamilyINet,
+		map[uint16]string{unix.NFTA_SET_ELEM_LIST_TABLE: names.Table, unix.NFTA_SET_ELEM_LIST_SET: set})
+	if err != nil {
+		return err
+	}
+	for _, m := range messages {
+		if len(m.Data) < 4 {
+			continue
+		}
+		for _, element := range attributes(find(m.Data[4:], unix.NFTA_SET_ELEM_LIST_ELEMENTS)) {
+			counter := find(find(element, unix.NFTA_SET_ELEM_EXPR), unix.NFTA_EXPR_DATA)
+			packets, bytes := find(counter, unix.NFTA_COUNTER_PACKETS), find(counter, unix.NFTA_COUNTER_BYTES)
+			if len(packets) == 8 && len(bytes) == 8 {
+				each(find(find(element, unix.NFTA_SET_ELEM_KEY), unix.NFTA_DATA_VALUE), Count{binary.BigEndian.Uint64(packets), binary.BigEndian.Uint64(bytes)})
+			}
+		}
+	}
+	return nil
+}
+
+// attributes iterates over the netlink attributes in b: types without flags, and values.
+func attributes(b []byte) iter.Seq2[uint16, []byte] {
+	return func(yield func(uint16, []byte) bool) {
+		for len(b) >= unix.SizeofNlAttr {
+			n := int(binary.NativeEndian.Uint16(b))
+			if n < unix.SizeofNlAttr || n > len(b) || !yield(binary.NativeEndian.Uint16(b[2:])&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER), b[unix.SizeofNlAttr:n]) {
 				return
 			}
-			c := &expr.Counter{}
-			nfNested(d, func(d *netlink.AttributeDecoder) {
-				switch d.Type() {
-				case unix.NFTA_COUNTER_BYTES:
-					c.Bytes = d.Uint64()
-				case unix.NFTA_COUNTER_PACKETS:
-					c.Packets = d.Uint64()
-				}
-			})
-			e.Counter = c
-		})
+			b = b[min(len(b), (n+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1)):]
+		}
 	}
+}
+
+// find returns the value of the first attribute of a type in b; nil if there is none.
+func find(b []byte, kind uint16) []byte {
+	for k, value := range attributes(b) {
+		if k == kind {
+			return value
+		}
+	}
+	return nil
 }
 
 // hookLinks returns the devices of chains at ingress hooks, by table and chain.

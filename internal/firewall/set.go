@@ -351,20 +351,20 @@ func elements(all []Source) []nftables.SetElement {
 	return list
 }
 
-// sourceOf decodes an element; false if elements does not produce such a key.
-func (s set) sourceOf(e nftables.SetElement) (Source, bool) {
+// sourceOf decodes the key of an element; false if elements does not produce such a key.
+func (s set) sourceOf(key []byte) (Source, bool) {
 	switch s.kind {
 	case outerAddresses:
-		outer, ok := netip.AddrFromSlice(e.Key)
-		return Source{Outer: outer}, ok && len(e.KeyEnd) == 0
+		outer, ok := netip.AddrFromSlice(key)
+		return Source{Outer: outer}, ok
 	case destinations, origins:
-		inner, ok := netip.AddrFromSlice(e.Key)
+		inner, ok := netip.AddrFromSlice(key)
 		p := netip.PrefixFrom(inner, s.bits)
-		return Source{Inner: p}, ok && len(e.KeyEnd) == 0 && p.IsValid() && p == p.Masked()
+		return Source{Inner: p}, ok && p.IsValid() && p == p.Masked()
 	}
-	n := len(e.Key) / 2
-	outer, ok1 := netip.AddrFromSlice(e.Key[:n])
-	inner, ok2 := netip.AddrFromSlice(e.Key[n:])
+	n := len(key) / 2
+	outer, ok1 := netip.AddrFromSlice(key[:n])
+	inner, ok2 := netip.AddrFromSlice(key[n:])
 	source := Source{outer, netip.PrefixFrom(inner, s.bits)}
-	return source, ok1 && ok2 && len(e.KeyEnd) == 0 && source.Inner.IsValid() && source.Inner == source.Inner.Masked()
+	return source, ok1 && ok2 && source.Inner.IsValid() && source.Inner == source.Inner.Masked()
 }

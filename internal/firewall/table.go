@@ -59,7 +59,7 @@ func (p Policy) table() *table {
 		out = append(out, tunnel.forwarded()...)
 		if line, ok := tunnel.departed(); ok {
 			departed = append(departed, line)
-			t.sets = append(t.sets, tunnel.nodes())
+			t.sets = append(t.sets, tunnel.allNodes())
 		}
 	}
 	for _, s := range p.Count.sets() {
@@ -243,9 +243,9 @@ func readTable(c *nftables.Conn, chains []*nftables.Chain) (*table, error) {
 		}
 		got := setOf(s)
 		for _, e := range list {
-			source, ok := got.sourceOf(e)
+			source, ok := got.sourceOf(e.Key)
 			got.elements = append(got.elements, source)
-			got.foreign = got.foreign || !ok
+			got.foreign = got.foreign || !ok || len(e.KeyEnd) > 0
 		}
 		t.sets = append(t.sets, got)
 	}

@@ -220,12 +220,18 @@ func (t TunnelRule) isNamed() rule {
 }
 
 // nodes returns the set of the underlay addresses of all nodes, including this
-// one.
+// one, without its elements.
 func (t TunnelRule) nodes() set {
 	s := set{name: "nodes4", kind: outerAddresses, is4: t.is4(), bits: -1}
 	if !t.is4() {
 		s.name = "nodes6"
 	}
+	return s
+}
+
+// allNodes is nodes with its elements.
+func (t TunnelRule) allNodes() set {
+	s := t.nodes()
 	addrs := map[netip.Addr]bool{t.Local: true}
 	s.elements = []Source{{Outer: t.Local}}
 	for _, p := range t.Peers {
