@@ -73,56 +73,61 @@ func (c *columns) Flush() error {
 		rows = append(rows, strings.Split(strings.TrimSuffix(line, "\n"), "\t"))
 	}
 	c.Reset()
-	rows = c.fit(rows, on)
-	widths := widthsOf(rows)
+	widths := c.fit(rows, on)
+	var b []byte
 	for _, row := range rows {
-		var b strings.Builder
+		b = b[:0]
+		indent := 0
 		for i, cell := range row[:len(row)-1] {
-			b.WriteString(cell)
-			b.WriteString(strings.Repeat(" ", widths[i]+gap-utf8.RuneCountInString(cell)))
+			b = append(b, cell...)
+			b = append(b, strings.Repeat(" ", widths[i]+gap-utf8.RuneCountInString(cell))...)
+			indent += widths[i] + gap
 		}
 		last := []string{row[len(row)-1]}
-		indent := utf8.RuneCountInString(b.String())
 		if on.wrap {
 			last = wrapped(last[0], on.width-indent)
 		}
-		b.WriteString(strings.Join(last, "\n"+strings.Repeat(" ", indent)))
-		if _, err := fmt.Fprintln(c.w, strings.TrimRight(b.String(), " ")); err != nil {
+		b = append(b, strings.Join(last, "\n"+strings.Repeat(" ", indent))...)
+		if _, err := c.w.Write(append(bytes.TrimRight(b, " "), '\n')); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// fit leaves out columns, or cuts one, until the rows fit the screen.
-func (c *columns) fit(rows [][]string, on screen) [][]string {
+// fit leaves out columns, or cuts one, until the rows fit the screen, and returns the
+// columns' widths.
+func (c *columns) fit(rows [][]string, on screen) (widths []int) {
+	widths = widthsOf(rows)
 	for _, heading := range c.dispensable {
-		if total(rows) <= on.width {
-			return rows
+		if total(widths) <= on.width {
+			return widths
 		}
 		if at := slices.Index(rows[0], heading); at >= 0 {
+			widths = slices.Delete(widths, at, at+1)
 			for i := range rows {
 				rows[i] = slices.Delete(rows[i], at, at+1)
 			}
 		}
 	}
 	if c.short == "" || len(rows) == 0 || !on.wrap {
-		return rows
+		return widths
 	}
 	at := slices.Index(rows[0], c.short)
-	if over := total(rows) - on.width; at >= 0 && over > 0 {
-		most := max(8, widthsOf(rows)[at]-over)
+	if over := total(widths) - on.width; at >= 0 && over > 0 {
+		most := max(8, widths[at]-over)
 		for _, row := range rows {
 			row[at] = shortened(row[at], most)
 		}
+		return widthsOf(rows)
 	}
-	return rows
+	return widths
 }
 
-// total returns the width of the widest row, with all cells aligned.
-func total(rows [][]string) int {
+// total returns the width of a row of these columns.
+func total(widths []int) int {
 	sum := -gap
-	for _, w := range widthsOf(rows) {
+	for _, w := range widths {
 		sum += w + gap
 	}
 	return sum

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -25,9 +26,15 @@ func addWatch(c *cobra.Command, every *time.Duration, what string) {
 // and is cut to the terminal's size. Elsewhere frames follow each other; tables have a
 // line with the time before them and an empty one between them.
 //
+// It raises GOGC, unless the environment sets it: what a command reads from the daemon takes
+// some MB with 5,000 peers, of which hardly anything can be freed before the command ends.
+//
 // If a frame other than the first fails, for example because the daemon restarts, the
 // error is shown in place of the table, and show continues with the next frame.
 func show(ctx context.Context, w io.Writer, every time.Duration, out output, frame func(context.Context, io.Writer) error) error {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(800)
+	}
 	switch {
 	case every < 0:
 		return usagef("--watch %s: a positive time", every)
