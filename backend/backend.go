@@ -72,6 +72,8 @@ type Node struct {
 	// TakeOver removes other programs' routes to leased subnets, such as those
 	// that flannel's host-gw backend left.
 	TakeOver bool
+	// PodBridges are the names of the bridges in the CNI records that are pods' gateways.
+	PodBridges []string
 	// ProbeInterval is how often a peer without traffic is probed; 0: not at all.
 	ProbeInterval time.Duration
 }

@@ -28,7 +28,7 @@ type Planned struct {
 // default route; masquerading of pods' traffic that leaves the cluster network;
 // and exemptions from other programs' FORWARD chains.
 func Base(n Node, s subnet.Snapshot) host.State {
-	var state host.State
+	state := host.State{Bridges: n.PodBridges}
 	for _, e := range s.Self.Endpoints {
 		network, ok := NetworkOf(s, e)
 		if !ok {

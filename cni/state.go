@@ -287,6 +287,34 @@ const DefaultBridge = "cni0"
 // are skipped.
 func RecordedBridges(dirs ...string) []string {
 	names := []string{DefaultBridge}
+	for _, d := range recordedDelegates(dirs) {
+		if !slices.Contains(names, d.Bridge) {
+			names = append(names, d.Bridge)
+		}
+	}
+	return names
+}
+
+// GatewayBridges returns the names of the bridges, in the records of the given data
+// directories, that are their pods' gateway.
+func GatewayBridges(dirs ...string) []string {
+	var names []string
+	for _, d := range recordedDelegates(dirs) {
+		if (d.IsGateway || d.IsDefaultGateway) && !slices.Contains(names, d.Bridge) {
+			names = append(names, d.Bridge)
+		}
+	}
+	return names
+}
+
+// recordedDelegate is a part of a record: the bridge plugin's configuration.
+type recordedDelegate struct {
+	Type, Bridge                string
+	IsGateway, IsDefaultGateway bool
+}
+
+func recordedDelegates(dirs []string) []recordedDelegate {
+	var all []recordedDelegate
 	for _, dir := range dirs {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
@@ -305,11 +333,11 @@ func RecordedBridges(dirs ...string) []string {
 				}
 				delegate = r.Delegate
 			}
-			c := struct{ Type, Bridge string }{Bridge: DefaultBridge}
-			if json.Unmarshal(delegate, &c) == nil && c.Type == "bridge" && c.Bridge != "" && !slices.Contains(names, c.Bridge) {
-				names = append(names, c.Bridge)
+			d := recordedDelegate{Bridge: DefaultBridge}
+			if json.Unmarshal(delegate, &d) == nil && d.Type == "bridge" && d.Bridge != "" {
+				all = append(all, d)
 			}
 		}
 	}
-	return names
+	return all
 }

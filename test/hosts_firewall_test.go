@@ -94,9 +94,21 @@ func testWornHost(t *testing.T, datapath string) {
 		}
 		return text
 	}
+	// Not all changes are announced by the kernel, so have the daemon look.
+	now := func(t *testing.T) (api.Status, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		return api.GetStatusNow(ctx, n.RunDir)
+	}
 	quiet := func(t *testing.T) {
 		t.Helper()
-		c.wait(n, "has no warnings", func(s api.Status) bool { return len(s.Warnings) == 0 })
+		eventually(t, "has no warnings", func() error {
+			s, err := now(t)
+			if len(s.Warnings) > 0 {
+				err = fmt.Errorf("%v", s.Warnings)
+			}
+			return err
+		})
 	}
 	reach(t)
 	quiet(t)
@@ -217,6 +229,15 @@ func testWornHost(t *testing.T, datapath string) {
 		{name: "F3: the pods' bridge does not forward", event: set("net/ipv4/conf/cni0/forwarding", "0"), repair: host.KindSysctl},
 		{name: "F3: the underlay does not forward", event: set("net/ipv4/conf/"+n.Link+"/forwarding", "0"), repair: host.KindSysctl},
 		{name: "F7: IPv6 is disabled on our device", event: set("net/ipv6/conf/"+device6+"/disable_ipv6", "1"), repair: host.KindSysctl},
+		{name: "the pods' bridge is set down", event: ipCommands("link set cni0 down"), repair: host.KindPods},
+		{name: "the pods' bridge loses its addresses", event: without(netlink.AddrList, netlink.AddrDel), repair: host.KindPods},
+		{name: "the pods' bridge loses its routes", event: without(netlink.RouteList, func(_ netlink.Link, r *netlink.Route) error { return netlink.RouteDel(r) }), repair: host.KindPods},
+		{name: "IPv6 is disabled on the pods' bridge", event: set("net/ipv6/conf/cni0/disable_ipv6", "1"), repair: host.KindPods},
+		{name: "a pod's link is taken from the bridge", event: podLink("nomaster"), check: "host-pods", says: "is not a port of the pods' bridge cni0", undo: podLink("master cni0")},
+		{
+			name: "a peer's address is unreachable", event: ipCommands("route add unreachable " + c.Nodes[1].Addrs[0].String() + "/32"), check: "underlay-route",
+			says: "tunnel packets to the peer " + c.Nodes[1].Addrs[0].String() + " have no route", undo: ipCommands("route del unreachable " + c.Nodes[1].Addrs[0].String() + "/32"),
+		},
 		{name: "strict reverse path filtering", event: set("net/ipv4/conf/"+device+"/rp_filter", "1"), repair: host.KindSysctl},
 		{
 			name: "F6: a route for part of this node's subnet via a peer", event: stale(netlink.RouteAdd), check: "foreign-route",
@@ -258,7 +279,7 @@ func testWornHost(t *testing.T, datapath string) {
 				end := time.Now().Add(70 * time.Second)
 				for text := ""; !strings.Contains(text, e.says); time.Sleep(200 * time.Millisecond) {
 					_ = reaches(t, pods)
-					s, err := c.status(n)
+					s, err := now(t)
 					if err == nil {
 						text = warned(s, e.check)
 					}
@@ -288,6 +309,38 @@ func testWornHost(t *testing.T, datapath string) {
 			reach(t)
 			quiet(t)
 		})
+	}
+}
+
+// without returns a function that deletes all of a kind from the pods' bridge.
+func without[T any](list func(netlink.Link, int) ([]T, error), del func(netlink.Link, *T) error) func() error {
+	return func() error {
+		l, err := netlink.LinkByName("cni0")
+		if err != nil {
+			return err
+		}
+		all, err := list(l, netlink.FAMILY_ALL)
+		for _, x := range all {
+			err = errors.Join(err, del(l, &x))
+		}
+		return err
+	}
+}
+
+// podLink returns a function that changes the first port of the pods' bridge, or a
+// former one: the pod's link.
+func podLink(change string) func() error {
+	return func() error {
+		links, err := netlink.LinkList()
+		if err != nil {
+			return err
+		}
+		for _, l := range links {
+			if l.Type() == "veth" && strings.HasPrefix(l.Attrs().Name, "veth") {
+				return runIP(strings.Fields("link set " + l.Attrs().Name + " " + change))
+			}
+		}
+		return errors.New("there is no link of a pod")
 	}
 }
 

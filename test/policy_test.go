@@ -44,6 +44,8 @@ func TestPolicies(t *testing.T) {
 	elsewhere, back := rule(func(r *netlink.Rule) { r.Src, r.Table = network, 100 })
 	forbid, allow := rule(func(r *netlink.Rule) { r.Dst, r.Type = network, unix.RTN_PROHIBIT })
 	route := &netlink.Route{Table: 100, Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, Gw: c.FabricAddrs[0].AsSlice()}
+	main := netlink.NewRule()
+	main.Priority, main.Table, main.Family = 32766, unix.RT_TABLE_MAIN, netlink.FAMILY_V4
 	var block []*netlink.XfrmPolicy
 	for _, dir := range []netlink.Dir{netlink.XFRM_DIR_OUT, netlink.XFRM_DIR_FWD} {
 		block = append(block, &netlink.XfrmPolicy{Src: network, Dst: network, Dir: dir, Action: netlink.XFRM_POLICY_BLOCK})
@@ -81,6 +83,12 @@ func TestPolicies(t *testing.T) {
 			check: "policy-route", finding: []string{"are refused (prohibit)", "100: from all to 10.5.0.0/16 prohibit, "},
 			ping:  "this host does not send to it: a prohibit route or rule refuses the packets",
 			trace: []string{"STOPPED at n1, route", "a prohibit route rejects them", "`ip rule`"},
+		},
+		{
+			name: "no rule for the main table", do: func() error { return netlink.RuleDel(main) }, undo: func() error { return netlink.RuleAdd(main) },
+			check: "policy-route", finding: []string{"have no route; this host has no policy rule for the main table", "fix: ip rule add priority 32766 lookup main"},
+			ping:  "network is unreachable",
+			trace: []string{"STOPPED at n1, route"},
 		},
 		{
 			name: "an IPsec policy", do: each(netlink.XfrmPolicyAdd), undo: each(netlink.XfrmPolicyDel),

@@ -88,6 +88,9 @@ func TestRepairs(t *testing.T) {
 			return c.Flush()
 		}},
 		{"forwarding is turned off", host.KindSysctl, func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0) }},
+		{"the device is made a port of a bridge", host.KindLink, func() error {
+			return ipCommands("link add br9 type bridge", "link set cvt.1 master br9", "link set br9 up")()
+		}},
 		{"another device has our name", host.KindLink, func() error {
 			for { // the daemon may be faster, and replace the device in between
 				l, err := netlink.LinkByName("cvt.1")

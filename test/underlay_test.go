@@ -135,6 +135,12 @@ func TestUnderlayScenarios(t *testing.T) {
 			},
 		},
 		{
+			name:      "the interface becomes a port of a bridge and keeps its address",
+			event:     []string{"link add br0 type bridge", "link set br0 up", "link set eth0 master br0"},
+			published: []string{four},
+			warned:    "underlay-port", mended: []string{"link set eth0 nomaster"},
+		},
+		{
 			name:      "P11 the MTU shrinks below what pods need",
 			event:     []string{"link set eth0 mtu 576"},
 			published: []string{four},

@@ -22,6 +22,8 @@ func Checks() []Check {
 
 		{"underlay-gone", "the underlay interface is gone", false},
 		{"underlay-address-gone", "the host does not have the address that peers send to", false},
+		{"underlay-route", "tunnel packets to a peer have no route", false},
+		{"underlay-port", "the underlay interface is a port of a bridge or bond, but has the underlay's addresses", false},
 		{"underlay-mtu", "the underlay's MTU leaves too little for pods", false},
 		{"outer-source", "the tunnel device sends from another address than the published one", false},
 		{"duplicate-address", "another machine on the link has this node's underlay address", false},
@@ -43,6 +45,7 @@ func Checks() []Check {
 		{"host-fdb", "FDB entries of culvert's device are missing, or wrong", false},
 		{"host-nftables", "culvert's nftables table was changed", false},
 		{"host-forward", "culvert's accept rules in other programs' chains are missing or misplaced", true},
+		{"host-pods", "the pods' bridge is down, or lacks its address, its route or a pod's link", false},
 		{"host-state", "the wanted state cannot be applied to the host", false},
 		{"foreign-address", "another program's address is on a device of culvert's", false},
 		{"foreign-route", "another program's route takes packets of the cluster network", false},

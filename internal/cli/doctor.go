@@ -118,7 +118,6 @@ func (o doctorOptions) examine(ctx context.Context) ([]doctor.Result, daemon.Dia
 		if len(h.Endpoints) == 0 {
 			h.Endpoints = s.Store.Endpoints
 		}
-		h.Ways = waysTo(asking, o.runDir)
 	} else {
 		h.NoDaemon = err
 		diagnosis, err = daemon.Diagnose(ctx, o.runDir)
@@ -213,21 +212,6 @@ func (o doctorOptions) mend(ctx context.Context, w io.Writer, results []doctor.R
 		fmt.Fprintln(w, "--fix can repair none of this")
 	}
 	return errors.Join(failed...)
-}
-
-// waysTo returns how the daemon sends packets to other nodes.
-func waysTo(ctx context.Context, runDir string) []doctor.Way {
-	peers, err := api.GetPeers(ctx, runDir)
-	if err != nil {
-		return nil
-	}
-	var ways []doctor.Way
-	for _, p := range peers.Peers {
-		if p.Way != api.WayNone {
-			ways = append(ways, doctor.Way{Node: p.Node, Subnet: p.Subnet, Direct: p.Way == api.WayDirect})
-		}
-	}
-	return ways
 }
 
 // probeNodes pings every node through the tunnel, and runs more checks on the ones that

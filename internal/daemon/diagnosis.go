@@ -14,6 +14,7 @@ import (
 	"culvert/backend/ipip"
 	"culvert/backend/tunnel"
 	"culvert/backend/vxlan"
+	"culvert/cni"
 	"culvert/internal/api"
 	"culvert/internal/host"
 	"culvert/internal/overlap"
@@ -123,7 +124,7 @@ func (o *Diagnosis) compareHost(ctx context.Context, d *node, s subnet.Snapshot)
 	s = s.WithoutOverlaps(overlap.HostNetworks(s.Config, f.Networks(d.podLinks())))
 	o.Snapshot = &s
 
-	n := backend.Node{Underlay: u, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel}
+	n := backend.Node{Underlay: u, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel, PodBridges: cni.GatewayBridges(cniDataDirs...)}
 	kind, _, err := choose(d.options.Datapath, s.Config.Backend.Type, host.Supports)
 	if err != nil {
 		o.warn("kernel", "", "%v", err)

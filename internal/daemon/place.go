@@ -278,7 +278,22 @@ func (s *session) underlayWarnings(h host.UnderlayState) []api.Warning {
 			Text: fmt.Sprintf("the underlay interface %s no longer exists: no tunnel packet can be sent", was.Name),
 		})
 	}
+	if h.PortOf != "" {
+		all = append(all, api.Warning{
+			Check: "underlay-port", Fix: fmt.Sprintf("move the addresses of %s to %s", h.Now.Name, h.PortOf),
+			Text: fmt.Sprintf("%s is a port of %s, which takes what arrives, but the underlay's addresses are on %s: packets of peers are lost", h.Now.Name, h.PortOf, h.Now.Name),
+		})
+	}
+	for _, a := range h.Duplicate {
+		all = append(all, api.Warning{
+			Check: "duplicate-address", Fix: "give one of the two machines another address",
+			Text: fmt.Sprintf("another machine on the link has %s, so this host does not use it (duplicate address detection failed); after %s the node uses another, if there is one", a, host.MoveAfter),
+		})
+	}
 	for _, a := range h.Missing {
+		if slices.Contains(h.Duplicate, a) {
+			continue
+		}
 		all = append(all, api.Warning{
 			Check: "underlay-address-gone", Fix: fmt.Sprintf("ip address add %s/... dev %s", a, h.Now.Name),
 			Text: fmt.Sprintf("this host no longer has the address %s, to which its peers send; after %s the node uses another, if there is one", a, host.MoveAfter),

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"culvert/backend"
+	"culvert/cni"
 	"culvert/internal/host"
 	"culvert/subnet"
 )
@@ -41,6 +42,7 @@ func (d *node) serve(ctx context.Context, r store, t grant) error {
 		s.at, s.backend = at, config.Backend
 		node := backend.Node{
 			Underlay: at.underlay, PublicIPs: at.publics, IPMasq: d.options.IPMasq, NoMasq: d.options.NoMasq, TakeOver: d.options.TakeOverFlannel, ProbeInterval: d.options.ProbeInterval,
+			PodBridges: cni.GatewayBridges(cniDataDirs...),
 		}
 		if s.last == nil && d.interrupts(config, s.lease, node) {
 			if err := s.lookAhead(ctx); err != nil {

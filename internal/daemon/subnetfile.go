@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"culvert/cni"
 	"culvert/internal/api"
 	"culvert/internal/boottime"
@@ -26,7 +28,8 @@ type subnetFile struct {
 	mu      sync.Mutex
 	env     cni.SubnetEnv
 	written bool
-	removed bool // for good
+	is      os.FileInfo // of the file as written
+	removed bool        // for good
 }
 
 // subnetEnv builds the content of subnet.env.
@@ -76,7 +79,19 @@ func (f *subnetFile) put(env cni.SubnetEnv) error {
 		return fmt.Errorf("writing %s: %w", f.path, err)
 	}
 	f.env, f.written = env, true
+	f.is, _ = os.Lstat(f.path) // on an error it counts as changed
 	return nil
+}
+
+// changed reports whether another program has removed, replaced or changed the file.
+func (f *subnetFile) changed() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.written {
+		return false
+	}
+	is, err := os.Lstat(f.path)
+	return err != nil || f.is == nil || !os.SameFile(is, f.is) || is.Size() != f.is.Size() || !is.ModTime().Equal(f.is.ModTime())
 }
 
 // remove removes the file for good, after the subnet is lost or released.
@@ -90,11 +105,11 @@ func (f *subnetFile) remove() error {
 	return nil
 }
 
-// extend updates the expiry in the file, if it was written.
+// extend writes the file again with the lease's expiry, if it was written before.
 func (f *subnetFile) extend(until time.Time) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !f.written || f.env.Expires.Equal(until) {
+	if !f.written {
 		return nil
 	}
 	env := f.env
@@ -164,13 +179,19 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 				continue
 			}
 			d.state.setLease(l)
-			if !f.due(now, l.Expires) {
+			changed := f.changed()
+			if !changed && !f.due(now, l.Expires) {
 				continue
 			}
-			// If this fails, the existing file is valid until its expiry.
+			// If this fails, the existing file, if there is one, is valid until its expiry.
 			err := f.extend(l.Expires)
-			if err != nil && !failing {
+			switch {
+			case err != nil && !failing && changed:
+				d.log.Error("another program removed or changed subnet.env, and it cannot be written again; the CNI plugin refuses pods", "error", err)
+			case err != nil && !failing:
 				d.log.Error("cannot write the lease's new expiry to subnet.env; the CNI plugin will refuse pods after the old one", "error", err)
+			case err == nil && changed:
+				d.log.Warn("another program removed or changed subnet.env; it is written again", "file", f.path)
 			}
 			if failing = err != nil; failing {
 				d.state.setWarnings("subnet-file", subnetFileWarning(err))
@@ -183,7 +204,11 @@ func (d *node) renewSubnetFile(ctx context.Context, f *subnetFile, held func() (
 
 // subnetFileWarning warns that subnet.env cannot be written.
 func subnetFileWarning(err error) api.Warning {
-	return api.Warning{Check: "subnet-file", Text: err.Error(), Fix: "make room for it, or name another place with --subnet-file"}
+	w := api.Warning{Check: "subnet-file", Text: err.Error(), Fix: "make room for it, or name another place with --subnet-file"}
+	if p := (*os.LinkError)(nil); errors.As(err, &p) && (errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ENOTEMPTY)) {
+		w.Text, w.Fix = fmt.Sprintf("%s is a directory, so no pod can be added", p.New), "rmdir "+p.New
+	}
+	return w
 }
 
 // verifyLease has the registry verify the lease in the store, if its leases can expire.

@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -100,5 +101,48 @@ func TestF5ClockIsSet(t *testing.T) {
 	c.up -= time.Hour
 	if _, suspended := c.look(); (suspended - time.Hour).Abs() > clockSlack {
 		t.Errorf("suspended for %s, not an hour", suspended)
+	}
+}
+
+// Another program removes, empties or replaces the file: it is found changed, and written
+// again. A directory in its place is named.
+func TestSubnetFileIsRestored(t *testing.T) {
+	f := &subnetFile{path: filepath.Join(t.TempDir(), "subnet.env")}
+	if f.changed() {
+		t.Error("a file that was not written is changed")
+	}
+	if err := f.write(cni.SubnetEnv{
+		Networks: []netip.Prefix{netip.MustParsePrefix("10.5.0.0/16")}, Gateways: []netip.Prefix{netip.MustParsePrefix("10.5.72.1/24")}, MTU: 1450,
+	}); err != nil || f.changed() {
+		t.Fatalf("changed %t (%v)", f.changed(), err)
+	}
+	want, err := os.ReadFile(f.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, harm := range map[string]func() error{
+		"removed": func() error { return os.Remove(f.path) },
+		"emptied": func() error { return os.Truncate(f.path, 0) },
+		"a link":  func() error { return errors.Join(os.Remove(f.path), os.Symlink("/dev/null", f.path)) },
+	} {
+		if err := harm(); err != nil {
+			t.Fatal(err)
+		}
+		if !f.changed() {
+			t.Errorf("%s: not noticed", name)
+		}
+		if err := f.extend(f.env.Expires); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if got, err := os.ReadFile(f.path); err != nil || string(got) != string(want) || f.changed() {
+			t.Errorf("%s: afterwards it is %q, changed %t (%v)", name, got, f.changed(), err)
+		}
+	}
+	if err := errors.Join(os.Remove(f.path), os.Mkdir(f.path, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	err = f.extend(f.env.Expires)
+	if w := subnetFileWarning(err); err == nil || !f.changed() || w.Fix != "rmdir "+f.path {
+		t.Errorf("a directory: changed %t, %v, %+v", f.changed(), err, w)
 	}
 }

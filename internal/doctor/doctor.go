@@ -81,8 +81,6 @@ type Host struct {
 	// send to; empty if unknown.
 	Underlay string
 	Addrs    []netip.Addr
-	// Ways are how packets should go to other nodes' pods; empty if unknown.
-	Ways []Way
 	// Endpoints are the store's endpoints: scheme://host:port.
 	Endpoints []string
 	// Port is the tunnel's UDP port.
@@ -110,7 +108,6 @@ func Checks() []Check {
 		{"kernel", "kernel features", kernel},
 		{"daemon", "node daemon", daemon},
 		{"host-state", "host state", state},
-		{"policy-route", "policy routing", routing},
 		{"store-latency", "store", store},
 		{"port-taken", "tunnel port", port},
 		{"duplicate-address", "underlay address", duplicate},

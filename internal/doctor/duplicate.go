@@ -37,7 +37,7 @@ func duplicate(ctx context.Context, h Host) (string, []Finding) {
 		}
 		if a.Is6() {
 			for _, f := range facts.Addrs {
-				if f.Prefix.Addr() == a && f.Tentative {
+				if f.Prefix.Addr() == a && f.Duplicate && h.Status == nil { // else the daemon warns of it
 					all = append(all, bad(fix, "the kernel found %s on another machine of the link, and does not use it", a))
 				}
 			}

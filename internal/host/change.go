@@ -14,11 +14,12 @@ const (
 	KindNFTables  Kind = "nftables"
 	KindForward   Kind = "forward" // the accept rule in another program's FORWARD chain
 	KindFastPath  Kind = "fast-path"
+	KindPods      Kind = "pods" // the pods' bridge
 )
 
 // Kinds returns all kinds, in the order in which reports list them.
 func Kinds() []Kind {
-	return []Kind{KindSysctl, KindLink, KindAddress, KindFDB, KindNeighbour, KindRoute, KindNFTables, KindForward, KindFastPath}
+	return []Kind{KindSysctl, KindLink, KindAddress, KindFDB, KindNeighbour, KindRoute, KindNFTables, KindForward, KindFastPath, KindPods}
 }
 
 // Change is one change of the kernel's state, made or planned.

@@ -30,7 +30,8 @@ type step struct {
 //  3. remove devices that are unwanted or cannot be changed into what is wanted
 //  4. add devices and their addresses, FDB entries, neighbours, then routes; remove
 //     replaced routes and stale ones of other programs
-//  5. nftables: add our sets, then change our table in one transaction and other
+//  5. restore the pods' bridge
+//  6. nftables: add our sets, then change our table in one transaction and other
 //     programs' chains in another
 func diff(have reading, want State) []step {
 	var d differ
@@ -39,7 +40,7 @@ func diff(have reading, want State) []step {
 	gone := d.condemned(have, want)
 	d.routes(have, want, gone)
 	stale, _ := foreignRoutes(have, want)
-	return slices.Concat(d.before, d.down, d.links(have, want, gone), d.up, d.after, stale, firewallSteps(have, want))
+	return slices.Concat(d.before, d.down, d.links(have, want, gone), d.up, d.after, stale, podBridgeSteps(have), firewallSteps(have, want))
 }
 
 // differ collects the steps before and after those that change devices.
@@ -228,6 +229,9 @@ func adjustSteps(have reading, h, w Link) []step {
 	}
 	if w.VXLAN != nil && h.VXLAN != nil && h.VXLAN.MAC != w.VXLAN.MAC {
 		add(KindLink, func(wr *writer) error { return wr.setMAC(w.Name, w.VXLAN.MAC) }, "ip link set %s address %s", w.Name, w.VXLAN.MAC)
+	}
+	if have.devices[w.Name].port {
+		add(KindLink, func(wr *writer) error { return wr.release(w.Name) }, "ip link set %s nomaster", w.Name)
 	}
 	if w.MTU != 0 && h.MTU != w.MTU {
 		add(KindLink, func(wr *writer) error { return wr.setMTU(w.Name, w.MTU) }, "ip link set %s mtu %d", w.Name, w.MTU)

@@ -28,6 +28,8 @@ type LinkFact struct {
 	Name   string
 	MTU    int // in bytes of an IP packet
 	Master int // index of the bridge or bond that it is a port of; 0 if none
+	// Bridge is set for bridges, and for bonds and the like.
+	Bridge bool
 	// Local is set for loopback and dummy interfaces: no packet leaves by them,
 	// and their addresses belong to the whole host.
 	Local bool
@@ -38,10 +40,11 @@ type AddrFact struct {
 	Link   int
 	Prefix netip.Prefix // host bits kept
 	Global bool         // scope global
-	// Tentative: duplicate address detection has not completed, or has failed.
+	// Tentative: duplicate address detection has not completed, or has failed
+	// (Duplicate: another machine has the address, and this host does not use it).
 	// Deprecated: the preferred lifetime is over. Temporary: a privacy address
 	// (RFC 8981).
-	Tentative, Deprecated, Temporary bool
+	Tentative, Duplicate, Deprecated, Temporary bool
 	// Dynamic: it has a lifetime (SLAAC, DHCP), or the kernel derives temporary
 	// addresses from it.
 	Dynamic bool
@@ -91,7 +94,8 @@ func readAddressing() (Facts, error) {
 		a := l.Attrs()
 		f.Links = append(f.Links, LinkFact{
 			Index: a.Index, Name: a.Name, MTU: a.MTU, Master: a.MasterIndex,
-			Local: a.Flags&net.FlagLoopback != 0 || l.Type() == "dummy",
+			Local:  a.Flags&net.FlagLoopback != 0 || l.Type() == "dummy",
+			Bridge: slices.Contains([]string{"bridge", "bond", "team", "openvswitch"}, l.Type()),
 		})
 	}
 	for _, a := range addrs {
@@ -111,6 +115,7 @@ func addrFact(a netlink.Addr) (AddrFact, bool) {
 		Link: a.LinkIndex, Prefix: p,
 		Global:     a.Scope == unix.RT_SCOPE_UNIVERSE,
 		Tentative:  a.Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_DADFAILED) != 0,
+		Duplicate:  a.Flags&unix.IFA_F_DADFAILED != 0,
 		Deprecated: a.Flags&unix.IFA_F_DEPRECATED != 0,
 		Temporary:  p.Addr().Is6() && a.Flags&unix.IFA_F_TEMPORARY != 0, // for IPv4 the bit means secondary
 		Dynamic:    a.Flags&unix.IFA_F_PERMANENT == 0 || a.Flags&unix.IFA_F_MANAGETEMPADDR != 0,
@@ -170,6 +175,12 @@ func (f Facts) bearers(a netip.Addr) []int {
 		}
 	}
 	return all
+}
+
+// duplicate reports whether the host does not use an address because another machine on
+// the link has it.
+func (f Facts) duplicate(a netip.Addr) bool {
+	return slices.ContainsFunc(f.Addrs, func(x AddrFact) bool { return x.Prefix.Addr() == a && x.Duplicate })
 }
 
 // HasAddrs reports whether the host has all of the addresses.

@@ -31,6 +31,10 @@ type StaleRoute struct {
 	Via netip.Addr
 }
 
+// connected6 is the metric of IPv6 routes that the kernel adds for an address
+// (IP6_RT_PRIO_ADDRCONF).
+const connected6 = 256
+
 // foreignOf describes another program's route; false for default routes and
 // those of the kernel or of router advertisements.
 func foreignOf(r rawRoute, linkNames map[int]string, ours map[netip.Prefix]bool) (foreignRoute, bool) {
@@ -109,7 +113,6 @@ func (s State) shadowed(f foreignRoute, underlay string) string {
 			continue
 		}
 		local := f.kind == unix.RTN_UNICAST && !f.Via.IsValid() && !f.hops && f.Link != underlay && !names.Managed(f.Link)
-		const connected6 = 256 // metric of routes the kernel adds for an address (IP6_RT_PRIO_ADDRCONF)
 		if local || f.To == own && f.Metric > 0 && (own.Addr().Is4() || f.Metric > connected6) {
 			return ""
 		}

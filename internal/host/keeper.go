@@ -29,6 +29,7 @@ type Keeper struct {
 	followers []Follower
 	watched   atomic.Pointer[watched]
 	others    survey // cached knowledge of other programs' routes
+	bridges   podBridges
 	hears     atomic.Bool
 	asked     chan chan<- struct{} // requests of Look; answered by closing
 
@@ -177,6 +178,9 @@ func (k *Keeper) repair() time.Duration {
 	if err != nil && (before == nil || before.Error() != err.Error()) {
 		k.log.Error("cannot apply the wanted state to the host", "error", err)
 	}
+	if k.bridges.again() {
+		return settle
+	}
 	if k.others.putOff {
 		return min(resync, max(settle, surveyShare*k.others.took-time.Since(k.others.at)))
 	}
@@ -209,12 +213,13 @@ func (k *Keeper) reconcile() (err error) {
 		return err
 	}
 	have.foreign = k.others.foreign
+	have.podBridges = k.bridges.find(have, want, k.others.leads)
 	isRepair := k.repairs(want)
 	k.next.State, k.planned = want, true
 	if len(want.Firewall.Forward) > 0 {
 		warnings := firewall.Obstacles(have.firewall, want.Firewall, have.podDevices(want))
 		_, routes := foreignRoutes(have, want)
-		k.obstacles(append(warnings, routes...))
+		k.obstacles(slices.Concat(warnings, routes, have.astray(want), k.bridges.cutOff(have, want)))
 		if i := slices.IndexFunc(warnings, func(w api.Warning) bool { return w.Check == firewall.CheckInput }); i >= 0 {
 			have.view.InputDrop = warnings[i].Text
 		}

@@ -33,10 +33,14 @@ type UnderlayState struct {
 	Now Underlay
 	// Gone is set if the link no longer exists.
 	Gone bool
-	// Missing are the addresses in use that the host does not have.
-	Missing []netip.Addr
+	// Missing are the addresses in use that the host does not have, or does not use since
+	// another machine has them: Duplicate.
+	Missing, Duplicate []netip.Addr
 	// Elsewhere are the addresses in use that only another link has.
 	Elsewhere []netip.Addr
+	// PortOf is the bridge or bond that takes what arrives by the link, although the link
+	// has an address in use; empty if none.
+	PortOf string
 	// Returned is set if the host has a former address again (Underlay.Former).
 	Returned bool
 }
@@ -58,6 +62,13 @@ func CheckUnderlay(f Facts, u Underlay) UnderlayState {
 	}
 	for _, a := range u.Addrs {
 		on := f.bearers(a)
+		if f.duplicate(a) {
+			h.Missing, h.Duplicate = append(h.Missing, a), append(h.Duplicate, a)
+			continue
+		}
+		if m, ok := f.link(l.Master); ok && m.Bridge && slices.Contains(on, u.Index) {
+			h.PortOf = m.Name
+		}
 		inPlace := func(index int) bool {
 			l, ok := f.link(index)
 			return ok && (index == u.Index || l.Local)

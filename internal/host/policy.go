@@ -14,21 +14,21 @@ import (
 // has culvert's routes. Other programs or the administrator create them.
 
 // PolicyRules returns the rules of a family that are not the kernel's own three, as `ip rule`
-// has them, with their priority first.
-func PolicyRules(is4 bool) []PolicyRule {
+// has them, with their priority first, and whether a rule for the main table exists.
+func PolicyRules(is4 bool) (found []PolicyRule, main bool) {
 	all, err := Retry(func() ([]netlink.Rule, error) { return netlink.RuleList(family(is4)) })
 	if err != nil {
-		return nil
+		return nil, true // a kernel without policy routing
 	}
-	var found []PolicyRule
 	for _, r := range all {
+		main = main || r.Table == unix.RT_TABLE_MAIN
 		switch [2]int{r.Priority, r.Table} {
 		case [2]int{0, unix.RT_TABLE_LOCAL}, [2]int{32766, unix.RT_TABLE_MAIN}, [2]int{32767, unix.RT_TABLE_DEFAULT}:
 			continue
 		}
 		found = append(found, PolicyRule{r.Priority, ruleText(r)})
 	}
-	return found
+	return found, main
 }
 
 // PolicyRule is a rule of policy routing.

@@ -33,6 +33,9 @@ func Preview(underlay int, p Planner) ([]Problem, State, error) {
 	problems := settingProblems(diff(have, want))
 	problems = append(problems, deviceProblems(have, want)...)
 	problems = append(problems, firewallProblems(have, want)...)
+	for _, w := range append(have.astray(want), new(podBridges).cutOff(have, want)...) {
+		problems = append(problems, Problem{Warning: w})
+	}
 	_, routes := foreignRoutes(have, want)
 	for _, w := range routes {
 		f := Problem{Warning: w}
@@ -68,6 +71,10 @@ func look(underlay int, p Planner) (have reading, want State, err error) {
 	others.end()
 	err = others.within(want.Firewall.Forward)
 	have.foreign = others.foreign
+	var bridges podBridges
+	for range 2 { // the routes have just been read
+		have.podBridges = bridges.find(have, want, others.leads)
+	}
 	return have, want, err
 }
 
@@ -107,8 +114,12 @@ func settingProblems(steps []step) []Problem {
 			KindLink: "culvert's devices are", KindAddress: "the addresses of culvert's devices are", KindRoute: "culvert's routes are",
 			KindNeighbour: "the neighbours of culvert's device are", KindFDB: "the FDB of culvert's device is", KindNFTables: "culvert's nftables table is",
 		}[kind]
+		text += " not as the leases require"
+		if kind == KindPods {
+			text = "the pods' bridge is not as the CNI plugin made it: packets do not reach pods"
+		}
 		problems = append(problems, Problem{
-			Warning: api.Warning{Check: "host-" + string(kind), Text: fmt.Sprintf("%s not as the leases require", text), Fix: someCommands(changes)},
+			Warning: api.Warning{Check: "host-" + string(kind), Text: text, Fix: someCommands(changes)},
 			Repairs: changes,
 		})
 	}

@@ -25,8 +25,13 @@ type reading struct {
 	settings map[string]string
 	filters  []Filter // culvert's
 	firewall firewall.Reading
-	bearers  []bearer // addresses of devices that are not culvert's
-	foreign  []foreignRoute
+	bearers  []bearer             // addresses of devices that are not culvert's
+	bridges  map[int]bridgeFact   // by index
+	ports    map[int][]bridgeFact // of bridges, by the bridge's index
+	loose    map[int]string       // names of veth devices to other namespaces, without a master, by index
+	// podBridges are set by the Keeper, which remembers them.
+	podBridges []podBridge
+	foreign    []foreignRoute
 	// advertisers are the links that may use router advertisements: the
 	// underlay, and those with routes from them (advertisedBy, by index).
 	advertisers  []string
@@ -43,6 +48,7 @@ type bearer struct {
 type device struct {
 	index int
 	up    bool
+	port  bool   // of a bridge, bond or VRF
 	owner string // what created it: vxlan, ipip, tuntap
 	// plain is set if a kernel device has none of the options that culvert
 	// never sets.
@@ -80,6 +86,7 @@ func read(underlay int, others *survey) (reading, error) {
 	r := reading{
 		devices: make(map[string]device), indexes: make(map[string]int), others: make(map[string]bool),
 		settings: make(map[string]string), advertisedBy: make(map[int]bool),
+		bridges: make(map[int]bridgeFact), ports: make(map[int][]bridgeFact), loose: make(map[int]string),
 	}
 	links, err := Retry(netlink.LinkList)
 	if err != nil {
@@ -100,6 +107,7 @@ func read(underlay int, others *survey) (reading, error) {
 			r.view.Underlay = Underlay{Name: name, Index: underlay, MTU: l.Attrs().MTU}
 		}
 		if !names.Managed(name) {
+			r.noteBridge(l)
 			r.others[name] = true
 			for _, a := range addrs {
 				if p, ok := prefixOf(a.IPNet); ok && a.LinkIndex == l.Attrs().Index {
@@ -151,6 +159,21 @@ func read(underlay int, others *survey) (reading, error) {
 	return r, err
 }
 
+// noteBridge notes a device that is a bridge, or may be a port of one.
+func (r *reading) noteBridge(l netlink.Link) {
+	a := l.Attrs()
+	f := bridgeFact{index: a.Index, name: a.Name, up: a.RawFlags&unix.IFF_UP != 0}
+	copy(f.mac[:], a.HardwareAddr)
+	switch {
+	case a.MasterIndex != 0:
+		r.ports[a.MasterIndex] = append(r.ports[a.MasterIndex], f)
+	case l.Type() == "bridge":
+		r.bridges[f.index] = f
+	case l.Type() == "veth" && a.NetNsID >= 0:
+		r.loose[f.index] = f.name
+	}
+}
+
 func (r *reading) note(key string) {
 	if v := sysctl(key); v != "" {
 		r.settings[key] = v
@@ -161,7 +184,7 @@ func (r *reading) note(key string) {
 func linkOf(l netlink.Link, linkNames map[int]string) (Link, device) {
 	a := l.Attrs()
 	link := Link{Name: a.Name, MTU: a.MTU, GSOMaxSegs: int(a.GSOMaxSegs)}
-	dev := device{index: a.Index, up: a.RawFlags&unix.IFF_UP != 0, owner: l.Type(), plain: true}
+	dev := device{index: a.Index, up: a.RawFlags&unix.IFF_UP != 0, port: a.MasterIndex != 0, owner: l.Type(), plain: true}
 	switch l := l.(type) {
 	case *netlink.Veth:
 		link.Veth = linkNames[a.ParentIndex]

@@ -137,7 +137,8 @@ type survey struct {
 	took     time.Duration // duration of the last read
 	putOff   bool          // a read is due but was too soon
 	foreign  []foreignRoute
-	near     []netip.Prefix // the cluster networks that foreign is limited to
+	local    map[podRoute]bool // routes within the cluster networks without a gateway
+	near     []netip.Prefix    // the cluster networks that foreign is limited to
 	direct   map[netip.Prefix]onLink
 	lengths  map[int]bool // prefix lengths in direct, those of IPv6 plus 33
 	links    map[int]bool // that routes in foreign or direct lead to
@@ -179,6 +180,7 @@ func (s *survey) refresh(now bool) error {
 	s.due.Store(false)
 	_, err := Retry(func() (struct{}, error) {
 		s.foreign, s.direct, s.lengths, s.links = nil, make(map[netip.Prefix]onLink), make(map[int]bool), make(map[int]bool)
+		s.local = make(map[podRoute]bool)
 		ours := make(map[netip.Prefix]bool)
 		return struct{}{}, dumpRoutes(0, func(r rawRoute) {
 			if r.proto == names.RouteProtocol {
@@ -202,6 +204,10 @@ func (s *survey) note(r rawRoute, ours map[netip.Prefix]bool) {
 			s.foreign = append(s.foreign, f)
 			s.links[r.index] = true
 		}
+		if r.kind == unix.RTN_UNICAST && !r.via.IsValid() && !r.other && !r.hops {
+			s.local[podRoute{r.to.Masked(), r.index}] = true
+			s.links[r.index] = true
+		}
 	}
 	if len(s.asked) == 0 {
 		return
@@ -216,6 +222,15 @@ func (s *survey) note(r rawRoute, ours map[netip.Prefix]bool) {
 		s.links[r.index] = true
 	}
 }
+
+// podRoute is a route to pods of this node.
+type podRoute struct {
+	to   netip.Prefix
+	link int
+}
+
+// leads reports whether a link's route leads to a subnet.
+func (s *survey) leads(subnet netip.Prefix, link int) bool { return s.local[podRoute{subnet, link}] }
 
 func lengthKey(p netip.Prefix) int {
 	if p.Addr().Is4() {

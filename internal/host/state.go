@@ -14,8 +14,8 @@
 //
 // culvert's objects are identifiable: links by name, routes by protocol number,
 // the table by name, rules in other programs' chains by comment. Of other
-// objects it changes only sysctls, and removes only the devices in Replaces and
-// the routes in Stale.
+// objects it changes only sysctls, removes only the devices in Replaces and
+// the routes in Stale, and restores the pods' bridge.
 package host
 
 import (
@@ -37,6 +37,8 @@ type State struct {
 	Replaces []string
 	// Subnets are this node's own.
 	Subnets []netip.Prefix
+	// Bridges are the names of the bridges in the CNI records that are pods' gateways.
+	Bridges []string
 	// Stale are routes of other programs to remove.
 	Stale      []StaleRoute
 	Links      []Link

@@ -236,6 +236,10 @@ func (c *chooser) matching(re *regexp.Regexp, why string) (Underlay, bool) {
 
 // withAddr returns the candidate that has an address, and uses that address.
 func (c *chooser) withAddr(a netip.Addr, why string) (Underlay, bool) {
+	if c.facts.duplicate(a) {
+		c.refused = append(c.refused, fmt.Sprintf("another machine has %s", a))
+		return Underlay{}, false
+	}
 	for _, index := range c.facts.bearers(a) {
 		l, _ := c.facts.link(index)
 		if u, ok := c.use(l, why, a); ok {

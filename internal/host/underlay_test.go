@@ -40,7 +40,7 @@ func facts(t *testing.T, text string) host.Facts {
 		}
 		switch w[0] {
 		case "link":
-			l := host.LinkFact{Index: number(w[1]), Name: w[2], MTU: 1500, Local: has("local")}
+			l := host.LinkFact{Index: number(w[1]), Name: w[2], MTU: 1500, Local: has("local"), Bridge: has("bridge")}
 			if m := after("mtu"); m != "" {
 				l.MTU = number(m)
 			}
@@ -52,7 +52,7 @@ func facts(t *testing.T, text string) host.Facts {
 		case "addr":
 			f.Addrs = append(f.Addrs, host.AddrFact{
 				Link: index[w[1]], Prefix: netip.MustParsePrefix(w[2]), Global: true,
-				Deprecated: has("deprecated"), Temporary: has("temporary"), Tentative: has("tentative"), Dynamic: has("dynamic"),
+				Deprecated: has("deprecated"), Temporary: has("temporary"), Tentative: has("tentative") || has("duplicate"), Duplicate: has("duplicate"), Dynamic: has("dynamic"),
 			})
 		case "route":
 			r := host.RouteFact{Link: index[after("dev")], Ours: has("ours")}
@@ -239,6 +239,11 @@ func TestChoose(t *testing.T) {
 			addr eth0 fd00:50::3/64 tentative
 			addr eth0 fd00:50::4/64 dynamic
 			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{IPv6: true}, "eth0 [fd00:50::4] []"},
+		{"one that another machine has is not kept", `
+			link 2 eth0
+			addr eth0 fd00:50::4/64
+			addr eth0 fd00:50::3/64 duplicate
+			route default6 via fe80::1 dev eth0`, host.UnderlaySelector{}, host.UnderlayContext{IPv6: true, Held: addrs(t, "fd00:50::3")}, "eth0 [fd00:50::4] []"},
 		{"a static one before a dynamic one", `
 			link 2 eth0
 			addr eth0 fd00:50::4/64 dynamic
@@ -338,6 +343,9 @@ func TestHold(t *testing.T) {
 		{"a better route and another address", plainHost + "addr eth0 192.168.50.5/24\nlink 4 wg0\naddr wg0 10.9.9.9/24\nroute default dev wg0", "", "eth0 1500 holds"},
 		{"deprecated", "link 2 eth0\naddr eth0 192.168.50.11/24 deprecated", "", "eth0 1500 holds"},
 		{"the address is gone", "link 2 eth0", "", "eth0 1500 missing [192.168.50.11] elsewhere []"},
+		{"another machine has it", "link 2 eth0\naddr eth0 192.168.50.11/24 duplicate", "", "eth0 1500 missing [192.168.50.11] elsewhere []"},
+		{"the link is a port", "link 3 br0 bridge\nlink 2 eth0 master 3\naddr eth0 192.168.50.11/24", "", "eth0 1500 holds port of br0"},
+		{"the link is a VRF's", "link 3 vrf0\nlink 2 eth0 master 3\naddr eth0 192.168.50.11/24", "", "eth0 1500 holds"},
 		{"it is on another link", "link 2 eth0\nlink 3 br0\naddr br0 192.168.50.11/24", "", "eth0 1500 missing [] elsewhere [192.168.50.11]"},
 		{"it is on lo", "link 1 lo local\nlink 2 eth0\naddr lo 192.168.50.11/32", "", "eth0 1500 holds"},
 		{"the link is gone, and its name is another's", "link 9 eth0\naddr eth0 192.168.50.11/24", "", "gone missing [] elsewhere [192.168.50.11]"},
@@ -359,6 +367,9 @@ func TestHold(t *testing.T) {
 			}
 			if h.Returned {
 				got += " returned"
+			}
+			if h.PortOf != "" {
+				got += " port of " + h.PortOf
 			}
 			if got != c.want {
 				t.Errorf("got %q, want %q", got, c.want)

@@ -32,6 +32,9 @@ func newWatched(r reading, underlay int) *watched {
 		others: others, near: others.near, links: others.links,
 		asked: slices.Collect(maps.Keys(others.asked)),
 	}
+	for _, b := range r.podBridges {
+		w.indexes[uint32(b.index)] = true
+	}
 	for name, i := range r.indexes {
 		if names.Managed(name) || i == underlay {
 			w.indexes[uint32(i)] = true
@@ -47,7 +50,8 @@ func newWatched(r reading, underlay int) *watched {
 const (
 	routeGroups = unix.RTMGRP_LINK | unix.RTMGRP_NEIGH | unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV4_ROUTE |
 		unix.RTMGRP_IPV6_IFADDR | unix.RTMGRP_IPV6_ROUTE |
-		1<<(unix.RTNLGRP_IPV4_NETCONF-1) | 1<<(unix.RTNLGRP_IPV6_NETCONF-1) | 1<<(unix.RTNLGRP_NEXTHOP-1)
+		1<<(unix.RTNLGRP_IPV4_NETCONF-1) | 1<<(unix.RTNLGRP_IPV6_NETCONF-1) | 1<<(unix.RTNLGRP_NEXTHOP-1) |
+		1<<(unix.RTNLGRP_IPV4_RULE-1) | 1<<(unix.RTNLGRP_IPV6_RULE-1)
 	nftablesGroups = 1 << (unix.NFNLGRP_NFTABLES - 1)
 )
 
@@ -145,12 +149,12 @@ func concernsRoute(w *watched, m netlink.Message) bool {
 			w.others.due.Store(true)
 			return true
 		}
-		if m.Header.Type == unix.RTM_NEWADDR && len(d) >= 8 && d[0] == unix.AF_INET {
-			return true // the pods' bridge may have appeared
+		if len(d) >= 8 && d[0] == unix.AF_INET {
+			return true // the pods' bridge may have appeared, or lost its address
 		}
 		return len(d) >= 8 && w.indexes[binary.NativeEndian.Uint32(d[4:])]
 	}
-	return true // netconf: forwarding
+	return true // netconf: forwarding; policy rules
 }
 
 // named reports whether a link's attributes have one of our names.

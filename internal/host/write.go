@@ -158,6 +158,15 @@ func (w *writer) setUp(name string) error {
 	return err
 }
 
+// release detaches a device from what it is a port of.
+func (w *writer) release(name string) error {
+	l, err := w.attrs(name)
+	if err != nil {
+		return err
+	}
+	return netlink.LinkSetNoMaster(l)
+}
+
 func (w *writer) setMTU(name string, mtu int) error {
 	l, err := w.attrs(name)
 	if err != nil {
