@@ -44,20 +44,26 @@ func TestMain(m *testing.M) { labtest.Main(m) }
 // and each fires.
 //
 //	n1: watched      n2: a peer      n3: a peer behind a narrow link, later fenced      n4: never reaches etcd
+//	n5: pods that talk with n2's by the fast path, which both have
 func TestRules(t *testing.T) {
 	c := newCluster(t)
 	// Fifteen subnets, so that it can be filled.
 	c.put("/coreos.com/network/config", `{"Network":"10.5.0.0/20","Backend":{"Type":"vxlan"}}`)
 	n1, n2, n3, n4 := c.Nodes[0], c.Nodes[1], c.Nodes[2], c.Nodes[3]
+	n5 := c.Nodes[4]
 	c.start(n1)
-	c.start(n2)
+	c.start(n2, "--datapath", "kernel", "--fast-path", "pod")
 	healthy := c.scrapeWhen(n1, `culvert_ready 1`, `culvert_peer_subnets{state="idle"} 1`, `culvert_peer_subnets{state="silent"} 0`)
 
+	// The fast path, with which the userspace datapath of n1 does without.
+	c.start(n5, "--datapath", "kernel", "--fast-path", "pod")
+	c.scrapeWhen(n5, `culvert_ready 1`, `culvert_fast_path 1`)
+	near, far := c.addPod(n2), c.addPod(n5)
+	slow := c.shortWay(n2, near, far, "")
+	fast := c.shortWay(n2, near, far, slow)
+
 	// Conditions of n1.
-	pod, err := n1.AddPod(t.Context(), "p1")
-	if err != nil {
-		t.Fatal(err)
-	}
+	pod := c.addPod(n1)
 	c.narrow(n3)
 	c.start(n3, "--lease-ttl", "2h")
 	c.scrapeWhen(n3, `culvert_ready 1`) // it has its subnet before the others are taken
@@ -122,7 +128,7 @@ func TestRules(t *testing.T) {
 	}
 	well := newHistory(t, healthy, healthy)
 	exists := make(map[string]bool)
-	for _, text := range []string{healthy, sick, stale, ending, fenced, away, unready} {
+	for _, text := range []string{healthy, fast, sick, stale, ending, fenced, away, unready} {
 		for line := range strings.Lines(text) {
 			name, _, _ := strings.Cut(line, "{")
 			name, _, _ = strings.Cut(name, " ")
@@ -171,7 +177,7 @@ func TestRules(t *testing.T) {
 	if err := json.Unmarshal(text, &board); err != nil {
 		t.Fatal(err)
 	}
-	ill := newHistory(t, healthy, sick, stale, away)
+	ill, quick := newHistory(t, healthy, sick, stale, away), newHistory(t, slow, fast)
 	for _, p := range board.Panels {
 		for _, target := range p.Targets {
 			expr := strings.NewReplacer("$__rate_interval", "20m", "$instance", ".*", "$job", ".*").Replace(target.Expr)
@@ -179,6 +185,12 @@ func TestRules(t *testing.T) {
 				if !exists[name] {
 					t.Errorf("panel %q: no daemon served %s", p.Title, name)
 				}
+			}
+			if strings.Contains(expr, "culvert_fast_path") {
+				if v := quick.evaluate(expr); !slices.ContainsFunc(v, func(s promql.Sample) bool { return s.F > 0 }) {
+					t.Errorf("panel %q shows nothing of the pods' flow: %s: %v", p.Title, expr, v)
+				}
+				continue
 			}
 			if len(ill.evaluate(expr)) == 0 {
 				t.Errorf("panel %q shows nothing: %s", p.Title, expr)
@@ -272,7 +284,7 @@ type cluster struct {
 func newCluster(t *testing.T) *cluster {
 	t.Helper()
 	labtest.NeedTUN(t)
-	c := &cluster{Lab: labtest.New(t, lab.Options{Nodes: 4}), t: t}
+	c := &cluster{Lab: labtest.New(t, lab.Options{Nodes: 5}), t: t}
 	c.endpoint = labtest.StartEtcd(t, c.Lab)
 	var err error
 	if c.client, err = clientv3.New(clientv3.Config{
@@ -412,6 +424,88 @@ func (c *cluster) removeRoutes(n *lab.Node, times int) {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
+}
+
+func (c *cluster) addPod(n *lab.Node) *lab.Pod {
+	c.t.Helper()
+	pod, err := n.AddPod(c.t.Context(), "p1")
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return pod
+}
+
+// shortWay has a pod of n send to another, and that answer, until more packets than in an
+// earlier scrape have gone the short way, and more were left to the datapath, as fragments
+// are. It returns a scrape after that.
+func (c *cluster) shortWay(n *lab.Node, from, to *lab.Pod, before string) string {
+	c.t.Helper()
+	there := netip.AddrPortFrom(to.Addrs[0], 7)
+	var echo net.PacketConn
+	if err := to.Do(func() (err error) {
+		echo, err = net.ListenPacket("udp", there.String())
+		return err
+	}); err != nil {
+		c.t.Fatal(err)
+	}
+	done := make(chan struct{})
+	defer func() { _ = echo.Close(); <-done }()
+	go func() {
+		defer close(done)
+		b := make([]byte, 3000)
+		for {
+			n, from, err := echo.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = echo.WriteTo(b[:n], from)
+		}
+	}()
+	conn, err := from.Dial(c.t.Context(), "udp", there.String())
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	b := make([]byte, 3000)
+	text := ""
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+		for range 10 {
+			_ = conn.SetDeadline(time.Now().Add(100 * time.Millisecond))
+			_, _ = conn.Write([]byte("x"))
+			_, _ = conn.Read(b)
+		}
+		_, _ = conn.Write(b)
+		_, _ = conn.Read(b)
+		text = c.scrapeWhen(n)
+		if !slices.ContainsFunc([]string{
+			`culvert_fast_path_pod_frames_total{direction="egress"}`, `culvert_fast_path_pod_frames_total{direction="ingress"}`,
+			`culvert_fast_path_left_total{reason="egress-checksum"}`,
+		}, func(metric string) bool { return value(c.t, text, metric) <= value(c.t, before, metric) }) {
+			return text
+		}
+	}
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "culvert_fast_path") {
+			c.t.Log(strings.TrimSpace(line))
+		}
+	}
+	c.t.Fatal("no packet of the pods goes the short way")
+	return ""
+}
+
+// value returns a metric's value in a scrape; 0 if it is not there.
+func value(t *testing.T, scrape, metric string) float64 {
+	t.Helper()
+	for line := range strings.Lines(scrape) {
+		if text, ok := strings.CutPrefix(line, metric+" "); ok {
+			v, err := strconv.ParseFloat(strings.TrimSpace(text), 64)
+			if err != nil {
+				t.Fatalf("%s: %v", line, err)
+			}
+			return v
+		}
+	}
+	return 0
 }
 
 // send sends datagrams from a pod.
