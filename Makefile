@@ -161,7 +161,7 @@ test-vm: build
 	$(TEST) -c -tags vm -o bin/vm/test.test ./test
 	$(TEST) -c -o bin/vm/ipip.test ./backend/ipip
 	cd test && ../internal/tools/vm env CULVERT_VM=1 CULVERT_BIN=$(CURDIR)/bin sh -c \
-		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestFastPathIPIP|TestIPIP|TestChaosInjection/ipip"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
+		'set -e; $(CURDIR)/bin/vm/test.test -test.v -test.short -test.run "TestVM|TestEveryMechanism|TestRepairs$$|TestMixedCluster|TestFastPathOracle|TestFastPathIPIP|TestIPIP|TestTheUnitsPriority|TestChaosInjection/ipip"; cd ../backend/ipip && $(CURDIR)/bin/vm/ipip.test -test.v'
 
 .PHONY: test-vm-old
 ## test-vm-old: both datapaths on the oldest kernel that culvert supports, Debian 11's Linux 5.10, in a virtual machine

@@ -13,8 +13,11 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"culvert/internal/api"
 	"culvert/internal/lab"
+	"culvert/internal/priority"
 )
 
 // unit returns the settings of the shipped systemd unit.
@@ -33,7 +36,7 @@ func unit(t *testing.T) map[string][]string {
 	return settings
 }
 
-// asUnit starts a daemon with the unit's capabilities and view of the file system:
+// asUnit starts a daemon with the unit's capabilities, LimitNICE and view of the file system:
 // ProtectSystem=strict makes everything read-only except /dev, /proc, /sys and the unit's
 // directories (systemd.exec(5)). /run and /var/lib are empty tmpfs mounts.
 func (c *cluster) asUnit(n *lab.Node, settings map[string][]string, flags ...string) *lab.Process {
@@ -44,6 +47,10 @@ func (c *cluster) asUnit(n *lab.Node, settings map[string][]string, flags ...str
 	}
 	for _, d := range settings["StateDirectory"] {
 		writable = append(writable, "/var/lib/"+d)
+	}
+	var nice int
+	if _, err := fmt.Sscan(strings.Join(settings["LimitNICE"], ""), &nice); err != nil {
+		c.t.Fatalf("the unit's LimitNICE is %q: %v", settings["LimitNICE"], err)
 	}
 	bounding := "-all"
 	for _, k := range settings["CapabilityBoundingSet"] {
@@ -71,6 +78,7 @@ awk '{print $5}' /proc/self/mountinfo | sort -r | while read -r m; do
 	esac
 done
 if touch /run/other 2>/dev/null || touch /etc/culvert-other 2>/dev/null; then echo 'the sandbox is writable'; exit 9; fi
+prlimit --nice=` + strconv.Itoa(20-nice) + ` --pid $$ 2>/dev/null || true # needs CAP_SYS_RESOURCE
 exec setpriv --bounding-set ` + bounding + ` --inh-caps -all --no-new-privs "$0" "$@"`
 	c.starts++
 	p, err := n.Start(lab.Command{
@@ -94,7 +102,7 @@ func (c *cluster) unitStatus(p *lab.Process, n *lab.Node, is func(api.Status) er
 			c.t.Fatalf("the daemon exited: %s", p.Tail(3))
 		default:
 		}
-		cmd := exec.Command("nsenter", "--target", strconv.Itoa(p.PID), "--mount", filepath.Join(c.bin, "culvert"), "status", "-o", "json")
+		cmd := exec.Command("nsenter", "--target", strconv.Itoa(p.PID), "--mount", "--root", filepath.Join(c.bin, "culvert"), "status", "-o", "json")
 		var out, errs bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &errs
 		_ = cmd.Run() // it also exits with an error if the node is not ready
@@ -145,7 +153,7 @@ func TestD3D4AsTheUnitRunsIt(t *testing.T) {
 					}
 					return nil
 				})
-				if err := exec.Command("nsenter", "--target", strconv.Itoa(p.PID), "--mount", "test", "-s", "/run/flannel/subnet.env").Run(); err != nil {
+				if err := exec.Command("nsenter", "--target", strconv.Itoa(p.PID), "--mount", "--root", "test", "-s", "/run/flannel/subnet.env").Run(); err != nil {
 					t.Errorf("subnet.env: %v", err)
 				}
 				for line := range strings.Lines(p.Tail(200)) {
@@ -157,6 +165,50 @@ func TestD3D4AsTheUnitRunsIt(t *testing.T) {
 					t.Error(err)
 				}
 			})
+		}
+	}
+}
+
+// TestTheUnitsPriority checks that --priority works within what the unit grants: each
+// thread has nice -10, and nothing of it without LimitNICE.
+func TestTheUnitsPriority(t *testing.T) {
+	if out, err := exec.Command("prlimit", "--nice="+strconv.Itoa(20-priority.Nice), "true").CombinedOutput(); err != nil {
+		t.Skipf("needs CAP_SYS_RESOURCE, to set a limit as systemd does: %s", out)
+	}
+	c := newCluster(t, 1)
+	n := c.Nodes[0]
+	c.setConfig(config)
+	for limit, want := range map[string]int{"": priority.Nice, "0": 0} {
+		settings := maps.Clone(unit(t))
+		if limit != "" {
+			settings["LimitNICE"] = []string{limit}
+		}
+		p := c.asUnit(n, settings, "--datapath", "userspace", "--priority", "--metrics", "")
+		c.unitStatus(p, n, func(s api.Status) error {
+			if !s.Ready {
+				return fmt.Errorf("not ready: %s", s.NotReady)
+			}
+			i := slices.IndexFunc(s.Datapath.Mechanisms, func(m api.Mechanism) bool { return m.Name == "priority" })
+			if m := s.Datapath.Mechanisms[i]; m.On != (want != 0) || m.On != (m.Why == "nice -10") {
+				t.Errorf("the status says %+v", m)
+			}
+			return nil
+		})
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", p.PID))
+		if err != nil || len(threads) < 3 {
+			t.Fatalf("threads: %v (%v)", threads, err)
+		}
+		for _, thread := range threads {
+			id, err := strconv.Atoi(filepath.Base(thread))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n, err := unix.Getpriority(unix.PRIO_PROCESS, id); err == nil && 20-n != want {
+				t.Errorf("thread %d: nice %d, want %d", id, 20-n, want)
+			}
+		}
+		if err := p.Stop(); err != nil {
+			t.Error(err)
 		}
 	}
 }
