@@ -58,7 +58,8 @@ type probed struct {
 	index int       // in the queue; -1 while it is being probed
 
 	asked, answered time.Time
-	busy            bool // there was traffic when the last request was sent
+	unanswered      time.Time // the first of the failed requests
+	busy            bool      // there was traffic when the last request was sent
 	rtt             time.Duration
 	mtu             int       // path MTU
 	sized           time.Time // when mtu was measured
@@ -250,6 +251,9 @@ func (p *Prober) settle(burst []request, errs []error) (soon bool) {
 		x.next = x.asked.Add(p.options.Interval)
 		if errs[i] != nil {
 			p.count.Lost++
+			if x.failed == 0 {
+				x.unanswered = x.asked
+			}
 			if x.failed++; x.failed > 1 {
 				x.why = errs[i].Error()
 			} else {
@@ -257,7 +261,7 @@ func (p *Prober) settle(burst []request, errs []error) (soon bool) {
 			}
 		} else {
 			p.count.Seconds.Observe(r.rtt.Seconds())
-			x.answered, x.rtt, x.why, x.failed = r.answered, r.rtt, "", 0
+			x.answered, x.rtt, x.why, x.failed, x.unanswered = r.answered, r.rtt, "", 0, time.Time{}
 		}
 		if p.peers[peerKey{x.Subnet, x.Public}] == x {
 			heap.Push(&p.queue, x)
@@ -330,7 +334,7 @@ func (p *Prober) Describe(s *api.PeerState, now time.Time) {
 	if x == nil {
 		x = &probed{}
 	}
-	s.Heard, s.Asked = heard, x.asked
+	s.Heard, s.Asked, s.Unanswered = heard, x.asked, x.unanswered
 	if x.answered.After(heard) {
 		s.Heard = x.answered
 	}

@@ -46,7 +46,7 @@ const (
 	// askAfter is how long after the first unanswered packet echo requests begin.
 	askAfter = 8 * time.Second
 	// SilenceInterval is how often a datapath calls Observe.
-	SilenceInterval = 5 * time.Second
+	SilenceInterval = api.HeardWithin
 	// forgetAfter is how long after the last packet sent a peer is forgotten.
 	forgetAfter = 2 * time.Minute
 )

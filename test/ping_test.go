@@ -8,8 +8,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"culvert/internal/lab"
 )
@@ -150,5 +155,75 @@ func TestPing(t *testing.T) {
 	got, err = ping(n1, n2Address.String())
 	if err == nil || len(got) != 1 || !strings.Contains(got[0].Problem, "the node is down") {
 		t.Errorf("ping to a node that is down: %+v, %v", got, err)
+	}
+}
+
+// TestPingOneDirection drops the tunnel's packets in one direction, and checks which one
+// `culvert ping` names on either side:
+//
+//	n1: userspace ── fabric: drops what comes from one of them ── n2: kernel
+func TestPingOneDirection(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	c.setConfig(`{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}`)
+	c.start(c.Nodes[0], "--datapath", "userspace", "--probe-interval", "1s")
+	c.start(c.Nodes[1], "--datapath", "kernel", "--probe-interval", "1s")
+	for _, n := range c.Nodes {
+		c.waitReady(n, 1)
+	}
+	for i, sender := range c.Nodes {
+		receiver := c.Nodes[1-i]
+		t.Run("from "+sender.ID, func(t *testing.T) {
+			dropTunnel(t, c.Fabric, sender.ID, true)
+			// The receiver's packets reach the sender, but no answer reaches the receiver.
+			awaitPing(t, c, sender, receiver, "there", "through the tunnel")
+			awaitPing(t, c, receiver, sender, "unknown", "they are lost on the way here")
+			dropTunnel(t, c.Fabric, sender.ID, false)
+			awaitPing(t, c, sender, receiver, "", "")
+		})
+	}
+}
+
+// awaitPing waits until `culvert ping` says that what is lost of from's packets to a node is
+// lost and why.
+func awaitPing(t *testing.T, c *cluster, from, to *lab.Node, lost, why string) {
+	t.Helper()
+	var text string
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+		out, err := from.Run(t.Context(), filepath.Join(c.bin, "culvert"), "ping", "--run-dir", from.RunDir, "-i", "10ms", "--timeout", "300ms", "-o", "json", to.ID)
+		text = string(out)
+		var got []struct{ Lost, Problem string }
+		if json.Unmarshal(out, &got) == nil && len(got) == 1 && (err == nil) == (lost == "") && got[0].Lost == lost && strings.Contains(got[0].Problem, why) {
+			return
+		}
+	}
+	t.Fatalf("%s pings %s: lost is not %q, or why is not %q: %s", from.ID, to.ID, lost, why, text)
+}
+
+// dropTunnel drops VXLAN packets that arrive by a link of a namespace, or no longer.
+func dropTunnel(t *testing.T, at *lab.Namespace, link string, drop bool) {
+	t.Helper()
+	if err := at.Do(func() error {
+		x, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		table := x.AddTable(&nftables.Table{Family: nftables.TableFamilyNetdev, Name: "lossy"})
+		if !drop {
+			x.DelTable(table)
+			return x.Flush()
+		}
+		ch := x.AddChain(&nftables.Chain{
+			Name: "drop", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookIngress, Device: link,
+			Priority: nftables.ChainPriorityFilter,
+		})
+		x.AddRule(&nftables.Rule{Table: table, Chain: ch, Exprs: []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(8472)},
+			&expr.Verdict{Kind: expr.VerdictDrop},
+		}})
+		return x.Flush()
+	}); err != nil {
+		t.Fatal(err)
 	}
 }

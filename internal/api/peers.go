@@ -32,6 +32,9 @@ const (
 	WayNone      = "none"         // packets to its subnet are not carried
 )
 
+// HeardWithin is how often the daemon looks for packets of peers.
+const HeardWithin = 5 * time.Second
+
 // PeerState is the state of the path to one subnet of a peer.
 type PeerState struct {
 	Node     string       `json:"node,omitempty"`
@@ -48,9 +51,12 @@ type PeerState struct {
 	// PathMTU is the largest packet of a pod that was seen to pass, in bytes; 0 if not
 	// measured yet.
 	PathMTU int `json:"path_mtu,omitempty"`
-	// Heard is when the last packet came from it, accurate to some seconds.
+	// Heard is when the last packet came from it, or up to HeardWithin later.
 	Heard time.Time `json:"heard,omitzero"`
 	Asked time.Time `json:"asked,omitzero"` // when the last echo request was sent
+	// Unanswered is when the first of the echo requests was sent that it has not answered;
+	// zero if it answered the last one.
+	Unanswered time.Time `json:"unanswered,omitzero"`
 	// Sent, Received and Drops count since the datapath was opened; nil where the
 	// datapath cannot tell.
 	Sent     *PeerCount `json:"sent,omitempty"`

@@ -43,7 +43,8 @@ device answers, whether the node runs culvert or flannel. Any other address of
 the cluster network, such as a pod's, is pinged itself.
 
 If there is no answer through the tunnel, the node's underlay address is pinged too, to
-distinguish a broken tunnel from a node that is down.
+distinguish a broken tunnel from a node that is down; and if packets of that node arrive
+here meanwhile, or have arrived since it answers nothing, it is the way there that fails.
 
 The exit code is 1 if a target does not answer, or if packets as large as pods may send
 do not reach it.`,
@@ -111,7 +112,14 @@ type pingResult struct {
 	MTU          int       `json:"mtu,omitempty"`      // the largest packet that passed; 0 if not measured
 	WantMTU      int       `json:"want_mtu,omitempty"` // the pods' MTU
 	Refused      bool      `json:"refused,omitempty"`  // this host does not send the requests
-	Problem      string    `json:"problem,omitempty"`
+	// Lost says, of a node that answers on the underlay only, what is lost: "there" if
+	// packets from it arrive here, "unknown" if none do. Arrived are those that came while
+	// it was pinged, Heard is the last one that the daemon knows.
+	Lost    string    `json:"lost,omitempty"`
+	Arrived uint64    `json:"arrived,omitempty"`
+	Heard   time.Time `json:"heard,omitzero"`
+	Problem string    `json:"problem,omitempty"`
+	broken  bool      // it answers on the underlay only
 }
 
 // pingTargets returns the targets that the arguments name; without arguments, all nodes.
@@ -193,6 +201,7 @@ func (o pingOptions) pingAll(ctx context.Context, s api.Status, targets []pingTa
 	if err != nil {
 		return nil, err
 	}
+	before, _ := api.GetPeers(ctx, o.runDir) // none is known if the daemon cannot tell
 	results := make([]pingResult, len(targets))
 	var group sync.WaitGroup
 	tokens := make(chan struct{}, pingWorkers)
@@ -209,6 +218,14 @@ func (o pingOptions) pingAll(ctx context.Context, s api.Status, targets []pingTa
 	group.Wait()
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
+	}
+	if slices.ContainsFunc(results, func(r pingResult) bool { return r.broken }) {
+		now, _ := api.GetPeers(ctx, o.runDir)
+		for i := range results {
+			if results[i].broken {
+				results[i].judge(s, before, now)
+			}
+		}
 	}
 	slices.SortFunc(results, func(a, b pingResult) int {
 		return cmp.Or(cmp.Compare(a.Node, b.Node), a.Addr.Compare(b.Addr))
@@ -277,7 +294,7 @@ func (o pingOptions) ping(ctx context.Context, s api.Status, t pingTarget, pinge
 		return r
 	}
 	if r.Answered == 0 {
-		r.Problem = o.silence(ctx, t, r.Err, pingers[from{t.Addr.Is4(), false}])
+		r.Problem, r.broken = o.silence(ctx, t, r.Err, pingers[from{t.Addr.Is4(), false}])
 		return r
 	}
 	if r.Answered < r.Sent {
@@ -320,21 +337,83 @@ func refusal(err error) string {
 }
 
 // silence says why there may be no answer through the tunnel; it also pings the underlay
-// address.
-func (o pingOptions) silence(ctx context.Context, t pingTarget, why error, underlay *echo.Pinger) string {
+// address. broken says that this one answers.
+func (o pingOptions) silence(ctx context.Context, t pingTarget, why error, underlay *echo.Pinger) (text string, broken bool) {
 	words := "no answer"
 	if why != nil {
 		words = why.Error()
 	}
 	var refused echo.Refused
 	if errors.As(why, &refused) || !t.Public.IsValid() || t.Public.Is4() != t.Addr.Is4() {
-		return words
+		return words, false
 	}
 	if s, _ := underlay.Series(ctx, t.Public, 2, 0, 0, o.timeout); s.Answered > 0 {
-		return fmt.Sprintf("%s through the tunnel, while %s answers on the underlay in %s: a firewall drops the tunnel's packets on the way or there, or no daemon serves there",
-			words, t.Public, milliseconds(s.Median()))
+		return fmt.Sprintf("%s through the tunnel, while %s answers on the underlay in %s", words, t.Public, milliseconds(s.Median())), true
 	}
-	return fmt.Sprintf("%s, nor does %s on the underlay: the node is down, or the underlay does not reach it", words, t.Public)
+	return fmt.Sprintf("%s, nor does %s on the underlay: the node is down, or the underlay does not reach it", words, t.Public), false
+}
+
+// recently is how old the last packet of a peer may be to say which direction works: daemons
+// probe peers every 30 s, up to 96 of them.
+const recently = time.Minute
+
+// judge says, of a node that answers on the underlay only, which direction of the tunnel
+// fails, from what the daemon knew of the peers before the requests and knows now. Only the
+// direction there can be told: if nothing arrives, both may fail.
+func (r *pingResult) judge(s api.Status, before, now api.Peers) {
+	const unknown = "a firewall drops the tunnel's packets on the way or there, or no daemon serves there"
+	old, then := peerState(before, r.pingTarget)
+	p, known := peerState(now, r.pingTarget)
+	if r.Addr != r.Subnet.Masked().Addr() || !known { // a pod may be silent by itself
+		r.Problem += ": " + unknown
+		return
+	}
+	r.Lost, r.Heard = "unknown", p.Heard
+	grown := func(from, to *uint64) uint64 {
+		if !then || from == nil || to == nil || *to < *from {
+			return 0
+		}
+		return *to - *from
+	}
+	if old.Received != nil && p.Received != nil {
+		r.Arrived = grown(&old.Received.Packets, &p.Received.Packets)
+	}
+	switch dropped := grown(old.Drops, p.Drops); {
+	case hasWarning(s, "input-drop"):
+		r.Problem += ": a rule of this host drops the tunnel's packets on their way in (`culvert doctor` names it)"
+	case hasWarning(s, "output-drop"):
+		r.Problem += ": a rule of this host drops the tunnel's packets on their way out (`culvert doctor` names it)"
+	case dropped > 0:
+		r.Problem += ": packets from it arrive here, and culvert drops them (`culvert status` says why)"
+	case r.Arrived >= uint64(r.Sent):
+		r.Problem += fmt.Sprintf(": %s from it arrived here meanwhile through the tunnel: this node's are lost on the way there, or these are the answers and this host drops them (`culvert doctor` would say why)", plural(int(r.Arrived), "packet"))
+	case r.Arrived > 0:
+		r.Lost = "there"
+		r.Problem += fmt.Sprintf(": %s from it arrived here meanwhile through the tunnel, so this node's are lost on the way there, or dropped there", plural(int(r.Arrived), "packet"))
+	case !p.Unanswered.IsZero() && p.Heard.Sub(p.Unanswered) > api.HeardWithin && now.At.Sub(p.Heard) < recently:
+		r.Lost = "there"
+		r.Problem += fmt.Sprintf(": it has not answered for %s, but packets from it arrive here through the tunnel, the last one %s ago: this node's are lost on the way there, or dropped there, unless this host drops the answers (`culvert doctor` would say why)",
+			age(now.At.Sub(p.Unanswered)), age(now.At.Sub(p.Heard)))
+	default:
+		last := "no packet has arrived from it"
+		if !p.Heard.IsZero() {
+			last = fmt.Sprintf("the last packet from it arrived %s ago", age(now.At.Sub(p.Heard)))
+		}
+		r.Problem += fmt.Sprintf(": %s; %s: if `culvert ping` of this node there says that packets arrive, they are lost on the way here", unknown, last)
+	}
+}
+
+// peerState returns what is known of a target's peer.
+func peerState(all api.Peers, t pingTarget) (api.PeerState, bool) {
+	i := slices.IndexFunc(all.Peers, func(p api.PeerState) bool { return p.Subnet == t.Subnet && p.PublicIP == t.Public })
+	if i < 0 {
+		return api.PeerState{}, false
+	}
+	return all.Peers[i], true
+}
+
+func hasWarning(s api.Status, check string) bool {
+	return slices.ContainsFunc(s.Warnings, func(w api.Warning) bool { return w.Check == check })
 }
 
 // milliseconds formats a round-trip time.
