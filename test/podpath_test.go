@@ -175,20 +175,15 @@ func TestPodPathObeysTheHost(t *testing.T) {
 			return x.Flush()
 		}
 	}
-	bridge := func(f func(netlink.Link) error) func() error {
-		return func() error {
-			l, err := netlink.LinkByName("cni0")
-			if err != nil {
-				return err
-			}
-			return f(l)
-		}
-	}
+	link := podsLink(t, n)
 	for what, change := range map[string]struct{ decide, lift func() error }{
 		"a rule in forward":  {drop(nftables.ChainHookForward, nftables.TableFamilyINet), lift(nftables.TableFamilyINet)},
 		"a rule of a bridge": {drop(nftables.ChainHookPrerouting, nftables.TableFamilyBridge), lift(nftables.TableFamilyBridge)},
-		"the bridge is down": {bridge(netlink.LinkSetDown), bridge(netlink.LinkSetUp)},
-		"a route":            {route(unix.RTN_BLACKHOLE, pods[1], netlink.RouteAdd), route(unix.RTN_BLACKHOLE, pods[1], netlink.RouteDel)},
+		"a link that is no port of the bridge": {
+			func() error { return netlink.LinkSetNoMaster(link) },
+			func() error { return netlink.LinkSetMasterByIndex(link, link.Attrs().MasterIndex) },
+		},
+		"a route": {route(unix.RTN_BLACKHOLE, pods[1], netlink.RouteAdd), route(unix.RTN_BLACKHOLE, pods[1], netlink.RouteDel)},
 	} {
 		do(n, change.decide)
 		c.stands(flow)
@@ -200,7 +195,6 @@ func TestPodPathObeysTheHost(t *testing.T) {
 	}
 
 	// A pod whose link is shaped keeps to the host's way.
-	link := podsLink(t, n)
 	shape := func(do func(netlink.Qdisc) error) {
 		t.Helper()
 		if err := n.Do(func() error {

@@ -92,6 +92,7 @@ type Path struct {
 	why     string
 	// whyNotShort is why no pod has the short way, or empty.
 	whyNotShort string
+	short       int // pods' links that have it
 }
 
 // Open loads and tests the programs. If the kernel rejects them, Open returns an error
@@ -286,7 +287,7 @@ func (p *Path) Status() api.FastPath {
 	r := p.read()
 	s.Egress, s.Ingress, s.Joined, s.Slow = r.egress(), r.ingress(), r[inJoined], r.slow()
 	if p.mode.shortens() && p.on {
-		s.Pods = &api.PodPath{Links: len(p.held.pods), LeftOut: p.held.left, Egress: r[outShort], Ingress: r[inShort], Why: p.whyNotShort}
+		s.Pods = &api.PodPath{Links: p.short, LeftOut: p.held.left, Egress: r[outShort], Ingress: r[inShort], Why: p.whyNotShort}
 	}
 	return s
 }

@@ -175,6 +175,9 @@ func (p *Path) followPods(want contents) error {
 		}
 	}
 	p.podLinks = wanted
+	p.mu.Lock()
+	p.short = len(wanted)
+	p.mu.Unlock()
 	if host.TCX() {
 		if err := p.registry.Remove(func(id ebpf.ProgramID) bool { return !p.loads(id) }); err != nil {
 			return err
