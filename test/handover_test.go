@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -355,6 +356,28 @@ func TestStandBy(t *testing.T) {
 	ping(t, pods[0], pods[1])
 }
 
+// suspend stops a process (SIGSTOP), and returns when none of its threads runs any more.
+func suspend(p *lab.Process) error {
+	if err := p.Signal(unix.SIGSTOP); err != nil {
+		return err
+	}
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.PID))
+		if err != nil {
+			return err
+		}
+		running := slices.ContainsFunc(threads, func(name string) bool {
+			text, err := os.ReadFile(name)
+			_, state, _ := strings.Cut(string(text), ") ") // after the program's name
+			return err == nil && !strings.HasPrefix(state, "T")
+		})
+		if len(threads) > 0 && !running {
+			return nil
+		}
+	}
+	return fmt.Errorf("process %d still runs 10 s after SIGSTOP", p.PID)
+}
+
 // pingTrain is how long TestReplace sends pings, 100 a second.
 var pingTrain = pingEvery * time.Duration(pingsFromEnv())
 
@@ -366,8 +389,9 @@ func pingsFromEnv() int {
 }
 
 // TestReplaceKilled kills one of the two daemons at each message of the handover: the other
-// continues, and no packet is lost. The messages pass through the test, which listens on the
-// daemon's socket meanwhile:
+// continues, and no packet is lost but those that the killed daemon had read and not sent
+// yet. No ping is among those, see kill. The messages pass through the test, which listens on
+// the daemon's socket meanwhile:
 //
 //	successor ── run-dir/culvert.sock (the test) ── run-dir/culvert.sock.real ── running daemon
 func TestReplaceKilled(t *testing.T) {
@@ -377,8 +401,8 @@ func TestReplaceKilled(t *testing.T) {
 			n, running := c.Nodes[0], daemons[0]
 			// If the running daemon is killed before it has sent the descriptors, packets may be
 			// lost, as whenever a daemon is killed.
-			running = c.killAt(n, running, handover.Hello, "running daemon", false)
-			running = c.killAt(n, running, handover.Offer, "running daemon", false)
+			running = c.killAt(n, running, handover.Hello, "running daemon", false, nil)
+			running = c.killAt(n, running, handover.Offer, "running daemon", false, nil)
 			pings, there := startPings(t, pods[0], pods[1]), startBulk(t, pods[0], pods[1])
 			for _, step := range []handover.Step{handover.Offer, handover.Take, handover.Yours, handover.Running} {
 				for _, victim := range []string{"successor", "running daemon"} {
@@ -386,7 +410,7 @@ func TestReplaceKilled(t *testing.T) {
 						if step == handover.Running && passed || step == handover.Offer && victim == "running daemon" && !passed {
 							continue // nothing follows, or tested above
 						}
-						running = c.killAt(n, running, step, victim, passed)
+						running = c.killAt(n, running, step, victim, passed, pings)
 					}
 				}
 			}
@@ -403,8 +427,9 @@ func TestReplaceKilled(t *testing.T) {
 }
 
 // killAt starts a successor and kills one of the two daemons before or, if passed, after a
-// message is passed on. It returns the daemon that is left.
-func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, victim string, passed bool) *lab.Process {
+// message is passed on. It returns the daemon that is left. If the killed daemon may be
+// carrying packets, the pings pause, so that it has none of them in its memory.
+func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, victim string, passed bool, pings *pings) *lab.Process {
 	c.t.Helper()
 	name := fmt.Sprintf("%s, %s killed, passed %t", at, victim, passed)
 	socket := api.SocketPath(n.RunDir)
@@ -421,6 +446,16 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 	started, done := make(chan struct{}), make(chan struct{})
 	// A successor without the descriptors starts as if no daemon had been running.
 	alone := victim == "running daemon" && (at == handover.Hello || at == handover.Offer && !passed)
+	// The message before which the pings pause: one while the running daemon carries, or from
+	// which on the successor does; none if the victim does not carry.
+	var pauseBefore handover.Step
+	switch {
+	case pings == nil:
+	case victim == "successor" && at == handover.Running, victim == "running daemon" && (at == handover.Offer || at == handover.Take):
+		pauseBefore = at
+	case victim == "successor" && at == handover.Yours && passed:
+		pauseBefore = handover.Take // from then on nobody answers
+	}
 	kill := func() {
 		if alone {
 			_ = os.Remove(socket)
@@ -428,6 +463,15 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 		p := running
 		if victim == "successor" {
 			p = successor
+		}
+		if pauseBefore != "" {
+			// What arrives from now on stays in the kernel.
+			if err := suspend(p); err != nil {
+				c.t.Errorf("%s: %v", name, err)
+			}
+			pings.resume()
+			for before := pings.sentSoFar(); pings.sentSoFar() < before+5; time.Sleep(time.Millisecond) {
+			}
 		}
 		_ = p.Kill() // waits until it is reaped, so that its descriptors are closed
 	}
@@ -446,6 +490,9 @@ func (c *cluster) killAt(n *lab.Node, running *lab.Process, at handover.Step, vi
 		}
 		defer from.Close()
 		pass := func(m handover.Message, on *handover.Conn, fds ...int) bool {
+			if m.Step == pauseBefore && !pings.pause() {
+				c.t.Errorf("%s: before that, pings were lost", name)
+			}
 			if m.Step == at && !passed {
 				kill()
 				return false

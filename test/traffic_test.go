@@ -29,6 +29,7 @@ type pings struct {
 	mu      sync.Mutex
 	missing map[uint64]time.Time // when the requests without a reply were sent
 	sent    uint64
+	paused  bool
 	every   time.Duration
 	slowest time.Duration // longest round-trip time
 }
@@ -62,14 +63,11 @@ func startPingsEvery(t testing.TB, from, to *lab.Pod, every time.Duration) *ping
 		tick := time.NewTicker(every)
 		defer tick.Stop()
 		for ctx.Err() == nil {
-			p.mu.Lock()
-			p.sent++
-			n := p.sent
-			p.missing[n] = time.Now()
-			p.mu.Unlock()
-			m := icmp.Message{Type: request, Body: &icmp.Echo{ID: id, Seq: int(n & 0xffff), Data: binary.BigEndian.AppendUint64(nil, n)}}
-			if text, err := m.Marshal(nil); err == nil {
-				_, _ = conn.WriteTo(text, &net.IPAddr{IP: dest.AsSlice()}) // an error counts as a loss
+			if n, ok := p.next(); ok {
+				m := icmp.Message{Type: request, Body: &icmp.Echo{ID: id, Seq: int(n & 0xffff), Data: binary.BigEndian.AppendUint64(nil, n)}}
+				if text, err := m.Marshal(nil); err == nil {
+					_, _ = conn.WriteTo(text, &net.IPAddr{IP: dest.AsSlice()}) // an error counts as a loss
+				}
 			}
 			select {
 			case <-ctx.Done():
@@ -118,6 +116,35 @@ func roomy(c net.PacketConn) {
 			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, size)
 		}
 	})
+}
+
+// next counts another request, unless the pings pause.
+func (p *pings) next() (n uint64, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.paused {
+		return 0, false
+	}
+	p.sent++
+	p.missing[p.sent] = time.Now()
+	return p.sent, true
+}
+
+// pause stops sending until resume, and reports whether all requests were answered within
+// 10 s: then none is on its way.
+func (p *pings) pause() (answered bool) {
+	p.mu.Lock()
+	p.paused = true
+	p.mu.Unlock()
+	for end := time.Now().Add(10 * time.Second); p.waiting() && time.Now().Before(end); time.Sleep(time.Millisecond) {
+	}
+	return !p.waiting()
+}
+
+func (p *pings) resume() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.paused = false
 }
 
 // waiting reports whether a request has no reply yet.
