@@ -218,7 +218,8 @@ func (l *Loop) open(i int) (*queue, error) {
 	out.device = devices[0]
 	steered := o.Steering != nil && o.threads() < len(o.Devices)
 	if steered {
-		out.moves, out.moved = &o.Steering.Moves, o.Steering.Moves.Load()
+		// Flows may have moved before: the first queue is drained first.
+		out.moves, out.moved = &o.Steering.Moves, o.Steering.Moves.Load()-1
 	}
 	out.dontFragment = o.DontFragment || !l.udp
 	if o.CopyDSCP {

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"unsafe"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/tun"
@@ -26,9 +27,10 @@ type device struct {
 	sparse  bool   // each thread has several queues, the first for sparse flows: see lanes
 	// noSparse is why sparse is false.
 	noSparse string
-	spread   bool   // the kernel's hash places flows, not our program: see unsteeredQueues
-	steering []byte // the mapped page of encap.Steering, or nil
-	uso      bool   // the device supports UDP GSO frames (Linux 6.2)
+	spread   bool          // the kernel's hash places flows, not our program: see unsteeredQueues
+	steering []byte        // the mapped page of encap.Steering, or nil
+	program  *ebpf.Program // that selects the queue, until start attaches it; or nil
+	uso      bool          // the device supports UDP GSO frames (Linux 6.2)
 }
 
 // deviceSize is the desired size of a TUN device: one queue per thread, or with sparse
@@ -149,7 +151,13 @@ func (d *device) openMany(name string, queues int) error {
 	if err := d.attach(name, queues); err != nil {
 		return err
 	}
-	return d.steer()
+	if err := d.steer(); err != nil {
+		return err
+	}
+	if err := d.start(); err != nil {
+		return errors.Join(fmt.Errorf("%w: %w", errNotSteered, err), d.unload())
+	}
+	return nil
 }
 
 // unsteeredQueues is the number of queues if no steering program can be loaded. One
@@ -199,12 +207,32 @@ func (d *device) attach(name string, queues int) error {
 	return nil
 }
 
-// steer installs the steering program.
+// steer loads the steering program, which start attaches.
 func (d *device) steer() (err error) {
-	if d.steering, err = steer(d.queues[0], d.threads, d.sparse); err != nil {
+	// An invalid descriptor: the ioctl changes nothing, and says whether the kernel has it.
+	const invalid = -2
+	if err := unix.IoctlSetPointerInt(d.queues[0], unix.TUNSETSTEERINGEBPF, invalid); !errors.Is(err, unix.EBADF) {
+		return fmt.Errorf("%w: TUNSETSTEERINGEBPF: %w", errNotSteered, err)
+	}
+	if d.program, d.steering, err = steer(d.threads, d.sparse); err != nil {
 		return fmt.Errorf("%w: %w", errNotSteered, err)
 	}
 	return nil
+}
+
+// start attaches the steering program, if that was not done yet. A successor calls it when
+// the predecessor has stopped, whose loop does not see this program's page.
+func (d *device) start() error {
+	if d.program == nil {
+		return nil
+	}
+	err := unix.IoctlSetPointerInt(d.queues[0], unix.TUNSETSTEERINGEBPF, d.program.FD())
+	if err != nil {
+		err = fmt.Errorf("TUNSETSTEERINGEBPF: %w", err)
+	}
+	err = errors.Join(err, d.program.Close()) // the device keeps it
+	d.program = nil
+	return err
 }
 
 // steered returns what the loop shares with the program that steers flows, or nil.
@@ -237,10 +265,19 @@ func (d *device) close() error {
 	for _, fd := range d.queues {
 		errs = append(errs, unix.Close(fd))
 	}
+	return errors.Join(append(errs, d.unload())...)
+}
+
+// unload undoes steer, without detaching the program.
+func (d *device) unload() error {
+	var errs []error
+	if d.program != nil {
+		errs = append(errs, d.program.Close())
+	}
 	if d.steering != nil {
 		errs = append(errs, unix.Munmap(d.steering))
-		d.steering = nil
 	}
+	d.program, d.steering = nil, nil
 	return errors.Join(errs...)
 }
 

@@ -239,7 +239,14 @@ func TestInheritQueues(t *testing.T) {
 					t.Errorf("the device is %+v", d)
 				}
 				if c.bpf {
-					err = errors.Join(flowsAreSteered(t, d), floodLeavesRoom(t, d))
+					// Until the predecessor stops, its program steers.
+					moving := flow{unix.IPPROTO_TCP, 7}
+					err = errors.Join(moving.send(2*bulkBytes/packetSize), d.start())
+					if n := before.steered().Moves.Load(); n != 1 {
+						t.Errorf("the predecessor's program counted %d moves of one flow", n)
+					}
+					readAll(d)
+					err = errors.Join(err, flowsAreSteered(t, d), floodLeavesRoom(t, d))
 				} else if err = (flow{unix.IPPROTO_UDP, 2}).send(100); err == nil {
 					// The predecessor's program would move the flow to another queue.
 					if held := readAll(d)[flow{unix.IPPROTO_UDP, 2}]; slices.Max(held) != 100 {

@@ -113,7 +113,7 @@ func (i *inherited) openDevice(name string, mtu int, size deviceSize, log *slog.
 	} else if size.sparse {
 		d.sparse, d.noSparse = false, "the device is an earlier version's"
 	}
-	// The attached program may be another version's: replace it.
+	// The attached program may be another version's: start replaces it.
 	switch {
 	case err != nil:
 	case isUnsteered && !hasLanes:

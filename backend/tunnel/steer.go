@@ -13,7 +13,7 @@ import (
 	"culvert/encap"
 )
 
-// steer attaches an eBPF program that selects the device's queue by flow. By default
+// steer loads an eBPF program that selects the device's queue by flow. By default
 // the kernel moves a flow to the queue to which its replies were written, which reorders
 // packets at that moment.
 //
@@ -27,8 +27,8 @@ import (
 // for are the flood's own packets.
 //
 // page is a mapped encap.Steering, which the program shares with the loop. The caller
-// unmaps it.
-func steer(device, threads int, sparse bool) (page []byte, err error) {
+// unmaps it, and closes the program.
+func steer(threads int, sparse bool) (p *ebpf.Program, page []byte, err error) {
 	lanes := lanesFor(threads)
 	program := hashing(lanes)
 	if sparse {
@@ -36,18 +36,18 @@ func steer(device, threads int, sparse bool) (page []byte, err error) {
 			Name: "culvert_flows", Type: ebpf.Array, KeySize: 4, ValueSize: flowSize, MaxEntries: flowBuckets,
 		})
 		if err != nil {
-			return nil, fmt.Errorf("making the map of flows (needs CAP_BPF): %w", err)
+			return nil, nil, fmt.Errorf("making the map of flows (needs CAP_BPF): %w", err)
 		}
 		defer flows.Close() // the program keeps it
 		shared, err := ebpf.NewMap(&ebpf.MapSpec{
 			Name: "culvert_steer", Type: ebpf.Array, KeySize: 4, ValueSize: uint32(steeringSize), MaxEntries: 1, Flags: unix.BPF_F_MMAPABLE,
 		})
 		if err != nil {
-			return nil, fmt.Errorf("making the map that the loop shares (needs CAP_BPF): %w", err)
+			return nil, nil, fmt.Errorf("making the map that the loop shares (needs CAP_BPF): %w", err)
 		}
 		defer shared.Close() // the program keeps it, and so does the page
 		if page, err = unix.Mmap(shared.FD(), 0, int(steeringSize), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
-			return nil, fmt.Errorf("mapping the map that the loop shares: %w", err)
+			return nil, nil, fmt.Errorf("mapping the map that the loop shares: %w", err)
 		}
 		program = append(program, sparseFirst(flows.FD(), shared.FD(), threads)...)
 	} else {
@@ -58,17 +58,13 @@ func steer(device, threads int, sparse bool) (page []byte, err error) {
 			err, page = errors.Join(err, unix.Munmap(page)), nil
 		}
 	}()
-	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+	p, err = ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "culvert_steer", Type: ebpf.SocketFilter, Instructions: program, License: "Apache-2.0",
 	})
 	if err != nil {
-		return page, fmt.Errorf("loading the program that steers flows (needs CAP_BPF): %w", err)
+		return nil, page, fmt.Errorf("loading the program that steers flows (needs CAP_BPF): %w", err)
 	}
-	err = unix.IoctlSetPointerInt(device, unix.TUNSETSTEERINGEBPF, p.FD())
-	if err != nil {
-		err = fmt.Errorf("TUNSETSTEERINGEBPF: %w", err)
-	}
-	return page, errors.Join(err, p.Close()) // the device keeps it
+	return p, page, nil
 }
 
 const (

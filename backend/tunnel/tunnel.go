@@ -373,6 +373,9 @@ func (t *Tunnel) Run(ctx context.Context) error {
 		return nil
 	case <-t.applied:
 	}
+	if err := t.device.start(); err != nil {
+		return fmt.Errorf("%w: %w", backend.ErrBroken, err)
+	}
 	sender := backend.OpenEchoSender(t.options.Log)
 	defer sender.Close()
 	// The loop stops last: it carries packets while the other parts end.
