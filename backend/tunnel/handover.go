@@ -12,7 +12,8 @@ import (
 
 // A tunnel is handed over by its open descriptors. Until the successor reads them, the
 // kernel queues arriving packets: 500 in the device, and the socket buffers. So a
-// quick successor loses nothing.
+// quick successor loses nothing. A process that is killed loses what it had read and not
+// sent yet.
 //
 //	predecessor ── Descriptors ──┬─ systemd's store ──────┬─ Options.Inherited ── successor
 //	                             └─ internal/handover ────┘
