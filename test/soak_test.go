@@ -102,7 +102,16 @@ func TestSoak(t *testing.T) {
 		t.Logf("%s, %s, %d rounds:", n.ID, datapaths[i], len(samples[i]))
 		samples[i].check(t)
 		s := c.wait(n, "has a status", func(api.Status) bool { return true })
-		if d := dropped(s); len(d) > 0 {
+		// Only the daemon sends to the leases that come and go: its probe may be on the device
+		// at the moment in which the peer leaves.
+		d := slices.DeleteFunc(dropped(s), func(d api.Drop) bool {
+			few := d.Reason == "egress-no-peer" && d.Packets <= uint64(1+len(samples[i])/100)
+			if few {
+				t.Logf("%d probes of a peer that had just left", d.Packets)
+			}
+			return few
+		})
+		if len(d) > 0 {
 			t.Errorf("%s dropped %v", n.ID, d)
 		}
 	}
