@@ -163,30 +163,6 @@ func testWornHost(t *testing.T, datapath string) {
 		}
 	}
 
-	eaten := func(on bool) func() error {
-		return func() error {
-			x, err := nftables.New()
-			if err != nil {
-				return err
-			}
-			table := x.AddTable(&nftables.Table{Family: nftables.TableFamilyNetdev, Name: "moat"})
-			if !on {
-				x.DelTable(table)
-				return x.Flush()
-			}
-			ch := x.AddChain(&nftables.Chain{
-				Name: "bridge", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookIngress, Device: n.Link,
-				Priority: nftables.ChainPriorityFilter,
-			})
-			x.AddRule(&nftables.Rule{Table: table, Chain: ch, Exprs: []expr.Any{
-				&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
-				&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(8472)},
-				&expr.Verdict{Kind: expr.VerdictDrop},
-			}})
-			return x.Flush()
-		}
-	}
-
 	for _, e := range []struct {
 		name   string
 		event  func() error
@@ -257,7 +233,7 @@ func testWornHost(t *testing.T, datapath string) {
 			says: "table inet castle, chain gate, by its policy", undo: inet(nftables.ChainPolicyAccept),
 		},
 		{
-			name: "F2: packets from the peer are dropped at ingress", event: eaten(true), check: "silent-peer", says: c.Nodes[1].Addrs[0].String(), undo: eaten(false),
+			name: "F2: packets from the peer are dropped at ingress", event: eaten(n.Link, true), check: "silent-peer", says: c.Nodes[1].Addrs[0].String(), undo: eaten(n.Link, false),
 		},
 	} {
 		t.Run(e.name, func(t *testing.T) {

@@ -174,11 +174,11 @@ func TestPingOneDirection(t *testing.T) {
 	for i, sender := range c.Nodes {
 		receiver := c.Nodes[1-i]
 		t.Run("from "+sender.ID, func(t *testing.T) {
-			dropTunnel(t, c.Fabric, sender.ID, true)
+			c.eat(c.Fabric, sender.ID, true)
 			// The receiver's packets reach the sender, but no answer reaches the receiver.
 			awaitPing(t, c, sender, receiver, "there", "through the tunnel")
 			awaitPing(t, c, receiver, sender, "unknown", "they are lost on the way here")
-			dropTunnel(t, c.Fabric, sender.ID, false)
+			c.eat(c.Fabric, sender.ID, false)
 			awaitPing(t, c, sender, receiver, "", "")
 		})
 	}
@@ -200,21 +200,28 @@ func awaitPing(t *testing.T, c *cluster, from, to *lab.Node, lost, why string) {
 	t.Fatalf("%s pings %s: lost is not %q, or why is not %q: %s", from.ID, to.ID, lost, why, text)
 }
 
-// dropTunnel drops VXLAN packets that arrive by a link of a namespace, or no longer.
-func dropTunnel(t *testing.T, at *lab.Namespace, link string, drop bool) {
-	t.Helper()
-	if err := at.Do(func() error {
+// eat drops VXLAN packets that arrive by a link of a namespace, or no longer.
+func (c *cluster) eat(at *lab.Namespace, link string, drop bool) {
+	c.t.Helper()
+	if err := at.Do(eaten(link, drop)); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// eaten drops VXLAN packets that arrive by a link of the namespace it runs in, or no longer.
+func eaten(link string, drop bool) func() error {
+	return func() error {
 		x, err := nftables.New()
 		if err != nil {
 			return err
 		}
-		table := x.AddTable(&nftables.Table{Family: nftables.TableFamilyNetdev, Name: "lossy"})
+		table := x.AddTable(&nftables.Table{Family: nftables.TableFamilyNetdev, Name: "moat"})
 		if !drop {
 			x.DelTable(table)
 			return x.Flush()
 		}
 		ch := x.AddChain(&nftables.Chain{
-			Name: "drop", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookIngress, Device: link,
+			Name: "bridge", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookIngress, Device: link,
 			Priority: nftables.ChainPriorityFilter,
 		})
 		x.AddRule(&nftables.Rule{Table: table, Chain: ch, Exprs: []expr.Any{
@@ -223,7 +230,5 @@ func dropTunnel(t *testing.T, at *lab.Namespace, link string, drop bool) {
 			&expr.Verdict{Kind: expr.VerdictDrop},
 		}})
 		return x.Flush()
-	}); err != nil {
-		t.Fatal(err)
 	}
 }

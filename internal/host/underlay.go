@@ -414,7 +414,7 @@ func (f Facts) podLinks(k UnderlayContext) map[int]bool {
 	pods := make(map[int]bool)
 	for _, a := range f.Addrs {
 		for _, p := range k.Pods {
-			if a.Prefix.Addr() == p.Masked().Addr().Next() {
+			if a.Prefix.Addr() == gatewayOf(p).Addr() {
 				pods[a.Link] = true
 			}
 		}

@@ -29,6 +29,22 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// taken runs a process that takes steps, and returns what it prints.
+func taken(t *testing.T, cmd *exec.Cmd) string {
+	t.Helper()
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if strings.HasSuffix(string(out), "cgo") {
+		t.Skip("linked with cgo, as for the race detector; the programs are not")
+	}
+	if strings.HasPrefix(string(out), "limit: refused") {
+		t.Skip("needs CAP_SYS_RESOURCE, to give itself a limit as systemd does")
+	}
+	return string(out)
+}
+
 // take takes the steps, and prints the nice values of its threads after each, without
 // repeating any.
 func take(steps []string) error {
@@ -92,17 +108,8 @@ func TestRaiseSession(t *testing.T) {
 			cmd := exec.Command(c.command[0], c.command[1:]...)
 			cmd.Env = append(os.Environ(), "PRIORITY="+c.first+"raise session lower session")
 			cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-			out, err := cmd.CombinedOutput()
-			if err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
-			if strings.HasSuffix(string(out), "cgo") {
-				t.Skip("linked with cgo, as for the race detector; the programs are not")
-			}
-			if strings.HasPrefix(string(out), "limit: refused") {
-				t.Skip("needs CAP_SYS_RESOURCE, to give itself a limit as systemd does")
-			}
-			if want := c.want + "raise: [-10]; session: " + c.session + "; lower: [0]; session: 0; "; string(out) != want {
+			out := taken(t, cmd)
+			if want := c.want + "raise: [-10]; session: " + c.session + "; lower: [0]; session: 0; "; out != want {
 				t.Errorf("%q, want %q", out, want)
 			}
 		})
@@ -153,17 +160,8 @@ func TestRaise(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			cmd := exec.Command(os.Args[0])
 			cmd.Env = append(os.Environ(), "PRIORITY="+c.steps)
-			out, err := cmd.CombinedOutput()
-			if err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
-			if strings.HasSuffix(string(out), "cgo") {
-				t.Skip("linked with cgo, as for the race detector; the programs are not")
-			}
-			if strings.HasPrefix(string(out), "limit: refused") {
-				t.Skip("needs CAP_SYS_RESOURCE, to give itself a limit as systemd does")
-			}
-			if string(out) != c.want {
+			out := taken(t, cmd)
+			if out != c.want {
 				t.Errorf("%q, want %q", out, c.want)
 			}
 		})
