@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -25,6 +26,7 @@ func TestPodsAsEnds(t *testing.T) {
 	labtest.NeedTUN(t)
 	bin := labtest.Bin(t)
 	o := options(t, "native,host-gw,vxlan/auto,vxlan/kernel,vxlan/kernel+fast,vxlan/userspace,ipip/userspace,naive,wireguard-go", "tcp1,udp64,rr,crr")
+	o.Duration = 300 * time.Millisecond // more than TCP waits before it sends a lost segment again
 	for _, name := range o.Datapaths {
 		d, ok := FindDatapath(name)
 		if !ok {
